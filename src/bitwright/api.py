@@ -1,0 +1,65 @@
+"""The Python API: the command line's functions, and one for a single tensor."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from bitwright.codec import QTensor
+from bitwright.errors import RecipeError
+from bitwright.evaluate import Evaluation
+from bitwright.evaluate import evaluate as _evaluate
+from bitwright.methods import METHODS
+from bitwright.pipeline import Progress, Result, run
+from bitwright.preflight import preflight
+from bitwright.recipe import Recipe
+from bitwright.scheme import Scheme
+from bitwright.workplace import check_out
+
+
+def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:
+    """Quantize one tensor [N, ...]; `bitwright.codec.decode` gives the float weights back.
+
+    gram [K, K]: XᵀX / T of the inputs, which "gptq" needs and "search" uses. Raises SchemeError or RecipeError.
+    """
+    if method not in METHODS:
+        raise RecipeError(f"unknown method {method!r}", remedy=f"one of {', '.join(METHODS)}")
+    return METHODS[method](w, gram, Scheme.parse(scheme)).q
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: str = "int4-g128",
+    method: str = "gptq",
+    format: str = "compressed-tensors",
+    recipe: str | Path | None = None,
+    calib: str = "stdlib",
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    resume: bool = True,
+    progress: Progress = lambda *_: None,
+) -> Result:
+    """Quantize the checkpoint directory `model` into the new directory `out`; see `bitwright quantize --help`.
+
+    Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
+    """
+    check_out(Path(out))
+    rules = Recipe.load(Path(recipe), scheme=scheme, method=method) if recipe else Recipe.uniform(scheme, method)
+    plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
+    return run(plan, Path(out), calib=calib, seed=seed, resume=resume, progress=progress)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str,
+    reference: str | Path | None = None,
+    seqlen: int = 256,
+    tokens: int | None = None,
+) -> Evaluation:
+    """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement."""
+    return _evaluate(
+        Path(model), reference=Path(reference) if reference else None, text=text, seqlen=seqlen, tokens=tokens
+    )

@@ -1,0 +1,83 @@
+"""A checkpoint directory as a source of float weights, whether its tensors are float or quantized in a known format."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.checkpoint import Checkpoint
+from bitwright.errors import CheckpointError
+from bitwright.formats import FORMATS, Format
+from bitwright.models import quantization_of
+
+# The tensor of each format that a quantized module certainly has, and no float module.
+MARKERS = ("weight_packed", "qweight")
+
+
+class Artefact:
+    """The directory's tensors by the names a float model has: `model.layers.0.mlp.up_proj.weight` wherever it is packed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads headers and config.json. CheckpointError for a quantization that no format here reads."""
+        self.checkpoint = Checkpoint(folder)
+        self.folder = folder
+        self.config = quantization_of(folder)
+        self.format = _format_of(folder, self.config)
+        self.modules = _quantized_modules(self.checkpoint) if self.config else {}
+        parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
+        self.plain = [name for name in self.checkpoint.tensors if name not in parts]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Every tensor of the float model and its shape; None for a quantized one, which only decoding tells."""
+        plain = {name: self.checkpoint.tensors[name].shape for name in self.plain}
+        return {**plain, **{f"{module}.weight": None for module in self.modules}}
+
+    @property
+    def bytes(self) -> int:
+        """All weight data: scales, zeros and kept tensors included."""
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
+        module = name.removesuffix(".weight")
+        if module not in self.modules or self.format is None or self.config is None:
+            return self.checkpoint.read(name)
+        parts = {suffix: self.checkpoint.read(tensor) for suffix, tensor in self.modules[module].items()}
+        try:
+            return self.format.decode(self.config, module, parts)
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"module {module!r} does not hold what its quantization_config promises: {error}",
+                where=str(self.folder),
+            ) from error
+
+
+def _format_of(folder: Path, config: dict[str, Any] | None) -> Format | None:
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    for candidate in FORMATS.values():
+        if candidate.method == method:
+            return candidate
+    known = ", ".join(f.method for f in FORMATS.values())
+    raise CheckpointError(
+        f"quantized with {method!r}, which is not read here", where=str(folder), remedy=f"known: {known}"
+    )
+
+
+def _quantized_modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Module name -> {suffix: tensor name} of all its tensors but the bias."""
+    quantized = set()
+    for name, info in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        narrow = suffix == "weight" and info.dtype in (torch.float8_e4m3fn, torch.int8)
+        if suffix in MARKERS or (narrow and f"{module}.weight_scale" in checkpoint.tensors):
+            quantized.add(module)
+    modules: dict[str, dict[str, str]] = {module: {} for module in sorted(quantized)}
+    for name in checkpoint.tensors:
+        module, _, suffix = name.rpartition(".")
+        if module in modules and suffix != "bias":
+            modules[module][suffix] = name
+    return modules

@@ -1,0 +1,81 @@
+"""Text -> token windows [S, T], seeded, no padding: every token that a statistic sees is a real one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.stdlib_text import CALIBRATION, HELD_OUT, module_text
+
+BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that every machine with Python has
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer; no code from the checkpoint is run."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"no usable tokenizer: {str(error).splitlines()[0]}"
+        raise CheckpointError(message, where=str(folder), remedy="copy the model's tokenizer files here") from error
+
+
+def read_text(source: str) -> str:
+    """A text file, or a built-in text by name. CalibrationError if it is missing, not text, or empty."""
+    if source in BUILT_IN:
+        return module_text(BUILT_IN[source])
+    file = Path(source)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
+        raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8") from error
+    if not text.strip():
+        raise CalibrationError("the text is empty", where=source, remedy="give some thousand words of real text")
+    return text
+
+
+def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int) -> Tensor:
+    """All whole, non-overlapping windows of a text, in order: token ids [W, seqlen].
+
+    A tokenizer that begins every text with a token of its own (BOS) has it at the start of every window, since the
+    model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
+    do not fit the model's vocabulary.
+    """
+    tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
+    start = _opening(tokenizer)
+    ids = tokenizer(read_text(source), add_special_tokens=False)["input_ids"]
+    length = seqlen - len(start)
+    count = len(ids) // length if length > 0 else 0
+    if count == 0:
+        message = f"{len(ids)} tokens are shorter than one window of {seqlen}"
+        raise CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
+    body = torch.tensor(ids[: count * length]).view(count, length)
+    if int(body.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer makes id {int(body.max())}, the model's vocabulary ends at {vocabulary - 1}", where=source,
+            remedy="tokenizer and weights must belong together",
+        )  # fmt: skip
+    return torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []
+
+
+def sample(all_windows: Tensor, samples: int, seed: int) -> Tensor:
+    """`samples` of the windows, at random by a seed of their own; all of them if there are fewer."""
+    order = torch.randperm(len(all_windows), generator=torch.Generator().manual_seed(seed))
+    return all_windows[order[:samples]]
+
+
+def batches(ids: Tensor, tokens: int) -> list[Tensor]:
+    """Split [S, T] into batches of about so many tokens."""
+    return list(ids.split(max(1, tokens // ids.shape[1])))

@@ -1,0 +1,240 @@
+"""Safetensors checkpoints: an index of a directory's tensors, lazy reads, atomic writes.
+
+Tensors are read with plain file reads, not memory maps: mapped pages count as this process's memory, and a checkpoint
+larger than memory must stay on the disk. Headers are checked against the file's size before anything is believed.
+"""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import CheckpointError, OutputError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100 << 20  # the format's own limit
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: file, first byte, type and shape."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return self.dtype.itemsize * _count(self.shape)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files, by name."""
+
+    def __init__(self, folder: Path, *, only: Path | None = None) -> None:
+        """Reads headers only, of all files that belong together or of `only` one.
+
+        Raises CheckpointError for a directory, index or file that is not what it should be.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise CheckpointError("no such directory", where=str(folder), remedy="give a directory with a checkpoint")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, wanted in sorted(({only: []} if only else _weight_files(folder)).items()):
+            found = read_header(file)
+            for name in wanted or found:
+                if name not in found:
+                    raise CheckpointError(f"the index promises tensor {name!r}, the file lacks it", where=str(file))
+                if name in self.tensors:
+                    raise CheckpointError(f"tensor {name!r} is also in {self.tensors[name].file.name}", where=str(file))
+                self.tensors[name] = found[name]
+        if not self.tensors:
+            raise CheckpointError("the checkpoint holds no tensors", where=str(folder))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own. CheckpointError if the file is shorter than its header says."""
+        info = self.tensors[name]
+        data = bytearray(info.nbytes)
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.offset)
+            view, got = memoryview(data), 0
+            while got < len(data) and (count := stream.readinto(view[got:])):
+                got += count
+        if got < len(data):
+            raise CheckpointError(
+                f"tensor {name!r} is cut short", where=str(info.file), remedy="download the file again"
+            )
+        if not data:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """What changes when the weights do: each file's name, size and time of change."""
+        files = sorted({info.file for info in self.tensors.values()})
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Each file and the tensors that the index promises in it (none listed: whatever it holds)."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        try:
+            promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[Path, list[str]] = {}
+            for name, file in promised.items():
+                if Path(file).name != file:
+                    raise CheckpointError(f"the index points outside its directory: {file!r}", where=str(index))
+                files.setdefault(folder / file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not a weight index: {error}", where=str(index)) from error
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError("a shard is missing", where=str(file), remedy="download it, or repair the index")
+        return files
+    if single.is_file():
+        return {single: []}
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return {others[0]: []}
+    if others:
+        raise CheckpointError(f"{len(others)} safetensors files but no {INDEX}", where=str(folder))
+    if any(path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise CheckpointError(
+            "only pickled weights here; unpickling can run code, so they are never opened", where=str(folder),
+            remedy="convert them to safetensors with the tool that made them",
+        )  # fmt: skip
+    raise CheckpointError(
+        "no safetensors file here", where=str(folder), remedy="give a directory with model.safetensors"
+    )
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file says it holds, checked against its size and against each other."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                "not a safetensors file, or cut short in its header", where=str(file), remedy="download it again"
+            )
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        found = {name: _entry(file, 8 + length, name, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"damaged safetensors header: {error}", where=str(file), remedy="download it again"
+        ) from error
+    end = 8 + length
+    for name, info in sorted(found.items(), key=lambda item: item[1].offset):
+        if info.offset < end:
+            raise CheckpointError(f"tensor {name!r} overlaps another", where=str(file))
+        end = info.offset + info.nbytes
+    if end > size:
+        raise CheckpointError(
+            f"the file has {size} bytes, its header needs {end}", where=str(file), remedy="download it again"
+        )
+    return found
+
+
+def _entry(file: Path, base: int, name: str, entry: dict[str, object]) -> TensorInfo:
+    """One header entry; ValueError or KeyError where it contradicts itself."""
+    shape, offsets, code = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if code not in DTYPES:
+        raise ValueError(f"tensor {name!r} has unknown type {code!r}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has no shape or offsets")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, *offsets)):
+        raise ValueError(f"tensor {name!r} has a shape or offset that is not a count")
+    info = TensorInfo(file, base + offsets[0], DTYPES[str(code)], tuple(shape))
+    if info.nbytes != offsets[1] - offsets[0]:
+        raise ValueError(f"tensor {name!r} of shape {shape} does not fill bytes {offsets[0]} to {offsets[1]}")
+    return info
+
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:
+    """The bytes before the data, and the tensors in the order of their data: widest type first, as alignment wants."""
+    ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in ordered:
+        dtype, shape = specs[name]
+        end = at + dtype.itemsize * _count(shape)
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, ordered
+
+
+def shard_bytes(specs: dict[str, Spec]) -> int:
+    """The exact size of the file that `write_shard` makes of tensors of these types and shapes."""
+    return len(_header(specs)[0]) + sum(dtype.itemsize * _count(shape) for dtype, shape in specs.values())
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that is there whole or not at all, one tensor after the other, no copy of them all."""
+    header, ordered = _header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    with _replacing(file) as stream:
+        stream.write(header)
+        for name in ordered:
+            stream.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    with _replacing(file) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[BinaryIO]:
+    """Write beside, flush to the disk, rename: a crash leaves the old file or the new one, never half of one."""
+    beside = file.with_name(file.name + ".tmp")
+    with disk_errors(file):
+        with beside.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk and a forbidden path into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "free some space and run the same command again: it goes on where it stopped"
+            raise OutputError("the disk is full", where=str(path), remedy=remedy) from error
+        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path)) from error

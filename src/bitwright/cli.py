@@ -1,0 +1,189 @@
+"""The command line: parse, call, print. With --json, one JSON object on stdout and nothing else.
+
+Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console, errors = Console(), Console(stderr=True)
+
+Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[None]:
+    """Errors of ours become a message (or JSON) and an exit status; any other is a bug and keeps its traceback."""
+    from bitwright.errors import BitwrightError, InputError
+
+    try:
+        yield
+    except BitwrightError as error:
+        if as_json:
+            print(json.dumps(error.as_dict()))
+        else:
+            errors.print(
+                f"[bold red]error[/] {_plain(error.where + ': ' if error.where else '')}{_plain(error.message)}"
+            )
+            if error.remedy:
+                errors.print(f"[bold]remedy[/] {_plain(error.remedy)}")
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A callback that draws a bar on stderr, or does nothing."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield update
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to make; it appears only when complete and verified.")],
+    scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
+    method: Annotated[str, typer.Option(help="Rounding method: rtn, search or gptq.")] = "gptq",
+    format: Annotated[str, typer.Option(help="File format: compressed-tensors or gptq.")] = "compressed-tensors",
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a UTF-8 file, or stdlib (Python's own sources).")
+    ] = "stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
+    with _reporting(as_json):
+        from bitwright.pipeline import run
+        from bitwright.preflight import preflight
+        from bitwright.recipe import Recipe
+        from bitwright.report import ledger_table
+        from bitwright.workplace import check_out
+
+        check_out(out)
+        rules = Recipe.load(recipe, scheme=scheme, method=method) if recipe else Recipe.uniform(scheme, method)
+        plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
+        if dry_run:
+            _print(plan.as_dict(), as_json, "Preflight")
+            return
+        if not as_json:
+            errors.print(plan.headline, highlight=False)
+        with _progress(as_json) as progress:
+            done = run(plan, out, calib=calib, seed=seed, resume=resume, progress=progress)
+        if not as_json:
+            console.print(ledger_table(done.ledger))
+            for note in done.notes:
+                console.print(f"note: {_plain(note)}")
+            for fallback in done.fallbacks:
+                console.print(f"[yellow]worse than asked[/] {_plain(fallback)}")
+        _print(done.as_dict(), as_json, "Done")
+    if done.fallbacks:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original, to measure KL and top-1 agreement against.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="A UTF-8 file, or stdlib-heldout.")] = "stdlib-heldout",
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many; the whole text otherwise.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
+    with _reporting(as_json):
+        from bitwright.evaluate import evaluate as judge
+
+        _print(
+            judge(model, reference=reference, text=text, seqlen=seqlen, tokens=tokens).as_dict(), as_json, "Evaluation"
+        )
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
+    with _reporting(as_json):
+        from bitwright.inspection import inspect as look
+        from bitwright.report import table
+
+        found = look(model)
+        if as_json:
+            _print(found, True, "")
+            return
+        rows = [_inspected(t) for t in found["tensors"]]
+        console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
+        console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
+
+
+def _inspected(t: dict[str, Any]) -> tuple[str, ...]:
+    """A tensor's row of the table."""
+    loss = "" if t["loss"] is None else f"{t['loss']:.5f}"
+    return t["name"], "×".join(map(str, t["shape"])), t["scheme"], f"{t['bytes']:,}", loss
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """The whole main job on the built-in model: no network, under two minutes."""
+    with _reporting(as_json), _progress(as_json) as progress:
+        from bitwright.demo import HEADER
+        from bitwright.demo import demo as show
+        from bitwright.report import table
+
+        rows = show(lambda line: None if as_json else errors.print(line, highlight=False), progress)
+    if as_json:
+        print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
+    else:
+        console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
+
+
+def _print(content: dict[str, Any], as_json: bool, title: str) -> None:
+    """A result as JSON, or as a short list."""
+    if as_json:
+        print(json.dumps(content))
+        return
+    console.print(f"[bold]{title}[/]")
+    for key, value in content.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        if value not in (None, [], ()):
+            console.print(f"  {key:<18} {_plain(shown)}", highlight=False)
+
+
+def main() -> None:
+    """Entry point."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(app())

@@ -1,0 +1,350 @@
+"""QTensor, and the arithmetic of number formats: fit scales, snap them to their encoding, encode, decode, loss.
+
+The scale encoding is applied *before* rounding: `snap` turns the scales one would like into the scales that will be read
+back from the file, and codes are only ever chosen against those. So w ≈ decode(codes, scales) holds bit for bit in every
+file format, and GPTQ's error feedback works in all of them.
+
+Axes: w [N, K], groups of g along K, scale [N, G] with G = ceil(K / g). Everything is float32 and pure.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import SchemeError
+from bitwright.scheme import CHANNEL, SUPERBLOCK, TENSOR, Scheme
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a matrix as they will be read back.
+
+    scale       [N, G] float32 ([1, 1] for group "tensor")
+    zero        None; integers in the code range as float32 ("asym"); minima m ≤ 0 ("min"); shape as scale
+    outer       second level of the scale: f16 per super-block [N, S] (k8, k6, k4), absmax per block of 256 scales (dq8),
+                the per-tensor divisor [1, 1] (e4m3); None for one-level encodings
+    outer_zero  the same for the minima (k6, k4), and dq8's mean [1, 1]
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    outer: Tensor | None = None
+    outer_zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight: codes + group scales (+ zeros).
+
+    codes   [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
+    scales  `Scales`, exactly as the file will hold them
+    shape   of the source tensor; codes have it reshaped to [shape[0], -1]
+    """
+
+    codes: Tensor
+    scales: Scales
+    scheme: Scheme
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
+            raise SchemeError(f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}")
+
+
+def is_signed(scheme: Scheme) -> bool:
+    """Whether codes count from below zero (int8) or from zero (uint8: codebooks, and codes over a minimum)."""
+    return scheme.levels.levels is None and scheme.zero != "min"
+
+
+def code_range(scheme: Scheme) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    grid = scheme.levels
+    return (0, grid.hi - grid.lo) if scheme.zero == "min" else (grid.lo, grid.hi)
+
+
+def group_view(w: Tensor, scheme: Scheme) -> Tensor:
+    """w [N, K] -> [N, G, g], zeros behind a short last group; [1, 1, N·K] for group "tensor"."""
+    if scheme.group == TENSOR:
+        return w.reshape(1, 1, -1)
+    if scheme.group == CHANNEL:
+        return w[:, None, :]
+    g = scheme.group_length(w.shape[1])
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % g)).unflatten(1, (-1, g))
+
+
+def spread(per_group: Tensor, scheme: Scheme, K: int) -> Tensor:
+    """A value per group [N, G] -> a value per weight [N, K] (or a shape that broadcasts to it)."""
+    if isinstance(scheme.group, str):
+        return per_group
+    return per_group.repeat_interleave(scheme.group, dim=1)[:, :K]
+
+
+# ---------------------------------------------------------------------------------------------------------------- fit
+
+
+def fit(w: Tensor, scheme: Scheme, *, shrink: Tensor | float = 1.0, outer: Tensor | None = None) -> Scales:
+    """Scales from each group's extremes, narrowed by `shrink`, snapped to the scheme's encoding.
+
+    w       [N, K]
+    shrink  factor on the range, a number or [N, G]; below 1 it clips outliers for finer steps
+    outer   a second level fixed beforehand (e4m3)
+
+    >>> q = fit(torch.tensor([[-7.59, 10.8]]), Scheme.parse("int8-tensor-asym"))
+    >>> q.zero.item(), round(q.scale.item(), 3)
+    (-23.0, 0.072)
+    """
+    scale, zero = raw_scales(group_view(w.float(), scheme), w.shape[1], scheme, shrink)
+    return snap(scale, zero, scheme, outer=outer)
+
+
+def raw_scales(v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """The scales one would like, before any encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None."""
+    grid = scheme.levels
+    if scheme.zero == "sym":
+        if grid.reach is not None:
+            return v.abs().amax(-1) * (shrink / grid.reach), None
+        counts = torch.full(v.shape[1:2], float(v.shape[2]))
+        if isinstance(scheme.group, int) and K % scheme.group:
+            counts[-1] = K % scheme.group
+        return v.abs().sum(-1) / counts.to(v.device) * shrink, None
+    low = v.amin(-1).clamp(max=0) * shrink
+    high = v.amax(-1).clamp(min=0) * shrink
+    scale = (high - low) / (grid.hi - grid.lo)
+    if scheme.zero == "min":
+        return scale, low
+    return scale, integer_zero(low, scale, scheme)
+
+
+def integer_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """The code that stands for 0 when the lowest code stands for `low`."""
+    grid = scheme.levels
+    first = grid.lo + (scheme.zero == "asym1")
+    return (grid.lo - torch.round(low / safe(scale))).clamp(first, grid.hi)
+
+
+def safe(scale: Tensor) -> Tensor:
+    """Scales to divide by: 1 where a group is all zeros or its scale vanished in the encoding."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+# --------------------------------------------------------------------------------------------------------------- snap
+
+
+def snap(scale: Tensor, zero: Tensor | None, scheme: Scheme, *, outer: Tensor | None = None) -> Scales:
+    """Round scales (and minima) to what the scheme's encoding can hold; `outer` fixes e4m3's divisor."""
+    if not torch.isfinite(scale).all():
+        raise SchemeError("scales are not finite", remedy="look for NaN or Inf in the weights")
+    encoding = scheme.scale
+    if encoding in _FLOATS:
+        low, high = torch.finfo(_FLOATS[encoding]).smallest_normal, torch.finfo(_FLOATS[encoding]).max
+        rounded = _to_float(scale, encoding, low, high)
+        return Scales(
+            rounded, _to_float(zero, encoding, 0.0, high) if scheme.zero == "min" and zero is not None else zero
+        )
+    if encoding == "e8m0":
+        return Scales(
+            torch.where(scale == 0, scale, torch.exp2(safe(scale).abs().log2().round().clamp(-127, 127))), zero
+        )
+    if encoding == "e4m3":
+        return _snap_e4m3(scale, zero, outer)
+    if encoding == "dq8":
+        return _snap_dq8(scale, zero)
+    return _snap_k(scale, zero, scheme)
+
+
+_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _to_float(x: Tensor, encoding: str, low: float, high: float) -> Tensor:
+    """Rounded to the float type, kept between its smallest normal number and its largest; exact zeros stay."""
+    bounded = torch.where(x == 0, x, x.sign() * x.abs().clamp(low, high))
+    return bounded.to(_FLOATS[encoding]).float()
+
+
+def _snap_e4m3(scale: Tensor, zero: Tensor | None, outer: Tensor | None) -> Scales:
+    """NVFP4's two levels: scale = e4m3 / divisor, one divisor a tensor that sends the largest scale to 448."""
+    if outer is None:
+        outer = 448.0 / safe(scale.max()).reshape(1, 1)
+    local = (scale * outer).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return Scales(local / outer, zero, outer)
+
+
+def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
+    """The k-quants' two levels: integers of 8, 6 or 4 bits under one f16 per 256 weights.
+
+    Symmetric schemes store signed integers, those with a minimum unsigned ones for both (llama.cpp's block_q*_K).
+    """
+    bits = int(scheme.scale[1:])
+    top = (1 << (bits - 1)) - 1 if scheme.zero == "sym" else (1 << bits) - 1
+    scale, outer = _two_level(scale, top, scheme)
+    if zero is None:
+        return Scales(scale, None, outer)
+    minimum, outer_zero = _two_level(-zero, top, scheme)
+    return Scales(scale, -minimum, outer, outer_zero)
+
+
+def _two_level(x: Tensor, top: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """x [N, G] ≥ 0 -> integers 0..top times an f16 per super-block, and that f16 [N, S]."""
+    assert isinstance(scheme.group, int)  # Scheme refuses anything else
+    per_block = SUPERBLOCK // scheme.group
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % per_block)).unflatten(1, (-1, per_block))
+    outer = (blocks.amax(-1) / top).clamp(max=65504).half().float()
+    integers = torch.round(blocks / safe(outer)[..., None]).clamp(0, top)
+    return (integers * outer[..., None]).flatten(1)[:, : x.shape[1]], outer
+
+
+@lru_cache(maxsize=1)
+def dynamic_map() -> Tensor:
+    """The 256 values of bitsandbytes' signed 8-bit dynamic data type (Dettmers, arXiv:1511.04561), sorted.
+
+    Seven decades; the decade below 10^-i is cut into 2^(6-i) equal parts, of which the midpoints count, with both
+    signs; and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float64)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def _snap_dq8(scale: Tensor, zero: Tensor | None) -> Scales:
+    """QLoRA's double quantization (arXiv:2305.14314, section 3): scales less their mean, in 8 bits, blocks of 256."""
+    mean = scale.mean().reshape(1, 1)
+    flat = (scale - mean).reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    absmax = blocks.abs().amax(-1, keepdim=True)
+    table = dynamic_map().to(scale.device)
+    codes = nearest(blocks / safe(absmax), table)
+    snapped = (table[codes] * absmax).view(-1)[: flat.numel()].view(scale.shape) + mean
+    return Scales(snapped, zero, absmax, mean)
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest entry of a sorted table; ties go down."""
+    return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------ encode, decode
+
+
+def choose(x: Tensor, scheme: Scheme) -> Tensor:
+    """The codes, as a float or integer tensor, nearest to x = w / s (+ z), any shape."""
+    grid = scheme.levels
+    if grid.levels is None:
+        low, high = code_range(scheme)
+        return torch.round(x).clamp_(low, high)
+    if scheme.grid == "fp8":
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    order, table = _sorted_levels(grid.levels)
+    return order.to(x.device)[nearest(x, table.to(x.device))]
+
+
+@lru_cache(maxsize=8)
+def _sorted_levels(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Codes in the order of their value, and the values; a second code for an equal value is never chosen."""
+    unique = sorted({value: code for code, value in reversed(list(enumerate(levels)))}.items())
+    return torch.tensor([code for _, code in unique]), torch.tensor([value for value, _ in unique])
+
+
+def values(codes: Tensor, scheme: Scheme) -> Tensor:
+    """v(c): the number each code stands for before scaling, float32."""
+    levels = scheme.levels.levels
+    return codes.float() if levels is None else torch.tensor(levels, device=codes.device)[codes.long()]
+
+
+def round_to(
+    w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, divisor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and decoded weights for w and scales of shapes that broadcast: the one place where rounding happens.
+
+    divisor: `safe(scale)`, where a loop has it at hand.
+    """
+    divisor = safe(scale) if divisor is None else divisor
+    if zero is None:
+        codes = choose(w / divisor, scheme)
+        return codes, values(codes, scheme) * scale
+    if scheme.zero == "min":
+        codes = choose((w - zero) / divisor, scheme)
+        return codes, codes * scale + zero
+    codes = choose(w / divisor + zero, scheme)
+    return codes, (codes - zero) * scale
+
+
+def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
+    """Round w (any shape, first axis N) to the nearest codes under scales that are fixed.
+
+    >>> w = torch.tensor([[3.08, 3.02, -10.8]])
+    >>> encode(w, fit(w, Scheme.parse("int8-channel-f32")), Scheme.parse("int8-channel-f32")).codes.tolist()
+    [[36, 36, -127]]
+    """
+    matrix = w.reshape(w.shape[0], -1).float()
+    K = matrix.shape[1]
+    zero = None if scales.zero is None else spread(scales.zero, scheme, K)
+    codes, _ = round_to(matrix, spread(scales.scale, scheme, K), zero, scheme)
+    return QTensor(codes.to(code_dtype(scheme)), scales, scheme, tuple(w.shape))
+
+
+def code_dtype(scheme: Scheme) -> torch.dtype:
+    """int8 or uint8: see `is_signed`."""
+    return torch.int8 if is_signed(scheme) else torch.uint8
+
+
+def decode(q: QTensor) -> Tensor:
+    """The weights that codes and scales stand for, float32, in the source's shape."""
+    K = q.codes.shape[1]
+    scale = spread(q.scales.scale, q.scheme, K)
+    if q.scales.zero is None:
+        return (values(q.codes, q.scheme) * scale).reshape(q.shape)
+    zero = spread(q.scales.zero, q.scheme, K)
+    if q.scheme.zero == "min":
+        return (q.codes.float() * scale + zero).reshape(q.shape)
+    return ((q.codes.float() - zero) * scale).reshape(q.shape)
+
+
+def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
+    """Apply f to those tables of the scales that have a row for each output; what belongs to the tensor stays."""
+    grouped, blocked = scheme.group != TENSOR, scheme.scale in ("k8", "k6", "k4")
+
+    def one(name: str, by_row: bool) -> Tensor | None:
+        found = [getattr(table, name) for table in tables]
+        return f(*found) if by_row and found[0] is not None else found[0]
+
+    scale = one("scale", grouped)
+    assert scale is not None
+    return Scales(scale, one("zero", grouped), one("outer", blocked), one("outer_zero", blocked))
+
+
+def rows(q: QTensor, start: int, stop: int) -> QTensor:
+    """Rows start..stop of a matrix: undoes stacking."""
+    scales = map_rows(lambda t: t[start:stop], q.scheme, q.scales)
+    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]))
+
+
+def reshaped(q: QTensor, shape: tuple[int, ...]) -> QTensor:
+    """The same weight under its source's shape."""
+    return replace(q, shape=shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
+    """tr(E gram Eᵀ) / tr(w gram wᵀ) with E = w − decoded: the part of the layer's output energy that is lost.
+
+    w, decoded [N, K]; gram [K, K], or None for the identity. Unitless; 0 for an all-zero w.
+    """
+    error = w.float() - decoded.float()
+    lost, whole = energy(error, gram), energy(w.float(), gram)
+    return lost / whole if whole > 0 else 0.0
+
+
+def energy(w: Tensor, gram: Tensor | None) -> float:
+    """tr(w gram wᵀ): the mean squared output, summed over outputs."""
+    if gram is None:
+        return float(w.square().sum(dtype=torch.float64))
+    return max(0.0, float((w @ gram).mul_(w).sum(dtype=torch.float64)))

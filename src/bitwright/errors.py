@@ -1,0 +1,66 @@
+"""Every error that bitwright raises on purpose.
+
+BitwrightError
+├── InputError            the user can mend it; the command line exits with 2 and has written nothing
+│   ├── SchemeError       a number format that does not exist, or does not fit a shape
+│   ├── CheckpointError   a source that is missing, damaged, not finite or already quantized
+│   ├── RecipeError       an unknown method, key or option; a pattern that matches nothing
+│   ├── CalibrationError  text that is missing, empty or too short
+│   ├── FormatError       a file format that cannot hold what was asked
+│   └── OutputError       OUT exists, the disk is full, unfinished work of another kind lies there
+├── NumericsError         a matrix that cannot be factored, a value that is not finite
+└── VerificationError     what was written is not what was meant; the command line exits with 1
+"""
+
+
+class BitwrightError(Exception):
+    """An error that names the thing (`where`) and says what to do about it (`remedy`)."""
+
+    def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(message)
+        self.message, self.where, self.remedy = message, where, remedy
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        remedy = f"\n  remedy: {self.remedy}" if self.remedy else ""
+        return f"{where}{self.message}{remedy}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The JSON form: {error, where, remedy}."""
+        return {"error": self.message, "where": self.where, "remedy": self.remedy}
+
+
+class InputError(BitwrightError):
+    """Bad input or usage."""
+
+
+class SchemeError(InputError):
+    """A number format that does not exist, or does not fit a shape."""
+
+
+class CheckpointError(InputError):
+    """A source that is missing, damaged, not finite or already quantized."""
+
+
+class RecipeError(InputError):
+    """An unknown method, key or option, or a pattern that matches nothing."""
+
+
+class CalibrationError(InputError):
+    """Text that is missing, empty or too short."""
+
+
+class FormatError(InputError):
+    """A file format that cannot hold what was asked."""
+
+
+class OutputError(InputError):
+    """OUT exists, the disk is full, or unfinished work of another kind lies there."""
+
+
+class NumericsError(BitwrightError):
+    """A matrix that cannot be factored, or a value that is not finite."""
+
+
+class VerificationError(BitwrightError):
+    """What was written is not what was meant."""

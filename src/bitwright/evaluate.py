@@ -1,0 +1,161 @@
+"""What quantization cost: perplexity, and KL divergence, top-1 agreement against the original.
+
+Both models are walked block by block, as in the pipeline, so a model larger than memory can be judged; logits exist for
+a few tokens at a time. A text's tokens are cut into non-overlapping windows, each predicted from its own start.
+Standard errors are those of the mean over windows: tokens of one window are not independent.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.artefact import Artefact
+from bitwright.calibration import batches, load_tokenizer, windows
+from bitwright.errors import CheckpointError, InputError
+from bitwright.models import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
+
+LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The command line's JSON. KL is KL(reference ‖ model) in nats a token; None without a reference."""
+
+    tokens: int
+    perplexity: float
+    perplexity_stderr: float
+    kl_mean: float | None
+    kl_stderr: float | None
+    kl_median: float | None
+    kl_p999: float | None
+    top1: float | None
+    bits_per_weight: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, keys as they are named."""
+        return asdict(self)
+
+
+class Walk:
+    """A checkpoint directory, float or quantized, carried over a text block by block."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Reads headers. Raises CheckpointError for a directory that is not a checkpoint, or not of its config."""
+        self.folder, self.artefact = folder, None
+        self.skeleton = Skeleton(read_config(folder), dtype)
+        self.artefact = Artefact(folder)
+        self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 × bytes of all weight data / parameters, tied ones once."""
+        assert self.artefact is not None
+        return 8 * self.artefact.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
+
+    def load(self, parameters: list[str]) -> None:
+        """Read and decode these parameters into the skeleton."""
+        assert self.artefact is not None
+        tensors = {}
+        for name in parameters:
+            if name not in self.names:
+                continue
+            source = self.names[name]
+            tensor = self.artefact.read(source)
+            if source.removesuffix(".weight") in self.artefact.modules:
+                tensor = matrix_of(self.skeleton.model.get_submodule(name.removesuffix(".weight")), tensor)
+            if tuple(tensor.shape) != tuple(self.skeleton.model.state_dict(keep_vars=True)[name].shape):
+                raise CheckpointError(
+                    f"tensor {source!r} decodes to shape {tuple(tensor.shape)}", where=str(self.folder)
+                )
+            tensors[name] = tensor
+        self.skeleton.load(tensors)
+
+    def hidden(self, ids: Tensor) -> list[Tensor]:
+        """What the last block gives for windows [W, T], in batches [B, T, H]."""
+        self.load(self.skeleton.outer_names())
+        hidden = [self.skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH)]
+        for index in range(len(self.skeleton)):
+            self.load(self.skeleton.state_names(index))
+            for b, batch in enumerate(hidden):
+                hidden[b] = self.skeleton.run(index, batch)
+            self.skeleton.unload(index)
+        return hidden
+
+
+def evaluate(
+    model: Path, *, reference: Path | None = None, text: str, seqlen: int = 256, tokens: int | None = None
+) -> Evaluation:
+    """Judge a checkpoint directory on a text, beside a reference if one is given.
+
+    seqlen  tokens in a window, at least 2; at most what the model knows positions for
+    tokens  stop after so many (whole windows); None: the whole text
+    Raises InputError for a window that does not fit, CalibrationError for a text shorter than one window.
+    """
+    begun = time.monotonic()
+    walk = Walk(model)
+    config = walk.skeleton.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or seqlen
+    if not 2 <= seqlen <= limit:
+        raise InputError(f"--seqlen {seqlen} is not between 2 and the model's {limit} positions")
+    ids = windows(load_tokenizer(model), text, seqlen=seqlen, vocabulary=config.vocab_size)
+    ids = ids[: max(1, tokens // seqlen)] if tokens else ids
+    other = Walk(reference) if reference else None
+    if other and other.skeleton.config.get_text_config().vocab_size != config.vocab_size:
+        raise InputError("model and reference have different vocabularies", where=str(reference))
+    hidden = walk.hidden(ids)
+    other_hidden = other.hidden(ids) if other else None
+    parts = list(_judge(walk.skeleton, hidden, other.skeleton if other else None, other_hidden, ids))
+    nll = torch.cat([part[0] for part in parts]).view(len(ids), -1)
+    mean, stderr = _mean(nll)
+    perplexity = math.exp(mean)
+    kl = torch.cat([part[1] for part in parts]).view(len(ids), -1) if other else None
+    same = torch.cat([part[2] for part in parts]) if other else None
+    kl_mean, kl_stderr = _mean(kl) if kl is not None else (None, None)
+    return Evaluation(
+        nll.numel(), perplexity, perplexity * stderr, kl_mean, kl_stderr, _quantile(kl, 0.5), _quantile(kl, 0.999),
+        None if same is None else float(same.double().mean()), walk.bits_per_weight, time.monotonic() - begun,
+    )  # fmt: skip
+
+
+def _judge(
+    model: Skeleton, hidden: list[Tensor], reference: Skeleton | None, other: list[Tensor] | None, ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Window by window, a slice at a time: each token's −log p, KL(reference ‖ model), and whether the top 1 agrees."""
+    vocabulary = model.config.get_text_config().vocab_size
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    flat = [window for batch in hidden for window in batch]
+    flat_other = [window for batch in other for window in batch] if other else None
+    for w, states in enumerate(flat):
+        targets = ids[w, 1:]
+        for at in range(0, len(targets), step):
+            piece = slice(at, min(at + step, len(targets)))
+            log_q = model.head(states[None, piece])[0].log_softmax(-1)
+            nll = -log_q.gather(-1, targets[piece, None])[:, 0]
+            if reference is None or flat_other is None:
+                yield nll, nll, nll
+                continue
+            log_p = reference.head(flat_other[w][None, piece])[0].log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+            yield nll, kl, log_p.argmax(-1) == log_q.argmax(-1)
+
+
+def _mean(per_token: Tensor) -> tuple[float, float]:
+    """Mean over all tokens of [W, T − 1], and its standard error from the spread of the windows' means."""
+    by_window = per_token.double().mean(1)
+    stderr = float(by_window.std() / math.sqrt(len(by_window))) if len(by_window) > 1 else float("nan")
+    return float(by_window.mean()), stderr
+
+
+def _quantile(values: Tensor | None, q: float) -> float | None:
+    """The q-quantile, for any number of values."""
+    if values is None:
+        return None
+    flat = values.flatten().sort().values
+    return float(flat[min(len(flat) - 1, round(q * (len(flat) - 1)))])

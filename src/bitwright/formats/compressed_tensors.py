@@ -1,0 +1,168 @@
+"""compressed-tensors: the format of llm-compressor, which transformers and vLLM load.
+
+Integers are packed densely in 32-bit words along K, unsigned (code + 2^(bits−1)); zero points likewise along N. MXFP4 and
+NVFP4 put two e2m1 codes in a byte, the first in the low half. Scales have the model's own float type, because that is
+the type transformers loads them into. Read back by the compressed-tensors library's own decompressors.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import QTensor
+from bitwright.errors import FormatError
+from bitwright.formats.format import FLOAT_NAMES, Layer, Spec
+from bitwright.packing import pack, words
+from bitwright.scheme import Scheme
+
+PACKED, FP8, MXFP4, NVFP4 = "pack-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+
+
+class CompressedTensors:
+    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4."""
+
+    name = "compressed-tensors"
+    method = "compressed-tensors"
+
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
+        """See `Format.adapt`."""
+        scheme = layer.scheme
+        _container(layer)
+        if layer.transposed:
+            raise FormatError(
+                "its module is a Conv1D, which loaders of compressed-tensors do not replace", where=layer.name,
+                remedy="use --format gptq",
+            )  # fmt: skip
+        if isinstance(scheme.group, int) and layer.K % scheme.group:
+            raise FormatError(
+                f"K = {layer.K} is not a multiple of the group of {scheme.group}", where=layer.name,
+                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
+            )  # fmt: skip
+        return scheme.with_scale(FLOAT_NAMES[dtype]) if scheme.scale in ("f32", "f16", "bf16") else scheme
+
+    def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
+        """See `Format.layout`."""
+        N, K, scheme = layer.N, layer.K, layer.scheme
+        G, kind = scheme.groups(K), _container(layer)
+        scale: tuple[int, ...] = (1,) if scheme.group == "tensor" else (N, G)
+        if kind == PACKED:
+            bits = scheme.levels.bits
+            specs: dict[str, Spec] = {
+                "weight_packed": (torch.int32, (N, words(K, bits))),
+                "weight_scale": (dtype, scale),
+                "weight_shape": (torch.int64, (2,)),
+            }
+            if scheme.zero != "sym":
+                specs["weight_zero_point"] = (torch.int32, (words(N, bits), G))
+            return specs
+        if kind == FP8:
+            return {"weight": (torch.float8_e4m3fn, (N, K)), "weight_scale": (dtype, scale)}
+        specs = {"weight_packed": (torch.uint8, (N, K // 2)), "weight_scale": (torch.uint8, (N, G))}
+        if kind == NVFP4:
+            specs["weight_scale"] = (torch.float8_e4m3fn, (N, G))
+            specs["weight_global_scale"] = (torch.float32, (1,))
+        return specs
+
+    def encode(self, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Format.encode`."""
+        N, K = q.codes.shape
+        s, kind = q.scales, _container(Layer("", N, K, q.scheme))
+        if kind == PACKED:
+            bits = q.scheme.levels.bits
+            half = 1 << (bits - 1)
+            scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
+            tensors = {
+                "weight_packed": pack(q.codes.short() + half, bits),
+                "weight_scale": scale.to(dtype),
+                "weight_shape": torch.tensor([N, K]),
+            }
+            if s.zero is not None:
+                tensors["weight_zero_point"] = pack(s.zero.T.short() + half, bits).T.contiguous()
+            return tensors
+        if kind == FP8:
+            scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
+            return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale.to(dtype)}
+        packed = q.codes[:, ::2] | (q.codes[:, 1::2] << 4)
+        if kind == MXFP4:
+            exponents = torch.where(s.scale > 0, s.scale, 2.0**-127).log2().round() + 127
+            return {"weight_packed": packed, "weight_scale": exponents.to(torch.uint8)}
+        assert s.outer is not None
+        local = (s.scale * s.outer).to(torch.float8_e4m3fn)
+        return {"weight_packed": packed, "weight_scale": local, "weight_global_scale": s.outer.reshape(1)}
+
+    def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
+        """See `Format.config`: one config group a scheme; a single one targets every Linear that is not ignored."""
+        by_scheme: dict[Scheme, list[Layer]] = defaultdict(list)
+        for layer in layers:
+            by_scheme[layer.scheme].append(layer)
+        kinds = {_container(group[0]) for group in by_scheme.values()}
+        groups = {}
+        for i, (scheme, members) in enumerate(by_scheme.items()):
+            targets = ["Linear"] if len(by_scheme) == 1 else [layer.name for layer in members]
+            kind = _container(members[0])
+            groups[f"group_{i}"] = {
+                "targets": targets, "weights": _arguments(scheme), "input_activations": None,
+                "output_activations": None, "format": kind,
+            }  # fmt: skip
+        return {
+            "quant_method": self.method,
+            "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": kept,
+            **({"dequantize": True} if any(scheme.zero != "sym" for scheme in by_scheme) else {}),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """See `Format.decode`: by the library's own decompressors, from what the config says."""
+        from compressed_tensors.compressors.base import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        for group in config["config_groups"].values():
+            if name in group["targets"] or "Linear" in group["targets"]:
+                kind = group.get("format") or config["format"]
+                compressor = BaseCompressor.get_value_from_registry(kind)
+                weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
+                return weight
+        raise FormatError("no config group covers this module", where=name)
+
+
+def _container(layer: Layer) -> str:
+    """The library's name for the way a scheme is stored; FormatError if there is none."""
+    s = layer.scheme
+    plain = s.scale in ("f32", "f16", "bf16")
+    if s.grid in ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary") and plain and s.zero != "min":
+        if s.zero == "sym" or s.group != "tensor":
+            return PACKED
+    elif s.grid == "fp8" and plain and isinstance(s.group, str):
+        return FP8
+    elif s.grid == "fp4" and s.scale == "e8m0" and s.group == 32:
+        return MXFP4
+    elif s.grid == "fp4" and s.scale == "e4m3" and s.group == 16:
+        return NVFP4
+    raise FormatError(
+        f"compressed-tensors has no container for {s}", where=layer.name,
+        remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
+    )  # fmt: skip
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    """The library's QuantizationArgs for weights."""
+    grouped = isinstance(scheme.group, int)
+    arguments: dict[str, Any] = {
+        "num_bits": scheme.levels.bits,
+        "type": "float" if scheme.grid in ("fp4", "fp8") else "int",
+        "symmetric": scheme.zero == "sym",
+        "strategy": "group" if grouped else scheme.group,
+        "group_size": scheme.group if grouped else None,
+        "dynamic": False,
+    }
+    if scheme.scale == "e8m0":
+        arguments["scale_dtype"] = "torch.uint8"
+    if scheme.scale == "e4m3":
+        arguments |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    return arguments

@@ -1,0 +1,38 @@
+"""What a checkpoint directory holds, from headers and its ledger alone."""
+
+from pathlib import Path
+from typing import Any
+
+from bitwright.artefact import Artefact
+from bitwright.ledger import from_jsonl
+from bitwright.models import Skeleton, read_config
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """{bytes, bits_per_weight, tensors: [{name, shape, scheme, bytes, loss}]}, one entry a tensor of the float model.
+
+    `scheme` is the float type of a tensor that is not quantized; `loss` is known where a ledger is.
+    """
+    import torch
+
+    config = read_config(folder)
+    artefact = Artefact(folder)
+    ledger = folder / "ledger.jsonl"
+    entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
+    parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
+    tensors = []
+    for name, shape in sorted(artefact.shapes.items()):
+        parts = artefact.modules.get(name.removesuffix(".weight"), {"": name}).values() if shape is None else [name]
+        entry = entries.get(name)
+        dtype = str(artefact.checkpoint.tensors[next(iter(parts))].dtype).removeprefix("torch.")
+        quantized = artefact.config["quant_method"] if shape is None and artefact.config else dtype
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(entry.shape if entry else shape or ()),
+                "scheme": (entry.scheme if entry and entry.scheme else quantized),
+                "bytes": sum(artefact.checkpoint.tensors[part].nbytes for part in parts),
+                "loss": entry.loss if entry else None,
+            }
+        )
+    return {"bytes": artefact.bytes, "bits_per_weight": 8 * artefact.bytes / parameters, "tensors": tensors}

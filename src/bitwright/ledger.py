@@ -1,0 +1,53 @@
+"""What happened to every tensor of the source: the record that makes silence impossible."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bitwright.errors import BitwrightError
+
+QUANTIZED, KEPT, LEFT_OUT = "quantized", "kept", "left out"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. `loss` and `loss_rtn` are relative output energies (codec.loss); `bytes` what the file holds of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    reason: str = ""
+    scheme: str = ""
+    method: str = ""
+    loss: float | None = None
+    loss_rtn: float | None = None
+    damping: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    fallback: str = ""
+    bytes: int = 0
+
+
+def to_jsonl(entries: Iterable[Entry]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+
+
+def from_jsonl(file: Path) -> list[Entry]:
+    """Undoes `to_jsonl`."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Entry(**{**json.loads(line), "shape": tuple(json.loads(line)["shape"])}) for line in lines]
+
+
+def check_complete(entries: list[Entry], source: Iterable[str]) -> None:
+    """Every tensor of the source has exactly one entry, or BitwrightError names the first that has not."""
+    names = [entry.name for entry in entries]
+    seen = set(names)
+    for name in source:
+        if name not in seen:
+            raise BitwrightError("neither quantized nor kept on purpose", where=name)
+    if len(names) != len(seen):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BitwrightError("recorded twice", where=twice)

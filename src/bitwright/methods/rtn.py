@@ -1,0 +1,12 @@
+"""RTN: round to nearest under scales taken from each group's extremes. The baseline of every comparison."""
+
+from torch import Tensor
+
+from bitwright.codec import encode, fit
+from bitwright.methods.outcome import Outcome
+from bitwright.scheme import Scheme
+
+
+def rtn(w: Tensor, gram: Tensor | None, scheme: Scheme) -> Outcome:
+    """w [N, K] (or a convolution's [N, ...]) -> codes and scales; the Gram is not looked at."""
+    return Outcome(encode(w, fit(w.reshape(w.shape[0], -1), scheme), scheme))

@@ -1,0 +1,144 @@
+"""Search: choose each group's scale (and zero) so that rounding to nearest loses least.
+
+For every group, the range [min, max] is narrowed in steps and then, for the codes that each step gives, the scale (and
+minimum) is solved for by least squares; the candidate with the smallest weighted squared error wins. Clipping an outlier
+buys finer steps for everyone else. The weights of the error are 1 ("mse"), the Gram's diagonal ("weighted": the mean
+squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import (
+    Scales,
+    encode,
+    fit,
+    group_view,
+    raw_scales,
+    round_to,
+    safe,
+    snap,
+    values,
+)  # fmt: skip
+from bitwright.errors import RecipeError
+from bitwright.methods.outcome import Outcome
+from bitwright.scheme import Scheme
+
+Objective = Literal["mse", "weighted", "percentile"]
+CHUNK = 1 << 17  # weights searched at a time: what stays in a core's cache
+
+
+def search(
+    w: Tensor,
+    gram: Tensor | None,
+    scheme: Scheme,
+    *,
+    objective: Objective = "weighted",
+    percentile: float = 99.9,
+    steps: int = 16,
+) -> Outcome:
+    """Round to nearest under searched scales.
+
+    w [N, K]; gram [K, K] (needed by "weighted"; None falls back to "mse" by definition of an unknown input: all columns
+    alike). "percentile" clips each group at that percentile of |w| instead of searching. Raises RecipeError for an
+    unknown objective or a percentile outside (0, 100].
+    """
+    matrix = w.reshape(w.shape[0], -1).float()
+    if objective == "percentile":
+        return Outcome(encode(w, _clipped(matrix, scheme, percentile), scheme))
+    if objective not in ("mse", "weighted"):
+        raise RecipeError(f"unknown objective {objective!r}", remedy="mse, weighted or percentile")
+    importance = gram.diagonal() if gram is not None and objective == "weighted" else None
+    return Outcome(encode(w, best_scales(matrix, scheme, importance, steps=steps), scheme))
+
+
+def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
+    """Scales of the weights clipped, group by group, at a percentile of their magnitude."""
+    if not 0 < percentile <= 100:
+        raise RecipeError(f"percentile {percentile} is outside (0, 100]")
+    v = group_view(w, scheme)
+    rank = max(1, round(percentile / 100 * v.shape[-1]))
+    limit = v.abs().kthvalue(rank, dim=-1, keepdim=True).values
+    return snap(*raw_scales(v.clamp(-limit, limit), w.shape[1], scheme), scheme)
+
+
+def best_scales(
+    w: Tensor, scheme: Scheme, importance: Tensor | None, *, outer: Tensor | None = None, steps: int = 16
+) -> Scales:
+    """The scales of least weighted squared error. w [N, K], importance [K] ≥ 0 or None, outer as in `fit`."""
+    if not scheme.rowwise:
+        return _best_of_whole(w, scheme, importance, outer, steps)
+    rows = max(1, CHUNK // w.shape[1])
+    parts = [_best_raw(chunk, scheme, importance, steps) for chunk in w.split(rows)]
+    scale = torch.cat([part[0] for part in parts])
+    zero = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
+    return snap(scale, zero, scheme, outer=outer)
+
+
+def _best_of_whole(w: Tensor, scheme: Scheme, importance: Tensor | None, outer: Tensor | None, steps: int) -> Scales:
+    """For two-level scales of a whole tensor: fix the second level from the extremes, then search the first."""
+    scale, zero = _best_raw(w, scheme, importance, steps)
+    if outer is None and scheme.scale == "e4m3":
+        outer = fit(w, scheme).outer
+    return snap(scale, zero, scheme, outer=outer)
+
+
+def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) -> tuple[Tensor, Tensor | None]:
+    """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
+    v = group_view(w, scheme)
+    weight = torch.ones_like(w[:1]) if importance is None else importance[None, :].float()
+    weight = group_view(weight.expand(w.shape), scheme) if scheme.group == "tensor" else group_view(weight, scheme)
+    one_level = replace(scheme, scale="f32") if scheme.scale not in ("f16", "bf16", "e8m0") else scheme
+    best: list[Tensor | None] = [None, None, None]  # error, scale, zero
+    widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
+    for shrink in torch.linspace(widest, _narrowest(scheme), steps).tolist():
+        raw = raw_scales(v, w.shape[1], scheme, shrink)
+        for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
+            s = snap(*raw, one_level)
+            codes, decoded = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
+            error = ((v - decoded).square_() * weight).sum(-1)
+            _keep_better(best, error, s)
+            raw = _least_squares(v, codes, weight, s, scheme)
+    assert best[1] is not None
+    return best[1], best[2]
+
+
+def _narrowest(scheme: Scheme) -> float:
+    """The smallest share of the range worth trying: coarse grids clip hard, fine ones hardly."""
+    return {1: 0.6, 2: 0.35, 3: 0.5, 4: 0.65}.get(scheme.levels.bits, 0.8)
+
+
+def _keep_better(best: list[Tensor | None], error: Tensor, s: Scales) -> None:
+    """Replace, group by group, what has been beaten."""
+    if best[0] is None:
+        best[:] = [error, s.scale, s.zero]
+        return
+    better = error < best[0]
+    best[0] = torch.where(better, error, best[0])
+    best[1] = torch.where(better, s.scale, best[1])  # type: ignore[arg-type]
+    if s.zero is not None:
+        best[2] = torch.where(better, s.zero, best[2])  # type: ignore[arg-type]
+
+
+def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """The scale (and minimum) that minimises Σ weight · (v − decoded)² for codes that are fixed."""
+    c = values(codes, scheme)
+    if scheme.zero == "asym" or scheme.zero == "asym1":
+        assert s.zero is not None
+        c = c - s.zero[..., None]
+    wc = weight * c
+    cc, cv = (wc * c).sum(-1), (wc * v).sum(-1)
+    if scheme.zero != "min":
+        solved = cv / safe(cc)
+        return torch.where(solved > 0, solved, s.scale), s.zero
+    n, c1, v1 = weight.sum(-1), wc.sum(-1), (weight * v).sum(-1)
+    det = n * cc - c1 * c1
+    scale = (n * cv - c1 * v1) / safe(det)
+    low = ((v1 - scale * c1) / safe(n)).clamp(max=0)
+    scale = torch.where(low == 0, cv / safe(cc), scale)
+    good = (det > 0) & (scale > 0)
+    assert s.zero is not None
+    return torch.where(good, scale, s.scale), torch.where(good, low, s.zero)

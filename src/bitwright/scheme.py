@@ -1,0 +1,217 @@
+"""Scheme: what a number format is, as four independent parts, and its text.
+
+A quantized weight is codes + group scales (+ zeros). A scheme says which numbers one code can stand for (grid), how many
+neighbours along K share a scale (group), whether there is an offset (zero), and how the scales themselves are stored
+(scale). Q4_K, NF4 with double quantization, MXFP4 and plain int8 per channel are rows of one table, not code paths.
+
+    text    = preset | grid "-" group ["-" zero] ["-" scale]
+    group   = "g" number | "channel" | "tensor"
+
+>>> Scheme.parse("int4-g128-asym")
+Scheme(grid='int4', group=128, zero='asym', scale='f16')
+>>> str(Scheme.parse("int4-g128-asym-f16")), str(Scheme.parse("int4-g32-min-k6")), Scheme.parse("q4_k").bits_per_weight(256)
+('int4-g128-asym', 'q4_k', 4.5)
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+
+from bitwright.errors import SchemeError
+
+Zero = Literal["sym", "asym", "asym1", "min"]
+CHANNEL, TENSOR = "channel", "tensor"
+SUPERBLOCK = 256  # weights under one f16 scale in the k encodings; scales in one block of dq8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that one code stands for, before scaling.
+
+    `levels[code]` for a codebook; without levels the code is its own value, `lo..hi`. `reach` is the value that the
+    largest |w| of a group is sent to: at 8 bits the field's absmax/127; below, half a step further out, where the
+    extreme still rounds within half a step and all the others gain; None: the scale is the mean |w| (BitNet).
+    """
+
+    bits: int
+    lo: int
+    hi: int
+    reach: float | None
+    levels: tuple[float, ...] | None = None
+
+
+def _uniform(bits: int) -> Grid:
+    half = 1 << (bits - 1)
+    return Grid(bits, -half, half - 1, 127.0 if bits == 8 else half - 0.5)
+
+
+def _codebook(bits: int, levels: tuple[float, ...], reach: float | None) -> Grid:
+    return Grid(bits, 0, len(levels) - 1, reach, levels)
+
+
+# QLoRA (arXiv:2305.14314), appendix E: quantiles of N(0, 1), zero among them.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# OCP Microscaling 1.0: sign, two exponent bits, one mantissa bit; the index is the bit pattern.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# llama.cpp's IQ4_NL and IQ4_XS.
+_IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+
+
+def _fp8_levels() -> tuple[float, ...]:
+    """OCP FP8 e4m3: the index is the bit pattern; the two NaN patterns repeat the largest finite value."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(128)
+    return tuple(torch.where(values.isnan(), 448.0 * signs, values).tolist())
+
+
+GRIDS: dict[str, Grid] = {
+    **{f"int{bits}": _uniform(bits) for bits in range(2, 9)},
+    "nf4": _codebook(4, _NF4, 1.0),
+    "fp4": _codebook(4, _FP4, 6.0),
+    "fp8": _codebook(8, _fp8_levels(), 448.0),
+    "iq4nl": _codebook(4, _IQ4NL, 113.0),
+    "ternary": Grid(2, -1, 1, None),
+    "binary": _codebook(1, (-1.0, 1.0), None),
+}
+GROUPS = (16, 32, 64, 128, 256)
+ZEROS = ("sym", "asym", "asym1", "min")
+# Bits per stored scale. k8, k6 and k4 add one f16 a super-block, dq8 one f32 in 256 scales, e4m3 one f32 a tensor.
+SCALE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k8": 8, "k6": 6, "k4": 4, "dq8": 8}
+DEFAULT_SCALE = {"nf4": "f32", "fp8": "f32"}  # every other grid: f16
+PRESETS = {
+    "mxfp4": "fp4-g32-sym-e8m0",
+    "nvfp4": "fp4-g16-sym-e4m3",
+    "q2_k": "int2-g16-min-k4",
+    "q3_k": "int3-g16-sym-k6",
+    "q4_k": "int4-g32-min-k6",
+    "q5_k": "int5-g32-min-k6",
+    "q6_k": "int6-g16-sym-k8",
+    "q4_0": "int4-g32-sym-f16",
+    "q4_1": "int4-g32-min-f16",
+    "q5_0": "int5-g32-sym-f16",
+    "q5_1": "int5-g32-min-f16",
+    "q8_0": "int8-g32-sym-f16",
+    "iq4_nl": "iq4nl-g32-sym-f16",
+    "iq4_xs": "iq4nl-g32-sym-k6",
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A number format.
+
+    grid   name in `GRIDS`
+    group  16, 32, 64, 128 or 256 neighbours along K share a scale; "channel": a whole row; "tensor": all
+    zero   "sym": w = s·v(c). "asym": w = s·(c − z), z an integer in the code range. "asym1": the same with z above
+           the lowest code, which is what GPTQ's v1 files can hold. "min": w = s·c + m, c unsigned, m ≤ 0 a float
+    scale  how the scales (and mins) are stored: a key of `SCALE_BITS`
+
+    Raises SchemeError for a combination that means nothing.
+    """
+
+    grid: str
+    group: int | str
+    zero: Zero = "sym"
+    scale: str = "f16"
+
+    def __post_init__(self) -> None:
+        _one_of("grid", self.grid, GRIDS)
+        _one_of("zero", self.zero, ZEROS)
+        _one_of("scale encoding", self.scale, SCALE_BITS)
+        if self.group not in (*GROUPS, CHANNEL, TENSOR):
+            raise SchemeError(
+                f"unknown group {self.group!r}", remedy=f"one of g{', g'.join(map(str, GROUPS))}, channel, tensor"
+            )
+        if self.zero != "sym" and not self.grid.startswith("int"):
+            raise SchemeError(
+                f"grid {self.grid} has no zero point: its levels are fixed", remedy="leave out the zero part"
+            )
+        blocked = self.scale in ("k8", "k6", "k4")
+        if blocked and not isinstance(self.group, int):
+            raise SchemeError(
+                f"scale encoding {self.scale} needs groups inside blocks of {SUPERBLOCK}", remedy="use g16 or g32"
+            )
+        if self.zero == "min" and self.scale not in ("f32", "f16", "bf16", "k6", "k4"):
+            raise SchemeError(f"scale encoding {self.scale} cannot hold a float minimum", remedy="use f16, k6 or k4")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The scheme that a text names; SchemeError lists what could have been meant."""
+        parts = PRESETS.get(text.lower(), text.lower()).split("-")
+        if len(parts) < 2:
+            known = ", ".join([*GRIDS, *PRESETS])
+            raise SchemeError(
+                f"unknown scheme {text!r}", remedy=f"GRID-GROUP[-ZERO][-SCALE] such as int4-g128; known: {known}"
+            )
+        grid, group, *rest = parts
+        zero = rest.pop(0) if rest and rest[0] in ZEROS else "sym"
+        scale = rest.pop(0).replace("dq", "dq8").replace("dq88", "dq8") if rest else DEFAULT_SCALE.get(grid, "f16")
+        if rest:
+            raise SchemeError(
+                f"scheme {text!r} has parts left over: {'-'.join(rest)}", remedy="GRID-GROUP[-ZERO][-SCALE]"
+            )
+        number = group[1:] if group.startswith("g") else ""
+        return cls(grid, int(number) if number.isdecimal() else group, zero, scale)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if isinstance(self.group, int) else self.group
+        full = f"{self.grid}-{group}-{self.zero}-{self.scale}"
+        for name, text in PRESETS.items():
+            if text == full and name not in ("q4_0", "q8_0", "q5_0"):  # those three are plain ints as well
+                return name
+        zero = "" if self.zero == "sym" else f"-{self.zero}"
+        default = DEFAULT_SCALE.get(self.grid, "f16")
+        return f"{self.grid}-{group}{zero}" + ("" if self.scale == default else f"-{self.scale}".replace("dq8", "dq"))
+
+    @property
+    def levels(self) -> Grid:
+        """The grid's row of the table."""
+        return GRIDS[self.grid]
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether each output row is quantized apart from all others, so that matrices may be stacked."""
+        return self.group != TENSOR and self.scale not in ("e4m3", "dq8")
+
+    @property
+    def unit(self) -> int | None:
+        """Columns whose scales must be chosen together; None: all of them."""
+        if not isinstance(self.group, int) or self.scale == "dq8":
+            return None
+        return SUPERBLOCK if self.scale in ("k8", "k6", "k4") else self.group
+
+    def groups(self, K: int) -> int:
+        """G, the number of groups in a row of K weights; the last may be short."""
+        return math.ceil(K / self.group) if isinstance(self.group, int) else 1
+
+    def group_length(self, K: int) -> int:
+        """g, the weights of one row that share a scale."""
+        return self.group if isinstance(self.group, int) else K
+
+    def bits_per_weight(self, K: int) -> float:
+        """Stored bits per weight of a long matrix with rows of K, by the arithmetic alone (a file may pad)."""
+        each = SCALE_BITS[self.scale]
+        blocks = math.ceil(K / SUPERBLOCK)
+        super_bits = 16 * blocks if self.scale in ("k8", "k6", "k4") else 0
+        scale_bits = self.groups(K) * (each + (32 / SUPERBLOCK if self.scale == "dq8" else 0)) + super_bits
+        if self.group == TENSOR:
+            scale_bits = 0
+        zero_bits = {"sym": 0.0, "min": scale_bits}.get(self.zero, float(self.groups(K) * self.levels.bits))
+        return self.levels.bits + (scale_bits + zero_bits) / K
+
+    def with_scale(self, scale: str) -> Self:
+        """The same format with its scales stored otherwise."""
+        return replace(self, scale=scale)
+
+
+def _one_of(
+    kind: str, value: str, known: dict[str, object] | dict[str, Grid] | dict[str, int] | tuple[str, ...]
+) -> None:
+    if value not in known:
+        raise SchemeError(f"unknown {kind} {value!r}", remedy=f"one of {', '.join(known)}")

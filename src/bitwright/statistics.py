@@ -1,0 +1,82 @@
+"""What calibration remembers of an input: update with a batch, merge with another's, ask for the value.
+
+Statistics belong to an *input*, not to a layer: q, k and v read the same tensor and share one Gram.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PANEL = 1024  # columns of the Gram computed at a time; only panels on or above the diagonal are
+
+
+class Gram:
+    """Streaming XᵀX / T, float32 [K, K], over all tokens seen.
+
+    Products of bfloat16 inputs are exact in float32, so only the summation rounds. The matrix is symmetric: panels
+    below the diagonal are mirrored at the end, which saves up to half of the work.
+    """
+
+    def __init__(self, K: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(K, K, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """x [..., K]: one more batch of inputs, any float type."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        for start in range(0, len(self.total), PANEL):
+            panel = x[:, start : start + PANEL]
+            self.total[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+        self.tokens += len(x)
+
+    def merge(self, other: "Gram") -> None:
+        """Add what another stream has seen."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.total = torch.zeros(0, 0)
+
+    def value(self) -> Tensor:
+        """The Gram [K, K]; zeros before the first token. Takes the memory of the running sum."""
+        mean = self.total.div_(max(1, self.tokens))
+        self.tokens = min(1, self.tokens)
+        for start in range(0, len(mean), PANEL):
+            stop = start + PANEL
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
+
+
+@dataclass
+class Range:
+    """Streaming extremes and mean magnitude of each input channel, float32 [K]."""
+
+    low: Tensor
+    high: Tensor
+    magnitude: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, K: int) -> "Range":
+        """Nothing seen yet: low = +inf, high = −inf."""
+        return cls(torch.full((K,), float("inf")), torch.full((K,), float("-inf")), torch.zeros(K))
+
+    def update(self, x: Tensor) -> None:
+        """x [..., K]: one more batch of inputs."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.low = torch.minimum(self.low, x.amin(0))
+        self.high = torch.maximum(self.high, x.amax(0))
+        self.magnitude = self.magnitude + x.abs().sum(0)
+        self.tokens += len(x)
+
+    def merge(self, other: "Range") -> None:
+        """Add what another stream has seen."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.magnitude = self.magnitude + other.magnitude
+        self.tokens += other.tokens
+
+    def value(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(low, high, mean |x|) of each channel."""
+        return self.low, self.high, self.magnitude / max(1, self.tokens)

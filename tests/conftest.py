@@ -1,0 +1,89 @@
+"""Checkpoints to test on: small random ones of several families made here, trained ones where they are present."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SHARED = Path(__file__).parents[2] / "shared"
+TEXT = "The quick brown fox jumps over the lazy dog; then 0123456789 (again)!\n" * 60
+SIZES = {
+    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None,
+}  # fmt: skip
+GPT2 = {
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 257,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "tie_word_embeddings": True},
+    "mistral": SIZES,
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 16},
+    "phi": SIZES,
+    "phi3": {**SIZES, "pad_token_id": 256},
+    "gemma": {**SIZES, "head_dim": 16},
+    "gemma2": {**SIZES, "head_dim": 16, "sliding_window": 8},
+    "gemma3_text": {**SIZES, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4},
+    "gpt2": GPT2,
+    "gpt_neox": {**SIZES, "num_key_value_heads": None},
+    "opt": {**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    "starcoder2": SIZES,
+}
+
+
+def save_tokenizer(folder: Path, **options: Any) -> None:
+    """A tokenizer of single bytes and an end-of-text token, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<eos>": 256}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<eos>", eos_token="<eos>", **options)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def make_checkpoint(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **changes: Any
+) -> Path:
+    """A random model of a family, saved as transformers saves it."""
+    torch.manual_seed(0)
+    options = {k: v for k, v in {**FAMILIES[family], **changes}.items() if v is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options), dtype=dtype)
+    with torch.no_grad():  # biases and norms that are all 0 or 1 would hide mistakes
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=shard)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with tied embeddings, bfloat16; K divides by 64."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of some thousand tokens."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Trained checkpoints and texts beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared checkpoints are not here")
+    return SHARED
