@@ -1,7 +1,10 @@
 """Checkpoints to test on: small random ones of several families made here, trained ones where they are present."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: as the command line does
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHARED = Path(__file__).parents[2] / "shared"
-TEXT = "The quick brown fox jumps over the lazy dog; then 0123456789 (again)!\n" * 60
+TEXT = "".join(
+    f"{i}. The quick brown fox jumps over {i * i} lazy dogs; then {1 / (i + 1):.9f} (again)!\n" for i in range(60)
+)
 SIZES = {
     "vocab_size": 257, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None,

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from bitwright.codec import QTensor
 from bitwright.errors import RecipeError
-from bitwright.evaluate import Evaluation
-from bitwright.evaluate import evaluate as _evaluate
+from bitwright.evaluation import Evaluation
+from bitwright.evaluation import evaluate as _evaluate
 from bitwright.methods import METHODS
 from bitwright.pipeline import Progress, Result, run
 from bitwright.preflight import preflight

@@ -2,14 +2,16 @@
 
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, decode, loss, rows
+from bitwright.codec import QTensor, decode, rows
 from bitwright.errors import BitwrightError
 from bitwright.ledger import KEPT, Entry
+from bitwright.loss import energy, ratio
 from bitwright.methods import METHODS, Outcome, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan, Planned
@@ -25,28 +27,34 @@ class Rounded:
     entry: Entry
 
 
+class _Enough(Exception):  # noqa: N818
+    """Raised by the last module's hook: what the block would do with its output is of no interest."""
+
+
 def observe(skeleton: Skeleton, index: int, hidden: list[Tensor], wanted: list[str]) -> list[tuple[list[str], Gram]]:
     """Run block `index` on all batches; modules that were handed the very same tensor share one Gram."""
     modules = {name: module for name, module in skeleton.linears(index).items() if name in wanted}
-    seen: dict[str, Tensor] = {}
+    sharing: dict[str, list[str]] = defaultdict(list)
     grams: dict[str, Gram] = {}
+    seen: dict[str, Tensor] = {}  # in the order of the forward
 
     def watch(name: str, x: Tensor) -> None:
-        if len(seen) < len(modules):  # the first batch tells who shares
+        if name not in seen:  # the first batch tells who shares
             leader = next((other for other, tensor in seen.items() if tensor is x), name)
             seen[name] = x
             sharing[leader].append(name)
         if name in sharing:
             grams.setdefault(name, Gram(x.shape[-1], x.device)).update(x)
+        if len(seen) == len(modules) and name == next(reversed(seen)):
+            raise _Enough
 
-    sharing: dict[str, list[str]] = defaultdict(list)
     hooks = [m.register_forward_pre_hook(lambda _, args, n=n: watch(n, args[0])) for n, m in modules.items()]
     try:
-        for i, batch in enumerate(hidden):
-            skeleton.run(index, batch)
-            if i == 0:
-                _all_seen(modules.keys() - seen.keys())
-                seen = dict.fromkeys(seen, torch.empty(0))
+        for batch in hidden:
+            with suppress(_Enough):
+                skeleton.run(index, batch)
+            _all_seen(modules.keys() - seen.keys())
+            seen = dict.fromkeys(seen, torch.empty(0))  # let the activations go
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,43 +82,50 @@ def quantize_together(
 def _quantize_pile(
     plan: Plan, pile: list[Planned], weights: dict[str, Tensor], gram: Tensor | None, tokens: int
 ) -> list[Rounded]:
-    """One call of the method on the stacked matrices, then the rows apart again."""
+    """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
     begun = time.monotonic()
     rule, layer = pile[0].rule, pile[0].layer
     assert rule is not None and layer is not None
-    matrices = [
-        matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weights[t.parameter]).float()
-        for t in pile
-        if t.layer
-    ]
-    stacked = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+    matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
+    w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        outcome = METHODS[rule.method](stacked, gram, layer.scheme, **rule.options)
+        outcome = METHODS[rule.method](w, gram, layer.scheme, **rule.options)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
-    seconds = (time.monotonic() - begun) / stacked.numel()
+    fast = w.dtype if gram is None else plan.skeleton.dtype  # three digits of a loss are enough
+    metric = None if gram is None else gram.to(fast)
+    whole = energy(w.to(fast), metric)
+    lost = energy((w - decode(outcome.q)).to(fast), metric)
+    lost_rtn = lost
+    if rule.method != "rtn":
+        lost_rtn = energy((w - decode(rtn(w, None, layer.scheme).q)).to(fast), metric)
+    seconds = (time.monotonic() - begun) / w.numel()
     done, at = [], 0
-    for t, w in zip(pile, matrices, strict=True):
-        q = outcome.q if len(pile) == 1 else rows(outcome.q, at, at + len(w))
-        at += len(w)
-        done.append(_record(plan, t, replace(outcome, q=q), w, gram, tokens, seconds * w.numel()))
+    for t, matrix in zip(pile, matrices, strict=True):
+        here = slice(at, at + len(matrix))
+        at += len(matrix)
+        q = outcome.q if len(pile) == 1 else rows(outcome.q, here.start, here.stop)
+        losses = (ratio(lost[here], whole[here]), ratio(lost_rtn[here], whole[here]))
+        spent = round(seconds * matrix.numel(), 4)
+        done.append(Rounded(t, q, _entry(plan, t, replace(outcome, q=q), losses, tokens, spent)))
     return done
 
 
-def _record(
-    plan: Plan, t: Planned, outcome: Outcome, w: Tensor, gram: Tensor | None, tokens: int, seconds: float
-) -> Rounded:
-    """The ledger entry of one matrix, with RTN's loss beside its own."""
+def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+    """The weight as [N, K] float32."""
+    assert t.layer is not None
+    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight).float()
+
+
+def _entry(plan: Plan, t: Planned, outcome: Outcome, losses: tuple[float, float], tokens: int, seconds: float) -> Entry:
+    """The ledger entry of a quantized matrix."""
     assert t.layer is not None and t.rule is not None
-    decoded = decode(outcome.q)
-    own = loss(w, decoded, gram)
-    baseline = own if t.rule.method == "rtn" else loss(w, decode(rtn(w, None, t.layer.scheme).q), gram)
-    entry = Entry(
-        t.source, t.shape, str(t.dtype).removeprefix("torch."), t.action, t.reason, str(t.layer.scheme), t.rule.method,
-        own, baseline, outcome.damping, tokens, round(seconds, 4), outcome.fallback, stored_bytes(plan, t),
+    dtype = str(t.dtype).removeprefix("torch.")
+    return Entry(
+        t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), t.rule.method, *losses, outcome.damping,
+        tokens, seconds, outcome.fallback, stored_bytes(plan, t),
     )  # fmt: skip
-    return Rounded(t, outcome.q, entry)
 
 
 def kept_entry(plan: Plan, t: Planned) -> Entry:

@@ -46,21 +46,58 @@ def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int) -> Ten
     model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
     do not fit the model's vocabulary.
     """
+    pieces = _pieces(read_text(source), 1 << 18)
+    return _cut(tokenizer, pieces, None, source=source, seqlen=seqlen, vocabulary=vocabulary)
+
+
+def sample(tokenizer: Any, source: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
+    """Up to `samples` windows from places of the text that a seed of their own picks [S, seqlen]; else as `windows`.
+
+    Only about as much text is tokenized as is needed, whatever its length.
+    """
+    pieces = _pieces(read_text(source), 4 * seqlen)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [pieces[i] for i in order]
+    return _cut(tokenizer, shuffled, samples, source=source, seqlen=seqlen, vocabulary=vocabulary)
+
+
+def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int) -> Tensor:
+    """Tokenize pieces of text until there are enough windows, and cut them."""
     tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
     start = _opening(tokenizer)
-    ids = tokenizer(read_text(source), add_special_tokens=False)["input_ids"]
     length = seqlen - len(start)
-    count = len(ids) // length if length > 0 else 0
+    ids: list[int] = []
+    for piece in pieces:
+        if most is not None and len(ids) >= most * length:
+            break
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    count = min(len(ids) // length if length > 0 else 0, len(ids) if most is None else most)
     if count == 0:
         message = f"{len(ids)} tokens are shorter than one window of {seqlen}"
         raise CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
     body = torch.tensor(ids[: count * length]).view(count, length)
     if int(body.max()) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer makes id {int(body.max())}, the model's vocabulary ends at {vocabulary - 1}", where=source,
+            f"the tokenizer makes id {int(body.max())}, the model's vocabulary ends at {vocabulary - 1}",
+            where=source,
             remedy="tokenizer and weights must belong together",
-        )  # fmt: skip
+        )
     return torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    """The text in pieces of about so many characters, cut behind a line's end where there is one.
+
+    Tokenizing a long text at once would take a hundred bytes of memory a token.
+    """
+    pieces, at = [], 0
+    while at < len(text):
+        end = min(at + size, len(text))
+        if end < len(text):
+            end = next((cut + 1 for mark in ("\n", " ") if (cut := text.rfind(mark, at, end)) >= at), end)
+        pieces.append(text[at:end])
+        at = end
+    return pieces
 
 
 def _opening(tokenizer: Any) -> list[int]:
@@ -68,12 +105,6 @@ def _opening(tokenizer: Any) -> list[int]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []
-
-
-def sample(all_windows: Tensor, samples: int, seed: int) -> Tensor:
-    """`samples` of the windows, at random by a seed of their own; all of them if there are fewer."""
-    order = torch.randperm(len(all_windows), generator=torch.Generator().manual_seed(seed))
-    return all_windows[order[:samples]]
 
 
 def batches(ids: Tensor, tokens: int) -> list[Tensor]:

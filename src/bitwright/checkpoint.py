@@ -221,11 +221,14 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
     """Write beside, flush to the disk, rename: a crash leaves the old file or the new one, never half of one."""
     beside = file.with_name(file.name + ".tmp")
     with disk_errors(file):
-        with beside.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
+        try:
+            with beside.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager

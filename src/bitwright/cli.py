@@ -4,6 +4,7 @@ Exit status: 0 done; 1 something was quantized worse than asked, or did not veri
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def evaluate(
 ) -> None:
     """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
     with _reporting(as_json):
-        from bitwright.evaluate import evaluate as judge
+        from bitwright.evaluation import evaluate as judge
 
         _print(
             judge(model, reference=reference, text=text, seqlen=seqlen, tokens=tokens).as_dict(), as_json, "Evaluation"
@@ -183,7 +184,9 @@ def _print(content: dict[str, Any], as_json: bool, title: str) -> None:
 
 def main() -> None:
     """Entry point."""
-    import os
-
+    # Threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
+    # slept at once it would take twice as long on an idle machine; if they spun on, as is the default, up to eight
+    # times as long on a busy one. Must be set before torch loads its OpenMP.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(app())

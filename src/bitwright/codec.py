@@ -1,4 +1,4 @@
-"""QTensor, and the arithmetic of number formats: fit scales, snap them to their encoding, encode, decode, loss.
+"""QTensor, and the arithmetic of number formats: fit scales, snap them to their encoding, encode, decode.
 
 The scale encoding is applied *before* rounding: `snap` turns the scales one would like into the scales that will be read
 back from the file, and codes are only ever chosen against those. So w ≈ decode(codes, scales) holds bit for bit in every
@@ -168,7 +168,7 @@ def _to_float(x: Tensor, encoding: str, low: float, high: float) -> Tensor:
 def _snap_e4m3(scale: Tensor, zero: Tensor | None, outer: Tensor | None) -> Scales:
     """NVFP4's two levels: scale = e4m3 / divisor, one divisor a tensor that sends the largest scale to 448."""
     if outer is None:
-        outer = 448.0 / safe(scale.max()).reshape(1, 1)
+        outer = (448.0 / safe(scale.max())).clamp(max=torch.finfo(torch.float32).max).reshape(1, 1)
     local = (scale * outer).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     return Scales(local / outer, zero, outer)
 
@@ -181,8 +181,8 @@ def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
     bits = int(scheme.scale[1:])
     top = (1 << (bits - 1)) - 1 if scheme.zero == "sym" else (1 << bits) - 1
     scale, outer = _two_level(scale, top, scheme)
-    if zero is None:
-        return Scales(scale, None, outer)
+    if zero is None or scheme.zero != "min":
+        return Scales(scale, zero, outer)
     minimum, outer_zero = _two_level(-zero, top, scheme)
     return Scales(scale, -minimum, outer, outer_zero)
 
@@ -328,23 +328,3 @@ def rows(q: QTensor, start: int, stop: int) -> QTensor:
 def reshaped(q: QTensor, shape: tuple[int, ...]) -> QTensor:
     """The same weight under its source's shape."""
     return replace(q, shape=shape)
-
-
-# --------------------------------------------------------------------------------------------------------------- loss
-
-
-def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
-    """tr(E gram Eᵀ) / tr(w gram wᵀ) with E = w − decoded: the part of the layer's output energy that is lost.
-
-    w, decoded [N, K]; gram [K, K], or None for the identity. Unitless; 0 for an all-zero w.
-    """
-    error = w.float() - decoded.float()
-    lost, whole = energy(error, gram), energy(w.float(), gram)
-    return lost / whole if whole > 0 else 0.0
-
-
-def energy(w: Tensor, gram: Tensor | None) -> float:
-    """tr(w gram wᵀ): the mean squared output, summed over outputs."""
-    if gram is None:
-        return float(w.square().sum(dtype=torch.float64))
-    return max(0.0, float((w @ gram).mul_(w).sum(dtype=torch.float64)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bitwright.api import evaluate, quantize
 from bitwright.calibration import BUILT_IN
-from bitwright.evaluate import Evaluation
+from bitwright.evaluation import Evaluation
 from bitwright.pipeline import Progress
 
 MODEL = Path(__file__).parent / "builtin"

@@ -79,7 +79,12 @@ class Skeleton:
             try:
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             except (ValueError, KeyError, ImportError) as error:
-                raise CheckpointError(f"no causal language model of type {config.model_type!r}: {error}") from error
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(
+                    f"no causal language model of type {config.model_type!r}: {reason}",
+                    where=str(config.name_or_path or config.model_type),
+                    remedy="only decoder-only models of transformers are supported",
+                ) from error
         self.model.tie_weights()
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}

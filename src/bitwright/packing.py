@@ -27,6 +27,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise SchemeError(f"codes outside 0..{(1 << bits) - 1} cannot be packed in {bits} bits")
+    if not codes.numel():
+        return torch.zeros(rows, words(count, bits), dtype=torch.int32, device=codes.device)
     padded = torch.nn.functional.pad(codes, (0, -count % WORD)).view(rows, -1, 8)
     lanes = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):  # eight codes make `bits` whole bytes: build them in one 64-bit lane

@@ -5,6 +5,7 @@ its statistics and the calibration activations, however deep the model is. Block
 before it give, so later blocks make up for the errors of earlier ones. A crash costs one block (see workplace.py).
 """
 
+import ctypes
 import hashlib
 import json
 import resource
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bitwright.block import Rounded, kept_entry, observe, quantize_together
-from bitwright.calibration import batches, load_tokenizer, sample, windows
+from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint, shard_bytes
 from bitwright.codec import decode
 from bitwright.errors import CheckpointError
@@ -90,11 +91,12 @@ def peak_rss_bytes() -> int:
 def _calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """[S, T] token ids, and a note if there are fewer than asked for."""
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
-    found = windows(load_tokenizer(plan.source), calib, seqlen=plan.seqlen, vocabulary=vocabulary)
+    tokenizer = load_tokenizer(plan.source)
+    tokens = sample(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
     notes = plan.notes
-    if len(found) < plan.samples:
-        notes += (f"the text gives {len(found)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
-    return sample(found, plan.samples, seed), notes
+    if len(tokens) < plan.samples:
+        notes += (f"the text gives {len(tokens)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
+    return tokens, notes
 
 
 def _manifest(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
@@ -120,22 +122,36 @@ def _quantize_blocks(plan: Plan, place: Workplace, tokens: Tensor | None, progre
     hidden = _hidden_before(plan, place, tokens, first) if tokens is not None and first < depth else None
     for index in range(first, depth + 1):
         progress("block", index, depth + 1)
-        members = plan.shard(index)
-        weights = {t.parameter: read_finite(plan.checkpoint, t.source) for t in members}
-        done = _quantize_block(plan, index, weights, hidden) if index < depth else []
-        kept = [t for t in members if t.layer is None]
-        entries = [r.entry for r in done] + [kept_entry(plan, t) for t in kept]
-        tensors = {t.source: weights[t.parameter] for t in kept}
-        verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
-        for r in done:
-            tensors |= {
-                f"{r.planned.stem}.{suffix}": t for suffix, t in plan.format.encode(r.q, r.planned.dtype).items()
-            }
-        coming = hidden if index + 1 < depth else None
-        place.commit(index, plan.shard_name(index), tensors, entries, coming, verify)
-        ledger += entries
+        ledger += _quantize_shard(plan, place, index, hidden, config)
+        _return_memory()
     progress("block", depth + 1, depth + 1)
     return ledger
+
+
+def _quantize_shard(
+    plan: Plan, place: Workplace, index: int, hidden: list[Tensor] | None, config: dict[str, Any]
+) -> list[Entry]:
+    """Read, round, write, verify and commit one shard; `hidden` moves on to the next block."""
+    depth, members = len(plan.skeleton), plan.shard(index)
+    weights = {t.parameter: read_finite(plan.checkpoint, t.source) for t in members}
+    done = _quantize_block(plan, index, weights, hidden) if index < depth else []
+    kept = [t for t in members if t.layer is None]
+    entries = [r.entry for r in done] + [kept_entry(plan, t) for t in kept]
+    tensors = {t.source: weights[t.parameter] for t in kept}
+    verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
+    for r in done:
+        tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in plan.format.encode(r.q, r.planned.dtype).items()}
+    weights.clear()
+    place.commit(index, plan.shard_name(index), tensors, entries, hidden if index + 1 < depth else None, verify)
+    return entries
+
+
+def _return_memory() -> None:
+    """Have glibc give freed memory back to the system: it hoards blocks below 32 MB, which a few layers add up to."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _hidden_before(plan: Plan, place: Workplace, tokens: Tensor, first: int) -> list[Tensor]:

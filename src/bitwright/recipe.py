@@ -67,19 +67,14 @@ class Recipe:
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise RecipeError("no such recipe", where=str(file)) from error
+            raise RecipeError("no such recipe", where=str(file), remedy="give a TOML file of rules") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"not a TOML file: {error}", where=str(file)) from error
         _known_keys(content, {"rule"}, str(file))
-        rules = [Rule("*", _scheme(scheme), method)]
-        for entry in content.get("rule", []):
-            _known_keys(entry, {"match", "scheme", "method", "options"}, str(file))
-            if "match" not in entry or "scheme" not in entry:
-                raise RecipeError("a rule needs match and scheme", where=str(file))
-            rules.append(
-                Rule(entry["match"], _scheme(entry["scheme"]), entry.get("method", method), entry.get("options", {}))
-            )
-        return cls(tuple(rules))
+        entries = content.get("rule", [])
+        if not isinstance(entries, list):
+            raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
+        return cls((Rule("*", _scheme(scheme), method), *(_rule(entry, method, str(file)) for entry in entries)))
 
     def assign(self, modules: list[str]) -> dict[str, Rule]:
         """The rule in force for each module. RecipeError if a rule's pattern matches no module at all."""
@@ -93,6 +88,19 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any rule's method cannot do without the Gram of the inputs (or is better with it)."""
         return any(rule.scheme is not None and rule.method in (*CALIBRATED, "search") for rule in self.rules)
+
+
+def _rule(entry: object, method: str, where: str) -> Rule:
+    """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
+    kinds = {"match": str, "scheme": str, "method": str, "options": dict}
+    _known_keys(entry, set(kinds), where)
+    assert isinstance(entry, dict)  # as _known_keys has made sure
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):
+            raise RecipeError(f"{key} is {entry[key]!r}, not a {kind.__name__}", where=where)
+    if "match" not in entry or "scheme" not in entry:
+        raise RecipeError("a rule needs match and scheme", where=where)
+    return Rule(entry["match"], _scheme(entry["scheme"]), entry.get("method", method), entry.get("options", {}))
 
 
 def _scheme(text: str) -> Scheme | None:

@@ -157,7 +157,11 @@ class Scheme:
                 f"scheme {text!r} has parts left over: {'-'.join(rest)}", remedy="GRID-GROUP[-ZERO][-SCALE]"
             )
         number = group[1:] if group.startswith("g") else ""
-        return cls(grid, int(number) if number.isdecimal() else group, zero, scale)  # type: ignore[arg-type]
+        try:
+            return cls(grid, int(number) if number.isdecimal() else group, zero, scale)  # type: ignore[arg-type]
+        except SchemeError as error:
+            error.where = f"scheme {text!r}"
+            raise
 
     def __str__(self) -> str:
         group = f"g{self.group}" if isinstance(self.group, int) else self.group
@@ -202,7 +206,8 @@ class Scheme:
         scale_bits = self.groups(K) * (each + (32 / SUPERBLOCK if self.scale == "dq8" else 0)) + super_bits
         if self.group == TENSOR:
             scale_bits = 0
-        zero_bits = {"sym": 0.0, "min": scale_bits}.get(self.zero, float(self.groups(K) * self.levels.bits))
+        integers = 0.0 if self.group == TENSOR else float(self.groups(K) * self.levels.bits)
+        zero_bits = {"sym": 0.0, "min": scale_bits}.get(self.zero, integers)
         return self.levels.bits + (scale_bits + zero_bits) / K
 
     def with_scale(self, scale: str) -> Self:

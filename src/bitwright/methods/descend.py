@@ -26,24 +26,24 @@ def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int 
     step = q.scheme.group_length(K)
     solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
-    H = gram.clone()
-    H.diagonal().clamp_(min=1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+    floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+    curvature = gram.diagonal().clamp(min=floor).tolist()
     state = _State(w, q)
     for _ in range(sweeps):
-        pull = H @ (state.wt - state.decoded)  # [K, N], H Eᵀ
+        pull = gram @ (state.wt - state.decoded)  # [K, N], H Eᵀ
         for start in range(0, K, span):
             before = state.decoded[start : start + span].clone()
             for begin in range(start, min(start + span, K), step if solve else span):
                 end = min(begin + (step if solve else span), start + span, K)
                 moved = state.decoded[begin:end].clone()
                 if solve:
-                    state.solve_scale(begin, end, pull, H)
-                state.sweep_columns(begin, end, pull, H)
+                    state.solve_scale(begin, end, pull, gram)
+                state.sweep_columns(begin, end, pull, gram, curvature)
                 near = slice(end, min(start + span, K))
-                pull[near].addmm_(H[near, begin:end], state.decoded[begin:end] - moved, alpha=-1)
+                pull[near].addmm_(gram[near, begin:end], state.decoded[begin:end] - moved, alpha=-1)
             rest = slice(min(start + span, K), K)
             here = slice(start, min(start + span, K))
-            pull[rest].addmm_(H[rest, here], state.decoded[here] - before, alpha=-1)
+            pull[rest].addmm_(gram[rest, here], state.decoded[here] - before, alpha=-1)
     return state.result()
 
 
@@ -54,25 +54,28 @@ class _State:
         N, K = w.shape
         self.q, self.scheme, self.g = q, q.scheme, q.scheme.group_length(K)
         G = q.scheme.groups(K)
-        self.wt, self.decoded = w.T.contiguous(), decode(replace(q, shape=(N, K))).T.contiguous()
-        self.codes = q.codes.T.contiguous()
-        self.scale = q.scales.scale.expand(N, G).T.contiguous()
+        self.wt, self.decoded = w.T.contiguous(), _transposed(decode(replace(q, shape=(N, K))))
+        self.codes = _transposed(q.codes)
+        self.scale = _transposed(q.scales.scale.expand(N, G))
         self.divisor = safe(self.scale)
         self.zero = None if q.scales.zero is None else q.scales.zero.expand(N, G).T.contiguous()
 
-    def sweep_columns(self, begin: int, end: int, pull: Tensor, H: Tensor) -> None:
+    def sweep_columns(self, begin: int, end: int, pull: Tensor, H: Tensor, curvature: list[float]) -> None:
         """Choose each code of columns begin..end anew; `pull` is kept right inside that range only."""
-        own = pull[begin:end]
-        curvature = H.diagonal()[begin:end].tolist()
-        for i in range(end - begin):
-            j, group = begin + i, (begin + i) // self.g
-            zero = None if self.zero is None else self.zero[group]
-            target = torch.add(self.decoded[j], own[i], alpha=1 / curvature[i])
-            code, decoded = round_to(target, self.scale[group], zero, self.scheme, self.divisor[group])
-            self.codes[j] = code
-            change = decoded - self.decoded[j]
-            self.decoded[j] = decoded
-            own[i + 1 :].addr_(H[j, j + 1 : end], change, alpha=-1)
+        own, near = pull[begin:end], H[begin:end, begin:end]
+        chosen, became = [], []
+        for i, old in enumerate(self.decoded[begin:end].unbind()):
+            if i == 0 or (begin + i) % self.g == 0:
+                group = (begin + i) // self.g
+                scale, divisor = self.scale[group], self.divisor[group]
+                zero = None if self.zero is None else self.zero[group]
+            target = torch.add(old, own[i], alpha=1 / curvature[begin + i])
+            code, decoded = round_to(target, scale, zero, self.scheme, divisor)
+            chosen.append(code)
+            became.append(decoded)
+            own[i + 1 :].addr_(near[i, i + 1 :], decoded - old, alpha=-1)
+        self.codes[begin:end] = torch.stack(chosen)
+        self.decoded[begin:end] = torch.stack(became)
 
     def solve_scale(self, begin: int, end: int, pull: Tensor, H: Tensor) -> None:
         """Move the scale of the group begin..end to its least-squares value where, once stored, that loses less."""
@@ -108,3 +111,8 @@ class _State:
         s = self.q.scales
         scale = s.scale if self.scheme.group == TENSOR else self.scale.T.contiguous()
         return replace(self.q, codes=self.codes.T.contiguous(), scales=Scales(scale, s.zero, s.outer, s.outer_zero))
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """A transposed copy: `.T.contiguous()` is no copy where an axis has length 1."""
+    return t.T.clone(memory_format=torch.contiguous_format)

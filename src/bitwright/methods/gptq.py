@@ -1,16 +1,17 @@
 """GPTQ: round column by column, and let the columns not yet rounded make up for each error.
 
-The layer's loss is tr(E H Eᵀ) with E = w − decoded and H the (damped) Gram of its inputs. Rounding column j with error e
-costs e² / (H⁻¹)ⱼⱼ once all later columns have moved by −e·(H⁻¹)ⱼ: / (H⁻¹)ⱼⱼ to compensate (OBS). With R the upper
-Cholesky factor of H⁻¹ = RᵀR, all those inverses of shrinking matrices are read off the rows of R
-(Frantar et al. 2022, arXiv:2210.17323, algorithm 1), and the losses of a row add up to exactly its tr(E H Eᵀ).
+The layer's loss is tr(E H Eᵀ) with E = w − decoded and H the (damped) Gram of its inputs. With H = U Uᵀ, U upper
+triangular in the order of the visit, it is ‖E U‖², and column k of E U holds no error of a later column:
+Eₖ Uₖₖ + Σ (i < k) Eᵢ Uᵢₖ. So when column k's turn comes, the best it can aim at is wₖ + Σ (i < k) Eᵢ Uᵢₖ / Uₖₖ, and
+missing that by e costs (e Uₖₖ)². This is GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), whose R with
+H⁻¹ = RᵀR is U⁻¹; but neither H nor U is ever inverted, which saves more than half of the preparation.
 
 What a plain version lacks and this one does:
 - columns are visited in the order of falling diag(H), *units* (the columns whose scales are chosen together) kept whole
   and in place, so no index is needed at run time;
 - a unit's scales are searched when it is reached, on weights that already carry earlier errors, with the importance
-  1 / Rⱼⱼ² that a rounding error really has; the same rows are rounded alongside with scales fixed beforehand, and each
-  row keeps whichever lost less;
+  Uₖₖ² that a rounding error really has; rows are rounded alongside with scales fixed beforehand, and whichever
+  loses less is kept;
 - inputs that are never active get w = 0; damping grows until the factor exists; else the fallback is on record;
 - `descend` then improves codes and scales by coordinate descent.
 
@@ -22,13 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, Scales, code_dtype, map_rows, round_to, rows, safe
+from bitwright.codec import QTensor, Scales, code_dtype, fit, map_rows, reshaped, round_to, rows, safe
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.methods.descend import descend
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
 from bitwright.scheme import TENSOR, Scheme
 
+TRIAL_ROWS = 256  # rows that decide for a matrix of more than four times as many
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
@@ -39,7 +41,7 @@ def gptq(
     *,
     damping: float = 0.01,
     block: int = 128,
-    sweeps: int = 2,
+    sweeps: int | None = None,
     compensated_scales: bool = True,
 ) -> Outcome:
     """Round w with error feedback.
@@ -48,33 +50,40 @@ def gptq(
     gram                [K, K] = XᵀX / T; required
     damping             share of the mean diagonal added to the diagonal; raised tenfold, twice, if H cannot be factored
     block               columns whose updates are applied together to the rest (lazy batches)
-    sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published
-    compensated_scales  also try scales searched on compensated weights
-    Raises RecipeError without a Gram, NumericsError if it is not finite.
+    sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
+    compensated_scales  try scales searched on compensated weights beside those fixed beforehand
+    Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite.
     """
     if gram is None:
         raise RecipeError("gptq needs calibration", remedy="give calibration text, or use --method search or rtn")
     if not torch.isfinite(gram).all():
         raise NumericsError("the Gram matrix of the inputs is not finite", remedy="look for overflow in the model")
+    _check_options(damping, block, scheme.unit)
+    sweeps = (2 if scheme.levels.bits < 4 else 1) if sweeps is None else sweeps
     matrix = w.reshape(w.shape[0], -1).float()
-    dead = gram.diagonal() <= 0
+    dead = gram.diagonal() == 0
     if dead.any():
         matrix = matrix.masked_fill(dead, 0.0)
     factor = factorize(gram, scheme, damping)
     if factor is None:
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
-        return Outcome(search(w, gram, scheme).q, damping * DAMPINGS[-1], reason)
-    q = _round_both_ways(matrix, factor, scheme, block, compensated_scales)
+        return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
+    q = _round(matrix, factor, scheme, block, compensated_scales)
     q = descend(matrix, gram, q, sweeps=sweeps, block=block)
-    return Outcome(QTensor(q.codes, q.scales, scheme, tuple(w.shape)), factor.damping)
+    return Outcome(reshaped(q, tuple(w.shape)), factor.damping)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The order of the visit [K], R [K, K] with H⁻¹ = RᵀR in that order, the damping that it took."""
+    """H = U Uᵀ in the order of the visit.
+
+    order [K]: columns as visited; spread [K, K]: Uᵢₖ / Uₖₖ, what of column i's error column k takes on; pivots [K]: Uₖₖ;
+    damping: the share of the mean diagonal that it took.
+    """
 
     order: Tensor
-    upper: Tensor
+    spread: Tensor
+    pivots: Tensor
     damping: float
 
 
@@ -93,7 +102,7 @@ def visiting_order(diagonal: Tensor, unit: int | None) -> Tensor:
 
 
 def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
-    """R by one Cholesky of H in reversed order and one triangular inverse; H⁻¹ itself is never formed."""
+    """U by one Cholesky of H in reversed order; None if H is not positive however much it is damped."""
     diagonal = gram.diagonal()
     order = visiting_order(diagonal, scheme.unit)
     backwards = order.flip(0)
@@ -104,24 +113,51 @@ def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
         lower, failed = torch.linalg.cholesky_ex(H)  # H reversed = L Lᵀ, so H = U Uᵀ with U = L reversed
         del H
         if not failed and float(lower.diagonal().min()) > 0:
-            identity = torch.eye(len(lower), device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return Factor(order, inverse.flip(0, 1), damping * times)
+            upper = lower.flip(0, 1)
+            pivots = upper.diagonal().clone()
+            return Factor(order, upper.div_(pivots), pivots, damping * times)
     return None
 
 
-def _round_both_ways(w: Tensor, factor: Factor, scheme: Scheme, block: int, compensated: bool) -> QTensor:
-    """Round under scales fixed beforehand and, stacked below, under scales of compensated weights; best of each row."""
+def _check_options(damping: float, block: int, unit: int | None) -> None:
+    if not damping > 0 or block < 1:
+        raise RecipeError(f"damping {damping} and block {block} must be above 0", remedy="such as 0.01 and 128")
+    if unit is not None and unit % block and block % unit:
+        message = f"blocks of {block} columns cut through units of {unit}"
+        raise RecipeError(message, remedy="a block that divides the unit, or is a multiple of it")
+
+
+def _round(w: Tensor, factor: Factor, scheme: Scheme, block: int, compensated: bool) -> QTensor:
+    """Round under scales fixed beforehand and under those of compensated weights, whichever loses less.
+
+    A small matrix is rounded both ways and each row keeps the better; of a large one a sample of its rows is, and all
+    rows go the way that won there.
+    """
     N, K = w.shape
     importance = torch.empty(K, device=w.device)
-    importance[factor.order] = factor.upper.diagonal().square().reciprocal()
-    fixed = best_scales(w, scheme, importance)
-    if not compensated or scheme.unit is None or scheme.unit >= K:
-        return _round_columns(w, factor, scheme, fixed, importance, block, refit_from=N)[0]
-    twice = map_rows(lambda t: torch.cat([t, t]), scheme, fixed)
+    importance[factor.order] = factor.pivots.square()
+    by_units = compensated and scheme.unit is not None and scheme.unit < K
+    if by_units and N > 4 * TRIAL_ROWS:
+        _, lost = _round_both_ways(w[:: N // TRIAL_ROWS], factor, scheme, importance, block)
+        fixed, refitted = lost.sum(1).tolist()
+        if refitted < fixed:
+            return _round_columns(w, factor, scheme, fit(w, scheme), importance, block, refit_from=0)[0]
+        by_units = False
+    if by_units:
+        return _round_both_ways(w, factor, scheme, importance, block)[0]
+    scales = best_scales(w, scheme, importance)
+    return _round_columns(w, factor, scheme, scales, importance, block, refit_from=N)[0]
+
+
+def _round_both_ways(
+    w: Tensor, factor: Factor, scheme: Scheme, importance: Tensor, block: int
+) -> tuple[QTensor, Tensor]:
+    """Both ways stacked in one visit: the better of each row, and the losses [2, N] under fixed and refitted scales."""
+    N = len(w)
+    twice = map_rows(lambda t: torch.cat([t, t]), scheme, best_scales(w, scheme, importance))
     q, lost = _round_columns(torch.cat([w, w]), factor, scheme, twice, importance, block, refit_from=N)
-    first, second = lost.view(2, N)
-    return pick_rows(second < first, rows(q, N, 2 * N), rows(q, 0, N))
+    lost = lost.view(2, N)
+    return pick_rows(lost[1] < lost[0], rows(q, N, 2 * N), rows(q, 0, N)), lost
 
 
 def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
@@ -139,31 +175,34 @@ def _round_columns(
     Rows from `refit_from` on get new scales at the first column of each unit.
     """
     N, K = w.shape
-    order, R = factor.order, factor.upper
-    wt = w.T[order].contiguous()  # [K, N]
+    order, spread = factor.order, factor.spread
+    original = w.T[order]  # [K, N]
+    wt = original.clone()  # what each column aims at, as errors come in
     tables = _Tables(scales, scheme, N, K)
     groups = (order // scheme.group_length(K)).tolist()
-    steps = R.diagonal().tolist()
     unit = scheme.unit or K
-    codes = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device)
+    codes: list[Tensor] = []
     lost = torch.zeros(N, device=w.device)
     for start in range(0, K, block):
-        now = wt[start : start + block]
-        near = R[start : start + block, start : start + block]
+        stop = start + block
+        now, near = wt[start:stop], spread[start:stop, start:stop]
         errors = torch.empty_like(now)
-        for i, column in enumerate(now):
+        chosen = []
+        for i, (aim, true, error) in enumerate(zip(now, original[start:stop], errors, strict=True)):
             at = start + i
-            if at % unit == 0 and at > 0 and refit_from < N:
+            if at % unit == 0 and refit_from < N:
                 tables.refit(wt, order, at, unit, importance, refit_from)
-            code, decoded = tables.round(column, groups[at])
-            codes[at] = code
-            error = torch.sub(column, decoded, out=errors[i]).div_(steps[at])
-            lost.addcmul_(error, error)
-            now[i + 1 :].addr_(near[i, i + 1 :], error, alpha=-1)
-        wt[start + block :].addmm_(R[start : start + block, start + block :].T, errors, alpha=-1)
+            code, decoded = tables.round(aim, groups[at])
+            chosen.append(code)
+            torch.sub(true, decoded, out=error)
+            now[i + 1 :].addr_(near[i, i + 1 :], error)
+        codes.append(torch.stack(chosen).to(code_dtype(scheme)))
+        missed = now - original[start:stop] + errors  # aim − decoded
+        lost += missed.mul_(factor.pivots[start:stop, None]).square_().sum(0)
+        wt[stop:].addmm_(spread[start:stop, stop:].T, errors)
     back = torch.empty_like(order)
     back[order] = torch.arange(K, device=order.device)
-    return QTensor(codes[back].T.contiguous(), tables.scales(), scheme, (N, K)), lost
+    return QTensor(torch.cat(codes)[back].T.contiguous(), tables.scales(), scheme, (N, K)), lost
 
 
 class _Tables:
@@ -177,11 +216,19 @@ class _Tables:
         self.zero = None if scales.zero is None else scales.zero.expand(N, G).T.contiguous()
         self.outer = None if scales.outer is None else scales.outer.clone()
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
+        self.current = self._rows(0)
+        self.group = 0
+
+    def _rows(self, group: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One group's scale, zero and divisor, each [N]."""
+        return self.scale[group], None if self.zero is None else self.zero[group], self.divisor[group]
 
     def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes and decoded values of one column [N]."""
-        zero = None if self.zero is None else self.zero[group]
-        return round_to(column, self.scale[group], zero, self.scheme, self.divisor[group])
+        if group != self.group:
+            self.group, self.current = group, self._rows(group)
+        scale, zero, divisor = self.current
+        return round_to(column, scale, zero, self.scheme, divisor)
 
     def refit(self, wt: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at visit `at` on the weights as they stand, rows `first` on."""
@@ -198,6 +245,7 @@ class _Tables:
         self.divisor[into, first:] = safe(found.scale).T
         if self.zero is not None and found.zero is not None:
             self.zero[into, first:] = found.zero.T
+        self.group = -1  # the row at hand may have changed
         if whole_tensor is None:
             block = begin // unit
             for table, new in ((self.outer, found.outer), (self.outer_zero, found.outer_zero)):

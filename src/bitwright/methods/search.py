@@ -14,9 +14,11 @@ from torch import Tensor
 
 from bitwright.codec import (
     Scales,
+    decode,
     encode,
     fit,
     group_view,
+    map_rows,
     raw_scales,
     round_to,
     safe,
@@ -25,10 +27,11 @@ from bitwright.codec import (
 )  # fmt: skip
 from bitwright.errors import RecipeError
 from bitwright.methods.outcome import Outcome
-from bitwright.scheme import Scheme
+from bitwright.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
-CHUNK = 1 << 17  # weights searched at a time: what stays in a core's cache
+ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
+CHUNK = 1 << 19  # weights searched at a time: enough to keep the threads busy, little memory
 
 
 def search(
@@ -38,7 +41,7 @@ def search(
     *,
     objective: Objective = "weighted",
     percentile: float = 99.9,
-    steps: int = 16,
+    steps: int = 8,
 ) -> Outcome:
     """Round to nearest under searched scales.
 
@@ -51,47 +54,55 @@ def search(
         return Outcome(encode(w, _clipped(matrix, scheme, percentile), scheme))
     if objective not in ("mse", "weighted"):
         raise RecipeError(f"unknown objective {objective!r}", remedy="mse, weighted or percentile")
-    importance = gram.diagonal() if gram is not None and objective == "weighted" else None
+    importance = gram.diagonal().clamp(min=0) if gram is not None and objective == "weighted" else None
     return Outcome(encode(w, best_scales(matrix, scheme, importance, steps=steps), scheme))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
     """Scales of the weights clipped, group by group, at a percentile of their magnitude."""
     if not 0 < percentile <= 100:
-        raise RecipeError(f"percentile {percentile} is outside (0, 100]")
+        raise RecipeError(f"percentile {percentile} is outside (0, 100]", remedy="such as 99.9")
     v = group_view(w, scheme)
-    rank = max(1, round(percentile / 100 * v.shape[-1]))
-    limit = v.abs().kthvalue(rank, dim=-1, keepdim=True).values
+    padding = torch.zeros(v.shape[1], dtype=torch.long, device=w.device)
+    if isinstance(scheme.group, int):
+        padding[-1] = -w.shape[1] % scheme.group  # zeros behind a short last group sort first and do not count
+    rank = (percentile / 100 * (v.shape[-1] - padding)).round().long().clamp(min=1) + padding - 1
+    limit = v.abs().sort(dim=-1).values.gather(-1, rank[None, :, None].expand(len(v), -1, 1))
     return snap(*raw_scales(v.clamp(-limit, limit), w.shape[1], scheme), scheme)
 
 
 def best_scales(
-    w: Tensor, scheme: Scheme, importance: Tensor | None, *, outer: Tensor | None = None, steps: int = 16
+    w: Tensor, scheme: Scheme, importance: Tensor | None, *, outer: Tensor | None = None, steps: int = 8
 ) -> Scales:
     """The scales of least weighted squared error. w [N, K], importance [K] ≥ 0 or None, outer as in `fit`."""
-    if not scheme.rowwise:
-        return _best_of_whole(w, scheme, importance, outer, steps)
-    rows = max(1, CHUNK // w.shape[1])
-    parts = [_best_raw(chunk, scheme, importance, steps) for chunk in w.split(rows)]
+    if outer is None and scheme.scale == "e4m3":
+        outer = fit(w, scheme).outer  # the second level belongs to the whole tensor: from the extremes
+    chunks = w.split(max(1, CHUNK // w.shape[1])) if scheme.group != TENSOR else [w]
+    parts = [_best_raw(chunk, scheme, importance, steps) for chunk in chunks]
     scale = torch.cat([part[0] for part in parts])
     zero = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
-    return snap(scale, zero, scheme, outer=outer)
+    found = snap(scale, zero, scheme, outer=outer)
+    if scheme.scale in ONE_LEVEL:
+        return found
+    return _no_worse(w, scheme, importance, found, fit(w, scheme, outer=outer))
 
 
-def _best_of_whole(w: Tensor, scheme: Scheme, importance: Tensor | None, outer: Tensor | None, steps: int) -> Scales:
-    """For two-level scales of a whole tensor: fix the second level from the extremes, then search the first."""
-    scale, zero = _best_raw(w, scheme, importance, steps)
-    if outer is None and scheme.scale == "e4m3":
-        outer = fit(w, scheme).outer
-    return snap(scale, zero, scheme, outer=outer)
+def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scales, plain: Scales) -> Scales:
+    """Rounding scales to a second level can undo what the search won: keep the plain ones, row by row, where it did."""
+    weight = torch.ones_like(w[0]) if importance is None else importance
+    lost = [((w - decode(encode(w, s, scheme))).square() * weight).sum(1) for s in (found, plain)]
+    if not scheme.rowwise:
+        return found if float(lost[0].sum()) <= float(lost[1].sum()) else plain
+    better = (lost[0] <= lost[1])[:, None]
+    return map_rows(lambda x, y: torch.where(better, x, y), scheme, found, plain)
 
 
 def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) -> tuple[Tensor, Tensor | None]:
     """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
     v = group_view(w, scheme)
     weight = torch.ones_like(w[:1]) if importance is None else importance[None, :].float()
-    weight = group_view(weight.expand(w.shape), scheme) if scheme.group == "tensor" else group_view(weight, scheme)
-    one_level = replace(scheme, scale="f32") if scheme.scale not in ("f16", "bf16", "e8m0") else scheme
+    weight = group_view(weight.expand(w.shape), scheme) if scheme.group == TENSOR else group_view(weight, scheme)
+    one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
     best: list[Tensor | None] = [None, None, None]  # error, scale, zero
     widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
     for shrink in torch.linspace(widest, _narrowest(scheme), steps).tolist():
@@ -133,12 +144,12 @@ def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: 
     cc, cv = (wc * c).sum(-1), (wc * v).sum(-1)
     if scheme.zero != "min":
         solved = cv / safe(cc)
-        return torch.where(solved > 0, solved, s.scale), s.zero
+        return torch.where((solved > 0) & solved.isfinite(), solved, s.scale), s.zero
     n, c1, v1 = weight.sum(-1), wc.sum(-1), (weight * v).sum(-1)
     det = n * cc - c1 * c1
     scale = (n * cv - c1 * v1) / safe(det)
     low = ((v1 - scale * c1) / safe(n)).clamp(max=0)
     scale = torch.where(low == 0, cv / safe(cc), scale)
-    good = (det > 0) & (scale > 0)
+    good = (det > 0) & (scale > 0) & scale.isfinite() & low.isfinite()
     assert s.zero is not None
     return torch.where(good, scale, s.scale), torch.where(good, low, s.zero)

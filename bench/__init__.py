@@ -1,0 +1,1 @@
+"""Measurements: every figure in the README and the docs is printed by something here."""

@@ -1,0 +1,7 @@
+"""All measurements, one after the other: `make bench`."""
+
+from bench import kill, large, quality, speed
+
+for part in (speed, large, quality, kill):
+    print(f"\n## {part.__name__}\n", flush=True)
+    part.main()

@@ -1,0 +1,33 @@
+"""The one loss: searches minimise it, tests check it, the planner spends by it, the report shows it."""
+
+import torch
+from torch import Tensor
+
+PANEL = 1024  # columns of a symmetric matrix multiplied at a time
+
+
+def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
+    """tr(E gram Eᵀ) / tr(w gram wᵀ) with E = w − decoded: the part of the layer's output energy that is lost.
+
+    w, decoded [N, K]; gram [K, K], or None for the identity. Unitless; 0 for an all-zero w.
+    """
+    return ratio(energy(w.float() - decoded.float(), gram), energy(w.float(), gram))
+
+
+def energy(w: Tensor, gram: Tensor | None) -> Tensor:
+    """w gram wᵀ of each row [N], float64: the mean squared output of each. Both of one float type."""
+    if gram is None:
+        return torch.cat([part.double().square().sum(1) for part in w.split(max(1, (1 << 20) // w.shape[1]))])
+    total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+    for start in range(0, len(gram), PANEL):  # gram is symmetric: half of it, off-diagonal panels twice
+        here = slice(start, start + PANEL)
+        product = (w[:, start:] @ gram[start:, here]).float().mul_(2)
+        product -= (w[:, here] @ gram[here, here]).float()
+        total += product.mul_(w[:, here]).sum(1, dtype=torch.float64)
+    return total.clamp(min=0)
+
+
+def ratio(lost: Tensor, whole: Tensor) -> float:
+    """The share of the energy that is lost, over all rows; 0 where there was none."""
+    total = float(whole.sum())
+    return float(lost.sum()) / total if total > 0 else 0.0
