@@ -14,7 +14,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     rows = []
-    for blocks in (16, 8):
+    for blocks in (8, 16):
         model = work / f"llama-1b-{blocks}"
         run([sys.executable, "-m", "bench.make_llama", str(model), "--size", "1b", "--blocks", str(blocks)])
         for method in ("rtn", "gptq"):

@@ -127,23 +127,25 @@ def evaluate(
 def _judge(
     model: Skeleton, hidden: list[Tensor], reference: Skeleton | None, other: list[Tensor] | None, ids: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Window by window, a slice at a time: each token's −log p, KL(reference ‖ model), and whether the top 1 agrees."""
-    vocabulary = model.config.get_text_config().vocab_size
-    step = max(1, LOGITS_AT_ONCE // vocabulary)
-    flat = [window for batch in hidden for window in batch]
-    flat_other = [window for batch in other for window in batch] if other else None
-    for w, states in enumerate(flat):
-        targets = ids[w, 1:]
-        for at in range(0, len(targets), step):
-            piece = slice(at, min(at + step, len(targets)))
-            log_q = model.head(states[None, piece])[0].log_softmax(-1)
-            nll = -log_q.gather(-1, targets[piece, None])[:, 0]
-            if reference is None or flat_other is None:
-                yield nll, nll, nll
-                continue
-            log_p = reference.head(flat_other[w][None, piece])[0].log_softmax(-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-            yield nll, kl, log_p.argmax(-1) == log_q.argmax(-1)
+    """Each token's −log p, KL(reference ‖ model), and whether the top 1 agrees; a few windows, or part of one, at a time."""
+    at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)  # tokens
+    last = ids.shape[1] - 1
+    some = max(1, at_once // ids.shape[1])  # windows
+    begin = 0
+    for b, states in enumerate(hidden):
+        for first in range(0, len(states), some):
+            for at in range(0, last, at_once):
+                rows, piece = slice(first, first + some), slice(at, min(at + at_once, last))
+                targets = ids[begin : begin + len(states), 1:][rows, piece].flatten()
+                log_q = model.head(states[rows, piece]).flatten(0, 1).log_softmax(-1)
+                nll = -log_q.gather(-1, targets[:, None])[:, 0]
+                if reference is None or other is None:
+                    yield nll, nll, nll
+                    continue
+                log_p = reference.head(other[b][rows, piece]).flatten(0, 1).log_softmax(-1)
+                kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+                yield nll, kl.clamp(min=0), log_p.argmax(-1) == log_q.argmax(-1)
+        begin += len(states)
 
 
 def _mean(per_token: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bitwright.ledger import QUANTIZED, Entry
@@ -10,10 +11,10 @@ from bitwright.ledger import QUANTIZED, Entry
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table: text to the left, numbers to the right."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, name in enumerate(header):
         numeric = all(row[i][:1].isdigit() or row[i][:1] in ("", "-", "–") for row in rows)
-        made.add_column(name, justify="right" if numeric else "left")
+        made.add_column(name, justify="right" if numeric else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

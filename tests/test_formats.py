@@ -1,0 +1,120 @@
+"""File formats: the bytes are those of the specification and of the format's own library, and read back as meant."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+
+from bitwright.codec import QTensor, decode, encode, fit
+from bitwright.errors import FormatError
+from bitwright.formats import FORMATS, Layer
+from bitwright.scheme import Scheme
+
+CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HELD = {
+    "compressed-tensors": ("int4-g128", "int4-g32-asym", "int3-g128-asym", "int2-g64", "int5-g32-asym", "int7-channel",
+                           "int8-channel", "int8-channel-asym", "int8-tensor", "ternary-channel", "fp8-channel", "fp8-tensor",
+                           "mxfp4", "nvfp4"),
+    "gptq": ("int4-g128", "int4-g128-asym", "int3-g64-asym", "int3-channel", "int2-g64", "int8-channel", "int8-g32-asym"),
+}  # fmt: skip
+
+
+def weight(N: int = 64, K: int = 256) -> torch.Tensor:
+    g = torch.Generator().manual_seed(N + K)
+    w = torch.randn(N, K, generator=g) * 0.02
+    w[0] = 0
+    w[1] = w[1].abs() + 0.01  # zero points at the ends
+    w[2] = -w[2].abs() - 0.01
+    return w
+
+
+def stored(name: str, text: str, dtype: torch.dtype) -> tuple[Layer, QTensor]:
+    layer = Layer("a.b", 64, 256, Scheme.parse(text))
+    layer = Layer("a.b", 64, 256, FORMATS[name].adapt(layer, dtype))
+    return layer, encode(weight(), fit(weight(), layer.scheme), layer.scheme)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HELD.items() for text in texts])
+def test_what_is_written_is_what_was_planned_and_meant(name: str, text: str, dtype: torch.dtype) -> None:
+    format_ = FORMATS[name]
+    layer, q = stored(name, text, dtype)
+    tensors = format_.encode(q, dtype)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == format_.layout(layer, dtype)
+    found = format_.decode(format_.config([layer], ["lm_head"]), "a.b", tensors)
+    assert torch.equal(found, decode(q).to(found.dtype))
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "int4-g32-asym", "int3-g64-asym", "int8-channel", "mxfp4", "nvfp4"])
+def test_the_librarys_own_compressor_writes_the_same_bytes(text: str) -> None:
+    layer, q = stored("compressed-tensors", text, torch.float32)
+    mine = CT.encode(q, torch.float32)
+    group = CT.config([layer], [])["config_groups"]["group_0"]
+    state = {"weight": decode(q), "weight_scale": q.scales.scale.clone()}
+    if q.scales.zero is not None:
+        state["weight_zero_point"] = q.scales.zero.to(torch.int8)
+    if text == "nvfp4" and q.scales.outer is not None:
+        state["weight_scale"] = q.scales.scale * q.scales.outer
+        state["weight_global_scale"] = q.scales.outer.reshape(1)
+    if text in ("mxfp4", "nvfp4"):
+        state["weight_scale"][state["weight_scale"] == 0] = 2.0**-127 if text == "mxfp4" else 0.0
+    theirs = BaseCompressor.get_value_from_registry(group["format"]).compress(state, QuantizationScheme(**group))
+    some = slice(1, None)  # row 0 is all zeros: the sign of zero is free
+    assert torch.equal(mine["weight_packed"][some], theirs["weight_packed"][some])
+    if q.scales.zero is not None:
+        assert torch.equal(mine["weight_zero_point"], theirs["weight_zero_point"])
+
+
+@pytest.mark.parametrize("text", ["int4-g128-asym", "int3-g64-asym", "int2-g64", "int8-channel"])
+def test_gptq_v1_bit_by_bit(text: str) -> None:
+    """Every code lies at bit k·b of its column, every zero point − 1 at bit n·b of its group, lowest bit first."""
+    layer, q = stored("gptq", text, torch.float16)
+    tensors, bits, half = GPTQ.encode(q, torch.float16), q.scheme.levels.bits, 1 << (q.scheme.levels.bits - 1)
+
+    def field(words: list[int], index: int) -> int:
+        stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+        return (stream >> (index * bits)) & ((1 << bits) - 1)
+
+    for n in (0, 1, 2, 63):
+        column = tensors["qweight"][:, n].tolist()
+        assert [field(column, k) for k in range(256)] == [int(c) + half for c in q.codes[n]]
+    for g in range(layer.scheme.groups(256)):
+        row = tensors["qzeros"][g].tolist()
+        zeros = [0] * 64 if q.scales.zero is None else q.scales.zero[:, g].int().tolist()
+        assert [field(row, n) + 1 for n in range(64)] == [zero + half for zero in zeros]
+    assert tensors["g_idx"].tolist() == [k // layer.scheme.group_length(256) for k in range(256)]
+    assert torch.equal(tensors["scales"].float(), q.scales.scale.T)
+
+
+def test_gptq_never_needs_a_zero_point_below_1() -> None:
+    w = torch.rand(32, 128) + 0.5  # a plain asym zero point would be the lowest code
+    scheme = GPTQ.adapt(Layer("x", 32, 128, Scheme.parse("int4-g128-asym")), torch.float16)
+    zero = fit(w, scheme).zero
+    assert zero is not None and (zero == -7).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("compressed-tensors", Layer("x", 64, 352, Scheme.parse("int4-g128")), "not a multiple"),
+        ("compressed-tensors", Layer("x", 64, 256, Scheme.parse("int4-g128"), transposed=True), "Conv1D"),
+        ("compressed-tensors", Layer("x", 64, 256, Scheme.parse("nf4-g64")), "no container"),
+        ("compressed-tensors", Layer("x", 64, 256, Scheme.parse("int4-g32-min")), "no container"),
+        ("compressed-tensors", Layer("x", 64, 256, Scheme.parse("fp8-g128")), "no container"),
+        ("gptq", Layer("x", 64, 352, Scheme.parse("int4-g128")), "not a multiple"),
+        ("gptq", Layer("x", 64, 256, Scheme.parse("int6-g128")), "cannot hold"),
+        ("gptq", Layer("x", 64, 256, Scheme.parse("int4-tensor")), "cannot hold"),
+        ("gptq", Layer("x", 63, 256, Scheme.parse("int4-g128")), "whole 32-bit words"),
+    ],
+)
+def test_refusals_name_layer_reason_and_remedy(name: str, layer: Layer, reason: str) -> None:
+    with pytest.raises(FormatError, match=reason) as caught:
+        FORMATS[name].adapt(layer, torch.bfloat16)
+    assert caught.value.where == "x" and caught.value.remedy
+
+
+def test_a_gptq_file_holds_one_scheme() -> None:
+    layers = [Layer(n, 64, 256, Scheme.parse(t)) for n, t in (("a", "int4-g128"), ("b", "int8-g128"))]
+    with pytest.raises(FormatError, match="one scheme"):
+        GPTQ.config(layers, [])

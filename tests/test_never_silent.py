@@ -1,0 +1,101 @@
+"""What goes wrong shows: in the ledger, in the exit status, and OUT does not appear when it is not what was meant."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bitwright
+from bitwright.cli import app
+from bitwright.codec import QTensor
+from bitwright.errors import BitwrightError, RecipeError
+from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.ledger import Entry, check_complete, from_jsonl
+
+ARGUMENTS = ["--scheme", "int4-g32", "--samples", "4", "--seqlen", "32", "--json"]
+
+
+@pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
+def test_a_wrong_bit_on_disk_is_seen(
+    suffix: str, llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = CompressedTensors.encode
+
+    def faulty(self: CompressedTensors, q: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tensors = honest(self, q, dtype)
+        tensors[suffix].view(torch.uint8).view(-1)[5] ^= 1
+        return tensors
+
+    monkeypatch.setattr(CompressedTensors, "encode", faulty)
+    done = CliRunner().invoke(app, ["quantize", str(llama), str(tmp_path / "out"), "--calib", text, *ARGUMENTS])
+    assert done.exit_code == 1
+    assert "not those that were meant" in json.loads(done.stdout)["error"]
+    assert json.loads(done.stdout)["where"].startswith("model.layers.0.")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("model-*")), "a bad shard was committed"
+
+
+def test_a_fallback_is_recorded_and_exits_with_1(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr(sys.modules["bitwright.methods.gptq"], "factorize", lambda *_: None)
+    done = CliRunner().invoke(app, ["quantize", str(llama), str(tmp_path / "out"), "--calib", text, *ARGUMENTS])
+    assert done.exit_code == 1
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert len(result["fallbacks"]) == 21 and "gptq -> search" in result["fallbacks"][0]
+    ledger = from_jsonl(tmp_path / "out" / "ledger.jsonl")
+    assert sum(bool(entry.fallback) for entry in ledger) == 21
+
+
+def test_a_tensor_without_an_entry_or_with_two_is_an_error() -> None:
+    one = Entry("a", (1,), "float32", "kept")
+    check_complete([one], ["a"])
+    with pytest.raises(BitwrightError, match="neither quantized nor kept"):
+        check_complete([one], ["a", "b"])
+    with pytest.raises(BitwrightError, match="twice"):
+        check_complete([one, one], ["a"])
+
+
+def test_dry_run_tells_the_exact_size_and_writes_nothing(llama: Path, text: str, tmp_path: Path) -> None:
+    arguments = ["quantize", str(llama), str(tmp_path / "out"), "--calib", text, *ARGUMENTS]
+    planned = json.loads(CliRunner().invoke(app, [*arguments, "--dry-run"]).stdout)
+    assert not list(tmp_path.iterdir())
+    done = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert planned["bytes"] == done["bytes"] and planned["bits_per_weight"] == done["bits_per_weight"]
+    assert set(done) == {"out", "bytes", "bits_per_weight", "seconds", "peak_rss_bytes", "tensors", "fallbacks"}
+    look = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert look["bits_per_weight"] == pytest.approx(done["bits_per_weight"], abs=1e-3)
+    assert {tuple(t) for t in look["tensors"]} == {("name", "shape", "scheme", "bytes", "loss")}
+
+
+def test_eval_has_its_promised_keys(llama: Path, text: str) -> None:
+    done = CliRunner().invoke(
+        app, ["eval", str(llama), "--reference", str(llama), "--text", text, "--seqlen", "32", "--json"]
+    )
+    found = json.loads(done.stdout)
+    promised = {
+        "tokens",
+        "perplexity",
+        "perplexity_stderr",
+        "kl_mean",
+        "kl_stderr",
+        "kl_p999",
+        "top1",
+        "bits_per_weight",
+        "seconds",
+    }
+    assert promised <= set(found)
+    assert found["kl_mean"] == 0 and found["top1"] == 1 and found["bits_per_weight"] == 16
+
+
+def test_quantize_tensor_takes_any_scheme() -> None:
+    w = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    for text in ("q4_k", "nf4-g64-dq", "mxfp4", "int3-g64-asym", "binary-channel"):
+        assert bitwright.quantize_tensor(w, text).codes.shape == (8, 256)
+    with pytest.raises(RecipeError):
+        bitwright.quantize_tensor(w, "q4_k", method="gptq")
