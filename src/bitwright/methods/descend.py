@@ -18,8 +18,11 @@ from bitwright.scheme import TENSOR
 SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
 
 
-def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128) -> QTensor:
-    """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under gram [K, K]."""
+def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0) -> QTensor:
+    """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under H = gram + ridge·I.
+
+    A ridge, as GPTQ's damping is one, keeps few calibration tokens from being fitted to the last digit.
+    """
     if sweeps <= 0:
         return q
     K = w.shape[1]
@@ -27,17 +30,18 @@ def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int 
     solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
     floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-    curvature = gram.diagonal().clamp(min=floor).tolist()
+    curvature = (gram.diagonal() + ridge).clamp(min=floor).tolist()
     state = _State(w, q)
     for _ in range(sweeps):
-        pull = gram @ (state.wt - state.decoded)  # [K, N], H Eᵀ
+        missing = state.wt - state.decoded
+        pull = torch.addmm(missing, gram, missing, beta=ridge)  # [K, N], H Eᵀ
         for start in range(0, K, span):
             before = state.decoded[start : start + span].clone()
             for begin in range(start, min(start + span, K), step if solve else span):
                 end = min(begin + (step if solve else span), start + span, K)
                 moved = state.decoded[begin:end].clone()
                 if solve:
-                    state.solve_scale(begin, end, pull, gram)
+                    state.solve_scale(begin, end, pull, gram, ridge)
                 state.sweep_columns(begin, end, pull, gram, curvature)
                 near = slice(end, min(start + span, K))
                 pull[near].addmm_(gram[near, begin:end], state.decoded[begin:end] - moved, alpha=-1)
@@ -77,14 +81,15 @@ class _State:
         self.codes[begin:end] = torch.stack(chosen)
         self.decoded[begin:end] = torch.stack(became)
 
-    def solve_scale(self, begin: int, end: int, pull: Tensor, H: Tensor) -> None:
+    def solve_scale(self, begin: int, end: int, pull: Tensor, gram: Tensor, ridge: float) -> None:
         """Move the scale of the group begin..end to its least-squares value where, once stored, that loses less."""
         group, own = begin // self.g, slice(begin, end)
         c = values(self.codes[own], self.scheme)
         if self.zero is not None and self.scheme.zero != "min":
             c = c - self.zero[group]
         slope = (pull[own] * c).sum(0)
-        curvature = (c * (H[own, own] @ c)).sum(0)
+        bent = torch.addmm(c, gram[own, own], c, beta=ridge)  # H c
+        curvature = (c * bent).sum(0)
         old = self.scale[group]
         wanted = old + slope / safe(curvature)
         zero = None if self.zero is None or self.scheme.zero == "min" else self.zero[group]
@@ -93,9 +98,8 @@ class _State:
         change = torch.where(change * (2 * slope - change * curvature) > 0, change, torch.zeros_like(change))
         self.scale[group] = torch.where(change == 0, old, new)
         self.divisor[group] = safe(self.scale[group])
-        moved = c * change
         self.decoded[own] = self._decoded(own, group)
-        pull[own].addmm_(H[own, own], moved, alpha=-1)
+        pull[own].addcmul_(bent, change, value=-1)
 
     def _decoded(self, own: slice, group: int) -> Tensor:
         """What the codes of one group stand for, by the very operations of `codec.decode`."""

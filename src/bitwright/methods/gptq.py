@@ -69,7 +69,8 @@ def gptq(
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
         return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
     q = _round(matrix, factor, scheme, block, compensated_scales)
-    q = descend(matrix, gram, q, sweeps=sweeps, block=block)
+    ridge = factor.damping * float(gram.diagonal().mean())
+    q = descend(matrix, gram, q, sweeps=sweeps, block=block, ridge=ridge)
     return Outcome(reshaped(q, tuple(w.shape)), factor.damping)
 
 
