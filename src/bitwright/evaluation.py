@@ -48,7 +48,7 @@ class Walk:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Reads headers. Raises CheckpointError for a directory that is not a checkpoint, or not of its config."""
-        self.folder, self.artefact = folder, None
+        self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
         self.artefact = Artefact(folder)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
@@ -56,12 +56,10 @@ class Walk:
     @property
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters, tied ones once."""
-        assert self.artefact is not None
         return 8 * self.artefact.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
 
     def load(self, parameters: list[str]) -> None:
         """Read and decode these parameters into the skeleton."""
-        assert self.artefact is not None
         tensors = {}
         for name in parameters:
             if name not in self.names:
