@@ -42,10 +42,11 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the data."""
-        return self.dtype.itemsize * _count(self.shape)
+        return self.dtype.itemsize * count(self.shape)
 
 
-def _count(shape: tuple[int, ...]) -> int:
+def count(shape: tuple[int, ...]) -> int:
+    """How many values a tensor of this shape holds."""
     total = 1
     for extent in shape:
         total *= extent
@@ -188,7 +189,7 @@ def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:
     at = 0
     for name in ordered:
         dtype, shape = specs[name]
-        end = at + dtype.itemsize * _count(shape)
+        end = at + dtype.itemsize * count(shape)
         entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -198,7 +199,7 @@ def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:
 
 def shard_bytes(specs: dict[str, Spec]) -> int:
     """The exact size of the file that `write_shard` makes of tensors of these types and shapes."""
-    return len(_header(specs)[0]) + sum(dtype.itemsize * _count(shape) for dtype, shape in specs.values())
+    return len(_header(specs)[0]) + sum(dtype.itemsize * count(shape) for dtype, shape in specs.values())
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from bitwright.checkpoint import Checkpoint, Spec, shard_bytes
+from bitwright.checkpoint import Checkpoint, Spec, count, shard_bytes
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
@@ -89,12 +89,12 @@ class Plan:
     def parameters(self) -> int:
         """Parameters of the source, tied ones once, computed buffers not."""
         tied = self.skeleton.tied_names()
-        return sum(_count(t.shape) for t in self.tensors if t.action != LEFT_OUT and t.parameter not in tied)
+        return sum(count(t.shape) for t in self.tensors if t.action != LEFT_OUT and t.parameter not in tied)
 
     @property
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
-        data = sum(spec[0].itemsize * _count(spec[1]) for spec in self.specs([*self.tensors_written]).values())
+        data = sum(spec[0].itemsize * count(spec[1]) for spec in self.specs(self.tensors_written).values())
         return 8 * data / self.parameters
 
     @property
@@ -136,7 +136,7 @@ class Plan:
         """Estimate of the largest resident set, in bytes: one block, its statistics, the calibration activations."""
         widths = [(t.layer.N, t.layer.K) for t in self.tensors if t.layer is not None and t.block == 0]
         block = sum(N * K for N, K in widths)
-        outside = sum(t.dtype.itemsize * _count(t.shape) for t in self.tensors if t.block is None)
+        outside = sum(t.dtype.itemsize * count(t.shape) for t in self.tensors if t.block is None)
         largest = max((N * K for N, K in widths), default=0)
         if not self.calibrated:
             return PROCESS_BYTES + max(outside, block * 4 + largest * 24)
@@ -144,13 +144,6 @@ class Plan:
         activations = 2 * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize // 2
         grams = sum(4 * K * K for K in {K for _, K in widths}) + 2 * 4 * max((K * K for _, K in widths), default=0)
         return PROCESS_BYTES + max(outside + activations, activations + block * 5 + grams + largest * 30)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
 
 
 def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
