@@ -24,6 +24,8 @@ def imports(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bitwright":
             for name in node.names:
+                if name.name == "_native":  # the extension: not a file of the reading order
+                    continue
                 whole = f"{node.module}.{name.name}"
                 found.add(module_file(whole if (PACKAGE / module_file(whole)).is_file() else node.module))
         elif isinstance(node, ast.Import):

@@ -271,7 +271,7 @@ def test_the_tree_of_errors() -> None:
     inputs = {kind for kind in kinds if issubclass(kind, InputError)}
     assert kinds - inputs == {BitwrightError, NumericsError, VerificationError}
     assert {kind.__name__ for kind in inputs - {InputError}} == {
-        "SchemeError", "CheckpointError", "RecipeError", "CalibrationError", "FormatError", "OutputError",
+        "SchemeError", "CheckpointError", "RecipeError", "CalibrationError", "FormatError", "KernelError", "OutputError",
     }  # fmt: skip
 
 

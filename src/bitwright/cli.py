@@ -3,6 +3,7 @@
 Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
 """
 
+import gc
 import json
 import os
 import sys
@@ -189,4 +190,7 @@ def main() -> None:
     # times as long on a busy one. Must be set before torch loads its OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    gc.set_threshold(
+        100_000
+    )  # importing torch and transformers makes a million objects that stay: do not count them often
     sys.exit(app())

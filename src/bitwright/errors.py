@@ -7,6 +7,7 @@ BitwrightError
 │   ├── RecipeError       an unknown method, key or option; a pattern that matches nothing
 │   ├── CalibrationError  text that is missing, empty or too short
 │   ├── FormatError       a file format that cannot hold what was asked
+│   ├── KernelError       an instruction set was asked for that this CPU or this build lacks
 │   └── OutputError       OUT exists, the disk is full, unfinished work of another kind lies there
 ├── NumericsError         a matrix that cannot be factored, a value that is not finite
 └── VerificationError     what was written is not what was meant; the command line exits with 1
@@ -52,6 +53,10 @@ class CalibrationError(InputError):
 
 class FormatError(InputError):
     """A file format that cannot hold what was asked."""
+
+
+class KernelError(InputError):
+    """An instruction set was asked for that this CPU or this build lacks."""
 
 
 class OutputError(InputError):

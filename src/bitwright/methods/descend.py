@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import QTensor, Scales, decode, round_to, safe, snap, values
+from bitwright.kernels import rounding
 from bitwright.scheme import TENSOR
 
 SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
@@ -30,23 +31,16 @@ def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int 
     solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
     floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-    curvature = (gram.diagonal() + ridge).clamp(min=floor).tolist()
+    curvature = (gram.diagonal() + ridge).clamp(min=floor)
     state = _State(w, q)
     for _ in range(sweeps):
         missing = state.wt - state.decoded
         pull = torch.addmm(missing, gram, missing, beta=ridge)  # [K, N], H Eᵀ
         for start in range(0, K, span):
             before = state.decoded[start : start + span].clone()
-            for begin in range(start, min(start + span, K), step if solve else span):
-                end = min(begin + (step if solve else span), start + span, K)
-                moved = state.decoded[begin:end].clone()
-                if solve:
-                    state.solve_scale(begin, end, pull, gram, ridge)
-                state.sweep_columns(begin, end, pull, gram, curvature)
-                near = slice(end, min(start + span, K))
-                pull[near].addmm_(gram[near, begin:end], state.decoded[begin:end] - moved, alpha=-1)
-            rest = slice(min(start + span, K), K)
             here = slice(start, min(start + span, K))
+            state.improve(here, pull[here], gram[here, here], curvature[here], ridge, solve=solve)
+            rest = slice(min(start + span, K), K)
             pull[rest].addmm_(gram[rest, here], state.decoded[here] - before, alpha=-1)
     return state.result()
 
@@ -61,45 +55,61 @@ class _State:
         self.wt, self.decoded = w.T.contiguous(), _transposed(decode(replace(q, shape=(N, K))))
         self.codes = _transposed(q.codes)
         self.scale = _transposed(q.scales.scale.expand(N, G))
-        self.divisor = safe(self.scale)
         self.zero = None if q.scales.zero is None else q.scales.zero.expand(N, G).T.contiguous()
 
-    def sweep_columns(self, begin: int, end: int, pull: Tensor, H: Tensor, curvature: list[float]) -> None:
-        """Choose each code of columns begin..end anew; `pull` is kept right inside that range only."""
-        own, near = pull[begin:end], H[begin:end, begin:end]
+    def improve(self, here: slice, pull: Tensor, H: Tensor, curvature: Tensor, ridge: float, *, solve: bool) -> None:
+        """Visit the columns `here`, whose pull [n, N] and H [n, n] these are: group by group, the scale first."""
+        if rounding.handles(self.scheme, pull):
+            rounding.sweep(
+                self.decoded[here], pull, self.codes[here], self.scheme, self.scale, self.zero, H, curvature,
+                ridge=ridge, solve=solve, begin=here.start, g=self.g,
+            )  # fmt: skip
+            return
+        n = len(pull)
+        for begin in range(0, n, self.g if solve else n):
+            end = min(begin + self.g, n) if solve else n
+            own = slice(begin, end)
+            moved = self.decoded[here][own].clone()
+            if solve:
+                self.solve_scale(here.start + begin, here.start + end, pull[own], H[own, own], ridge)
+            self.sweep_columns(here.start + begin, here.start + end, pull[own], H[own, own], curvature[own].tolist())
+            pull[end:].addmm_(H[end:, own], self.decoded[here][own] - moved, alpha=-1)
+
+    def sweep_columns(self, begin: int, end: int, own: Tensor, near: Tensor, curvature: list[float]) -> None:
+        """Choose each code of columns begin..end anew; their pull `own` is kept right."""
         chosen, became = [], []
         for i, old in enumerate(self.decoded[begin:end].unbind()):
             if i == 0 or (begin + i) % self.g == 0:
                 group = (begin + i) // self.g
-                scale, divisor = self.scale[group], self.divisor[group]
+                scale = self.scale[group]
                 zero = None if self.zero is None else self.zero[group]
-            target = torch.add(old, own[i], alpha=1 / curvature[begin + i])
-            code, decoded = round_to(target, scale, zero, self.scheme, divisor)
+            target = torch.add(old, own[i], alpha=1 / curvature[i])
+            code, decoded = round_to(target, scale, zero, self.scheme)
             chosen.append(code)
             became.append(decoded)
             own[i + 1 :].addr_(near[i, i + 1 :], decoded - old, alpha=-1)
         self.codes[begin:end] = torch.stack(chosen)
         self.decoded[begin:end] = torch.stack(became)
 
-    def solve_scale(self, begin: int, end: int, pull: Tensor, gram: Tensor, ridge: float) -> None:
+    def solve_scale(self, begin: int, end: int, pull: Tensor, H: Tensor, ridge: float) -> None:
         """Move the scale of the group begin..end to its least-squares value where, once stored, that loses less."""
         group, own = begin // self.g, slice(begin, end)
         c = values(self.codes[own], self.scheme)
         if self.zero is not None and self.scheme.zero != "min":
             c = c - self.zero[group]
-        slope = (pull[own] * c).sum(0)
-        bent = torch.addmm(c, gram[own, own], c, beta=ridge)  # H c
+        slope = (pull * c).sum(0)
+        bent = torch.addmm(c, H, c, beta=ridge)
         curvature = (c * bent).sum(0)
         old = self.scale[group]
         wanted = old + slope / safe(curvature)
+        wanted = torch.where((wanted > 0) & wanted.isfinite(), wanted, old)
         zero = None if self.zero is None or self.scheme.zero == "min" else self.zero[group]
-        new = snap(torch.where(wanted > 0, wanted, old), zero, replace(self.scheme, zero="sym", grid="int8")).scale
+        new = snap(wanted, zero, replace(self.scheme, zero="sym", grid="int8")).scale
         change = new - old
         change = torch.where(change * (2 * slope - change * curvature) > 0, change, torch.zeros_like(change))
         self.scale[group] = torch.where(change == 0, old, new)
-        self.divisor[group] = safe(self.scale[group])
         self.decoded[own] = self._decoded(own, group)
-        pull[own].addcmul_(bent, change, value=-1)
+        pull.addcmul_(bent, change, value=-1)
 
     def _decoded(self, own: slice, group: int) -> Tensor:
         """What the codes of one group stand for, by the very operations of `codec.decode`."""

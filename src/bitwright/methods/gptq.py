@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, Scales, code_dtype, fit, map_rows, reshaped, round_to, rows, safe
+from bitwright.codec import QTensor, Scales, code_dtype, fit, map_rows, reshaped, round_to, rows
 from bitwright.errors import NumericsError, RecipeError
+from bitwright.kernels import rounding
 from bitwright.methods.descend import descend
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
@@ -180,30 +181,25 @@ def _round_columns(
     original = w.T[order]  # [K, N]
     wt = original.clone()  # what each column aims at, as errors come in
     tables = _Tables(scales, scheme, N, K)
-    groups = (order // scheme.group_length(K)).tolist()
+    groups = order // scheme.group_length(K)
     unit = scheme.unit or K
-    codes: list[Tensor] = []
-    lost = torch.zeros(N, device=w.device)
+    codes, lost = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device), torch.zeros(N, device=w.device)
     for start in range(0, K, block):
-        stop = start + block
-        now, near = wt[start:stop], spread[start:stop, start:stop]
-        errors = torch.empty_like(now)
-        chosen = []
-        for i, (aim, true, error) in enumerate(zip(now, original[start:stop], errors, strict=True)):
-            at = start + i
-            if at % unit == 0 and refit_from < N:
-                tables.refit(wt, order, at, unit, importance, refit_from)
-            code, decoded = tables.round(aim, groups[at])
-            chosen.append(code)
-            torch.sub(true, decoded, out=error)
-            now[i + 1 :].addr_(near[i, i + 1 :], error)
-        codes.append(torch.stack(chosen).to(code_dtype(scheme)))
-        missed = now - original[start:stop] + errors  # aim − decoded
+        stop = min(start + block, K)
+        errors = torch.empty_like(wt[start:stop])
+        for begin in range(start, stop, min(unit, block)):
+            end = min(begin + unit, stop)
+            if begin % unit == 0 and refit_from < N:
+                tables.refit(wt, order, begin, unit, importance, refit_from)
+            now, near = wt[begin:end], spread[begin:end, begin:end]
+            codes[begin:end], new = tables.visit(now, original[begin:end], near, groups[begin:end])
+            errors[begin - start : end - start] = new
+            wt[end:stop].addmm_(spread[begin:end, end:stop].T, new)
+        missed = wt[start:stop] - original[start:stop] + errors  # aim − decoded
         lost += missed.mul_(factor.pivots[start:stop, None]).square_().sum(0)
         wt[stop:].addmm_(spread[start:stop, stop:].T, errors)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(K, device=order.device)
-    return QTensor(torch.cat(codes)[back].T.contiguous(), tables.scales(), scheme, (N, K)), lost
+    codes[order] = codes.clone()
+    return QTensor(codes.T.contiguous(), tables.scales(), scheme, (N, K)), lost
 
 
 class _Tables:
@@ -213,23 +209,22 @@ class _Tables:
         G = scheme.groups(K)
         self.scheme, self.start = scheme, scales
         self.scale = scales.scale.expand(N, G).T.contiguous()
-        self.divisor = safe(self.scale)
         self.zero = None if scales.zero is None else scales.zero.expand(N, G).T.contiguous()
         self.outer = None if scales.outer is None else scales.outer.clone()
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
-        self.current = self._rows(0)
-        self.group = 0
 
-    def _rows(self, group: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One group's scale, zero and divisor, each [N]."""
-        return self.scale[group], None if self.zero is None else self.zero[group], self.divisor[group]
-
-    def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """Codes and decoded values of one column [N]."""
-        if group != self.group:
-            self.group, self.current = group, self._rows(group)
-        scale, zero, divisor = self.current
-        return round_to(column, scale, zero, self.scheme, divisor)
+    def visit(self, aim: Tensor, true: Tensor, spread: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Round n columns in turn: codes [n, N], errors [n, N]; aim [n, N] takes on the errors of earlier ones."""
+        if rounding.handles(self.scheme, aim):
+            return rounding.visit(aim, true, spread, self.scheme, groups, self.scale, self.zero)
+        codes, errors = [], torch.empty_like(aim)
+        for i, group in enumerate(groups.tolist()):
+            zero = None if self.zero is None else self.zero[group]
+            code, decoded = round_to(aim[i], self.scale[group], zero, self.scheme)
+            codes.append(code.to(code_dtype(self.scheme)))
+            torch.sub(true[i], decoded, out=errors[i])
+            aim[i + 1 :].addr_(spread[i, i + 1 :], errors[i])
+        return torch.stack(codes), errors
 
     def refit(self, wt: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at visit `at` on the weights as they stand, rows `first` on."""
@@ -243,10 +238,8 @@ class _Tables:
         g = self.scheme.group_length(len(order))
         into = slice(begin // g, begin // g + found.scale.shape[1])
         self.scale[into, first:] = found.scale.T
-        self.divisor[into, first:] = safe(found.scale).T
         if self.zero is not None and found.zero is not None:
             self.zero[into, first:] = found.zero.T
-        self.group = -1  # the row at hand may have changed
         if whole_tensor is None:
             block = begin // unit
             for table, new in ((self.outer, found.outer), (self.outer_zero, found.outer_zero)):

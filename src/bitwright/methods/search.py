@@ -17,6 +17,7 @@ from bitwright.codec import (
     decode,
     encode,
     fit,
+    folded,
     group_view,
     map_rows,
     raw_scales,
@@ -26,6 +27,7 @@ from bitwright.codec import (
     values,
 )  # fmt: skip
 from bitwright.errors import RecipeError
+from bitwright.kernels import rounding
 from bitwright.methods.outcome import Outcome
 from bitwright.scheme import TENSOR, Scheme
 
@@ -99,19 +101,21 @@ def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scale
 
 def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) -> tuple[Tensor, Tensor | None]:
     """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
-    v = group_view(w, scheme)
-    weight = torch.ones_like(w[:1]) if importance is None else importance[None, :].float()
-    weight = group_view(weight.expand(w.shape), scheme) if scheme.group == TENSOR else group_view(weight, scheme)
     one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
-    best: list[Tensor | None] = [None, None, None]  # error, scale, zero
+    weight = torch.ones_like(w[0]) if importance is None else importance.float()
     widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
-    for shrink in torch.linspace(widest, _narrowest(scheme), steps).tolist():
+    shrinks = torch.linspace(widest, _narrowest(scheme), steps).tolist()
+    if rounding.handles(scheme, w):
+        return rounding.search(w, weight, one_level, shrinks)
+    v = group_view(w, scheme)
+    weight = group_view(weight[None].expand_as(w) if scheme.group == TENSOR else weight[None], scheme)
+    best: list[Tensor | None] = [None, None, None]  # error, scale, zero
+    for shrink in shrinks:
         raw = raw_scales(v, w.shape[1], scheme, shrink)
         for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
             s = snap(*raw, one_level)
             codes, decoded = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
-            error = ((v - decoded).square_() * weight).sum(-1)
-            _keep_better(best, error, s)
+            _keep_better(best, folded((v - decoded).square_() * weight), s)
             raw = _least_squares(v, codes, weight, s, scheme)
     assert best[1] is not None
     return best[1], best[2]
@@ -141,11 +145,11 @@ def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: 
         assert s.zero is not None
         c = c - s.zero[..., None]
     wc = weight * c
-    cc, cv = (wc * c).sum(-1), (wc * v).sum(-1)
+    cc, cv = folded(wc * c), folded(wc * v)
     if scheme.zero != "min":
         solved = cv / safe(cc)
         return torch.where((solved > 0) & solved.isfinite(), solved, s.scale), s.zero
-    n, c1, v1 = weight.sum(-1), wc.sum(-1), (weight * v).sum(-1)
+    n, c1, v1 = folded(weight), folded(wc), folded(weight * v)
     det = n * cc - c1 * c1
     scale = (n * cv - c1 * v1) / safe(det)
     low = ((v1 - scale * c1) / safe(n)).clamp(max=0)

@@ -1,0 +1,158 @@
+// The extension's Python face: arrays come in by DLPack, shapes are checked here, rows are shared out among threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace bitwright;
+
+namespace {
+
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // int8 or uint8
+using Groups = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const Kernels *chosen = available()[0];
+
+void require(bool condition, const char *message) {
+    if (!condition) throw nb::value_error(message);
+}
+
+template <class Array>
+void shaped(const Array &array, size_t rows, size_t columns, const char *message) {
+    require(array.shape(0) == rows && array.shape(1) == columns, message);
+}
+
+int8_t *bytes_of(Codes &codes) {
+    require(codes.dtype().bits == 8, "codes must be int8 or uint8");
+    return (int8_t *)codes.data();
+}
+
+template <class Array>
+const float *data_of(std::optional<Array> &array) {
+    return array ? array->data() : nullptr;
+}
+
+std::vector<float> &scratch(size_t size) {
+    static thread_local std::vector<float> room;
+    if (room.size() < size) room.resize(size);
+    return room;
+}
+
+Format make_format(int zero, int encoding, float lo, float hi, float first, float reach, const std::vector<float> &level,
+                   const std::vector<int> &code) {
+    require(level.size() <= 16 && level.size() == code.size(), "a codebook has at most 16 levels, and a code for each");
+    Format f{};
+    f.zero = zero, f.encoding = encoding, f.lo = lo, f.hi = hi, f.first = first, f.span = hi - lo, f.reach = reach;
+    f.levels = (int)level.size();
+    for (int i = 0; i < f.levels; i++) {
+        require(code[i] >= 0 && code[i] < 16, "codes of a codebook are 0 to 15");
+        f.level[i] = level[i];
+        f.middle[i] = i + 1 < f.levels ? (level[i + 1] + level[i]) / 2 : __builtin_inff();
+        f.code[i] = (int8_t)code[i];
+        f.value[code[i]] = level[i];
+    }
+    return f;
+}
+
+void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector factor, ptrdiff_t g, Out scale,
+            std::optional<Out> zero, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
+    require(g > 0 && weight.shape(0) == K, "weight must have K entries");
+    require(shrink.shape(0) == factor.shape(0) && shrink.shape(0) > 0, "shrink and factor must be of one length");
+    shaped(scale, N, G, "scale must be [N, G]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, N, G, "zero must be [N, G]");
+    Search a{w.data(), weight.data(), shrink.data(), factor.data(), scale.data(), zero ? zero->data() : nullptr,
+             (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
+    nb::gil_scoped_release unlocked;
+    size_t n = LANES;
+    while (n < (size_t)g) n *= 2;
+    share_out(N, 16, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->search(f, a, scratch(5 * n).data(), first, last);
+    });
+}
+
+void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups group, Matrix scale, std::optional<Matrix> zero,
+           Codes codes, Out errors, int threads) {
+    size_t n = aim.shape(0), N = aim.shape(1);
+    shaped(original, n, N, "original must be [n, N]");
+    shaped(spread, n, n, "spread must be [n, n]");
+    shaped(codes, n, N, "codes must be [n, N]");
+    shaped(errors, n, N, "errors must be [n, N]");
+    require(group.shape(0) == n && scale.shape(1) == N, "group must be [n], scale [G, N]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, scale.shape(0), N, "zero must be [G, N]");
+    for (size_t i = 0; i < n; i++)
+        require(group(i) >= 0 && group(i) < (int64_t)scale.shape(0), "group beyond the scales");
+    Visit a{aim.data(), original.data(), spread.data(), scale.data(), data_of(zero), group.data(), bytes_of(codes),
+            errors.data(), (ptrdiff_t)n, (ptrdiff_t)N};
+    nb::gil_scoped_release unlocked;
+    share_out(N, 4 * LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->visit(f, a, scratch(3 * n * LANES).data(), first, last);
+    });
+}
+
+void sweep(const Format &f, Out decoded, Out pull, Codes codes, Out scale, std::optional<Matrix> zero, Matrix H,
+           Vector curvature, float ridge, bool solve, ptrdiff_t g, ptrdiff_t begin, int threads) {
+    size_t n = decoded.shape(0), N = decoded.shape(1);
+    shaped(pull, n, N, "pull must be [n, N]");
+    shaped(codes, n, N, "codes must be [n, N]");
+    shaped(H, n, n, "H must be [n, n]");
+    require(curvature.shape(0) == n && g > 0 && begin >= 0, "curvature must be [n], g above 0, begin not below 0");
+    require(n > 0 && scale.shape(1) == N && (begin + n - 1) / g < scale.shape(0), "scale must be [G, N]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, scale.shape(0), N, "zero must be [G, N]");
+    Sweep a{decoded.data(), pull.data(), bytes_of(codes), scale.data(), data_of(zero), H.data(), curvature.data(), ridge,
+            solve, (ptrdiff_t)n, (ptrdiff_t)N, g, begin};
+    nb::gil_scoped_release unlocked;
+    share_out(N, 4 * LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->sweep(f, a, scratch(6 * n * LANES).data(), first, last);
+    });
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (auto k = available(); *k; k++) found.push_back((*k)->name);
+    return found;
+}
+
+void choose(const std::string &name) {
+    for (auto k = available(); *k; k++)
+        if (name == (*k)->name) {
+            chosen = *k;
+            return;
+        }
+    throw nb::value_error(("no kernels named " + name + " run here").c_str());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    using namespace nb::literals;
+    nb::class_<Format>(m, "Format")
+        .def(nb::new_(&make_format), "zero"_a, "encoding"_a, "lo"_a, "hi"_a, "first"_a, "reach"_a, "level"_a, "code"_a);
+    // Nothing is converted on the way in: a converted copy would swallow what is written to it.
+    m.def("search", &search, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
+          "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
+    m.def("visit", &visit, "format"_a, "aim"_a.noconvert(), "original"_a.noconvert(), "spread"_a.noconvert(),
+          "group"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
+          "errors"_a.noconvert(), "threads"_a);
+    m.def("sweep", &sweep, "format"_a, "decoded"_a.noconvert(), "pull"_a.noconvert(), "codes"_a.noconvert(),
+          "scale"_a.noconvert(), "zero"_a.noconvert().none(), "H"_a.noconvert(), "curvature"_a.noconvert(), "ridge"_a,
+          "solve"_a, "g"_a, "begin"_a, "threads"_a);
+    m.def("names", &names);
+    m.def("choose", &choose, "name"_a);
+    m.def("current", [] { return std::string(chosen->name); });
+}

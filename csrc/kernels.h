@@ -1,0 +1,81 @@
+// The native kernels, one struct of function pointers for each instruction set.
+//
+// Axes as in the Python package: w [N, K], groups of g along K, scale [N, G]. Loops that keep rows side by side take
+// their matrices transposed, [K, N], so that neighbours in memory are neighbours in rows. Every function works on the
+// rows [first, last) alone, so rows can be shared out among threads, and does the same float32 operations in the same
+// order under every instruction set: no fused multiply-add, sums in halves. Results are therefore equal bit for bit.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bitwright {
+
+enum Zero { SYM, ASYM, MIN };
+enum Encoding { F32, F16, BF16, E8M0 };
+
+// What rounding must know of a Scheme.
+struct Format {
+    int zero;               // Zero; both kinds of integer zero points are ASYM
+    int encoding;           // of a scale by itself
+    float lo, hi;           // codes
+    float first;            // lowest code that may be a zero point
+    float span;             // hi - lo
+    float reach;            // the value that the largest |w| is sent to; 0: the scale is the mean |w|
+    int levels;             // length of the codebook; 0: the code is its own value
+    float level[16];        // its values, rising
+    float middle[16];       // half way between neighbours; +inf behind the last
+    int8_t code[16];        // the code of each value
+    float value[16];        // the value of each code
+};
+
+// Choose the scale (and zero) of every group by trying narrower ranges and least squares; methods/search.py.
+struct Search {
+    const float *w;         // [N, K]
+    const float *weight;    // [K] importance
+    const float *shrink;    // [steps] factors on the range
+    const float *factor;    // [steps] shrink / reach
+    float *scale, *zero;    // [N, G] out; zero null if the format has none
+    ptrdiff_t K, g, steps;
+};
+
+// Round columns in turn, each error carried on to the later ones; methods/gptq.py.
+struct Visit {
+    float *aim;             // [n, N] in: w with the errors of earlier columns; out: what each column aimed at
+    const float *original;  // [n, N]
+    const float *spread;    // [n, n]
+    const float *scale, *zero;  // [G, N]
+    const int64_t *group;   // [n] the group of each column
+    int8_t *codes;          // [n, N] out
+    float *errors;          // [n, N] out: original - decoded
+    ptrdiff_t n, N;
+};
+
+// One pass of coordinate descent over whole groups; methods/descend.py.
+struct Sweep {
+    float *decoded;         // [n, N] in and out
+    float *pull;            // [n, N] in and out: H E'
+    int8_t *codes;          // [n, N] in and out
+    float *scale;           // [G, N] in and out
+    const float *zero;      // [G, N] or null
+    const float *H;         // [n, n], without the ridge
+    const float *curvature; // [n] the diagonal of H with the ridge, floored
+    float ridge;
+    bool solve;             // whether scales may move
+    ptrdiff_t n, N, g, begin;  // begin: the first column's place in K
+};
+
+struct Kernels {
+    const char *name;
+    void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+};
+
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
+
+// The instruction sets that were compiled in and that this CPU has, best first; a null ends the list.
+const Kernels *const *available();
+
+constexpr int LANES = 16;  // rows side by side
+
+}  // namespace bitwright

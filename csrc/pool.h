@@ -1,0 +1,11 @@
+// A pool of threads that share out rows.
+#pragma once
+#include <cstddef>
+#include <functional>
+
+namespace bitwright {
+
+// Call task(first, last) for pieces of `grain` of the range [0, n), on up to `threads` threads, this one among them.
+void share_out(ptrdiff_t n, ptrdiff_t grain, int threads, const std::function<void(ptrdiff_t, ptrdiff_t)> &task);
+
+}  // namespace bitwright

@@ -1,0 +1,8 @@
+#include "kernels.h"
+
+namespace bitwright {
+namespace {
+#include "rounding.h"
+}
+extern const Kernels scalar_kernels{"scalar", search, visit, sweep};
+}  // namespace bitwright

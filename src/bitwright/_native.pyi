@@ -1,0 +1,56 @@
+from torch import Tensor
+
+class Format:
+    def __init__(
+        self,
+        zero: int,
+        encoding: int,
+        lo: float,
+        hi: float,
+        first: float,
+        reach: float,
+        level: list[float],
+        code: list[int],
+    ) -> None: ...
+
+def search(
+    format: Format,
+    w: Tensor,
+    weight: Tensor,
+    shrink: Tensor,
+    factor: Tensor,
+    g: int,
+    scale: Tensor,
+    zero: Tensor | None,
+    threads: int,
+) -> None: ...
+def visit(
+    format: Format,
+    aim: Tensor,
+    original: Tensor,
+    spread: Tensor,
+    group: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codes: Tensor,
+    errors: Tensor,
+    threads: int,
+) -> None: ...
+def sweep(
+    format: Format,
+    decoded: Tensor,
+    pull: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    H: Tensor,
+    curvature: Tensor,
+    ridge: float,
+    solve: bool,
+    g: int,
+    begin: int,
+    threads: int,
+) -> None: ...
+def names() -> list[str]: ...
+def choose(name: str) -> None: ...
+def current() -> str: ...

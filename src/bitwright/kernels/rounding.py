@@ -1,0 +1,110 @@
+"""Rounding in native code: the scale search, GPTQ's visit of columns, a sweep of coordinate descent.
+
+Each function does what its torch twin does (methods/search.py, gptq.py, descend.py), in place of it where `handles` says
+so. The first two give the same bits as their twins; the sweep adds up in another order, so its codes may differ where
+two are equally good.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import code_dtype, code_range
+from bitwright.kernels import native
+from bitwright.scheme import TENSOR, Scheme
+
+ENCODINGS = ("f32", "f16", "bf16", "e8m0")  # by the extension's numbers; all others are searched as f32
+WIDEST = 16  # levels of a codebook
+
+
+def handles(scheme: Scheme, w: Tensor) -> bool:
+    """Whether the extension is there and knows this format on this tensor's device."""
+    levels = scheme.levels.levels
+    known = levels is None or (len(levels) <= WIDEST and scheme.zero == "sym")
+    return native is not None and w.device.type == "cpu" and scheme.group != TENSOR and known
+
+
+@lru_cache(maxsize=64)
+def _format(scheme: Scheme) -> object:
+    """The extension's own description of a scheme."""
+    assert native is not None
+    grid = scheme.levels
+    lo, hi = code_range(scheme)
+    codes: dict[float, int] = {}
+    for code, level in enumerate(grid.levels or ()):
+        codes.setdefault(level, code)  # a second code for an equal value is never chosen
+    rising = sorted(codes.items())
+    return native.Format(
+        zero={"sym": 0, "asym": 1, "asym1": 1, "min": 2}[scheme.zero],
+        encoding=ENCODINGS.index(scheme.scale) if scheme.scale in ENCODINGS else 0,
+        lo=lo,
+        hi=hi,
+        first=lo + (scheme.zero == "asym1"),
+        reach=grid.reach or 0.0,
+        level=[level for level, _ in rising],
+        code=[code for _, code in rising],
+    )
+
+
+def search(w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[float]) -> tuple[Tensor, Tensor | None]:
+    """Scales (and zeros) [N, G] of least weighted squared error, as `methods.search` finds them, by itself rounded.
+
+    w [N, K], importance [K]; shrinks: factors on the range, tried in turn. A group with a weight that is not finite
+    gets the scale NaN.
+    """
+    assert native is not None
+    w = w.contiguous()
+    N, K = w.shape
+    scale = torch.empty(N, scheme.groups(K))
+    zero = None if scheme.zero == "sym" else torch.empty_like(scale)
+    factors = [shrink / (scheme.levels.reach or 1.0) for shrink in shrinks]
+    native.search(
+        _format(scheme), w, importance.contiguous(), torch.tensor(shrinks), torch.tensor(factors),
+        scheme.group_length(K), scale, zero, torch.get_num_threads(),
+    )  # fmt: skip
+    return scale, zero
+
+
+def visit(
+    aim: Tensor, original: Tensor, spread: Tensor, scheme: Scheme, groups: Tensor, scale: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Round n columns in turn and carry each error on to the later of them. Codes [n, N] and errors [n, N].
+
+    aim [n, N] becomes what each column aimed at; original [n, N]; spread [n, n]; groups [n] int64, the rows of
+    scale (and zero) [G, N] that belong to each column.
+    """
+    assert native is not None
+    errors = torch.empty_like(aim)
+    codes = torch.empty(aim.shape, dtype=code_dtype(scheme))
+    native.visit(
+        _format(scheme), aim, original, spread.contiguous(), groups, scale, zero, codes, errors, torch.get_num_threads()
+    )  # fmt: skip
+    return codes, errors
+
+
+def sweep(
+    decoded: Tensor,
+    pull: Tensor,
+    codes: Tensor,
+    scheme: Scheme,
+    scale: Tensor,
+    zero: Tensor | None,
+    H: Tensor,
+    curvature: Tensor,
+    *,
+    ridge: float,
+    solve: bool,
+    begin: int,
+    g: int,
+) -> None:
+    """One pass of coordinate descent over n columns from `begin` on, in place.
+
+    decoded, pull, codes [n, N]; scale, zero [G, N]; H [n, n] without the ridge; curvature [n] its diagonal with it;
+    solve: whether scales may move; g: the group length.
+    """
+    assert native is not None
+    native.sweep(
+        _format(scheme), decoded, pull, codes, scale, zero, H.contiguous(), curvature, ridge, solve, g, begin,
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""The native extension against its torch twins: every instruction set that this CPU has, bit for bit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright import kernels
+from bitwright.codec import QTensor, decode, folded
+from bitwright.kernels import rounding
+from bitwright.loss import loss
+from bitwright.methods.descend import descend
+from bitwright.methods.gptq import gptq
+from bitwright.methods.rtn import rtn
+from bitwright.methods.search import best_scales
+from bitwright.scheme import Scheme
+
+T = TypeVar("T")
+native = kernels.native
+ISAS = [] if native is None else native.names()
+needs_native = pytest.mark.skipif(native is None, reason="the extension was not built")
+SCHEMES = [
+    "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
+    "q6_k", "q2_k", "nf4-g64", "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "ternary-channel", "binary-g32",
+    "int8-g256-asym-f32", "int4-g128-min",
+]  # fmt: skip
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert native is not None
+    before = native.current()
+    native.choose(request.param)
+    yield request.param
+    native.choose(before)
+
+
+def in_torch(f: Callable[[], T]) -> T:
+    """What f gives with the twins in force."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "handles", lambda *_: False)
+        return f()
+
+
+def weights(N: int, K: int) -> Tensor:
+    """Rows of all sizes; one of zeros, one with a group of one sign, one of nearly nothing."""
+    generator = torch.Generator().manual_seed(N * K)
+    w = torch.randn(N, K, generator=generator) * torch.rand(N, 1, generator=generator)
+    w[3] = 0
+    w[4, :100] = w[4, :100].abs()
+    w[5] *= 1e-30
+    return w
+
+
+def correlated(K: int) -> Tensor:
+    generator = torch.Generator().manual_seed(K)
+    x = torch.randn(3 * K, K, generator=generator) @ (torch.eye(K) + 0.1 * torch.randn(K, K, generator=generator))
+    return x.T @ x / len(x)
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    tables = [(getattr(a.scales, n), getattr(b.scales, n)) for n in ("scale", "zero", "outer", "outer_zero")]
+    return torch.equal(a.codes, b.codes) and all(
+        (x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in tables
+    )
+
+
+@pytest.mark.skipif(os.environ.get(kernels.VARIABLE) == kernels.TORCH, reason="turned off")
+def test_the_extension_is_built_where_there_is_a_compiler() -> None:
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no compiler")
+    assert native is not None and "scalar" in ISAS
+    assert kernels.current() in ISAS
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("N", "K"), [(37, 512), (16, 300)])
+def test_scale_search_gives_the_same_bits(isa: str, text: str, N: int, K: int) -> None:
+    scheme, w = Scheme.parse(text), weights(N, K)
+    importance = torch.rand(K, generator=torch.Generator().manual_seed(1))
+    importance[7] = 0
+    assert rounding.handles(scheme, w)
+    found = best_scales(w, scheme, importance)
+    expected = in_torch(lambda: best_scales(w, scheme, importance))
+    for name in ("scale", "zero", "outer", "outer_zero"):
+        x, y = getattr(found, name), getattr(expected, name)
+        assert (x is None) == (y is None)
+        assert x is None or torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("N", "K"), [(37, 512), (16, 300)])
+def test_gptq_gives_the_same_bits(isa: str, text: str, N: int, K: int) -> None:
+    scheme, w, gram = Scheme.parse(text), weights(N, K), correlated(K)
+    found = gptq(w, gram, scheme, sweeps=0).q
+    assert same(found, in_torch(lambda: gptq(w, gram, scheme, sweeps=0).q))
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("N", "K"), [(37, 512), (16, 300)])
+def test_descent_loses_what_its_twin_loses(isa: str, text: str, N: int, K: int) -> None:
+    scheme, w, gram = Scheme.parse(text), weights(N, K), correlated(K)
+    start = rtn(w, gram, scheme).q
+    found = descend(w, gram, start, sweeps=2, ridge=0.01)
+    expected = in_torch(lambda: descend(w, gram, start, sweeps=2, ridge=0.01))
+    assert (found.codes != expected.codes).float().mean() < 1e-3  # a tie may fall otherwise
+    losses = [loss(w, decode(q), gram) for q in (found, expected, start)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] < losses[2]
+
+
+@needs_native
+@pytest.mark.parametrize("text", ["int4-g128", "nf4-g64", "int3-g32-min", "int4-g16-asym"])
+def test_descent_is_the_same_under_every_instruction_set(text: str) -> None:
+    assert native is not None
+    scheme, w, gram = Scheme.parse(text), weights(37, 512), correlated(512)
+    before, found = native.current(), []
+    for name in ISAS:
+        native.choose(name)
+        found.append(descend(w, gram, rtn(w, gram, scheme).q, sweeps=2))
+    native.choose(before)
+    assert all(same(found[0], other) for other in found)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    scheme, w, gram = Scheme.parse("int4-g128-asym"), weights(700, 256), correlated(256)
+    expected, before = gptq(w, gram, scheme).q, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert same(gptq(w, gram, scheme).q, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_callers_in_several_threads_do_not_meet() -> None:
+    scheme, w = Scheme.parse("int4-g32"), weights(300, 512)
+    expected, found = best_scales(w, scheme, None).scale, []
+
+    def work() -> None:
+        found.extend(best_scales(w, scheme, None).scale for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 80
+    assert all(torch.equal(scale, expected) for scale in found)
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_can_round() -> None:
+    code = """
+import os, torch
+from bitwright.methods.search import best_scales
+from bitwright.scheme import Scheme
+torch.set_num_threads(2)
+w = torch.randn(300, 512)
+expected = best_scales(w, Scheme.parse("int4-g32"), None).scale
+child = os.fork()
+if child == 0:
+    from bitwright.kernels import rounding
+    found = rounding.search(w, torch.ones(512), Scheme.parse("int4-g32"), torch.linspace(1.0, 0.65, 8).tolist())[0]
+    os._exit(0 if torch.equal(found, expected) else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@needs_native
+def test_shapes_are_checked() -> None:
+    scheme = Scheme.parse("int4-g32")
+    good = {
+        "aim": torch.zeros(32, 8), "original": torch.zeros(32, 8), "spread": torch.zeros(32, 32), "scheme": scheme,
+        "groups": torch.zeros(32, dtype=torch.int64), "scale": torch.ones(1, 8), "zero": None,
+    }  # fmt: skip
+    rounding.visit(**good)
+    bad = [
+        {"original": torch.zeros(31, 8)}, {"original": torch.zeros(32, 9)}, {"spread": torch.zeros(31, 32)},
+        {"groups": torch.zeros(31, dtype=torch.int64)}, {"groups": torch.ones(32, dtype=torch.int64)},
+        {"groups": -torch.ones(32, dtype=torch.int64)}, {"scale": torch.ones(1, 7)}, {"zero": torch.ones(1, 8)},
+        {"scheme": Scheme.parse("int4-g32-asym")},
+    ]  # fmt: skip
+    for change in bad:
+        with pytest.raises(ValueError, match=r"must be|zero goes|group beyond"):
+            rounding.visit(**(good | change))
+    with pytest.raises(TypeError):
+        rounding.visit(**(good | {"aim": torch.zeros(32, 8, dtype=torch.float64)}))
+    with pytest.raises(ValueError, match="weight must have K entries"):
+        rounding.search(torch.zeros(2, 64), torch.ones(63), scheme, [1.0])
+
+
+def test_what_the_extension_does_not_know_stays_in_torch() -> None:
+    w = torch.zeros(2, 64)
+    assert not rounding.handles(Scheme.parse("fp8-channel"), w)
+    assert not rounding.handles(Scheme.parse("int8-tensor"), w)
+    assert not rounding.handles(Scheme.parse("int4-g32"), w.to("meta"))
+
+
+@pytest.mark.parametrize(("value", "status"), [("scalar", 0), ("torch", 0), ("mmx", 2)])
+def test_the_environment_forces_one(value: str, status: int) -> None:
+    if native is None and value == "scalar":
+        pytest.skip("the extension was not built")
+    code = "from bitwright import kernels; print(kernels.current())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, kernels.VARIABLE: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if status == 0:
+        assert done.stdout.strip() == value
+    else:
+        assert "mmx" in done.stderr
+        assert "KernelError" in done.stderr
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 100, 256, 300])
+def test_folding_sums_the_last_axis(n: int) -> None:
+    x = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    assert torch.allclose(folded(x), x.sum(-1), rtol=1e-12, atol=1e-12)
