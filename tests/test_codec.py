@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.codec import (
-    QTensor,
-    Scales,
     choose,
     code_dtype,
     code_range,
@@ -25,14 +23,13 @@ from bitwright.codec import (
     is_signed,
     nearest,
     raw_scales,
-    reshaped,
-    rows,
     snap,
     spread,
     values,
 )
 from bitwright.errors import SchemeError
 from bitwright.loss import loss
+from bitwright.qtensor import QTensor, Scales, reshaped, rows
 from bitwright.scheme import GRIDS, PRESETS, Scheme
 
 FAMILIES = (

@@ -5,9 +5,10 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
-from bitwright.codec import QTensor, decode, encode, fit
+from bitwright.codec import decode, encode, fit
 from bitwright.errors import FormatError
 from bitwright.formats import FORMATS, Layer
+from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
 CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
@@ -40,7 +41,7 @@ def stored(name: str, text: str, dtype: torch.dtype) -> tuple[Layer, QTensor]:
 def test_what_is_written_is_what_was_planned_and_meant(name: str, text: str, dtype: torch.dtype) -> None:
     format_ = FORMATS[name]
     layer, q = stored(name, text, dtype)
-    tensors = format_.encode(q, dtype)
+    tensors = format_.encode(q, layer, dtype)
     assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == format_.layout(layer, dtype)
     found = format_.decode(format_.config([layer], ["lm_head"]), "a.b", tensors)
     assert torch.equal(found, decode(q).to(found.dtype))
@@ -49,7 +50,7 @@ def test_what_is_written_is_what_was_planned_and_meant(name: str, text: str, dty
 @pytest.mark.parametrize("text", ["int4-g32", "int4-g32-asym", "int3-g64-asym", "int8-channel", "mxfp4", "nvfp4"])
 def test_the_librarys_own_compressor_writes_the_same_bytes(text: str) -> None:
     layer, q = stored("compressed-tensors", text, torch.float32)
-    mine = CT.encode(q, torch.float32)
+    mine = CT.encode(q, layer, torch.float32)
     group = CT.config([layer], [])["config_groups"]["group_0"]
     state = {"weight": decode(q), "weight_scale": q.scales.scale.clone()}
     if q.scales.zero is not None:
@@ -70,7 +71,7 @@ def test_the_librarys_own_compressor_writes_the_same_bytes(text: str) -> None:
 def test_gptq_v1_bit_by_bit(text: str) -> None:
     """Every code lies at bit k·b of its column, every zero point − 1 at bit n·b of its group, lowest bit first."""
     layer, q = stored("gptq", text, torch.float16)
-    tensors, bits, half = GPTQ.encode(q, torch.float16), q.scheme.levels.bits, 1 << (q.scheme.levels.bits - 1)
+    tensors, bits, half = GPTQ.encode(q, layer, torch.float16), q.scheme.levels.bits, 1 << (q.scheme.levels.bits - 1)
 
     def field(words: list[int], index: int) -> int:
         stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import QTensor, Scales, code_dtype, code_range, decode, encode, rows, spread, values
+from bitwright.codec import code_dtype, code_range, decode, encode, spread, values
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.loss import loss
-from bitwright.methods.gptq import DAMPINGS, Factor, _round_columns, factorize, gptq, pick_rows, visiting_order
+from bitwright.methods.gptq import DAMPINGS, Factor, How, _round_columns, factorize, gptq, pick_rows, visiting_order
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
+from bitwright.qtensor import QTensor, Scales, rows
 from bitwright.scheme import Scheme
 from test_codec import FAMILIES, assert_representable, assert_same, one_thread, random_weight
 
@@ -203,7 +204,7 @@ def test_the_loss_of_each_row_is_exact(text: str, refit_from: int) -> None:
     assert factor is not None
     importance = gram.diagonal()
     q, row_losses = _round_columns(
-        w, factor, scheme, best_scales(w, scheme, importance), importance, 64, refit_from=refit_from
+        w, factor, scheme, best_scales(w, scheme, importance), importance, How(64), refit_from=refit_from
     )
     E = w.double() - decode(q).double()
     expected = torch.einsum("nj,jk,nk->n", E, damped(gram), E)
@@ -223,7 +224,7 @@ def test_a_refit_finds_what_a_search_finds(text: str) -> None:
     assert factor is not None
     expected = best_scales(w, scheme, diagonal)
     wrong = best_scales(3 * w, scheme, diagonal)
-    q, _ = _round_columns(w, factor, scheme, wrong, diagonal, 128, refit_from=2)
+    q, _ = _round_columns(w, factor, scheme, wrong, diagonal, How(), refit_from=2)
     assert torch.equal(q.scales.scale[2:], expected.scale[2:])
     assert torch.equal(q.scales.scale[:2], wrong.scale[:2])
     if q.scales.zero is not None and expected.zero is not None:

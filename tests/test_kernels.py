@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from bitwright import kernels
-from bitwright.codec import QTensor, decode, folded
+from bitwright.codec import decode, folded
 from bitwright.kernels import rounding
 from bitwright.loss import loss
 from bitwright.methods.descend import descend
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
+from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
 T = TypeVar("T")

@@ -10,19 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import (
-    QTensor,
-    Scales,
-    code_dtype,
-    code_range,
-    decode,
-    encode,
-    fit,
-    group_view,
-    rows,
-    spread,
-    values,
-)
+from bitwright.codec import code_dtype, code_range, decode, encode, fit, group_view, spread, values
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.loss import loss
 from bitwright.methods import CALIBRATED, METHODS
@@ -31,6 +19,7 @@ from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
+from bitwright.qtensor import QTensor, Scales, rows
 from bitwright.scheme import SCALE_BITS, ZEROS, Scheme
 from test_codec import FAMILIES, assert_representable, assert_same, one_thread, random_weight
 

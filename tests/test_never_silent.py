@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 import bitwright
 from bitwright.cli import app
-from bitwright.codec import QTensor
 from bitwright.errors import BitwrightError, RecipeError
+from bitwright.formats import Layer
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.ledger import Entry, check_complete, from_jsonl
+from bitwright.qtensor import QTensor
 
 ARGUMENTS = ["--scheme", "int4-g32", "--samples", "4", "--seqlen", "32", "--json"]
 
@@ -25,8 +26,8 @@ def test_a_wrong_bit_on_disk_is_seen(
 ) -> None:
     honest = CompressedTensors.encode
 
-    def faulty(self: CompressedTensors, q: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        tensors = honest(self, q, dtype)
+    def faulty(self: CompressedTensors, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tensors = honest(self, q, layer, dtype)
         tensors[suffix].view(torch.uint8).view(-1)[5] ^= 1
         return tensors
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitwright.codec import QTensor
 from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.evaluation import evaluate as _evaluate
 from bitwright.methods import METHODS
 from bitwright.pipeline import Progress, Result, run
 from bitwright.preflight import preflight
+from bitwright.qtensor import QTensor
 from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
 from bitwright.workplace import check_out
@@ -33,6 +33,7 @@ def quantize(
     scheme: str = "int4-g128",
     method: str = "gptq",
     format: str = "compressed-tensors",
+    activations: str | None = None,
     recipe: str | Path | None = None,
     calib: str = "stdlib",
     samples: int = 128,
@@ -46,7 +47,7 @@ def quantize(
     Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
     """
     check_out(Path(out))
-    rules = Recipe.load(Path(recipe), scheme=scheme, method=method) if recipe else Recipe.uniform(scheme, method)
+    rules = Recipe.of(Path(recipe) if recipe else None, scheme=scheme, method=method, activations=activations)
     plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
     return run(plan, Path(out), calib=calib, seed=seed, resume=resume, progress=progress)
 

@@ -10,6 +10,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError
 from bitwright.formats import FORMATS, Format
 from bitwright.models import quantization_of
+from bitwright.scheme import Scheme
 
 # The tensor of each format that a quantized module certainly has, and no float module.
 MARKERS = ("weight_packed", "qweight")
@@ -38,6 +39,13 @@ class Artefact:
     def bytes(self) -> int:
         """All weight data: scales, zeros and kept tensors included."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    def activations(self, name: str) -> Scheme | None:
+        """How the inputs of the module with this weight are rounded; None: not at all."""
+        module = name.removesuffix(".weight")
+        if module not in self.modules or self.format is None or self.config is None:
+            return None
+        return self.format.activations(self.config, module)
 
     def read(self, name: str) -> Tensor:
         """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, decode, rows
+from bitwright.codec import decode
 from bitwright.errors import BitwrightError
 from bitwright.ledger import KEPT, Entry
 from bitwright.loss import energy, ratio
-from bitwright.methods import METHODS, Outcome, rtn
+from bitwright.methods import CALIBRATED, METHODS, Outcome, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan, Planned
+from bitwright.qtensor import QTensor, rows
 from bitwright.statistics import Gram
 
 
@@ -89,7 +90,8 @@ def _quantize_pile(
     matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        outcome = METHODS[rule.method](w, gram, layer.scheme, **rule.options)
+        options = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+        outcome = METHODS[rule.method](w, gram, layer.scheme, **(options | rule.options))
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
@@ -124,7 +126,7 @@ def _entry(plan: Plan, t: Planned, outcome: Outcome, losses: tuple[float, float]
     dtype = str(t.dtype).removeprefix("torch.")
     return Entry(
         t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), t.rule.method, *losses, outcome.damping,
-        tokens, seconds, outcome.fallback, stored_bytes(plan, t),
+        tokens, seconds, outcome.fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
     )  # fmt: skip
 
 

@@ -72,6 +72,9 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
     method: Annotated[str, typer.Option(help="Rounding method: rtn, search or gptq.")] = "gptq",
     format: Annotated[str, typer.Option(help="File format: compressed-tensors or gptq.")] = "compressed-tensors",
+    activations: Annotated[
+        str | None, typer.Option(help="Round the layers' inputs too, as they come: int8-token or fp8-token.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     calib: Annotated[
         str, typer.Option(help="Calibration text: a UTF-8 file, or stdlib (Python's own sources).")
@@ -94,7 +97,7 @@ def quantize(
         from bitwright.workplace import check_out
 
         check_out(out)
-        rules = Recipe.load(recipe, scheme=scheme, method=method) if recipe else Recipe.uniform(scheme, method)
+        rules = Recipe.of(recipe, scheme=scheme, method=method, activations=activations)
         plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
             _print(plan.as_dict(), as_json, "Preflight")

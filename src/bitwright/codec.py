@@ -1,4 +1,4 @@
-"""QTensor, and the arithmetic of number formats: fit scales, snap them to their encoding, encode, decode.
+"""The arithmetic of number formats: fit scales, snap them to their encoding, encode, decode.
 
 The scale encoding is applied *before* rounding: `snap` turns the scales one would like into the scales that will be read
 back from the file, and codes are only ever chosen against those. So w ≈ decode(codes, scales) holds bit for bit in every
@@ -8,51 +8,14 @@ Axes: w [N, K], groups of g along K, scale [N, G] with G = ceil(K / g). Everythi
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import SchemeError
+from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import CHANNEL, SUPERBLOCK, TENSOR, Scheme
-
-
-@dataclass(frozen=True)
-class Scales:
-    """The scales of a matrix as they will be read back.
-
-    scale       [N, G] float32 ([1, 1] for group "tensor")
-    zero        None; integers in the code range as float32 ("asym"); minima m ≤ 0 ("min"); shape as scale
-    outer       second level of the scale: f16 per super-block [N, S] (k8, k6, k4), absmax per block of 256 scales (dq8),
-                the per-tensor divisor [1, 1] (e4m3); None for one-level encodings
-    outer_zero  the same for the minima (k6, k4), and dq8's mean [1, 1]
-    """
-
-    scale: Tensor
-    zero: Tensor | None = None
-    outer: Tensor | None = None
-    outer_zero: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class QTensor:
-    """A quantized weight: codes + group scales (+ zeros).
-
-    codes   [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
-    scales  `Scales`, exactly as the file will hold them
-    shape   of the source tensor; codes have it reshaped to [shape[0], -1]
-    """
-
-    codes: Tensor
-    scales: Scales
-    scheme: Scheme
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
-            raise SchemeError(f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}")
 
 
 def is_signed(scheme: Scheme) -> bool:
@@ -311,25 +274,12 @@ def decode(q: QTensor) -> Tensor:
     return ((q.codes.float() - zero) * scale).reshape(q.shape)
 
 
-def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
-    """Apply f to those tables of the scales that have a row for each output; what belongs to the tensor stays."""
-    grouped, blocked = scheme.group != TENSOR, scheme.scale in ("k8", "k6", "k4")
+def rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """Activations x [..., K] as an engine that rounds them to `scheme` sees them, each token by its own range.
 
-    def one(name: str, by_row: bool) -> Tensor | None:
-        found = [getattr(table, name) for table in tables]
-        return f(*found) if by_row and found[0] is not None else found[0]
-
-    scale = one("scale", grouped)
-    assert scale is not None
-    return Scales(scale, one("zero", grouped), one("outer", blocked), one("outer_zero", blocked))
-
-
-def rows(q: QTensor, start: int, stop: int) -> QTensor:
-    """Rows start..stop of a matrix: undoes stacking."""
-    scales = map_rows(lambda t: t[start:stop], q.scheme, q.scales)
-    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]))
-
-
-def reshaped(q: QTensor, shape: tuple[int, ...]) -> QTensor:
-    """The same weight under its source's shape."""
-    return replace(q, shape=shape)
+    >>> rounded(torch.tensor([[0.34, -12.7], [0.34, 2.54]]), Scheme.parse("int8-token"))
+    tensor([[  0.3000, -12.7000],
+            [  0.3400,   2.5400]])
+    """
+    matrix = x.reshape(-1, x.shape[-1]).float()
+    return decode(encode(matrix, fit(matrix, scheme), scheme)).reshape(x.shape).to(x.dtype)

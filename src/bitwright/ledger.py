@@ -12,7 +12,8 @@ QUANTIZED, KEPT, LEFT_OUT = "quantized", "kept", "left out"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. `loss` and `loss_rtn` are relative output energies (codec.loss); `bytes` what the file holds of it."""
+    """One tensor. `loss` and `loss_rtn` are relative output energies (codec.loss); `bytes` what the file holds of it;
+    `activations` the scheme that the engine rounds its inputs to."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class Entry:
     seconds: float = 0.0
     fallback: str = ""
     bytes: int = 0
+    activations: str = ""
 
 
 def to_jsonl(entries: Iterable[Entry]) -> str:

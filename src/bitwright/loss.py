@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 PANEL = 1024  # columns of a symmetric matrix multiplied at a time
+ROWS = 2048  # of the weight at a time: what lies between stays in the cache
 
 
 def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
@@ -18,13 +19,18 @@ def energy(w: Tensor, gram: Tensor | None) -> Tensor:
     """w gram wᵀ of each row [N], float64: the mean squared output of each. Both of one float type."""
     if gram is None:
         return torch.cat([part.double().square().sum(1) for part in w.split(max(1, (1 << 20) // w.shape[1]))])
+    return torch.cat([_energy(rows, gram) for rows in w.split(ROWS)]).clamp(min=0)
+
+
+def _energy(w: Tensor, gram: Tensor) -> Tensor:
+    """w gram wᵀ of each of a few rows."""
     total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
     for start in range(0, len(gram), PANEL):  # gram is symmetric: half of it, off-diagonal panels twice
         here = slice(start, start + PANEL)
         product = (w[:, start:] @ gram[start:, here]).float().mul_(2)
         product -= (w[:, here] @ gram[here, here]).float()
-        total += product.mul_(w[:, here]).sum(1, dtype=torch.float64)
-    return total.clamp(min=0)
+        total += product.mul_(w[:, here]).sum(1).double()
+    return total
 
 
 def ratio(lost: Tensor, whole: Tensor) -> float:

@@ -8,7 +8,7 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,19 @@ class Skeleton:
         args, kwargs = self._calls[len(hidden)][index]
         out = self.blocks[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def inputs(self, transforms: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """For a while, modules of these full names are given transforms[name](x) for their first argument x."""
+        hooks = []
+        for name, f in transforms.items():
+            module = self.model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, f=f: (f(args[0]), *args[1:])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

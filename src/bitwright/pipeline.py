@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from bitwright.block import Rounded, kept_entry, observe, quantize_together
 from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint, shard_bytes
-from bitwright.codec import decode
+from bitwright.codec import decode, rounded
 from bitwright.errors import CheckpointError
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.models import TOKENS_PER_BATCH, matrix_of
@@ -140,7 +141,9 @@ def _quantize_shard(
     tensors = {t.source: weights[t.parameter] for t in kept}
     verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
     for r in done:
-        tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in plan.format.encode(r.q, r.planned.dtype).items()}
+        assert r.planned.layer is not None
+        parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype)
+        tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
     place.commit(index, plan.shard_name(index), tensors, entries, hidden if index + 1 < depth else None, verify)
     return entries
@@ -198,10 +201,17 @@ def _quantize_block(plan: Plan, index: int, weights: dict[str, Tensor], hidden: 
         gram.free()
     if index + 1 < len(skeleton):
         skeleton.load({r.planned.parameter: _as_source(plan, r.planned, decode(r.q).to(r.planned.dtype)) for r in done})
-        for b, batch in enumerate(hidden):
-            hidden[b] = skeleton.run(index, batch)
+        with skeleton.inputs(_input_rounding(layers)):
+            for b, batch in enumerate(hidden):
+                hidden[b] = skeleton.run(index, batch)
     skeleton.unload(index)
     return done
+
+
+def _input_rounding(layers: dict[str, Planned]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Modules whose inputs the engine rounds, and how."""
+    schemes = {name: t.layer.activations for name, t in layers.items() if t.layer is not None}
+    return {name: partial(rounded, scheme=scheme) for name, scheme in schemes.items() if scheme is not None}
 
 
 def _as_source(plan: Plan, t: Planned, matrix: Tensor) -> Tensor:

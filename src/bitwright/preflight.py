@@ -224,7 +224,7 @@ def _decide_one(t: Planned, modules: dict[str, Any], rules: dict[str, Rule], for
         raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
     transposed = isinstance(modules[name], Conv1D)
     N, K = (t.shape[1], t.shape[0]) if transposed else t.shape
-    layer = Layer(name, N, K, rule.scheme, transposed)
+    layer = Layer(name, N, K, rule.scheme, transposed, rule.activations)
     layer = replace(layer, scheme=format_.adapt(layer, t.dtype))
     return replace(t, action=QUANTIZED, layer=layer, rule=rule)
 

@@ -7,6 +7,7 @@ A recipe is a list of rules; the last rule whose pattern matches a module's name
     scheme = "int4-g128"           # or "keep": leave it in float, on purpose
     method = "gptq"                # optional; the command line's otherwise
     options = { sweeps = 4 }       # optional; keywords of the method
+    activations = "int8-token"     # optional; the layer's inputs are rounded too, as they come
 """
 
 import inspect
@@ -18,7 +19,7 @@ from typing import Any
 
 from bitwright.errors import RecipeError
 from bitwright.methods import CALIBRATED, METHODS
-from bitwright.scheme import Scheme
+from bitwright.scheme import TOKEN, Scheme
 
 KEEP = "keep"
 
@@ -31,8 +32,15 @@ class Rule:
     scheme: Scheme | None
     method: str = "gptq"
     options: dict[str, Any] = field(default_factory=dict)
+    activations: Scheme | None = None
 
     def __post_init__(self) -> None:
+        if self.scheme is not None and self.scheme.group == TOKEN:
+            message = f"{self.scheme} is for activations: weights have no tokens"
+            raise RecipeError(message, where=self.match, remedy="such as int8-channel")
+        if self.activations is not None and self.activations.group != TOKEN:
+            message = f"activations are rounded token by token, as they come, not as {self.activations}"
+            raise RecipeError(message, where=self.match, remedy="such as int8-token or fp8-token")
         if self.method not in METHODS:
             raise RecipeError(
                 f"unknown method {self.method!r}", where=self.match, remedy=f"one of {', '.join(METHODS)}"
@@ -47,7 +55,11 @@ class Rule:
     def describe(self) -> dict[str, Any]:
         """Plain data: what a manifest stores and compares."""
         scheme = KEEP if self.scheme is None else str(self.scheme)
-        return {"match": self.match, "scheme": scheme, "method": self.method, "options": self.options}
+        activations = None if self.activations is None else str(self.activations)
+        return {
+            "match": self.match, "scheme": scheme, "method": self.method, "options": self.options,
+            "activations": activations,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,19 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     @classmethod
-    def uniform(cls, scheme: str, method: str) -> "Recipe":
+    def uniform(cls, scheme: str, method: str, activations: str | None = None) -> "Recipe":
         """Every matrix of every block alike."""
-        return cls((Rule("*", _scheme(scheme), method),))
+        return cls((_default(scheme, method, activations),))
 
     @classmethod
-    def load(cls, file: Path, *, scheme: str, method: str) -> "Recipe":
+    def of(cls, file: Path | None, *, scheme: str, method: str, activations: str | None = None) -> "Recipe":
+        """A file's recipe if there is one, else the same for every matrix."""
+        if file is None:
+            return cls.uniform(scheme, method, activations)
+        return cls.load(file, scheme=scheme, method=method, activations=activations)
+
+    @classmethod
+    def load(cls, file: Path, *, scheme: str, method: str, activations: str | None = None) -> "Recipe":
         """A TOML file, on top of a default for what it does not mention. RecipeError names the wrong key."""
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -74,7 +93,8 @@ class Recipe:
         entries = content.get("rule", [])
         if not isinstance(entries, list):
             raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
-        return cls((Rule("*", _scheme(scheme), method), *(_rule(entry, method, str(file)) for entry in entries)))
+        rules = [_rule(entry, method, activations, str(file)) for entry in entries]
+        return cls((_default(scheme, method, activations), *rules))
 
     def assign(self, modules: list[str]) -> dict[str, Rule]:
         """The rule in force for each module. RecipeError if a rule's pattern matches no module at all."""
@@ -90,9 +110,14 @@ class Recipe:
         return any(rule.scheme is not None and rule.method in (*CALIBRATED, "search") for rule in self.rules)
 
 
-def _rule(entry: object, method: str, where: str) -> Rule:
+def _default(scheme: str, method: str, activations: str | None) -> Rule:
+    """The rule for what no other mentions."""
+    return Rule("*", _scheme(scheme), method, activations=_activations(activations))
+
+
+def _rule(entry: object, method: str, activations: str | None, where: str) -> Rule:
     """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
-    kinds = {"match": str, "scheme": str, "method": str, "options": dict}
+    kinds = {"match": str, "scheme": str, "method": str, "options": dict, "activations": str}
     _known_keys(entry, set(kinds), where)
     assert isinstance(entry, dict)  # as _known_keys has made sure
     for key, kind in kinds.items():
@@ -100,11 +125,18 @@ def _rule(entry: object, method: str, where: str) -> Rule:
             raise RecipeError(f"{key} is {entry[key]!r}, not a {kind.__name__}", where=where)
     if "match" not in entry or "scheme" not in entry:
         raise RecipeError("a rule needs match and scheme", where=where)
-    return Rule(entry["match"], _scheme(entry["scheme"]), entry.get("method", method), entry.get("options", {}))
+    return Rule(
+        entry["match"], _scheme(entry["scheme"]), entry.get("method", method), entry.get("options", {}),
+        _activations(entry.get("activations", activations)),
+    )  # fmt: skip
 
 
 def _scheme(text: str) -> Scheme | None:
     return None if text == KEEP else Scheme.parse(text)
+
+
+def _activations(text: str | None) -> Scheme | None:
+    return None if text in (None, KEEP) else Scheme.parse(str(text))
 
 
 def _known_keys(found: object, known: set[str], where: str) -> None:

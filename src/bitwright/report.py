@@ -31,7 +31,8 @@ def ledger_table(ledger: Sequence[Entry]) -> Table:
     kinds: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in ledger:
         kind = ".".join(part for part in entry.name.split(".")[-3:-1] if not part.isdigit()) or entry.name
-        kinds[(kind, entry.action, entry.scheme or entry.reason)].append(entry)
+        inputs = f", inputs {entry.activations}" if entry.activations else ""
+        kinds[(kind, entry.action, (entry.scheme or entry.reason) + inputs)].append(entry)
     rows = []
     for (kind, action, what), entries in kinds.items():
         size = sum(entry.bytes for entry in entries) / 1e6

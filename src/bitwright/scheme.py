@@ -5,7 +5,7 @@ neighbours along K share a scale (group), whether there is an offset (zero), and
 (scale). Q4_K, NF4 with double quantization, MXFP4 and plain int8 per channel are rows of one table, not code paths.
 
     text    = preset | grid "-" group ["-" zero] ["-" scale]
-    group   = "g" number | "channel" | "tensor"
+    group   = "g" number | "channel" | "tensor" | "token"
 
 >>> Scheme.parse("int4-g128-asym")
 Scheme(grid='int4', group=128, zero='asym', scale='f16')
@@ -22,7 +22,7 @@ import torch
 from bitwright.errors import SchemeError
 
 Zero = Literal["sym", "asym", "asym1", "min"]
-CHANNEL, TENSOR = "channel", "tensor"
+CHANNEL, TENSOR, TOKEN = "channel", "tensor", "token"
 SUPERBLOCK = 256  # weights under one f16 scale in the k encodings; scales in one block of dq8
 
 
@@ -83,7 +83,7 @@ GROUPS = (16, 32, 64, 128, 256)
 ZEROS = ("sym", "asym", "asym1", "min")
 # Bits per stored scale. k8, k6 and k4 add one f16 a super-block, dq8 one f32 in 256 scales, e4m3 one f32 a tensor.
 SCALE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k8": 8, "k6": 6, "k4": 4, "dq8": 8}
-DEFAULT_SCALE = {"nf4": "f32", "fp8": "f32"}  # every other grid: f16
+DEFAULT_SCALE = {"nf4": "f32", "fp8": "f32", TOKEN: "f32"}  # by grid or group; all others: f16
 PRESETS = {
     "mxfp4": "fp4-g32-sym-e8m0",
     "nvfp4": "fp4-g16-sym-e4m3",
@@ -107,7 +107,8 @@ class Scheme:
     """A number format.
 
     grid   name in `GRIDS`
-    group  16, 32, 64, 128 or 256 neighbours along K share a scale; "channel": a whole row; "tensor": all
+    group  16, 32, 64, 128 or 256 neighbours along K share a scale; "channel": a whole row; "tensor": all;
+           "token": a whole row of activations [T, K], taken as it comes (dynamic)
     zero   "sym": w = s·v(c). "asym": w = s·(c − z), z an integer in the code range. "asym1": the same with z above
            the lowest code, which is what GPTQ's v1 files can hold. "min": w = s·c + m, c unsigned, m ≤ 0 a float
     scale  how the scales (and mins) are stored: a key of `SCALE_BITS`
@@ -124,9 +125,10 @@ class Scheme:
         _one_of("grid", self.grid, GRIDS)
         _one_of("zero", self.zero, ZEROS)
         _one_of("scale encoding", self.scale, SCALE_BITS)
-        if self.group not in (*GROUPS, CHANNEL, TENSOR):
+        if self.group not in (*GROUPS, CHANNEL, TENSOR, TOKEN):
             raise SchemeError(
-                f"unknown group {self.group!r}", remedy=f"one of g{', g'.join(map(str, GROUPS))}, channel, tensor"
+                f"unknown group {self.group!r}",
+                remedy=f"one of g{', g'.join(map(str, GROUPS))}, channel, tensor, token",
             )
         if self.zero != "sym" and not self.grid.startswith("int"):
             raise SchemeError(
@@ -151,7 +153,7 @@ class Scheme:
             )
         grid, group, *rest = parts
         zero = rest.pop(0) if rest and rest[0] in ZEROS else "sym"
-        scale = rest.pop(0).replace("dq", "dq8").replace("dq88", "dq8") if rest else DEFAULT_SCALE.get(grid, "f16")
+        scale = rest.pop(0).replace("dq", "dq8").replace("dq88", "dq8") if rest else _default_scale(grid, group)
         if rest:
             raise SchemeError(
                 f"scheme {text!r} has parts left over: {'-'.join(rest)}", remedy="GRID-GROUP[-ZERO][-SCALE]"
@@ -170,7 +172,7 @@ class Scheme:
             if text == full and name not in ("q4_0", "q8_0", "q5_0"):  # those three are plain ints as well
                 return name
         zero = "" if self.zero == "sym" else f"-{self.zero}"
-        default = DEFAULT_SCALE.get(self.grid, "f16")
+        default = _default_scale(self.grid, group)
         return f"{self.grid}-{group}{zero}" + ("" if self.scale == default else f"-{self.scale}".replace("dq8", "dq"))
 
     @property
@@ -213,6 +215,11 @@ class Scheme:
     def with_scale(self, scale: str) -> Self:
         """The same format with its scales stored otherwise."""
         return replace(self, scale=scale)
+
+
+def _default_scale(grid: str, group: str) -> str:
+    """How scales are stored where a text does not say."""
+    return DEFAULT_SCALE.get(group, DEFAULT_SCALE.get(grid, "f16"))
 
 
 def _one_of(

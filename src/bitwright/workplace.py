@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bitwright.checkpoint import PICKLES, Checkpoint, disk_errors, write_file, write_shard
-from bitwright.codec import QTensor, decode
+from bitwright.codec import decode
 from bitwright.errors import OutputError, VerificationError
 from bitwright.formats import Format
 from bitwright.ledger import Entry, from_jsonl, to_jsonl
+from bitwright.qtensor import QTensor
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 

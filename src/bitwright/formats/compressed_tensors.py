@@ -1,7 +1,8 @@
 """compressed-tensors: the format of llm-compressor, which transformers and vLLM load.
 
 Integers are packed densely in 32-bit words along K, unsigned (code + 2^(bits−1)); zero points likewise along N. MXFP4 and
-NVFP4 put two e2m1 codes in a byte, the first in the low half. Scales have the model's own float type, because that is
+NVFP4 put two e2m1 codes in a byte, the first in the low half. int8 weights whose inputs are int8 as well lie unpacked
+("int-quantized"): engines multiply them as they are. Scales have the model's own float type, because that is
 the type transformers loads them into. Read back by the compressed-tensors library's own decompressors.
 """
 
@@ -11,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor
 from bitwright.errors import FormatError
 from bitwright.formats.format import FLOAT_NAMES, Layer, Spec
 from bitwright.packing import pack, words
-from bitwright.scheme import Scheme
+from bitwright.qtensor import QTensor
+from bitwright.scheme import TOKEN, Scheme
 
-PACKED, FP8, MXFP4, NVFP4 = "pack-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
+MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not packed
 
 
 class CompressedTensors:
-    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4."""
+    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4; inputs float, or int8 or FP8 by token."""
 
     name = "compressed-tensors"
     method = "compressed-tensors"
@@ -57,18 +60,18 @@ class CompressedTensors:
             if scheme.zero != "sym":
                 specs["weight_zero_point"] = (torch.int32, (words(N, bits), G))
             return specs
-        if kind == FP8:
-            return {"weight": (torch.float8_e4m3fn, (N, K)), "weight_scale": (dtype, scale)}
+        if kind in NARROW:
+            return {"weight": (NARROW[kind], (N, K)), "weight_scale": (dtype, scale)}
         specs = {"weight_packed": (torch.uint8, (N, K // 2)), "weight_scale": (torch.uint8, (N, G))}
         if kind == NVFP4:
             specs["weight_scale"] = (torch.float8_e4m3fn, (N, G))
             specs["weight_global_scale"] = (torch.float32, (1,))
         return specs
 
-    def encode(self, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Format.encode`."""
         N, K = q.codes.shape
-        s, kind = q.scales, _container(Layer("", N, K, q.scheme))
+        s, kind = q.scales, _container(layer)
         if kind == PACKED:
             bits = q.scheme.levels.bits
             half = 1 << (bits - 1)
@@ -81,9 +84,9 @@ class CompressedTensors:
             if s.zero is not None:
                 tensors["weight_zero_point"] = pack(s.zero.T.short() + half, bits).T.contiguous()
             return tensors
-        if kind == FP8:
+        if kind in NARROW:
             scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
-            return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale.to(dtype)}
+            return {"weight": q.codes.view(NARROW[kind]), "weight_scale": scale.to(dtype)}
         packed = q.codes[:, ::2] | (q.codes[:, 1::2] << 4)
         if kind == MXFP4:
             exponents = torch.where(s.scale > 0, s.scale, 2.0**-127).log2().round() + 127
@@ -94,17 +97,17 @@ class CompressedTensors:
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`: one config group a scheme; a single one targets every Linear that is not ignored."""
-        by_scheme: dict[Scheme, list[Layer]] = defaultdict(list)
+        alike: dict[tuple[Scheme, Scheme | None], list[Layer]] = defaultdict(list)
         for layer in layers:
-            by_scheme[layer.scheme].append(layer)
-        kinds = {_container(group[0]) for group in by_scheme.values()}
+            alike[(layer.scheme, layer.activations)].append(layer)
+        kinds = {_container(group[0]) for group in alike.values()}
         groups = {}
-        for i, (scheme, members) in enumerate(by_scheme.items()):
-            targets = ["Linear"] if len(by_scheme) == 1 else [layer.name for layer in members]
-            kind = _container(members[0])
+        for i, ((scheme, inputs), members) in enumerate(alike.items()):
+            targets = ["Linear"] if len(alike) == 1 else [layer.name for layer in members]
             groups[f"group_{i}"] = {
-                "targets": targets, "weights": _arguments(scheme), "input_activations": None,
-                "output_activations": None, "format": kind,
+                "targets": targets, "weights": _arguments(scheme),
+                "input_activations": None if inputs is None else _arguments(inputs),
+                "output_activations": None, "format": _container(members[0]),
             }  # fmt: skip
         return {
             "quant_method": self.method,
@@ -112,29 +115,50 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": kept,
-            **({"dequantize": True} if any(scheme.zero != "sym" for scheme in by_scheme) else {}),
+            **({"dequantize": True} if any(scheme.zero != "sym" for scheme, _ in alike) else {}),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
+        """See `Format.activations`. FormatError for a way of rounding that is not computed here."""
+        found = _group_of(config, name).get("input_activations")
+        if found is None:
+            return None
+        grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
+        if found.get("strategy") != "token" or not found.get("dynamic") or found["num_bits"] not in range(2, 9):
+            raise FormatError(f"its inputs are rounded in a way that is not computed here: {found}", where=name)
+        return Scheme(grid, "token", "sym" if found["symmetric"] else "asym", "f32")
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by the library's own decompressors, from what the config says."""
         from compressed_tensors.compressors.base import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
-        for group in config["config_groups"].values():
-            if name in group["targets"] or "Linear" in group["targets"]:
-                kind = group.get("format") or config["format"]
-                compressor = BaseCompressor.get_value_from_registry(kind)
-                weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
-                return weight
-        raise FormatError("no config group covers this module", where=name)
+        group = _group_of(config, name)
+        kind = group.get("format") or config["format"]
+        compressor = BaseCompressor.get_value_from_registry(kind)
+        weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
+        return weight
+
+
+def _group_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config group of one module."""
+    for group in config["config_groups"].values():
+        if name in group["targets"] or "Linear" in group["targets"]:
+            return dict(group)
+    raise FormatError("no config group covers this module", where=name)
 
 
 def _container(layer: Layer) -> str:
     """The library's name for the way a scheme is stored; FormatError if there is none."""
-    s = layer.scheme
+    s, inputs = layer.scheme, layer.activations
     plain = s.scale in ("f32", "f16", "bf16")
+    if inputs is not None and (inputs.grid not in ("int8", "fp8") or s.grid == "fp4"):
+        remedy = "int8-token or fp8-token, with weights of int2 to int8 or fp8"
+        raise FormatError(f"no engine rounds inputs to {inputs} for weights in {s}", where=layer.name, remedy=remedy)
+    if s.grid == "int8" and s.zero == "sym" and isinstance(s.group, str) and plain and inputs and inputs.grid == "int8":
+        return INT8
     if s.grid in ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary") and plain and s.zero != "min":
         if s.zero == "sym" or s.group != "tensor":
             return PACKED
@@ -151,15 +175,16 @@ def _container(layer: Layer) -> str:
 
 
 def _arguments(scheme: Scheme) -> dict[str, Any]:
-    """The library's QuantizationArgs for weights."""
+    """The library's QuantizationArgs for weights or inputs."""
     grouped = isinstance(scheme.group, int)
+    dynamic = scheme.group == TOKEN
     arguments: dict[str, Any] = {
         "num_bits": scheme.levels.bits,
         "type": "float" if scheme.grid in ("fp4", "fp8") else "int",
         "symmetric": scheme.zero == "sym",
         "strategy": "group" if grouped else scheme.group,
         "group_size": scheme.group if grouped else None,
-        "dynamic": False,
+        "dynamic": dynamic,
     }
     if scheme.scale == "e8m0":
         arguments["scale_dtype"] = "torch.uint8"

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor
+from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -15,13 +15,14 @@ FLOAT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized matrix as a format sees it: its module's name, axes, scheme, and whether the module is a Conv1D."""
+    """One quantized matrix as a format sees it: its module's name, axes, schemes, and whether the module is a Conv1D."""
 
     name: str
     N: int
     K: int
     scheme: Scheme
     transposed: bool = False
+    activations: Scheme | None = None
 
 
 class Format(Protocol):
@@ -39,7 +40,7 @@ class Format(Protocol):
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """The tensors that hold one layer: suffix of the module's name -> type and shape."""
 
-    def encode(self, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of `layout`, filled."""
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
@@ -47,6 +48,9 @@ class Format(Protocol):
 
         FormatError if one file cannot hold these layers together.
         """
+
+    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
+        """How the engine rounds the inputs of one quantized module; None: not at all."""
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """Read one module's tensors back to a float matrix [N, K], independently of the writer."""

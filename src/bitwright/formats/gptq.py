@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor
 from bitwright.errors import FormatError
 from bitwright.formats.format import Layer, Spec
 from bitwright.packing import pack
+from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
@@ -33,6 +33,9 @@ class Gptq:
         plain = (
             s.grid.startswith("int") and s.scale in ("f32", "f16", "bf16") and s.zero != "min" and s.group != "tensor"
         )
+        if layer.activations is not None:
+            remedy = "use compressed-tensors, or leave out --activations"
+            raise FormatError("GPTQ files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
         if bits not in BITS or not plain:
             remedy = "int2, int3, int4 or int8 in groups or per channel, sym or asym"
             raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
@@ -59,7 +62,7 @@ class Gptq:
             "g_idx": (torch.int32, (K,)),
         }
 
-    def encode(self, q: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Format.encode`."""
         bits, K = q.scheme.levels.bits, q.codes.shape[1]
         half = 1 << (bits - 1)
@@ -90,6 +93,10 @@ class Gptq:
             "damp_percent": 0.01,
             **({"dynamic": excluded} if excluded else {}),
         }
+
+    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
+        """See `Format.activations`."""
+        return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: bit by bit from the layout above, sharing nothing with the writer."""

@@ -12,17 +12,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, Scales, decode, round_to, safe, snap, values
+from bitwright.codec import decode, round_to, safe, snap, values
 from bitwright.kernels import rounding
+from bitwright.products import add_product
+from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import TENSOR
 
 SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
 
 
-def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0) -> QTensor:
+def descend(
+    w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0, fast: bool = False
+) -> QTensor:
     """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under H = gram + ridge·I.
 
-    A ridge, as GPTQ's damping is one, keeps few calibration tokens from being fitted to the last digit.
+    A ridge, as GPTQ's damping is one, keeps few calibration tokens from being fitted to the last digit. fast: large
+    products in bfloat16, see products.py; that a step never raises the loss is then true but for their rounding.
     """
     if sweeps <= 0:
         return q
@@ -34,14 +39,26 @@ def descend(w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int 
     curvature = (gram.diagonal() + ridge).clamp(min=floor)
     state = _State(w, q)
     for _ in range(sweeps):
-        missing = state.wt - state.decoded
-        pull = torch.addmm(missing, gram, missing, beta=ridge)  # [K, N], H Eᵀ
-        for start in range(0, K, span):
-            before = state.decoded[start : start + span].clone()
-            here = slice(start, min(start + span, K))
-            state.improve(here, pull[here], gram[here, here], curvature[here], ridge, solve=solve)
-            rest = slice(min(start + span, K), K)
-            pull[rest].addmm_(gram[rest, here], state.decoded[here] - before, alpha=-1)
+        before = state.decoded.clone()
+        missing = state.wt - before
+        pull = missing * ridge  # [K, N], H Eᵀ
+        add_product(pull, gram, missing, fast=fast)
+        del missing
+
+        def sweep(begin: int, end: int, pull: Tensor = pull, before: Tensor = before) -> None:
+            """Columns begin..end: the first half, what it changed carried to the second, then the second."""
+            spans = -(-(end - begin) // span)
+            if spans < 2:
+                here = slice(begin, end)
+                state.improve(here, pull[here], gram[here, here], curvature[here], ridge, solve=solve)
+                return
+            middle = begin + spans // 2 * span
+            sweep(begin, middle)
+            moved = state.decoded[begin:middle] - before[begin:middle]
+            add_product(pull[middle:end], gram[middle:end, begin:middle], moved, alpha=-1, fast=fast)
+            sweep(middle, end)
+
+        sweep(0, K)
     return state.result()
 
 

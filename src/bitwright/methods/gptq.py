@@ -18,20 +18,24 @@ What a plain version lacks and this one does:
 The loop works on wᵀ, so that each column of w is contiguous.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import QTensor, Scales, code_dtype, fit, map_rows, reshaped, round_to, rows
+from bitwright.codec import code_dtype, fit, round_to
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.descend import descend
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
+from bitwright.products import add_product
+from bitwright.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
 from bitwright.scheme import TENSOR, Scheme
 
 TRIAL_ROWS = 256  # rows that decide for a matrix of more than four times as many
+AT_ONCE = 1 << 23  # weights rounded at a time, whole rows: all that is needed meanwhile is a few times 32 MB
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
@@ -44,15 +48,17 @@ def gptq(
     block: int = 128,
     sweeps: int | None = None,
     compensated_scales: bool = True,
+    fast: bool = False,
 ) -> Outcome:
     """Round w with error feedback.
 
     w                   [N, K], or a convolution's [N, ...]
     gram                [K, K] = XᵀX / T; required
     damping             share of the mean diagonal added to the diagonal; raised tenfold, twice, if H cannot be factored
-    block               columns whose updates are applied together to the rest (lazy batches)
+    block               columns rounded before their errors reach the others, in one product (lazy batches)
     sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
     compensated_scales  try scales searched on compensated weights beside those fixed beforehand
+    fast                large products in bfloat16: see products.py
     Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite.
     """
     if gram is None:
@@ -69,10 +75,14 @@ def gptq(
     if factor is None:
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
         return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
-    q = _round(matrix, factor, scheme, block, compensated_scales)
+    how = How(block, fast)
+    how = replace(how, way=_best_way(matrix, factor, scheme, how) if compensated_scales else "fixed")
     ridge = factor.damping * float(gram.diagonal().mean())
-    q = descend(matrix, gram, q, sweeps=sweeps, block=block, ridge=ridge)
-    return Outcome(reshaped(q, tuple(w.shape)), factor.damping)
+    parts = []
+    for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
+        q, _ = _round(part, factor, scheme, how)
+        parts.append(descend(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
+    return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,19 @@ class Factor:
     spread: Tensor
     pivots: Tensor
     damping: float
+
+
+@dataclass(frozen=True)
+class How:
+    """How the visit is carried out.
+
+    block: columns in a block; fast: large products in bfloat16; way: scales "fixed" beforehand, "refit" unit by unit on
+    compensated weights, or "both" and each row keeps the better.
+    """
+
+    block: int = 128
+    fast: bool = False
+    way: Literal["fixed", "refit", "both"] = "fixed"
 
 
 def visiting_order(diagonal: Tensor, unit: int | None) -> Tensor:
@@ -129,35 +152,29 @@ def _check_options(damping: float, block: int, unit: int | None) -> None:
         raise RecipeError(message, remedy="a block that divides the unit, or is a multiple of it")
 
 
-def _round(w: Tensor, factor: Factor, scheme: Scheme, block: int, compensated: bool) -> QTensor:
-    """Round under scales fixed beforehand and under those of compensated weights, whichever loses less.
+def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> Literal["fixed", "refit", "both"]:
+    """Both ways for a small matrix; of a large one a sample of its rows is rounded, and all go the way that won there."""
+    N, K = w.shape
+    if scheme.unit is None or scheme.unit >= K:
+        return "fixed"
+    if N <= 4 * TRIAL_ROWS:
+        return "both"
+    fixed, refitted = _round(w[:: N // TRIAL_ROWS], factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
+    return "refit" if refitted < fixed else "fixed"
 
-    A small matrix is rounded both ways and each row keeps the better; of a large one a sample of its rows is, and all
-    rows go the way that won there.
-    """
+
+def _round(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> tuple[QTensor, Tensor]:
+    """Round the rows of w. Also their losses: [2, N] under fixed and refitted scales if it goes both ways, else [N]."""
     N, K = w.shape
     importance = torch.empty(K, device=w.device)
     importance[factor.order] = factor.pivots.square()
-    by_units = compensated and scheme.unit is not None and scheme.unit < K
-    if by_units and N > 4 * TRIAL_ROWS:
-        _, lost = _round_both_ways(w[:: N // TRIAL_ROWS], factor, scheme, importance, block)
-        fixed, refitted = lost.sum(1).tolist()
-        if refitted < fixed:
-            return _round_columns(w, factor, scheme, fit(w, scheme), importance, block, refit_from=0)[0]
-        by_units = False
-    if by_units:
-        return _round_both_ways(w, factor, scheme, importance, block)[0]
+    if how.way == "refit":
+        return _round_columns(w, factor, scheme, fit(w, scheme), importance, how, refit_from=0)
     scales = best_scales(w, scheme, importance)
-    return _round_columns(w, factor, scheme, scales, importance, block, refit_from=N)[0]
-
-
-def _round_both_ways(
-    w: Tensor, factor: Factor, scheme: Scheme, importance: Tensor, block: int
-) -> tuple[QTensor, Tensor]:
-    """Both ways stacked in one visit: the better of each row, and the losses [2, N] under fixed and refitted scales."""
-    N = len(w)
-    twice = map_rows(lambda t: torch.cat([t, t]), scheme, best_scales(w, scheme, importance))
-    q, lost = _round_columns(torch.cat([w, w]), factor, scheme, twice, importance, block, refit_from=N)
+    if how.way == "fixed":
+        return _round_columns(w, factor, scheme, scales, importance, how, refit_from=N)
+    twice = map_rows(lambda t: torch.cat([t, t]), scheme, scales)
+    q, lost = _round_columns(torch.cat([w, w]), factor, scheme, twice, importance, how, refit_from=N)
     lost = lost.view(2, N)
     return pick_rows(lost[1] < lost[0], rows(q, N, 2 * N), rows(q, 0, N)), lost
 
@@ -170,36 +187,67 @@ def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
 
 
 def _round_columns(
-    w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, block: int, *, refit_from: int
+    w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, *, refit_from: int
 ) -> tuple[QTensor, Tensor]:
     """The visit: round each column and spread its error over the later ones. Also each row's loss [N].
 
     Rows from `refit_from` on get new scales at the first column of each unit.
     """
-    N, K = w.shape
-    order, spread = factor.order, factor.spread
-    original = w.T[order]  # [K, N]
-    wt = original.clone()  # what each column aims at, as errors come in
-    tables = _Tables(scales, scheme, N, K)
-    groups = order // scheme.group_length(K)
-    unit = scheme.unit or K
-    codes, lost = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device), torch.zeros(N, device=w.device)
-    for start in range(0, K, block):
-        stop = min(start + block, K)
-        errors = torch.empty_like(wt[start:stop])
-        for begin in range(start, stop, min(unit, block)):
-            end = min(begin + unit, stop)
-            if begin % unit == 0 and refit_from < N:
-                tables.refit(wt, order, begin, unit, importance, refit_from)
-            now, near = wt[begin:end], spread[begin:end, begin:end]
-            codes[begin:end], new = tables.visit(now, original[begin:end], near, groups[begin:end])
-            errors[begin - start : end - start] = new
-            wt[end:stop].addmm_(spread[begin:end, end:stop].T, new)
-        missed = wt[start:stop] - original[start:stop] + errors  # aim − decoded
-        lost += missed.mul_(factor.pivots[start:stop, None]).square_().sum(0)
-        wt[stop:].addmm_(spread[start:stop, stop:].T, errors)
-    codes[order] = codes.clone()
-    return QTensor(codes.T.contiguous(), tables.scales(), scheme, (N, K)), lost
+    visit = _Visit(w, factor, scheme, scales, importance, how, refit_from)
+    visit.columns(0, w.shape[1])
+    codes = torch.empty_like(visit.codes)
+    codes[factor.order] = visit.codes
+    return QTensor(codes.T.contiguous(), visit.tables.scales(), scheme, (w.shape[0], w.shape[1])), visit.lost
+
+
+class _Visit:
+    """All columns in the order of the visit, transposed: [K, N]."""
+
+    def __init__(
+        self, w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, refit_from: int
+    ) -> None:
+        N, K = w.shape
+        self.factor, self.importance, self.how = factor, importance, how
+        self.original = w.T[factor.order]
+        self.aim = self.original.clone()  # what each column aims at, as errors come in
+        self.errors = torch.empty_like(self.aim)  # original − decoded
+        self.codes = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device)
+        self.lost = torch.zeros(N, device=w.device)
+        self.tables = _Tables(scales, scheme, N, K)
+        self.groups = factor.order // scheme.group_length(K)
+        self.unit = scheme.unit or K
+        self.refit_from = refit_from
+
+    def columns(self, begin: int, end: int) -> None:
+        """Visit columns begin..end: the first half, its errors carried to the second, then the second.
+
+        Halving puts most of the work into few large products. Units are never cut unless nothing else is left.
+        """
+        step = self.how.block if self.unit >= end - begin else max(self.how.block, self.unit)
+        steps = -(-(end - begin) // step)
+        if steps < 2:
+            self._block(begin, end)
+            return
+        middle = begin + steps // 2 * step
+        self.columns(begin, middle)
+        spread = self.factor.spread[begin:middle, middle:end].T
+        add_product(self.aim[middle:end], spread, self.errors[begin:middle], fast=self.how.fast)
+        self.columns(middle, end)
+
+    def _block(self, begin: int, end: int) -> None:
+        """Columns begin..end unit by unit: new scales where they are wanted, then one column after the other."""
+        for start in range(begin, end, min(self.unit, self.how.block)):
+            stop = min(start + self.unit, end)
+            own = slice(start, stop)
+            if start % self.unit == 0 and self.refit_from < self.aim.shape[1]:
+                self.tables.refit(self.aim, self.factor.order, start, self.unit, self.importance, self.refit_from)
+            near = self.factor.spread[own, own]
+            codes, errors = self.tables.visit(self.aim[own], self.original[own], near, self.groups[own])
+            self.codes[own], self.errors[own] = codes, errors
+            add_product(self.aim[stop:end], self.factor.spread[own, stop:end].T, errors)
+        here = slice(begin, end)
+        missed = self.aim[here] - self.original[here] + self.errors[here]  # aim − decoded
+        self.lost += missed.mul_(self.factor.pivots[here, None]).square_().sum(0)
 
 
 class _Tables:
@@ -226,13 +274,13 @@ class _Tables:
             aim[i + 1 :].addr_(spread[i, i + 1 :], errors[i])
         return torch.stack(codes), errors
 
-    def refit(self, wt: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
+    def refit(self, aim: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at visit `at` on the weights as they stand, rows `first` on."""
         columns = order[at : at + unit]
         begin = int(columns.min())
         here = slice(begin, begin + len(columns))
-        w = torch.empty(wt.shape[1] - first, len(columns), device=wt.device)
-        w[:, columns - begin] = wt[at : at + unit, first:].T
+        w = torch.empty(aim.shape[1] - first, len(columns), device=aim.device)
+        w[:, columns - begin] = aim[at : at + unit, first:].T
         whole_tensor = self.outer if self.scheme.scale == "e4m3" else None
         found = best_scales(w, self.scheme, importance[here], outer=whole_tensor)
         g = self.scheme.group_length(len(order))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bitwright.codec import QTensor
+from bitwright.qtensor import QTensor
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.codec import (
-    Scales,
-    decode,
-    encode,
-    fit,
-    folded,
-    group_view,
-    map_rows,
-    raw_scales,
-    round_to,
-    safe,
-    snap,
-    values,
-)  # fmt: skip
+from bitwright.codec import decode, encode, fit, folded, group_view, raw_scales, round_to, safe, snap, values
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.outcome import Outcome
+from bitwright.qtensor import Scales, map_rows
 from bitwright.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
