@@ -16,7 +16,10 @@ from bitwright.methods import CALIBRATED, METHODS, Outcome, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan, Planned
 from bitwright.qtensor import QTensor, rows
+from bitwright.scheme import Scheme
 from bitwright.statistics import Gram
+
+SAMPLED_ROWS = 1024  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,24 @@ def _quantize_pile(
     metric = None if gram is None else gram.to(fast)
     whole = energy(w.to(fast), metric)
     lost = energy((w - decode(outcome.q)).to(fast), metric)
-    lost_rtn = lost
-    if rule.method != "rtn":
-        lost_rtn = energy((w - decode(rtn(w, None, layer.scheme).q)).to(fast), metric)
     seconds = (time.monotonic() - begun) / w.numel()
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
         here = slice(at, at + len(matrix))
         at += len(matrix)
         q = outcome.q if len(pile) == 1 else rows(outcome.q, here.start, here.stop)
-        losses = (ratio(lost[here], whole[here]), ratio(lost_rtn[here], whole[here]))
+        mine = ratio(lost[here], whole[here])
+        losses = (mine, mine if rule.method == "rtn" else _rtn_loss(matrix, layer.scheme, whole[here], metric))
         spent = round(seconds * matrix.numel(), 4)
         done.append(Rounded(t, q, _entry(plan, t, replace(outcome, q=q), losses, tokens, spent)))
     return done
+
+
+def _rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
+    """What round to nearest would lose, by a sample of the rows: it is there for comparison."""
+    some = slice(None, None, max(1, len(w) // SAMPLED_ROWS))
+    missing = w[some] - decode(rtn(w[some], None, scheme).q)
+    return ratio(energy(missing if metric is None else missing.to(metric.dtype), metric), whole[some])
 
 
 def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import CheckpointError, OutputError
+from bitwright.formats.format import Spec
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -177,9 +178,6 @@ def _entry(file: Path, base: int, name: str, entry: dict[str, object]) -> Tensor
     if info.nbytes != offsets[1] - offsets[0]:
         raise ValueError(f"tensor {name!r} of shape {shape} does not fill bytes {offsets[0]} to {offsets[1]}")
     return info
-
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:

@@ -36,7 +36,7 @@ def group_view(w: Tensor, scheme: Scheme) -> Tensor:
     if scheme.group == CHANNEL:
         return w[:, None, :]
     g = scheme.group_length(w.shape[1])
-    return torch.nn.functional.pad(w, (0, -w.shape[1] % g)).unflatten(1, (-1, g))
+    return (torch.nn.functional.pad(w, (0, -w.shape[1] % g)) if w.shape[1] % g else w).unflatten(1, (-1, g))
 
 
 def spread(per_group: Tensor, scheme: Scheme, K: int) -> Tensor:
@@ -251,10 +251,10 @@ def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
     [[36, 36, -127]]
     """
     matrix = w.reshape(w.shape[0], -1).float()
-    K = matrix.shape[1]
-    zero = None if scales.zero is None else spread(scales.zero, scheme, K)
-    codes, _ = round_to(matrix, spread(scales.scale, scheme, K), zero, scheme)
-    return QTensor(codes.to(code_dtype(scheme)), scales, scheme, tuple(w.shape))
+    zero = None if scales.zero is None else scales.zero[..., None]
+    codes, _ = round_to(group_view(matrix, scheme), scales.scale[..., None], zero, scheme)
+    codes = codes.to(code_dtype(scheme)).reshape(len(matrix), -1)[:, : matrix.shape[1]]
+    return QTensor(codes.contiguous(), scales, scheme, tuple(w.shape))
 
 
 def code_dtype(scheme: Scheme) -> torch.dtype:
@@ -264,14 +264,15 @@ def code_dtype(scheme: Scheme) -> torch.dtype:
 
 def decode(q: QTensor) -> Tensor:
     """The weights that codes and scales stand for, float32, in the source's shape."""
-    K = q.codes.shape[1]
-    scale = spread(q.scales.scale, q.scheme, K)
-    if q.scales.zero is None:
-        return (values(q.codes, q.scheme) * scale).reshape(q.shape)
-    zero = spread(q.scales.zero, q.scheme, K)
-    if q.scheme.zero == "min":
-        return (q.codes.float() * scale + zero).reshape(q.shape)
-    return ((q.codes.float() - zero) * scale).reshape(q.shape)
+    v = group_view(values(q.codes, q.scheme), q.scheme)
+    scale, zero = q.scales.scale[..., None], None if q.scales.zero is None else q.scales.zero[..., None]
+    if zero is None:
+        v = v.mul_(scale)
+    elif q.scheme.zero == "min":
+        v = v.mul_(scale).add_(zero)
+    else:
+        v = v.sub_(zero).mul_(scale)
+    return v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]].reshape(q.shape)
 
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:

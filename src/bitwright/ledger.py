@@ -12,8 +12,9 @@ QUANTIZED, KEPT, LEFT_OUT = "quantized", "kept", "left out"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. `loss` and `loss_rtn` are relative output energies (codec.loss); `bytes` what the file holds of it;
-    `activations` the scheme that the engine rounds its inputs to."""
+    """One tensor. `loss` and `loss_rtn` (by a sample of the rows) are relative output energies; `bytes` what the file
+    holds of it; `activations` the scheme that the engine rounds its inputs to.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -6,6 +6,7 @@ before it give, so later blocks make up for the errors of earlier ones. A crash 
 """
 
 import ctypes
+import gc
 import hashlib
 import json
 import resource
@@ -150,7 +151,8 @@ def _quantize_shard(
 
 
 def _return_memory() -> None:
-    """Have glibc give freed memory back to the system: it hoards blocks below 32 MB, which a few layers add up to."""
+    """Collect cycles, and have glibc give freed memory back to the system: it hoards blocks below 32 MB."""
+    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from bitwright.checkpoint import Checkpoint, Spec, count, shard_bytes
+from bitwright.checkpoint import Checkpoint, count, shard_bytes
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.formats import FORMATS, Format, Layer
-from bitwright.formats.format import FLOAT_NAMES
+from bitwright.formats.format import FLOAT_NAMES, Spec
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.models import COMPUTED, Skeleton, best_dtype, quantization_of, read_config
 from bitwright.recipe import Recipe, Rule

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PANEL = 1024  # columns of the Gram computed at a time; only panels on or above the diagonal are
-CHUNK = 1024  # bfloat16 tokens multiplied at a time
+PANEL = 512  # columns of the Gram computed at a time; only panels on or above the diagonal are
+CHUNK = 4096  # bfloat16 tokens multiplied at a time
 
 
 class Gram:

@@ -35,31 +35,44 @@ def descend(
     step = q.scheme.group_length(K)
     solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
-    floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-    curvature = (gram.diagonal() + ridge).clamp(min=floor)
     state = _State(w, q)
+    sweep = _Sweep(state, gram, ridge, solve=solve, span=span, fast=fast)
     for _ in range(sweeps):
-        before = state.decoded.clone()
-        missing = state.wt - before
-        pull = missing * ridge  # [K, N], H Eᵀ
-        add_product(pull, gram, missing, fast=fast)
-        del missing
-
-        def sweep(begin: int, end: int, pull: Tensor = pull, before: Tensor = before) -> None:
-            """Columns begin..end: the first half, what it changed carried to the second, then the second."""
-            spans = -(-(end - begin) // span)
-            if spans < 2:
-                here = slice(begin, end)
-                state.improve(here, pull[here], gram[here, here], curvature[here], ridge, solve=solve)
-                return
-            middle = begin + spans // 2 * span
-            sweep(begin, middle)
-            moved = state.decoded[begin:middle] - before[begin:middle]
-            add_product(pull[middle:end], gram[middle:end, begin:middle], moved, alpha=-1, fast=fast)
-            sweep(middle, end)
-
-        sweep(0, K)
+        sweep.run()
     return state.result()
+
+
+class _Sweep:
+    """One visit of all columns, in the order they have."""
+
+    def __init__(self, state: "_State", gram: Tensor, ridge: float, *, solve: bool, span: int, fast: bool) -> None:
+        floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+        self.curvature = (gram.diagonal() + ridge).clamp(min=floor)
+        self.state, self.gram, self.ridge = state, gram, ridge
+        self.solve, self.span, self.fast = solve, span, fast
+
+    def run(self) -> None:
+        """All columns, from H Eᵀ as the state is now."""
+        before = self.state.decoded.clone()
+        missing = self.state.wt - before
+        pull = missing * self.ridge  # [K, N], H Eᵀ
+        add_product(pull, self.gram, missing, fast=self.fast)
+        del missing
+        self._columns(0, len(pull), pull, before)
+
+    def _columns(self, begin: int, end: int, pull: Tensor, before: Tensor) -> None:
+        """Columns begin..end: the first half, what it changed carried to the second, then the second."""
+        spans = -(-(end - begin) // self.span)
+        if spans < 2:
+            here = slice(begin, end)
+            near = self.gram[here, here]
+            self.state.improve(here, pull[here], near, self.curvature[here], self.ridge, solve=self.solve)
+            return
+        middle = begin + spans // 2 * self.span
+        self._columns(begin, middle, pull, before)
+        moved = self.state.decoded[begin:middle] - before[begin:middle]
+        add_product(pull[middle:end], self.gram[middle:end, begin:middle], moved, alpha=-1, fast=self.fast)
+        self._columns(middle, end, pull, before)
 
 
 class _State:
