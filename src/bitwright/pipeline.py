@@ -152,7 +152,7 @@ def _quantize_shard(
 
 def _return_memory() -> None:
     """Collect cycles, and have glibc give freed memory back to the system: it hoards blocks below 32 MB."""
-    gc.collect()
+    gc.collect(1)  # the young ones: what was imported stays anyway
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
