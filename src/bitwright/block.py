@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,57 +13,85 @@ from bitwright.codec import decode
 from bitwright.errors import BitwrightError
 from bitwright.ledger import KEPT, Entry
 from bitwright.loss import energy, ratio
-from bitwright.methods import CALIBRATED, METHODS, Outcome, rtn
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan, Planned
 from bitwright.qtensor import QTensor, rows
 from bitwright.scheme import Scheme
-from bitwright.statistics import Gram
+from bitwright.statistics import Cross, Gram
 
 SAMPLED_ROWS = 1024  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix after rounding: where it came from, what became of it, and its ledger entry."""
+    """A matrix after rounding: where it came from, what became of it, its ledger entry; and its Gram if it is needed yet."""
 
     planned: Planned
     q: QTensor
     entry: Entry
+    gram: Tensor | None = None
 
 
 class _Enough(Exception):  # noqa: N818
     """Raised by the last module's hook: what the block would do with its output is of no interest."""
 
 
-def observe(skeleton: Skeleton, index: int, hidden: list[Tensor], wanted: list[str]) -> list[tuple[list[str], Gram]]:
-    """Run block `index` on all batches; modules that were handed the very same tensor share one Gram."""
+@dataclass
+class Seen:
+    """What was seen of an input that some modules share: its Gram, and its product with the float model's."""
+
+    names: list[str]
+    gram: Gram
+    cross: Cross | None
+
+
+def observe(
+    skeleton: Skeleton, index: int, hidden: list[Tensor], wanted: list[str], original: list[Tensor] | None = None
+) -> list[Seen]:
+    """Run block `index` on all batches; modules that were handed the very same tensor share one Gram.
+
+    original: the float model's activations for the same tokens, if they are to be compared.
+    """
     modules = {name: module for name, module in skeleton.linears(index).items() if name in wanted}
     sharing: dict[str, list[str]] = defaultdict(list)
     grams: dict[str, Gram] = {}
+    crosses: dict[str, Cross] = {}
     seen: dict[str, Tensor] = {}  # in the order of the forward
+    floats: dict[str, Tensor] = {}  # what the float model hands to each module in this batch
+    comparing = False
 
     def watch(name: str, x: Tensor) -> None:
+        if comparing:
+            floats[name] = x
+            return
         if name not in seen:  # the first batch tells who shares
             leader = next((other for other, tensor in seen.items() if tensor is x), name)
             seen[name] = x
             sharing[leader].append(name)
         if name in sharing:
             grams.setdefault(name, Gram(x.shape[-1], x.device)).update(x)
+            if name in floats:
+                crosses.setdefault(name, Cross(x.shape[-1], x.device)).update(floats.pop(name), x)
         if len(seen) == len(modules) and name == next(reversed(seen)):
             raise _Enough
 
     hooks = [m.register_forward_pre_hook(lambda _, args, n=n: watch(n, args[0])) for n, m in modules.items()]
     try:
-        for batch in hidden:
+        for b, batch in enumerate(hidden):
+            if original is not None:
+                comparing = True
+                original[b] = skeleton.run(index, original[b])
+                comparing = False
             with suppress(_Enough):
                 skeleton.run(index, batch)
+            floats.clear()
             _all_seen(modules.keys() - seen.keys())
             seen = dict.fromkeys(seen, torch.empty(0))  # let the activations go
     finally:
         for hook in hooks:
             hook.remove()
-    return [(names, grams[leader]) for leader, names in sharing.items()]
+    return [Seen(names, grams[leader], crosses.get(leader)) for leader, names in sharing.items()]
 
 
 def _all_seen(unseen: set[str]) -> None:
@@ -71,29 +100,35 @@ def _all_seen(unseen: set[str]) -> None:
         raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
 
 
-def quantize_together(
-    plan: Plan, members: list[Planned], weights: dict[str, Tensor], gram: Tensor | None, tokens: int
-) -> list[Rounded]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a method is told of a matrix's inputs; nothing without calibration."""
+
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    tokens: int = 0
+
+
+def quantize_together(plan: Plan, members: list[Planned], weights: dict[str, Tensor], inputs: Inputs) -> list[Rounded]:
     """Round matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
     piles: dict[tuple[object, ...], list[Planned]] = defaultdict(list)
     for t in members:
         assert t.layer is not None and t.rule is not None
         apart = () if t.layer.scheme.rowwise else (t.source,)
         piles[(t.layer.scheme, t.rule.method, str(t.rule.options), *apart)].append(t)
-    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, gram, tokens)]
+    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs)]
 
 
-def _quantize_pile(
-    plan: Plan, pile: list[Planned], weights: dict[str, Tensor], gram: Tensor | None, tokens: int
-) -> list[Rounded]:
+def _quantize_pile(plan: Plan, pile: list[Planned], weights: dict[str, Tensor], inputs: Inputs) -> list[Rounded]:
     """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
     begun = time.monotonic()
-    rule, layer = pile[0].rule, pile[0].layer
+    rule, layer, gram = pile[0].rule, pile[0].layer, inputs.gram
     assert rule is not None and layer is not None
     matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        options = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+        options: dict[str, Any] = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+        options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
         outcome = METHODS[rule.method](w, gram, layer.scheme, **(options | rule.options))
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
@@ -111,8 +146,16 @@ def _quantize_pile(
         mine = ratio(lost[here], whole[here])
         losses = (mine, mine if rule.method == "rtn" else _rtn_loss(matrix, layer.scheme, whole[here], metric))
         spent = round(seconds * matrix.numel(), 4)
-        done.append(Rounded(t, q, _entry(plan, t, replace(outcome, q=q), losses, tokens, spent)))
+        entry = _entry(plan, t, replace(outcome, q=q), losses, inputs.tokens, spent)
+        done.append(Rounded(t, q, entry, gram if rule.method in BLOCKWISE else None))
     return done
+
+
+def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> float:
+    """The loss of one matrix as the ledger records it."""
+    fast = w.dtype if gram is None else plan.skeleton.dtype
+    metric = None if gram is None else gram.to(fast)
+    return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
 
 
 def _rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:

@@ -70,7 +70,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make; it appears only when complete and verified.")],
     scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="Rounding method: rtn, search or gptq.")] = "gptq",
+    method: Annotated[str, typer.Option(help="Rounding method: rtn, search, gptq, gptaq or autoround.")] = "gptq",
     format: Annotated[str, typer.Option(help="File format: compressed-tensors or gptq.")] = "compressed-tensors",
     activations: Annotated[
         str | None, typer.Option(help="Round the layers' inputs too, as they come: int8-token or fp8-token.")

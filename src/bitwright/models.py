@@ -185,6 +185,14 @@ class Skeleton:
         out = self.blocks[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `run`, with other weights for some parameters (full names), and differentiable in them."""
+        args, kwargs = self._calls[len(hidden)][index]
+        prefix = f"{self.block_prefix}.{index}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        out = torch.func.functional_call(self.blocks[index], own, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
     @contextmanager
     def inputs(self, transforms: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
         """For a while, modules of these full names are given transforms[name](x) for their first argument x."""

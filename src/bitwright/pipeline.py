@@ -21,18 +21,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.block import Rounded, kept_entry, observe, quantize_together
+from bitwright.block import Inputs, Rounded, kept_entry, observe, quantize_together
 from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint, shard_bytes
 from bitwright.codec import decode, rounded
 from bitwright.errors import CheckpointError
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
-from bitwright.models import TOKENS_PER_BATCH, matrix_of
+from bitwright.models import TOKENS_PER_BATCH
 from bitwright.preflight import Plan, Planned
+from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
 from bitwright.workplace import Verification, Workplace
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Streams:
+    """What the next block is given, in batches [B, T, H].
+
+    given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
+    """
+
+    given: list[Tensor]
+    original: list[Tensor] | None = None
+
+    def whole(self) -> dict[str, Tensor]:
+        """Each stream in one piece [S, T, H]."""
+        parts = {"given": self.given, "original": self.original}
+        return {name: torch.cat(batches) for name, batches in parts.items() if batches is not None}
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ def _quantize_blocks(plan: Plan, place: Workplace, tokens: Tensor | None, progre
 
 
 def _quantize_shard(
-    plan: Plan, place: Workplace, index: int, hidden: list[Tensor] | None, config: dict[str, Any]
+    plan: Plan, place: Workplace, index: int, hidden: Streams | None, config: dict[str, Any]
 ) -> list[Entry]:
     """Read, round, write, verify and commit one shard; `hidden` moves on to the next block."""
     depth, members = len(plan.skeleton), plan.shard(index)
@@ -146,7 +163,8 @@ def _quantize_shard(
         parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype)
         tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
-    place.commit(index, plan.shard_name(index), tensors, entries, hidden if index + 1 < depth else None, verify)
+    saved = hidden.whole() if hidden is not None and index + 1 < depth else None
+    place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
     return entries
 
 
@@ -159,21 +177,26 @@ def _return_memory() -> None:
             trim(0)
 
 
-def _hidden_before(plan: Plan, place: Workplace, tokens: Tensor, first: int) -> list[Tensor]:
-    """What block `first` is given, in batches: from the embeddings, or as the run that is resumed had saved it."""
+def _hidden_before(plan: Plan, place: Workplace, tokens: Tensor, first: int) -> Streams:
+    """What block `first` is given: from the embeddings, or as the run that is resumed had saved it."""
     skeleton = plan.skeleton
     sources = {t.parameter: t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
     base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
     skeleton.load({name: read_finite(plan.checkpoint, sources[name]) for name in base})
-    parts = batches(tokens, TOKENS_PER_BATCH)
+    parts, tuned = batches(tokens, TOKENS_PER_BATCH), plan.recipe.windows_at_once
+    steps = tokens.split(tuned) if tuned else ()
+    for ids in {len(ids): ids for ids in steps}.values():  # the masks and positions that blocks are called with
+        skeleton.embed(ids)
     if first == 0:
-        hidden = [skeleton.embed(ids) for ids in parts]
-    else:  # embed one batch of each size, for the masks and positions that blocks are called with
+        given = [skeleton.embed(ids) for ids in parts]
+        streams = Streams(given, list(given) if plan.recipe.needs_original else None)
+    else:
         for ids in {len(ids): ids for ids in parts}.values():
             skeleton.embed(ids)
-        hidden = list(place.hidden(first).split(len(parts[0])))
+        names = ("given", "original") if plan.recipe.needs_original else ("given",)
+        streams = Streams(*(list(place.hidden(first, name).split(len(parts[0]))) for name in names))
     skeleton.unload_outside()
-    return hidden
+    return streams
 
 
 def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -189,23 +212,27 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def _quantize_block(plan: Plan, index: int, weights: dict[str, Tensor], hidden: list[Tensor] | None) -> list[Rounded]:
-    """Round one block's matrices and, with calibration, carry `hidden` through the block as rounded."""
+def _quantize_block(plan: Plan, index: int, weights: dict[str, Tensor], hidden: Streams | None) -> list[Rounded]:
+    """Round one block's matrices and, with calibration, carry its streams through the block, as rounded and as it was."""
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     if hidden is None:
-        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, None, 0)]
+        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, Inputs())]
     skeleton = plan.skeleton
     skeleton.load(weights)
     done: list[Rounded] = []
-    for names, gram in observe(skeleton, index, hidden, list(layers)):
-        tokens = gram.tokens
-        done += quantize_together(plan, [layers[name] for name in names], weights, gram.value(), tokens)
-        gram.free()
+    for seen in observe(skeleton, index, hidden.given, list(layers), hidden.original):
+        tokens, cross = seen.gram.tokens, None if seen.cross is None else seen.cross.value()
+        inputs = Inputs(seen.gram.value(), cross, tokens)
+        done += quantize_together(plan, [layers[name] for name in seen.names], weights, inputs)
+        seen.gram.free()
+        seen.cross = None
+    if hidden.original is not None:
+        done = tune_block(plan, index, done, weights, torch.cat(hidden.given), torch.cat(hidden.original))
     if index + 1 < len(skeleton):
-        skeleton.load({r.planned.parameter: _as_source(plan, r.planned, decode(r.q).to(r.planned.dtype)) for r in done})
+        skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
         with skeleton.inputs(_input_rounding(layers)):
-            for b, batch in enumerate(hidden):
-                hidden[b] = skeleton.run(index, batch)
+            for b, batch in enumerate(hidden.given):
+                hidden.given[b] = skeleton.run(index, batch)
     skeleton.unload(index)
     return done
 
@@ -214,12 +241,6 @@ def _input_rounding(layers: dict[str, Planned]) -> dict[str, Callable[[Tensor], 
     """Modules whose inputs the engine rounds, and how."""
     schemes = {name: t.layer.activations for name, t in layers.items() if t.layer is not None}
     return {name: partial(rounded, scheme=scheme) for name, scheme in schemes.items() if scheme is not None}
-
-
-def _as_source(plan: Plan, t: Planned, matrix: Tensor) -> Tensor:
-    """A matrix [N, K] the way round its module wants it."""
-    assert t.layer is not None
-    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), matrix)
 
 
 def _describe(plan: Plan, place: Workplace) -> None:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import RecipeError
-from bitwright.methods import CALIBRATED, METHODS
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS
+from bitwright.methods.autoround import Options
 from bitwright.scheme import TOKEN, Scheme
 
 KEEP = "keep"
+SUPPLIED = ("cross",)  # keywords of methods that the pipeline fills in
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rule:
                 f"unknown method {self.method!r}", where=self.match, remedy=f"one of {', '.join(METHODS)}"
             )
         parameters = inspect.signature(METHODS[self.method]).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SUPPLIED]
         for name in self.options:
             if name not in known:
                 remedy = f"its options: {', '.join(known) or 'none'}"
@@ -108,6 +110,22 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any rule's method cannot do without the Gram of the inputs (or is better with it)."""
         return any(rule.scheme is not None and rule.method in (*CALIBRATED, "search") for rule in self.rules)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether any rule's method looks at the float model's activations beside the quantized one's."""
+        return any(rule.scheme is not None and rule.method in ASYMMETRIC for rule in self.rules)
+
+    @property
+    def windows_at_once(self) -> int | None:
+        """Calibration windows in one step of a method that tunes whole blocks; None if there is no such method.
+
+        RecipeError if rules would tune the same block in different ways.
+        """
+        rules = [rule for rule in self.rules if rule.scheme is not None and rule.method in BLOCKWISE]
+        if any(rule.options != rules[0].options for rule in rules):
+            raise RecipeError("rules tune blocks with different options", remedy="give all of them the same options")
+        return Options(**rules[0].options).windows if rules else None
 
 
 def _default(scheme: str, method: str, activations: str | None) -> Rule:

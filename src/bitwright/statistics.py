@@ -53,6 +53,34 @@ class Gram:
         return mean
 
 
+class Cross:
+    """Streaming X₀ᵀX / T, float32 [K, K]: two views of the same tokens. Added up as in `Gram`; not symmetric."""
+
+    def __init__(self, K: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(K, K, device=device)
+        self.tokens = 0
+
+    def update(self, original: Tensor, x: Tensor) -> None:
+        """original, x [..., K]: one more batch, the same tokens in both."""
+        pairs = [t.detach().reshape(-1, t.shape[-1]) for t in (original, x)]
+        if original.dtype != torch.bfloat16:
+            pairs = [t.float() for t in pairs]
+        for a, b in zip(*(t.split(CHUNK) for t in pairs), strict=True):
+            for start in range(0, len(self.total), PANEL):
+                self.total[start : start + PANEL].add_(a[:, start : start + PANEL].T @ b)
+        self.tokens += len(pairs[0])
+
+    def merge(self, other: "Cross") -> None:
+        """Add what another stream has seen."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def value(self) -> Tensor:
+        """The matrix [K, K]; zeros before the first token. Takes the memory of the running sum."""
+        mean, self.tokens = self.total.div_(max(1, self.tokens)), min(1, self.tokens)
+        return mean
+
+
 @dataclass
 class Range:
     """Streaming extremes and mean magnitude of each input channel, float32 [K]."""

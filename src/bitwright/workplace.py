@@ -1,7 +1,7 @@
 """OUT.partial: work in progress, resumable block by block, and the rename that makes OUT appear.
 
 manifest.json              what this work belongs to; other work is never resumed
-hidden-00003.safetensors   what block 3 will be given
+hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
 ledger-00002.jsonl         what happened to the tensors of shard 2
 model-00003-of-…           shard 2 itself: read back, compared, then renamed into place, which commits it
 """
@@ -76,17 +76,17 @@ class Workplace:
         """What happened to the tensors of a committed shard."""
         return from_jsonl(self._ledger(index))
 
-    def hidden(self, index: int) -> Tensor:
-        """The activations saved for block `index`, [S, T, H]."""
-        return Checkpoint(self.path, only=self._hidden(index)).read("hidden")
+    def hidden(self, index: int, stream: str) -> Tensor:
+        """A stream of activations saved for block `index`, [S, T, H]."""
+        return Checkpoint(self.path, only=self._hidden(index)).read(stream)
 
     def commit(
-        self, index: int, name: str, tensors: dict[str, Tensor], entries: list[Entry], hidden: list[Tensor] | None,
+        self, index: int, name: str, tensors: dict[str, Tensor], entries: list[Entry], hidden: dict[str, Tensor] | None,
         verify: "Verification",
     ) -> None:  # fmt: skip
         """Write a shard, read it back, compare, and only then make it count."""
         if hidden is not None:
-            write_shard(self._hidden(index + 1), {"hidden": torch.cat(hidden)})
+            write_shard(self._hidden(index + 1), hidden)
         write_file(self._ledger(index), to_jsonl(entries).encode())
         unverified = self.path / "unverified.safetensors"
         write_shard(unverified, tensors)

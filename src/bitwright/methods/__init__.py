@@ -2,12 +2,23 @@
 
 from collections.abc import Callable
 
+from bitwright.methods.autoround import autoround
+from bitwright.methods.gptaq import gptaq
 from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
 
-METHODS: dict[str, Callable[..., Outcome]] = {"rtn": rtn, "search": search, "gptq": gptq}
-CALIBRATED = ("gptq",)  # methods that cannot do without a Gram; all of them have the option `fast`
+METHODS: dict[str, Callable[..., Outcome]] = {
+    "rtn": rtn,
+    "search": search,
+    "gptq": gptq,
+    "gptaq": gptaq,
+    "autoround": autoround,
+}
+CALIBRATED = ("gptq", "gptaq", "autoround")  # methods that cannot do without a Gram; all of them have the option `fast`
 
-__all__ = ["CALIBRATED", "METHODS", "Outcome", "gptq", "rtn", "search"]
+BLOCKWISE = ("autoround",)  # methods that go on to tune a whole block
+ASYMMETRIC = ("gptaq", "autoround")  # methods that also look at the float model's activations; options `cross`
+
+__all__ = ["ASYMMETRIC", "BLOCKWISE", "CALIBRATED", "METHODS", "Outcome", "autoround", "gptaq", "gptq", "rtn", "search"]

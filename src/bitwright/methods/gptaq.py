@@ -1,0 +1,55 @@
+"""GPTAQ: GPTQ whose target is what the float model computes, on inputs that are no longer the float model's.
+
+The blocks before a matrix are quantized, so its inputs X differ from the float model's X₀; what is wanted of it is X₀ wᵀ.
+The float matrix that comes nearest to that on X, by least squares, is
+
+    v = w + w (X₀ᵀX − XᵀX) (XᵀX + λ I)⁻¹
+
+and rounding v against the Gram of X minimises ‖X ŵᵀ − X₀ wᵀ‖² just as rounding w minimises ‖X (ŵ − w)ᵀ‖². Li et al. 2025
+(arXiv:2504.02692) fold the same correction into GPTQ's columns one by one; here it is made beforehand, exactly, and
+any method can follow. λ keeps few calibration tokens from being fitted.
+"""
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import RecipeError
+from bitwright.methods.gptq import gptq
+from bitwright.methods.outcome import Outcome
+from bitwright.scheme import Scheme
+
+
+def gptaq(
+    w: Tensor,
+    gram: Tensor | None,
+    scheme: Scheme,
+    *,
+    cross: Tensor | None = None,
+    damping: float = 0.01,
+    correction_damping: float = 1.0,
+    sweeps: int | None = None,
+    fast: bool = False,
+) -> Outcome:
+    """Round w so that its outputs on X come near to the float model's on X₀.
+
+    w, gram             as for `gptq`; gram is that of X
+    cross               [K, K] = X₀ᵀX / T; None: X is X₀, and this is `gptq`
+    correction_damping  λ as a share of the Gram's mean diagonal
+    damping, sweeps, fast  as for `gptq`
+    """
+    target = w if cross is None or gram is None else corrected(w, gram, cross, correction_damping)
+    return gptq(target, gram, scheme, damping=damping, sweeps=sweeps, fast=fast)
+
+
+def corrected(w: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """v [N, K] of the module's text; w itself if the damped Gram has no Cholesky factor."""
+    if not damping > 0:
+        raise RecipeError(f"correction_damping {damping} must be above 0", remedy="such as 1")
+    matrix = w.reshape(w.shape[0], -1).float()
+    H = gram.clone()
+    H.diagonal().add_(max(damping * float(gram.diagonal().mean()), torch.finfo(H.dtype).tiny))
+    factor, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        return w
+    missing = matrix @ (cross - gram)
+    return (matrix + torch.cholesky_solve(missing.T, factor).T).reshape(w.shape)

@@ -1,0 +1,61 @@
+"""One block tuned as a whole: the methods that look at a block's output rather than at one matrix."""
+
+import time
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from bitwright.block import Rounded, relative_loss
+from bitwright.codec import decode
+from bitwright.methods.autoround import Options, tune
+from bitwright.models import matrix_of
+from bitwright.preflight import Plan
+
+
+def tune_block(
+    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], inputs: Tensor, targets: Tensor
+) -> list[Rounded]:
+    """Block `index` with better codes for its matrices of method autoround; the others stay as they are.
+
+    done: all its matrices, rounded; weights: the float ones by parameter name; inputs [S, T, H] as the quantized blocks
+    before give them; targets [S, T, H]: what the float block made of the float model's activations.
+    """
+    chosen = {
+        r.planned.parameter: r for r in done if r.planned.rule is not None and r.planned.rule.method == "autoround"
+    }
+    if not chosen:
+        return done
+    begun = time.monotonic()
+    skeleton = plan.skeleton
+    skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q)) for r in done})
+    first = next(iter(chosen.values()))
+    assert first.planned.rule is not None
+    how = Options(**first.planned.rule.options)
+
+    def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+        sources = {name: as_source(plan, chosen[name], matrix) for name, matrix in matrices.items()}
+        return skeleton.run_with(index, x, sources)
+
+    floats = {name: matrix_of(module_of(plan, r), weights[name]).float() for name, r in chosen.items()}
+    found = tune(forward, inputs, targets, floats, {name: r.q for name, r in chosen.items()}, how)
+    seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
+    tuned = []
+    for r in done:
+        name = r.planned.parameter
+        if name in chosen:
+            loss = relative_loss(plan, floats[name], found[name], r.gram)
+            spent = round(r.entry.seconds + seconds * floats[name].numel(), 4)
+            r = replace(r, q=found[name], entry=replace(r.entry, loss=loss, seconds=spent), gram=None)
+        tuned.append(r)
+    return tuned
+
+
+def module_of(plan: Plan, r: Rounded) -> nn.Module:
+    """The module that a rounded matrix belongs to."""
+    assert r.planned.layer is not None
+    return plan.skeleton.model.get_submodule(r.planned.layer.name)
+
+
+def as_source(plan: Plan, r: Rounded, matrix: Tensor) -> Tensor:
+    """A matrix [N, K] the way round its module wants it, in the type that it is computed in."""
+    return matrix_of(module_of(plan, r), matrix).to(plan.skeleton.dtype)

@@ -1,0 +1,208 @@
+"""AutoRound: its start is GPTQ's result exactly, its gradient is the straight-through one, and a block only gets better."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import bitwright.tuning
+from bitwright.api import evaluate, quantize
+from bitwright.codec import code_range, decode, encode, fit, group_view, is_signed
+from bitwright.errors import RecipeError
+from bitwright.ledger import from_jsonl
+from bitwright.methods import gptq, rtn
+from bitwright.methods.autoround import Options, _Knobs, _place, _StraightThrough, autoround, tune
+from bitwright.recipe import Recipe, Rule
+from bitwright.scheme import Scheme
+from conftest import make_checkpoint
+
+SCHEMES = ["int4-g32", "int3-g64-asym", "int2-g32-asym1", "int4-g32-min", "int8-channel", "q4_k", "ternary-channel"]
+SMALL = {"samples": 8, "seqlen": 32}
+
+
+def problem(N: int = 24, K: int = 96) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, correlated inputs [S, T, K] and their Gram."""
+    g = torch.Generator().manual_seed(K)
+    x = torch.randn(12, 20, K, generator=g) @ (torch.eye(K) + 0.2 * torch.randn(K, K, generator=g))
+    flat = x.reshape(-1, K)
+    return torch.randn(N, K, generator=g) * 0.05, x, flat.T @ flat / len(flat)
+
+
+def linear(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ matrices["a"].T
+
+
+def error(w: Tensor, decoded: Tensor, x: Tensor) -> float:
+    return float((x @ (w - decoded).T).square().mean())
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("K", [96, 80])
+def test_untouched_knobs_are_the_start(text: str, K: int) -> None:
+    w, _, gram = problem(K=K)
+    scheme = Scheme.parse(text)
+    for start in (gptq(w, gram, scheme).q, rtn(w, None, scheme).q):
+        knobs = _Knobs(w, start)
+        assert torch.equal(knobs.result().codes, start.codes)
+        assert torch.equal(knobs.result().scales.scale, start.scales.scale)
+        torch.testing.assert_close(knobs.decoded().detach(), decode(start), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "int3-g32-asym", "int2-g32-min", "int2-g32"])
+def test_the_gradient_is_that_of_a_straight_through_estimator(text: str) -> None:
+    w, _, _ = problem()
+    scheme = Scheme.parse(text)
+    scales = fit(w, scheme)
+    v, s0 = group_view(w, scheme), scales.scale[..., None]
+    zero = torch.zeros(()) if scales.zero is None else scales.zero[..., None]
+    lo, hi = code_range(scheme)
+    base = 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
+    offset = (0.8 * torch.randn(v.shape, generator=torch.Generator().manual_seed(4))).requires_grad_()
+    stretch = torch.zeros_like(s0, requires_grad=True)
+    mine = _StraightThrough.apply(v, base, offset, stretch, s0, s0, zero, scheme)  # type: ignore[no-untyped-call]
+    scale = s0 * (1 + stretch)
+    place = _place(v, scale, zero, scheme) + base + offset
+    codes = (place + (torch.round(place) - place).detach()).clamp(lo, hi)
+    theirs = codes * scale + zero if scheme.zero == "min" else (codes - zero) * scale
+    torch.testing.assert_close(mine, theirs)
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(5))
+    found = torch.autograd.grad(mine, (offset, stretch), upstream)
+    expected = torch.autograd.grad(theirs, (offset, stretch), upstream)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "int3-g32-asym", "int2-g32", "q4_k"])
+def test_tuning_helps_nearest_codes(text: str) -> None:
+    w, x, gram = problem()
+    start = rtn(w, None, Scheme.parse(text)).q
+    found = tune(linear, x, x @ w.T, {"a": w}, {"a": start}, Options(iterations=100))["a"]
+    assert error(w, decode(found), x) < 0.9 * error(w, decode(start), x)
+    good = gptq(w, gram, Scheme.parse(text)).q
+    found = tune(linear, x, x @ w.T, {"a": w}, {"a": good}, Options(iterations=100))["a"]
+    assert error(w, decode(found), x) <= error(w, decode(good), x)
+    assert found.codes.dtype == start.codes.dtype
+    assert found.codes.min() >= code_range(found.scheme)[0] and found.codes.max() <= code_range(found.scheme)[1]
+    again = encode(decode(found), found.scales, found.scheme)  # the scales are such as a file can hold
+    assert torch.equal(again.codes, found.codes) or not is_signed(found.scheme)
+
+
+def test_what_tuning_would_make_worse_stays() -> None:
+    w, x, gram = problem()
+    start = gptq(w, gram, Scheme.parse("int4-g32")).q
+    found = tune(linear, x, x @ w.T, {"a": w}, {"a": start}, Options(iterations=3, lr=10.0, scale_lr=0.3))["a"]
+    assert found is start
+
+
+def test_it_makes_up_for_inputs_that_differ() -> None:
+    """The target is what the float inputs give; the block gets others, and learns to come nearer all the same."""
+    w, x, gram = problem()
+    other = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    start = gptq(w, gram, Scheme.parse("int4-g32")).q
+    found = tune(linear, other, x @ w.T, {"a": w}, {"a": start}, Options(iterations=60))["a"]
+    before, after = ((other @ decode(q).T - x @ w.T).square().mean() for q in (start, found))
+    assert after < 0.99 * before
+
+
+def test_seeded_and_pure() -> None:
+    w, x, _ = problem()
+    start = rtn(w, None, Scheme.parse("int3-g32")).q
+    kept, state = (w.clone(), x.clone(), start.codes.clone()), torch.get_rng_state()
+    runs = [tune(linear, x, x @ w.T, {"a": w}, {"a": start}, Options(20, 3, seed=seed))["a"] for seed in (0, 0, 1)]
+    assert torch.equal(runs[0].codes, runs[1].codes)
+    assert not torch.equal(runs[0].codes, runs[2].codes)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (w, x, start.codes), strict=True))
+    assert tune(linear, x, x @ w.T, {"a": w}, {"a": start}, Options(iterations=0))["a"] is start
+
+
+def test_refusals() -> None:
+    w, _, gram = problem()
+    with pytest.raises(RecipeError, match="integer codes"):
+        autoround(w, gram, Scheme.parse("nf4-g32"))
+    with pytest.raises(RecipeError, match="needs calibration"):
+        autoround(w, None, Scheme.parse("int4-g32"))
+    for bad in ({"iterations": -1}, {"windows": 0}, {"lr": 0.0}, {"scale_lr": -1.0}):
+        with pytest.raises(RecipeError, match="must be above 0"):
+            Options(**bad)  # type: ignore[arg-type]
+    rules = (
+        Rule("*", Scheme.parse("int4-g32"), "autoround"),
+        Rule("*q*", Scheme.parse("int4-g32"), "autoround", {"seed": 1}),
+    )
+    with pytest.raises(RecipeError, match="different options"):
+        _ = Recipe(rules).windows_at_once
+    assert Recipe.uniform("int4-g32", "gptq").windows_at_once is None
+    assert Recipe.uniform("int4-g32", "autoround").windows_at_once == 8
+
+
+def write_recipe(folder: Path, *rules: tuple[str, str, str]) -> Path:
+    file = folder / "recipe.toml"
+    file.write_text(
+        "".join(
+            f'[[rule]]\nmatch = "{m}"\nscheme = "int2-g32-asym"\nmethod = "{method}"\n{o}\n' for m, method, o in rules
+        )
+    )
+    return file
+
+
+def test_a_model_comes_nearer_to_the_original(llama: Path, text: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 30, windows = 3 }"))
+    kl = {}
+    for method, options in (("gptq", {"scheme": "int2-g32-asym"}), ("autoround", {"recipe": recipe})):
+        done = quantize(llama, tmp_path / method, calib=text, method="gptq", **options, **SMALL)  # type: ignore[arg-type]
+        cost = evaluate(tmp_path / method, reference=llama, text=text, seqlen=32, tokens=512)
+        assert cost.kl_mean is not None
+        kl[method] = cost.kl_mean
+        assert {e.method for e in done.ledger if e.action == "quantized"} == {method}
+        assert all(e.loss is not None and 0 < e.loss < 1 for e in done.ledger if e.action == "quantized")
+    assert kl["autoround"] < 0.95 * kl["gptq"]
+
+
+def test_some_matrices_are_tuned_and_others_stay(llama: Path, text: str, tmp_path: Path) -> None:
+    options = "options = { iterations = 10 }"
+    recipe = write_recipe(tmp_path, ("*", "gptq", ""), ("*.0.mlp.*", "autoround", options))
+    plain = write_recipe(tmp_path / "..", ("*", "gptq", ""))
+    quantize(llama, tmp_path / "a", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
+    quantize(llama, tmp_path / "b", calib=text, recipe=plain, **SMALL)  # type: ignore[arg-type]
+    a, b = (load_file(next(iter(sorted((tmp_path / x).glob("*.safetensors"))))) for x in "ab")
+    changed = {name for name in a if not torch.equal(a[name], b[name])}
+    assert changed and all(".mlp." in name for name in changed)
+    assert {e.method for e in from_jsonl(tmp_path / "a" / "ledger.jsonl") if ".0.mlp." in e.name} == {"autoround"}
+
+
+def test_gpt2_whose_matrices_lie_the_other_way_round(text: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "gpt2")
+    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 40, windows = 2 }"))
+    for method, options in (("gptq", {"scheme": "int2-g32-asym"}), ("autoround", {"recipe": recipe})):
+        quantize(source, tmp_path / method, calib=text, format="gptq", **options, **SMALL)  # type: ignore[arg-type]
+    files = [[load_file(f) for f in sorted((tmp_path / m).glob("*.safetensors"))] for m in ("gptq", "autoround")]
+    changed = {n for a, b in zip(*files, strict=True) for n in a if not torch.equal(a[n], b[n])}
+    assert {n.rpartition(".")[2] for n in changed} >= {"qweight"}
+    cost = evaluate(tmp_path / "autoround", reference=source, text=text, seqlen=32, tokens=512)
+    assert cost.kl_mean is not None and cost.kl_mean < 1e-4
+
+
+def test_a_crash_costs_one_block_and_no_byte(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 5 }"))
+    quantize(llama, tmp_path / "whole", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
+    real = bitwright.tuning.tune
+
+    def crash(*args: object) -> object:
+        crash.calls += 1  # type: ignore[attr-defined]
+        if crash.calls == 2:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    crash.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(bitwright.tuning, "tune", crash)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
+    assert len(list((tmp_path / "out.partial").glob("model-*"))) == 1
+    monkeypatch.setattr(bitwright.tuning, "tune", real)
+    quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
