@@ -172,6 +172,13 @@ def test_some_matrices_are_tuned_and_others_stay(llama: Path, text: str, tmp_pat
     assert {e.method for e in from_jsonl(tmp_path / "a" / "ledger.jsonl") if ".0.mlp." in e.name} == {"autoround"}
 
 
+@pytest.mark.parametrize("samples", [1, 3, 11])
+def test_few_windows_or_an_odd_number(llama: Path, text: str, tmp_path: Path, samples: int) -> None:
+    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 4 }"))
+    done = quantize(llama, tmp_path / "out", calib=text, recipe=recipe, samples=samples, seqlen=32)
+    assert not done.fallbacks
+
+
 def test_gpt2_whose_matrices_lie_the_other_way_round(text: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "model", "gpt2")
     recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 40, windows = 2 }"))

@@ -27,7 +27,7 @@ from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import TENSOR, Scheme
 
 MEMORY = 0.95  # of a gradient's mean square, from step to step
-INSIDE = 0.25  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step
+INSIDE = 0.4  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -88,6 +88,7 @@ def tune(
     """
     if how.iterations == 0:
         return start
+    how = replace(how, windows=min(how.windows, len(inputs)))
     knobs = {name: _Knobs(weights[name], q) for name, q in start.items()}
     for step, some in enumerate(_draws(len(inputs), how)):
         missed = forward({name: k.decoded() for name, k in knobs.items()}, inputs[some]) - targets[some]
