@@ -56,8 +56,9 @@ def main() -> None:
             done = ours(name, scheme, out) if name in OURS else theirs(name, scheme, out, tokens)
             judged = ["--reference", str(MODEL), "--text", str(TEXT), "--tokens", args.tokens, "--json"]
             e = run([*BITWRIGHT, "eval", str(out), *judged]).result
+            bits = "–" if name.startswith("auto-round") else f"{e['bits_per_weight']:.2f}"  # saved in float
             rows.append([
-                scheme, name, f"{e['bits_per_weight']:.2f}", f"{e['perplexity']:.2f} ± {e['perplexity_stderr']:.2f}",
+                scheme, name, bits, f"{e['perplexity']:.2f} ± {e['perplexity_stderr']:.2f}",
                 f"{e['kl_mean']:.5f} ± {e['kl_stderr']:.5f}", f"{100 * e['top1']:.2f} %", f"{done.seconds:.1f}",
                 f"{done.megabytes:.0f}",
             ])  # fmt: skip

@@ -5,7 +5,8 @@
         [--bits 4] [--group 128] [--asym | --sym] [--iterations 200]
 
 TOKENS.safetensors holds one int64 tensor "input_ids" [samples, seqlen]; every window is used whole. All Linear layers but
-lm_head are quantized, and the checkpoint is saved in GPTQ's format. Whatever is not named here is auto-round's default.
+lm_head are quantized, and the checkpoint is saved in float, as its codes decode ("fake"): GPTQ files, which it also writes,
+cannot hold the zero point 0. Whatever is not named here is auto-round's default.
 It runs on the CPU and without a network. Standard output is one line of JSON, {"seconds": ..., "peak_rss_bytes": ...},
 for the whole process from its start; everything else goes to standard error.
 """
@@ -40,7 +41,7 @@ def quantize(model: Path, out: Path, tokens: Path, bits: int, group: int, symmet
         dataset=[{"input_ids": window[None]} for window in ids],
         device_map="cpu",
     )
-    rounder.quantize_and_save(str(out), format="auto_gptq")
+    rounder.quantize_and_save(str(out), format="fake")
     for folder in [path for path in out.iterdir() if path.is_dir()]:  # it saves to a folder of its own inside
         for file in folder.iterdir():
             file.rename(out / file.name)

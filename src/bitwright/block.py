@@ -46,52 +46,64 @@ class Seen:
     cross: Cross | None
 
 
+class _Watch:
+    """Sees what each module of a block is handed, in the float model's run of a batch and then in the quantized one's."""
+
+    def __init__(self, modules: int) -> None:
+        self.modules = modules
+        self.sharing: dict[str, list[str]] = defaultdict(list)  # leader -> all that are handed the same tensor
+        self.grams: dict[str, Gram] = {}
+        self.crosses: dict[str, Cross] = {}
+        self.seen: dict[str, Tensor] = {}  # in the order of the forward
+        self.floats: dict[str, Tensor] = {}
+        self.comparing = False
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        """Module `name` is handed x."""
+        if self.comparing:
+            self.floats[name] = x
+            return
+        if name not in self.seen:  # the first batch tells who shares
+            leader = next((other for other, tensor in self.seen.items() if tensor is x), name)
+            self.seen[name] = x
+            self.sharing[leader].append(name)
+        if name in self.sharing:
+            self.grams.setdefault(name, Gram(x.shape[-1], x.device)).update(x)
+            if name in self.floats:
+                self.crosses.setdefault(name, Cross(x.shape[-1], x.device)).update(self.floats.pop(name), x)
+        if len(self.seen) == self.modules and name == next(reversed(self.seen)):
+            raise _Enough
+
+    def forget(self) -> None:
+        """Let a batch's activations go."""
+        self.seen = dict.fromkeys(self.seen, torch.empty(0))
+        self.floats.clear()
+
+
 def observe(
     skeleton: Skeleton, index: int, hidden: list[Tensor], wanted: list[str], original: list[Tensor] | None = None
 ) -> list[Seen]:
     """Run block `index` on all batches; modules that were handed the very same tensor share one Gram.
 
-    original: the float model's activations for the same tokens, if they are to be compared.
+    original: the float model's activations for the same tokens, if they are to be compared; moved on through the block.
     """
     modules = {name: module for name, module in skeleton.linears(index).items() if name in wanted}
-    sharing: dict[str, list[str]] = defaultdict(list)
-    grams: dict[str, Gram] = {}
-    crosses: dict[str, Cross] = {}
-    seen: dict[str, Tensor] = {}  # in the order of the forward
-    floats: dict[str, Tensor] = {}  # what the float model hands to each module in this batch
-    comparing = False
-
-    def watch(name: str, x: Tensor) -> None:
-        if comparing:
-            floats[name] = x
-            return
-        if name not in seen:  # the first batch tells who shares
-            leader = next((other for other, tensor in seen.items() if tensor is x), name)
-            seen[name] = x
-            sharing[leader].append(name)
-        if name in sharing:
-            grams.setdefault(name, Gram(x.shape[-1], x.device)).update(x)
-            if name in floats:
-                crosses.setdefault(name, Cross(x.shape[-1], x.device)).update(floats.pop(name), x)
-        if len(seen) == len(modules) and name == next(reversed(seen)):
-            raise _Enough
-
+    watch = _Watch(len(modules))
     hooks = [m.register_forward_pre_hook(lambda _, args, n=n: watch(n, args[0])) for n, m in modules.items()]
     try:
         for b, batch in enumerate(hidden):
             if original is not None:
-                comparing = True
+                watch.comparing = True
                 original[b] = skeleton.run(index, original[b])
-                comparing = False
+                watch.comparing = False
             with suppress(_Enough):
                 skeleton.run(index, batch)
-            floats.clear()
-            _all_seen(modules.keys() - seen.keys())
-            seen = dict.fromkeys(seen, torch.empty(0))  # let the activations go
+            _all_seen(modules.keys() - watch.seen.keys())
+            watch.forget()
     finally:
         for hook in hooks:
             hook.remove()
-    return [Seen(names, grams[leader], crosses.get(leader)) for leader, names in sharing.items()]
+    return [Seen(names, watch.grams[leader], watch.crosses.get(leader)) for leader, names in watch.sharing.items()]
 
 
 def _all_seen(unseen: set[str]) -> None:

@@ -20,6 +20,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors).")]
+Method = Annotated[str, typer.Option(help="Rounding method: rtn, search, hqq, obq, gptq, gptaq or autoround.")]
+Activations = Annotated[
+    str | None, typer.Option(help="Round the layers' inputs too, as they come: int8-token or fp8-token.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -70,11 +74,9 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make; it appears only when complete and verified.")],
     scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="Rounding method: rtn, search, gptq, gptaq or autoround.")] = "gptq",
+    method: Method = "gptq",
     format: Annotated[str, typer.Option(help="File format: compressed-tensors or gptq.")] = "compressed-tensors",
-    activations: Annotated[
-        str | None, typer.Option(help="Round the layers' inputs too, as they come: int8-token or fp8-token.")
-    ] = None,
+    activations: Activations = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     calib: Annotated[
         str, typer.Option(help="Calibration text: a UTF-8 file, or stdlib (Python's own sources).")
