@@ -1,4 +1,4 @@
-"""The methods side by side: GPTQ, GPTAQ and AutoRound here, llm-compressor's GPTQ and auto-round, on the same tokens.
+"""The methods side by side: RTN, GPTQ, GPTAQ and AutoRound here, llm-compressor's GPTQ and auto-round, on the same tokens.
 
     python -m bench.methods [--tokens 49152] [--schemes int3-g128-asym,int2-g64-asym]
 
@@ -15,6 +15,7 @@ from bench.measure import BITWRIGHT, OUT, PEER, ROOT, SHARED, Run, run, table
 
 MODEL, CALIB, TEXT = SHARED / "models/wiki-llama-7m", SHARED / "text/wiki.txt", SHARED / "text/wikitext2_raw_test.txt"
 OURS = {
+    "rtn": ("rtn", ""),
     "gptq": ("gptq", ""),
     "gptaq": ("gptaq", ""),
     "autoround, 60 steps": ("autoround", "iterations = 60"),
@@ -42,7 +43,7 @@ def theirs(name: str, scheme: str, out: Path, tokens: Path) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="49152")
-    parser.add_argument("--schemes", default="int3-g128-asym,int2-g64-asym,int4-g128-asym")
+    parser.add_argument("--schemes", default="int4-g128-asym,int3-g128-asym,int2-g64-asym")
     args = parser.parse_args()
     work = OUT / "methods"
     shutil.rmtree(work, ignore_errors=True)

@@ -36,6 +36,7 @@ from bitwright.scheme import TENSOR, Scheme
 
 TRIAL_ROWS = 256  # rows that decide for a matrix of more than four times as many
 AT_ONCE = 1 << 23  # weights rounded at a time, whole rows: all that is needed meanwhile is a few times 32 MB
+RIDGE = 0.1  # share of the damping that descent keeps: enough where tokens are few, little where they are many
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
@@ -77,7 +78,7 @@ def gptq(
         return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
     how = How(block, fast)
     how = replace(how, way=_best_way(matrix, factor, scheme, how) if compensated_scales else "fixed")
-    ridge = factor.damping * float(gram.diagonal().mean())
+    ridge = RIDGE * factor.damping * float(gram.diagonal().mean())
     parts = []
     for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
         q, _ = _round(part, factor, scheme, how)
