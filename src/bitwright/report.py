@@ -14,7 +14,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, name in enumerate(header):
         numeric = all(row[i][:1].isdigit() or row[i][:1] in ("", "-", "–") for row in rows)
-        made.add_column(name, justify="right" if numeric else "left", no_wrap=i > 0, overflow="fold")
+        made.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
