@@ -136,7 +136,7 @@ def _quantize_pile(plan: Plan, pile: list[Planned], weights: dict[str, Tensor], 
     begun = time.monotonic()
     rule, layer, gram = pile[0].rule, pile[0].layer, inputs.gram
     assert rule is not None and layer is not None
-    matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
+    matrices = [float_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
         options: dict[str, Any] = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
@@ -177,7 +177,7 @@ def _rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -
     return ratio(energy(missing if metric is None else missing.to(metric.dtype), metric), whole[some])
 
 
-def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
     """The weight as [N, K] float32."""
     assert t.layer is not None
     return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight).float()

@@ -7,9 +7,8 @@ Standard errors are those of the mean over windows: tokens of one window are not
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from bitwright.artefact import Artefact
 from bitwright.calibration import batches, load_tokenizer, windows
-from bitwright.codec import rounded
 from bitwright.errors import CheckpointError, InputError
 from bitwright.models import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
 
@@ -77,22 +75,15 @@ class Walk:
             tensors[name] = tensor
         self.skeleton.load(tensors)
 
-    def _input_rounding(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Modules of block `index` whose inputs an engine rounds, and how."""
-        transforms: dict[str, Callable[[Tensor], Tensor]] = {}
-        for module in self.skeleton.linears(index):
-            scheme = self.artefact.activations(self.names.get(f"{module}.weight", ""))
-            if scheme is not None:
-                transforms[module] = partial(rounded, scheme=scheme)
-        return transforms
-
     def hidden(self, ids: Tensor) -> list[Tensor]:
         """What the last block gives for windows [W, T], in batches [B, T, H]."""
         self.load(self.skeleton.outer_names())
         hidden = [self.skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH)]
         for index in range(len(self.skeleton)):
             self.load(self.skeleton.state_names(index))
-            with self.skeleton.inputs(self._input_rounding(index)):
+            names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
+            schemes = {module: self.artefact.activations(name) for module, name in names.items()}
+            with self.skeleton.rounding_inputs(schemes):
                 for b, batch in enumerate(hidden):
                     hidden[b] = self.skeleton.run(index, batch)
             self.skeleton.unload(index)

@@ -8,7 +8,7 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from bitwright.codec import rounded
 from bitwright.errors import CheckpointError
+from bitwright.scheme import Scheme
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
@@ -194,12 +196,15 @@ class Skeleton:
         return out[0] if isinstance(out, tuple) else out
 
     @contextmanager
-    def inputs(self, transforms: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """For a while, modules of these full names are given transforms[name](x) for their first argument x."""
+    def rounding_inputs(self, schemes: Mapping[str, Scheme | None]) -> Iterator[None]:
+        """For a while, modules of these full names see their inputs rounded, as an engine will; None: as they are."""
         hooks = []
-        for name, f in transforms.items():
-            module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, f=f: (f(args[0]), *args[1:])))
+        for name, scheme in schemes.items():
+            if scheme is not None:
+                module = self.model.get_submodule(name)
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _, args, s=scheme: (rounded(args[0], s), *args[1:]))
+                )
         try:
             yield
         finally:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from torch import Tensor
 from bitwright.block import Inputs, Rounded, kept_entry, observe, quantize_together
 from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint, shard_bytes
-from bitwright.codec import decode, rounded
+from bitwright.codec import decode
 from bitwright.errors import CheckpointError
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.models import TOKENS_PER_BATCH
-from bitwright.preflight import Plan, Planned
+from bitwright.preflight import Plan
 from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
 from bitwright.workplace import Verification, Workplace
@@ -230,17 +229,12 @@ def _quantize_block(plan: Plan, index: int, weights: dict[str, Tensor], hidden: 
         done = tune_block(plan, index, done, weights, torch.cat(hidden.given), torch.cat(hidden.original))
     if index + 1 < len(skeleton):
         skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
-        with skeleton.inputs(_input_rounding(layers)):
+        schemes = {name: t.layer.activations for name, t in layers.items() if t.layer is not None}
+        with skeleton.rounding_inputs(schemes):
             for b, batch in enumerate(hidden.given):
                 hidden.given[b] = skeleton.run(index, batch)
     skeleton.unload(index)
     return done
-
-
-def _input_rounding(layers: dict[str, Planned]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Modules whose inputs the engine rounds, and how."""
-    schemes = {name: t.layer.activations for name, t in layers.items() if t.layer is not None}
-    return {name: partial(rounded, scheme=scheme) for name, scheme in schemes.items() if scheme is not None}
 
 
 def _describe(plan: Plan, place: Workplace) -> None:

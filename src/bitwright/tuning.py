@@ -3,9 +3,9 @@
 import time
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitwright.block import Rounded, relative_loss
+from bitwright.block import Rounded, float_matrix, relative_loss
 from bitwright.codec import decode
 from bitwright.methods.autoround import Options, tune
 from bitwright.models import matrix_of
@@ -36,7 +36,7 @@ def tune_block(
         sources = {name: as_source(plan, chosen[name], matrix) for name, matrix in matrices.items()}
         return skeleton.run_with(index, x, sources)
 
-    floats = {name: matrix_of(module_of(plan, r), weights[name]).float() for name, r in chosen.items()}
+    floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
     found = tune(forward, inputs, targets, floats, {name: r.q for name, r in chosen.items()}, how)
     seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
     tuned = []
@@ -50,12 +50,7 @@ def tune_block(
     return tuned
 
 
-def module_of(plan: Plan, r: Rounded) -> nn.Module:
-    """The module that a rounded matrix belongs to."""
-    assert r.planned.layer is not None
-    return plan.skeleton.model.get_submodule(r.planned.layer.name)
-
-
 def as_source(plan: Plan, r: Rounded, matrix: Tensor) -> Tensor:
     """A matrix [N, K] the way round its module wants it, in the type that it is computed in."""
-    return matrix_of(module_of(plan, r), matrix).to(plan.skeleton.dtype)
+    assert r.planned.layer is not None
+    return matrix_of(plan.skeleton.model.get_submodule(r.planned.layer.name), matrix).to(plan.skeleton.dtype)

@@ -72,10 +72,10 @@ class CompressedTensors:
         """See `Format.encode`."""
         N, K = q.codes.shape
         s, kind = q.scales, _container(layer)
+        scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
         if kind == PACKED:
             bits = q.scheme.levels.bits
             half = 1 << (bits - 1)
-            scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
             tensors = {
                 "weight_packed": pack(q.codes.short() + half, bits),
                 "weight_scale": scale.to(dtype),
@@ -85,7 +85,6 @@ class CompressedTensors:
                 tensors["weight_zero_point"] = pack(s.zero.T.short() + half, bits).T.contiguous()
             return tensors
         if kind in NARROW:
-            scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
             return {"weight": q.codes.view(NARROW[kind]), "weight_scale": scale.to(dtype)}
         packed = q.codes[:, ::2] | (q.codes[:, 1::2] << 4)
         if kind == MXFP4:
