@@ -1,6 +1,6 @@
-"""The methods side by side: RTN, GPTQ, GPTAQ and AutoRound here, llm-compressor's GPTQ and auto-round, on the same tokens.
+"""The methods side by side, and llm-compressor's GPTQ and auto-round, on the same tokens and groups.
 
-    python -m bench.methods [--tokens 49152] [--schemes int3-g128-asym,int2-g64-asym]
+    python -m bench.methods [--tokens 49152] [--schemes int3-g128-asym,int2-g64]
 
 Calibrated on 128 × 256 tokens of wiki.txt, judged on WikiText-2's test text by `bitwright eval`. Needs ../shared, and
 for the peers' rows `bench/peers/install.sh llmcompressor`.
@@ -16,6 +16,7 @@ from bench.measure import BITWRIGHT, OUT, PEER, ROOT, SHARED, Run, run, table
 MODEL, CALIB, TEXT = SHARED / "models/wiki-llama-7m", SHARED / "text/wiki.txt", SHARED / "text/wikitext2_raw_test.txt"
 OURS = {
     "rtn": ("rtn", ""),
+    "search": ("search", ""),
     "gptq": ("gptq", ""),
     "gptaq": ("gptaq", ""),
     "autoround, 60 steps": ("autoround", "iterations = 60"),
@@ -60,11 +61,12 @@ def main() -> None:
             bits = "–" if name.startswith("auto-round") else f"{e['bits_per_weight']:.2f}"  # saved in float
             rows.append([
                 scheme, name, bits, f"{e['perplexity']:.2f} ± {e['perplexity_stderr']:.2f}",
-                f"{e['kl_mean']:.5f} ± {e['kl_stderr']:.5f}", f"{100 * e['top1']:.2f} %", f"{done.seconds:.1f}",
-                f"{done.megabytes:.0f}",
+                f"{e['kl_mean']:.5f} ± {e['kl_stderr']:.5f}", f"{e['kl_p999']:.3f}", f"{100 * e['top1']:.2f} %",
+                f"{done.seconds:.1f}", f"{done.megabytes:.0f}",
             ])  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
-    print(table(["scheme", "method", "bits/weight", "perplexity", "KL", "top-1", "seconds", "peak MB"], rows))
+    header = ["scheme", "method", "bits/weight", "perplexity", "KL", "KL 99.9 %", "top-1", "seconds", "peak MB"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,12 @@
 TOKENS.safetensors holds one int64 tensor "input_ids" [samples, seqlen]; every window is used whole. All Linear layers but
 lm_head are quantized, and the checkpoint is saved in float, as its codes decode ("fake"): GPTQ files, which it also writes,
 cannot hold the zero point 0. Whatever is not named here is auto-round's default.
-It runs on the CPU and without a network. Standard output is one line of JSON, {"seconds": ..., "peak_rss_bytes": ...},
-for the whole process from its start; everything else goes to standard error.
+What it prints is described in peer.py.
 """
 
-import argparse
-import contextlib
-import json
-import os
-import resource
-import sys
-import time
 from pathlib import Path
+
+from peer import arguments, reporting
 
 
 def quantize(model: Path, out: Path, tokens: Path, bits: int, group: int, symmetric: bool, iterations: int) -> None:
@@ -48,30 +42,14 @@ def quantize(model: Path, out: Path, tokens: Path, bits: int, group: int, symmet
         folder.rmdir()
 
 
-def seconds_since_start() -> float:
-    """Wall-clock age of this process, interpreter start included."""
-    start_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to save to")
-    parser.add_argument("--tokens", type=Path, required=True, help="calibration windows (safetensors)")
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
-    parser.add_argument("--group", type=int, default=128, help="weights per scale")
-    symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="with zero points (default)")
-    symmetry.add_argument("--sym", dest="symmetric", action="store_true", help="without zero points")
-    parser.set_defaults(symmetric=False)
+    parser = arguments(__doc__, bits=(2, 3, 4, 8))
     parser.add_argument("--iterations", type=int, default=200)
     args = parser.parse_args()
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with contextlib.redirect_stdout(sys.stderr):
+    if args.tokens is None:
+        parser.error("auto-round needs --tokens")
+    with reporting():
         quantize(args.model, args.out, args.tokens, args.bits, args.group, args.symmetric, args.iterations)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": round(seconds_since_start(), 2), "peak_rss_bytes": peak}))
 
 
 if __name__ == "__main__":
