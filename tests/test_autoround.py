@@ -174,7 +174,7 @@ def test_some_matrices_are_tuned_and_others_stay(llama: Path, text: str, tmp_pat
 
 @pytest.mark.parametrize("samples", [1, 3, 11])
 def test_few_windows_or_an_odd_number(llama: Path, text: str, tmp_path: Path, samples: int) -> None:
-    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 4 }"))
+    recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 4, fast = false }"))
     done = quantize(llama, tmp_path / "out", calib=text, recipe=recipe, samples=samples, seqlen=32)
     assert not done.fallbacks
 

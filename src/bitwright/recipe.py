@@ -125,7 +125,7 @@ class Recipe:
         rules = [rule for rule in self.rules if rule.scheme is not None and rule.method in BLOCKWISE]
         if any(rule.options != rules[0].options for rule in rules):
             raise RecipeError("rules tune blocks with different options", remedy="give all of them the same options")
-        return Options(**rules[0].options).windows if rules else None
+        return Options.of(rules[0].options).windows if rules else None
 
 
 def _default(scheme: str, method: str, activations: str | None) -> Rule:

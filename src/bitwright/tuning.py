@@ -30,7 +30,7 @@ def tune_block(
     skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q)) for r in done})
     first = next(iter(chosen.values()))
     assert first.planned.rule is not None
-    how = Options(**first.planned.rule.options)
+    how = Options.of(first.planned.rule.options)
 
     def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
         sources = {name: as_source(plan, chosen[name], matrix) for name, matrix in matrices.items()}

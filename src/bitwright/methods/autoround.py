@@ -43,6 +43,11 @@ class Options:
     scale_lr: float = 0.001
     seed: int = 0
 
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "Options":
+        """Those of a method's options that are about tuning; the others are about its start."""
+        return cls(**{name: value for name, value in options.items() if name in cls.__dataclass_fields__})
+
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.windows < 1 or self.scale_lr < 0 or (self.lr is not None and self.lr <= 0):
             raise RecipeError("iterations, windows and steps must be above 0", remedy="such as 200, 8 and 0.005")
