@@ -19,6 +19,7 @@ from bitwright.cli import app
 from bitwright.codec import decode, encode, fit, rounded
 from bitwright.errors import FormatError, RecipeError, SchemeError
 from bitwright.formats import FORMATS, Layer
+from bitwright.intake import Intake
 from bitwright.ledger import from_jsonl
 from bitwright.recipe import Recipe, Rule
 from bitwright.scheme import Scheme
@@ -26,6 +27,11 @@ from bitwright.scheme import Scheme
 CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
 INT8, FP8 = Scheme.parse("int8-token"), Scheme.parse("fp8-token")
 SMALL = {"samples": 8, "seqlen": 32}
+
+
+def nothing(suffix: str) -> Tensor | None:
+    """A module without any tensor."""
+    return None
 
 
 def activations() -> Tensor:
@@ -98,7 +104,7 @@ def test_container_and_config(weights: str, inputs: str | None, container: str, 
     assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == CT.layout(one, dtype)
     config = CT.config([one], ["lm_head"])
     assert config["format"] == config["config_groups"]["group_0"]["format"] == container
-    assert CT.activations(config, "a.b") == scheme
+    assert CT.intake(config, "a.b", nothing) == (None if scheme is None else Intake(scheme))
     found = CT.decode(config, "a.b", tensors)
     assert torch.equal(found, decode(q).to(found.dtype))
     library = QuantizationScheme(**config["config_groups"]["group_0"])
@@ -124,15 +130,19 @@ def test_layers_with_and_without_rounded_inputs_share_a_file() -> None:
     layers = [layer("int8-channel", INT8), Layer("c", 64, 256, Scheme.parse("int8-channel-bf16"))]
     config = CT.config(layers, [])
     assert config["format"] == "mixed-precision"
-    assert CT.activations(config, "a.b") == INT8
-    assert CT.activations(config, "c") is None
+    assert CT.intake(config, "a.b", nothing) == Intake(INT8)
+    assert CT.intake(config, "c", nothing) is None
 
 
 def test_a_way_of_rounding_that_is_not_computed_here_is_refused() -> None:
     config = CT.config([layer("int8-channel", INT8)], [])
-    config["config_groups"]["group_0"]["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    inputs |= {"strategy": "tensor"}  # dynamic by tensor: no engine of ours
     with pytest.raises(FormatError, match="not computed here"):
-        CT.activations(config, "a.b")
+        CT.intake(config, "a.b", nothing)
+    inputs |= {"dynamic": False}
+    with pytest.raises(FormatError, match="a range that the file lacks"):
+        CT.intake(config, "a.b", nothing)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_rules_keep_the_two_kinds_of_scheme_apart() -> None:
     with pytest.raises(RecipeError, match="weights have no tokens"):
         Rule("*", INT8)
     with pytest.raises(RecipeError, match="token by token"):
-        Rule("*", Scheme.parse("int8-channel"), activations=Scheme.parse("int8-tensor"))
+        Rule("*", Scheme.parse("int8-channel"), activations=Scheme.parse("int8-channel"))
     with pytest.raises(SchemeError):
         Recipe.uniform("int8-channel", "rtn", "int8-tokens")
 
@@ -230,7 +240,7 @@ def test_a_recipe_rounds_some_inputs(llama: Path, text: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--activations", "int8-tensor"], "token by token"), (["--activations", "int9-token"], "unknown grid"),
+        (["--activations", "int8-channel"], "token by token"), (["--activations", "int9-token"], "unknown grid"),
         (["--activations", "int8-token", "--format", "gptq"], "cannot say"), (["--scheme", "int8-token"], "no tokens"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from bitwright.errors import BitwrightError, RecipeError
 from bitwright.formats import Layer
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.ledger import Entry, check_complete, from_jsonl
-from bitwright.qtensor import QTensor
+from bitwright.qtensor import QTensor, Scales
 
 ARGUMENTS = ["--scheme", "int4-g32", "--samples", "4", "--seqlen", "32", "--json"]
 
@@ -26,8 +26,10 @@ def test_a_wrong_bit_on_disk_is_seen(
 ) -> None:
     honest = CompressedTensors.encode
 
-    def faulty(self: CompressedTensors, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        tensors = honest(self, q, layer, dtype)
+    def faulty(
+        self: CompressedTensors, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None
+    ) -> dict[str, torch.Tensor]:
+        tensors = honest(self, q, layer, dtype, inputs)
         tensors[suffix].view(torch.uint8).view(-1)[5] ^= 1
         return tensors
 

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import decode, spread
-from bitwright.errors import NumericsError, RecipeError
+from bitwright.errors import NumericsError, RecipeError, SchemeError
 from bitwright.loss import loss
 from bitwright.methods import gptq
 from bitwright.methods.gptq import visiting_order
-from bitwright.methods.obq import _rounded, inverse_hessian, obq, removed
+from bitwright.methods.obq import Inverses, _rounded, inverse_hessian, obq, without
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
 from bitwright.scheme import Scheme
@@ -22,18 +22,22 @@ def problem(N: int = 12, K: int = 64, T: int = 500) -> tuple[Tensor, Tensor]:
 
 
 def test_lemma_1_is_inverting_afresh() -> None:
-    """Remove p from H = 2XXᵀ and compare."""
+    """Remove weights from H = 2XXᵀ, other ones in each row, and compare."""
     x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     H = 2 * x @ x.T
-    p = torch.tensor([0, 4, 8])
-    found = removed(torch.linalg.inv(H).expand(3, 9, 9), p)
-    for one, gone in zip(found, p.tolist(), strict=True):
-        rest = [i for i in range(9) if i != gone]
-        torch.testing.assert_close(one[rest][:, rest], torch.linalg.inv(H[rest][:, rest]))
-        assert not one[gone].any() and not one[:, gone].any()
-    twice = removed(found[:1], torch.tensor([5]))[0]
-    rest = [1, 2, 3, 4, 6, 7, 8]
-    torch.testing.assert_close(twice[rest][:, rest], torch.linalg.inv(H[rest][:, rest]))
+    left, rests = Inverses(torch.linalg.inv(H), 3, 3), [list(range(9)) for _ in range(3)]
+    for step in ([0, 4, 8], [5, 5, 5], [8, 0, 4]):
+        shares = left.remove(torch.tensor(step))
+        for row, (rest, p) in enumerate(zip(rests, step, strict=True)):
+            before = torch.linalg.inv(H[rest][:, rest])[:, rest.index(p)]
+            torch.testing.assert_close(shares[row, rest], before / before[rest.index(p)])
+            assert int(shares[row].count_nonzero()) == len(rest)
+            rest.remove(p)
+            afresh = torch.linalg.inv(H[rest][:, rest])
+            found = left.inverse - left.columns[row, : left.gone].T @ left.columns[row, : left.gone]
+            torch.testing.assert_close(found[rest][:, rest], afresh)
+            torch.testing.assert_close(left.diagonal[row, rest], afresh.diagonal())
+            assert left.here[row].nonzero()[:, 0].tolist() == rest
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "int3-g64-asym", "int2-channel", "nf4-g32"])
@@ -46,6 +50,7 @@ def test_in_gptqs_order_it_is_gptq(text: str, K: int) -> None:
     found = _rounded(
         w, inverse_hessian(gram, 0.01), scheme, spread(scale, scheme, K).expand(12, K),
         None if zero is None else spread(zero, scheme, K).expand(12, K), visiting_order(gram.diagonal(), scheme.unit),
+        torch.zeros(12, K, dtype=torch.bool),
     )  # fmt: skip
     assert torch.equal(found, expected.codes)
 
@@ -100,9 +105,107 @@ def test_refusals() -> None:
     w, gram = problem()
     with pytest.raises(RecipeError, match="needs calibration"):
         obq(w, None, Scheme.parse("int4-g32"))
-    with pytest.raises(RecipeError, match="would take days"):
+    with pytest.raises(RecipeError, match="would take hours"):
         obq(torch.zeros(2, 2048), torch.eye(2048), Scheme.parse("int4-g32"))
     with pytest.raises(RecipeError, match="unknown order"):
         obq(w, gram, Scheme.parse("int4-g32"), order="random")  # type: ignore[arg-type]
     with pytest.raises(NumericsError, match="not positive definite"):
         obq(w, gram - 100 * torch.eye(64), Scheme.parse("int4-g32"))
+    gram[:, 7], gram[7] = gram[:, 8], gram[8]
+    for same in (
+        gram[8, 8],
+        gram[8, 8].nextafter(torch.tensor(torch.inf)),
+    ):  # two inputs that are the same, but for a bit
+        gram[7, 7] = same
+        with pytest.raises(NumericsError, match="not positive definite"):
+            obq(w, gram, Scheme.parse("int4-g32"), damping=0)
+
+
+# ----------------------------------------------------------------------------------------------- pruned and quantized
+
+ZEROS = [
+    "int4-g32",
+    "int3-g32-asym",
+    "int2-channel-asym1",
+    "nf4-g32-dq",
+    "fp8-channel",
+    "mxfp4",
+    "nvfp4",
+    "ternary-channel",
+    "q6_k",
+]
+
+
+def masked(N: int = 12, K: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A problem, and a mask of other weights and another number of them in each row, none in the last."""
+    mask = torch.rand(N, K, generator=torch.Generator().manual_seed(1)) < torch.linspace(0.9, 0.1, N)[:, None]
+    mask[-1] = False
+    return *problem(N, K), mask
+
+
+@pytest.mark.parametrize("order", ["greedy", "curvature"])
+@pytest.mark.parametrize("text", ZEROS)
+def test_pruned_weights_are_exactly_zero(text: str, order: str) -> None:
+    w, gram, mask = masked()
+    decoded = decode(obq(w, gram, Scheme.parse(text), order=order, pruned=mask).q)  # type: ignore[arg-type]
+    assert not decoded[mask].any()
+    assert decoded[~mask].any()
+
+
+@pytest.mark.parametrize("order", ["greedy", "curvature"])
+def test_what_is_left_is_obq_without_the_pruned_columns(order: str) -> None:
+    """Cut the pruned columns out of H, refit by least squares, invert afresh, and round the short row: the same codes."""
+    w, gram, mask = masked()
+    scheme = Scheme.parse("int3-channel")
+    q = obq(w, gram, scheme, order=order, pruned=mask).q  # type: ignore[arg-type]
+    H = torch.linalg.inv(inverse_hessian(gram, 0.01))
+    for row in range(len(w)):
+        rest = (~mask[row]).nonzero()[:, 0]
+        own = H[rest][:, rest]
+        refitted = torch.linalg.solve(own, H[rest] @ w[row].double())[None].float()
+        visit = visiting_order(gram.diagonal()[rest], None) if order == "curvature" else None
+        scale = q.scales.scale[row : row + 1].expand(1, len(rest))
+        alone = _rounded(refitted, torch.linalg.inv(own), scheme, scale, None, visit, torch.zeros_like(refitted).bool())
+        assert torch.equal(alone[0], q.codes[row, rest])
+
+
+def test_pruning_with_quantization_in_mind_loses_less() -> None:
+    """Than to round and then cut, or to cut and then round to nearest; and it is idempotent."""
+    w, gram, mask = masked(N=32)
+    scheme = Scheme.parse("int4-channel")
+    q = obq(w, gram, scheme, pruned=mask).q
+    cut = decode(obq(w, gram, scheme).q).masked_fill(mask, 0)
+    refitted = without(w, inverse_hessian(gram, 0.01), mask)
+    nearest = decode(search(refitted, gram, scheme).q)
+    lost = [loss(w, decoded, gram) for decoded in (refitted, decode(q), nearest, cut)]
+    print(lost)
+    assert lost[0] < lost[1] < lost[2] < 0.7 * lost[3]
+    assert torch.equal(obq(refitted, gram, scheme, pruned=mask).q.codes, q.codes)
+
+
+def test_a_mask_of_nothing_changes_nothing_and_masks_are_not_changed() -> None:
+    w, gram, mask = masked()
+    scheme, kept = Scheme.parse("int3-g32-asym"), (w.clone(), mask.clone())
+    obq(w, gram, scheme, pruned=mask)
+    assert torch.equal(w, kept[0]) and torch.equal(mask, kept[1])
+    q = obq(w.reshape(12, 16, 2, 2), gram, scheme, pruned=torch.zeros(12, 16, 2, 2, dtype=torch.bool)).q
+    assert torch.equal(q.codes, obq(w, gram, scheme).q.codes)
+    assert q.shape == (12, 16, 2, 2)
+    gram = gram.double()
+    kept = gram.clone(), mask
+    obq(w, gram, scheme)
+    assert torch.equal(gram, kept[0])
+
+
+@pytest.mark.parametrize("text", ["q4_1", "iq4_nl", "binary-channel", "q4_k"])
+def test_schemes_without_a_zero_are_refused(text: str) -> None:
+    w, gram, mask = masked()
+    with pytest.raises(SchemeError, match="no code for zero"):
+        obq(w, gram, Scheme.parse(text), pruned=mask)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(12, 63, dtype=torch.bool), torch.zeros(12, 64), True])
+def test_what_is_not_a_mask_is_refused(wrong: object) -> None:
+    w, gram = problem()
+    with pytest.raises(RecipeError, match="not a mask of bool"):
+        obq(w, gram, Scheme.parse("int4-g32"), pruned=wrong)  # type: ignore[arg-type]

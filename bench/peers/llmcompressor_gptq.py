@@ -2,23 +2,28 @@
 
     bench/peers/install.sh llmcompressor
     bench/peers/envs/llmcompressor/bin/python bench/peers/llmcompressor_gptq.py MODEL OUT --tokens TOKENS.safetensors
-        [--bits 4] [--group 128] [--asym | --sym] [--method gptq | rtn]
+        [--bits 4] [--group 128 | channel] [--asym | --sym] [--dtype auto | float32] [--method gptq | awq | rtn]
 
 TOKENS.safetensors holds one int64 tensor "input_ids" [samples, seqlen]; every window is used whole. All Linear layers
-but lm_head are quantized to integers with one scale (and zero point) per group, and the checkpoint is saved
+but lm_head are quantized to integers with one scale (and zero point) per group or row, and the checkpoint is saved
 pack-quantized to OUT with the tokenizer. Whatever is not named here is llm-compressor's default (GPTQ: blocks of 128,
-dampening 0.01, static activation order, one window per batch). `rtn` rounds to nearest without calibration.
+dampening 0.01, static activation order; AWQ: its own mappings for the architecture, 20 exponents, both activations and
+weights in the scales, then rounding to nearest; one window per batch). `rtn` rounds to nearest without calibration.
 
 What it prints is described in peer.py.
 """
 
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from peer import arguments, reporting
 
 if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
     from datasets import Dataset
+    from llmcompressor.modifiers import Modifier
 
 
 def calibration_set(path: Path) -> "Dataset":
@@ -33,51 +38,55 @@ def calibration_set(path: Path) -> "Dataset":
     return Dataset.from_dict({"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
 
 
-def quantize(model: Path, out: Path, tokens: Path | None, bits: int, group: int, symmetric: bool) -> None:
-    """Run llm-compressor on `model` and save to `out`: GPTQ on `tokens`, or round-to-nearest if there are none."""
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationScheme,
-        QuantizationStrategy,
-        QuantizationType,
-    )
-    from llmcompressor import oneshot
+def scheme(bits: int, group: int, symmetric: bool) -> "QuantizationScheme":
+    """Integer weights of every Linear, one scale per group, or per row for a group of -1."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
+
+    weights = QuantizationArgs(num_bits=bits, type=QuantizationType.INT, group_size=group, symmetric=symmetric)
+    return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def recipe(method: str, weights: "QuantizationScheme") -> list["Modifier"]:
+    """What llm-compressor is to do, in this order."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    weights = QuantizationArgs(
-        num_bits=bits,
-        type=QuantizationType.INT,
-        strategy=QuantizationStrategy.GROUP,
-        group_size=group,
-        symmetric=symmetric,
-    )
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    if tokens is None:
-        modifier = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
-        oneshot(model=str(model), tokenizer=str(model), recipe=modifier, output_dir=str(out))
-        return
-    windows = calibration_set(tokens)
-    oneshot(
-        model=str(model),
-        tokenizer=str(model),
-        recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
-        dataset=windows,
-        num_calibration_samples=len(windows),
-        shuffle_calibration_samples=False,
-        output_dir=str(out),
-    )
+    chosen = {"config_groups": {"group_0": weights}, "ignore": ["lm_head"]}
+    if method == "gptq":
+        return [GPTQModifier(**chosen)]
+    return [*([AWQModifier()] if method == "awq" else []), QuantizationModifier(**chosen)]
+
+
+def quantize(args: Namespace) -> None:
+    """Run llm-compressor as the arguments of the command line say."""
+    from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    data: dict[str, Any] = {}
+    if args.method != "rtn":
+        windows = calibration_set(args.tokens)
+        data = {"dataset": windows, "num_calibration_samples": len(windows), "shuffle_calibration_samples": False}
+    # AWQ pins its cache for copies to an accelerator; without one, torch refuses to. It changes no number.
+    with patch.object(IntermediatesCache, "pin_memory", lambda *_: None):
+        oneshot(
+            model=str(args.model),
+            tokenizer=str(args.model),
+            precision=args.dtype,
+            recipe=recipe(args.method, scheme(args.bits, args.group, args.symmetric)),
+            output_dir=str(args.out),
+            **data,
+        )
 
 
 def main() -> None:
     parser = arguments(__doc__, bits=range(1, 9))
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
     args = parser.parse_args()
-    if args.method == "gptq" and args.tokens is None:
-        parser.error("gptq needs --tokens")
-    tokens = args.tokens if args.method == "gptq" else None
+    if args.method != "rtn" and args.tokens is None:
+        parser.error(f"{args.method} needs --tokens")
     with reporting():
-        quantize(args.model, args.out, tokens, args.bits, args.group, args.symmetric)
+        quantize(args)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Standard output is that one line, {"seconds": ..., "peak_rss_bytes": ...}, for the whole process from its start;
 everything else goes to standard error. Linux carries the parent's peak memory over into a child, so start a script from
 a process smaller than itself. On a busy machine OpenMP's spinning threads make peers many times slower;
-OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 avoids that.
+OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 avoids that. Where the processor has no instructions for bfloat16, torch
+multiplies bfloat16 matrices several times more slowly than float32 ones; --dtype float32 avoids that.
 """
 
 import argparse
@@ -17,14 +18,24 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
+def _group(text: str) -> int:
+    """As all the peers write it: -1 for a whole row."""
+    if text == "channel":
+        return -1
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'channel'")
+    return int(text)
+
+
 def arguments(description: str | None, bits: Collection[int]) -> argparse.ArgumentParser:
-    """MODEL OUT --tokens --bits --group --asym | --sym."""
+    """MODEL OUT --tokens --bits --group --dtype --asym | --sym."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to save to")
     parser.add_argument("--tokens", type=Path, help="calibration windows (safetensors)")
     parser.add_argument("--bits", type=int, default=4, choices=bits)
-    parser.add_argument("--group", type=int, default=128, help="weights per scale")
+    parser.add_argument("--group", type=_group, default=128, help="weights per scale, or 'channel' for whole rows")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32"), help="what the peer computes in")
     symmetry = parser.add_mutually_exclusive_group()
     symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="with zero points (default)")
     symmetry.add_argument("--sym", dest="symmetric", action="store_true", help="without zero points")

@@ -8,11 +8,12 @@ from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.evaluation import evaluate as _evaluate
 from bitwright.methods import METHODS
-from bitwright.pipeline import Progress, Result, run
+from bitwright.pipeline import Result, run
 from bitwright.preflight import preflight
 from bitwright.qtensor import QTensor
 from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
+from bitwright.streams import Progress
 from bitwright.workplace import check_out
 
 
@@ -34,11 +35,14 @@ def quantize(
     method: str = "gptq",
     format: str = "compressed-tensors",
     activations: str | None = None,
+    observer: str = "mse",
+    kv_cache: str | None = None,
     recipe: str | Path | None = None,
     calib: str = "stdlib",
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
+    store: str | Path | None = None,
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -47,9 +51,11 @@ def quantize(
     Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
     """
     check_out(Path(out))
-    rules = Recipe.of(Path(recipe) if recipe else None, scheme=scheme, method=method, activations=activations)
+    file = Path(recipe) if recipe else None
+    rules = Recipe.of(file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache)
     plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
-    return run(plan, Path(out), calib=calib, seed=seed, resume=resume, progress=progress)
+    where = Path(store) if store else None
+    return run(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 
 def evaluate(
@@ -59,8 +65,13 @@ def evaluate(
     reference: str | Path | None = None,
     seqlen: int = 256,
     tokens: int | None = None,
+    predictions: str | Path | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement."""
+    """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
+
+    predictions: a directory to keep what the reference predicts in, for other evaluations on the same text.
+    """
     return _evaluate(
-        Path(model), reference=Path(reference) if reference else None, text=text, seqlen=seqlen, tokens=tokens
-    )
+        Path(model), reference=Path(reference) if reference else None, text=text, seqlen=seqlen, tokens=tokens,
+        predictions=Path(predictions) if predictions else None,
+    )  # fmt: skip

@@ -9,11 +9,11 @@ from torch import Tensor
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError
 from bitwright.formats import FORMATS, Format
+from bitwright.intake import Intake
 from bitwright.models import quantization_of
-from bitwright.scheme import Scheme
 
 # The tensor of each format that a quantized module certainly has, and no float module.
-MARKERS = ("weight_packed", "qweight")
+MARKERS = ("weight_packed", "qweight", "weight_codes")
 
 
 class Artefact:
@@ -40,12 +40,17 @@ class Artefact:
         """All weight data: scales, zeros and kept tensors included."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
-    def activations(self, name: str) -> Scheme | None:
-        """How the inputs of the module with this weight are rounded; None: not at all."""
+    def intake(self, name: str) -> Intake | None:
+        """What the engine does to the inputs of the module with this weight; None: nothing."""
         module = name.removesuffix(".weight")
         if module not in self.modules or self.format is None or self.config is None:
             return None
-        return self.format.activations(self.config, module)
+        tensors = self.modules[module]
+
+        def read(suffix: str) -> Tensor | None:
+            return self.checkpoint.read(tensors[suffix]) if suffix in tensors else None
+
+        return self.format.intake(self.config, module, read)
 
     def read(self, name: str) -> Tensor:
         """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""

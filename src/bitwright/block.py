@@ -2,58 +2,66 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitwright.codec import decode
-from bitwright.errors import BitwrightError
-from bitwright.ledger import KEPT, Entry
+from bitwright.errors import BitwrightError, CalibrationError
+from bitwright.inputs import Gathering, Inputs
+from bitwright.intake import Intake
+from bitwright.kv import KvCache
+from bitwright.ledger import ADDED, KEPT, Entry
 from bitwright.loss import energy, ratio
-from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, rtn
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, Outlier, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan, Planned
-from bitwright.qtensor import QTensor, rows
+from bitwright.qtensor import Outliers, QTensor, rows
+from bitwright.ranges import static_scales
 from bitwright.scheme import Scheme
-from bitwright.statistics import Cross, Gram
 
 SAMPLED_ROWS = 1024  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix after rounding: where it came from, what became of it, its ledger entry; and its Gram if it is needed yet."""
+    """A matrix after rounding: where it came from, what became of it, its ledger entry; its Gram if it is needed yet, and
+    what the engine does to its inputs.
+    """
 
     planned: Planned
     q: QTensor
     entry: Entry
     gram: Tensor | None = None
+    intake: Intake | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the ledger says of a block's statistics and transforms.
+
+    statistics: "sequential" (inputs come from the quantized blocks before) or "one-shot" (from the float model);
+    transforms: what was done to each matrix before rounding, by module name.
+    """
+
+    statistics: str = "sequential"
+    transforms: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Enough(Exception):  # noqa: N818
     """Raised by the last module's hook: what the block would do with its output is of no interest."""
 
 
-@dataclass
-class Seen:
-    """What was seen of an input that some modules share: its Gram, and its product with the float model's."""
-
-    names: list[str]
-    gram: Gram
-    cross: Cross | None
-
-
 class _Watch:
     """Sees what each module of a block is handed, in the float model's run of a batch and then in the quantized one's."""
 
-    def __init__(self, modules: int) -> None:
-        self.modules = modules
-        self.sharing: dict[str, list[str]] = defaultdict(list)  # leader -> all that are handed the same tensor
-        self.grams: dict[str, Gram] = {}
-        self.crosses: dict[str, Cross] = {}
+    def __init__(self, modules: int, *, detailed: bool, expected: int) -> None:
+        self.modules, self.detailed, self.expected = modules, detailed, expected
+        self.gatherings: dict[str, Gathering] = {}  # by the first of those that are handed the same tensor
         self.seen: dict[str, Tensor] = {}  # in the order of the forward
         self.floats: dict[str, Tensor] = {}
         self.comparing = False
@@ -66,11 +74,11 @@ class _Watch:
         if name not in self.seen:  # the first batch tells who shares
             leader = next((other for other, tensor in self.seen.items() if tensor is x), name)
             self.seen[name] = x
-            self.sharing[leader].append(name)
-        if name in self.sharing:
-            self.grams.setdefault(name, Gram(x.shape[-1], x.device)).update(x)
-            if name in self.floats:
-                self.crosses.setdefault(name, Cross(x.shape[-1], x.device)).update(self.floats.pop(name), x)
+            if leader == name:
+                self.gatherings[name] = Gathering.of(x, detailed=self.detailed, expected=self.expected)
+            self.gatherings[leader].names.append(name)
+        if name in self.gatherings:
+            self.gatherings[name].update(x, self.floats.pop(name, None))
         if len(self.seen) == self.modules and name == next(reversed(self.seen)):
             raise _Enough
 
@@ -81,14 +89,23 @@ class _Watch:
 
 
 def observe(
-    skeleton: Skeleton, index: int, hidden: list[Tensor], wanted: list[str], original: list[Tensor] | None = None
-) -> list[Seen]:
-    """Run block `index` on all batches; modules that were handed the very same tensor share one Gram.
+    skeleton: Skeleton,
+    index: int,
+    hidden: list[Tensor],
+    wanted: Collection[str],
+    original: list[Tensor] | None = None,
+    *,
+    detailed: bool = False,
+    cache: KvCache | None = None,
+) -> list[Inputs]:
+    """Run block `index` on all batches; modules that are handed the very same tensor share their statistics.
 
     original: the float model's activations for the same tokens, if they are to be compared; moved on through the block.
+    detailed: ranges, a sample and a histogram beside the Gram. cache: is handed the block's keys and values.
     """
     modules = {name: module for name, module in skeleton.linears(index).items() if name in wanted}
-    watch = _Watch(len(modules))
+    expected = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
+    watch = _Watch(len(modules), detailed=detailed, expected=expected)
     hooks = [m.register_forward_pre_hook(lambda _, args, n=n: watch(n, args[0])) for n, m in modules.items()]
     try:
         for b, batch in enumerate(hidden):
@@ -96,14 +113,14 @@ def observe(
                 watch.comparing = True
                 original[b] = skeleton.run(index, original[b])
                 watch.comparing = False
-            with suppress(_Enough):
+            with suppress(_Enough), skeleton.caching(cache):
                 skeleton.run(index, batch)
             _all_seen(modules.keys() - watch.seen.keys())
             watch.forget()
     finally:
         for hook in hooks:
             hook.remove()
-    return [Seen(names, watch.grams[leader], watch.crosses.get(leader)) for leader, names in watch.sharing.items()]
+    return [gathering.value() for gathering in watch.gatherings.values()]
 
 
 def _all_seen(unseen: set[str]) -> None:
@@ -112,39 +129,32 @@ def _all_seen(unseen: set[str]) -> None:
         raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a method is told of a matrix's inputs; nothing without calibration."""
-
-    gram: Tensor | None = None
-    cross: Tensor | None = None
-    tokens: int = 0
-
-
-def quantize_together(plan: Plan, members: list[Planned], weights: dict[str, Tensor], inputs: Inputs) -> list[Rounded]:
+def quantize_together(
+    plan: Plan, members: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+) -> list[Rounded]:
     """Round matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
     piles: dict[tuple[object, ...], list[Planned]] = defaultdict(list)
     for t in members:
         assert t.layer is not None and t.rule is not None
         apart = () if t.layer.scheme.rowwise else (t.source,)
-        piles[(t.layer.scheme, t.rule.method, str(t.rule.options), *apart)].append(t)
-    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs)]
+        piles[(t.layer.scheme, t.layer.activations, t.rule.name, str(t.rule.describe()["options"]), *apart)].append(t)
+    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs, origin)]
 
 
-def _quantize_pile(plan: Plan, pile: list[Planned], weights: dict[str, Tensor], inputs: Inputs) -> list[Rounded]:
+def _quantize_pile(
+    plan: Plan, pile: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+) -> list[Rounded]:
     """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
     begun = time.monotonic()
-    rule, layer, gram = pile[0].rule, pile[0].layer, inputs.gram
-    assert rule is not None and layer is not None
     matrices = [float_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        options: dict[str, Any] = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
-        options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
-        outcome = METHODS[rule.method](w, gram, layer.scheme, **(options | rule.options))
+        outcome = _outcome(plan, pile[0], w, inputs)
+        intake = _intake(pile[0], inputs, outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
+    gram = inputs.gram
     fast = w.dtype if gram is None else plan.skeleton.dtype  # three digits of a loss are enough
     metric = None if gram is None else gram.to(fast)
     whole = energy(w.to(fast), metric)
@@ -155,12 +165,55 @@ def _quantize_pile(plan: Plan, pile: list[Planned], weights: dict[str, Tensor], 
         here = slice(at, at + len(matrix))
         at += len(matrix)
         q = outcome.q if len(pile) == 1 else rows(outcome.q, here.start, here.stop)
+        t = _with_outliers(t, q)
+        assert t.layer is not None and t.rule is not None
         mine = ratio(lost[here], whole[here])
-        losses = (mine, mine if rule.method == "rtn" else _rtn_loss(matrix, layer.scheme, whole[here], metric))
+        losses = (mine, mine if t.rule.name == "rtn" else _rtn_loss(matrix, t.layer.scheme, whole[here], metric))
         spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, replace(outcome, q=q), losses, inputs.tokens, spent)
-        done.append(Rounded(t, q, entry, gram if rule.method in BLOCKWISE else None))
+        entry = _entry(plan, t, replace(outcome, q=q), losses, inputs.tokens, spent, origin)
+        done.append(Rounded(t, q, entry, gram if t.rule.method in BLOCKWISE else None, intake))
     return done
+
+
+def _outcome(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
+    """The rule's method on stacked matrices, without the input channels that stay in float."""
+    rule, layer = t.rule, t.layer
+    assert rule is not None and layer is not None
+    options: dict[str, Any] = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+    separate = rule.transform(Outlier)
+    if not isinstance(separate, Outlier):
+        options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
+        return METHODS[rule.method](w, inputs.gram, layer.scheme, **(options | rule.options))
+    assert inputs.mean is not None  # details are gathered where a rule has such a transform
+    columns = separate.columns(w, inputs.peak, inputs.mean)
+    rest = inputs.without(columns)
+    options |= {"cross": rest.cross} if rule.method in ASYMMETRIC else {}
+    outcome = METHODS[rule.method](w.index_fill(1, columns, 0), rest.gram, layer.scheme, **(options | rule.options))
+    kept = w[:, columns].to(t.dtype).float()
+    return replace(outcome, q=replace(outcome.q, outliers=Outliers(columns, kept)))
+
+
+def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
+    """What the engine will do to the inputs of these matrices."""
+    layer, rule = t.layer, t.rule
+    assert layer is not None and rule is not None
+    columns = None if q.outliers is None else q.outliers.columns
+    scales = None
+    if rule.static and layer.activations is not None:
+        known = inputs if columns is None else inputs.without(columns)
+        if known.histogram is None:
+            raise CalibrationError("a fixed range of the inputs needs calibration", remedy="give calibration text")
+        scales = static_scales(known.histogram, layer.activations, observer=rule.observer)
+    if layer.activations is None and not layer.rotate:
+        return None
+    return Intake(layer.activations, scales, columns, layer.rotate)
+
+
+def _with_outliers(t: Planned, q: QTensor) -> Planned:
+    """What was planned, with as many channels in float as there turned out to be."""
+    assert t.layer is not None
+    count = 0 if q.outliers is None else len(q.outliers.columns)
+    return t if count == t.layer.outliers else replace(t, layer=replace(t.layer, outliers=count))
 
 
 def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> float:
@@ -183,20 +236,29 @@ def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
     return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight).float()
 
 
-def _entry(plan: Plan, t: Planned, outcome: Outcome, losses: tuple[float, float], tokens: int, seconds: float) -> Entry:
+def _entry(
+    plan: Plan, t: Planned, outcome: Outcome, losses: tuple[float, float], tokens: int, seconds: float, origin: Origin
+) -> Entry:
     """The ledger entry of a quantized matrix."""
     assert t.layer is not None and t.rule is not None
     dtype = str(t.dtype).removeprefix("torch.")
     return Entry(
         t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), t.rule.method, *losses, outcome.damping,
         tokens, seconds, outcome.fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
+        origin.transforms.get(t.layer.name, ""), origin.statistics if tokens else "", t.layer.outliers,
     )  # fmt: skip
 
 
-def kept_entry(plan: Plan, t: Planned) -> Entry:
-    """The ledger entry of a tensor that stays as it is, or is left out."""
-    dtype = str(t.dtype).removeprefix("torch.")
-    return Entry(t.source, t.shape, dtype, t.action, t.reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+def kept_entry(plan: Plan, t: Planned, *, changed: bool = False) -> Entry:
+    """The ledger entry of a tensor that stays in float, or is left out. changed: a transform has been folded into it."""
+    dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
+    return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+
+
+def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
+    """The ledger entry of a tensor that the source did not have."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Entry(name, tuple(tensor.shape), dtype, ADDED, reason, bytes=tensor.nbytes)
 
 
 def stored_bytes(plan: Plan, t: Planned) -> int:

@@ -20,10 +20,30 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors).")]
-Method = Annotated[str, typer.Option(help="Rounding method: rtn, search, hqq, obq, gptq, gptaq or autoround.")]
-Activations = Annotated[
-    str | None, typer.Option(help="Round the layers' inputs too, as they come: int8-token or fp8-token.")
+Method = Annotated[
+    str,
+    typer.Option(
+        help="rtn, search, hqq, obq, gptq, gptaq or autoround; behind transforms where wanted: awq+gptq, smooth, outlier."
+    ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the layers' inputs too: int8-token or fp8-token as they come, int8-tensor to a fixed range."
+    ),
+]
+Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Calib = Annotated[str, typer.Option(help="Calibration text: a UTF-8 file, stdlib (Python's own sources), or none.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
+Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Directory of statistics of the float model: used if they are there, taken if they are not."),
+]
+Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
+Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -77,16 +97,15 @@ def quantize(
     method: Method = "gptq",
     format: Annotated[str, typer.Option(help="File format: compressed-tensors or gptq.")] = "compressed-tensors",
     activations: Activations = None,
+    observer: Observer = "mse",
+    kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
-    calib: Annotated[
-        str, typer.Option(help="Calibration text: a UTF-8 file, or stdlib (Python's own sources).")
-    ] = "stdlib",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
+    calib: Calib = "stdlib",
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
+    store: Store = None,
+    resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,7 +118,9 @@ def quantize(
         from bitwright.workplace import check_out
 
         check_out(out)
-        rules = Recipe.of(recipe, scheme=scheme, method=method, activations=activations)
+        rules = Recipe.of(
+            recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache
+        )
         plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
             _print(plan.as_dict(), as_json, "Preflight")
@@ -107,7 +128,7 @@ def quantize(
         if not as_json:
             errors.print(plan.headline, highlight=False)
         with _progress(as_json) as progress:
-            done = run(plan, out, calib=calib, seed=seed, resume=resume, progress=progress)
+            done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         if not as_json:
             console.print(ledger_table(done.ledger))
             for note in done.notes:
@@ -119,15 +140,63 @@ def quantize(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to make: every candidate, a table (JSON) and a page (HTML).")],
+    schemes: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "int4-g128,int3-g128",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "rtn,search,awq,gptq,awq+gptq",
+    format: Annotated[str | None, typer.Option(help="File format; the first that can hold a candidate.")] = None,
+    activations: Activations = None,
+    observer: Observer = "mse",
+    calib: Calib = "stdlib",
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
+    text: Text = "stdlib-heldout",
+    tokens: Tokens = None,
+    eval_seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window of that text.")] = 256,
+    store: Store = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Statistics block by block for every candidate, as quantize does.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Try many methods and number formats on one model: one calibration pass, one table, one page."""
+    with _reporting(as_json), _progress(as_json) as progress:
+        from bitwright.compare import Settings
+        from bitwright.compare import compare as run_all
+        from bitwright.report import comparison_table
+
+        settings = Settings(
+            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep
+        )
+        done = run_all(
+            model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
+            resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(done.as_dict()))
+    else:
+        console.print(comparison_table(done.original, done.candidates))
+        for note in done.notes:
+            console.print(f"[yellow]note[/] {_plain(note)}")
+        console.print(f"{done.out / 'compare.html'}", highlight=False)
+    if done.refused or any(one.fallbacks for one in done.candidates):
+        raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
     reference: Annotated[
         Path | None, typer.Option(help="The original, to measure KL and top-1 agreement against.")
     ] = None,
-    text: Annotated[str, typer.Option(help="A UTF-8 file, or stdlib-heldout.")] = "stdlib-heldout",
+    text: Text = "stdlib-heldout",
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many; the whole text otherwise.")] = None,
+    tokens: Tokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""

@@ -272,15 +272,20 @@ def decode(q: QTensor) -> Tensor:
         v = v.mul_(scale).add_(zero)
     else:
         v = v.sub_(zero).mul_(scale)
-    return v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]].reshape(q.shape)
+    w = v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]]
+    if q.outliers is not None:
+        w[:, q.outliers.columns] = q.outliers.weight.float()
+    return w.reshape(q.shape)
 
 
-def rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """Activations x [..., K] as an engine that rounds them to `scheme` sees them, each token by its own range.
+def rounded(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Tensor:
+    """Activations x [..., K] as an engine that rounds them to `scheme` sees them.
+
+    scales: fixed beforehand (static); None: from x itself, each token's by its own range where the group is "token".
 
     >>> rounded(torch.tensor([[0.34, -12.7], [0.34, 2.54]]), Scheme.parse("int8-token"))
     tensor([[  0.3000, -12.7000],
             [  0.3400,   2.5400]])
     """
     matrix = x.reshape(-1, x.shape[-1]).float()
-    return decode(encode(matrix, fit(matrix, scheme), scheme)).reshape(x.shape).to(x.dtype)
+    return decode(encode(matrix, scales or fit(matrix, scheme), scheme)).reshape(x.shape).to(x.dtype)

@@ -5,10 +5,12 @@ a few tokens at a time. A text's tokens are cut into non-overlapping windows, ea
 Standard errors are those of the mean over windows: tokens of one window are not independent.
 """
 
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from torch import Tensor
 from bitwright.artefact import Artefact
 from bitwright.calibration import batches, load_tokenizer, windows
 from bitwright.errors import CheckpointError, InputError
+from bitwright.kv import KvCache, read_rounding
 from bitwright.models import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
+from bitwright.reference import Predictions
+from bitwright.store import code_version
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -82,37 +87,57 @@ class Walk:
         for index in range(len(self.skeleton)):
             self.load(self.skeleton.state_names(index))
             names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
-            schemes = {module: self.artefact.activations(name) for module, name in names.items()}
-            with self.skeleton.rounding_inputs(schemes):
+            intakes = {module: self.artefact.intake(name) for module, name in names.items()}
+            with self.skeleton.taking_in(intakes), self.skeleton.caching(self._cache(index)):
                 for b, batch in enumerate(hidden):
                     hidden[b] = self.skeleton.run(index, batch)
             self.skeleton.unload(index)
         return hidden
 
+    def _cache(self, index: int) -> KvCache | None:
+        """What the engine keeps block `index`'s keys and values in; None: in float."""
+        name = self.skeleton.attention_name(index)
+        config = self.artefact.config
+        if name is None or config is None:
+            return None
+        stem = self.skeleton.model.base_model_prefix + "."
+        places = (name, name.removeprefix(stem), stem + name)
+
+        def read(scale: str) -> Tensor | None:
+            found = next((f"{p}.{scale}" for p in places if f"{p}.{scale}" in self.artefact.checkpoint.tensors), None)
+            return None if found is None else self.artefact.checkpoint.read(found)
+
+        rounding = read_rounding(config, read, name)
+        return None if rounding is None else KvCache(rounding=rounding)
+
 
 def evaluate(
-    model: Path, *, reference: Path | None = None, text: str, seqlen: int = 256, tokens: int | None = None
+    model: Path,
+    *,
+    reference: Path | None = None,
+    text: str,
+    seqlen: int = 256,
+    tokens: int | None = None,
+    predictions: Path | None = None,
 ) -> Evaluation:
     """Judge a checkpoint directory on a text, beside a reference if one is given.
 
-    seqlen  tokens in a window, at least 2; at most what the model knows positions for
-    tokens  stop after so many (whole windows); None: the whole text
+    seqlen       tokens in a window, at least 2; at most what the model knows positions for
+    tokens       stop after so many (whole windows); None: the whole text
+    predictions  a store of this reference's predictions: used if they are there, written if they are not. KL is then
+                 that of its most likely tokens (see reference.py)
     Raises InputError for a window that does not fit, CalibrationError for a text shorter than one window.
     """
     begun = time.monotonic()
     walk = Walk(model)
-    config = walk.skeleton.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or seqlen
-    if not 2 <= seqlen <= limit:
-        raise InputError(f"--seqlen {seqlen} is not between 2 and the model's {limit} positions")
-    ids = windows(load_tokenizer(model), text, seqlen=seqlen, vocabulary=config.vocab_size)
-    ids = ids[: max(1, tokens // seqlen)] if tokens else ids
+    ids = _windows(walk, text, seqlen, tokens)
     other = Walk(reference) if reference else None
-    if other and other.skeleton.config.get_text_config().vocab_size != config.vocab_size:
+    vocabulary = walk.skeleton.config.get_text_config().vocab_size
+    if other and other.skeleton.config.get_text_config().vocab_size != vocabulary:
         raise InputError("model and reference have different vocabularies", where=str(reference))
     hidden = walk.hidden(ids)
-    other_hidden = other.hidden(ids) if other else None
-    parts = list(_judge(walk.skeleton, hidden, other.skeleton if other else None, other_hidden, ids))
+    against = _against(other, ids, predictions) if other else None
+    parts = list(_judge(walk.skeleton, hidden, ids, against))
     nll = torch.cat([part[0] for part in parts]).view(len(ids), -1)
     mean, stderr = _mean(nll)
     perplexity = math.exp(mean)
@@ -125,28 +150,90 @@ def evaluate(
     )  # fmt: skip
 
 
-def _judge(
-    model: Skeleton, hidden: list[Tensor], reference: Skeleton | None, other: list[Tensor] | None, ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each token's −log p, KL(reference ‖ model), and whether the top 1 agrees; a few windows, or part of one, at a time."""
-    at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)  # tokens
-    last = ids.shape[1] - 1
-    some = max(1, at_once // ids.shape[1])  # windows
+def _windows(walk: Walk, text: str, seqlen: int, tokens: int | None) -> Tensor:
+    """The text's windows [W, T]."""
+    config = walk.skeleton.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or seqlen
+    if not 2 <= seqlen <= limit:
+        raise InputError(f"--seqlen {seqlen} is not between 2 and the model's {limit} positions")
+    ids = windows(load_tokenizer(walk.folder), text, seqlen=seqlen, vocabulary=config.vocab_size)
+    return ids[: max(1, tokens // seqlen)] if tokens else ids
+
+
+# From the number of a token, where it is among the hidden states, and log q [n, V]: KL and top-1 agreement of each [n].
+Against = Callable[["_Piece", Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some tokens: the first one's number; their batch, its windows `rows`, and positions `at` in them."""
+
+    begin: int
+    batch: int
+    rows: slice
+    at: slice
+
+
+def _pieces(hidden: list[Tensor], vocabulary: int) -> Iterator[_Piece]:
+    """All tokens that are predicted, in order; a few windows, or part of one, at a time."""
+    at_once = max(1, LOGITS_AT_ONCE // vocabulary)  # tokens
     begin = 0
     for b, states in enumerate(hidden):
+        last, some = states.shape[1] - 1, max(1, at_once // states.shape[1])  # windows
         for first in range(0, len(states), some):
             for at in range(0, last, at_once):
-                rows, piece = slice(first, first + some), slice(at, min(at + at_once, last))
-                targets = ids[begin : begin + len(states), 1:][rows, piece].flatten()
-                log_q = model.head(states[rows, piece]).flatten(0, 1).log_softmax(-1)
-                nll = -log_q.gather(-1, targets[:, None])[:, 0]
-                if reference is None or other is None:
-                    yield nll, nll, nll
-                    continue
-                log_p = reference.head(other[b][rows, piece]).flatten(0, 1).log_softmax(-1)
-                kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-                yield nll, kl.clamp(min=0), log_p.argmax(-1) == log_q.argmax(-1)
-        begin += len(states)
+                piece = _Piece(begin, b, slice(first, first + some), slice(at, min(at + at_once, last)))
+                yield piece
+                begin += len(states[piece.rows]) * (piece.at.stop - at)
+
+
+def _log_probabilities(skeleton: Skeleton, hidden: list[Tensor], piece: _Piece) -> Tensor:
+    """Of the next token, [n, V]."""
+    return skeleton.head(hidden[piece.batch][piece.rows, piece.at]).flatten(0, 1).log_softmax(-1)
+
+
+def _against(other: Walk, ids: Tensor, folder: Path | None) -> Against:
+    """The reference's side of the judgement: from its stored predictions, or from the model itself."""
+    stored = Predictions(folder, _key(other, ids)) if folder else None
+    if stored is not None and stored.complete:
+        return lambda piece, log_q: stored.against(piece.begin, log_q)
+    hidden = other.hidden(ids)
+    if stored is None:
+        return lambda piece, log_q: _exact(_log_probabilities(other.skeleton, hidden, piece), log_q)
+    stored.begin()
+    for piece in _pieces(hidden, other.skeleton.config.get_text_config().vocab_size):
+        stored.write(piece.begin, _log_probabilities(other.skeleton, hidden, piece))
+    stored.finish(ids.numel())
+    return lambda piece, log_q: stored.against(piece.begin, log_q)
+
+
+def _key(other: Walk, ids: Tensor) -> str:
+    """A hash of all that predictions depend on: the model, the tokens and the code."""
+    model = [other.artefact.checkpoint.fingerprint(), (other.folder / "config.json").read_text(encoding="utf-8")]
+    return sha256(json.dumps([model, code_version()]).encode() + ids.numpy().tobytes()).hexdigest()
+
+
+def _exact(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) over the whole vocabulary [n], and whether the top 1 agrees [n]."""
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl.clamp(min=0), log_p.argmax(-1) == log_q.argmax(-1)
+
+
+def _judge(
+    model: Skeleton, hidden: list[Tensor], ids: Tensor, against: Against | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each token's −log p, KL(reference ‖ model), and whether the top 1 agrees; piece by piece."""
+    windows_before = 0
+    batch = 0
+    for piece in _pieces(hidden, model.config.get_text_config().vocab_size):
+        if piece.batch != batch:
+            windows_before, batch = windows_before + len(hidden[batch]), piece.batch
+        states = hidden[batch]
+        targets = ids[windows_before : windows_before + len(states), 1:][piece.rows, piece.at].flatten()
+        log_q = _log_probabilities(model, hidden, piece)
+        nll = -log_q.gather(-1, targets[:, None])[:, 0]
+        kl, same = against(piece, log_q) if against else (nll, nll)
+        yield nll, kl, same
 
 
 def _mean(per_token: Tensor) -> tuple[float, float]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from bitwright.errors import BitwrightError
 
-QUANTIZED, KEPT, LEFT_OUT = "quantized", "kept", "left out"
+QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor. `loss` and `loss_rtn` (by a sample of the rows) are relative output energies; `bytes` what the file
-    holds of it; `activations` the scheme that the engine rounds its inputs to.
+    holds of it; `activations` the scheme that the engine rounds its inputs to; `transforms` what was done to it before
+    rounding; `statistics` whether its inputs were those of the float model ("one-shot") or came from the quantized blocks
+    before ("sequential"); `outliers` how many of its input channels stay in float.
     """
 
     name: str
@@ -31,6 +33,9 @@ class Entry:
     fallback: str = ""
     bytes: int = 0
     activations: str = ""
+    transforms: str = ""
+    statistics: str = ""
+    outliers: int = 0
 
 
 def to_jsonl(entries: Iterable[Entry]) -> str:

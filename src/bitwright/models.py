@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from bitwright.codec import rounded
 from bitwright.errors import CheckpointError
-from bitwright.scheme import Scheme
+from bitwright.intake import Intake
+from bitwright.kv import KvCache
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 ALIASES = {"lm_head.weight": "embed_out.weight"}  # what files call it where transformers has renamed it (GPT-NeoX)
+CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
 
@@ -90,6 +91,7 @@ class Skeleton:
         self.model.tie_weights()
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._cache: KvCache | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -183,28 +185,48 @@ class Skeleton:
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Block `index` on hidden [B, T, H], called as the model would; `embed` has seen a batch of this size."""
-        args, kwargs = self._calls[len(hidden)][index]
+        args, kwargs = self._call(len(hidden), index)
         out = self.blocks[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """As `run`, with other weights for some parameters (full names), and differentiable in them."""
-        args, kwargs = self._calls[len(hidden)][index]
+        args, kwargs = self._call(len(hidden), index)
         prefix = f"{self.block_prefix}.{index}."
         own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
         out = torch.func.functional_call(self.blocks[index], own, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def _call(self, windows: int, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What block `index` is called with beside a hidden state of so many windows."""
+        args, kwargs = self._calls[windows][index]
+        if self._cache is None:
+            return args, kwargs
+        return args, kwargs | {name: self._cache for name in CACHES if name in kwargs}
+
     @contextmanager
-    def rounding_inputs(self, schemes: Mapping[str, Scheme | None]) -> Iterator[None]:
-        """For a while, modules of these full names see their inputs rounded, as an engine will; None: as they are."""
+    def caching(self, cache: KvCache | None) -> Iterator[None]:
+        """For a while, blocks hand their keys and values to this cache, if they know any (`cache.used`); None: to none."""
+        self._cache = cache
+        try:
+            yield
+        finally:
+            self._cache = None
+
+    def attention_name(self, index: int) -> str | None:
+        """The full name of block `index`'s attention module, which has keys and values; None if there is none, or two."""
+        named = self.blocks[index].named_modules()
+        found = [name for name, module in named if name and hasattr(module, "layer_idx")]
+        return f"{self.block_prefix}.{index}.{found[0]}" if len(found) == 1 else None
+
+    @contextmanager
+    def taking_in(self, intakes: Mapping[str, Intake | None]) -> Iterator[None]:
+        """For a while, modules of these full names see their inputs as an engine hands them on; None: as they are."""
         hooks = []
-        for name, scheme in schemes.items():
-            if scheme is not None:
+        for name, intake in intakes.items():
+            if intake is not None:
                 module = self.model.get_submodule(name)
-                hooks.append(
-                    module.register_forward_pre_hook(lambda _, args, s=scheme: (rounded(args[0], s), *args[1:]))
-                )
+                hooks.append(module.register_forward_pre_hook(lambda _, args, i=intake: (i(args[0]), *args[1:])))
         try:
             yield
         finally:

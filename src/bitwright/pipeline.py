@@ -2,53 +2,42 @@
 
 Load a block, watch its inputs, round its matrices, run it again as rounded, write it, record it. Memory is one block,
 its statistics and the calibration activations, however deep the model is. Block n + 1 sees what the *quantized* blocks
-before it give, so later blocks make up for the errors of earlier ones. A crash costs one block (see workplace.py).
+before it give, so later blocks make up for the errors of earlier ones; or, one-shot, a store already knows what every
+block of the float model is given, and nothing is run at all. A crash costs one block (see workplace.py).
 """
 
 import ctypes
 import gc
-import hashlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.block import Inputs, Rounded, kept_entry, observe, quantize_together
-from bitwright.calibration import batches, load_tokenizer, sample
-from bitwright.checkpoint import INDEX, Checkpoint, shard_bytes
+from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
+from bitwright.calibration import load_tokenizer, sample
+from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.codec import decode
-from bitwright.errors import CheckpointError
+from bitwright.errors import CalibrationError, CheckpointError, RecipeError
+from bitwright.formats.format import FLOAT_NAMES
+from bitwright.inputs import Inputs
+from bitwright.kv import KvCache, KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
-from bitwright.models import TOKENS_PER_BATCH
+from bitwright.methods import ASYMMETRIC
 from bitwright.preflight import Plan
+from bitwright.store import BlockStatistics, Store
+from bitwright.streams import Progress, Streams, check_rotation, digest, first_streams, look, one_shot, read_block
+from bitwright.transform import fold_scales
 from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
-from bitwright.workplace import Verification, Workplace
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Streams:
-    """What the next block is given, in batches [B, T, H].
-
-    given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
-    """
-
-    given: list[Tensor]
-    original: list[Tensor] | None = None
-
-    def whole(self) -> dict[str, Tensor]:
-        """Each stream in one piece [S, T, H]."""
-        parts = {"given": self.given, "original": self.original}
-        return {name: torch.cat(batches) for name, batches in parts.items() if batches is not None}
+from bitwright.workplace import Verification, Workplace, check_out
 
 
 @dataclass(frozen=True)
@@ -78,27 +67,67 @@ class Result:
 
 
 def run(
-    plan: Plan, out: Path, *, calib: str, seed: int = 0, resume: bool = True, progress: Progress = lambda *_: None
+    plan: Plan,
+    out: Path,
+    *,
+    calib: str,
+    seed: int = 0,
+    resume: bool = True,
+    store: Path | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Result:
     """Carry out a plan. OUT appears complete and verified, or an error says why not.
 
+    store: a directory of one-shot statistics, made if it is not there; None: they are taken block by block, on what the
+    quantized blocks before give.
     Raises OutputError if OUT exists, the disk cannot hold it, or other unfinished work lies beside it; CheckpointError
-    for a weight that is not finite or cut short; VerificationError if what was written does not read back as meant.
+    for a weight that is not finite or cut short; RecipeError for a method that cannot do with the store's statistics;
+    VerificationError if what was written does not read back as meant.
     """
     begun = time.monotonic()
-    tokens, notes = _calibration_tokens(plan, calib, seed) if plan.calibrated else (None, plan.notes)
-    place = Workplace(out, _manifest(plan, tokens), needed=plan.bytes, resume=resume)
+    check_out(out)
+    tokens, notes = calibration_tokens(plan, calib, seed) if plan.calibrated else (None, plan.notes)
+    check_rotation(plan)
+    known = None
+    if store is not None and tokens is not None:
+        check_one_shot(plan)
+        known = one_shot(plan, store, tokens, progress)
+        notes += known.notes
+    place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
     try:
-        ledger = _quantize_blocks(plan, place, tokens, progress)
+        ledger = _quantize_blocks(plan, place, tokens, known, progress)
     except CheckpointError:
         place.abandon()  # the source must be replaced: nothing here can be resumed
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
-    _describe(plan, place)
+    written = _describe(plan, place)
     place.finish(plan.source, ledger)
-    seconds = time.monotonic() - begun
-    return Result(out, plan.bytes, plan.bits_per_weight, seconds, peak_rss_bytes(), ledger, notes)
+    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    return Result(
+        out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
+    )
+
+
+def check_one_shot(plan: Plan) -> None:
+    """RecipeError for a method that looks at the quantized model's activations beside the float one's."""
+    if plan.recipe.needs_original:
+        methods = {rule.method for rule in plan.recipe.active if rule.method in ASYMMETRIC}
+        message = (
+            f"{', '.join(sorted(methods))} compares with what the quantized blocks before give, which no store knows"
+        )
+        raise RecipeError(message, remedy="leave out --store, or use gptq")
+
+
+def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
+    """A note on matrices whose rule scales channels, and that have no place to fold the scales into."""
+    asking = {t.source for t in plan.tensors if t.rule is not None and t.layer is not None and t.rule.scales_channels}
+    without = [entry.name for entry in ledger if entry.name in asking and not entry.transforms]
+    if not without:
+        return ()
+    return (
+        f"{len(without)} of {len(asking)} matrices have no place to fold channel scales into, such as {without[0]}",
+    )
 
 
 def peak_rss_bytes() -> int:
@@ -106,8 +135,12 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
+def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """[S, T] token ids, and a note if there are fewer than asked for."""
+    if calib == "none":
+        needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
+        remedy = "give --calib a text, or use rtn or hqq with activations by token"
+        raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(plan.source)
     tokens = sample(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
@@ -117,57 +150,76 @@ def _calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tupl
     return tokens, notes
 
 
-def _manifest(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
+def _manifest(plan: Plan, tokens: Tensor | None, store: Store | None) -> dict[str, Any]:
     """What unfinished work belongs to: the same source, recipe, calibration and code."""
     return {
+        "statistics": "sequential" if store is None else "one-shot",
         "version": __version__,
         "torch": torch.__version__,
         "source": plan.checkpoint.fingerprint(),
-        "config": hashlib.sha256((plan.source / "config.json").read_bytes()).hexdigest(),
+        "config": digest((plan.source / "config.json").read_bytes()),
         "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),
         "format": plan.format.name,
         "dtype": str(plan.skeleton.dtype),
-        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "calibration": None if tokens is None else digest(tokens.numpy().tobytes()),
         "samples": None if tokens is None else list(tokens.shape),
     }
 
 
-def _quantize_blocks(plan: Plan, place: Workplace, tokens: Tensor | None, progress: Progress) -> list[Entry]:
+def _quantize_blocks(
+    plan: Plan, place: Workplace, tokens: Tensor | None, store: Store | None, progress: Progress
+) -> list[Entry]:
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
     first = place.committed([plan.shard_name(i) for i in range(depth + 1)])
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
-    hidden = _hidden_before(plan, place, tokens, first) if tokens is not None and first < depth else None
+    streams = None
+    if tokens is not None and store is None and first < depth:
+        streams = first_streams(plan, tokens, _saved(plan, place, first) if first else None)
     for index in range(first, depth + 1):
         progress("block", index, depth + 1)
-        ledger += _quantize_shard(plan, place, index, hidden, config)
-        _return_memory()
+        ledger += _quantize_shard(plan, place, index, streams or store, config)
+        return_memory()
     progress("block", depth + 1, depth + 1)
     return ledger
 
 
+def _saved(plan: Plan, place: Workplace, first: int) -> dict[str, Callable[[], Tensor]]:
+    """How to read what the run that is resumed had saved of each stream."""
+    names = ("given", "original") if plan.recipe.needs_original else ("given",)
+    return {name: partial(place.hidden, first, name) for name in names}
+
+
 def _quantize_shard(
-    plan: Plan, place: Workplace, index: int, hidden: Streams | None, config: dict[str, Any]
+    plan: Plan, place: Workplace, index: int, source: Streams | Store | None, config: dict[str, Any]
 ) -> list[Entry]:
-    """Read, round, write, verify and commit one shard; `hidden` moves on to the next block."""
+    """Read, round, write, verify and commit one shard; streams move on to the next block."""
     depth, members = len(plan.skeleton), plan.shard(index)
-    weights = {t.parameter: read_finite(plan.checkpoint, t.source) for t in members}
-    done = _quantize_block(plan, index, weights, hidden) if index < depth else []
+    weights = read_block(plan, index)
+    before = {} if plan.rotation is not None else dict(weights)
+    done, kv = _quantize_block(plan, index, weights, source) if index < depth else ([], None)
     kept = [t for t in members if t.layer is None]
-    entries = [r.entry for r in done] + [kept_entry(plan, t) for t in kept]
-    tensors = {t.source: weights[t.parameter] for t in kept}
+    entries = [r.entry for r in done]
+    entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
+    tensors = {t.source: weights[t.parameter].to(t.dtype) for t in kept}
+    for (name, (dtype, shape)), intake in zip(plan.kv_specs(index).items(), kv or (), strict=True):
+        assert intake.scales is not None
+        tensors[name] = intake.scales.scale.reshape(shape).to(dtype)
+        entries.append(added_entry(name, tensors[name], f"what keys and values are kept in: {intake.scheme}"))
     verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
     for r in done:
         assert r.planned.layer is not None
-        parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype)
+        scales = None if r.intake is None else r.intake.scales
+        parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
         tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
-    saved = hidden.whole() if hidden is not None and index + 1 < depth else None
+    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth else None
     place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
     return entries
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Collect cycles, and have glibc give freed memory back to the system: it hoards blocks below 32 MB."""
     gc.collect(1)  # the young ones: what was imported stays anyway
     if sys.platform == "linux":
@@ -176,77 +228,75 @@ def _return_memory() -> None:
             trim(0)
 
 
-def _hidden_before(plan: Plan, place: Workplace, tokens: Tensor, first: int) -> Streams:
-    """What block `first` is given: from the embeddings, or as the run that is resumed had saved it."""
-    skeleton = plan.skeleton
-    sources = {t.parameter: t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
-    base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
-    skeleton.load({name: read_finite(plan.checkpoint, sources[name]) for name in base})
-    parts, tuned = batches(tokens, TOKENS_PER_BATCH), plan.recipe.windows_at_once
-    steps = tokens.split(tuned) if tuned else ()
-    for ids in {len(ids): ids for ids in steps}.values():  # the masks and positions that blocks are called with
-        skeleton.embed(ids)
-    if first == 0:
-        given = [skeleton.embed(ids) for ids in parts]
-        streams = Streams(given, list(given) if plan.recipe.needs_original else None)
-    else:
-        for ids in {len(ids): ids for ids in parts}.values():
-            skeleton.embed(ids)
-        names = ("given", "original") if plan.recipe.needs_original else ("given",)
-        streams = Streams(*(list(place.hidden(first, name).split(len(parts[0]))) for name in names))
-    skeleton.unload_outside()
-    return streams
+def _quantize_block(
+    plan: Plan, index: int, weights: dict[str, Tensor], source: Streams | Store | None
+) -> tuple[list[Rounded], KvRounding | None]:
+    """Round one block's matrices and carry streams through the block, as rounded and as it was.
 
-
-def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor of the source; CheckpointError if it holds NaN or Inf."""
-    tensor = checkpoint.read(name)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            message = f"tensor {name!r} has {bad} values that are NaN or Inf"
-            raise CheckpointError(
-                message, where=str(checkpoint.folder), remedy="the checkpoint is damaged: get a good copy"
-            )
-    return tensor
-
-
-def _quantize_block(plan: Plan, index: int, weights: dict[str, Tensor], hidden: Streams | None) -> list[Rounded]:
-    """Round one block's matrices and, with calibration, carry its streams through the block, as rounded and as it was."""
+    Parameters that transforms change are replaced in `weights`. Also how the block's keys and values are kept.
+    """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
-    if hidden is None:
-        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, Inputs())]
+    if source is None:
+        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, Inputs(), Origin())], None
+    skeleton = plan.skeleton
+    if isinstance(source, Streams):
+        skeleton.load(weights)
+        known = look(plan, index, layers, source, everything=False)
+    else:
+        known = source.read(index)
+    transformed = fold_scales(layers, weights, known.inputs, known.folds, skeleton.linears(index))
+    weights |= transformed.weights
+    origin = Origin("sequential" if isinstance(source, Streams) else "one-shot", transformed.done)
+    done: list[Rounded] = []
+    while known.inputs:  # the statistics of each are given back as soon as they have served
+        one = known.inputs.pop(0)
+        done += quantize_together(plan, [layers[name] for name in one.names if name in layers], weights, one, origin)
+    kv = _kv_rounding(plan, known)
+    if isinstance(source, Streams):
+        done = _carry(plan, index, done, weights, source, kv)
+        skeleton.unload(index)
+    return done, kv
+
+
+def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
+    """How the block's keys and values are kept, if not in float."""
+    scheme = plan.recipe.kv_cache
+    if scheme is None or known.kv is None:
+        return None
+    dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
+    stored = scheme.with_scale(FLOAT_NAMES[dtype])
+    return rounding(stored, scales_of(known.kv, stored, plan.recipe.kv_observer))
+
+
+def _carry(
+    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], streams: Streams, kv: KvRounding | None
+) -> list[Rounded]:
+    """Tune the block if that is asked for, then run it as rounded: what it gives is what the next one is given."""
     skeleton = plan.skeleton
     skeleton.load(weights)
-    done: list[Rounded] = []
-    for seen in observe(skeleton, index, hidden.given, list(layers), hidden.original):
-        tokens, cross = seen.gram.tokens, None if seen.cross is None else seen.cross.value()
-        inputs = Inputs(seen.gram.value(), cross, tokens)
-        done += quantize_together(plan, [layers[name] for name in seen.names], weights, inputs)
-        seen.gram.free()
-        seen.cross = None
-    if hidden.original is not None:
-        done = tune_block(plan, index, done, weights, torch.cat(hidden.given), torch.cat(hidden.original))
+    if streams.original is not None:
+        done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
     if index + 1 < len(skeleton):
         skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
-        schemes = {name: t.layer.activations for name, t in layers.items() if t.layer is not None}
-        with skeleton.rounding_inputs(schemes):
-            for b, batch in enumerate(hidden.given):
-                hidden.given[b] = skeleton.run(index, batch)
-    skeleton.unload(index)
+        intakes = {r.planned.layer.name: r.intake for r in done if r.planned.layer is not None}
+        with skeleton.taking_in(intakes), skeleton.caching(KvCache(rounding=kv) if kv else None):
+            for b, batch in enumerate(streams.given):
+                streams.given[b] = skeleton.run(index, batch)
     return done
 
 
-def _describe(plan: Plan, place: Workplace) -> None:
-    """The index and the configs."""
+def _describe(plan: Plan, place: Workplace) -> int:
+    """The index and the configs; the bytes of all weight files."""
     weight_map: dict[str, str] = {}
-    total = 0
     for i in range(len(plan.skeleton) + 1):
-        specs = plan.specs(plan.shard(i))
-        weight_map |= dict.fromkeys(specs, plan.shard_name(i))
-        total += shard_bytes(specs)
+        name = plan.shard_name(i)
+        weight_map |= dict.fromkeys(Checkpoint(place.path, only=place.path / name).tensors, name)
+    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
     place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    if any(t.made_of for t in plan.tensors):
+        config["tie_word_embeddings"] = False
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
+    return total

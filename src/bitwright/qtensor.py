@@ -29,22 +29,35 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """Input channels that are not quantized (LLM.int8(), arXiv:2208.07339): columns [k] int64, rising; weight [N, k] float."""
+
+    columns: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class QTensor:
     """A quantized weight: codes + group scales (+ zeros).
 
-    codes   [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
-    scales  `Scales`, exactly as the file will hold them
-    shape   of the source tensor; codes have it reshaped to [shape[0], -1]
+    codes     [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
+    scales    `Scales`, exactly as the file will hold them
+    shape     of the source tensor; codes have it reshaped to [shape[0], -1]
+    outliers  columns whose weights are these instead of what their codes stand for; None: there are none
     """
 
     codes: Tensor
     scales: Scales
     scheme: Scheme
     shape: tuple[int, ...]
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
             raise SchemeError(f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}")
+        if self.outliers is not None and self.outliers.weight.shape != (len(self.codes), len(self.outliers.columns)):
+            found = tuple(self.outliers.weight.shape)
+            raise SchemeError(f"outlier weights {found} do not fill {len(self.codes)} rows of their columns")
 
 
 def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
@@ -63,7 +76,8 @@ def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scale
 def rows(q: QTensor, start: int, stop: int) -> QTensor:
     """Rows start..stop of a matrix: undoes stacking."""
     scales = map_rows(lambda t: t[start:stop], q.scheme, q.scales)
-    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]))
+    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[start:stop])
+    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]), kept)
 
 
 def stacked(parts: list[QTensor]) -> QTensor:

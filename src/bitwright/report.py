@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bitwright.ledger import QUANTIZED, Entry
+from bitwright.page import Candidate, Original, pareto, winner
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -45,6 +46,26 @@ def ledger_table(ledger: Sequence[Entry]) -> Table:
         rows.append(row)
     header = ("tensors", "count", "done", "scheme or reason", "MB", "mean loss", "RTN's", "fallbacks")
     return table("What happened to every tensor", header, rows)
+
+
+def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Table:
+    """What each method costs at each scheme: the best of each scheme marked, and what else nothing beats in size and KL.
+
+    A star: statistics taken block by block, on what the quantized blocks before give.
+    """
+    header = ("scheme", "method", "bits", "perplexity", "KL", "top-1", "seconds", "")
+    perplexity = f"{original.perplexity:.2f} ± {original.perplexity_stderr:.2f}"
+    rows = [(original.scheme, "original", f"{original.bits_per_weight:.2f}", perplexity, "", "", "", "")]
+    best = {winner(candidates, scheme).best for scheme in {c.scheme for c in candidates}}
+    unbeaten = pareto(candidates)
+    for i, c in enumerate(candidates):
+        mark = "best" if i in best else "front" if i in unbeaten else ""
+        rows.append(
+            (c.scheme, c.method + (" *" if c.statistics == "sequential" else ""), f"{c.bits_per_weight:.2f}",
+             f"{c.perplexity:.2f} ± {c.perplexity_stderr:.2f}", f"{c.kl_mean:.5f}", f"{100 * c.top1:.1f} %",
+             f"{c.seconds:.1f}", mark)
+        )  # fmt: skip
+    return table("KL to the original in nats a token; * statistics block by block", header, rows)
 
 
 def _mean(values: Sequence[float | None]) -> str:

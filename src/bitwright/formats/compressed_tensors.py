@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import FLOAT_NAMES, Layer, Spec
+from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, refuse_decomposed
+from bitwright.intake import Intake
 from bitwright.packing import pack, words
-from bitwright.qtensor import QTensor
-from bitwright.scheme import TOKEN, Scheme
+from bitwright.qtensor import QTensor, Scales
+from bitwright.scheme import TENSOR, TOKEN, Scheme
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
@@ -24,15 +25,17 @@ NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not pa
 
 
 class CompressedTensors:
-    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4; inputs float, or int8 or FP8 by token."""
+    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4; inputs float, or int8 or FP8 by token or static by tensor."""
 
     name = "compressed-tensors"
     method = "compressed-tensors"
+    kv_cache = True
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
         """See `Format.adapt`."""
         scheme = layer.scheme
         _container(layer)
+        refuse_decomposed(layer, self.name)
         if layer.transposed:
             raise FormatError(
                 "its module is a Conv1D, which loaders of compressed-tensors do not replace", where=layer.name,
@@ -47,6 +50,9 @@ class CompressedTensors:
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""
+        return self._weight_layout(layer, dtype) | _input_layout(layer.activations, dtype)
+
+    def _weight_layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         N, K, scheme = layer.N, layer.K, layer.scheme
         G, kind = scheme.groups(K), _container(layer)
         scale: tuple[int, ...] = (1,) if scheme.group == "tensor" else (N, G)
@@ -68,8 +74,11 @@ class CompressedTensors:
             specs["weight_global_scale"] = (torch.float32, (1,))
         return specs
 
-    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
         """See `Format.encode`."""
+        return self._weight_tensors(q, layer, dtype) | _input_tensors(inputs, dtype)
+
+    def _weight_tensors(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         N, K = q.codes.shape
         s, kind = q.scales, _container(layer)
         scale = s.scale.reshape(1) if q.scheme.group == "tensor" else s.scale
@@ -104,8 +113,8 @@ class CompressedTensors:
         for i, ((scheme, inputs), members) in enumerate(alike.items()):
             targets = ["Linear"] if len(alike) == 1 else [layer.name for layer in members]
             groups[f"group_{i}"] = {
-                "targets": targets, "weights": _arguments(scheme),
-                "input_activations": None if inputs is None else _arguments(inputs),
+                "targets": targets, "weights": arguments(scheme),
+                "input_activations": None if inputs is None else arguments(inputs),
                 "output_activations": None, "format": _container(members[0]),
             }  # fmt: skip
         return {
@@ -119,15 +128,23 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
 
-    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
-        """See `Format.activations`. FormatError for a way of rounding that is not computed here."""
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """See `Format.intake`."""
         found = _group_of(config, name).get("input_activations")
         if found is None:
             return None
-        grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
-        if found.get("strategy") != "token" or not found.get("dynamic") or found["num_bits"] not in range(2, 9):
+        strategy, dynamic = found.get("strategy"), bool(found.get("dynamic"))
+        known = (strategy == TOKEN and dynamic) or (strategy == TENSOR and not dynamic)
+        if not known or found["num_bits"] not in range(2, 9):
             raise FormatError(f"its inputs are rounded in a way that is not computed here: {found}", where=name)
-        return Scheme(grid, "token", "sym" if found["symmetric"] else "asym", "f32")
+        grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
+        scheme = Scheme(grid, strategy, "sym" if found["symmetric"] else "asym", "f32")
+        if dynamic:
+            return Intake(scheme)
+        scale, zero = read("input_scale"), read("input_zero_point")
+        if scale is None or (zero is None and not found["symmetric"]):
+            raise FormatError("its inputs are rounded to a range that the file lacks", where=name)
+        return Intake(scheme, Scales(scale.float().view(1, 1), None if zero is None else zero.float().view(1, 1)))
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by the library's own decompressors, from what the config says."""
@@ -139,6 +156,22 @@ class CompressedTensors:
         compressor = BaseCompressor.get_value_from_registry(kind)
         weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
         return weight
+
+
+def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:
+    """The tensors of a static input scheme."""
+    if scheme is None or scheme.group != TENSOR:
+        return {}
+    zero: dict[str, Spec] = {} if scheme.zero == "sym" else {"input_zero_point": (torch.int8, (1,))}
+    return {"input_scale": (dtype, (1,)), **zero}
+
+
+def _input_tensors(inputs: Scales | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those tensors, filled."""
+    if inputs is None:
+        return {}
+    zero = {} if inputs.zero is None else {"input_zero_point": inputs.zero.reshape(1).to(torch.int8)}
+    return {"input_scale": inputs.scale.reshape(1).to(dtype), **zero}
 
 
 def _group_of(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -154,7 +187,7 @@ def _container(layer: Layer) -> str:
     s, inputs = layer.scheme, layer.activations
     plain = s.scale in ("f32", "f16", "bf16")
     if inputs is not None and (inputs.grid not in ("int8", "fp8") or s.grid == "fp4"):
-        remedy = "int8-token or fp8-token, with weights of int2 to int8 or fp8"
+        remedy = "int8-token, fp8-token, int8-tensor or fp8-tensor, with weights of int2 to int8 or fp8"
         raise FormatError(f"no engine rounds inputs to {inputs} for weights in {s}", where=layer.name, remedy=remedy)
     if s.grid == "int8" and s.zero == "sym" and isinstance(s.group, str) and plain and inputs and inputs.grid == "int8":
         return INT8
@@ -173,7 +206,7 @@ def _container(layer: Layer) -> str:
     )  # fmt: skip
 
 
-def _arguments(scheme: Scheme) -> dict[str, Any]:
+def arguments(scheme: Scheme) -> dict[str, Any]:
     """The library's QuantizationArgs for weights or inputs."""
     grouped = isinstance(scheme.group, int)
     dynamic = scheme.group == TOKEN

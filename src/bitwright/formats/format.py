@@ -1,21 +1,31 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bitwright.qtensor import QTensor
+from bitwright.errors import FormatError
+from bitwright.intake import Intake
+from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
+Read = Callable[[str], Tensor | None]
 FLOAT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized matrix as a format sees it: its module's name, axes, schemes, and whether the module is a Conv1D."""
+    """One quantized matrix as a format sees it.
+
+    name         of its module; N outputs, K inputs; transposed: the module is a Conv1D
+    activations  what its inputs are rounded to; None: they are not
+    outliers     how many input channels stay in float
+    rotate       block of the Hadamard rotation that the engine must apply to its inputs; 0: none
+    """
 
     name: str
     N: int
@@ -23,6 +33,8 @@ class Layer:
     scheme: Scheme
     transposed: bool = False
     activations: Scheme | None = None
+    outliers: int = 0
+    rotate: int = 0
 
 
 class Format(Protocol):
@@ -30,6 +42,7 @@ class Format(Protocol):
 
     name: str
     method: str  # quant_method in config.json
+    kv_cache: bool  # whether config.json can say what keys and values are kept in
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
         """The layer's scheme with its scales stored as this format does in a model of that dtype.
@@ -40,8 +53,8 @@ class Format(Protocol):
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """The tensors that hold one layer: suffix of the module's name -> type and shape."""
 
-    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of `layout`, filled."""
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
+        """The tensors of `layout`, filled. inputs: the scales of a static `layer.activations`."""
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """The quantization_config of config.json; `kept` are the linear modules left in float.
@@ -49,8 +62,18 @@ class Format(Protocol):
         FormatError if one file cannot hold these layers together.
         """
 
-    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
-        """How the engine rounds the inputs of one quantized module; None: not at all."""
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """What the engine does to the inputs of one quantized module; None: nothing. read: a tensor of it by suffix.
+
+        FormatError for something that is not computed here.
+        """
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
+
+
+def refuse_decomposed(layer: Layer, format_name: str) -> None:
+    """FormatError for a layer that computes on more than codes and scales, in a format that has no place for it."""
+    if layer.outliers or layer.rotate:
+        what = "input channels kept in float" if layer.outliers else "a rotation of the inputs at run time"
+        raise FormatError(f"{format_name} has no place for {what}", where=layer.name, remedy="use --format bitwright")

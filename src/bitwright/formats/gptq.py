@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Spec
+from bitwright.formats.format import Layer, Read, Spec, refuse_decomposed
+from bitwright.intake import Intake
 from bitwright.packing import pack
-from bitwright.qtensor import QTensor
+from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
@@ -26,9 +27,11 @@ class Gptq:
 
     name = "gptq"
     method = "gptq"
+    kv_cache = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
         """See `Format.adapt`."""
+        refuse_decomposed(layer, "GPTQ")
         s, bits = layer.scheme, layer.scheme.levels.bits
         plain = (
             s.grid.startswith("int") and s.scale in ("f32", "f16", "bf16") and s.zero != "min" and s.group != "tensor"
@@ -62,7 +65,7 @@ class Gptq:
             "g_idx": (torch.int32, (K,)),
         }
 
-    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
         """See `Format.encode`."""
         bits, K = q.scheme.levels.bits, q.codes.shape[1]
         half = 1 << (bits - 1)
@@ -94,8 +97,8 @@ class Gptq:
             **({"dynamic": excluded} if excluded else {}),
         }
 
-    def activations(self, config: dict[str, Any], name: str) -> Scheme | None:
-        """See `Format.activations`."""
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """See `Format.intake`."""
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,214 @@
+"""bitwright's own format: a place for every Scheme, and for layers that compute on more than codes and scales.
+
+weight_shape         int64 [2]   N, K: rows of packed codes end in padding, so K must be said
+weight_codes         int32 [N, ⌈K·b/32⌉]   b bits a code along K, lowest bit first; signed codes plus 2^(b−1).
+                     fp8: float8_e4m3fn [N, K]
+weight_scale         R rows (N; one for group "tensor") of G groups, as the scheme says:
+                     f32, f16, bf16   [R, G]
+                     e8m0             uint8 [R, G], exponent + 127; 255, which would be NaN, says that the scale is 0
+                     e4m3             float8_e4m3fn [R, G], to be divided by weight_scale_outer, float32 [1]
+                     k8, k6, k4       one stream of R·G numbers of 8, 6 or 4 bits, int32 [⌈R·G·bits/32⌉]; with "sym" they are
+                                      signed and stored plus 2^(bits−1); times weight_scale_outer, float16 [R, ⌈K/256⌉]
+                     dq8              uint8 [R, G], index into the 256 values of the dynamic data type; times
+                                      weight_scale_outer, float32 [⌈R·G/256⌉], plus weight_scale_mean, float32 [1]
+weight_zero_point    "asym", "asym1": one stream of R·G numbers of b bits, each plus 2^(b−1)
+weight_minimum       "min": stored as the scales are; k6 and k4 hold −m, with weight_minimum_outer
+outlier_columns      int32 [k], rising; outlier_weight [N, k] in the model's type: these columns are used instead of what
+                     their codes stand for. Both are there, and may be empty, wherever the config says `outliers`
+input_scale          float32 [1], and unless "sym" input_zero_point, int32 [1]: inputs rounded to a range fixed beforehand
+
+quantization_config: {quant_method: "bitwright", format_version: 1, modules: [{scheme, activations, outliers, rotate,
+modules: [names]}]}. `scheme` and `activations` are schemes' texts, `outliers` is true or left out, `rotate` a block or left
+out. Names are the model's; those of tensors may lack its prefix, or add it.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import dynamic_map, is_signed, safe
+from bitwright.formats.format import Layer, Read, Spec
+from bitwright.formats.native_reader import (
+    FLOATS,
+    FP8,
+    VERSION,
+    Stored,
+    check_rotation,
+    entry_of,
+    inputs_can_be,
+    matrix,
+    refuse,
+    static_range,
+)
+from bitwright.intake import Intake
+from bitwright.packing import pack, words
+from bitwright.qtensor import QTensor, Scales
+from bitwright.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
+
+ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
+
+
+class Native:
+    """Any scheme; inputs float, rounded by token or to a static range, rotated, or in part spared."""
+
+    name = "bitwright"
+    method = "bitwright"
+    kv_cache = True
+
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
+        """See `Format.adapt`: the scheme as it is."""
+        if layer.scheme.group == TOKEN:
+            refuse(layer.name, "group 'token' is for inputs, not for weights", "use 'channel' or a group such as g128")
+        if not inputs_can_be(layer.activations):
+            found = f"inputs cannot be rounded to {layer.activations}"
+            refuse(layer.name, found, "int8-token, fp8-token, int8-tensor-asym or alike")
+        if not 0 <= layer.outliers <= layer.K:
+            refuse(layer.name, f"{layer.outliers} of {layer.K} input channels cannot be outliers", f"0 to {layer.K}")
+        check_rotation(layer.rotate, layer.K, layer.name)
+        return layer.scheme
+
+    def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
+        """See `Format.layout`."""
+        s, N, K, bits = layer.scheme, layer.N, layer.K, layer.scheme.levels.bits
+        codes: Spec = (FP8, (N, K)) if s.grid == "fp8" else (torch.int32, (N, words(K, bits)))
+        specs: dict[str, Spec] = {"weight_codes": codes, "weight_shape": (torch.int64, (2,))}
+        specs |= _table_layout("weight_scale", layer)
+        if s.zero == "min":
+            specs |= _table_layout("weight_minimum", layer)
+        elif s.zero != "sym":
+            specs["weight_zero_point"] = (torch.int32, (words(_rows(s, N) * s.groups(K), bits),))
+        if layer.outliers:
+            specs["outlier_columns"] = (torch.int32, (layer.outliers,))
+            specs["outlier_weight"] = (dtype, (N, layer.outliers))
+        if layer.activations is not None and layer.activations.group == TENSOR:
+            specs["input_scale"] = (torch.float32, (1,))
+            if layer.activations.zero != "sym":
+                specs["input_zero_point"] = (torch.int32, (1,))
+        return specs
+
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
+        """See `Format.encode`. FormatError if outliers or input scales are not those that the layer has."""
+        s, bits, zero = q.scheme, q.scheme.levels.bits, q.scales.zero
+        half = 1 << (bits - 1)
+        codes = q.codes.view(FP8) if s.grid == "fp8" else pack(q.codes.short() + (half if is_signed(s) else 0), bits)
+        tensors = {"weight_codes": codes, "weight_shape": torch.tensor(q.codes.shape)}
+        tensors |= _table_tensors("weight_scale", q.scales.scale, q.scales.outer, q)
+        if s.zero == "min" and zero is not None:
+            tensors |= _table_tensors("weight_minimum", zero, q.scales.outer_zero, q)
+        elif zero is not None:
+            tensors["weight_zero_point"] = _stream(zero.int() + half, bits)
+        return tensors | _outlier_tensors(q, layer, dtype) | _input_tensors(inputs, layer)
+
+    def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
+        """See `Format.config`: modules that are alike share an entry; all others are float."""
+        alike: dict[tuple[str, str, bool, int], list[str]] = defaultdict(list)
+        for layer in layers:
+            activations, outliers = str(layer.activations or ""), layer.outliers > 0  # calibration may tell how many
+            alike[(str(layer.scheme), activations, outliers, layer.rotate)].append(layer.name)
+        entries = []
+        for (scheme, activations, outliers, rotate), names in alike.items():
+            more = {"activations": activations, "outliers": outliers, "rotate": rotate}
+            entries.append({"scheme": scheme, **{key: value for key, value in more.items() if value}, "modules": names})
+        return {"quant_method": self.method, "format_version": VERSION, "modules": entries}
+
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """See `Format.intake`."""
+        entry, stored = entry_of(config, name), Stored(name, read)
+        if entry.activations is None and not entry.rotate:
+            return None
+        K = stored.shape()[1]
+        check_rotation(entry.rotate, K, name)
+        columns = torch.from_numpy(stored.columns(K)) if entry.outliers else None
+        return Intake(entry.activations, static_range(stored, entry.activations), columns, entry.rotate)
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """See `Format.decode`: by native_reader.py, which reads the layout above number by number."""
+        return torch.from_numpy(matrix(entry_of(config, name), Stored(name, tensors.get)))
+
+
+# -------------------------------------------------------------------------------------------------------------- write
+
+
+def _rows(s: Scheme, N: int) -> int:
+    """R, the rows of a table of scales."""
+    return 1 if s.group == TENSOR else N
+
+
+def _table_layout(name: str, layer: Layer) -> dict[str, Spec]:
+    """The tensors of the scales, or of the minima, which are stored alike."""
+    s, R = layer.scheme, _rows(layer.scheme, layer.N)
+    shape = (R, s.groups(layer.K))
+    count, outer = shape[0] * shape[1], f"{name}_outer"
+    match s.scale:
+        case "e8m0":
+            return {name: (torch.uint8, shape)}
+        case "e4m3":
+            return {name: (FP8, shape), outer: (torch.float32, (1,))}
+        case "dq8":
+            blocks = -(-count // SUPERBLOCK)
+            single: Spec = (torch.float32, (1,))
+            return {name: (torch.uint8, shape), outer: (torch.float32, (blocks,)), f"{name}_mean": single}
+        case "k8" | "k6" | "k4":
+            packed: Spec = (torch.int32, (words(count, int(s.scale[1:])),))
+            return {name: packed, outer: (torch.float16, (R, -(-layer.K // SUPERBLOCK)))}
+        case encoding:
+            return {name: (FLOATS[encoding], shape)}
+
+
+def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -> dict[str, Tensor]:
+    """Those tensors, filled. table [R, G]."""
+    s = q.scheme
+    if s.scale in FLOATS:
+        return {name: table.to(FLOATS[s.scale])}
+    if s.scale == "e8m0":
+        exponents = torch.frexp(table).exponent + 126
+        return {name: exponents.masked_fill(table == 0, ZERO_SCALE).to(torch.uint8)}
+    assert outer is not None  # as every two-level encoding has one
+    if s.scale == "e4m3":
+        return {name: (table * outer).to(FP8), f"{name}_outer": outer.reshape(1)}
+    if s.scale == "dq8":
+        assert q.scales.outer_zero is not None
+        index = _dq8_index(table, outer, q.scales.outer_zero)
+        return {name: index, f"{name}_outer": outer.reshape(-1), f"{name}_mean": q.scales.outer_zero.reshape(1)}
+    assert isinstance(s.group, int)
+    bits = int(s.scale[1:])
+    each = outer.repeat_interleave(SUPERBLOCK // s.group, dim=1)[:, : table.shape[1]]
+    integers = torch.round(table / safe(each)).int()
+    unsigned = integers + (1 << (bits - 1)) if s.zero == "sym" else integers.abs()  # minima are negative
+    return {name: _stream(unsigned, bits), f"{name}_outer": outer.to(torch.float16)}
+
+
+def _stream(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers of any shape, packed one after the other: rows would end in padding that the scheme has not promised."""
+    return pack(numbers.reshape(1, -1), bits)[0]
+
+
+def _dq8_index(scale: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """The first code of its block that stands for exactly this scale: where the mean is large, several may."""
+    flat = scale.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    meanings = dynamic_map().to(scale.device) * absmax + mean  # [B, 256], rising
+    index = torch.searchsorted(meanings, blocks).clamp(max=SUPERBLOCK - 1)
+    return index.view(-1)[: flat.numel()].view(scale.shape).to(torch.uint8)
+
+
+def _outlier_tensors(q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The columns that stay in float; two empty tensors if they might have been there, and are not."""
+    count = 0 if q.outliers is None else len(q.outliers.columns)
+    if count != layer.outliers:
+        refuse(layer.name, f"{count} outlier columns, not the {layer.outliers} that were planned", "plan as many")
+    if q.outliers is None:
+        return {}
+    return {"outlier_columns": q.outliers.columns.int(), "outlier_weight": q.outliers.weight.to(dtype)}
+
+
+def _input_tensors(inputs: Scales | None, layer: Layer) -> dict[str, Tensor]:
+    """The static range of the inputs."""
+    if layer.activations is None or layer.activations.group != TENSOR:
+        return {}
+    if inputs is None:
+        refuse(layer.name, "its inputs have no range to be rounded to", "calibrate, or round them by token")
+    zero = {} if inputs.zero is None else {"input_zero_point": inputs.zero.reshape(1).int()}
+    return {"input_scale": inputs.scale.reshape(1).float(), **zero}

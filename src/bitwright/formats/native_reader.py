@@ -1,0 +1,292 @@
+"""The reader of bitwright's own format, in numpy, from the layout that native.py describes.
+
+It has a bit reader and level tables of its own (minifloats from their bits, the dynamic data type from its definition;
+quantiles and llama.cpp's levels are given constants), and believes nothing that a file says until it is checked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitwright.errors import FormatError, SchemeError
+from bitwright.formats.format import Read
+from bitwright.qtensor import Scales
+from bitwright.scheme import GRIDS, TENSOR, TOKEN, Scheme
+
+VERSION = 1
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FP8 = torch.float8_e4m3fn
+WEIGHTS_AT_ONCE = 1 << 20  # decoded in one go
+DAMAGED = "the file is damaged: get a good copy"
+KEYS = {"scheme", "activations", "outliers", "rotate", "modules"}
+Floats = NDArray[np.float32]
+
+
+def refuse(where: str, message: str, remedy: str = DAMAGED) -> NoReturn:
+    """FormatError that names the module."""
+    raise FormatError(message, where=where, remedy=remedy)
+
+
+def check_rotation(block: int, K: int, where: str) -> None:
+    """FormatError for a block of a Hadamard rotation that K channels cannot be cut into."""
+    if block & (block - 1) or (block and K % block):
+        refuse(where, f"{K} input channels cannot be rotated in blocks of {block}", "a power of two that divides them")
+
+
+# --------------------------------------------------------------------------------------------------------- the config
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the config says of one module."""
+
+    scheme: Scheme
+    activations: Scheme | None
+    outliers: bool
+    rotate: int
+
+
+def entry_of(config: Mapping[str, Any], name: str) -> Entry:
+    """FormatError if the config does not speak of this module, or not in this version's words.
+
+    The config has the model's names; a file of the bare model lacks their first part, or has one more.
+    """
+    version = config.get("format_version")
+    if version != VERSION or type(version) is not int:
+        refuse(name, f"format_version is {version!r}, read here is {VERSION}", "use the bitwright that wrote the file")
+    entries = config.get("modules")
+    if not isinstance(entries, list):
+        refuse(name, "the config has no list of modules")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("modules"), list) for entry in entries):
+        refuse(name, "an entry of the config's modules has no list of names")
+    found = [entry for entry in entries if name in entry["modules"]]
+    found = found or [entry for entry in entries if any(_less_prefix(other, name) for other in entry["modules"])]
+    if len(found) != 1:
+        refuse(name, f"the config says {len(found)} times, not once, how this module is quantized")
+    return _checked(found[0], name)
+
+
+def _less_prefix(other: object, name: str) -> bool:
+    """Whether one of two names is the other less its first part."""
+    return str(other).partition(".")[2] == name or name.partition(".")[2] == other
+
+
+def _checked(entry: dict[str, Any], name: str) -> Entry:
+    """An entry's values. FormatError for a key that is unknown, or a value of the wrong kind."""
+    unknown = sorted(map(str, entry.keys() - KEYS))
+    if unknown:
+        refuse(name, f"the config says things of this module that are not known here: {', '.join(unknown)}")
+    outliers, rotate = entry.get("outliers", False), entry.get("rotate", 0)
+    if type(outliers) is not bool or type(rotate) is not int:
+        refuse(name, f"outliers {outliers!r} is not true or false, or rotate {rotate!r} no block")
+    scheme = _parsed(entry.get("scheme"), name)
+    activations = _parsed(entry["activations"], name) if "activations" in entry else None
+    if scheme.group == TOKEN or not inputs_can_be(activations):
+        refuse(name, f"weights cannot be rounded to {scheme}, or inputs to {activations}")
+    return Entry(scheme, activations, outliers, rotate)
+
+
+def inputs_can_be(scheme: Scheme | None) -> bool:
+    """Whether inputs may be rounded so: by token as they come, or to one fixed range with an integer zero point."""
+    if scheme is None or scheme.group == TOKEN:
+        return True
+    return scheme.group == TENSOR and scheme.zero != "min"
+
+
+def _parsed(text: object, name: str) -> Scheme:
+    if not isinstance(text, str):
+        refuse(name, f"{text!r} is no scheme")
+    try:
+        return Scheme.parse(text)
+    except SchemeError as error:
+        raise FormatError(f"{text!r} is no scheme: {error.message}", where=name, remedy=error.remedy) from error
+
+
+# -------------------------------------------------------------------------------------------------------- the tensors
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One module's tensors as a file gives them; FormatError, naming the module, for what is missing or misshapen."""
+
+    name: str
+    read: Read
+
+    def tensor(self, suffix: str) -> Tensor:
+        """As it is."""
+        found = self.read(suffix)
+        if found is None:
+            refuse(self.name, f"lacks its tensor {suffix}")
+        return found
+
+    def take(self, suffix: str, dtype: torch.dtype, *shape: int) -> NDArray[Any]:
+        """A tensor of this type and shape: floats as float32, float8 as bytes."""
+        found = self.tensor(suffix)
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            was = f"{found.dtype} {tuple(found.shape)}"
+            refuse(self.name, f"{suffix} is {was}, where {dtype} {shape} belongs")
+        if dtype == FP8:
+            return found.view(torch.uint8).numpy()
+        array: NDArray[Any] = (found.float() if dtype.is_floating_point else found).numpy()
+        return self.finite(suffix, array)
+
+    def finite(self, suffix: str, array: NDArray[Any]) -> NDArray[Any]:
+        """The array, if all of it is."""
+        if not np.isfinite(array).all():
+            refuse(self.name, f"{suffix} holds NaN or Inf")
+        return array
+
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        N, K = self.take("weight_shape", torch.int64, 2).tolist()
+        if N < 1 or K < 1:
+            refuse(self.name, f"weight_shape says {N} × {K}")
+        return N, K
+
+    def stream(self, suffix: str, bits: int, count: int) -> NDArray[np.uint8]:
+        """`count` numbers out of one stream of words."""
+        return _numbers(self.take(suffix, torch.int32, -(-count * bits // 32))[None], bits, count)[0]
+
+    def columns(self, K: int) -> NDArray[np.int64]:
+        """The outlier columns [k]."""
+        columns = self.take("outlier_columns", torch.int32, self.tensor("outlier_columns").numel()).astype(np.int64)
+        if (np.diff(columns, prepend=-1, append=K) <= 0).any():
+            refuse(self.name, f"outlier_columns do not rise within 0..{K - 1}")
+        return columns
+
+
+def _numbers(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
+    """int32 words [R, W] -> [R, count]: number i occupies bits i·b … i·b + b − 1, which one word holds, or two."""
+    at = np.arange(count, dtype=np.int64) * bits
+    low = packed.view(np.uint32).astype(np.uint64)
+    high = np.pad(low[:, 1:], ((0, 0), (0, 1)))
+    pairs = low | high << np.uint64(32)
+    found = pairs[:, at >> 5] >> (at & 31).astype(np.uint64)
+    return (found & np.uint64((1 << bits) - 1)).astype(np.uint8)
+
+
+def minifloat(exponent: int, mantissa: int, bias: int) -> Floats:
+    """What each pattern of a small float stands for: sign, `exponent` bits, `mantissa` bits (OCP MX 1.0, 5.3)."""
+    pattern = np.arange(1 << (1 + exponent + mantissa))
+    e = pattern >> mantissa & (1 << exponent) - 1
+    fraction = (pattern & (1 << mantissa) - 1) / (1 << mantissa)
+    magnitude = np.where(e > 0, (1 + fraction) * 2.0 ** (e - bias), fraction * 2.0 ** (1 - bias))
+    return np.where(pattern >> exponent + mantissa, -magnitude, magnitude).astype(np.float32)
+
+
+def dynamic_type() -> Floats:
+    """The dynamic data type's 256 values, rising (arXiv:1511.04561): exact fractions, rounded once."""
+    found = {Fraction(0), Fraction(1)}
+    for decade in range(7):
+        parts = 1 << decade
+        for i in range(parts):
+            value = (Fraction(1, 10) + Fraction(9, 10) * Fraction(2 * i + 1, 2 * parts)) * Fraction(10) ** (decade - 6)
+            found |= {value, -value}
+    return np.array([float(value) for value in sorted(found)], dtype=np.float32)
+
+
+def _levels(scheme: Scheme) -> Floats:
+    """What each stored code stands for, before scaling. e4m3's NaN patterns repeat its largest number."""
+    bits, grid = scheme.levels.bits, scheme.grid
+    if grid == "fp8":
+        return minifloat(4, 3, 7).clip(-448, 448)
+    if grid == "fp4":
+        return minifloat(2, 1, 1)
+    if grid in ("nf4", "iq4nl"):
+        return np.array(GRIDS[grid].levels, dtype=np.float32)
+    if grid == "binary":
+        return np.array([-1, 1], dtype=np.float32)
+    return np.arange(1 << bits, dtype=np.float32) - (0 if scheme.zero == "min" else 1 << (bits - 1))
+
+
+def _table(stored: Stored, name: str, scheme: Scheme, R: int, K: int) -> Floats:
+    """Scales, or minima, [R, G] float32; the integers of a minimum stand for its negative."""
+    G, encoding, outer = _groups(scheme, K), scheme.scale, f"{name}_outer"
+    if encoding in FLOATS:
+        return stored.take(name, FLOATS[encoding], R, G)
+    if encoding == "e8m0":
+        exponents = stored.take(name, torch.uint8, R, G).astype(np.int32)
+        return np.where(exponents == 255, np.float32(0), np.ldexp(np.float32(1), exponents - 127))
+    if encoding == "e4m3":
+        local = minifloat(4, 3, 7)[stored.take(name, FP8, R, G)]
+        local[np.abs(local) > 448] = np.nan
+        return stored.finite(name, local / stored.take(outer, torch.float32, 1))
+    if encoding == "dq8":
+        index, absmax = stored.take(name, torch.uint8, R, G), stored.take(outer, torch.float32, -(-R * G // 256))
+        each = np.repeat(absmax, 256)[: R * G].reshape(R, G)
+        return dynamic_type()[index] * each + stored.take(f"{name}_mean", torch.float32, 1)
+    bits = int(encoding[1:])
+    integers = stored.stream(name, bits, R * G).reshape(R, G).astype(np.float32)
+    integers -= 1 << (bits - 1) if scheme.zero == "sym" else 0
+    each = np.repeat(stored.take(outer, torch.float16, R, -(-K // 256)), 256 // int(scheme.group), axis=1)[:, :G]
+    return -(integers * each) if name == "weight_minimum" else integers * each
+
+
+def _zeros(stored: Stored, scheme: Scheme, R: int, K: int) -> Floats | None:
+    """Minima or zero points [R, G]; None for a symmetric scheme."""
+    if scheme.zero == "sym":
+        return None
+    if scheme.zero == "min":
+        return _table(stored, "weight_minimum", scheme, R, K)
+    bits, G = scheme.levels.bits, _groups(scheme, K)
+    return stored.stream("weight_zero_point", bits, R * G).reshape(R, G).astype(np.float32) - (1 << (bits - 1))
+
+
+def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
+    """[N, K] from codes, scales and zeros, some rows at a time."""
+    bits, levels, R = scheme.levels.bits, _levels(scheme), 1 if scheme.group == TENSOR else N
+    fp8, some = scheme.grid == "fp8", max(1, WEIGHTS_AT_ONCE // K)
+    dtype, width = (FP8, K) if fp8 else (torch.int32, -(-K * bits // 32))
+    codes = stored.take("weight_codes", dtype, N, width)
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        scale, zero = _table(stored, "weight_scale", scheme, R, K), _zeros(stored, scheme, R, K)
+        w = np.empty((N, K), dtype=np.float32)
+        for here in (slice(n, n + some) for n in range(0, N, some)):
+            v = levels[codes[here] if fp8 else _numbers(codes[here], bits, K)]
+            if scheme.grid == "ternary" and (v < -1).any():
+                refuse(stored.name, "weight_codes holds a code that stands for nothing")
+            s = _spread(scale, scheme, K, here)
+            if zero is None:
+                w[here] = v * s
+            else:
+                z = _spread(zero, scheme, K, here)
+                w[here] = v * s + z if scheme.zero == "min" else (v - z) * s
+    return stored.finite("what its weights decode to", w)
+
+
+def matrix(entry: Entry, stored: Stored) -> Floats:
+    """The matrix [N, K] that one module's tensors stand for, its outlier columns included."""
+    N, K = stored.shape()
+    w = _weights(stored, entry.scheme, N, K)
+    if entry.outliers:
+        columns, found = stored.columns(K), stored.tensor("outlier_weight").dtype
+        dtype = found if found in FLOATS.values() else torch.float32
+        w[:, columns] = stored.take("outlier_weight", dtype, N, len(columns))
+    return w
+
+
+def _groups(scheme: Scheme, K: int) -> int:
+    """G."""
+    return -(-K // scheme.group) if isinstance(scheme.group, int) else 1
+
+
+def _spread(table: Floats, scheme: Scheme, K: int, here: slice) -> Floats:
+    """A value per group -> a value per weight of some rows (or a shape that broadcasts to it)."""
+    part = table if scheme.group == TENSOR else table[here]
+    return np.repeat(part, scheme.group, axis=1)[:, :K] if isinstance(scheme.group, int) else part
+
+
+def static_range(stored: Stored, scheme: Scheme | None) -> Scales | None:
+    """The range that inputs are rounded to, if it is fixed."""
+    if scheme is None or scheme.group != TENSOR:
+        return None
+    scale = torch.from_numpy(stored.take("input_scale", torch.float32, 1)).view(1, 1)
+    if scheme.zero == "sym":
+        return Scales(scale)
+    return Scales(scale, torch.from_numpy(stored.take("input_zero_point", torch.int32, 1)).float().view(1, 1))

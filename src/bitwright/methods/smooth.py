@@ -1,0 +1,71 @@
+"""SmoothQuant: what makes inputs hard to round, channels much larger than the others, moves into the weights.
+
+Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max |x|^α / max |w|^(1 − α) for each input channel, the maximum over all
+matrices that read it. The paper takes one α for a model; here each input has its own, the one whose outputs,
+with inputs and weights rounded as they will be, come nearest to the float ones on a sample of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import fit, rounded
+from bitwright.errors import RecipeError
+from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
+from bitwright.scheme import TENSOR, Scheme
+
+SMALLEST = 1e-5  # of the largest: what a channel that is never active, or never read, counts as
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """points: of the grid of α. RecipeError for none."""
+
+    points: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.points, int) or self.points < 1:
+            raise RecipeError(
+                f"a grid of {self.points} points", remedy="smooth's points must be at least 1, such as 20"
+            )
+
+    def scaling(
+        self, readers: Sequence[Reader], sample: Tensor, extremes: Tensor, reach: Tensor, peak: Tensor
+    ) -> Scaling:
+        """Channel scales for the matrices that read one input.
+
+        readers  the matrices [N, K]; those without a scheme count as float
+        sample   [S, K]: some tokens;  extremes [2, K]: least and greatest x, from which a static range follows
+        reach    [K]: max |w| over the readers, peak [K]: max |x|; the same for channels that must share a scale
+        """
+        x, w = relative(peak, SMALLEST), relative(reach, SMALLEST)
+        grid = [identity(peak)]
+        for exponent in (i / self.points for i in range(1, self.points + 1)):
+            grid.append(Scaling(centred(x**exponent / w ** (1 - exponent)), exponent))
+        some = [reader.sampled() for reader in readers]
+        meant = [sample @ reader.w.T for reader in some]
+
+        def loss(s: Tensor) -> float:
+            return sum(_missed(reader, out, sample, extremes, s) for reader, out in zip(some, meant, strict=True))
+
+        return best_scaling(grid, loss)
+
+
+def _missed(reader: Reader, meant: Tensor, sample: Tensor, extremes: Tensor, s: Tensor) -> float:
+    """Relative squared error of one matrix's outputs."""
+    w = reader.rounded(s, sample.square().mean(0) if reader.searched else None)
+    x = sample if reader.activations is None else _rounded_inputs(sample, extremes, s, reader.activations)
+    return float((x @ w.T - meant).square().sum() / meant.square().sum().clamp(min=1e-30))
+
+
+def _rounded_inputs(sample: Tensor, extremes: Tensor, s: Tensor, scheme: Scheme) -> Tensor:
+    """Q(x / s) s: the inputs as the unscaled matrix would meet them."""
+    scales = fit(extremes / s, scheme) if scheme.group == TENSOR else None
+    return rounded(sample / s, scheme, scales) * s
+
+
+def reach_of(readers: Sequence[Reader]) -> Tensor:
+    """max |w| of each input channel [K] over all matrices."""
+    return torch.stack([reader.w.abs().amax(0) for reader in readers]).amax(0)

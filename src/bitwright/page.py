@@ -1,0 +1,350 @@
+"""The page of `compare`: many methods and schemes on one model, as one HTML file that needs nothing else.
+
+`pareto` and `winner` are the rules by which candidates are judged; a table on a terminal uses the same two.
+Python computes every coordinate; `page.html` gives numbers their place and look.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from bitwright.errors import InputError, NumericsError
+
+RTN = "rtn"  # the method that the others are measured by
+# A plot's edges in pixels; ZERO is where 0 is drawn, under a logarithmic axis that ends at BOTTOM.
+LEFT, RIGHT, TOP, BOTTOM, ZERO = 44.0, 468.0, 20.0, 282.0, 304.0
+BITS = (16, 4, 2, 8, 32, 3, 1, 6, 5, 12, 24, 1.5)  # to be marked on an axis, in this order while there is room
+COLOURS, SHAPES = 8, 7  # that page.html has; the first of each is rtn's
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model before: the size and perplexity that every candidate is compared with. Its KL is 0."""
+
+    scheme: str  # "bfloat16"
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    perplexity_stderr: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method at one scheme. KL in nats a token against the original; errors are standard errors, NaN if unknown.
+
+    `statistics` says where the method took its own: "one-shot" (all at the original), "sequential" (each block's behind
+    the rounded ones before it) or "none". `seconds` leaves out the calibration pass that all share. `losses`: relative
+    output loss by module name. Raises NumericsError for a number that cannot be: a size of 0, a negative KL.
+    """
+
+    scheme: str
+    method: str
+    statistics: str
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    perplexity_stderr: float
+    kl_mean: float
+    kl_stderr: float
+    kl_p999: float
+    top1: float
+    seconds: float
+    peak_rss_bytes: int
+    losses: dict[str, float]
+    fallbacks: int
+
+    def __post_init__(self) -> None:
+        for name in ("bits_per_weight", "bytes", "perplexity", "kl_mean", "seconds", "peak_rss_bytes"):
+            value, sized = getattr(self, name), name in ("bits_per_weight", "bytes")
+            if value < 0 or (sized and not 0 < value < math.inf):
+                raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who won at a scheme: indices of candidates, and by how much.
+
+    sigmas  standard errors from the winner's KL to the runner-up's, NaN if unknown: distinguishable if > 2
+    """
+
+    scheme: str
+    best: int
+    runner_up: int | None
+    rtn: int | None
+    sigmas: float
+
+
+def pareto(candidates: Sequence[Candidate]) -> set[int]:
+    """Those for which no other has both ≤ bytes and ≤ KL, one of them strictly. Never one whose KL is not finite."""
+    return front([(c.bytes, c.kl_mean) for c in candidates])
+
+
+def front(points: Sequence[tuple[float, float]]) -> set[int]:
+    """`pareto` for any (size, cost): sorted by both, a point stays if it costs less than all before it, or is its equal."""
+    finite = [i for i, (_, cost) in enumerate(points) if math.isfinite(cost)]
+    kept: list[int] = []
+    for i in sorted(finite, key=lambda i: points[i]):
+        if not kept or points[i][1] < points[kept[-1]][1] or points[i] == points[kept[-1]]:
+            kept.append(i)
+    return set(kept)
+
+
+def schemes(candidates: Sequence[Candidate]) -> list[str]:
+    """Every scheme once, from the fewest bits to the most."""
+    names = dict.fromkeys(c.scheme for c in candidates)
+    return sorted(names, key=lambda name: min(c.bits_per_weight for c in candidates if c.scheme == name))
+
+
+def winner(candidates: Sequence[Candidate], scheme: str) -> Verdict:
+    """The winner at one scheme, where all spend about the same bits: the lowest mean KL to the original.
+
+    Ties go to fewer bytes, then to the first listed; a KL that is NaN comes last. `sigmas` is the difference to the
+    runner-up, the second lowest, in standard errors √(a² + b²), as if the two were independent. Both are measured on the
+    same text, and share its hard windows, so the true error is smaller. Raises InputError if no candidate has that scheme.
+    """
+    here = [i for i, c in enumerate(candidates) if c.scheme == scheme]
+    if not here:
+        raise InputError(
+            "no candidate has this scheme", where=scheme, remedy=f"one of {', '.join(schemes(candidates))}"
+        )
+    here.sort(key=lambda i: (_cost(candidates[i]), candidates[i].bytes))
+    best, runner_up = here[0], here[1] if len(here) > 1 else None
+    sigmas = math.nan if runner_up is None else _sigmas(candidates[best], candidates[runner_up])
+    return Verdict(scheme, best, runner_up, next((i for i in here if candidates[i].method == RTN), None), sigmas)
+
+
+def _cost(c: Candidate) -> float:
+    """The KL that candidates are ordered by."""
+    return math.inf if math.isnan(c.kl_mean) else c.kl_mean
+
+
+def _sigmas(a: Candidate, b: Candidate) -> float:
+    """How many standard errors b's KL lies above a's; no number of them reaches a KL that is not finite."""
+    if math.isfinite(a.kl_mean) and not math.isfinite(b.kl_mean):
+        return math.inf
+    difference, error = b.kl_mean - a.kl_mean, math.hypot(a.kl_stderr, b.kl_stderr)
+    if error == 0 and not math.isnan(difference):
+        return math.inf if difference > 0 else 0.0
+    return difference / error
+
+
+def number(value: float) -> str:
+    """A number that is not negative to three significant digits; a dash for what is not known."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    value = float(f"{value:.3g}")
+    if value == 0 or value >= 1000:
+        return f"{value:.0f}"
+    if value < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _bytes(value: float) -> str:
+    return f"{number(value / 1e9)} GB" if value >= 1e9 else f"{number(value / 1e6)} MB"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A logarithmic axis: `low` is drawn at pixel `start`, `high` at `end`; what is not finite at `end`, 0 at `zero`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    zero: float
+
+    def at(self, value: float) -> float:
+        """The pixel of a value."""
+        if not math.isfinite(value):
+            return self.end
+        if value <= 0:
+            return self.zero
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return round(self.start + min(max(share, 0), 1) * (self.end - self.start), 1)
+
+
+def axis(values: Sequence[float], pads: tuple[float, float], start: float, end: float, zero: float) -> Axis:
+    """An axis over all values above 0, wider by shares of its length; one value alone gets a factor of 2 either way."""
+    known = [value for value in values if math.isfinite(value) and value > 0] or [1e-3, 1]
+    low, high = min(known), max(known)
+    low, high = (low / 2, high * 2) if high < 1.001 * low else (low, high)
+    return Axis(low * (high / low) ** -pads[0], high * (high / low) ** pads[1], start, end, zero)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """A few round numbers from low to high, for a logarithmic axis: decades if they are three, else finer and finer."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for marks in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        found = [float(f"{mark}e{e}") for e in decades for mark in marks if low <= float(f"{mark}e{e}") <= high]
+        if len(found) >= 3:
+            return found[:: math.ceil(len(found) / 7)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(step for step in (power, power / 2, power / 5) if (high - low) / step >= 4 or step == power / 5)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a plot, with the ends of its error bar where the error is known; or a tick with its text."""
+
+    x: float
+    y: float
+    bar: tuple[float, float] | None = None
+    text: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Size against a cost, in pixels: `points` are in the candidates' order, `front` in that of size."""
+
+    points: list[Mark]
+    original: Mark
+    front: list[int]
+    x_ticks: list[Mark]
+    y_ticks: list[Mark]
+
+
+def plot(candidates: Sequence[Candidate], original: Original, cost: str, stderr: str, base: float) -> Plot:
+    """Size against the fields `cost` ± 2 `stderr`. `base` is the original's cost; if it is 0, there is a place for 0.
+
+    Else the axis ends at three times the original's: the rest, and what is not finite, stands on its edge under an arrow.
+    """
+    pairs = [(getattr(c, cost), 2 * getattr(c, stderr)) for c in candidates]
+    bottom, pads = (ZERO, (0.1, 0.05)) if base else (BOTTOM, (0.05, 0.05))
+    most = 3 * base if base > 0 else math.inf
+    shown = [base, *(end for value, error in pairs for end in (value, value + error) if end <= most)]
+    y = axis(shown, pads, bottom, TOP, ZERO)
+    x = axis([original.bits_per_weight, *(c.bits_per_weight for c in candidates)], (0.26, 0.07), LEFT, RIGHT, LEFT)
+    points = []
+    for c, (value, error) in zip(candidates, pairs, strict=True):
+        known = value > 0 and math.isfinite(value + error)
+        bar = (y.at(max(value - error, y.low)), y.at(value + error)) if known else None
+        points.append(Mark(x.at(c.bits_per_weight), y.at(value), bar, () if value <= y.high else ("↑",)))
+    on = front([(c.bytes, value) for c, (value, _) in zip(candidates, pairs, strict=True)])
+    star = Mark(x.at(original.bits_per_weight), y.at(base))
+    y_ticks = [Mark(LEFT, y.at(t), text=(f"{t:g}".replace("e-0", "e-"),)) for t in ticks(y.low, y.high)]
+    return Plot(points, star, sorted(on, key=lambda i: candidates[i].bytes), _sizes(x, original), y_ticks)
+
+
+def _sizes(x: Axis, original: Original) -> list[Mark]:
+    """Ticks of bits per weight, with the bytes that they amount to, far enough from each other to be read."""
+    bits = [float(tick) for tick in BITS if x.low <= tick <= x.high]
+    marks: list[Mark] = []
+    for tick in bits if len(bits) > 2 else ticks(x.low, x.high):
+        text = f"{tick:g}", _bytes(tick * original.bytes / original.bits_per_weight)
+        if all(abs(x.at(tick) - mark.x) >= 54 for mark in marks):
+            marks.append(Mark(x.at(tick), ZERO, text=text))
+    return marks
+
+
+Place = tuple[bool, str, int, str]  # outside of any block, what the blocks are called, which one, the kind of matrix
+
+
+def _place(module: str) -> Place:
+    """model.layers.3.mlp.down_proj -> block 3 of model.layers, kind mlp.down_proj. Experts' numbers become a star."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 10]
+    if not numbers:
+        return True, "", 0, module
+    at = numbers[0]
+    kind = ["*" if i in numbers else part for i, part in enumerate(parts)][at + 1 :]
+    return False, ".".join(parts[:at]), int(parts[at]), ".".join(kind)
+
+
+def heat(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Losses for the script: block by block (rows), kind by kind (columns), one flat list of cells a candidate.
+
+    A cell is None, a loss, or [mean, count, worst, its module] where a block has several of a kind, such as experts.
+    """
+    places = {module: _place(module) for c in candidates for module in c.losses}
+    rows = {row: r for r, row in enumerate(sorted({place[:3] for place in places.values()}))}
+    columns = {kind: k for k, kind in enumerate(dict.fromkeys(place[3] for place in places.values()))}
+    at = {place: rows[place[:3]] * len(columns) + columns[place[3]] for place in places.values()}
+    tables = [[None] * (len(rows) * len(columns)) for _ in candidates]
+    for table, c in zip(tables, candidates, strict=True):
+        found: dict[Place, list[tuple[float, str]]] = defaultdict(list)
+        for module, loss in c.losses.items():
+            found[places[module]].append((float(f"{loss:.4g}"), module))
+        for place, here in found.items():
+            table[at[place]] = _cell(here)
+    named = [["" if outside else f"{name}.{number}".strip("."), number] for outside, name, number in rows]
+    return {"rows": named, "columns": list(columns), "cells": tables, "schemes": [c.scheme for c in candidates]}
+
+
+def _cell(here: list[tuple[float, str]]) -> Any:
+    """What is not finite becomes None: JSON has no word for it."""
+    mean = sum(loss for loss, _ in here) / len(here)
+    known = mean if math.isfinite(mean) else None
+    return known if len(here) == 1 or known is None else [mean, len(here), *max(here)]
+
+
+def best(candidates: Sequence[Candidate]) -> set[tuple[int, str]]:
+    """(index, field) of the best values of each scheme: of KL, its tail and perplexity the lowest, of top 1 the highest."""
+    found = set()
+    for scheme in schemes(candidates):
+        here = [(i, c) for i, c in enumerate(candidates) if c.scheme == scheme]
+        for field, choose in (("kl_mean", min), ("kl_p999", min), ("perplexity", min), ("top1", max)):
+            known = [value for _, c in here if not math.isnan(value := getattr(c, field))]
+            found |= {(i, field) for i, c in here if known and getattr(c, field) == choose(known)}
+    return found
+
+
+def _names(candidates: Sequence[Candidate]) -> list[str]:
+    """The methods, with where their statistics are from if a method comes with several."""
+    kinds = defaultdict(set)
+    for c in candidates:
+        kinds[c.method].add(c.statistics)
+    return [c.method if len(kinds[c.method]) == 1 else f"{c.method} ({c.statistics})" for c in candidates]
+
+
+def _markers(candidates: Sequence[Candidate]) -> dict[str, tuple[int, int]]:
+    """Each method's colour and shape, in order of appearance; together they do not repeat for 42 methods."""
+    others = [method for method in dict.fromkeys(c.method for c in candidates) if method != RTN]
+    return {RTN: (0, 0)} | {m: (1 + i % (COLOURS - 1), 1 + i % (SHAPES - 1)) for i, m in enumerate(others)}
+
+
+def headline(
+    verdicts: list[Verdict], candidates: list[Candidate], names: list[str]
+) -> dict[tuple[Any, ...], list[str]]:
+    """The page's first sentence: (a candidate of the winning method, what it does, a reservation) -> at which schemes."""
+    found: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for v in verdicts:
+        does, but = "wins", ""
+        if not math.isfinite(candidates[v.best].kl_mean):
+            does, but = "comes first", ", but no KL is finite"
+        elif v.runner_up is None:
+            does = "is alone"
+        elif not v.sigmas > 2:
+            does, but = "leads", f", not distinguishable from {names[v.runner_up]}"
+        found[names.index(names[v.best]), does, but].append(v.scheme)
+    return found
+
+
+def page(
+    *, model: str, reference: Original, candidates: list[Candidate], shared_seconds: float, notes: list[str],
+    command: str,
+) -> str:  # fmt: skip
+    """A whole HTML document. InputError if there is no candidate."""
+    if not candidates:
+        raise InputError("nothing to compare", where=model, remedy="name at least one scheme and one method")
+    verdicts = [winner(candidates, scheme) for scheme in schemes(candidates)]
+    order = {verdict.scheme: place for place, verdict in enumerate(verdicts)}
+    names = _names(candidates)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        model=model, original=reference, candidates=candidates, shared_seconds=shared_seconds, notes=notes,
+        command=command, verdicts=verdicts, names=names, markers=_markers(candidates), number=number, size=_bytes,
+        ranked=sorted(range(len(candidates)), key=lambda i: (order[candidates[i].scheme], _cost(candidates[i]))),
+        kl=plot(candidates, reference, "kl_mean", "kl_stderr", 0.0),
+        perplexity=plot(candidates, reference, "perplexity", "perplexity_stderr", reference.perplexity),
+        best=best(candidates), headline=headline(verdicts, candidates, names), heat=heat(candidates),
+        edges=(LEFT, RIGHT, TOP, BOTTOM, ZERO), chosen=verdicts[0].best,
+    )  # fmt: skip

@@ -1,0 +1,11 @@
+"""Which weights to remove: (w, gram, *, sparsity or pattern, options) -> Pruned."""
+
+from collections.abc import Callable
+
+from bitwright.sparsity.magnitude import Pruned, magnitude
+from bitwright.sparsity.obs import prune
+from bitwright.sparsity.wanda import wanda
+
+PRUNERS: dict[str, Callable[..., Pruned]] = {"magnitude": magnitude, "wanda": wanda, "obs": prune}
+
+__all__ = ["PRUNERS", "Pruned", "magnitude", "prune", "wanda"]
