@@ -1,6 +1,6 @@
 """Give a Llama outlier channels, as large models have them, without changing what it computes.
 
-    python -m bench.make_outliers MODEL OUT [--channels 3] [--factor 32]
+    python -m bench.make_outliers MODEL OUT [--channels 3] [--factor 64]
 
 The same few channels of every norm that the blocks read are multiplied by the factor, and the matching columns of the
 matrices behind it divided. A power of two changes no digit of either, so the float model is the same to the bit.
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--factor", type=float, default=32)
+    parser.add_argument("--factor", type=float, default=64)
     args = parser.parse_args()
     source = Checkpoint(args.model)
     tensors = {name: source.read(name) for name in source.tensors}

@@ -163,7 +163,9 @@ def test_the_largest_finite_numbers_are_finite() -> None:
     values, n = histogram.points()
     assert values.isfinite().all() and n.sum() == 4
     assert (values[0], values[-1]) == (-top, top)
-    assert math.isfinite(RANGES["kl"](histogram, INT8)[1])
+    edge, below = ranges._distribution(histogram)
+    assert edge[-1] == -edge[0] == top and (edge.diff() > 0).all()
+    assert below[-1] == 4 and below[1] == 1
 
 
 def test_state_survives_safetensors() -> None:
@@ -303,6 +305,14 @@ def test_mse_clips_the_smaller_side_alone_where_that_pays() -> None:
     x[::25, 0] = -3.0
     low, high = RANGES["mse"](seen(torch.cat([x, 4 - x.clamp(min=0)])), ASYM4)
     assert low > -1.5 and high > 3.5
+
+
+def test_a_cut_that_costs_more_is_not_made() -> None:
+    limit, coarse = torch.tensor([-1.0, 2.0]).double(), torch.tensor([1.0, 0.5]).double()
+    best = 0.5, torch.tensor([-0.3, 0.7]).double()
+    assert ranges._cut(lambda low, high: torch.ones_like(low), limit, best, ranges.HIGH, coarse) == best
+    cost, found = ranges._cut(lambda low, high: (high - 1.05).abs(), limit, best, ranges.HIGH, coarse)
+    assert cost < 2e-3 and found.tolist() == pytest.approx([-0.3, 1.05], rel=2e-3)
 
 
 def test_mse_of_inputs_all_below_zero() -> None:

@@ -58,7 +58,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; `refused`: combinations that cannot be, with the reason; `as_dict` is the JSON."""
+    """What `compare` found.
+
+    refused: combinations that cannot be, with the reason. shared_seconds: plans and the calibration pass;
+    original_seconds: the float model's own evaluation; seconds: all together.
+    """
 
     out: Path
     original: Original
@@ -66,14 +70,16 @@ class Comparison:
     refused: list[str]
     notes: list[str]
     shared_seconds: float
+    original_seconds: float
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """{out, page, original, candidates, refused, notes, shared_seconds, seconds}."""
+        """{out, page, original, candidates, refused, notes, shared_seconds, original_seconds, seconds}."""
         return {
             "out": str(self.out), "page": str(self.out / PAGE), "original": asdict(self.original),
             "candidates": [asdict(one) for one in self.candidates], "refused": self.refused, "notes": self.notes,
-            "shared_seconds": round(self.shared_seconds, 2), "seconds": round(self.seconds, 2),
+            "shared_seconds": round(self.shared_seconds, 2), "original_seconds": round(self.original_seconds, 2),
+            "seconds": round(self.seconds, 2),
         }  # fmt: skip
 
 
@@ -123,11 +129,13 @@ def compare(
     shared = store or work / "statistics"
     meter = _Meter(progress, contests)
     notes = _take_statistics(contests, shared, settings, meter)
-    original = _original(model, settings)
     shared_seconds = time.monotonic() - begun
+    original = _original(model, settings)
+    original_seconds = time.monotonic() - begun - shared_seconds
     candidates = [_candidate(contest, model, work, shared, settings, meter) for contest in contests]
     done = Comparison(
-        out, original, candidates, refused, [*refused, *notes], shared_seconds, time.monotonic() - begun
+        out, original, candidates, refused, [*refused, *notes], shared_seconds, original_seconds,
+        time.monotonic() - begun
     )  # fmt: skip
     _finish(done, model, work, command)
     return done

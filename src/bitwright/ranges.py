@@ -62,8 +62,8 @@ class Histogram:
         if not len(flat):
             return
         low, high, tokens = math.inf, -math.inf, len(flat) // x.shape[-1] if x.ndim else 1
-        for chunk in flat.split(CHUNK):
-            least, most = _finite_extremes(chunk.float(), self.where)
+        for chunk in (part.float() for part in flat.split(CHUNK)):
+            least, most = _finite_extremes(chunk, self.where)
             low, high = min(low, least), max(high, most)
             counts += torch.bincount(bin_of(chunk), minlength=2 * BINS).cpu()
         self.merge(Histogram(self.where, self.momentum, counts.view(2, BINS), low, high, low, high, tokens, batches=1))
