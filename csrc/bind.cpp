@@ -21,6 +21,7 @@ using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // int8 or uint8
+using Values = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32 or bfloat16
 using Groups = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 const Kernels *chosen = available()[0];
@@ -37,6 +38,15 @@ void shaped(const Array &array, size_t rows, size_t columns, const char *message
 int8_t *bytes_of(Codes &codes) {
     require(codes.dtype().bits == 8, "codes must be int8 or uint8");
     return (int8_t *)codes.data();
+}
+
+// Whether the numbers are bfloat16; they are float32 otherwise.
+bool is_half(const Values &values) {
+    using nb::dlpack::dtype_code;
+    nb::dlpack::dtype type = values.dtype();
+    bool half = type.code == (uint8_t)dtype_code::Bfloat && type.bits == 16;
+    require(half || (type.code == (uint8_t)dtype_code::Float && type.bits == 32), "values must be float32 or bfloat16");
+    return half;
 }
 
 template <class Array>
@@ -77,7 +87,7 @@ void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector fact
     Search a{w.data(), weight.data(), shrink.data(), factor.data(), scale.data(), zero ? zero->data() : nullptr,
              (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
     nb::gil_scoped_release unlocked;
-    size_t n = LANES;
+    size_t n = MOST_LANES;
     while (n < (size_t)g) n *= 2;
     share_out(N, 16, threads, [&](ptrdiff_t first, ptrdiff_t last) {
         chosen->search(f, a, scratch(5 * n).data(), first, last);
@@ -99,8 +109,8 @@ void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups grou
     Visit a{aim.data(), original.data(), spread.data(), scale.data(), data_of(zero), group.data(), bytes_of(codes),
             errors.data(), (ptrdiff_t)n, (ptrdiff_t)N};
     nb::gil_scoped_release unlocked;
-    share_out(N, 4 * LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->visit(f, a, scratch(3 * n * LANES).data(), first, last);
+    share_out(N, 4 * MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->visit(f, a, scratch(3 * n * MOST_LANES).data(), first, last);
     });
 }
 
@@ -117,8 +127,39 @@ void sweep(const Format &f, Out decoded, Out pull, Codes codes, Out scale, std::
     Sweep a{decoded.data(), pull.data(), bytes_of(codes), scale.data(), data_of(zero), H.data(), curvature.data(), ridge,
             solve, (ptrdiff_t)n, (ptrdiff_t)N, g, begin};
     nb::gil_scoped_release unlocked;
-    share_out(N, 4 * LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->sweep(f, a, scratch(6 * n * LANES).data(), first, last);
+    share_out(N, 4 * MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->sweep(f, a, scratch(6 * n * MOST_LANES).data(), first, last);
+    });
+}
+
+void tune(const Format &f, Matrix w, Matrix base, Out offset, Out square, Matrix start, Out scale, Out stretch,
+          Out stretch_square, std::optional<Matrix> zero, std::optional<Values> gradient, Values decoded, ptrdiff_t g,
+          bool movable, float rate, float scale_rate, float fresh, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
+    require(g > 0 && f.levels == 0, "g must be above 0, codes integers");
+    shaped(base, N, K, "base must be [N, K]");
+    shaped(offset, N, K, "offset must be [N, K]");
+    shaped(square, N, K, "square must be [N, K]");
+    shaped(decoded, N, K, "decoded must be [N, K]");
+    shaped(start, N, G, "start must be [N, G]");
+    shaped(scale, N, G, "scale must be [N, G]");
+    shaped(stretch, N, G, "stretch must be [N, G]");
+    shaped(stretch_square, N, G, "stretch_square must be [N, G]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, N, G, "zero must be [N, G]");
+    bool half = is_half(decoded);
+    if (gradient) {
+        shaped(*gradient, N, K, "gradient must be [N, K]");
+        require(is_half(*gradient) == half, "gradient must be of the type of decoded");
+    }
+    Tune a{w.data(), base.data(), offset.data(), square.data(), start.data(), scale.data(), stretch.data(),
+           stretch_square.data(), data_of(zero), gradient ? gradient->data() : nullptr, decoded.data(), half, movable,
+           rate, scale_rate, fresh, (ptrdiff_t)K, g};
+    nb::gil_scoped_release unlocked;
+    size_t n = MOST_LANES;
+    while (n < (size_t)g) n *= 2;
+    share_out(N, 16, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->tune(f, a, scratch(n).data(), first, last);
     });
 }
 
@@ -152,6 +193,10 @@ NB_MODULE(_native, m) {
     m.def("sweep", &sweep, "format"_a, "decoded"_a.noconvert(), "pull"_a.noconvert(), "codes"_a.noconvert(),
           "scale"_a.noconvert(), "zero"_a.noconvert().none(), "H"_a.noconvert(), "curvature"_a.noconvert(), "ridge"_a,
           "solve"_a, "g"_a, "begin"_a, "threads"_a);
+    m.def("tune", &tune, "format"_a, "w"_a.noconvert(), "base"_a.noconvert(), "offset"_a.noconvert(), "square"_a.noconvert(),
+          "start"_a.noconvert(), "scale"_a.noconvert(), "stretch"_a.noconvert(), "stretch_square"_a.noconvert(),
+          "zero"_a.noconvert().none(), "gradient"_a.noconvert().none(), "decoded"_a.noconvert(), "g"_a, "movable"_a,
+          "rate"_a, "scale_rate"_a, "fresh"_a, "threads"_a);
     m.def("names", &names);
     m.def("choose", &choose, "name"_a);
     m.def("current", [] { return std::string(chosen->name); });

@@ -64,11 +64,28 @@ struct Sweep {
     ptrdiff_t n, N, g, begin;  // begin: the first column's place in K
 };
 
+// One step of AutoRound on a matrix: its knobs against the gradient, then what they stand for; methods/autoround.py.
+struct Tune {
+    const float *w, *base;  // [N, K]
+    float *offset, *square; // [N, K] in and out; square: of the offset's gradient, a running mean
+    const float *start;     // [N, G] scales before any stretch
+    float *scale;           // [N, G] in and out: as they are stored now
+    float *stretch, *stretch_square;  // [N, G] in and out
+    const float *zero;      // [N, G] or null
+    const void *gradient;   // [N, K] of the decoded weights, or null: only decode
+    void *decoded;          // [N, K] out
+    bool half;              // the two are bfloat16, otherwise float32
+    bool movable;           // whether scales may move
+    float rate, scale_rate, fresh;  // steps; the share of the new gradient in the running mean
+    ptrdiff_t K, g;
+};
+
 struct Kernels {
     const char *name;
     void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
@@ -76,6 +93,6 @@ extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
 // The instruction sets that were compiled in and that this CPU has, best first; a null ends the list.
 const Kernels *const *available();
 
-constexpr int LANES = 16;  // rows side by side
+constexpr int MOST_LANES = 16;  // numbers side by side; no instruction set has more
 
 }  // namespace bitwright

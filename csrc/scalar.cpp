@@ -2,9 +2,11 @@
 
 namespace bitwright {
 namespace {
+constexpr int LANES = 4;
 #include "rounding.h"
 #include "search.h"
 #include "columns.h"
+#include "tuning.h"
 }
-extern const Kernels scalar_kernels{"scalar", search, visit, sweep};
+extern const Kernels scalar_kernels{"scalar", search, visit, sweep, tune};
 }  // namespace bitwright

@@ -9,11 +9,13 @@ from torch import Tensor
 
 import bitwright.tuning
 from bitwright.api import evaluate, quantize
-from bitwright.codec import code_range, decode, encode, fit, group_view, is_signed
-from bitwright.errors import RecipeError
+from bitwright.codec import code_range, decode, encode, group_view, is_signed
+from bitwright.errors import RecipeError, SchemeError
+from bitwright.kernels import rounding
+from bitwright.kernels.rounding import Knobs
 from bitwright.ledger import from_jsonl
 from bitwright.methods import gptq, rtn
-from bitwright.methods.autoround import Options, _Knobs, _place, _StraightThrough, autoround, tune
+from bitwright.methods.autoround import MEMORY, Options, _slopes, autoround, knobs_of, move, result, tune
 from bitwright.recipe import Recipe, Rule
 from bitwright.scheme import Scheme
 from conftest import make_checkpoint
@@ -44,34 +46,69 @@ def test_untouched_knobs_are_the_start(text: str, K: int) -> None:
     w, _, gram = problem(K=K)
     scheme = Scheme.parse(text)
     for start in (gptq(w, gram, scheme).q, rtn(w, None, scheme).q):
-        knobs = _Knobs(w, start)
-        assert torch.equal(knobs.result().codes, start.codes)
-        assert torch.equal(knobs.result().scales.scale, start.scales.scale)
-        torch.testing.assert_close(knobs.decoded().detach(), decode(start), rtol=0, atol=1e-6)
+        knobs = knobs_of(w, start, torch.float32)
+        assert torch.equal(result(knobs, start).codes, start.codes)
+        assert torch.equal(result(knobs, start).scales.scale, start.scales.scale)
+        torch.testing.assert_close(knobs.decoded.detach(), decode(start), rtol=0, atol=1e-6)
+        half = knobs_of(w, start, torch.bfloat16)
+        assert torch.equal(half.decoded, knobs.decoded.bfloat16())
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "int3-g32-asym", "int2-g32-min", "int2-g32"])
-def test_the_gradient_is_that_of_a_straight_through_estimator(text: str) -> None:
-    w, _, _ = problem()
-    scheme = Scheme.parse(text)
-    scales = fit(w, scheme)
-    v, s0 = group_view(w, scheme), scales.scale[..., None]
-    zero = torch.zeros(()) if scales.zero is None else scales.zero[..., None]
-    lo, hi = code_range(scheme)
-    base = 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
-    offset = (0.8 * torch.randn(v.shape, generator=torch.Generator().manual_seed(4))).requires_grad_()
-    stretch = torch.zeros_like(s0, requires_grad=True)
-    mine = _StraightThrough.apply(v, base, offset, stretch, s0, s0, zero, scheme)  # type: ignore[no-untyped-call]
-    scale = s0 * (1 + stretch)
-    place = _place(v, scale, zero, scheme) + base + offset
+def placed_at_random(w: Tensor, scheme: Scheme) -> Knobs:
+    """Knobs whose weights lie anywhere among the codes, some of them beyond the last."""
+    generator = torch.Generator().manual_seed(3)
+    k = knobs_of(w, rtn(w, None, scheme).q, torch.float32)
+    k.base.add_(0.8 * torch.randn(w.shape, generator=generator))
+    k.offset.add_(0.4 * (torch.rand(w.shape, generator=generator) - 0.5))
+    return k
+
+
+def by_autograd(k: Knobs, upstream: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What knobs decode to, and the gradients of offset and stretch, with rounding that passes gradients on."""
+    offset, stretch = k.offset.clone().requires_grad_(), torch.zeros_like(k.start).requires_grad_()
+    scale = (k.start * (1 + stretch))[..., None]
+    zero = torch.zeros(()) if k.zero is None else k.zero[..., None]
+    v, lo, hi = group_view(k.w, k.scheme), *code_range(k.scheme)
+    place = ((v - zero) / scale if k.scheme.zero == "min" else v / scale + zero) + group_view(k.base + offset, k.scheme)
     codes = (place + (torch.round(place) - place).detach()).clamp(lo, hi)
-    theirs = codes * scale + zero if scheme.zero == "min" else (codes - zero) * scale
-    torch.testing.assert_close(mine, theirs)
-    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(5))
-    found = torch.autograd.grad(mine, (offset, stretch), upstream)
-    expected = torch.autograd.grad(theirs, (offset, stretch), upstream)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    decoded = (codes * scale + zero if k.scheme.zero == "min" else (codes - zero) * scale).flatten(1)[:, : k.w.shape[1]]
+    return decoded.detach(), torch.autograd.grad(decoded, (offset, stretch), upstream)
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "int3-g32-asym", "int2-g32-min", "int2-g32", "int3-channel"])
+@pytest.mark.parametrize("K", [96, 80])
+def test_the_gradient_is_that_of_a_straight_through_estimator(text: str, K: int) -> None:
+    w, _, _ = problem(K=K)
+    k = placed_at_random(w, Scheme.parse(text))
+    move(k, None)
+    upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(5))
+    decoded, expected = by_autograd(k, upstream)
+    torch.testing.assert_close(k.decoded.detach(), decoded, rtol=1e-4, atol=1e-6)
+    to_offset, to_stretch = _slopes(k, group_view(upstream, k.scheme))
+    torch.testing.assert_close(to_offset.flatten(1)[:, :K], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(to_stretch, expected[1], rtol=1e-4, atol=1e-5)
+    assert 0.01 < (to_offset == 0).float().mean() < 0.9  # some are clamped, some are not
+
+
+@pytest.mark.parametrize("torch_only", [False, True])
+def test_a_step_is_the_gradient_over_its_root_mean_square(torch_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch_only:
+        monkeypatch.setattr(rounding, "handles", lambda *_: False)
+    w, _, _ = problem()
+    k = placed_at_random(w, Scheme.parse("int3-g32-asym-f32"))
+    squares = [torch.zeros(w.shape, dtype=torch.float64), torch.zeros(k.scale.shape, dtype=torch.float64)]
+    for step in range(3):
+        before = k.offset.clone(), k.stretch.clone()
+        upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
+        slopes = _slopes(k, group_view(upstream, k.scheme))
+        expected = (slopes[0].flatten(1).double(), slopes[1].double())
+        move(k, upstream, rate=0.003, scale_rate=0.0002)
+        for i, (now, rate) in enumerate(((k.offset, 0.003), (k.stretch, 0.0002))):
+            squares[i] = MEMORY * squares[i] + (1 - MEMORY) * expected[i].square()
+            moved = -rate * expected[i] / squares[i].sqrt().clamp(min=1e-30)
+            moved = (before[i] + moved).clamp(-0.5, 0.5) - before[i] if i == 0 else moved
+            torch.testing.assert_close((now - before[i]).double(), moved, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(k.scale, k.start * (1 + k.stretch), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "int3-g32-asym", "int2-g32", "q4_k"])
@@ -118,6 +155,37 @@ def test_seeded_and_pure() -> None:
     assert tune(linear, x, x @ w.T, {"a": w}, {"a": start}, Options(iterations=0))["a"] is start
 
 
+def test_in_bfloat16_as_in_float32() -> None:
+    w, x, _ = problem()
+    start = rtn(w, None, Scheme.parse("int3-g32")).q
+    short, targets = x.bfloat16(), (x @ w.T).bfloat16()
+    found = tune(linear, short, targets, {"a": w}, {"a": start}, Options(iterations=60))["a"]
+    assert error(w, decode(found), x) < 0.9 * error(w, decode(start), x)
+
+
+def test_gradients_that_are_not_finite_are_an_error() -> None:
+    w, x, _ = problem()
+    start = rtn(w, None, Scheme.parse("int4-g32")).q
+    with pytest.raises(SchemeError, match="not finite"):
+        tune(linear, x, torch.full_like(x @ w.T, torch.nan), {"a": w}, {"a": start}, Options(iterations=2))
+
+
+@pytest.mark.parametrize("torch_only", [False, True])
+def test_a_matrix_that_lies_the_other_way_round(torch_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient comes transposed in memory."""
+    if torch_only:
+        monkeypatch.setattr(rounding, "handles", lambda *_: False)
+    w, x, _ = problem()
+    start = rtn(w, None, Scheme.parse("int3-g32")).q
+
+    def other(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.addmm(torch.zeros(len(w)), x.reshape(-1, x.shape[-1]), matrices["a"].T).view(*x.shape[:-1], -1)
+
+    found = [tune(f, x, x @ w.T, {"a": w}, {"a": start}, Options(20))["a"] for f in (linear, other)]
+    assert (found[0].codes != found[1].codes).float().mean() < 0.01
+    assert (found[0].codes != start.codes).float().mean() > 0.01
+
+
 def test_refusals() -> None:
     w, _, gram = problem()
     with pytest.raises(RecipeError, match="integer codes"):
@@ -134,7 +202,7 @@ def test_refusals() -> None:
     with pytest.raises(RecipeError, match="different options"):
         _ = Recipe(rules).windows_at_once
     assert Recipe.uniform("int4-g32", "gptq").windows_at_once is None
-    assert Recipe.uniform("int4-g32", "autoround").windows_at_once == 8
+    assert Recipe.uniform("int4-g32", "autoround").windows_at_once == 1
 
 
 def write_recipe(folder: Path, *rules: tuple[str, str, str]) -> Path:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 from bitwright import kernels
 from bitwright.codec import decode, folded
 from bitwright.kernels import rounding
+from bitwright.kernels.rounding import Knobs
 from bitwright.loss import loss
+from bitwright.methods.autoround import knobs_of, move
 from bitwright.methods.descend import descend
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
@@ -130,6 +133,31 @@ def test_descent_is_the_same_under_every_instruction_set(text: str) -> None:
     assert all(same(found[0], other) for other in found)
 
 
+INTEGERS = [text for text in SCHEMES if Scheme.parse(text).levels.levels is None]
+
+
+def stepped(text: str, N: int, K: int, dtype: torch.dtype) -> Knobs:
+    """AutoRound's knobs after six steps against gradients made up."""
+    w, generator = weights(N, K), torch.Generator().manual_seed(2)
+    k = knobs_of(w, rtn(w, None, Scheme.parse(text)).q, dtype)
+    for _ in range(6):
+        gradient = 1e-3 * torch.randn(N, K, generator=generator)
+        gradient[:, 7] = 0
+        move(k, gradient.to(dtype), rate=0.1, scale_rate=0.01)
+    return k
+
+
+@pytest.mark.parametrize("text", INTEGERS)
+@pytest.mark.parametrize(("N", "K"), [(37, 512), (16, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuning_gives_the_same_bits(isa: str, text: str, N: int, K: int, dtype: torch.dtype) -> None:
+    found, expected = stepped(text, N, K, dtype), in_torch(lambda: stepped(text, N, K, dtype))
+    for name in ("base", "offset", "square", "scale", "stretch", "stretch_square", "decoded"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert (found.offset.abs() == 0.5).any() and (found.offset == 0)[:, 7].all()
+    assert (found.scale != found.start).any() == found.movable
+
+
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads: int) -> None:
@@ -200,6 +228,27 @@ def test_shapes_are_checked() -> None:
         rounding.visit(**(good | {"aim": torch.zeros(32, 8, dtype=torch.float64)}))
     with pytest.raises(ValueError, match="weight must have K entries"):
         rounding.search(torch.zeros(2, 64), torch.ones(63), scheme, [1.0])
+
+
+@needs_native
+def test_shapes_of_tuning_are_checked() -> None:
+    w, text = torch.randn(8, 64), "int4-g32-asym"
+    good = knobs_of(w, rtn(w, None, Scheme.parse(text)).q, torch.float32)
+    rates = {"rate": 0.1, "scale_rate": 0.1, "fresh": 0.1}
+    rounding.tune(good, torch.zeros(8, 64), **rates)
+    wrong = torch.zeros(8, 63)
+    for name in ("base", "offset", "square", "start", "scale", "stretch", "stretch_square", "zero", "decoded"):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            rounding.tune(replace(good, **{name: wrong}), None, **rates)
+    with pytest.raises(ValueError, match="gradient must be"):
+        rounding.tune(good, wrong, **rates)
+    for bad in ({"zero": None}, {"scheme": Scheme.parse("int4-g32")}):
+        with pytest.raises(ValueError, match="zero goes"):
+            rounding.tune(replace(good, **bad), None, **rates)
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        rounding.tune(replace(good, decoded=torch.zeros(8, 64, dtype=torch.float64)), None, **rates)
+    with pytest.raises(ValueError, match="codes integers"):
+        rounding.tune(replace(good, scheme=Scheme.parse("nf4-g32")), None, **rates)
 
 
 def test_what_the_extension_does_not_know_stays_in_torch() -> None:

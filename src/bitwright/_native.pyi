@@ -51,6 +51,26 @@ def sweep(
     begin: int,
     threads: int,
 ) -> None: ...
+def tune(
+    format: Format,
+    w: Tensor,
+    base: Tensor,
+    offset: Tensor,
+    square: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    stretch: Tensor,
+    stretch_square: Tensor,
+    zero: Tensor | None,
+    gradient: Tensor | None,
+    decoded: Tensor,
+    g: int,
+    movable: bool,
+    rate: float,
+    scale_rate: float,
+    fresh: float,
+    threads: int,
+) -> None: ...
 def names() -> list[str]: ...
 def choose(name: str) -> None: ...
 def current() -> str: ...

@@ -1,10 +1,11 @@
-"""Rounding in native code: the scale search, GPTQ's visit of columns, a sweep of coordinate descent.
+"""Rounding in native code: the scale search, GPTQ's visit of columns, a sweep of coordinate descent, AutoRound's step.
 
-Each function does what its torch twin does (methods/search.py, gptq.py, descend.py), in place of it where `handles` says
-so. The first two give the same bits as their twins; the sweep adds up in another order, so its codes may differ where
-two are equally good.
+Each function does what its torch twin does (methods/search.py, gptq.py, descend.py, autoround.py), in place of it where
+`handles` says so. All give the same bits as their twins but the sweep: that adds up in another order, so its codes may
+differ where two are equally good.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -107,4 +108,43 @@ def sweep(
     native.sweep(
         _format(scheme), decoded, pull, codes, scale, zero, H.contiguous(), curvature, ridge, solve, g, begin,
         torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What AutoRound tunes of one matrix, and what that stands for; all but w, base, start and zero change in place.
+
+    w, base         [N, K] the float weights; what is added to each, in codes, so that it starts at the start's code
+    offset, stretch [N, K] and [N, G] the knobs: added to w in codes; the relative change of scales
+    square, stretch_square: the running means of their gradients' squares
+    start, scale    [N, G] scales before any stretch, and as they are stored now; zero [N, G] or None
+    decoded         [N, K] float32 or bfloat16, the weights that the knobs stand for
+    movable         whether scales may move
+    """
+
+    scheme: Scheme
+    w: Tensor
+    base: Tensor
+    offset: Tensor
+    square: Tensor
+    start: Tensor
+    scale: Tensor
+    stretch: Tensor
+    stretch_square: Tensor
+    zero: Tensor | None
+    decoded: Tensor
+    movable: bool
+
+
+def tune(k: Knobs, gradient: Tensor | None, *, rate: float, scale_rate: float, fresh: float) -> None:
+    """A step of the knobs against the gradient [N, K] of the decoded weights, if there is one; then decode them anew.
+
+    rate, scale_rate: steps of offset and stretch; fresh: the share of this gradient in the running means.
+    """
+    assert native is not None
+    native.tune(
+        _format(k.scheme), k.w, k.base, k.offset, k.square, k.start, k.scale, k.stretch, k.stretch_square, k.zero,
+        None if gradient is None else gradient.to(k.decoded.dtype).contiguous(), k.decoded.detach(),
+        k.scheme.group_length(k.w.shape[1]), k.movable, rate, scale_rate, fresh, torch.get_num_threads(),
     )  # fmt: skip

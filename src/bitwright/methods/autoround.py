@@ -8,26 +8,31 @@ block's, each on the inputs that it would really get; so a block also makes up f
 Three things are done otherwise than in the paper. Not the sign of a gradient is followed but the gradient over its own
 root mean square: steps of the same size on average, and less noise where a sign means nothing. The start is GPTAQ's
 result rather than the nearest codes: `base` moves each weight towards the middle of the interval that rounds to its
-code, so V = 0 *is* that start. And the better of start and end on all of the calibration inputs is kept, so tuning can
-never make a block worse.
+code, so V = 0 *is* that start. And the better of start and end, on a sample of the inputs, is kept, so that tuning does
+not make a block worse.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode, group_view, snap
+from bitwright.codec import code_dtype, code_range, decode, folded, group_view, safe, snap
 from bitwright.errors import RecipeError
+from bitwright.kernels import rounding
+from bitwright.kernels.rounding import Knobs
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.outcome import Outcome
-from bitwright.qtensor import QTensor, Scales
+from bitwright.qtensor import QTensor
 from bitwright.scheme import TENSOR, Scheme
 
 MEMORY = 0.95  # of a gradient's mean square, from step to step
 INSIDE = 0.4  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step
+WALK = 0.22  # first step of offsets times the root of the number of steps: how far chance alone takes one
+JUDGED = 32  # windows, or somewhat more, on which the end is compared with the start
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -38,7 +43,7 @@ class Options:
     """
 
     iterations: int = 200
-    windows: int = 8
+    windows: int = 1
     lr: float | None = None
     scale_lr: float = 0.001
     seed: int = 0
@@ -88,22 +93,23 @@ def tune(
     """Better codes and scales for the matrices of a block.
 
     forward          (decoded weights by name, x [B, T, H]) -> the block's output [B, T, H], differentiable in the weights
-    inputs, targets  [S, T, H]: what the rounded block is given, and what the float block made of the float inputs
+    inputs, targets  [S, T, H]: what the rounded block is given, and what the float block made of the float inputs; the
+                     decoded weights are of their type
     weights          the float matrices [N, K] by name; start: what they were rounded to
     """
     if how.iterations == 0:
         return start
     how = replace(how, windows=min(how.windows, len(inputs)))
-    knobs = {name: _Knobs(weights[name], q) for name, q in start.items()}
+    knobs = {name: knobs_of(weights[name], q, inputs.dtype) for name, q in start.items()}
     for step, some in enumerate(_draws(len(inputs), how)):
-        missed = forward({name: k.decoded() for name, k in knobs.items()}, inputs[some]) - targets[some]
-        free = [knob for k in knobs.values() for knob in (k.offset, k.stretch)]
-        gradients = iter(torch.autograd.grad(missed.float().square().mean(), free))
-        left = 1 - step / how.iterations
-        for k in knobs.values():
-            k.move(next(gradients), next(gradients), left * (how.lr or 1 / how.iterations), left * how.scale_lr)
-    end = {name: k.result() for name, k in knobs.items()}
-    return end if _error(forward, inputs, targets, end, how) < _error(forward, inputs, targets, start, how) else start
+        missed = forward({name: k.decoded for name, k in knobs.items()}, inputs[some]) - targets[some]
+        gradients = torch.autograd.grad(missed.float().square().mean(), [k.decoded for k in knobs.values()])
+        left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # a young running mean is too small
+        for k, gradient in zip(knobs.values(), gradients, strict=True):
+            move(k, gradient, rate=left * (how.lr or WALK / how.iterations**0.5), scale_rate=left * how.scale_lr)
+    end = {name: result(knobs[name], q) for name, q in start.items()}
+    before, after = (_error(forward, inputs, targets, q, how.windows) for q in (start, end))
+    return end if after < before else start
 
 
 def _draws(windows: int, how: Options) -> Iterator[Tensor]:
@@ -118,101 +124,99 @@ def _draws(windows: int, how: Options) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTensor], how: Options) -> float:
-    """The squared difference of outputs over all windows."""
-    decoded = {name: decode(replace(one, shape=tuple(one.codes.shape))) for name, one in q.items()}
-    parts = zip(inputs.split(how.windows), targets.split(how.windows), strict=True)
-    return sum(float((forward(decoded, x) - y).float().square().sum(dtype=torch.float64)) for x, y in parts)
+def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTensor], windows: int) -> float:
+    """The squared difference of outputs over a sample of the inputs, as many windows at a time as in a step."""
+    decoded = {name: decode(replace(one, shape=tuple(one.codes.shape))).to(inputs.dtype) for name, one in q.items()}
+    parts = zip(inputs.split(windows), targets.split(windows), strict=True)
+    judged = islice(parts, 0, None, max(1, len(inputs) // JUDGED))
+    return sum(float((forward(decoded, x) - y).float().square().sum(dtype=torch.float64)) for x, y in judged)
 
 
-class _Knobs:
-    """What is tuned of one matrix: offset [N, G, g] and stretch [N, G, 1]."""
-
-    def __init__(self, w: Tensor, q: QTensor) -> None:
-        self.q, self.scheme = q, q.scheme
-        self.w = group_view(w.float(), self.scheme)
-        self.scale = q.scales.scale[..., None]
-        self.zero = torch.zeros(()) if q.scales.zero is None else q.scales.zero[..., None]
-        self.movable = self.scheme.scale in ("f32", "f16", "bf16") and self.scheme.group != TENSOR
-        codes = group_view(q.codes.float(), self.scheme)
-        lo, hi = code_range(self.scheme)
-        place = _place(self.w, self.scale, self.zero, self.scheme)
-        low = torch.where(codes == lo, -torch.inf, codes - INSIDE)
-        high = torch.where(codes == hi, torch.inf, codes + INSIDE)
-        self.base = torch.clamp(place, low, high) - place
-        self.offset = torch.zeros_like(self.w, requires_grad=True)
-        self.stretch = torch.zeros_like(self.scale, requires_grad=True)
-        self.moments = [torch.zeros_like(self.w), torch.zeros_like(self.scale)]
-        self.moves = 0
-
-    @torch.no_grad()
-    def move(self, offset: Tensor, stretch: Tensor, lr: float, scale_lr: float) -> None:
-        """One step against the gradients, each over its own root mean square so far."""
-        self.moves += 1
-        rates = (lr, scale_lr if self.movable else 0.0)
-        for knob, gradient, moment, rate in zip(
-            (self.offset, self.stretch), (offset, stretch), self.moments, rates, strict=True
-        ):
-            moment.lerp_(gradient.square(), 1 - MEMORY)
-            size = (moment / (1 - MEMORY**self.moves)).sqrt_()
-            knob.addcdiv_(gradient, size.clamp_(min=torch.finfo(size.dtype).tiny), value=-rate)
-        self.offset.clamp_(-0.5, 0.5)
-
-    def _now(self) -> Tensor:
-        """The scales as they would be stored."""
-        if not self.movable:
-            return self.scale
-        wanted = self.scale * (1 + self.stretch.detach())
-        return snap(wanted, None, replace(self.scheme, zero="sym")).scale
-
-    def decoded(self) -> Tensor:
-        """The weights [N, K] that the knobs stand for, differentiable in them."""
-        fixed = (self.scale, self._now(), self.zero, self.scheme)
-        v = _StraightThrough.apply(self.w, self.base, self.offset, self.stretch, *fixed)  # type: ignore[no-untyped-call]
-        return v.reshape(len(self.q.codes), -1)[:, : self.q.codes.shape[1]]
-
-    def result(self) -> QTensor:
-        """Codes and scales as they are now."""
-        scale = self._now()
-        place = _place(self.w, scale, self.zero, self.scheme) + self.base + self.offset.detach()
-        codes = torch.round(place).clamp(*code_range(self.scheme)).to(code_dtype(self.scheme))
-        codes = codes.reshape(len(self.q.codes), -1)[:, : self.q.codes.shape[1]].contiguous()
-        s = self.q.scales
-        return replace(self.q, codes=codes, scales=Scales(scale[..., 0], s.zero, s.outer, s.outer_zero))
+def knobs_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> Knobs:
+    """Knobs that stand for q, each weight well inside the interval that rounds to its code; decoded as `dtype`."""
+    scheme, w = q.scheme, w.float().contiguous()
+    scale, zero = q.scales.scale.contiguous(), None if q.scales.zero is None else q.scales.zero.contiguous()
+    movable = scheme.scale in ("f32", "f16", "bf16") and scheme.group != TENSOR
+    offset, square, stretch, stretch_square = (torch.zeros_like(x) for x in (w, w, scale, scale))
+    decoded = torch.empty_like(w, dtype=dtype).requires_grad_()
+    k = Knobs(scheme, w, offset, offset, square, scale, scale.clone(), stretch, stretch_square, zero, decoded, movable)
+    plain, integer = _places(k)
+    place = plain + integer
+    codes, (lo, hi) = group_view(q.codes.float(), scheme), code_range(scheme)
+    low = torch.where(codes == lo, -torch.inf, codes - INSIDE)
+    high = torch.where(codes == hi, torch.inf, codes + INSIDE)
+    k = replace(k, base=_matrix(torch.clamp(place, low, high) - place, w))
+    move(k, None)
+    return k
 
 
-def _place(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Where w lies among the codes, before rounding."""
-    divisor = torch.where(scale == 0, 1.0, scale)
-    return (w - zero) / divisor if scheme.zero == "min" else w / divisor + zero
+@torch.no_grad()
+def move(k: Knobs, gradient: Tensor | None, *, rate: float = 0.0, scale_rate: float = 0.0) -> None:
+    """One step against the gradient [N, K] of the decoded weights, if there is one; then decode anew.
+
+    Every knob moves by its gradient over that gradient's root mean square so far, times its rate. Rounding counts as if
+    it were none, except where a code is clamped.
+    """
+    if rounding.handles(k.scheme, k.w):
+        rounding.tune(k, gradient, rate=rate, scale_rate=scale_rate, fresh=1 - MEMORY)
+        return
+    if gradient is not None:
+        _move(k, group_view(gradient.float(), k.scheme), rate, scale_rate)
+    by, _ = _rounded(k)
+    decoded = by * k.scale[..., None]
+    if k.zero is not None and k.scheme.zero == "min":
+        decoded += k.zero[..., None]
+    k.decoded.copy_(_matrix(decoded, k.w))
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding whose gradient is that of no rounding, except where a code is clamped."""
+def _move(k: Knobs, gradient: Tensor, rate: float, scale_rate: float) -> None:
+    """The step itself; gradient [N, G, g]."""
+    to_offset, to_stretch = _slopes(k, gradient)
+    _follow(k.offset, _matrix(to_offset, k.w), k.square, rate)
+    k.offset.clamp_(-0.5, 0.5)
+    if k.movable:
+        _follow(k.stretch, to_stretch, k.stretch_square, scale_rate)
+        k.scale.copy_(snap(k.start * (1 + k.stretch), None, replace(k.scheme, zero="sym")).scale)
 
-    @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, base: Tensor, offset: Tensor, stretch: Tensor, start: Tensor,
-        scale: Tensor, zero: Tensor, scheme: Scheme,
-    ) -> Tensor:  # fmt: skip
-        """The decoded weights [N, G, g]; `scale` is `start` stretched, as stored."""
-        lo, hi = code_range(scheme)
-        plain = _place(w, scale, zero, scheme)
-        place = plain + base + offset
-        codes = torch.round(place)
-        inside = (codes >= lo) & (codes <= hi)
-        codes.clamp_(lo, hi)
-        if scheme.zero == "min":
-            by_scale, decoded = codes, codes * scale + zero
-        else:
-            by_scale = codes - zero
-            decoded, plain = by_scale * scale, plain - zero
-        ctx.save_for_backward(by_scale - plain * inside, inside, scale, start)
-        return decoded
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """To offset and stretch; nothing else is tuned."""
-        by_scale, inside, scale, start = ctx.saved_tensors
-        stretch = (grad * by_scale).sum(-1, keepdim=True) * start
-        return None, None, grad * scale * inside, stretch, None, None, None, None
+def _slopes(k: Knobs, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of the decoded weights [N, G, g] those of offset [N, G, g] and stretch [N, G]."""
+    (by, inside), (plain, _) = _rounded(k), _places(k)
+    to_stretch = folded(gradient * (by - torch.where(inside, plain, 0.0))) * k.start
+    return torch.where(inside, gradient * k.scale[..., None], 0.0), to_stretch
+
+
+def _follow(knob: Tensor, gradient: Tensor, square: Tensor, rate: float) -> None:
+    """A step against the gradient over its root mean square: one operation at a time, as native code does it."""
+    square += (gradient * gradient - square) * (1 - MEMORY)
+    size = square.double().sqrt_().float()  # torch's root of a float32 is not always the nearest number
+    knob -= gradient / size.clamp_(min=torch.finfo(size.dtype).tiny) * rate
+
+
+def _places(k: Knobs) -> tuple[Tensor, Tensor]:
+    """Where the weights lie among the codes before any offset [N, G, g]: w over its scale, and the integer zero point."""
+    w, divisor = group_view(k.w, k.scheme), safe(k.scale)[..., None]
+    zero = torch.zeros(()) if k.zero is None else k.zero[..., None]
+    if k.scheme.zero == "min":
+        return (w - zero) / divisor, torch.zeros(())
+    return w / divisor, zero
+
+
+def _rounded(k: Knobs) -> tuple[Tensor, Tensor]:
+    """What multiplies the scales: codes less the integer zero point [N, G, g]; and which codes are not clamped."""
+    (plain, zero), (lo, hi) = _places(k), code_range(k.scheme)
+    codes = torch.round(plain + zero + group_view(k.base + k.offset, k.scheme))
+    return codes.clamp(lo, hi) - zero, (codes >= lo) & (codes <= hi)
+
+
+def _matrix(grouped: Tensor, like: Tensor) -> Tensor:
+    """[N, G, g] -> [N, K] without padding: the way back from `group_view`."""
+    return grouped.reshape(len(like), -1)[:, : like.shape[1]].contiguous()
+
+
+def result(k: Knobs, start: QTensor) -> QTensor:
+    """Codes and scales as they are now. Raises SchemeError if the gradients were not finite."""
+    snap(k.scale, None, replace(k.scheme, zero="sym"))
+    by, _ = _rounded(k)
+    codes = _matrix(by + _places(k)[1], k.w).to(code_dtype(k.scheme))
+    return replace(start, codes=codes, scales=replace(start.scales, scale=k.scale))
