@@ -15,6 +15,9 @@ OUT = ROOT / "bench" / "out"
 SHARED = ROOT.parent / "shared"
 PEER = ROOT / "bench" / "peers" / "envs" / "llmcompressor" / "bin" / "python"
 BITWRIGHT = [sys.executable, "-m", "bitwright"]
+# What peers compute in: the checkpoint's type, unless that is bfloat16 on a processor that has to emulate it.
+CPU = Path("/proc/cpuinfo")
+PEERS_COMPUTE_IN = "auto" if CPU.is_file() and "bf16" in CPU.read_text() else "float32"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, Run, run, table
+from bench.measure import BITWRIGHT, OUT, PEERS_COMPUTE_IN, ROOT, SHARED, Run, run, table
 
 MODEL, CALIB, TEXT = SHARED / "models/wiki-llama-7m", SHARED / "text/wiki.txt", SHARED / "text/wikitext2_raw_test.txt"
 WIDTHS = ("int4", "int3", "int2")
@@ -26,7 +26,6 @@ PEERS = {
     "GPTQModel gptq": ("gptqmodel", "gptqmodel_gptq.py", []),
     "auto-round, 200 steps": ("llmcompressor", "autoround.py", []),
 }
-IN_FLOAT = ("auto-round, 200 steps", "GPTQModel gptq")  # saved as their codes decode: what bits they take is not seen
 
 
 def ours(name: str, scheme: str, out: Path) -> Run:
@@ -46,6 +45,7 @@ def theirs(name: str, scheme: str, out: Path, tokens: Path) -> Run:
     options = ["--bits", grid[3:], "--group", group.removeprefix("g"), "--asym" if zero else "--sym"]
     script, own = PEERS[name][1:]
     command = [str(python_of(name)), str(ROOT / "bench/peers" / script), str(MODEL), str(out), "--tokens", str(tokens)]
+    command += ["--dtype", PEERS_COMPUTE_IN]
     return run([*command, *options, *own])
 
 
@@ -62,7 +62,7 @@ def row(scheme: str, name: str, work: Path, tokens: Path, judged_on: str) -> dic
 
 def shown(r: dict[str, float | str]) -> list[str]:
     """A row of the table."""
-    bits = "–" if r["name"] in IN_FLOAT else f"{r['bits_per_weight']:.2f}"
+    bits = "–" if r["name"] in PEERS else f"{r['bits_per_weight']:.2f}"
     return [
         str(r["scheme"]), str(r["name"]), bits, f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
         f"{r['kl_mean']:.5f} ± {r['kl_stderr']:.5f}", f"{100 * float(r['top1']):.2f} %", f"{r['seconds']:.1f}",

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 
-from bench.measure import BITWRIGHT, OUT, PEER, ROOT, run, table
+from bench.measure import BITWRIGHT, OUT, PEER, PEERS_COMPUTE_IN, ROOT, run, table
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     run([sys.executable, "-m", "bench.make_llama", str(model), "--size", "29m"])
     run([sys.executable, "-m", "bench.make_tokens", str(model), "stdlib", str(tokens), "--samples", "32"])
     ours = ["--scheme", "int4-g128", "--samples", "32", "--seqlen", "256", "--calib", "stdlib", "--json"]
-    theirs = ["--tokens", str(tokens), "--bits", "4", "--group", "128", "--sym"]
+    theirs = ["--tokens", str(tokens), "--bits", "4", "--group", "128", "--sym", "--dtype", PEERS_COMPUTE_IN]
     times: dict[str, list[float]] = {"bitwright": [], "llm-compressor": []}
     peaks: dict[str, list[float]] = {"bitwright": [], "llm-compressor": []}
     for i in range(args.repeat):

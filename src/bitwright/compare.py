@@ -19,9 +19,10 @@ from bitwright.checkpoint import Checkpoint, disk_errors, write_file
 from bitwright.errors import CheckpointError, FormatError, OutputError, RecipeError, SchemeError
 from bitwright.evaluation import evaluate
 from bitwright.ledger import Entry
+from bitwright.memory import forget_peak, peak_since, return_memory
 from bitwright.methods import split_method
 from bitwright.page import Candidate, Original, page
-from bitwright.pipeline import calibration_tokens, peak_rss_bytes, return_memory, run
+from bitwright.pipeline import calibration_tokens, run
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
@@ -267,7 +268,7 @@ def _candidate(
     """Quantize and judge one, or read what an earlier run had found."""
     found, folder = work / f"{contest.name}.json", work / contest.name
     if not found.is_file():
-        _forget_peak()
+        forget_peak()
         store = None if settings.sequential or not contest.one_shot else shared
         took = work / f"{contest.name}.took.json"
         if not took.is_file():
@@ -293,7 +294,7 @@ def _quantize(
         progress=lambda _, block, __: meter.part(contest.name, block),
     )  # fmt: skip
     took = {
-        "seconds": done.seconds, "peak_rss_bytes": _peak(), "bytes": done.bytes, "fallbacks": len(done.fallbacks),
+        "seconds": done.seconds, "peak_rss_bytes": peak_since(), "bytes": done.bytes, "fallbacks": len(done.fallbacks),
         "statistics": next((e.statistics for e in done.ledger if e.statistics), "none"),
         "losses": dict(_losses(done.ledger)),
     }  # fmt: skip
@@ -317,24 +318,6 @@ def _read(contest: _Contest, found: Path) -> Candidate:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "remove the file, and this candidate is judged again"
         raise CheckpointError(f"not a result: {error}", where=str(found), remedy=remedy) from error
-
-
-def _forget_peak() -> None:
-    """Have the system count the largest resident set from here on, where it can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak() -> int:
-    """The largest resident set since `_forget_peak`, or of the process, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_rss_bytes()
 
 
 def _finish(done: Comparison, model: Path, work: Path, command: str) -> None:

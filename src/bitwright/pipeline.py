@@ -6,11 +6,7 @@ before it give, so later blocks make up for the errors of earlier ones; or, one-
 block of the float model is given, and nothing is run at all. A crash costs one block (see workplace.py).
 """
 
-import ctypes
-import gc
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +26,7 @@ from bitwright.formats.format import FLOAT_NAMES
 from bitwright.inputs import Inputs
 from bitwright.kv import KvCache, KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
+from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
 from bitwright.preflight import Plan
 from bitwright.store import BlockStatistics, Store
@@ -130,11 +127,6 @@ def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """[S, T] token ids, and a note if there are fewer than asked for."""
     if calib == "none":
@@ -217,15 +209,6 @@ def _quantize_shard(
     saved = source.whole() if isinstance(source, Streams) and index + 1 < depth else None
     place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
     return entries
-
-
-def return_memory() -> None:
-    """Collect cycles, and have glibc give freed memory back to the system: it hoards blocks below 32 MB."""
-    gc.collect(1)  # the young ones: what was imported stays anyway
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _quantize_block(
