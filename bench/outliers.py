@@ -4,7 +4,8 @@
 
 Three tables on wiki-llama-7m with three outlier channels in every input of attention and MLP (bench/make_outliers.py; the
 float model is unchanged): AWQ's experiment (arXiv:2306.00978, table 1), weights alone, and weights with inputs in 8 bits.
-Calibrated on 128 × 256 tokens of wiki.txt, judged on WikiText-2. Needs ../shared.
+Calibrated on 128 × 256 tokens of wiki.txt (one-shot: one pass a model serves all but the rotations), judged on WikiText-2.
+Needs ../shared.
 """
 
 import argparse
@@ -39,6 +40,8 @@ def quantized(
         *more,
         "--json",
     ]
+    if "rotate" not in method:  # a rotated model has statistics of its own
+        arguments += ["--store", str(WORK / f"statistics-{model.name}")]
     run([*BITWRIGHT, "quantize", str(model), str(out), *arguments], fine=(0, 1))
     return out
 

@@ -69,6 +69,17 @@ def test_sequential_candidates_are_those_of_quantize(llama: Path, text: str, tmp
     assert weights(tmp_path / "alone") == weights(tmp_path / "out/int4-g32-gptq")
 
 
+def test_a_rotated_model_has_statistics_of_its_own(llama: Path, text: str, tmp_path: Path) -> None:
+    """Neither pass throws the other's statistics away."""
+    kept = tmp_path / "kept"
+    done = compare(
+        llama, tmp_path / "out", schemes=["int4-g32"], methods=["gptq", "rotate+gptq", "awq"], settings=settings(text),
+        store=kept,
+    )  # fmt: skip
+    assert not done.notes and {c.statistics for c in done.candidates} == {"one-shot"}
+    assert (kept / "block-00000.json").is_file() and (kept / "rotated-0/block-00000.json").is_file()
+
+
 def test_what_was_judged_may_go_and_statistics_may_stay(llama: Path, text: str, tmp_path: Path) -> None:
     done = compare(
         llama, tmp_path / "out", schemes=["int4-g32"], methods=["rtn", "gptq"], settings=settings(text, keep=False),

@@ -197,6 +197,9 @@ def evaluate(
     text: Text = "stdlib-heldout",
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     tokens: Tokens = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
@@ -204,7 +207,11 @@ def evaluate(
         from bitwright.evaluation import evaluate as judge
 
         _print(
-            judge(model, reference=reference, text=text, seqlen=seqlen, tokens=tokens).as_dict(), as_json, "Evaluation"
+            judge(
+                model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions
+            ).as_dict(),
+            as_json,
+            "Evaluation",
         )
 
 

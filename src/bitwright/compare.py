@@ -100,10 +100,12 @@ class _Contest:
         """Its directory in OUT."""
         return f"{self.scheme}-{self.method}"
 
-    @property
-    def one_shot(self) -> bool:
-        """Whether the shared statistics are enough."""
-        return self.plan.calibrated and not self.plan.recipe.needs_original
+    def statistics(self, shared: Path, settings: Settings) -> Path | None:
+        """Where the statistics that it can use lie: those of a rotated model apart. None: it takes its own."""
+        if settings.sequential or not self.plan.calibrated or self.plan.recipe.needs_original:
+            return None
+        turn = self.plan.rotation.rotate if self.plan.rotation else None
+        return shared if turn is None else shared / f"rotated-{turn.seed}{'-online' if turn.online else ''}"
 
 
 def compare(
@@ -232,7 +234,7 @@ def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings,
     notes: list[str] = []
     with disk_errors(shared):
         shared.mkdir(parents=True, exist_ok=True)
-    served = [] if settings.sequential else [c for c in contests if c.one_shot]
+    served = [c for c in contests if c.statistics(shared, settings) == shared]
     if served:
         plan = served[0].plan
         tokens, _ = calibration_tokens(plan, settings.calib, settings.seed)
@@ -269,12 +271,11 @@ def _candidate(
     found, folder = work / f"{contest.name}.json", work / contest.name
     if not found.is_file():
         forget_peak()
-        store = None if settings.sequential or not contest.one_shot else shared
         took = work / f"{contest.name}.took.json"
         if not took.is_file():
             if folder.exists():  # written, but killed before it was noted what that took
                 shutil.rmtree(folder)
-            _quantize(contest, folder, took, store, settings, meter)
+            _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
         meter.part(f"{contest.name}: evaluation", meter.each - 1)
         result = json.loads(took.read_text(encoding="utf-8")) | {"judged": _judged(folder, model, shared, settings)}
         write_file(found, json.dumps(result).encode())

@@ -27,6 +27,7 @@ from bitwright.ranges import Histogram
 
 DAMAGED = "remove this directory, or name another, and the statistics are taken anew"
 KV = ("keys", "values")
+GUESTS = ("reference-", "rotated-")  # what may lie in a store's directory besides
 TENSORS = ("gram", "mean", "low", "high", "sample")
 
 
@@ -60,7 +61,11 @@ class Store:
         note = folder / "store.json"
         if folder.exists() and not folder.is_dir():
             raise OutputError("not a directory", where=str(folder), remedy="name another for the statistics")
-        if folder.is_dir() and any(folder.iterdir()) and not note.is_file():
+        if (
+            folder.is_dir()
+            and not note.is_file()
+            and any(not file.name.startswith(GUESTS) for file in folder.iterdir())
+        ):
             raise OutputError(
                 "a directory with other things in it", where=str(folder), remedy="name an empty or new one"
             )
@@ -142,11 +147,6 @@ class Store:
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
 
 
 def _differing(note: Path, key: dict[str, Any]) -> str:
