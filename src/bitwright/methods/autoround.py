@@ -31,15 +31,15 @@ from bitwright.scheme import TENSOR, Scheme
 
 MEMORY = 0.95  # of a gradient's mean square, from step to step
 INSIDE = 0.4  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step
-WALK = 0.22  # first step of offsets times the root of the number of steps: how far chance alone takes one
+WALK = 0.11  # first step of offsets times the root of the number of steps: how far chance alone takes one
 JUDGED = 32  # windows, or somewhat more, on which the end is compared with the start
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Options:
-    """iterations: steps; windows: calibration windows in a step; lr: first step of V, falling to 0 (None: so that V can
-    just cross its range); scale_lr: the same for the relative stretch of scales; seed: of the draw.
+    """iterations: steps; windows: calibration windows in a step; lr: first step of V, falling to 0 (None: so that
+    chance alone takes V a tenth of its range); scale_lr: the same for the relative stretch of scales; seed: of the draw.
     """
 
     iterations: int = 200
