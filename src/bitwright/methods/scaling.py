@@ -14,7 +14,7 @@ from bitwright.codec import decode, encode, fit
 from bitwright.methods.search import best_scales
 from bitwright.scheme import Scheme
 
-TRIAL_ROWS = 128  # of each matrix decide
+TRIAL_ROWS = 512  # of each matrix decide
 
 
 @dataclass(frozen=True)
