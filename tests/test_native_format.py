@@ -438,6 +438,7 @@ FILES: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
     "fewer columns": ("q4_k", _set("weight_shape", 100), "weight_codes is"),
     "columns by the billion": ("q4_k", _set("weight_shape", 1 << 60), "weight_codes is"),
     "no columns": ("q4_k", _set("weight_shape", 0), "weight_shape says 5 × 0"),
+    "no rows": ("q4_k", _become("weight_shape", torch.tensor([0, 352])), "weight_shape says 0 × 352"),
     "negative columns": ("q4_k", _set("weight_shape", -352), "weight_shape says 5 × -352"),
 }
 
