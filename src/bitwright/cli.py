@@ -95,7 +95,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to make; it appears only when complete and verified.")],
     scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
     method: Method = "gptq",
-    format: Annotated[str, typer.Option(help="File format: compressed-tensors, gptq or bitwright.")] = "compressed-tensors",
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or bitwright.")] = "compressed-tensors",
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
