@@ -279,7 +279,7 @@ def decode(q: QTensor) -> Tensor:
 
 
 def rounded(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Tensor:
-    """Activations x [..., K] as an engine that rounds them to `scheme` sees them.
+    """Activations x [..., K] (or a matrix) as an engine that rounds them to `scheme` sees them: decode(encode(x)).
 
     scales: fixed beforehand (static); None: from x itself, each token's by its own range where the group is "token".
 
@@ -288,4 +288,7 @@ def rounded(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Tensor:
             [  0.3400,   2.5400]])
     """
     matrix = x.reshape(-1, x.shape[-1]).float()
-    return decode(encode(matrix, scales or fit(matrix, scheme), scheme)).reshape(x.shape).to(x.dtype)
+    scales = scales or fit(matrix, scheme)
+    zero = None if scales.zero is None else scales.zero[..., None]
+    _, decoded = round_to(group_view(matrix, scheme), scales.scale[..., None], zero, scheme)
+    return decoded.reshape(len(matrix), -1)[:, : matrix.shape[1]].reshape(x.shape).to(x.dtype)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, encode, fit
+from bitwright.codec import fit, rounded
 from bitwright.methods.search import best_scales
 from bitwright.scheme import Scheme
 
-TRIAL_ROWS = 512  # of each matrix decide
+TRIAL_ROWS = 256  # of each matrix decide
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reader:
             scales = best_scales(scaled, self.scheme, None if importance is None else importance / s.square())
         else:
             scales = fit(scaled, self.scheme)
-        return decode(encode(scaled, scales, self.scheme)) / s
+        return rounded(scaled, self.scheme, scales) / s
 
 
 @dataclass(frozen=True)
