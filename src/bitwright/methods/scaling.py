@@ -15,6 +15,7 @@ from bitwright.methods.search import best_scales
 from bitwright.scheme import Scheme
 
 TRIAL_ROWS = 256  # of each matrix decide
+TRIAL_STEPS = 4  # of the search of scales, half of what rounding itself takes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Reader:
             return self.w
         scaled = self.w * s
         if self.searched:
-            scales = best_scales(scaled, self.scheme, None if importance is None else importance / s.square())
+            importance = None if importance is None else importance / s.square()
+            scales = best_scales(scaled, self.scheme, importance, steps=TRIAL_STEPS)
         else:
             scales = fit(scaled, self.scheme)
         return rounded(scaled, self.scheme, scales) / s
