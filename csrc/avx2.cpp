@@ -8,5 +8,5 @@ constexpr int LANES = 8;
 #include "columns.h"
 #include "tuning.h"
 }
-extern const Kernels avx2_kernels{"avx2", search, visit, sweep, tune};
+extern const Kernels avx2_kernels{"avx2", search, pick, visit, sweep, tune};
 }  // namespace bitwright

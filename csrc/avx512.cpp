@@ -8,5 +8,5 @@ constexpr int LANES = 16;
 #include "columns.h"
 #include "tuning.h"
 }
-extern const Kernels avx512_kernels{"avx512", search, visit, sweep, tune};
+extern const Kernels avx512_kernels{"avx512", search, pick, visit, sweep, tune};
 }  // namespace bitwright

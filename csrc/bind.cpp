@@ -19,6 +19,7 @@ namespace {
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // int8 or uint8
 using Values = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32 or bfloat16
@@ -60,6 +61,13 @@ std::vector<float> &scratch(size_t size) {
     return room;
 }
 
+// For a group of g weights in MOST_LANES rows.
+float *room_of_group(ptrdiff_t g) {
+    size_t n = 1;
+    while (n < (size_t)g) n *= 2;
+    return scratch((3 * MOST_LANES + 1) * n).data();
+}
+
 Format make_format(int zero, int encoding, float lo, float hi, float first, float reach, const std::vector<float> &level,
                    const std::vector<int> &code) {
     require(level.size() <= 16 && level.size() == code.size(), "a codebook has at most 16 levels, and a code for each");
@@ -87,10 +95,26 @@ void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector fact
     Search a{w.data(), weight.data(), shrink.data(), factor.data(), scale.data(), zero ? zero->data() : nullptr,
              (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
     nb::gil_scoped_release unlocked;
-    size_t n = MOST_LANES;
-    while (n < (size_t)g) n *= 2;
-    share_out(N, 16, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->search(f, a, scratch(5 * n).data(), first, last);
+    share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->search(f, a, room_of_group(g), first, last);
+    });
+}
+
+void pick(const Format &f, Matrix w, Vector weight, Cube scales, std::optional<Cube> zeros, ptrdiff_t g, Out error, Out scale,
+          std::optional<Out> zero, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0, C = scales.shape(0);
+    require(g > 0 && C > 0 && weight.shape(0) == K, "weight must have K entries, scales a first axis");
+    require(scales.shape(1) == N && scales.shape(2) == G, "scales must be [C, N, G]");
+    shaped(error, N, G, "error must be [N, G]");
+    shaped(scale, N, G, "scale must be [N, G]");
+    require(zeros.has_value() == (f.zero != SYM) && zero.has_value() == (f.zero != SYM), "zeros go with formats that have one");
+    if (zero) shaped(*zero, N, G, "zero must be [N, G]");
+    if (zeros) require(zeros->shape(0) == C && zeros->shape(1) == N && zeros->shape(2) == G, "zeros must be [C, N, G]");
+    Pick a{w.data(), weight.data(), scales.data(), data_of(zeros), error.data(), scale.data(), zero ? zero->data() : nullptr,
+           (ptrdiff_t)C, (ptrdiff_t)N, (ptrdiff_t)K, g};
+    nb::gil_scoped_release unlocked;
+    share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        chosen->pick(f, a, room_of_group(g), first, last);
     });
 }
 
@@ -187,6 +211,9 @@ NB_MODULE(_native, m) {
     // Nothing is converted on the way in: a converted copy would swallow what is written to it.
     m.def("search", &search, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
           "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
+    m.def("pick", &pick, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "scales"_a.noconvert(),
+          "zeros"_a.noconvert().none(), "g"_a, "error"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(),
+          "threads"_a);
     m.def("visit", &visit, "format"_a, "aim"_a.noconvert(), "original"_a.noconvert(), "spread"_a.noconvert(),
           "group"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "errors"_a.noconvert(), "threads"_a);

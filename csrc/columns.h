@@ -109,7 +109,7 @@ static void solve_scale(const Format &f, const Sweep &a, const Lanes &t, Row &ro
     for (ptrdiff_t i = from * LANES; i < to * LANES; i += LANES) bend += load(t.bent + i) * load(t.work + i);
     for (int l = 0; l < LANES; l++) {
         float wanted = row.s[l] + slope[l] / safe(bend[l]);
-        float now = wanted > 0 && finite(wanted) ? stored_scale(wanted, f.encoding) : row.s[l];
+        float now = same_sign(wanted, row.s[l]) && finite(wanted) ? stored_scale(wanted, f.encoding) : row.s[l];
         float by = now - row.s[l];
         if (!(by * (2 * slope[l] - by * bend[l]) > 0)) continue;
         change[l] = by;

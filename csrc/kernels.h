@@ -38,6 +38,15 @@ struct Search {
     ptrdiff_t K, g, steps;
 };
 
+// The best of C given scales and zeros for every group; methods/superblocks.py.
+struct Pick {
+    const float *w;         // [N, K]
+    const float *weight;    // [K] importance
+    const float *scales, *zeros;  // [C, N, G]; zeros null if the format has none
+    float *error, *scale, *zero;  // [N, G] out: the squared error, and what gave it
+    ptrdiff_t C, N, K, g;
+};
+
 // Round columns in turn, each error carried on to the later ones; methods/gptq.py.
 struct Visit {
     float *aim;             // [n, N] in: w with the errors of earlier columns; out: what each column aimed at
@@ -83,6 +92,7 @@ struct Tune {
 struct Kernels {
     const char *name;
     void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*pick)(const Format &, const Pick &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);

@@ -6,6 +6,7 @@
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
@@ -15,9 +16,13 @@ static inline Vec load(const float *x) { return *(const Loose *)x; }
 static inline void store(float *to, Vec x) { *(Loose *)to = x; }
 static inline Vec all(float x) { return x - Vec{}; }
 static inline bool finite(float x) { return x - x == 0; }
+static inline Ints finite(Vec x) { return x - x == 0; }
 static inline float magnitude(float x) { return __builtin_fabsf(x); }
-static inline float clamp(float x, float lo, float hi) { x = x < lo ? lo : x; return x > hi ? hi : x; }
+static inline Vec magnitude(Vec x) { return x < 0 ? -x : x; }
 static inline float safe(float scale) { return scale == 0 ? 1.0f : scale; }
+static inline Vec safe(Vec scale) { return scale == 0 ? all(1) : scale; }
+static inline bool same_sign(float x, float y) { return (x > 0 && y > 0) || (x < 0 && y < 0); }
+static inline Ints same_sign(Vec x, Vec y) { return ((x > 0) & (y > 0)) | ((x < 0) & (y < 0)); }
 
 // Nearest integers, ties to even, for |x| < 2^22.
 template <class T>
@@ -27,30 +32,39 @@ static inline T nearest(T x) {
 }
 
 static inline uint32_t bits_of(float x) { uint32_t u; __builtin_memcpy(&u, &x, 4); return u; }
+static inline Words bits_of(Vec x) { return (Words)x; }
 static inline float float_of(uint32_t u) { float x; __builtin_memcpy(&x, &u, 4); return x; }
+static inline Vec float_of(Words u) { return (Vec)u; }
 
 // x with its low `drop` mantissa bits rounded away, ties to even.
-static inline float shortened(float x, int drop) {
-    uint32_t u = bits_of(x), mask = (1u << drop) - 1;
+template <class T>
+static inline T shortened(T x, int drop) {
+    uint32_t mask = (1u << drop) - 1;
+    auto u = bits_of(x);
     return float_of((u + (mask >> 1) + ((u >> drop) & 1)) & ~mask);
 }
 
-static float to_half(float x) {  // |x| <= 65504
-    if (magnitude(x) >= 6.103515625e-05f) return shortened(x, 13);
+template <class T>
+static inline T to_half(T x) {  // |x| <= 65504
     constexpr float step = 5.9604644775390625e-08f;  // 2^-24, of the subnormal numbers
-    return nearest(x / step) * step;
+    T tiny = nearest(x / step) * step;
+    return magnitude(x) >= 6.103515625e-05f ? shortened(x, 13) : tiny;
 }
 
-// Magnitudes are kept between `low` (or the encoding's smallest normal number) and its largest; exact zeros stay.
-static float stored(float x, int encoding, bool above_smallest) {
-    if (x == 0 || encoding == E8M0) return x;
+// Magnitudes are kept between 0 (or the encoding's smallest normal number) and its largest; exact zeros stay.
+template <class T>
+static inline T stored(T x, int encoding, bool above_smallest) {
+    if (encoding == E8M0) return x;
     float low = 0, high = HUGE_F32;
     if (encoding == F16) high = 65504.0f;
     if (encoding == BF16) high = 3.38953139e38f;
     if (above_smallest) low = encoding == F16 ? 6.103515625e-05f : TINY;
-    float bounded = clamp(magnitude(x), low, high);
+    T bounded = magnitude(x), least = T{} + low, most = T{} + high;
+    bounded = bounded < least ? least : bounded;
+    bounded = bounded > most ? most : bounded;
     bounded = x < 0 ? -bounded : bounded;
-    return encoding == F16 ? to_half(bounded) : encoding == BF16 ? shortened(bounded, 16) : bounded;
+    T rounded = encoding == F16 ? to_half(bounded) : encoding == BF16 ? shortened(bounded, 16) : bounded;
+    return x == 0 ? x : rounded;
 }
 
 // The power of two nearest on a logarithmic scale, 2^-127 to 2^127.
@@ -64,6 +78,12 @@ static float power_of_two(float x) {
 
 static float stored_scale(float x, int encoding) {
     return encoding == E8M0 ? (x == 0 ? x : power_of_two(x)) : stored(x, encoding, true);
+}
+
+static Vec stored_scale(Vec x, int encoding) {
+    if (encoding != E8M0) return stored(x, encoding, true);
+    for (int l = 0; l < LANES; l++) x[l] = stored_scale((float)x[l], encoding);
+    return x;
 }
 
 // LANES numbers w under scales s (d: to divide by) and zeros z: the values that the nearest codes stand for, and, in

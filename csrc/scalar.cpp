@@ -8,5 +8,5 @@ constexpr int LANES = 4;
 #include "columns.h"
 #include "tuning.h"
 }
-extern const Kernels scalar_kernels{"scalar", search, visit, sweep, tune};
+extern const Kernels scalar_kernels{"scalar", search, pick, visit, sweep, tune};
 }  // namespace bitwright

@@ -1,4 +1,4 @@
-// The scale search: each group of a row on its own. Included behind rounding.h.
+// The scale search: each group of a row on its own, LANES rows side by side. Included behind rounding.h.
 
 // Sum of n = 2^k >= LANES numbers in halves; overwrites them.
 static inline float folded(float *x, int n) {
@@ -13,115 +13,199 @@ static inline float folded(float *x, int n) {
     return x[0];
 }
 
-// A group of g weights v of importance u, padded with zeros to n = 2^k; the values c of its codes; room to work.
+// One group of g weights in LANES rows: weights v, the values c of their codes, room t, each [g, LANES], t with zeros up
+// to n = 2^k; importance u [g]. low, high: the range of each row, with 0 in it.
 struct Group {
-    float *v, *u, *c, *decoded, *t;
-    int n, g;
-    float low, high, total_u, total_uv;
+    float *v, *c, *t, *u;
+    int g, n;
+    Vec low, high, mean, total_uv, total_u;
 };
 
-static float sum_of_products(Group &p, const float *a, const float *b) {
-    for (int i = 0; i < p.n; i += LANES) store(p.t + i, load(a + i) * load(b + i));
-    return folded(p.t, p.n);
+// Sum of t over the group, in halves; overwrites t.
+static inline Vec folded(Group &p) {
+    int n = p.n;
+    while (n > 1) {
+        n /= 2;
+        for (int i = 0; i < n; i++) store(p.t + i * LANES, load(p.t + i * LANES) + load(p.t + (i + n) * LANES));
+    }
+    return load(p.t);
 }
 
 // The range's own scale and zero, narrowed.
-static void from_range(const Format &f, Group &p, float shrink, float factor, float mean, float &scale, float &zero) {
+static void from_range(const Format &f, Group &p, float shrink, float factor, Vec &scale, Vec &zero) {
     if (f.zero == SYM) {
-        float top = -p.low > p.high ? -p.low : p.high;
-        scale = f.reach == 0 ? mean * shrink : top * factor;
+        scale = f.reach == 0 ? p.mean * shrink : (-p.low > p.high ? -p.low : p.high) * factor;
         return;
     }
-    float low = (p.low > 0 ? 0 : p.low) * shrink, high = (p.high < 0 ? 0 : p.high) * shrink;
+    Vec low = p.low * shrink, high = p.high * shrink;
     scale = (high - low) / f.span;
-    zero = f.zero == MIN ? low : clamp(f.lo - __builtin_nearbyintf(low / safe(scale)), f.first, f.hi);
+    if (f.zero == MIN) {
+        zero = low;
+        return;
+    }
+    Vec first = all(f.first), last = all(f.hi);
+    zero = f.lo - nearest(low / safe(scale));
+    zero = zero < first ? first : zero;
+    zero = zero > last ? last : zero;
 }
 
 // Replace scale and zero by those of least Σ u (v - decoded)² for the codes' values in c; keep them where there are none.
-static void least_squares(const Format &f, Group &p, float &scale, float &zero) {
-    float *uc = p.decoded;  // no longer needed
-    for (int i = 0; i < p.n; i += LANES) {
-        if (f.zero == ASYM) store(p.c + i, load(p.c + i) - zero);
-        store(uc + i, load(p.u + i) * load(p.c + i));
+static void least_squares(const Format &f, Group &p, Vec &scale, Vec &zero) {
+    for (int i = 0; i < p.g; i++) {
+        Vec c = load(p.c + i * LANES);
+        if (f.zero == ASYM) store(p.c + i * LANES, c -= zero);
+        store(p.t + i * LANES, p.u[i] * c * c);
     }
-    float cc = sum_of_products(p, uc, p.c), cv = sum_of_products(p, uc, p.v);
+    Vec cc = folded(p);
+    for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.c + i * LANES) * load(p.v + i * LANES));
+    Vec cv = folded(p);
     if (f.zero != MIN) {
-        float solved = cv / safe(cc);
-        scale = solved > 0 && finite(solved) ? solved : scale;
+        Vec solved = cv / safe(cc);
+        scale = same_sign(solved, scale) & finite(solved) ? solved : scale;
         return;
     }
-    float c1 = folded(uc, p.n), n = p.total_u, v1 = p.total_uv;
-    float det = n * cc - c1 * c1;
-    float solved = (n * cv - c1 * v1) / safe(det);
-    float low = (v1 - solved * c1) / safe(n);
-    low = low > 0 ? 0 : low;
-    if (low == 0) solved = cv / safe(cc);
-    if (det > 0 && solved > 0 && finite(solved) && finite(low)) {
-        scale = solved;
-        zero = low;
-    }
+    for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.c + i * LANES));
+    Vec c1 = folded(p), n = p.total_u, v1 = p.total_uv;
+    Vec det = n * cc - c1 * c1;
+    Vec solved = (n * cv - c1 * v1) / safe(det);
+    Vec low = (v1 - solved * c1) / safe(n);
+    low = low > 0 ? Vec{} : low;
+    solved = low == 0 ? cv / safe(cc) : solved;
+    Ints good = (det > 0) & (solved > 0) & finite(solved) & finite(low);
+    scale = good ? solved : scale;
+    zero = good ? low : zero;
 }
 
 // The squared error under a scale and zero; leaves the codes' values in c.
-static float error_of(const Format &f, Group &p, float scale, float zero) {
-    Vec s = all(scale), d = all(safe(scale)), z = all(zero), decoded;
-    for (int i = 0; i < p.n; i += LANES) {
-        Vec v = load(p.v + i);
-        store(p.c + i, round_to(f, v, s, d, z, decoded));
+static Vec error_of(const Format &f, Group &p, Vec scale, Vec zero) {
+    Vec d = safe(scale), decoded;
+    for (int i = 0; i < p.g; i++) {
+        Vec v = load(p.v + i * LANES);
+        store(p.c + i * LANES, round_to(f, v, scale, d, zero, decoded));
         Vec e = v - decoded;
-        store(p.t + i, e * e * load(p.u + i));
+        store(p.t + i * LANES, e * e * p.u[i]);
     }
-    return folded(p.t, p.n);
+    return folded(p);
 }
 
-static void search_group(const Format &f, const Search &a, Group &p, float &best_scale, float &best_zero) {
-    float best = 0, mean = 0;
-    if (f.reach == 0) {
-        for (int i = 0; i < p.n; i++) p.t[i] = magnitude(p.v[i]);
-        mean = folded(p.t, p.n) / (float)p.g;
+// What has lost least so far, in each row.
+struct Best {
+    Vec error, scale, zero;
+    void meet(Vec e, Vec s, Vec z) {
+        Ints better = e < error;
+        error = better ? e : error;
+        scale = better ? s : scale;
+        zero = better ? z : zero;
     }
+};
+
+// Rows [at, at + wide) of the group that begins at column `begin`.
+static void read_group(Group &p, const float *w, const float *weight, ptrdiff_t K, ptrdiff_t at, int wide, ptrdiff_t begin,
+                       ptrdiff_t g) {
+    p.g = (int)(K - begin < g ? K - begin : g);
+    for (p.n = 1; p.n < p.g;) p.n *= 2;
+    for (int l = 0; l < LANES; l++)
+        for (int i = 0; i < p.g; i++) p.v[i * LANES + l] = l < wide ? w[(at + l) * K + begin + i] : 0;
+    for (int i = 0; i < p.g; i++) p.u[i] = weight[begin + i];
+    for (int i = p.g; i < p.n; i++) store(p.t + i * LANES, Vec{});
+}
+
+// What the search wants to know of a group beforehand. Gives 0, or NaN for a row with a weight that is not finite.
+static Vec measure(const Format &f, Group &p) {
+    p.low = p.high = Vec{};
+    for (int i = 0; i < p.g; i++) {
+        Vec v = load(p.v + i * LANES);
+        p.low = v < p.low ? v : p.low;
+        p.high = v > p.high ? v : p.high;
+        store(p.t + i * LANES, v - v);
+    }
+    Vec check = folded(p);
+    if (f.reach == 0 && f.zero == SYM) {
+        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, magnitude(load(p.v + i * LANES)));
+        p.mean = folded(p) / (float)p.g;
+    }
+    if (f.zero == MIN) {
+        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, all(p.u[i]));
+        p.total_u = folded(p);
+        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.v + i * LANES));
+        p.total_uv = folded(p);
+    }
+    return check;
+}
+
+static Best search_group(const Format &f, const Search &a, Group &p) {
+    Best best{};
     for (ptrdiff_t step = 0; step < a.steps; step++) {
-        float scale = 0, zero = 0;
-        from_range(f, p, a.shrink[step], a.factor[step], mean, scale, zero);
+        Vec scale{}, zero{};
+        from_range(f, p, a.shrink[step], a.factor[step], scale, zero);
         for (int again = 0; again < 2; again++) {
             scale = stored_scale(scale, f.encoding);
             if (f.zero == MIN) zero = stored(zero, f.encoding, false);
-            float error = error_of(f, p, scale, zero);
-            if ((step == 0 && again == 0) || error < best) {
-                best = error;
-                best_scale = scale;
-                best_zero = zero;
+            Vec error = error_of(f, p, scale, zero);
+            if (step == 0 && again == 0) {
+                best = Best{error, scale, zero};
+            } else {
+                best.meet(error, scale, zero);
             }
             if (again == 0) least_squares(f, p, scale, zero);
         }
     }
+    return best;
+}
+
+static Group group_in(float *scratch, ptrdiff_t g) {
+    ptrdiff_t n = 1;
+    while (n < g) n *= 2;
+    Group p{};
+    p.v = scratch, p.c = scratch + n * LANES, p.t = scratch + 2 * n * LANES, p.u = scratch + 3 * n * LANES;
+    return p;
 }
 
 static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t G = (a.K + a.g - 1) / a.g;
-    int n = LANES;
-    while (n < a.g) n *= 2;
-    Group p{scratch, scratch + n, scratch + 2 * n, scratch + 3 * n, scratch + 4 * n, n, 0, 0, 0, 0, 0};
-    for (ptrdiff_t group = 0; group < G; group++) {
-        ptrdiff_t begin = group * a.g;
-        p.g = (int)(a.K - begin < a.g ? a.K - begin : a.g);
-        for (int i = 0; i < n; i++) p.t[i] = p.u[i] = i < p.g ? a.weight[begin + i] : 0;
-        p.total_u = folded(p.t, n);
-        for (ptrdiff_t row = first; row < last; row++) {
-            const float *w = a.w + row * a.K + begin;
-            for (int i = 0; i < n; i++) p.v[i] = i < p.g ? w[i] : 0;
-            p.low = p.high = 0;  // the range counts from zero for every format
-            for (int i = 0; i < n; i++) {
-                p.low = p.v[i] < p.low ? p.v[i] : p.low;
-                p.high = p.v[i] > p.high ? p.v[i] : p.high;
-                p.t[i] = p.v[i] - p.v[i];  // 0, or NaN if it is not finite
+    Group p = group_in(scratch, a.g);
+    for (ptrdiff_t at = first; at < last; at += LANES) {
+        int wide = (int)(last - at < LANES ? last - at : LANES);
+        for (ptrdiff_t group = 0; group < G; group++) {
+            read_group(p, a.w, a.weight, a.K, at, wide, group * a.g, a.g);
+            Vec check = measure(f, p);
+            Best best = search_group(f, a, p);
+            for (int l = 0; l < wide; l++) {
+                a.scale[(at + l) * G + group] = best.scale[l] + check[l];
+                if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
             }
-            float check = folded(p.t, n);
-            if (f.zero == MIN) p.total_uv = sum_of_products(p, p.u, p.v);
-            float scale = 0, zero = 0;
-            search_group(f, a, p, scale, zero);
-            a.scale[row * G + group] = scale + check;
-            if (a.zero) a.zero[row * G + group] = zero;
+        }
+    }
+}
+
+// The best of C given scales and zeros for each group; the first of equals.
+static void pick(const Format &f, const Pick &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
+    ptrdiff_t G = (a.K + a.g - 1) / a.g;
+    Group p = group_in(scratch, a.g);
+    for (ptrdiff_t at = first; at < last; at += LANES) {
+        int wide = (int)(last - at < LANES ? last - at : LANES);
+        for (ptrdiff_t group = 0; group < G; group++) {
+            read_group(p, a.w, a.weight, a.K, at, wide, group * a.g, a.g);
+            Best best{};
+            for (ptrdiff_t c = 0; c < a.C; c++) {
+                Vec scale{}, zero{};
+                for (int l = 0; l < wide; l++) {
+                    ptrdiff_t from = (c * a.N + at + l) * G + group;
+                    scale[l] = a.scales[from];
+                    zero[l] = a.zeros ? a.zeros[from] : 0;
+                }
+                Vec error = error_of(f, p, scale, zero);
+                if (c == 0) {
+                    best = Best{error, scale, zero};
+                } else {
+                    best.meet(error, scale, zero);
+                }
+            }
+            for (int l = 0; l < wide; l++) {
+                a.error[(at + l) * G + group] = best.error[l];
+                a.scale[(at + l) * G + group] = best.scale[l];
+                if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
+            }
         }
     }
 }

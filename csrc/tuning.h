@@ -2,7 +2,6 @@
 
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
 // The first `wide` of LANES numbers to and from memory; the others are 0.
 static inline Vec some(const float *x, int wide) {

@@ -79,7 +79,7 @@ def assert_representable(scales: Scales, scheme: Scheme) -> None:
         assert_in_dynamic_map(scales)
     elif encoding in ("k8", "k6", "k4"):
         bits = int(encoding[1:])
-        assert_integer_multiples(s, scales.outer, 2 ** (bits - 1) - 1 if scheme.zero == "sym" else 2**bits - 1, scheme)
+        assert_integer_multiples(s, scales.outer, 2 ** (bits - 1) - 1 if scheme.symmetric else 2**bits - 1, scheme)
         if scheme.zero == "min":
             assert scales.zero is not None
             assert_integer_multiples(-scales.zero, scales.outer_zero, 2**bits - 1, scheme)
@@ -89,7 +89,7 @@ def assert_representable(scales: Scales, scheme: Scheme) -> None:
         if scheme.zero == "min":
             assert scales.zero is not None
             assert torch.equal(scales.zero.to(kind).float(), scales.zero)
-    if scheme.zero == "sym":
+    if scheme.symmetric:
         assert scales.zero is None
     else:
         assert_zeros(scales, scheme)
@@ -108,7 +108,7 @@ def assert_zeros(scales: Scales, scheme: Scheme) -> None:
 
 
 def assert_integer_multiples(x: Tensor, outer: Tensor | None, top: int, scheme: Scheme) -> None:
-    """x [N, G] = integer × f16 of its block of 256 weights, integers in 0..top."""
+    """x [N, G] = integer × f16 of its block of 256 weights, integers in 0..top, or −top−1..top if they are signed."""
     assert outer is not None
     assert isinstance(scheme.group, int)
     per_block = 256 // scheme.group
@@ -116,7 +116,7 @@ def assert_integer_multiples(x: Tensor, outer: Tensor | None, top: int, scheme: 
     assert torch.equal(outer.half().float(), outer)
     each = outer.repeat_interleave(per_block, dim=1)[:, : x.shape[1]]
     integers = torch.where(each == 0, 0.0, x / torch.where(each == 0, 1.0, each)).round()
-    assert integers.min() >= 0
+    assert integers.min() >= (-top - 1 if scheme.zero == "signed" else 0)
     assert integers.max() <= top
     assert torch.equal(integers * each, x)
 
@@ -194,7 +194,7 @@ def test_groups_of_four_asymmetric_by_hand() -> None:
 def slow_scale(group: list[float], scheme: Scheme) -> tuple[float, float]:
     """Scale and zero of one group, in Python floats, from the definitions in the docstrings."""
     grid = scheme.levels
-    if scheme.zero == "sym":
+    if scheme.symmetric:
         if grid.reach is None:
             return sum(abs(x) for x in group) / len(group), 0.0
         return max(abs(x) for x in group) / grid.reach, 0.0
@@ -372,7 +372,7 @@ def test_snapping_loses_little(text: str) -> None:
     stored = fit(w, scheme)
     if scheme.scale in ("k8", "k6", "k4"):
         assert stored.outer is not None
-        step = stored.outer.repeat_interleave(liked.shape[1] // stored.outer.shape[1], dim=1) / 2
+        step = stored.outer.abs().repeat_interleave(liked.shape[1] // stored.outer.shape[1], dim=1) / 2
     elif scheme.scale == "dq8":
         assert stored.outer is not None
         step = stored.outer.max() * dynamic_map().diff().max() / 2

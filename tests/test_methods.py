@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode, encode, fit, group_view, spread, values
+from bitwright.codec import code_dtype, code_range, decode, encode, fit, group_view, scale_range, snap, spread, values
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.loss import loss
 from bitwright.methods import CALIBRATED, METHODS
@@ -129,7 +130,7 @@ ONE_LEVEL = [
     for group in (16, 64, "channel")
     for zero in (ZEROS if grid.startswith("int") else ("sym",))
     for scale in ("f32", "f16", "bf16", "e8m0")
-    if not (zero == "min" and scale == "e8m0")
+    if not (zero in ("min", "signed") and scale == "e8m0")
 ]
 
 
@@ -283,6 +284,37 @@ def test_search_of_huge_and_tiny_weights_stays_finite(text: str, size: float) ->
     q = search(random_weight(3, K) * size, uneven() * 100, Scheme.parse(text)).q
     assert torch.isfinite(decode(q)).all()
     assert_valid(q)
+
+
+@pytest.mark.parametrize("text", ["q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
+def test_integers_of_the_second_level_are_chosen_again(text: str) -> None:
+    """Better than rounding the searched scales to the second level, and no group could take a neighbouring integer."""
+    scheme, w, weight = Scheme.parse(text), random_weight(6, 512), torch.linspace(0.1, 1, 512)
+    found = best_scales(w, scheme, weight)
+    raw = best_scales(w, replace(scheme, scale="f32"), weight)
+    lost = [lost_under(w, s, scheme, weight) for s in (found, snap(raw.scale, raw.zero, scheme))]
+    assert lost[0].sum() < 0.999 * lost[1].sum()
+    low, high = scale_range(scheme)
+    assert found.outer is not None
+    each = found.outer.repeat_interleave(256 // int(scheme.group), dim=1)
+    integers = (found.scale / each).round()
+    for move in (-1, 1):
+        moved = replace(found, scale=(integers + move).clamp(low, high) * each)
+        assert (lost_under(w, moved, scheme, weight) >= lost[0]).all()
+
+
+def lost_under(w: Tensor, scales: Scales, scheme: Scheme, weight: Tensor) -> Tensor:
+    """The weighted squared error of each group."""
+    return group_view((w - decode(encode(w, scales, scheme))).square() * weight, scheme).sum(-1)
+
+
+def test_signed_scales_give_the_longer_side_to_either_sign() -> None:
+    """int2 has −2, −1, 0, 1: a row of 0, 1, 2 is exact under −1 and cannot be under any scale above 0."""
+    w = torch.tensor([[0.0, 1, 2, 2, 1, 0, 0, 2] * 2, [0.0, -1, -2, -2, 1, 0, 0, -2] * 2])
+    exact = search(w, None, Scheme.parse("int2-g16-signed")).q
+    assert torch.equal(decode(exact), w)
+    assert exact.scales.scale.flatten().tolist() == [-1, 1]
+    assert not torch.equal(decode(search(w, None, Scheme.parse("int2-g16")).q), w)
 
 
 @pytest.mark.parametrize("objective", ["weighted", "mse", "percentile"])

@@ -470,7 +470,7 @@ def test_minmax_scales_are_those_of_the_tensor_itself(text: str) -> None:
     found, expected = static_scales(seen(*x.split(64)), scheme, observer="minmax"), fit(x, scheme)
     assert found.scale.shape == (1, 1)
     assert torch.equal(found.scale, expected.scale)
-    assert (found.zero is None) == (expected.zero is None) == (scheme.zero == "sym")
+    assert (found.zero is None) == (expected.zero is None) == scheme.symmetric
     if found.zero is not None and expected.zero is not None:
         assert torch.equal(found.zero, expected.zero)
 

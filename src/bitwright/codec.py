@@ -67,7 +67,7 @@ def fit(w: Tensor, scheme: Scheme, *, shrink: Tensor | float = 1.0, outer: Tenso
 def raw_scales(v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
     """The scales one would like, before any encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None."""
     grid = scheme.levels
-    if scheme.zero == "sym":
+    if scheme.symmetric:
         if grid.reach is not None:
             return v.abs().amax(-1) * (shrink / grid.reach), None
         counts = torch.full(v.shape[1:2], float(v.shape[2]))
@@ -97,6 +97,11 @@ def integer_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     grid = scheme.levels
     first = grid.lo + (scheme.zero == "asym1")
     return (grid.lo - torch.round(low / safe(scale))).clamp(first, grid.hi)
+
+
+def same_sign(x: Tensor, y: Tensor) -> Tensor:
+    """Where both are above 0, or both below."""
+    return ((x > 0) & (y > 0)) | ((x < 0) & (y < 0))
 
 
 def safe(scale: Tensor) -> Tensor:
@@ -147,26 +152,42 @@ def _snap_e4m3(scale: Tensor, zero: Tensor | None, outer: Tensor | None) -> Scal
 
 
 def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
-    """The k-quants' two levels: integers of 8, 6 or 4 bits under one f16 per 256 weights.
+    """The k-quants' two levels: integers of 8, 6 or 4 bits under one f16 per 256 weights (llama.cpp's block_q*_K).
 
-    Symmetric schemes store signed integers, those with a minimum unsigned ones for both (llama.cpp's block_q*_K).
+    "signed" stores integers of either sign, of which the largest scale takes the lowest; "sym" only those from 0 on;
+    those with a minimum unsigned ones for both.
     """
-    bits = int(scheme.scale[1:])
-    top = (1 << (bits - 1)) - 1 if scheme.zero == "sym" else (1 << bits) - 1
-    scale, outer = _two_level(scale, top, scheme)
+    low, high = scale_range(scheme)
+    scale, outer = _two_level(scale, low, high, scheme)
     if zero is None or scheme.zero != "min":
         return Scales(scale, zero, outer)
-    minimum, outer_zero = _two_level(-zero, top, scheme)
+    minimum, outer_zero = _two_level(-zero, low, high, scheme)
     return Scales(scale, -minimum, outer, outer_zero)
 
 
-def _two_level(x: Tensor, top: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """x [N, G] ≥ 0 -> integers 0..top times an f16 per super-block, and that f16 [N, S]."""
+def scale_range(scheme: Scheme) -> tuple[int, int]:
+    """The integers that a scale of the k encodings may be."""
+    bits = int(scheme.scale[1:])
+    if scheme.zero == "min":
+        return 0, (1 << bits) - 1
+    half = 1 << (bits - 1)
+    return (-half if scheme.zero == "signed" else 0), half - 1
+
+
+def by_block(x: Tensor, scheme: Scheme) -> Tensor:
+    """Scales [..., G] of the k encodings, super-block by super-block [..., S, 256 / g], padded with zeros."""
     assert isinstance(scheme.group, int)  # Scheme refuses anything else
     per_block = SUPERBLOCK // scheme.group
-    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % per_block)).unflatten(1, (-1, per_block))
-    outer = (blocks.amax(-1) / top).clamp(max=65504).half().float()
-    integers = torch.round(blocks / safe(outer)[..., None]).clamp(0, top)
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % per_block)).unflatten(-1, (-1, per_block))
+
+
+def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """x [N, G] -> integers low..high times an f16 per super-block, and that f16 [N, S]."""
+    blocks = by_block(x, scheme)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+    outer = largest / (low or high)
+    outer = outer.clamp(-65504, 65504).half().float()
+    integers = torch.round(blocks / safe(outer)[..., None]).clamp(low, high)
     return (integers * outer[..., None]).flatten(1)[:, : x.shape[1]], outer
 
 

@@ -21,7 +21,7 @@ import torch
 
 from bitwright.errors import SchemeError
 
-Zero = Literal["sym", "asym", "asym1", "min"]
+Zero = Literal["sym", "signed", "asym", "asym1", "min"]
 CHANNEL, TENSOR, TOKEN = "channel", "tensor", "token"
 SUPERBLOCK = 256  # weights under one f16 scale in the k encodings; scales in one block of dq8
 
@@ -40,6 +40,13 @@ class Grid:
     hi: int
     reach: float | None
     levels: tuple[float, ...] | None = None
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the numbers below zero are not those above it."""
+        if self.levels is None:
+            return self.lo != -self.hi
+        return sorted(self.levels) != sorted(-level for level in self.levels)
 
 
 def _uniform(bits: int) -> Grid:
@@ -80,7 +87,7 @@ GRIDS: dict[str, Grid] = {
     "binary": _codebook(1, (-1.0, 1.0), None),
 }
 GROUPS = (16, 32, 64, 128, 256)
-ZEROS = ("sym", "asym", "asym1", "min")
+ZEROS = ("sym", "signed", "asym", "asym1", "min")
 # Bits per stored scale. k8, k6 and k4 add one f16 a super-block, dq8 one f32 in 256 scales, e4m3 one f32 a tensor.
 SCALE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k8": 8, "k6": 6, "k4": 4, "dq8": 8}
 DEFAULT_SCALE = {"nf4": "f32", "fp8": "f32", TOKEN: "f32"}  # by grid or group; all others: f16
@@ -88,17 +95,17 @@ PRESETS = {
     "mxfp4": "fp4-g32-sym-e8m0",
     "nvfp4": "fp4-g16-sym-e4m3",
     "q2_k": "int2-g16-min-k4",
-    "q3_k": "int3-g16-sym-k6",
+    "q3_k": "int3-g16-signed-k6",
     "q4_k": "int4-g32-min-k6",
     "q5_k": "int5-g32-min-k6",
-    "q6_k": "int6-g16-sym-k8",
-    "q4_0": "int4-g32-sym-f16",
+    "q6_k": "int6-g16-signed-k8",
+    "q4_0": "int4-g32-signed-f16",
     "q4_1": "int4-g32-min-f16",
-    "q5_0": "int5-g32-sym-f16",
+    "q5_0": "int5-g32-signed-f16",
     "q5_1": "int5-g32-min-f16",
     "q8_0": "int8-g32-sym-f16",
-    "iq4_nl": "iq4nl-g32-sym-f16",
-    "iq4_xs": "iq4nl-g32-sym-k6",
+    "iq4_nl": "iq4nl-g32-signed-f16",
+    "iq4_xs": "iq4nl-g32-signed-k6",
 }
 
 
@@ -109,7 +116,8 @@ class Scheme:
     grid   name in `GRIDS`
     group  16, 32, 64, 128 or 256 neighbours along K share a scale; "channel": a whole row; "tensor": all;
            "token": a whole row of activations [T, K], taken as it comes (dynamic)
-    zero   "sym": w = s·v(c). "asym": w = s·(c − z), z an integer in the code range. "asym1": the same with z above
+    zero   "sym": w = s·v(c). "signed": the same, and s may be negative, which gives the grid's longer side to
+           either sign. "asym": w = s·(c − z), z an integer in the code range. "asym1": the same with z above
            the lowest code, which is what GPTQ's v1 files can hold. "min": w = s·c + m, c unsigned, m ≤ 0 a float
     scale  how the scales (and mins) are stored: a key of `SCALE_BITS`
 
@@ -130,7 +138,7 @@ class Scheme:
                 f"unknown group {self.group!r}",
                 remedy=f"one of g{', g'.join(map(str, GROUPS))}, channel, tensor, token",
             )
-        if self.zero != "sym" and not self.grid.startswith("int"):
+        if not self.symmetric and not self.grid.startswith("int"):
             raise SchemeError(
                 f"grid {self.grid} has no zero point: its levels are fixed", remedy="leave out the zero part"
             )
@@ -139,6 +147,9 @@ class Scheme:
             raise SchemeError(
                 f"scale encoding {self.scale} needs groups inside blocks of {SUPERBLOCK}", remedy="use g16 or g32"
             )
+        if self.zero == "signed" and (not self.levels.lopsided or self.scale in ("e8m0", "e4m3", "dq8")):
+            message = f"{self.grid} with scales in {self.scale} has no use for negative ones"
+            raise SchemeError(message, remedy="leave out 'signed'")
         if self.zero == "min" and self.scale not in ("f32", "f16", "bf16", "k6", "k4"):
             raise SchemeError(f"scale encoding {self.scale} cannot hold a float minimum", remedy="use f16, k6 or k4")
 
@@ -169,7 +180,7 @@ class Scheme:
         group = f"g{self.group}" if isinstance(self.group, int) else self.group
         full = f"{self.grid}-{group}-{self.zero}-{self.scale}"
         for name, text in PRESETS.items():
-            if text == full and name not in ("q4_0", "q8_0", "q5_0"):  # those three are plain ints as well
+            if text == full and name != "q8_0":  # which is plain int8-g32
                 return name
         zero = "" if self.zero == "sym" else f"-{self.zero}"
         default = _default_scale(self.grid, group)
@@ -179,6 +190,11 @@ class Scheme:
     def levels(self) -> Grid:
         """The grid's row of the table."""
         return GRIDS[self.grid]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether w = s·v(c), with no offset."""
+        return self.zero in ("sym", "signed")
 
     @property
     def rowwise(self) -> bool:
@@ -209,7 +225,7 @@ class Scheme:
         if self.group == TENSOR:
             scale_bits = 0
         integers = 0.0 if self.group == TENSOR else float(self.groups(K) * self.levels.bits)
-        zero_bits = {"sym": 0.0, "min": scale_bits}.get(self.zero, integers)
+        zero_bits = {"sym": 0.0, "signed": 0.0, "min": scale_bits}.get(self.zero, integers)
         return self.levels.bits + (scale_bits + zero_bits) / K
 
     def with_scale(self, scale: str) -> Self:

@@ -7,6 +7,7 @@ the type transformers loads them into. Read back by the compressed-tensors libra
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class CompressedTensors:
                 f"K = {layer.K} is not a multiple of the group of {scheme.group}", where=layer.name,
                 remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
             )  # fmt: skip
+        scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         return scheme.with_scale(FLOAT_NAMES[dtype]) if scheme.scale in ("f32", "f16", "bf16") else scheme
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:

@@ -17,9 +17,10 @@ from bitwright.formats.format import Layer, Read, Spec, refuse_decomposed
 from bitwright.intake import Intake
 from bitwright.packing import pack
 from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import Scheme
+from bitwright.scheme import Scheme, Zero
 
 BITS = (2, 3, 4, 8)
+STORED: dict[str, Zero] = {"asym": "asym1", "signed": "sym"}  # as the format has it
 
 
 class Gptq:
@@ -53,7 +54,7 @@ class Gptq:
                 raise FormatError(
                     message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
                 )
-        return Scheme(s.grid, s.group, "asym1" if s.zero == "asym" else s.zero, "f16")
+        return Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16")
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""

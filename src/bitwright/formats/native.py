@@ -7,8 +7,8 @@ weight_scale         R rows (N; one for group "tensor") of G groups, as the sche
                      f32, f16, bf16   [R, G]
                      e8m0             uint8 [R, G], exponent + 127; 255, which would be NaN, says that the scale is 0
                      e4m3             float8_e4m3fn [R, G], to be divided by weight_scale_outer, float32 [1]
-                     k8, k6, k4       one stream of R·G numbers of 8, 6 or 4 bits, int32 [⌈R·G·bits/32⌉]; with "sym" they are
-                                      signed and stored plus 2^(bits−1); times weight_scale_outer, float16 [R, ⌈K/256⌉]
+                     k8, k6, k4       one stream of R·G numbers of 8, 6 or 4 bits, int32 [⌈R·G·bits/32⌉]; unless "min" they
+                                      are signed and stored plus 2^(bits−1); times weight_scale_outer, float16 [R, ⌈K/256⌉]
                      dq8              uint8 [R, G], index into the 256 values of the dynamic data type; times
                                       weight_scale_outer, float32 [⌈R·G/256⌉], plus weight_scale_mean, float32 [1]
 weight_zero_point    "asym", "asym1": one stream of R·G numbers of b bits, each plus 2^(b−1)
@@ -77,7 +77,7 @@ class Native:
         specs |= _table_layout("weight_scale", layer)
         if s.zero == "min":
             specs |= _table_layout("weight_minimum", layer)
-        elif s.zero != "sym":
+        elif not s.symmetric:
             specs["weight_zero_point"] = (torch.int32, (words(_rows(s, N) * s.groups(K), bits),))
         if layer.outliers:
             specs["outlier_columns"] = (torch.int32, (layer.outliers,))
@@ -176,7 +176,7 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
     bits = int(s.scale[1:])
     each = outer.repeat_interleave(SUPERBLOCK // s.group, dim=1)[:, : table.shape[1]]
     integers = torch.round(table / safe(each)).int()
-    unsigned = integers + (1 << (bits - 1)) if s.zero == "sym" else integers.abs()  # minima are negative
+    unsigned = integers + (1 << (bits - 1)) if s.symmetric else integers.abs()  # minima are negative
     return {name: _stream(unsigned, bits), f"{name}_outer": outer.to(torch.float16)}
 
 

@@ -223,14 +223,14 @@ def _table(stored: Stored, name: str, scheme: Scheme, R: int, K: int) -> Floats:
         return dynamic_type()[index] * each + stored.take(f"{name}_mean", torch.float32, 1)
     bits = int(encoding[1:])
     integers = stored.stream(name, bits, R * G).reshape(R, G).astype(np.float32)
-    integers -= 1 << (bits - 1) if scheme.zero == "sym" else 0
+    integers -= 1 << (bits - 1) if scheme.symmetric else 0
     each = np.repeat(stored.take(outer, torch.float16, R, -(-K // 256)), 256 // int(scheme.group), axis=1)[:, :G]
     return -(integers * each) if name == "weight_minimum" else integers * each
 
 
 def _zeros(stored: Stored, scheme: Scheme, R: int, K: int) -> Floats | None:
     """Minima or zero points [R, G]; None for a symmetric scheme."""
-    if scheme.zero == "sym":
+    if scheme.symmetric:
         return None
     if scheme.zero == "min":
         return _table(stored, "weight_minimum", scheme, R, K)

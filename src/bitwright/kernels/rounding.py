@@ -22,7 +22,7 @@ WIDEST = 16  # levels of a codebook
 def handles(scheme: Scheme, w: Tensor) -> bool:
     """Whether the extension is there and knows this format on this tensor's device."""
     levels = scheme.levels.levels
-    known = levels is None or (len(levels) <= WIDEST and scheme.zero == "sym")
+    known = levels is None or (len(levels) <= WIDEST and scheme.symmetric)
     return native is not None and w.device.type == "cpu" and scheme.group != TENSOR and known
 
 
@@ -37,7 +37,7 @@ def _format(scheme: Scheme) -> object:
         codes.setdefault(level, code)  # a second code for an equal value is never chosen
     rising = sorted(codes.items())
     return native.Format(
-        zero={"sym": 0, "asym": 1, "asym1": 1, "min": 2}[scheme.zero],
+        zero={"sym": 0, "signed": 0, "asym": 1, "asym1": 1, "min": 2}[scheme.zero],
         encoding=ENCODINGS.index(scheme.scale) if scheme.scale in ENCODINGS else 0,
         lo=lo,
         hi=hi,
@@ -58,13 +58,28 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[float]) 
     w = w.contiguous()
     N, K = w.shape
     scale = torch.empty(N, scheme.groups(K))
-    zero = None if scheme.zero == "sym" else torch.empty_like(scale)
+    zero = None if scheme.symmetric else torch.empty_like(scale)
     factors = [shrink / (scheme.levels.reach or 1.0) for shrink in shrinks]
     native.search(
         _format(scheme), w, importance.contiguous(), torch.tensor(shrinks), torch.tensor(factors),
         scheme.group_length(K), scale, zero, torch.get_num_threads(),
     )  # fmt: skip
     return scale, zero
+
+
+def pick(
+    w: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor, zeros: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The best of C scales (and zeros) [C, N, G] for each group: error, scale and zero [N, G]; the first of equals."""
+    assert native is not None
+    error = torch.empty(scales.shape[1:])
+    scale, zero = torch.empty_like(error), None if zeros is None else torch.empty_like(error)
+    native.pick(
+        _format(scheme), w.contiguous(), weight.contiguous(), scales.contiguous(),
+        None if zeros is None else zeros.contiguous(), scheme.group_length(w.shape[1]), error, scale, zero,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return error, scale, zero
 
 
 def visit(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, round_to, safe, snap, values
+from bitwright.codec import decode, round_to, safe, same_sign, snap, values
 from bitwright.kernels import rounding
 from bitwright.products import add_product
 from bitwright.qtensor import QTensor, Scales
@@ -132,7 +132,7 @@ class _State:
         curvature = (c * bent).sum(0)
         old = self.scale[group]
         wanted = old + slope / safe(curvature)
-        wanted = torch.where((wanted > 0) & wanted.isfinite(), wanted, old)
+        wanted = torch.where(same_sign(wanted, old) & wanted.isfinite(), wanted, old)
         zero = None if self.zero is None or self.scheme.zero == "min" else self.zero[group]
         new = snap(wanted, zero, replace(self.scheme, zero="sym", grid="int8")).scale
         change = new - old

@@ -6,21 +6,37 @@ buys finer steps for everyone else. The weights of the error are 1 ("mse"), the 
 squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, encode, fit, folded, group_view, raw_scales, round_to, safe, snap, values
+from bitwright.codec import (
+    decode,
+    encode,
+    fit,
+    folded,
+    group_view,
+    raw_scales,
+    round_to,
+    safe,
+    same_sign,
+    snap,
+    values,
+)
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.outcome import Outcome
+from bitwright.methods.superblocks import refine
 from bitwright.qtensor import Scales, map_rows
 from bitwright.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
 ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
+SUPERBLOCKS = ("k8", "k6", "k4")  # integers under a common f16
 CHUNK = 1 << 19  # weights searched at a time: enough to keep the threads busy, little memory
 
 
@@ -74,7 +90,20 @@ def best_scales(
     found = snap(scale, zero, scheme, outer=outer)
     if scheme.scale in ONE_LEVEL:
         return found
+    if scheme.scale in SUPERBLOCKS:
+        weight = torch.ones_like(w[0]) if importance is None else importance.float()
+        refined = [
+            refine(chunk, scheme, weight, part)
+            for chunk, part in zip(chunks, _split(found, scheme, chunks), strict=True)
+        ]
+        return map_rows(lambda *parts: torch.cat(parts), scheme, *refined)
     return _no_worse(w, scheme, importance, found, fit(w, scheme, outer=outer))
+
+
+def _split(scales: Scales, scheme: Scheme, chunks: Sequence[Tensor]) -> list[Scales]:
+    """The scales of each chunk of rows."""
+    ends = list(accumulate(len(chunk) for chunk in chunks))
+    return [map_rows(lambda t, b=b, e=e: t[b:e], scheme, scales) for b, e in zip([0, *ends], ends, strict=False)]
 
 
 def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scales, plain: Scales) -> Scales:
@@ -93,6 +122,8 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
     weight = torch.ones_like(w[0]) if importance is None else importance.float()
     widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
     shrinks = torch.linspace(widest, _narrowest(scheme), steps).tolist()
+    if scheme.zero == "signed":
+        shrinks = [sign * shrink for shrink in shrinks for sign in (1, -1)]
     if rounding.handles(scheme, w):
         return rounding.search(w, weight, one_level, shrinks)
     v = group_view(w, scheme)
@@ -136,7 +167,7 @@ def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: 
     cc, cv = folded(wc * c), folded(wc * v)
     if scheme.zero != "min":
         solved = cv / safe(cc)
-        return torch.where((solved > 0) & solved.isfinite(), solved, s.scale), s.zero
+        return torch.where(same_sign(solved, s.scale) & solved.isfinite(), solved, s.scale), s.zero
     n, c1, v1 = folded(weight), folded(wc), folded(weight * v)
     det = n * cc - c1 * c1
     scale = (n * cv - c1 * v1) / safe(det)
