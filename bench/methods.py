@@ -57,7 +57,7 @@ def row(scheme: str, name: str, work: Path, tokens: Path, judged_on: str) -> dic
     judged = ["--reference", str(MODEL), "--text", str(TEXT), "--tokens", judged_on, "--json"]
     e = run([*BITWRIGHT, "eval", str(out), *judged]).result
     shutil.rmtree(out)
-    return {"scheme": scheme, "name": name, "seconds": done.seconds, "megabytes": done.megabytes, **e}
+    return {**e, "scheme": scheme, "name": name, "seconds": done.seconds, "megabytes": done.megabytes}
 
 
 def shown(r: dict[str, float | str]) -> list[str]:
