@@ -82,7 +82,7 @@ def test_text_round_trips(text: str) -> None:
 
 def layer(weights: str, inputs: Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Layer:
     raw = Layer("a.b", 64, 256, Scheme.parse(weights), activations=inputs)
-    return Layer("a.b", 64, 256, CT.adapt(raw, dtype), activations=inputs)
+    return Layer("a.b", 64, 256, CT.adapt(raw, dtype).scheme, activations=inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -32,7 +32,7 @@ def weight(N: int = 64, K: int = 256) -> torch.Tensor:
 
 def stored(name: str, text: str, dtype: torch.dtype) -> tuple[Layer, QTensor]:
     layer = Layer("a.b", 64, 256, Scheme.parse(text))
-    layer = Layer("a.b", 64, 256, FORMATS[name].adapt(layer, dtype))
+    layer = Layer("a.b", 64, 256, FORMATS[name].adapt(layer, dtype).scheme)
     return layer, encode(weight(), fit(weight(), layer.scheme), layer.scheme)
 
 
@@ -90,7 +90,7 @@ def test_gptq_v1_bit_by_bit(text: str) -> None:
 
 def test_gptq_never_needs_a_zero_point_below_1() -> None:
     w = torch.rand(32, 128) + 0.5  # a plain asym zero point would be the lowest code
-    scheme = GPTQ.adapt(Layer("x", 32, 128, Scheme.parse("int4-g128-asym")), torch.float16)
+    scheme = GPTQ.adapt(Layer("x", 32, 128, Scheme.parse("int4-g128-asym")), torch.float16).scheme
     zero = fit(w, scheme).zero
     assert zero is not None and (zero == -7).all()
 

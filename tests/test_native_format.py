@@ -71,7 +71,7 @@ def layer_of(q: QTensor, **more: Any) -> Layer:
 def written(q: QTensor, *, inputs: Scales | None = None, **more: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config, as JSON would give it back, and the tensors of one module, which are those of the layout."""
     layer = layer_of(q, **more)
-    assert NATIVE.adapt(layer, torch.bfloat16) == q.scheme
+    assert NATIVE.adapt(layer, torch.bfloat16).scheme == q.scheme
     config, tensors = NATIVE.config([layer], ["lm_head"]), NATIVE.encode(q, layer, torch.bfloat16, inputs)
     assert _specs(tensors) == NATIVE.layout(layer, torch.bfloat16), str(q.scheme)
     return json.loads(json.dumps(config)), tensors

@@ -9,6 +9,7 @@ set -euo pipefail
 
 torch="torch==2.13.0"
 bare=() # installed last, without their dependencies
+source="" # a source package to build from
 
 case "${1:-}" in
     llmcompressor) packages=("llmcompressor==0.14.0.1") ;; # brings auto-round along
@@ -22,15 +23,19 @@ case "${1:-}" in
         )
         bare=("gptqmodel==7.7.0")
         ;;
+    llamacpp) # its tools, built from the source package of its Python binding, and its converter
+        packages=("gguf==0.19.0" "transformers==5.23.0" "sentencepiece==0.2.3" "safetensors" "protobuf" "scikit-build-core")
+        source="llama-cpp-python==0.3.36"
+        ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp" >&2
         exit 2
         ;;
 esac
 
 env="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/envs/$1"
 done_mark="$env/.installed" # what was asked for, written when everything is in
-wanted="$torch ${packages[*]}${bare[*]:+ ${bare[*]}}"
+wanted="$torch ${packages[*]}${bare[*]:+ ${bare[*]}}${source:+ $source}"
 
 if [[ -f "$done_mark" && "$(<"$done_mark")" == "$wanted" ]]; then
     echo "$env: already there"
@@ -43,6 +48,14 @@ fi
 "$env/bin/python" -m pip install "$torch" "${packages[@]}"
 if ((${#bare[@]})); then
     "$env/bin/python" -m pip install --no-deps "${bare[@]}"
+fi
+if [[ -n "$source" ]]; then
+    "$env/bin/python" -m pip download --no-deps --no-build-isolation --no-binary :all: --dest "$env" "$source"
+    tar -xzf "$env"/llama_cpp_python-*.tar.gz -C "$env"
+    mv "$env"/llama_cpp_python-*/ "$env/source"
+    cmake -S "$env/source/vendor/llama.cpp" -B "$env/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF
+    cmake --build "$env/build" --parallel "$(nproc)" --target \
+        llama-quantize llama-imatrix llama-perplexity llama-tokenize llama-bench llama-completion
 fi
 echo "$wanted" >"$done_mark"
 echo "$env: done"

@@ -7,6 +7,7 @@ from torch import Tensor
 from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.evaluation import evaluate as _evaluate
+from bitwright.formats import chosen
 from bitwright.methods import METHODS
 from bitwright.pipeline import Result, run
 from bitwright.preflight import preflight
@@ -31,9 +32,10 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    scheme: str = "int4-g128",
+    scheme: str | None = None,
     method: str = "gptq",
-    format: str = "compressed-tensors",
+    format: str | None = None,
+    pure: bool = False,
     activations: str | None = None,
     observer: str = "mse",
     kv_cache: str | None = None,
@@ -46,13 +48,16 @@ def quantize(
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Quantize the checkpoint directory `model` into the new directory `out`; see `bitwright quantize --help`.
+    """Quantize the checkpoint directory `model` into the new directory (or .gguf file) `out`; see `bitwright quantize --help`.
 
     Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
     """
     check_out(Path(out))
     file = Path(recipe) if recipe else None
-    rules = Recipe.of(file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache)
+    format, scheme = chosen(Path(out), format, scheme)
+    rules = Recipe.of(
+        file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
+    )
     plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
     where = Path(store) if store else None
     return run(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)

@@ -10,6 +10,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError
 from bitwright.formats import FORMATS, Format
 from bitwright.intake import Intake
+from bitwright.llamacpp.artefact import GgufArtefact, is_gguf
 from bitwright.models import quantization_of
 
 # The tensor of each format that a quantized module certainly has, and no float module.
@@ -52,6 +53,26 @@ class Artefact:
 
         return self.format.intake(self.config, module, read)
 
+    def is_packed(self, name: str) -> bool:
+        """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
+        return name.removesuffix(".weight") in self.modules
+
+    def describe(self, name: str) -> tuple[str, int]:
+        """How a tensor of the float model is stored, and the bytes of all its parts."""
+        module = name.removesuffix(".weight")
+        parts = list(self.modules[module].values()) if module in self.modules else [name]
+        dtype = str(self.checkpoint.tensors[parts[0]].dtype).removeprefix("torch.")
+        kind = self.config["quant_method"] if module in self.modules and self.config else dtype
+        return kind, sum(self.checkpoint.tensors[part].nbytes for part in parts)
+
+    def scalar(self, name: str) -> Tensor | None:
+        """A tensor beside the weights, such as a scale of the KV cache; None if there is none of that name."""
+        return self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """What changes when the weights do."""
+        return self.checkpoint.fingerprint()
+
     def read(self, name: str) -> Tensor:
         """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
         module = name.removesuffix(".weight")
@@ -65,6 +86,11 @@ class Artefact:
                 f"module {module!r} does not hold what its quantization_config promises: {error}",
                 where=str(self.folder),
             ) from error
+
+
+def open_artefact(path: Path) -> Artefact | GgufArtefact:
+    """A directory, or a GGUF file; errors as of the two."""
+    return GgufArtefact(path) if is_gguf(path) else Artefact(path)
 
 
 def _format_of(folder: Path, config: dict[str, Any] | None) -> Format | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import decode
+from bitwright.decisions import Planned
 from bitwright.errors import BitwrightError, CalibrationError
 from bitwright.inputs import Gathering, Inputs
 from bitwright.intake import Intake
@@ -19,7 +20,7 @@ from bitwright.ledger import ADDED, KEPT, Entry
 from bitwright.loss import energy, ratio
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, Outlier, rtn
 from bitwright.models import Skeleton, matrix_of
-from bitwright.preflight import Plan, Planned
+from bitwright.preflight import Plan
 from bitwright.qtensor import Outliers, QTensor, rows
 from bitwright.ranges import static_scales
 from bitwright.scheme import Scheme
@@ -121,6 +122,24 @@ def observe(
         for hook in hooks:
             hook.remove()
     return [gathering.value() for gathering in watch.gatherings.values()]
+
+
+def observe_head(skeleton: Skeleton, hidden: list[Tensor]) -> Inputs:
+    """Statistics of what the output head is given behind the last block; the parameters outside must be loaded."""
+    gathering: Gathering | None = None
+
+    def look(x: Tensor) -> None:
+        nonlocal gathering
+        gathering = gathering or Gathering.of(x, detailed=False, expected=0)
+        gathering.update(x, None)
+        raise _Enough
+
+    for batch in hidden:
+        with suppress(_Enough):
+            skeleton.head_inputs(batch, look)
+    if gathering is None:
+        raise BitwrightError("calibration never reached the output head", where=skeleton.head_name)
+    return gathering.value()
 
 
 def _all_seen(unseen: set[str]) -> None:
@@ -241,10 +260,10 @@ def _entry(
 ) -> Entry:
     """The ledger entry of a quantized matrix."""
     assert t.layer is not None and t.rule is not None
-    dtype = str(t.dtype).removeprefix("torch.")
+    dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
     return Entry(
         t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), t.rule.method, *losses, outcome.damping,
-        tokens, seconds, outcome.fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
+        tokens, seconds, fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
         origin.transforms.get(t.layer.name, ""), origin.statistics if tokens else "", t.layer.outliers,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.llamacpp.artefact import is_gguf, read_tokenizer
 from bitwright.stdlib_text import CALIBRATION, HELD_OUT, module_text
 
 BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that every machine with Python has
@@ -15,6 +16,8 @@ BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that ever
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer; no code from the checkpoint is run."""
+    if is_gguf(folder):
+        return read_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

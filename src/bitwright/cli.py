@@ -10,16 +10,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+if TYPE_CHECKING:
+    from bitwright.pipeline import Result
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console, errors = Console(), Console(stderr=True)
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors).")]
+Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Out = Annotated[
+    Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
+]
 Method = Annotated[
     str,
     typer.Option(
@@ -92,10 +98,11 @@ def _progress(quiet: bool) -> Iterator[Any]:
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to make; it appears only when complete and verified.")],
-    scheme: Annotated[str, typer.Option(help="Number format: int4-g128, int3-g64-asym, mxfp4, ...")] = "int4-g128",
+    out: Out,
+    scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = "gptq",
-    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or bitwright.")] = "compressed-tensors",
+    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq, gguf or bitwright.")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
@@ -111,16 +118,18 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with _reporting(as_json):
+        from bitwright.formats import chosen
         from bitwright.pipeline import run
         from bitwright.preflight import preflight
         from bitwright.recipe import Recipe
-        from bitwright.report import ledger_table
         from bitwright.workplace import check_out
 
         check_out(out)
+        format, scheme = chosen(out, format, scheme)
         rules = Recipe.of(
-            recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache
-        )
+            recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache,
+            pure=pure,
+        )  # fmt: skip
         plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
             _print(plan.as_dict(), as_json, "Preflight")
@@ -129,13 +138,7 @@ def quantize(
             errors.print(plan.headline, highlight=False)
         with _progress(as_json) as progress:
             done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
-        if not as_json:
-            console.print(ledger_table(done.ledger))
-            for note in done.notes:
-                console.print(f"note: {_plain(note)}")
-            for fallback in done.fallbacks:
-                console.print(f"[yellow]worse than asked[/] {_plain(fallback)}")
-        _print(done.as_dict(), as_json, "Done")
+        _print_result(done, as_json)
     if done.fallbacks:
         raise typer.Exit(1)
 
@@ -250,6 +253,19 @@ def demo(as_json: AsJson = False) -> None:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
     else:
         console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
+
+
+def _print_result(done: "Result", as_json: bool) -> None:
+    """What a run did, tensor by tensor unless it is for a program to read."""
+    from bitwright.report import ledger_table
+
+    if not as_json:
+        console.print(ledger_table(done.ledger))
+        for note in done.notes:
+            console.print(f"note: {_plain(note)}")
+        for fallback in done.fallbacks:
+            console.print(f"[yellow]worse than asked[/] {_plain(fallback)}")
+    _print(done.as_dict(), as_json, "Done")
 
 
 def _print(content: dict[str, Any], as_json: bool, title: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.artefact import Artefact
+from bitwright.artefact import open_artefact
 from bitwright.calibration import batches, load_tokenizer, windows
 from bitwright.errors import CheckpointError, InputError
 from bitwright.kv import KvCache, read_rounding
@@ -49,13 +49,13 @@ class Evaluation:
 
 
 class Walk:
-    """A checkpoint directory, float or quantized, carried over a text block by block."""
+    """A checkpoint directory or GGUF file, float or quantized, carried over a text block by block."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Reads headers. Raises CheckpointError for a directory that is not a checkpoint, or not of its config."""
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
-        self.artefact = Artefact(folder)
+        self.artefact = open_artefact(folder)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
 
     @property
@@ -71,7 +71,7 @@ class Walk:
                 continue
             source = self.names[name]
             tensor = self.artefact.read(source)
-            if source.removesuffix(".weight") in self.artefact.modules:
+            if self.artefact.is_packed(source):
                 tensor = matrix_of(self.skeleton.model.get_submodule(name.removesuffix(".weight")), tensor)
             if tuple(tensor.shape) != tuple(self.skeleton.model.state_dict(keep_vars=True)[name].shape):
                 raise CheckpointError(
@@ -104,8 +104,8 @@ class Walk:
         places = (name, name.removeprefix(stem), stem + name)
 
         def read(scale: str) -> Tensor | None:
-            found = next((f"{p}.{scale}" for p in places if f"{p}.{scale}" in self.artefact.checkpoint.tensors), None)
-            return None if found is None else self.artefact.checkpoint.read(found)
+            found = (self.artefact.scalar(f"{place}.{scale}") for place in places)
+            return next((tensor for tensor in found if tensor is not None), None)
 
         rounding = read_rounding(config, read, name)
         return None if rounding is None else KvCache(rounding=rounding)
@@ -209,7 +209,7 @@ def _against(other: Walk, ids: Tensor, folder: Path | None) -> Against:
 
 def _key(other: Walk, ids: Tensor) -> str:
     """A hash of all that predictions depend on: the model, the tokens and the code."""
-    model = [other.artefact.checkpoint.fingerprint(), (other.folder / "config.json").read_text(encoding="utf-8")]
+    model = [other.artefact.fingerprint(), other.skeleton.config.to_json_string()]
     return sha256(json.dumps([model, code_version()]).encode() + ids.numpy().tobytes()).hexdigest()
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from bitwright.artefact import Artefact
+from bitwright.artefact import open_artefact
 from bitwright.ledger import from_jsonl
 from bitwright.models import Skeleton, read_config
+from bitwright.workplace import ledger_beside
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -16,22 +17,20 @@ def inspect(folder: Path) -> dict[str, Any]:
     import torch
 
     config = read_config(folder)
-    artefact = Artefact(folder)
-    ledger = folder / "ledger.jsonl"
+    artefact = open_artefact(folder)
+    ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
     entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
     parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
     tensors = []
     for name, shape in sorted(artefact.shapes.items()):
-        parts = artefact.modules.get(name.removesuffix(".weight"), {"": name}).values() if shape is None else [name]
         entry = entries.get(name)
-        dtype = str(artefact.checkpoint.tensors[next(iter(parts))].dtype).removeprefix("torch.")
-        quantized = artefact.config["quant_method"] if shape is None and artefact.config else dtype
+        stored, size = artefact.describe(name)
         tensors.append(
             {
                 "name": name,
                 "shape": list(entry.shape if entry else shape or ()),
-                "scheme": (entry.scheme if entry and entry.scheme else quantized),
-                "bytes": sum(artefact.checkpoint.tensors[part].nbytes for part in parts),
+                "scheme": entry.scheme if entry and entry.scheme else stored,
+                "bytes": size,
                 "loss": entry.loss if entry else None,
             }
         )

@@ -8,7 +8,7 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from bitwright.errors import CheckpointError
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
+from bitwright.llamacpp.artefact import is_gguf
+from bitwright.llamacpp.artefact import read_config as read_gguf_config
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
@@ -31,6 +33,8 @@ TOKENS_PER_BATCH = 4096
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The model's config. CheckpointError if it is missing, damaged, of no known architecture, or quantized already."""
+    if is_gguf(folder):
+        return read_gguf_config(folder)
     file = folder / "config.json"
     if not folder.is_dir():
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
@@ -119,6 +123,29 @@ class Skeleton:
         first = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return {name for name, p in everywhere if first[id(p)] != name}
+
+    def ends(self) -> dict[str, nn.Module]:
+        """The embedding and, unless it is the same matrix, the output head, by full name."""
+        tied = self.tied_names()
+        both = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        named = {name: module for name, module in self.model.named_modules() if any(module is end for end in both)}
+        return {name: module for name, module in named.items() if f"{name}.weight" not in tied}
+
+    @property
+    def head_name(self) -> str:
+        """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
+        head, tied = self.model.get_output_embeddings(), self.tied_names()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        return name if f"{name}.weight" not in tied else next(iter(self.ends()))
+
+    @torch.no_grad()
+    def head_inputs(self, hidden: Tensor, look: Callable[[Tensor], None]) -> None:
+        """Show what the output head is given where the last block gives `hidden` [B, T, H]."""
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: look(args[0]))
+        try:
+            self.head(hidden)
+        finally:
+            handle.remove()
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""

@@ -9,7 +9,7 @@ block of the float model is given, and nothing is run at all. A crash costs one 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
+from bitwright.block import Origin, Rounded, added_entry, kept_entry, observe_head, quantize_together
 from bitwright.calibration import load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.codec import decode
@@ -26,8 +26,10 @@ from bitwright.formats.format import FLOAT_NAMES
 from bitwright.inputs import Inputs
 from bitwright.kv import KvCache, KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
+from bitwright.llamacpp import export
+from bitwright.llamacpp.container import type_named
 from bitwright.memory import peak_rss_bytes, return_memory
-from bitwright.methods import ASYMMETRIC
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.preflight import Plan
 from bitwright.store import BlockStatistics, Store
 from bitwright.streams import Progress, Streams, check_rotation, digest, first_streams, look, one_shot, read_block
@@ -98,8 +100,11 @@ def run(
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
-    written = _describe(plan, place)
-    place.finish(plan.source, ledger)
+    if plan.format.name == "gguf":
+        written = _assemble(plan, place, ledger)
+    else:
+        written = _describe(plan, place)
+        place.finish(plan.source, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
@@ -167,7 +172,7 @@ def _quantize_blocks(
     first = place.committed([plan.shard_name(i) for i in range(depth + 1)])
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     streams = None
-    if tokens is not None and store is None and first < depth:
+    if tokens is not None and store is None and first < depth + plan.calibrates_head:
         streams = first_streams(plan, tokens, _saved(plan, place, first) if first else None)
     for index in range(first, depth + 1):
         progress("block", index, depth + 1)
@@ -190,7 +195,10 @@ def _quantize_shard(
     depth, members = len(plan.skeleton), plan.shard(index)
     weights = read_block(plan, index)
     before = {} if plan.rotation is not None else dict(weights)
-    done, kv = _quantize_block(plan, index, weights, source) if index < depth else ([], None)
+    if index < depth:
+        done, kv = _quantize_block(plan, index, weights, source)
+    else:
+        done, kv = _quantize_ends(plan, weights, source), None
     kept = [t for t in members if t.layer is None]
     entries = [r.entry for r in done]
     entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
@@ -206,7 +214,7 @@ def _quantize_shard(
         parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
         tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
-    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth else None
+    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_head else None
     place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
     return entries
 
@@ -241,6 +249,31 @@ def _quantize_block(
     return done, kv
 
 
+def _quantize_ends(plan: Plan, weights: dict[str, Tensor], source: Streams | Store | None) -> list[Rounded]:
+    """Round the embedding and the output head, where the format has them rounded.
+
+    The head is rounded as its rule says, on what the quantized blocks give; an embedding has no inputs to weigh, nor has
+    anything without streams: there scales are searched.
+    """
+    ends = [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
+    known = Inputs()
+    if plan.calibrates_head and isinstance(source, Streams):
+        plan.skeleton.load(weights)
+        known = observe_head(plan.skeleton, source.given)
+        plan.skeleton.unload_outside()
+    done = []
+    for t in ends:
+        assert t.layer is not None and t.rule is not None
+        inputs = known if t.layer.name == plan.skeleton.head_name else Inputs()
+        method = t.rule.method
+        if method in CALIBRATED or method in ASYMMETRIC or method in BLOCKWISE:
+            method = "search" if inputs.gram is None else "gptq"
+        options = t.rule.options if method == t.rule.method else {}
+        t = replace(t, rule=replace(t.rule, method=method, options=options, transforms=()))
+        done += quantize_together(plan, [t], weights, inputs, Origin("sequential"))
+    return done
+
+
 def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     """How the block's keys and values are kept, if not in float."""
     scheme = plan.recipe.kv_cache
@@ -259,13 +292,29 @@ def _carry(
     skeleton.load(weights)
     if streams.original is not None:
         done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
-    if index + 1 < len(skeleton):
+    if index + 1 < len(skeleton) + plan.calibrates_head:
         skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
         intakes = {r.planned.layer.name: r.intake for r in done if r.planned.layer is not None}
         with skeleton.taking_in(intakes), skeleton.caching(KvCache(rounding=kv) if kv else None):
             for b, batch in enumerate(streams.given):
                 streams.given[b] = skeleton.run(index, batch)
     return done
+
+
+def _assemble(plan: Plan, place: Workplace, ledger: list[Entry]) -> int:
+    """All shards in one GGUF file, in OUT's place; its bytes."""
+    kinds = plan.quantization_config["types"]
+    pieces = []
+    for t in plan.tensors:
+        if t.action != LEFT_OUT:
+            kind = None if t.layer is None else type_named(kinds[t.layer.name])
+            pieces.append(export.Piece(t.parameter, t.source, kind))
+    shards = [place.path / plan.shard_name(i) for i in range(len(plan.skeleton) + 1)]
+    file = place.path / "model.gguf"
+    export.write(file, plan.file_keys, pieces, shards, plan.skeleton.config)
+    written = file.stat().st_size
+    place.finish_file(file, ledger)
+    return written
 
 
 def _describe(plan: Plan, place: Workplace) -> int:

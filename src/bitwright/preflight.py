@@ -4,49 +4,29 @@ Decides for every tensor of the source whether it is quantized, kept on purpose 
 result to the byte; estimates peak memory; refuses what the format cannot hold; and says what engines will not load.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
+from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import Checkpoint, count, shard_bytes
+from bitwright.decisions import Planned, by_threshold, decide
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.formats import FORMATS, Format, Layer
+from bitwright.formats import FORMATS, Format
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.formats.format import FLOAT_NAMES, Spec
+from bitwright.formats.format import Spec
 from bitwright.kv import SCALES as KV_SCALES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
-from bitwright.methods import Outlier
-from bitwright.methods.obq import LARGEST_K
-from bitwright.models import COMPUTED, Skeleton, best_dtype, quantization_of, read_config
-from bitwright.recipe import Recipe, Rule
-from bitwright.rotation import EMBEDDING, HEAD, Rotation
-from bitwright.scheme import Scheme
+from bitwright.llamacpp.export import metadata
+from bitwright.llamacpp.mixes import FILE_TYPES
+from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
+from bitwright.recipe import Recipe
+from bitwright.rotation import Rotation
 
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the source and what becomes of it. `block` is None outside the blocks."""
-
-    source: str
-    parameter: str
-    block: int | None
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    action: str
-    reason: str = ""
-    layer: Layer | None = None
-    rule: Rule | None = None
-    made_of: str = ""  # the source's tensor, where that has another name: an untied head is made of the embedding
-
-    @property
-    def stem(self) -> str:
-        """The tensor's name in the files, less ".weight"."""
-        return self.source.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,14 @@ class Plan:
     samples: int
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
+    file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of a format that is one file
+
+    @property
+    def calibrates_head(self) -> bool:
+        """Whether the run needs to know what the output head is given."""
+        head = self.skeleton.head_name
+        rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None and t.layer.name == head]
+        return any(rule is not None and rule.needs_calibration for rule in rules)
 
     @property
     def calibrated(self) -> bool:
@@ -186,11 +174,11 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if untied:
         config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
-    tensors, notes = _decide(skeleton, checkpoint, recipe, FORMATS[format_name], rotation, untied=untied)
+    tensors, notes = decide(skeleton, checkpoint, recipe, FORMATS[format_name], rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or seqlen
-    if any(t.rule is not None and _by_threshold(t.rule) for t in tensors):
+    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
         notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
     widest = max((t.layer.K for t in tensors if t.layer), default=0)
     if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
@@ -209,6 +197,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
+        _file_keys(source, skeleton, recipe) if format_name == "gguf" else {},
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
@@ -216,6 +205,13 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
     _ = plan.quantization_config  # refuses schemes that cannot share a file
     return plan
+
+
+def _file_keys(source: Path, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """What a GGUF file will say beside its tensors; errors as of `metadata`."""
+    mixes = {rule.mix for rule in recipe.active}
+    file_type = FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None
+    return metadata(source, skeleton.config, load_tokenizer(source), file_type)
 
 
 def _check_kv(plan: Plan) -> None:
@@ -228,100 +224,3 @@ def _check_kv(plan: Plan) -> None:
         raise RecipeError(
             f"models of type {kind!r} have no single attention module a block", remedy="leave out --kv-cache"
         )
-
-
-def _decide(
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    format_: Format,
-    rotation: Rotation | None,
-    *,
-    untied: bool,
-) -> tuple[list[Planned], list[str]]:
-    """An action for every tensor of the source; an error for one that no rule covers."""
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    if untied:
-        shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
-    names = skeleton.source_names(shapes, str(checkpoint.folder))
-    parameters = {source: parameter for parameter, source in names.items()}
-    blocks = {p: i for i in range(len(skeleton)) for p in skeleton.state_names(i)}
-    modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
-    odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
-    odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
-    rules = recipe.assign([*modules, *odd])
-    planned = []
-    for source, info in checkpoint.tensors.items():
-        parameter = parameters.get(source)
-        if parameter is None:
-            if not source.endswith(COMPUTED):
-                remedy = "config.json and weights must belong together"
-                raise CheckpointError("the model has no such tensor", where=source, remedy=remedy)
-            planned.append(Planned(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it"))
-            continue
-        base = Planned(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT)
-        planned.append(_decide_one(base, modules, rules, format_, rotation))
-    if untied:
-        of = checkpoint.tensors[names[EMBEDDING]]
-        reason = "outside the blocks, untied"
-        planned.append(Planned(HEAD, HEAD, None, of.dtype, of.shape, KEPT, reason, made_of=names[EMBEDDING]))
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_)
-
-
-def _decide_one(
-    t: Planned, modules: dict[str, Any], rules: dict[str, Rule], format_: Format, rotation: Rotation | None
-) -> Planned:
-    """Quantize a block's matrices as the rules say; keep vectors and all that is outside the blocks."""
-    name = t.parameter.removesuffix(".weight")
-    if t.block is None:
-        return replace(t, reason="outside the blocks")
-    if len(t.shape) < 2:
-        return replace(t, reason="a vector")
-    rule = rules[name]
-    if rule.scheme is None:
-        return replace(t, reason=f"recipe: {rule.match}", rule=rule)
-    if name not in modules:
-        remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
-        raise RecipeError(
-            f"a parameter of shape {t.shape} that is not a Linear cannot be quantized", where=name, remedy=remedy
-        )
-    if t.dtype not in FLOAT_NAMES:
-        raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
-    transposed = isinstance(modules[name], Conv1D)
-    N, K = (t.shape[1], t.shape[0]) if transposed else t.shape
-    layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
-    if rotation is not None:
-        layer = replace(layer, rotate=rotation.online_block(name, K))
-    layer = replace(layer, scheme=format_.adapt(layer, t.dtype))
-    if rule.method == "obq" and K > LARGEST_K:
-        raise RecipeError(f"obq on K = {K} would take days", where=name, remedy=f"method gptq, or K up to {LARGEST_K}")
-    return replace(t, action=QUANTIZED, layer=layer, rule=rule)
-
-
-def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
-    """The rule's scheme for inputs; a fixed scale is stored in the model's own float type."""
-    if rule.activations is None or not rule.static:
-        return rule.activations
-    return rule.activations.with_scale(FLOAT_NAMES[dtype])
-
-
-def _by_threshold(rule: Rule) -> bool:
-    separate = rule.transform(Outlier)
-    return isinstance(separate, Outlier) and separate.fraction is None
-
-
-def _outliers(rule: Rule, K: int) -> int:
-    """How many input channels stay in float, as far as that is known beforehand: one stands for a number unknown."""
-    separate = rule.transform(Outlier)
-    return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
-
-
-def _engine_notes(layers: list[Layer], format_: Format) -> list[str]:
-    """What the usual engines will say to these files."""
-    grids = {layer.scheme.grid for layer in layers}
-    odd = sorted(grids & {"int2", "int3", "int5", "int6", "int7", "ternary"})
-    if format_.name == "compressed-tensors" and odd:
-        return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
-    if format_.name == "gptq" and any(layer.scheme.zero != "sym" for layer in layers):
-        return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
-    return []

@@ -11,7 +11,8 @@ A recipe is a list of rules; the last rule whose pattern matches a module's name
     activations = "int8-token"     # the layer's inputs are rounded too: as they come, or (int8-tensor) to a fixed range
     observer = "mse"               # how that fixed range is chosen
 
-Above the rules may stand kv_cache = "fp8-tensor": what keys and values are kept in.
+Above the rules may stand kv_cache = "fp8-tensor": what keys and values are kept in; and for GGUF pure = true: the name
+of a mix of llama.cpp's, such as q2_k, stands for its block type everywhere. `scheme` may be such a mix: q4_k_m.
 """
 
 import inspect
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import RecipeError
+from bitwright.formats.ggml import TYPES
 from bitwright.kv import check as check_kv
+from bitwright.llamacpp.mixes import MIXES
 from bitwright.methods import (
     ASYMMETRIC,
     BLOCKWISE,
@@ -58,6 +61,7 @@ class Rule:
     activations: Scheme | None = None
     transforms: tuple[Transform, ...] = ()
     observer: str = "mse"
+    mix: str = ""  # of llama.cpp, where the scheme's text names one; `scheme` is what most tensors get
 
     def __post_init__(self) -> None:
         try:
@@ -137,6 +141,7 @@ class Rule:
             "match": self.match, "scheme": KEEP if self.scheme is None else str(self.scheme), "method": self.method,
             "options": self.options, "activations": None if self.activations is None else str(self.activations),
             "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms], "observer": self.observer,
+            "mix": self.mix,
         }  # fmt: skip
 
 
@@ -147,6 +152,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     kv_cache: Scheme | None = None
     kv_observer: str = "minmax"  # a key cut off is an attention lost
+    pure: bool = False  # names of mixes stand for their one block type
 
     def __post_init__(self) -> None:
         if self.kv_cache is not None:
@@ -176,7 +182,7 @@ class Recipe:
     @classmethod
     def of(
         cls, file: Path | None, *, scheme: str, method: str, activations: str | None = None, observer: str = "mse",
-        kv_cache: str | None = None,
+        kv_cache: str | None = None, pure: bool = False,
     ) -> "Recipe":  # fmt: skip
         """A file's recipe on top of a default, if there is one, else the same for every matrix."""
         defaults = _Defaults(method, activations, observer)
@@ -184,7 +190,8 @@ class Recipe:
         rules = [_rule({"match": "*", "scheme": scheme}, defaults, "")]
         rules += [_rule(entry, defaults, str(file)) for entry in content.get("rule", [])]
         kv = content.get("kv_cache", kv_cache)
-        return cls(tuple(rules), None if kv in (None, KEEP) else Scheme.parse(str(kv)))
+        cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
+        return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)))
 
     def assign(self, modules: list[str]) -> dict[str, Rule]:
         """The rule in force for each module. RecipeError if a rule's pattern matches no module at all."""
@@ -249,7 +256,7 @@ def _content(file: Path) -> dict[str, Any]:
         raise RecipeError("no such recipe", where=str(file), remedy="give a TOML file of rules") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"not a TOML file: {error}", where=str(file)) from error
-    _known_keys(content, {"rule", "kv_cache"}, str(file))
+    _known_keys(content, {"rule", "kv_cache", "pure"}, str(file))
     if not isinstance(content.get("rule", []), list):
         raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
     return content
@@ -271,10 +278,12 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     before, method = split_method(entry.get("method", defaults.method))
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
+    mix = entry["scheme"].upper() if entry["scheme"].upper() in MIXES else ""
+    scheme = None if entry["scheme"] == KEEP else TYPES[MIXES[mix]].scheme if mix else Scheme.parse(entry["scheme"])
     return Rule(
-        entry["match"], None if entry["scheme"] == KEEP else Scheme.parse(entry["scheme"]), method,
+        entry["match"], scheme, method,
         entry.get("options", {}), None if activations in (None, KEEP) else Scheme.parse(activations),
-        tuple(transforms), entry.get("observer", defaults.observer),
+        tuple(transforms), entry.get("observer", defaults.observer), mix,
     )  # fmt: skip
 
 

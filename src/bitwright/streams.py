@@ -12,13 +12,14 @@ from torch import Tensor
 from bitwright.block import observe
 from bitwright.calibration import batches
 from bitwright.checkpoint import Checkpoint
+from bitwright.decisions import Planned
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.folds import find_folds
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.ledger import LEFT_OUT
 from bitwright.models import TOKENS_PER_BATCH
-from bitwright.preflight import Plan, Planned
+from bitwright.preflight import Plan
 from bitwright.ranges import Histogram
 from bitwright.store import BlockStatistics, Store, code_version
 

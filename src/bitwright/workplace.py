@@ -33,6 +33,11 @@ def check_out(out: Path) -> None:
         raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy="make it")
 
 
+def ledger_beside(out: Path) -> Path:
+    """Where the ledger of a single file lies."""
+    return out.with_name(f"{out.stem}.ledger.jsonl")
+
+
 class Workplace:
     """The directory OUT.partial and what it remembers between runs."""
 
@@ -107,6 +112,13 @@ class Workplace:
         copy_companions(source, self.path)
         with disk_errors(self.out):
             self.path.rename(self.out)
+
+    def finish_file(self, file: Path, ledger: list[Entry]) -> None:
+        """Let OUT appear as one file, its ledger beside it, and remove the rest."""
+        write_file(ledger_beside(self.out), to_jsonl(ledger).encode())
+        with disk_errors(self.out):
+            file.rename(self.out)
+            shutil.rmtree(self.path)
 
     def abandon(self) -> None:
         """Remove work that can never be finished."""

@@ -1,10 +1,30 @@
 """QTensor <-> files: one class a format, in one table."""
 
+from pathlib import Path
+
+from bitwright.errors import FormatError
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.formats.format import Format, Layer
+from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.native import Native
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Native())}
+FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
 
-__all__ = ["FORMATS", "Format", "Layer"]
+DEFAULTS = {"gguf": "q4_k_m"}  # schemes where none is asked for; elsewhere int4-g128
+
+
+def chosen(out: Path, format_name: str | None, scheme: str | None) -> tuple[str, str]:
+    """Format and scheme where they are not given: GGUF for an OUT that ends in .gguf, else compressed-tensors.
+
+    FormatError for a name that does not go with the format: engines tell GGUF by it.
+    """
+    file = out.suffix == ".gguf"
+    name = format_name or ("gguf" if file else "compressed-tensors")
+    if file != (name == "gguf"):
+        remedy = "name OUT.gguf for --format gguf, and only then"
+        raise FormatError(f"OUT is named {out.name!r}, the format is {name}", where=str(out), remedy=remedy)
+    return name, scheme or DEFAULTS.get(name, "int4-g128")
+
+
+__all__ = ["FORMATS", "Format", "Layer", "chosen"]

@@ -31,8 +31,9 @@ class CompressedTensors:
     name = "compressed-tensors"
     method = "compressed-tensors"
     kv_cache = True
+    outside = False
 
-    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
         """See `Format.adapt`."""
         scheme = layer.scheme
         _container(layer)
@@ -48,7 +49,8 @@ class CompressedTensors:
                 remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
             )  # fmt: skip
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
-        return scheme.with_scale(FLOAT_NAMES[dtype]) if scheme.scale in ("f32", "f16", "bf16") else scheme
+        plain = scheme.scale in ("f32", "f16", "bf16")
+        return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""

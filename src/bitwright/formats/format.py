@@ -25,6 +25,8 @@ class Layer:
     activations  what its inputs are rounded to; None: they are not
     outliers     how many input channels stay in float
     rotate       block of the Hadamard rotation that the engine must apply to its inputs; 0: none
+    container    the format's own name for how it is stored, where its scheme does not say all
+    fallback     why it is not stored as asked; "": it is
     """
 
     name: str
@@ -35,6 +37,8 @@ class Layer:
     activations: Scheme | None = None
     outliers: int = 0
     rotate: int = 0
+    container: str = ""
+    fallback: str = ""
 
 
 class Format(Protocol):
@@ -44,8 +48,10 @@ class Format(Protocol):
     method: str  # quant_method in config.json
     kv_cache: bool  # whether config.json can say what keys and values are kept in
 
-    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
-        """The layer's scheme with its scales stored as this format does in a model of that dtype.
+    outside: bool  # whether the embedding and the output head are quantized too
+
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
+        """The layer as this format stores it in a model of that dtype: its scheme's scales, its container.
 
         FormatError, with the reason, if the format cannot hold the layer.
         """

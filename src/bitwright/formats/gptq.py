@@ -6,6 +6,7 @@ scales  [G, N]       float16
 g_idx   [K]          the group of each column: always k // g here, groups are never permuted
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ class Gptq:
     name = "gptq"
     method = "gptq"
     kv_cache = False
+    outside = False
 
-    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
         """See `Format.adapt`."""
         refuse_decomposed(layer, "GPTQ")
         s, bits = layer.scheme, layer.scheme.levels.bits
@@ -54,7 +56,7 @@ class Gptq:
                 raise FormatError(
                     message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
                 )
-        return Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16")
+        return replace(layer, scheme=Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16"))
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""

@@ -56,9 +56,10 @@ class Native:
     name = "bitwright"
     method = "bitwright"
     kv_cache = True
+    outside = False
 
-    def adapt(self, layer: Layer, dtype: torch.dtype) -> Scheme:
-        """See `Format.adapt`: the scheme as it is."""
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
+        """See `Format.adapt`: as it is."""
         if layer.scheme.group == TOKEN:
             refuse(layer.name, "group 'token' is for inputs, not for weights", "use 'channel' or a group such as g128")
         if not inputs_can_be(layer.activations):
@@ -67,7 +68,7 @@ class Native:
         if not 0 <= layer.outliers <= layer.K:
             refuse(layer.name, f"{layer.outliers} of {layer.K} input channels cannot be outliers", f"0 to {layer.K}")
         check_rotation(layer.rotate, layer.K, layer.name)
-        return layer.scheme
+        return layer
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""

@@ -1,0 +1,154 @@
+"""GGUF files of bitwright beside those of llama-quantize with an importance matrix of the same text, mix by mix.
+
+    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptq]
+
+Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree.
+Also compared: block type by block type, size by size, and all tokens of WikiText-2's test text. Needs ../shared and
+`bench/peers/install.sh llamacpp`.
+"""
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
+from bitwright.calibration import load_tokenizer
+from bitwright.evaluation import Walk
+from bitwright.llamacpp.container import GgufFile
+
+TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
+MIXES = "Q2_K,Q3_K_S,Q3_K_M,Q4_0,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_M,Q6_K"
+THREADS = ["-t", "2"]
+WINDOW, JUDGED, CHARACTERS = 256, 16384, 120_000  # of llama-perplexity's text
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the text it is calibrated on, the text it is judged on."""
+
+    model: Path
+    calib: Path
+    text: Path
+
+
+def case_of(name: str, work: Path) -> Case:
+    """wiki-llama-7m on Wikipedia and WikiText-2; tiny1m-llama on the two halves of TinyStories."""
+    model, text = SHARED / "models" / name, SHARED / "text"
+    if name != "tiny1m-llama":
+        return Case(model, text / "wiki.txt", text / "wikitext2_raw_test.txt")
+    stories = (text / "tinystories.txt").read_text()
+    halves = stories[: len(stories) // 2], stories[len(stories) // 2 :]
+    files = [work / f"stories{i}.txt" for i in (1, 2)]
+    for file, half in zip(files, halves, strict=True):
+        file.write_text(half)
+    return Case(model, files[0], files[1])
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Run one of llama.cpp's tools and give back all that it said."""
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"{name} {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def tokens_agree(case: Case, file: Path) -> str:
+    """Whether llama.cpp cuts WikiText-2's test text as the checkpoint's tokenizer does."""
+    text = SHARED / "text/wikitext2_raw_test.txt"
+    said = tool("llama-tokenize", "-m", str(file), "-f", str(text), "--ids", "--log-disable")
+    theirs = [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])]
+    tokenizer = load_tokenizer(case.model)
+    tokenizer.model_max_length = int(1e30)
+    mine = tokenizer(text.read_bytes().decode())["input_ids"]  # its line ends as they are
+    return f"{len(mine)} tokens, all alike" if mine == theirs else f"DIFFERENT: {len(mine)} and {len(theirs)} tokens"
+
+
+def perplexities(case: Case, file: Path, work: Path) -> tuple[float, float, float]:
+    """llama-perplexity's, its standard error, and ours on the very same tokens: the second half of each window."""
+    some = work / "some.txt"
+    some.write_text(case.text.read_text()[:CHARACTERS])
+    found = None
+    while found is None:  # now and then it ends before its log is written
+        said = tool(
+            "llama-perplexity", "-m", str(file), "-f", str(some), "-c", str(WINDOW), "-b", str(WINDOW), *THREADS
+        )
+        found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said)
+    walk, tokenizer = Walk(file), load_tokenizer(file)
+    tokenizer.model_max_length = int(1e30)
+    ids = torch.tensor(tokenizer(some.read_text())["input_ids"])
+    ids = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    if ids[0, 0] == tokenizer.bos_token_id:
+        ids[:, 0] = tokenizer.bos_token_id
+    lost = []
+    for hidden, part in zip(walk.hidden(ids), ids.split(4096 // WINDOW), strict=True):
+        logits = walk.skeleton.head(hidden)[:, WINDOW // 2 : -1].log_softmax(-1)
+        lost.append(-logits.gather(-1, part[:, WINDOW // 2 + 1 :, None])[..., 0])
+    return float(found[1]), float(found[2]), math.exp(float(torch.cat(lost).double().mean()))
+
+
+def judged(file: Path, case: Case) -> dict[str, float]:
+    """`bitwright eval`'s KL and perplexity."""
+    more = ["--reference", str(case.model), "--text", str(case.text), "--tokens", str(JUDGED), "--json"]
+    return run([*BITWRIGHT, "eval", str(file), *more]).result
+
+
+def types_differ(mine: Path, theirs: Path) -> str:
+    """Tensors to which the two tools gave different types."""
+    a, b = (GgufFile(file).tensors for file in (mine, theirs))
+    other = [name for name in a | b if (a[name].type if name in a else None) != (b[name].type if name in b else None)]
+    return "same" if not other else f"{len(other)} differ: {other[0]}"
+
+
+def compared(case: Case, mix: str, method: str, work: Path, source: Path, imatrix: Path) -> list[str]:
+    """A row of the table."""
+    mine, theirs = work / f"mine-{mix}.gguf", work / f"theirs-{mix}.gguf"
+    for file in (mine, theirs):
+        file.unlink(missing_ok=True)
+    arguments = ["--scheme", mix, "--method", method, "--calib", str(case.calib), "--seqlen", str(WINDOW), "--json"]
+    done = run([*BITWRIGHT, "quantize", str(case.model), str(mine), *arguments], fine=(0, 1))
+    tool("llama-quantize", "--imatrix", str(imatrix), str(source), str(theirs), mix, "2")
+    ours, peer = judged(mine, case), judged(theirs, case)
+    llama, error, own = perplexities(case, mine, work)
+    return [
+        case.model.name, mix, f"{mine.stat().st_size:,}", f"{theirs.stat().st_size:,}", types_differ(mine, theirs),
+        f"{ours['kl_mean']:.5f} ± {ours['kl_stderr']:.5f}", f"{peer['kl_mean']:.5f} ± {peer['kl_stderr']:.5f}",
+        f"{100 * (1 - ours['kl_mean'] / peer['kl_mean']):.0f} %", f"{ours['perplexity']:.3f}", f"{peer['perplexity']:.3f}",
+        f"{(llama - own) / error:+.3f}", f"{done.seconds:.1f}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="wiki-llama-7m,tiny1m-llama")
+    parser.add_argument("--mixes", default=MIXES)
+    parser.add_argument("--method", default="gptq")
+    args = parser.parse_args()
+    header = [
+        "model", "mix", "bytes", "llama-quantize", "types", "KL", "llama-quantize", "less", "perplexity", "llama-quantize",
+        "llama-perplexity less ours, in its standard errors", "seconds",
+    ]  # fmt: skip
+    rows = []
+    for name in args.models.split(","):
+        work = OUT / "gguf" / name
+        work.mkdir(parents=True, exist_ok=True)
+        case = case_of(name, work)
+        source, imatrix = work / "float.gguf", work / "imatrix.gguf"
+        source.unlink(missing_ok=True)
+        run([sys.executable, "-m", "bench.make_gguf", str(case.model), str(source)])
+        chunks = ["-c", str(WINDOW), "--chunks", "128", *THREADS]
+        tool("llama-imatrix", "-m", str(source), "-f", str(case.calib), "-o", str(imatrix), *chunks)
+        print(name, tokens_agree(case, source), file=sys.stderr, flush=True)
+        for mix in args.mixes.split(","):
+            rows.append(compared(case, mix, args.method, work, source, imatrix))
+            print(rows[-1], file=sys.stderr, flush=True)
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

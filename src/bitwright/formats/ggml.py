@@ -1,0 +1,234 @@
+"""llama.cpp's block types: how codes and scales of 32 or 256 weights lie in bytes. Source: ggml-common.h, ggml-quants.c.
+
+A block type is a row of `TYPES`: the Scheme whose numbers it holds, the weights in a block, and one function that turns
+the codes and stored integers of blocks into bytes. Reading back is not done here: the gguf package's `dequantize`, which
+shares nothing with this file, is what every written tensor is checked against.
+
+In every type a block's 128 (or 32) weights are cut in runs, and byte i holds the i-th weight of each run side by side.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import safe
+from bitwright.qtensor import QTensor
+from bitwright.scheme import SUPERBLOCK, Scheme
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """B blocks, as they are stored.
+
+    codes     [B, n] uint8, counted from 0 (codebooks: as they are)
+    scale     [B] float32, the f16 (or e8m0's power of two) that all stand under
+    minimum   [B] float32 ≥ 0: what is subtracted, or its f16; zeros where the type has none
+    scales, minima [B, 256 / g] int16, the integers of the second level; empty where there is none
+    """
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor
+    scales: Tensor
+    minima: Tensor
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A row of the table. name: llama.cpp's; scheme: without what `g` it has for short rows; pack: blocks -> [B, bytes]."""
+
+    name: str
+    scheme: Scheme
+    size: int
+    bytes: int
+    pack: Callable[[Blocks], Tensor]
+
+
+def encode(q: QTensor, kind: BlockType) -> Tensor:
+    """The bytes of a matrix [N, K / size · bytes] uint8; K is a multiple of the block's size."""
+    N, K = q.codes.shape
+    packed = [kind.pack(_blocks(q, kind, rows)) for rows in torch.arange(N).split(max(1, (1 << 22) // K))]
+    return torch.cat(packed).view(N, K // kind.size * kind.bytes)
+
+
+def _blocks(q: QTensor, kind: BlockType, rows: Tensor) -> Blocks:
+    """Some rows, cut into blocks."""
+    here, scheme = slice(int(rows[0]), int(rows[-1]) + 1), q.scheme
+    lowest = scheme.levels.lo if scheme.levels.levels is None and scheme.zero != "min" else 0
+    codes = (q.codes[here].short() - lowest).to(torch.uint8).reshape(-1, kind.size)
+    scale = q.scales.scale[here]
+    zero = torch.zeros_like(scale) if q.scales.zero is None else -q.scales.zero[here]
+    none = torch.empty(len(codes), 0, dtype=torch.int16)
+    if q.scales.outer is None:
+        return Blocks(codes, scale.flatten(), zero.flatten(), none, none)
+    outer = q.scales.outer[here]
+    under = torch.zeros_like(outer) if q.scales.outer_zero is None else q.scales.outer_zero[here]
+    scales, minima = _integers(scale, outer, scheme), _integers(zero, under, scheme)
+    return Blocks(codes, outer.flatten(), under.flatten(), scales, minima)
+
+
+def _integers(table: Tensor, outer: Tensor, scheme: Scheme) -> Tensor:
+    """[N, G] over the f16s [N, S] of the blocks -> [N·S, G / S]."""
+    assert isinstance(scheme.group, int)
+    per_block = SUPERBLOCK // scheme.group
+    return (table.view(*outer.shape, per_block) / safe(outer)[..., None]).round().short().view(-1, per_block)
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def half(x: Tensor) -> Tensor:
+    """[B] -> [B, 2] bytes of f16."""
+    return x.half()[:, None].view(torch.uint8)
+
+
+def side_by_side(codes: Tensor, runs: int, bits: int) -> Tensor:
+    """[..., runs · n] -> [..., n]: the weights at one place of each run, `bits` bits each, the first run lowest."""
+    parts = codes.unflatten(-1, (runs, -1))
+    total = torch.zeros_like(parts[..., 0, :])
+    for run in range(runs):
+        total |= parts[..., run, :] << (bits * run)
+    return total
+
+
+def halves(codes: Tensor) -> Tensor:
+    """[B, 256] -> [B, 2, 128]."""
+    return codes.view(len(codes), 2, 128)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """4 low bits of each 32 weights, the first sixteen lowest: [B, n] -> [B, n / 2]."""
+    return side_by_side((codes & 15).unflatten(-1, (-1, 32)), 2, 4).flatten(1)
+
+
+def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """The 8 scales and 8 minima of Q4_K and Q5_K in 12 bytes."""
+    s, m = scales.to(torch.uint8), minima.to(torch.uint8)
+    first = s[:, :4] | (s[:, 4:] >> 4) << 6
+    second = m[:, :4] | (m[:, 4:] >> 4) << 6
+    return torch.cat([first, second, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4], 1)
+
+
+def signed_six_bits(scales: Tensor) -> Tensor:
+    """The 16 scales of Q3_K in 12 bytes: 16 low halves, then their two high bits."""
+    s = (scales + 32).to(torch.uint8)
+    return torch.cat([side_by_side(s & 15, 2, 4), side_by_side(s >> 4, 4, 2)], 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- types
+
+
+def _q8_0(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), b.codes ^ 128], 1)  # codes were counted from −128
+
+
+def _q4_0(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), nibbles(b.codes)], 1)
+
+
+def _q4_1(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), half(-b.minimum), nibbles(b.codes)], 1)
+
+
+def _fifth_bits(codes: Tensor) -> Tensor:
+    """Of 32 weights, one bit each: [B, 32] -> [B, 4]."""
+    bits = (codes >> 4).view(-1, 4, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def _q5_0(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), _fifth_bits(b.codes), nibbles(b.codes)], 1)
+
+
+def _q5_1(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), half(-b.minimum), _fifth_bits(b.codes), nibbles(b.codes)], 1)
+
+
+def _q2_k(b: Blocks) -> Tensor:
+    scales = b.scales.to(torch.uint8) | b.minima.to(torch.uint8) << 4
+    return torch.cat([scales, side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale), half(b.minimum)], 1)
+
+
+def _q3_k(b: Blocks) -> Tensor:
+    high = side_by_side(b.codes >> 2, 8, 1)
+    low = side_by_side(halves(b.codes & 3), 4, 2).flatten(1)
+    return torch.cat([high, low, signed_six_bits(b.scales), half(b.scale)], 1)
+
+
+def _by_64(codes: Tensor) -> Tensor:
+    """4 low bits of each 64 weights, the first 32 lowest: [B, 256] -> [B, 128]."""
+    return side_by_side((codes & 15).view(-1, 4, 64), 2, 4).flatten(1)
+
+
+def _q4_k(b: Blocks) -> Tensor:
+    return torch.cat([half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), _by_64(b.codes)], 1)
+
+
+def _q5_k(b: Blocks) -> Tensor:
+    high = side_by_side(b.codes >> 4, 8, 1)
+    return torch.cat([half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), high, _by_64(b.codes)], 1)
+
+
+def _q6_k(b: Blocks) -> Tensor:
+    low = side_by_side(halves(b.codes & 15), 2, 4).flatten(1)
+    high = side_by_side(halves(b.codes >> 4), 4, 2).flatten(1)
+    return torch.cat([low, high, b.scales.to(torch.int8).view(torch.uint8), half(b.scale)], 1)
+
+
+def _iq4_xs(b: Blocks) -> Tensor:
+    s = (b.scales + 32).to(torch.uint8)
+    low = (s & 15).view(-1, 4, 2)
+    high = (s >> 4).view(-1, 2, 4)
+    first = high[..., 0] | high[..., 1] << 2 | high[..., 2] << 4 | high[..., 3] << 6
+    return torch.cat([half(b.scale), first, low[..., 0] | low[..., 1] << 4, nibbles(b.codes)], 1)
+
+
+def _tq2_0(b: Blocks) -> Tensor:
+    return torch.cat([side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale)], 1)
+
+
+def _tq1_0(b: Blocks) -> Tensor:
+    """Five ternary digits a byte, the first the highest, as a fraction of 256 rounded up."""
+    parts = [_digits(b.codes[:, :160], 5), _digits(b.codes[:, 160:240], 5), _digits(b.codes[:, 240:], 4)]
+    return torch.cat([*parts, half(b.scale)], 1)
+
+
+def _digits(codes: Tensor, runs: int) -> Tensor:
+    number = torch.zeros(len(codes), codes.shape[1] // runs, dtype=torch.int32)
+    for run in codes.view(len(codes), runs, -1).unbind(1):
+        number = number * 3 + run
+    number = number * 3 ** (5 - runs)
+    return ((number * 256 + 242) // 243).to(torch.uint8)
+
+
+def _mxfp4(b: Blocks) -> Tensor:
+    exponent = torch.frexp(b.scale).exponent - 1 + 127
+    return torch.cat([torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes)], 1)
+
+
+def _type(name: str, size: int, size_in_bytes: int, pack: Callable[[Blocks], Tensor], scheme: str = "") -> BlockType:
+    return BlockType(name, Scheme.parse(scheme or name), size, size_in_bytes, pack)
+
+
+TYPES = {
+    kind.name: kind
+    for kind in (
+        _type("Q8_0", 32, 34, _q8_0),
+        _type("Q4_0", 32, 18, _q4_0),
+        _type("Q4_1", 32, 20, _q4_1),
+        _type("Q5_0", 32, 22, _q5_0),
+        _type("Q5_1", 32, 24, _q5_1),
+        _type("Q2_K", 256, 84, _q2_k),
+        _type("Q3_K", 256, 110, _q3_k),
+        _type("Q4_K", 256, 144, _q4_k),
+        _type("Q5_K", 256, 176, _q5_k),
+        _type("Q6_K", 256, 210, _q6_k),
+        _type("IQ4_NL", 32, 18, _q4_0),
+        _type("IQ4_XS", 256, 136, _iq4_xs),
+        _type("TQ1_0", 256, 54, _tq1_0, "ternary-g256"),
+        _type("TQ2_0", 256, 66, _tq2_0, "ternary-g256"),
+        _type("MXFP4", 32, 17, _mxfp4),
+    )
+}

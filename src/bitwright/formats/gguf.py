@@ -1,0 +1,78 @@
+"""GGUF: llama.cpp's block types, a tensor each, named `NAME.weight` until the file is put together (llamacpp/export.py).
+
+weight  uint8 [N, K / block · bytes]: the blocks of each row, see ggml.py
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import FormatError
+from bitwright.formats.format import Layer, Read, Spec, refuse_decomposed
+from bitwright.formats.ggml import TYPES, BlockType, encode
+from bitwright.intake import Intake
+from bitwright.llamacpp.container import decoded, type_named
+from bitwright.llamacpp.mixes import FALLBACKS
+from bitwright.qtensor import QTensor, Scales
+
+
+def kind_of(layer: Layer) -> BlockType:
+    """The block type of a layer: the one it names, or the first that holds its scheme. FormatError if none does."""
+    if layer.container:
+        return TYPES[layer.container]
+    found = next((kind for kind in reversed(TYPES.values()) if kind.scheme == layer.scheme), None)
+    if found is None:
+        remedy = f"one of {', '.join(name.lower() for name in TYPES)}, or a mix such as q4_k_m"
+        raise FormatError(f"GGUF has no block type for {layer.scheme}", where=layer.name, remedy=remedy)
+    return found
+
+
+class Gguf:
+    """Block types of llama.cpp, the embedding and the output head among them."""
+
+    name = "gguf"
+    method = "gguf"
+    kv_cache = False
+    outside = True
+
+    def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
+        """See `Format.adapt`. Rows that do not fill whole blocks get the type that llama.cpp would take instead."""
+        refuse_decomposed(layer, "GGUF")
+        if layer.activations is not None:
+            remedy = "leave out --activations: llama.cpp rounds inputs as it likes"
+            raise FormatError("GGUF files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
+        kind = wanted = kind_of(layer)
+        while layer.K % kind.size:
+            if kind.name not in FALLBACKS:
+                message = f"K = {layer.K} is not a multiple of {kind.size}, the block of {kind.name}"
+                raise FormatError(message, where=layer.name, remedy="keep this layer by a recipe: scheme = 'keep'")
+            kind = TYPES[FALLBACKS[kind.name]]
+        fallback = ""
+        if kind is not wanted:
+            bits = [8 * k.bytes / k.size for k in (kind, wanted)]
+            fallback = f"{wanted.name} -> {kind.name}: rows of {layer.K} do not fill its blocks of {wanted.size} "
+            fallback += f"({bits[0]:g} bits a weight, not {bits[1]:g})"
+        return replace(layer, scheme=kind.scheme, container=kind.name, fallback=fallback)
+
+    def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
+        """See `Format.layout`."""
+        kind = kind_of(layer)
+        return {"weight": (torch.uint8, (layer.N, layer.K // kind.size * kind.bytes))}
+
+    def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
+        """See `Format.encode`."""
+        return {"weight": encode(q, kind_of(layer))}
+
+    def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
+        """See `Format.config`: the type of each module's weight, by the module's last names too."""
+        return {"quant_method": self.method, "types": {layer.name: kind_of(layer).name for layer in layers}}
+
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """See `Format.intake`."""
+        return None
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """See `Format.decode`: by the gguf package."""
+        return torch.from_numpy(decoded(tensors["weight"].numpy(), type_named(config["types"][name]), name))

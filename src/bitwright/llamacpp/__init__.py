@@ -1,0 +1,1 @@
+"""llama.cpp: its files, names, tokenizers and mixes."""

@@ -1,0 +1,114 @@
+"""A GGUF file as a source of float weights by transformers' names, whoever made it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from bitwright.errors import CheckpointError, FormatError
+from bitwright.intake import Intake
+from bitwright.llamacpp.architecture import FACTORS, Names, config_of, rope_factors
+from bitwright.llamacpp.container import SUFFIX, GgufFile
+from bitwright.llamacpp.vocabulary import tokenizer_of
+
+COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model's path is that of a GGUF file."""
+    return path.suffix == SUFFIX
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """transformers' config of a file. CheckpointError for one that is damaged, or of an architecture not read here."""
+    file = GgufFile(path)
+    config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(path))
+    if FACTORS in file.tensors:
+        _add_factors(config, file.read(FACTORS), str(path))
+    return config
+
+
+def _add_factors(config: PretrainedConfig, factors: Tensor, where: str) -> None:
+    """Llama 3's scaling of positions, of which the file has what each frequency is divided by."""
+    rope = {**config.rope_parameters, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
+    config.rope_parameters = rope
+    known = rope_factors(config)
+    if known is None or known.shape != factors.shape or not torch.allclose(known, factors, rtol=1e-5):
+        raise CheckpointError("its factors of frequencies are not Llama 3's", where=where, remedy="not read here yet")
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a file. CheckpointError for a kind that is not read here."""
+    return tokenizer_of(GgufFile(path).keys, str(path))
+
+
+class GgufArtefact:
+    """See `Artefact`: the same for a GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads headers. CheckpointError as of `read_config`, or for a tensor that its architecture does not have."""
+        self.folder, self.config = path, None
+        self.file = GgufFile(path)
+        self.names = Names(read_config(path))
+        self.stored = self._match()
+
+    def _match(self) -> dict[str, str]:
+        """transformers' name -> the file's, for all tensors."""
+        by_name = {}
+        for parameter in _parameters(self.names.config):
+            try:
+                by_name[self.names.of(parameter)] = parameter
+            except FormatError:
+                continue
+        unknown = [name for name in self.file.tensors if name not in by_name and name not in COMPUTED]
+        if unknown:
+            message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
+            raise CheckpointError(message, where=str(self.folder), remedy="a file of this architecture alone")
+        return {by_name[name]: name for name in self.file.tensors if name in by_name}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Every tensor and its shape; GPT-2's matrices are transposed in the file."""
+        return {p: self.names.shape(p, self.file.tensors[name].shape) for p, name in self.stored.items()}
+
+    @property
+    def bytes(self) -> int:
+        """All weight data."""
+        return sum(t.nbytes for t in self.file.tensors.values())
+
+    def intake(self, name: str) -> Intake | None:
+        """What the engine does to inputs: nothing that a file says."""
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float."""
+        return self.names.read(name, self.file.read(self.stored[name]))
+
+    def is_packed(self, name: str) -> bool:
+        """Whether `read` gives a matrix [N, K] rather than what the module holds."""
+        return False
+
+    def describe(self, name: str) -> tuple[str, int]:
+        """How a tensor is stored, and its bytes."""
+        t = self.file.tensors[self.stored[name]]
+        return t.type.name.lower(), t.nbytes
+
+    def scalar(self, name: str) -> Tensor | None:
+        """A tensor beside the weights, such as a scale of the KV cache: there are none."""
+        return None
+
+    def fingerprint(self) -> list[Any]:
+        """What changes when the weights do."""
+        files = sorted({t.file for t in self.file.tensors.values()})
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _parameters(config: PretrainedConfig) -> list[str]:
+    """Names of all parameters of the model, which takes no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return list(AutoModelForCausalLM.from_config(config).state_dict())

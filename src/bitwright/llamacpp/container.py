@@ -1,0 +1,240 @@
+"""GGUF files: keys and values, tensors, and where their bytes lie; nothing believed before it is checked.
+
+Writing is the gguf package's. Reading is not: its reader maps whatever counts and offsets a file claims, and a file with
+absurd ones keeps it busy for ever. Here every count is compared with the bytes that are left before anything is allocated.
+Type sizes and `dequantize` are the package's. Source: docs/gguf.md of ggml.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from bitwright.errors import CheckpointError
+
+Types = gguf.GGMLQuantizationType
+SUFFIX = ".gguf"
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+DEEPEST, MOST_AXES = 4, 4  # arrays in arrays; axes of a tensor
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+WEIGHTS_AT_ONCE = 1 << 22  # decoded at a time
+FLOATS = {Types.F32: torch.float32, Types.F16: torch.float16, Types.BF16: torch.bfloat16, Types.F64: torch.float64}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor: its file, first byte and size; llama.cpp's type; shape as torch has it, the last axis contiguous."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    type: Types
+    shape: tuple[int, ...]
+
+
+class GgufFile:
+    """A .gguf file, or all parts of a split one: `keys` and `tensors` by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads headers only. CheckpointError says what is wrong with a file that is not what it should be."""
+        self.path = path
+        self.keys, self.tensors = _read(path)
+        parts = self.keys.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            for part in _other_parts(path, parts):
+                _, tensors = _read(part)
+                twice = next((name for name in tensors if name in self.tensors), None)
+                if twice is not None:
+                    raise _wrong(part, f"tensor {twice!r} is in two parts")
+                self.tensors |= tensors
+            promised = self.keys.get("split.tensors.count", len(self.tensors))
+            if promised != len(self.tensors):
+                raise _wrong(path, f"{promised} tensors are promised, the parts hold {len(self.tensors)}")
+
+    def key(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """The value of a key that must be there and of this kind."""
+        if name not in self.keys:
+            raise _wrong(self.path, f"key {name!r} is missing")
+        found = self.keys[name]
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise _wrong(self.path, f"key {name!r} is {str(found)[:40]!r}, which is of the wrong kind")
+        return found
+
+    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of a tensor."""
+        t = self.tensors[name]
+        with t.file.open("rb") as stream:
+            stream.seek(t.offset)
+            found = np.fromfile(stream, np.uint8, t.nbytes)
+        if len(found) != t.nbytes:
+            raise _wrong(t.file, f"tensor {name!r} is cut short")
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """A tensor's values in its own float type, or decoded to float32."""
+        t = self.tensors[name]
+        if t.type in FLOATS:
+            return torch.from_numpy(self.raw(name)).view(FLOATS[t.type]).view(t.shape)
+        rows = self.raw(name).reshape(-1, _row_bytes(t.shape[-1], t.type))
+        out = np.empty((len(rows), t.shape[-1]), np.float32)
+        step = max(1, WEIGHTS_AT_ONCE // t.shape[-1])
+        for at in range(0, len(rows), step):
+            out[at : at + step] = decoded(rows[at : at + step], t.type, name)
+        return torch.from_numpy(out).view(t.shape)
+
+
+def type_named(name: str) -> Types:
+    """llama.cpp's type of that name; KeyError if there is none."""
+    return Types.__members__[name]
+
+
+def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[Any, Any]:
+    """Rows of blocks [N, bytes] as float32 [N, K]. CheckpointError for a type that the gguf package cannot decode."""
+    try:
+        return dequantize(rows, kind)
+    except NotImplementedError as error:
+        raise CheckpointError(f"blocks of type {kind.name} cannot be decoded", where=name) from error
+
+
+def _row_bytes(K: int, kind: Types) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return K // block * size
+
+
+def _wrong(path: Path, message: str) -> CheckpointError:
+    return CheckpointError(message, where=str(path), remedy="the file is damaged or not a GGUF file: get a good copy")
+
+
+def _other_parts(path: Path, parts: int) -> Iterator[Path]:
+    """The files that belong to the first part of a split model."""
+    found = PART.search(path.name)
+    if found is None or int(found[2]) != parts or int(found[1]) != 1:
+        remedy = "give the first part, NAME-00001-of-0000N.gguf, beside the others"
+        raise CheckpointError(f"one of {parts} parts of a split model", where=str(path), remedy=remedy)
+    for number in range(2, parts + 1):
+        part = path.with_name(f"{path.name[: found.start()]}-{number:05d}-of-{parts:05d}.gguf")
+        if not part.is_file():
+            remedy = "put all parts in one directory"
+            raise CheckpointError("this part of a split model is missing", where=str(part), remedy=remedy)
+        yield part
+
+
+class _Cursor:
+    """The header, read forwards; never beyond the file's end."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.path, self.at = stream, path, 0
+        self.size = path.stat().st_size
+
+    @property
+    def left(self) -> int:
+        return self.size - self.at
+
+    def take(self, n: int) -> bytes:
+        if n > self.left:
+            raise _wrong(self.path, f"{n:,} bytes are announced at byte {self.at:,}, the file ends after {self.left:,}")
+        self.at += n
+        return self.stream.read(n)
+
+    def number(self, layout: str) -> Any:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def count(self, least: int) -> int:
+        """How many of something follow, each of at least so many bytes."""
+        n = int(self.number("<Q"))
+        if n * least > self.left:
+            raise _wrong(self.path, f"{n:,} entries are announced at byte {self.at:,}, the file has no room for them")
+        return n
+
+    def text(self) -> str:
+        return self.take(self.count(1)).decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A value of one of GGUF's types; arrays of numbers as numpy's."""
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY or depth > DEEPEST:
+            raise _wrong(self.path, f"a value of type {kind} at byte {self.at:,}, in arrays {depth} deep")
+        inner = int(self.number("<I"))
+        if inner in SCALARS:
+            each = np.dtype(SCALARS[inner])
+            return np.frombuffer(self.take(self.count(each.itemsize) * each.itemsize), each)
+        return [self.value(inner, depth + 1) for _ in range(self.count(8 if inner == STRING else 12))]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Keys and tensors of one file."""
+    try:
+        with path.open("rb") as stream:
+            return _read_header(_Cursor(stream, path))
+    except OSError as error:
+        raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
+    path = cursor.path
+    if cursor.take(4) != MAGIC:
+        raise _wrong(path, "no GGUF file: its first four bytes are not 'GGUF'")
+    version = cursor.number("<I")
+    if version not in VERSIONS:
+        raise _wrong(path, f"version {version} of GGUF, and only {VERSIONS} (little-endian) are read here")
+    tensors, pairs = cursor.count(24), cursor.count(13)
+    keys: dict[str, Any] = {}
+    for _ in range(pairs):
+        name = cursor.text()
+        if name in keys:
+            raise _wrong(path, f"key {name!r} twice")
+        keys[name] = cursor.value(int(cursor.number("<I")))
+    found = [_tensor(cursor) for _ in range(tensors)]
+    alignment = keys.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+        raise _wrong(path, f"an alignment of {alignment}")
+    return keys, _placed(found, cursor.at + -cursor.at % alignment, alignment, cursor)
+
+
+def _tensor(cursor: _Cursor) -> tuple[str, Stored]:
+    """One tensor's entry; its offset is relative yet."""
+    name, axes = cursor.text(), int(cursor.number("<I"))
+    if not 0 < axes <= MOST_AXES:
+        raise _wrong(cursor.path, f"tensor {name!r} has {axes} axes")
+    shape = tuple(reversed(struct.unpack(f"<{axes}Q", cursor.take(8 * axes))))
+    kind, offset = int(cursor.number("<I")), int(cursor.number("<Q"))
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[Types(kind)]
+    except (ValueError, KeyError) as error:
+        raise _wrong(cursor.path, f"tensor {name!r} is of an unknown type, {kind}") from error
+    if prod(shape) == 0 or shape[-1] % block:
+        raise _wrong(cursor.path, f"tensor {name!r} of shape {shape} does not fill whole blocks of {block}")
+    return name, Stored(cursor.path, offset, prod(shape) // block * size, Types(kind), shape)
+
+
+def _placed(found: list[tuple[str, Stored]], start: int, alignment: int, cursor: _Cursor) -> dict[str, Stored]:
+    """Tensors with absolute offsets. CheckpointError for those that overlap or lie outside the file."""
+    placed: dict[str, Stored] = {}
+    end, before = start, ""
+    for name, t in sorted(found, key=lambda item: item[1].offset):
+        at = start + t.offset
+        if name in placed:
+            raise _wrong(cursor.path, f"tensor {name!r} twice")
+        if t.offset % alignment or at < end:
+            raise _wrong(
+                cursor.path, f"tensor {name!r} at byte {at:,} is misplaced" + (f" or in {before!r}" if before else "")
+            )
+        if at + t.nbytes > cursor.size:
+            raise _wrong(cursor.path, f"tensor {name!r} ends at byte {at + t.nbytes:,}, the file at {cursor.size:,}")
+        placed[name] = Stored(t.file, at, t.nbytes, t.type, t.shape)
+        end, before = at + t.nbytes, name
+    return placed

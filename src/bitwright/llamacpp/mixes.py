@@ -1,0 +1,91 @@
+"""llama.cpp's mixes: which block type each tensor gets, by its published rule (llama-quant.cpp, `llama_tensor_get_type`).
+
+A mix is named after the type that most tensors get. Where a row does not fill whole blocks, a type of shorter blocks
+takes the place of one of 256 (`tensor_type_fallback` there).
+"""
+
+from dataclasses import dataclass
+
+MIXES = {
+    **{name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0")},
+    "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
+    "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
+}  # fmt: skip
+# llama.cpp's numbers of its mixes, for general.file_type.
+FILE_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "IQ4_XS": 30,
+    "TQ1_0": 36, "TQ2_0": 37,
+}  # fmt: skip
+FALLBACKS = {
+    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}  # fmt: skip
+VALUES = ("attn_v", "attn_qkv")  # a fused matrix counts as the values that are in it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands: `part` of its block (attn_v, ffn_down, ...; token_embd, output), number of the block and of
+    all; heads: query heads to a key head; tied: whether the embedding is the output too; weighted: whether there is
+    an importance matrix."""
+
+    part: str
+    index: int
+    depth: int
+    heads: int
+    tied: bool
+    weighted: bool
+    fits: bool = True  # whether a row fills whole blocks of the mix's type
+
+    @property
+    def more(self) -> bool:
+        """Among the blocks that get more bits: the first and last eighth, and every third between."""
+        first = self.depth // 8
+        return self.index < first or self.index >= 7 * self.depth // 8 or (self.index - first) % 3 == 2
+
+
+def type_in(mix: str, place: Place) -> str:
+    """The block type that a mix gives to a tensor."""
+    base = MIXES[mix]
+    if place.part == "output" or (place.part == "token_embd" and place.tied):
+        return "Q8_0" if base == "Q8_0" or not place.fits else "Q6_K"
+    if place.part == "token_embd":
+        return "Q4_K" if base.startswith("TQ") else base
+    if place.part in VALUES:
+        found = _values(mix, place) or base
+        return "Q5_K" if place.depth == 80 and place.heads == 8 and found in ("Q3_K", "Q4_K") else found
+    if place.part == "ffn_down":
+        return _down(mix, place) or base
+    if place.part == "attn_output":
+        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, base)
+    return base
+
+
+def _values(mix: str, place: Place) -> str | None:
+    """For the values of attention, which are small and count for much."""
+    if mix in ("Q2_K", "Q2_K_S", "IQ4_NL", "IQ4_XS") and place.heads >= 4:
+        return "Q4_K" if mix.startswith("Q2_K") else "Q5_K"
+    early = {"Q3_K_M": ("Q5_K", "Q4_K", 2), "Q4_K_S": ("Q5_K", None, 4)}
+    if mix in early:
+        first, others, count = early[mix]
+        return first if place.index < count else others
+    if mix in ("Q4_K_M", "Q5_K_M") and place.more:
+        return "Q6_K"
+    return {"Q2_K": "Q3_K", "Q3_K_L": "Q5_K"}.get(mix)
+
+
+def _down(mix: str, place: Place) -> str | None:
+    """For the matrix that leads out of the feed-forward part, whose inputs have the worst outliers."""
+    first = place.index < place.depth // 8
+    if mix == "Q3_K_M":
+        return "Q5_K" if place.index < place.depth // 16 else "Q4_K"
+    if mix in ("Q4_K_M", "Q5_K_M"):
+        return "Q6_K" if place.more else None
+    if mix in ("IQ4_NL", "IQ4_XS"):
+        return "Q5_K" if first and not place.weighted else None
+    if mix in ("Q4_0", "Q5_0"):
+        return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[mix] if first and place.weighted else None
+    if mix in ("Q4_K_S", "Q2_K_S"):
+        return {"Q4_K_S": "Q5_K", "Q2_K_S": "Q4_K"}[mix] if first else None
+    return {"Q2_K": "Q3_K", "Q3_K_L": "Q5_K"}.get(mix)

@@ -1,0 +1,385 @@
+"""GGUF: bytes by the gguf package's reader, hostile files, tokenizers, and the main job from end to end."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from typer.testing import CliRunner
+
+from bitwright.cli import app
+from bitwright.codec import code_range, decode, spread
+from bitwright.errors import CheckpointError, FormatError, InputError
+from bitwright.formats import FORMATS, Layer
+from bitwright.formats.ggml import TYPES, encode
+from bitwright.formats.gguf import kind_of
+from bitwright.ledger import from_jsonl
+from bitwright.llamacpp.architecture import ARCHITECTURES, Names, config_of, keys_of, rope_factors
+from bitwright.llamacpp.artefact import GgufArtefact, read_tokenizer
+from bitwright.llamacpp.container import GgufFile
+from bitwright.llamacpp.mixes import MIXES, Place, type_in
+from bitwright.methods.gptq import gptq
+from bitwright.methods.search import search
+from bitwright.qtensor import QTensor
+from bitwright.scheme import Scheme
+from conftest import make_checkpoint
+
+GGUF = FORMATS["gguf"]
+PEER_READS = ("llama", "qwen2", "qwen3", "phi3", "gpt2", "starcoder2", "gemma2")
+
+
+def weight(N: int, K: int, seed: int = 0) -> Tensor:
+    """Rows of zeros, of nearly nothing, of much, of one sign, and one with an empty super-block."""
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.03
+    w[0], w[1], w[2], w[3] = 0, w[1] * 1e-4, w[2] * 100, w[3].abs()
+    w[4, :256] = 0
+    return w
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_gguf_package_reads_what_was_meant(name: str) -> None:
+    kind = TYPES[name]
+    known = getattr(gguf.GGMLQuantizationType, name)
+    assert gguf.GGML_QUANT_SIZES[known] == (kind.size, kind.bytes)
+    for seed in range(3):
+        q = search(weight(9, 768, seed), None, kind.scheme).q
+        for any_code in (q, scrambled(q)):
+            found = torch.from_numpy(dequantize(encode(any_code, kind).numpy(), known))
+            assert torch.equal(found, decode(any_code))
+
+
+def scrambled(q: QTensor) -> QTensor:
+    """Codes that no rounding need have chosen, under the same scales."""
+    lo, hi = code_range(q.scheme)
+    codes = torch.randint(lo, hi + 1, q.codes.shape, generator=torch.Generator().manual_seed(1)).to(q.codes.dtype)
+    if q.scheme.scale == "e8m0":  # which has no zero: groups of zeros keep their codes
+        empty = spread(q.scales.scale == 0, q.scheme, q.codes.shape[1])
+        codes = torch.where(empty, q.codes, codes)
+    return QTensor(codes, q.scales, q.scheme, q.shape)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "MXFP4"])
+def test_gptq_into_blocks_is_read_back_as_meant(name: str) -> None:
+    kind = TYPES[name]
+    x = torch.randn(900, 512, generator=torch.Generator().manual_seed(3))
+    x = x @ (torch.eye(512) + 0.1 * torch.randn(512, 512, generator=torch.Generator().manual_seed(4)))
+    q = gptq(weight(16, 512), x.T @ x / len(x), kind.scheme).q
+    found = torch.from_numpy(dequantize(encode(q, kind).numpy(), getattr(gguf.GGMLQuantizationType, name)))
+    assert torch.equal(found, decode(q))
+
+
+def test_rows_that_do_not_fill_blocks_get_llamacpp_s_fallback() -> None:
+    for asked, K, got in [("Q4_K", 352, "Q5_0"), ("Q2_K", 128, "Q4_0"), ("Q6_K", 32, "Q8_0"), ("IQ4_XS", 96, "IQ4_NL")]:
+        layer = GGUF.adapt(Layer("a.b", 8, K, TYPES[asked].scheme), torch.bfloat16)
+        assert kind_of(layer).name == got and layer.scheme == TYPES[got].scheme
+        assert f"{asked} -> {got}" in layer.fallback and f"rows of {K}" in layer.fallback
+    assert GGUF.adapt(Layer("a.b", 8, 512, TYPES["Q4_K"].scheme), torch.bfloat16).fallback == ""
+    with pytest.raises(FormatError, match="K = 40 is not a multiple of 32"):
+        GGUF.adapt(Layer("a.b", 8, 40, TYPES["Q4_K"].scheme), torch.bfloat16)
+    with pytest.raises(FormatError, match="no block type for int4-g128"):
+        GGUF.adapt(Layer("a.b", 8, 256, Scheme.parse("int4-g128")), torch.bfloat16)
+    raw = Layer("a.b", 8, 256, TYPES["Q4_K"].scheme, activations=Scheme.parse("int8-token"))
+    with pytest.raises(FormatError, match="inputs are rounded"):
+        GGUF.adapt(raw, torch.bfloat16)
+
+
+def test_mixes_follow_the_published_rule() -> None:
+    """By hand from llama-quant.cpp, for 16 blocks of 4 query heads to a key head, untied, with an importance matrix."""
+
+    def types(mix: str, part: str, heads: int = 2, **more: Any) -> str:
+        found = [type_in(mix, Place(part, i, 16, heads, False, True, **more)) for i in range(16)]
+        return " ".join(found)
+
+    assert types("Q4_K_M", "ffn_down").split() == [
+        "Q6_K" if i in (0, 1, 4, 7, 10, 13, 14, 15) else "Q4_K" for i in range(16)
+    ]
+    assert types("Q4_K_M", "attn_v") == types("Q4_K_M", "ffn_down")
+    assert types("Q4_K_S", "attn_v").split() == ["Q5_K"] * 4 + ["Q4_K"] * 12
+    assert types("Q3_K_M", "ffn_down").split() == ["Q5_K"] + ["Q4_K"] * 15
+    assert set(types("Q2_K", "attn_v").split()) == {"Q3_K"} and set(types("Q2_K", "attn_v", 4).split()) == {"Q4_K"}
+    assert types("Q4_0", "ffn_down").split() == ["Q4_1"] * 2 + ["Q4_0"] * 14
+    assert {type_in(mix, Place("output", 0, 16, 2, False, True)) for mix in MIXES} == {"Q6_K", "Q8_0"}
+    assert type_in("Q4_K_M", Place("token_embd", 0, 16, 2, True, True)) == "Q6_K"
+    assert type_in("Q4_K_M", Place("token_embd", 0, 16, 2, False, True)) == "Q4_K"
+    assert type_in("Q4_K_M", Place("output", 0, 16, 2, False, True, False)) == "Q8_0"
+
+
+# ----------------------------------------------------------------------------------------------------------- container
+
+
+def small_file(path: Path) -> Path:
+    """A file with a key of each kind and three tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("a.count", 3)
+    writer.add_array("a.list", ["x", "yy", ""])
+    writer.add_array("a.numbers", [1.5, 2.5])
+    writer.add_bool("a.flag", True)
+    writer.add_string("a.text", "ü")
+    writer.add_tensor("one", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("two", np.ones(5, np.float16))
+    blocks = encode(search(weight(5, 256), None, TYPES["Q4_K"].scheme).q, TYPES["Q4_K"]).numpy()
+    writer.add_tensor("three", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_file_of_the_gguf_package_is_read_alike(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "a.gguf")
+    mine, theirs = GgufFile(path), gguf.GGUFReader(path)
+    assert set(mine.tensors) == {"one", "two", "three"}
+    for t in theirs.tensors:
+        assert mine.raw(t.name).tobytes() == t.data.tobytes()
+        assert mine.tensors[t.name].offset == t.data_offset
+    assert mine.keys["a.list"] == ["x", "yy", ""] and mine.keys["a.flag"] is True and mine.keys["a.text"] == "ü"
+    assert mine.keys["a.numbers"].tolist() == [1.5, 2.5] and mine.keys["a.count"] == 3
+    assert torch.equal(mine.read("one"), torch.arange(6.0).view(2, 3)) and mine.read("two").dtype == torch.float16
+    three = next(t for t in theirs.tensors if t.name == "three")
+    assert torch.equal(mine.read("three"), torch.from_numpy(dequantize(three.data, three.tensor_type)))
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = small_file(tmp_path / "a.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    file = GgufFile(tmp_path / "a.gguf")
+    end = max(t.offset + t.nbytes for t in file.tensors.values())  # padding follows
+    for length in [*range(0, 400), *range(400, end, 37), end - 1]:
+        cut.write_bytes(whole[: min(length, end - 1)])
+        with pytest.raises(CheckpointError):
+            GgufFile(cut)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_file_with_changed_bytes_is_read_or_refused(data: st.DataObject) -> None:
+    """Never a crash, a hang, or more memory than the file has bytes: anything else than CheckpointError fails."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = small_file(Path(folder, "a.gguf"))
+        content = bytearray(path.read_bytes())
+        header = min(len(content), 700)
+        for _ in range(data.draw(st.integers(1, 4))):
+            at = data.draw(st.integers(0, header - 9))
+            kind = data.draw(st.sampled_from(["byte", "count", "type"]))
+            if kind == "byte":
+                content[at] = data.draw(st.integers(0, 255))
+            elif kind == "count":
+                content[at : at + 8] = struct.pack(
+                    "<Q", data.draw(st.sampled_from([0, 2**63, 2**64 - 1, 10**9, 2**32]))
+                )
+            else:
+                content[at : at + 4] = struct.pack("<I", data.draw(st.integers(0, 60)))
+        path.write_bytes(content)
+        try:
+            file = GgufFile(path)
+            for name in file.tensors:
+                file.raw(name)
+        except CheckpointError:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: b"GGML" + c[4:], "first four bytes"),
+        (lambda c: c[:4] + struct.pack("<I", 9) + c[8:], "version 9"),
+        (lambda c: c[:8] + struct.pack("<Q", 2**60) + c[16:], "no room for them"),
+        (lambda c: c[:16] + struct.pack("<Q", 2**60) + c[24:], "no room for them"),
+        (lambda c: c.replace(b"\x03\x00\x00\x00\x00\x00\x00\x00two", b"\x03\x00\x00\x00\x00\x00\x00\x00one"), "twice"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: Any, says: str) -> None:
+    path = small_file(tmp_path / "a.gguf")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=says):
+        GgufFile(path)
+
+
+def moved(path: Path, name: bytes, offset: int) -> None:
+    """Give a tensor another offset."""
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    axes = struct.unpack_from("<I", content, at)[0]
+    struct.pack_into("<Q", content, at + 4 + 8 * axes + 4, offset)
+    path.write_bytes(content)
+
+
+def test_misplaced_tensors_are_refused(tmp_path: Path) -> None:
+    for offset, says in ((0, "misplaced or in"), (1 << 40, "the file at"), (33, "misplaced")):
+        path = small_file(tmp_path / f"{offset}.gguf")
+        moved(path, b"two", offset)
+        with pytest.raises(CheckpointError, match=says):
+            GgufFile(path)
+
+
+# ---------------------------------------------------------------------------------------------- configs and tokenizers
+
+
+def small_config(kind: str) -> Any:
+    from transformers import AutoConfig
+
+    values: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    if kind != "gpt2":
+        values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if kind in ("gemma", "gemma2", "qwen3"):
+        values["head_dim"] = 16
+    return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_configs_survive_the_way_there_and_back(kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = small_config(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = Names(config)
+    shapes = {}
+    for parameter, tensor in model.state_dict().items():
+        tied = config.tie_word_embeddings and parameter == "lm_head.weight"
+        if not tied:
+            assert names.of(parameter) not in shapes
+            shapes[names.of(parameter)] = names.shape(parameter, tuple(tensor.shape))
+    back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
+    assert back.model_type == ("llama" if kind == "mistral" else kind)
+    with torch.device("meta"):
+        other = AutoModelForCausalLM.from_config(back).state_dict()
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in other.items()}
+    for name in ("rms_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings", "hidden_act"):
+        if name in ("sliding_window",) and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
+            continue  # llama.cpp does without
+        if hasattr(config, name) and hasattr(back, name):
+            assert getattr(back, name) == getattr(config, name), name
+
+
+def test_rows_are_turned_and_turned_back() -> None:
+    """llama.cpp's order of a head of 4: 0, 2, 1, 3, so that a rotary pair (i, i + 2) lies side by side."""
+    names = Names(small_config("llama"))
+    order = names.rows("model.layers.0.self_attn.k_proj.weight", 8)
+    assert order is not None and order.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    w = torch.randn(64, 64)
+    for parameter in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        assert torch.equal(names.read(parameter, names.written(parameter, w)), w)
+    shifted = Names(small_config("gemma"))
+    assert torch.equal(shifted.written("model.norm.weight", torch.zeros(3)), torch.ones(3))
+
+
+def test_llama3_s_factors() -> None:
+    """The bounds of its rule: short waves as they were, long ones divided by the factor."""
+    config = small_config("llama")
+    assert rope_factors(config) is None
+    config.rope_parameters = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config.head_dim = 128
+    factors = rope_factors(config)
+    assert factors is not None and factors[0] == 1 and factors[-1] == 32 and bool((factors.diff() >= 0).all())
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)
+    assert torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0], plain / factors, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["model", "pre_tokenizer", "vocabulary"])
+def test_tokenizers_that_cannot_be_written_are_refused(change: str, tmp_path: Path, llama: Path) -> None:
+    tiny_copy = shutil.copytree(llama, tmp_path / "copy")
+    file = tiny_copy / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if change == "model":
+        content["model"]["type"] = "WordPiece"
+    elif change == "pre_tokenizer":
+        content["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"Regex": "[a-z]+"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    else:
+        content["added_tokens"].append({"id": 10**6, "content": "<far>", "special": True})
+    from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
+
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"type 'WordPiece'|unknown pre-tokenizer|an id 1000000"):
+        vocabulary_keys(tiny_copy, None, 5000)
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code in (0, 1), done.output
+    return json.loads(done.stdout) | {"exit": done.exit_code}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: Path, text: str) -> None:
+    """The same logits from our reader and from transformers' own, which dequantizes by the gguf package."""
+    from transformers import AutoModelForCausalLM
+
+    from bitwright.evaluation import Walk
+
+    source = make_checkpoint(tmp_path / "source", kind)
+    out = tmp_path / "a.gguf"
+    found = run(
+        "quantize", str(source), str(out), "--scheme", "q8_0", "--calib", text, "--seqlen", "32", "--samples", "4"
+    )
+    assert found["fallbacks"] == []
+    walk, ids = Walk(out), torch.arange(48)[None] * 5 % 257
+    walk.load(walk.skeleton.outer_names())
+    mine = torch.cat([walk.skeleton.head(hidden) for hidden in walk.hidden(ids)])
+    float_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        original = float_model(ids).logits
+    assert (mine - original).abs().max() < 0.05 * original.abs().max() + 0.02
+    if kind in PEER_READS:
+        config = float_model.config  # it does not read all keys of one
+        peer = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file="a.gguf", config=config, dtype=torch.float32
+        ).eval()
+        with torch.no_grad():
+            assert torch.allclose(peer(ids).logits, mine, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_main_job(tmp_path: Path, method: str) -> None:
+    from bitwright.demo import MODEL
+
+    out = tmp_path / "a.gguf"
+    found = run(
+        "quantize", str(MODEL), str(out), "--scheme", "q4_k_m", "--method", method, "--samples", "8", "--seqlen", "64"
+    )
+    ledger = {entry.name: entry for entry in from_jsonl(tmp_path / "a.ledger.jsonl")}
+    assert found["bytes"] == out.stat().st_size and not (tmp_path / "a.gguf.partial").exists()
+    assert found["exit"] == bool(found["fallbacks"])
+    artefact = GgufArtefact(out)
+    assert set(ledger) == set(artefact.shapes)
+    judged = run(
+        "eval", str(out), "--reference", str(MODEL), "--text", "stdlib-heldout", "--tokens", "1024", "--seqlen", "64"
+    )
+    assert judged["kl_mean"] < (0.1 if method == "gptq" else 0.3)
+    tokenizer = read_tokenizer(out)
+    from bitwright.calibration import load_tokenizer
+
+    text = "def f(x):\n    return x ** 2  # größer 123 \t\n\n"
+    assert tokenizer(text)["input_ids"] == load_tokenizer(MODEL)(text)["input_ids"]
+    head = ledger["model.embed_tokens.weight"]
+    assert head.scheme == "q6_k" and (
+        head.method == "gptq" and head.tokens > 0 if method == "gptq" else head.method == "rtn"
+    )
