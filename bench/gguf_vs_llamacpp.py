@@ -1,6 +1,6 @@
 """GGUF files of bitwright beside those of llama-quantize with an importance matrix of the same text, mix by mix.
 
-    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptq]
+    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptaq]
 
 Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree.
 Also compared: block type by block type, size by size, and all tokens of WikiText-2's test text. Needs ../shared and
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="wiki-llama-7m,tiny1m-llama")
     parser.add_argument("--mixes", default=MIXES)
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", default="gptaq")
     args = parser.parse_args()
     header = [
         "model", "mix", "bytes", "llama-quantize", "types", "KL", "llama-quantize", "less", "perplexity", "llama-quantize",

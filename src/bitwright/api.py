@@ -33,7 +33,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str | None = None,
-    method: str = "gptq",
+    method: str | None = None,
     format: str | None = None,
     pure: bool = False,
     activations: str | None = None,
@@ -54,7 +54,7 @@ def quantize(
     """
     check_out(Path(out))
     file = Path(recipe) if recipe else None
-    format, scheme = chosen(Path(out), format, scheme)
+    format, scheme, method = chosen(Path(out), format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )

@@ -124,24 +124,6 @@ def observe(
     return [gathering.value() for gathering in watch.gatherings.values()]
 
 
-def observe_head(skeleton: Skeleton, hidden: list[Tensor]) -> Inputs:
-    """Statistics of what the output head is given behind the last block; the parameters outside must be loaded."""
-    gathering: Gathering | None = None
-
-    def look(x: Tensor) -> None:
-        nonlocal gathering
-        gathering = gathering or Gathering.of(x, detailed=False, expected=0)
-        gathering.update(x, None)
-        raise _Enough
-
-    for batch in hidden:
-        with suppress(_Enough):
-            skeleton.head_inputs(batch, look)
-    if gathering is None:
-        raise BitwrightError("calibration never reached the output head", where=skeleton.head_name)
-    return gathering.value()
-
-
 def _all_seen(unseen: set[str]) -> None:
     if unseen:
         remedy = 'a recipe rule that keeps it, or gives it method = "rtn" in a run without calibration'

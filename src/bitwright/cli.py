@@ -27,9 +27,10 @@ Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="rtn, search, hqq, obq, gptq, gptaq or autoround; behind transforms where wanted: awq+gptq, smooth, outlier."
+        help="rtn, search, hqq, obq, gptq, gptaq or autoround, behind transforms where wanted: awq+gptq. "
+        "By default gptq; for GGUF gptaq."
     ),
 ]
 Activations = Annotated[
@@ -100,7 +101,7 @@ def quantize(
     model: Model,
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
-    method: Method = "gptq",
+    method: Method = None,
     format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq, gguf or bitwright.")] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
     activations: Activations = None,
@@ -125,7 +126,7 @@ def quantize(
         from bitwright.workplace import check_out
 
         check_out(out)
-        format, scheme = chosen(out, format, scheme)
+        format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
         rules = Recipe.of(
             recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache,
             pure=pure,

@@ -132,11 +132,17 @@ class Skeleton:
         return {name: module for name, module in named.items() if f"{name}.weight" not in tied}
 
     @property
+    def embedding_name(self) -> str:
+        """The module that tokens are looked up in."""
+        embedding = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is embedding)
+
+    @property
     def head_name(self) -> str:
         """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
         head, tied = self.model.get_output_embeddings(), self.tied_names()
         name = next(name for name, module in self.model.named_modules() if module is head)
-        return name if f"{name}.weight" not in tied else next(iter(self.ends()))
+        return name if f"{name}.weight" not in tied else self.embedding_name
 
     @torch.no_grad()
     def head_inputs(self, hidden: Tensor, look: Callable[[Tensor], None]) -> None:

@@ -9,7 +9,7 @@ block of the float model is given, and nothing is run at all. A crash costs one 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.block import Origin, Rounded, added_entry, kept_entry, observe_head, quantize_together
+from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.calibration import load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.codec import decode
@@ -29,7 +29,8 @@ from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.llamacpp import export
 from bitwright.llamacpp.container import type_named
 from bitwright.memory import peak_rss_bytes, return_memory
-from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.methods import ASYMMETRIC
+from bitwright.outside import begin_rounded, quantize_ends
 from bitwright.preflight import Plan
 from bitwright.store import BlockStatistics, Store
 from bitwright.streams import Progress, Streams, check_rotation, digest, first_streams, look, one_shot, read_block
@@ -172,11 +173,13 @@ def _quantize_blocks(
     first = place.committed([plan.shard_name(i) for i in range(depth + 1)])
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     streams = None
-    if tokens is not None and store is None and first < depth + plan.calibrates_head:
+    if tokens is not None and store is None and first < depth + plan.calibrates_ends:
         streams = first_streams(plan, tokens, _saved(plan, place, first) if first else None)
+        if first == 0:
+            begin_rounded(plan, streams, tokens)
     for index in range(first, depth + 1):
         progress("block", index, depth + 1)
-        ledger += _quantize_shard(plan, place, index, streams or store, config)
+        ledger += _quantize_shard(plan, place, index, streams or store, config, tokens)
         return_memory()
     progress("block", depth + 1, depth + 1)
     return ledger
@@ -189,7 +192,12 @@ def _saved(plan: Plan, place: Workplace, first: int) -> dict[str, Callable[[], T
 
 
 def _quantize_shard(
-    plan: Plan, place: Workplace, index: int, source: Streams | Store | None, config: dict[str, Any]
+    plan: Plan,
+    place: Workplace,
+    index: int,
+    source: Streams | Store | None,
+    config: dict[str, Any],
+    tokens: Tensor | None,
 ) -> list[Entry]:
     """Read, round, write, verify and commit one shard; streams move on to the next block."""
     depth, members = len(plan.skeleton), plan.shard(index)
@@ -198,7 +206,7 @@ def _quantize_shard(
     if index < depth:
         done, kv = _quantize_block(plan, index, weights, source)
     else:
-        done, kv = _quantize_ends(plan, weights, source), None
+        done, kv = quantize_ends(plan, weights, source if isinstance(source, Streams) else None, tokens), None
     kept = [t for t in members if t.layer is None]
     entries = [r.entry for r in done]
     entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
@@ -214,7 +222,7 @@ def _quantize_shard(
         parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
         tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
-    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_head else None
+    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_ends else None
     place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
     return entries
 
@@ -249,31 +257,6 @@ def _quantize_block(
     return done, kv
 
 
-def _quantize_ends(plan: Plan, weights: dict[str, Tensor], source: Streams | Store | None) -> list[Rounded]:
-    """Round the embedding and the output head, where the format has them rounded.
-
-    The head is rounded as its rule says, on what the quantized blocks give; an embedding has no inputs to weigh, nor has
-    anything without streams: there scales are searched.
-    """
-    ends = [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
-    known = Inputs()
-    if plan.calibrates_head and isinstance(source, Streams):
-        plan.skeleton.load(weights)
-        known = observe_head(plan.skeleton, source.given)
-        plan.skeleton.unload_outside()
-    done = []
-    for t in ends:
-        assert t.layer is not None and t.rule is not None
-        inputs = known if t.layer.name == plan.skeleton.head_name else Inputs()
-        method = t.rule.method
-        if method in CALIBRATED or method in ASYMMETRIC or method in BLOCKWISE:
-            method = "search" if inputs.gram is None else "gptq"
-        options = t.rule.options if method == t.rule.method else {}
-        t = replace(t, rule=replace(t.rule, method=method, options=options, transforms=()))
-        done += quantize_together(plan, [t], weights, inputs, Origin("sequential"))
-    return done
-
-
 def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     """How the block's keys and values are kept, if not in float."""
     scheme = plan.recipe.kv_cache
@@ -292,7 +275,7 @@ def _carry(
     skeleton.load(weights)
     if streams.original is not None:
         done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
-    if index + 1 < len(skeleton) + plan.calibrates_head:
+    if index + 1 < len(skeleton) + plan.calibrates_ends:
         skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
         intakes = {r.planned.layer.name: r.intake for r in done if r.planned.layer is not None}
         with skeleton.taking_in(intakes), skeleton.caching(KvCache(rounding=kv) if kv else None):

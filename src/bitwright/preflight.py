@@ -46,10 +46,9 @@ class Plan:
     file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of a format that is one file
 
     @property
-    def calibrates_head(self) -> bool:
-        """Whether the run needs to know what the output head is given."""
-        head = self.skeleton.head_name
-        rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None and t.layer.name == head]
+    def calibrates_ends(self) -> bool:
+        """Whether the embedding or the output head is rounded by a method that looks at their inputs."""
+        rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None]
         return any(rule is not None and rule.needs_calibration for rule in rules)
 
     @property

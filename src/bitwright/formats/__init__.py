@@ -11,11 +11,16 @@ from bitwright.formats.native import Native
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
 
-DEFAULTS = {"gguf": "q4_k_m"}  # schemes where none is asked for; elsewhere int4-g128
+DEFAULTS = {"gguf": ("q4_k_m", "gptaq")}  # scheme and method where none is asked for
+OTHERWISE = ("int4-g128", "gptq")
 
 
-def chosen(out: Path, format_name: str | None, scheme: str | None) -> tuple[str, str]:
-    """Format and scheme where they are not given: GGUF for an OUT that ends in .gguf, else compressed-tensors.
+def chosen(
+    out: Path, format_name: str | None, scheme: str | None, method: str | None, *, one_shot: bool = False
+) -> tuple[str, str, str]:
+    """Format, scheme and method where they are not given: GGUF for an OUT that ends in .gguf, else compressed-tensors.
+
+    one_shot: whether statistics are the float model's alone, of which GPTAQ makes nothing.
 
     FormatError for a name that does not go with the format: engines tell GGUF by it.
     """
@@ -24,7 +29,8 @@ def chosen(out: Path, format_name: str | None, scheme: str | None) -> tuple[str,
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"
         raise FormatError(f"OUT is named {out.name!r}, the format is {name}", where=str(out), remedy=remedy)
-    return name, scheme or DEFAULTS.get(name, "int4-g128")
+    usual = DEFAULTS.get(name, OTHERWISE)
+    return name, scheme or usual[0], method or (OTHERWISE[1] if one_shot else usual[1])
 
 
 __all__ = ["FORMATS", "Format", "Layer", "chosen"]

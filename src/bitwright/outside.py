@@ -1,0 +1,102 @@
+"""The embedding and the output head rounded, for formats that hold them so.
+
+An embedding of its own is rounded before all blocks where a method looks at the float model: the blocks then make up for
+its errors too. It is rounded once more, alike, when the last shard is written. One that is the head
+as well must wait for what the head is given.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.block import Origin, Rounded, quantize_together
+from bitwright.calibration import batches
+from bitwright.codec import decode
+from bitwright.decisions import Planned
+from bitwright.ends import TOKENS, observe_embedding, observe_head, of_both
+from bitwright.inputs import Inputs
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.models import TOKENS_PER_BATCH
+from bitwright.preflight import Plan
+from bitwright.streams import Streams, read_block
+
+
+def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
+    """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
+
+    Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
+    """
+    skeleton = plan.skeleton
+    name = skeleton.embedding_name
+    if name == skeleton.head_name or not plan.calibrates_ends or streams.original is None:
+        return
+    weights = read_block(plan, len(skeleton))
+    base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
+    inputs = _looked_up(plan, base, tokens)
+    done = [r for t in _ends(plan) if _name(t) == name for r in [_rounded(plan, t, weights, inputs)]]
+    skeleton.load(base | {r.planned.parameter: decode(r.q) for r in done})
+    streams.given = [skeleton.embed(part) for part in batches(tokens, len(streams.given[0]) * tokens.shape[1])]
+    skeleton.unload_outside()
+
+
+def quantize_ends(
+    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor | None
+) -> list[Rounded]:
+    """Round the embedding and the output head, where the format has them rounded.
+
+    Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched.
+    """
+    known: dict[str, Inputs] = {}
+    if plan.calibrates_ends and tokens is not None:
+        known = _observe(plan, weights, streams, tokens)
+    return [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
+
+
+def _ends(plan: Plan) -> list[Planned]:
+    return [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
+
+
+def _name(t: Planned) -> str:
+    """The module's."""
+    assert t.layer is not None
+    return t.layer.name
+
+
+def _observe(plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor) -> dict[str, Inputs]:
+    """What rounding the embedding and the head costs, by module name."""
+    skeleton = plan.skeleton
+    embedding, head = skeleton.embedding_name, skeleton.head_name
+    found = {}
+    if streams is not None:
+        skeleton.load(weights)
+        found[head] = observe_head(skeleton, streams.given)
+        skeleton.unload_outside()
+    looked_up = _looked_up(plan, weights, tokens)
+    found[embedding] = of_both(found[head], looked_up) if head == embedding and head in found else looked_up
+    return found
+
+
+def _looked_up(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> Inputs:
+    """What a change of the embedding costs, by the float model's first block."""
+    skeleton = plan.skeleton
+    skeleton.load(weights)
+    some = tokens[: -(-TOKENS // tokens.shape[1])]
+    hidden = [skeleton.embed(part) for part in batches(some, TOKENS_PER_BATCH)]
+    skeleton.unload_outside()
+    skeleton.load(read_block(plan, 0))
+    inputs = observe_embedding(skeleton, hidden)
+    skeleton.unload(0)
+    return inputs
+
+
+def _rounded(plan: Plan, t: Planned, weights: dict[str, Tensor], inputs: Inputs) -> Rounded:
+    """By the rule's method where it can do with what is known, else by GPTQ or a search of scales."""
+    assert t.rule is not None
+    method = t.rule.method
+    if method in CALIBRATED or method in ASYMMETRIC or method in BLOCKWISE:
+        method = "search" if inputs.gram is None else "gptq"
+    options = t.rule.options if method == t.rule.method else {}
+    rule = replace(t.rule, method=method, options=options, transforms=())
+    with torch.no_grad():
+        return quantize_together(plan, [replace(t, rule=rule)], weights, inputs, Origin("sequential"))[0]
