@@ -140,7 +140,7 @@ def main() -> None:
         case = case_of(name, work)
         source, imatrix = work / "float.gguf", work / "imatrix.gguf"
         source.unlink(missing_ok=True)
-        run([sys.executable, "-m", "bench.make_gguf", str(case.model), str(source)])
+        run([*BITWRIGHT, "convert", str(case.model), str(source), "--json"])
         chunks = ["-c", str(WINDOW), "--chunks", "128", *THREADS]
         tool("llama-imatrix", "-m", str(source), "-f", str(case.calib), "-o", str(imatrix), *chunks)
         print(name, tokens_agree(case, source), file=sys.stderr, flush=True)

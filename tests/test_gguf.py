@@ -383,3 +383,76 @@ def test_the_main_job(tmp_path: Path, method: str) -> None:
     assert head.scheme == "q6_k" and (
         head.method == "gptq" and head.tokens > 0 if method == "gptq" else head.method == "rtn"
     )
+
+
+def test_a_float_file_becomes_the_same_as_its_directory(tmp_path: Path, text: str) -> None:
+    """From GGUF to GGUF: keys untouched, tensors as if quantized from the checkpoint itself."""
+    source = make_checkpoint(tmp_path / "source", "llama", vocab_size=300)
+    assert run("convert", str(source), str(tmp_path / "float.gguf"))["tensors"] == len(
+        GgufArtefact(tmp_path / "float.gguf").shapes
+    )
+    arguments = ["--scheme", "q4_k_m", "--calib", text, "--seqlen", "32", "--samples", "6"]
+    for name, model in (("a", source), ("b", tmp_path / "float.gguf")):
+        run("quantize", str(model), str(tmp_path / f"{name}.gguf"), *arguments)
+    a, b, before = (GgufFile(tmp_path / f"{name}.gguf") for name in ("a", "b", "float"))
+    assert set(a.tensors) == set(b.tensors) == set(before.tensors)
+    assert all(a.raw(name).tobytes() == b.raw(name).tobytes() for name in a.tensors)
+    carried = {name: value for name, value in before.keys.items() if name != "general.quantization_version"}
+    assert all(
+        str(b.keys[name]) == str(value) and b.kinds[name] == before.kinds[name] for name, value in carried.items()
+    )
+    refused = CliRunner().invoke(app, ["quantize", str(tmp_path / "b.gguf"), str(tmp_path / "c.gguf"), "--json"])
+    assert refused.exit_code == 2 and "already quantized" in refused.stdout
+    other = CliRunner().invoke(app, ["quantize", str(tmp_path / "float.gguf"), str(tmp_path / "dir"), "--json"])
+    assert other.exit_code == 2 and "config.json" in other.stdout
+
+
+def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
+    from bitwright.demo import MODEL
+
+    found = run(
+        "quantize", str(MODEL), str(tmp_path / "a.gguf"), "--scheme", "q5_k", "--method", "search", "--calib", "none"
+    )
+    ledger = from_jsonl(tmp_path / "a.ledger.jsonl")
+    assert found["fallbacks"] == [] and {e.method for e in ledger if e.scheme} == {"search"}
+    for arguments, says in [
+        (["x.gguf", "--format", "gptq"], "the format is gptq"),
+        (["x", "--format", "gguf"], "the format is gguf"),
+        (["x", "--scheme", "q4_k_m"], "is a mix of llama.cpp"),
+        (["x.gguf", "--scheme", "q4_k_m", "--pure"], "is a mix of llama.cpp"),
+        (["x.gguf", "--scheme", "int4-g128"], "no block type for int4-g128"),
+        (["x.gguf", "--kv-cache", "int8-tensor"], "keys and values"),
+        (["x.gguf", "--method", "outlier+gptq"], "no place for"),
+    ]:
+        done = CliRunner().invoke(app, ["quantize", str(MODEL), str(tmp_path / arguments[0]), *arguments[1:], "--json"])
+        assert done.exit_code == 2 and says in done.stdout, (arguments, done.stdout)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("x")] == []
+
+
+def test_pure_gives_one_type_and_a_rule_another(tmp_path: Path) -> None:
+    from bitwright.demo import MODEL
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('pure = true\n[[rule]]\nmatch = "*down_proj"\nscheme = "q6_k"\n')
+    out = tmp_path / "a.gguf"
+    run("quantize", str(MODEL), str(out), "--scheme", "q2_k", "--recipe", str(recipe), "--method", "rtn")
+    types = {name: t.type.name for name, t in GgufFile(out).tensors.items() if len(t.shape) > 1}
+    assert {t for name, t in types.items() if "ffn_down" in name} == {"Q6_K"}
+    assert {t for name, t in types.items() if "ffn_down" not in name} == {"Q2_K"}
+
+
+def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1)
+    for name in ("one", "two", "three"):
+        writer.add_tensor(name, np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first = tmp_path / "m-00001-of-00003.gguf"
+    assert set(GgufFile(first).tensors) == {"one", "two", "three"}
+    with pytest.raises(CheckpointError, match="one of 3 parts"):
+        GgufFile(tmp_path / "m-00002-of-00003.gguf")
+    (tmp_path / "m-00003-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match="part of a split model is missing"):
+        GgufFile(first)

@@ -58,6 +58,7 @@ def quantize(
     rules = Recipe.of(
         file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
+    rules = rules.without_text() if calib == "none" else rules
     plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
     where = Path(store) if store else None
     return run(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)

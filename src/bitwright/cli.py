@@ -131,6 +131,7 @@ def quantize(
             recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache,
             pure=pure,
         )  # fmt: skip
+        rules = rules.without_text() if calib == "none" else rules
         plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
             _print(plan.as_dict(), as_json, "Preflight")
@@ -254,6 +255,17 @@ def demo(as_json: AsJson = False) -> None:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
     else:
         console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
+
+
+@app.command()
+def convert(
+    model: Model, out: Annotated[Path, typer.Argument(help="OUT.gguf to make.")], as_json: AsJson = False
+) -> None:
+    """Put a float checkpoint into a GGUF file, number by number the same."""
+    with _reporting(as_json):
+        from bitwright.conversion import convert
+
+        _print(convert(model, out), as_json, "Done")
 
 
 def _print_result(done: "Result", as_json: bool) -> None:

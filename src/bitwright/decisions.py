@@ -13,6 +13,7 @@ from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.llamacpp.architecture import Names
+from bitwright.llamacpp.artefact import GgufSource
 from bitwright.llamacpp.mixes import MIXES, Place, type_in
 from bitwright.methods import Outlier
 from bitwright.methods.obq import LARGEST_K
@@ -45,7 +46,7 @@ class Planned:
 
 def decide(
     skeleton: Skeleton,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GgufSource,
     recipe: Recipe,
     format_: Format,
     rotation: Rotation | None,
@@ -171,6 +172,13 @@ def _outliers(rule: Rule, K: int) -> int:
 def _engine_notes(layers: list[Layer], format_: Format) -> list[str]:
     """What the usual engines will say to these files."""
     grids = {layer.scheme.grid for layer in layers}
+    fallbacks = [f"{layer.name}: {layer.fallback}" for layer in layers if layer.fallback]
+    if fallbacks:
+        return [
+            f"{len(fallbacks)} of {len(layers)} matrices get another block type than asked for, such as {fallbacks[0]}"
+        ]
+    if format_.name == "bitwright":
+        return ["bitwright's own format: no engine reads it yet"]
     odd = sorted(grids & {"int2", "int3", "int5", "int6", "int7", "ternary"})
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]

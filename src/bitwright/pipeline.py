@@ -137,7 +137,7 @@ def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple
     """[S, T] token ids, and a note if there are fewer than asked for."""
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
-        remedy = "give --calib a text, or use rtn or hqq with activations by token"
+        remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
         raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(plan.source)
@@ -155,7 +155,7 @@ def _manifest(plan: Plan, tokens: Tensor | None, store: Store | None) -> dict[st
         "version": __version__,
         "torch": torch.__version__,
         "source": plan.checkpoint.fingerprint(),
-        "config": digest((plan.source / "config.json").read_bytes()),
+        "config": digest(plan.skeleton.config.to_json_string().encode()),
         "recipe": [rule.describe() for rule in plan.recipe.rules],
         "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),
         "format": plan.format.name,

@@ -20,6 +20,7 @@ from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.format import Spec
 from bitwright.kv import SCALES as KV_SCALES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
+from bitwright.llamacpp.artefact import GgufSource, carried_keys, is_gguf
 from bitwright.llamacpp.export import metadata
 from bitwright.llamacpp.mixes import FILE_TYPES
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
@@ -35,7 +36,7 @@ class Plan:
 
     source: Path
     skeleton: Skeleton
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | GgufSource
     format: Format
     tensors: tuple[Planned, ...]
     recipe: Recipe
@@ -167,7 +168,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise CheckpointError(
             "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
         )
-    checkpoint = Checkpoint(source)
+    checkpoint = _open(source, format_name)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
@@ -206,10 +207,24 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     return plan
 
 
+def _open(source: Path, format_name: str) -> Checkpoint | GgufSource:
+    """The source's tensors. FormatError where a GGUF file is to become something else."""
+    if not is_gguf(source):
+        return Checkpoint(source)
+    if format_name != "gguf":
+        remedy = "give the checkpoint's directory, or name OUT.gguf"
+        raise FormatError(
+            f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
+        )
+    return GgufSource(source)
+
+
 def _file_keys(source: Path, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What a GGUF file will say beside its tensors; errors as of `metadata`."""
     mixes = {rule.mix for rule in recipe.active}
     file_type = FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None
+    if is_gguf(source):
+        return carried_keys(source, file_type)
     return metadata(source, skeleton.config, load_tokenizer(source), file_type)
 
 

@@ -18,7 +18,7 @@ of a mix of llama.cpp's, such as q2_k, stands for its block type everywhere. `sc
 import inspect
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ class Rule:
     @property
     def needs_calibration(self) -> bool:
         """Whether it cannot do without statistics of the inputs (or is better with them)."""
-        return self.needs_details or self.method in (*CALIBRATED, "search")
+        weighted = self.method == "search" and self.options.get("objective", "weighted") == "weighted"
+        return self.needs_details or self.method in CALIBRATED or weighted
 
     @property
     def name(self) -> str:
@@ -192,6 +193,14 @@ class Recipe:
         kv = content.get("kv_cache", kv_cache)
         cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
         return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)))
+
+    def without_text(self) -> "Recipe":
+        """The same where there is no calibration text: scales are searched by the plain squared error."""
+        plain = {"objective": "mse"}
+        rules = [
+            replace(rule, options=plain | rule.options) if rule.method == "search" else rule for rule in self.rules
+        ]
+        return replace(self, rules=tuple(rules))
 
     def assign(self, modules: list[str]) -> dict[str, Rule]:
         """The rule in force for each module. RecipeError if a rule's pattern matches no module at all."""

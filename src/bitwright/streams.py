@@ -18,6 +18,7 @@ from bitwright.folds import find_folds
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.ledger import LEFT_OUT
+from bitwright.llamacpp.artefact import GgufSource
 from bitwright.models import TOKENS_PER_BATCH
 from bitwright.preflight import Plan
 from bitwright.ranges import Histogram
@@ -134,7 +135,7 @@ def _key(plan: Plan, tokens: Tensor) -> dict[str, Any]:
     """What statistics belong to."""
     tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
     return {
-        "model": [plan.checkpoint.fingerprint(), digest((plan.source / "config.json").read_bytes())],
+        "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],
         "text": [list(tokens.shape), digest(tokens.numpy().tobytes())],
         "tokenizer": digest(b"".join(tokenizer)),
         "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype)],
@@ -158,7 +159,7 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
 
 
-def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_finite(checkpoint: Checkpoint | GgufSource, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from bitwright.checkpoint import TensorInfo
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.intake import Intake
 from bitwright.llamacpp.architecture import FACTORS, Names, config_of, rope_factors
-from bitwright.llamacpp.container import SUFFIX, GgufFile
+from bitwright.llamacpp.container import FLOATS, SUFFIX, GgufFile, Typed
 from bitwright.llamacpp.vocabulary import tokenizer_of
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -104,6 +105,46 @@ class GgufArtefact:
         """What changes when the weights do."""
         files = sorted({t.file for t in self.file.tensors.values()})
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+class GgufSource:
+    """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
+
+    def __init__(self, path: Path) -> None:
+        """CheckpointError for a file that is quantized already, or has tensors that are not carried over."""
+        self.artefact, self.folder = GgufArtefact(path), path
+        lost = [name for name in self.artefact.file.tensors if name in COMPUTED and name != FACTORS]
+        if lost:
+            raise CheckpointError(
+                f"tensor {lost[0]!r} is not carried over here yet", where=str(path), remedy="use the directory"
+            )
+        self.tensors = {name: self._info(name, stored) for name, stored in self.artefact.stored.items()}
+
+    def _info(self, name: str, stored: str) -> TensorInfo:
+        t = self.artefact.file.tensors[stored]
+        if t.type not in FLOATS:
+            remedy = "quantize the float original; rounding twice only loses"
+            raise CheckpointError(
+                f"already quantized: {stored!r} is {t.type.name}", where=str(self.folder), remedy=remedy
+            )
+        return TensorInfo(t.file, t.offset, FLOATS[t.type], self.artefact.names.shape(name, t.shape))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self.artefact.read(name)
+
+    def fingerprint(self) -> list[Any]:
+        """What changes when the weights do."""
+        return self.artefact.fingerprint()
+
+
+def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
+    """All keys of a file for one made of it, untouched but for what its types are called, and that it was in parts."""
+    file = GgufFile(path)
+    kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}
+    kept.pop("general.file_type", None)
+    changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
+    return {**kept, **changed, **({} if file_type is None else {"general.file_type": file_type})}
 
 
 def _parameters(config: PretrainedConfig) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -43,17 +43,26 @@ class Stored:
     shape: tuple[int, ...]
 
 
+class Typed(NamedTuple):
+    """A key's value with its type in the file it was read from, and for arrays that of its entries."""
+
+    value: Any
+    kind: int
+    inner: int | None
+
+
 class GgufFile:
-    """A .gguf file, or all parts of a split one: `keys` and `tensors` by name."""
+    """A .gguf file, or all parts of a split one: `keys` and `tensors` by name; `kinds`: each key's type, of arrays both."""
 
     def __init__(self, path: Path) -> None:
         """Reads headers only. CheckpointError says what is wrong with a file that is not what it should be."""
         self.path = path
-        self.keys, self.tensors = _read(path)
+        self.kinds: dict[str, tuple[int, int | None]] = {}
+        self.keys, self.tensors = _read(path, self.kinds)
         parts = self.keys.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             for part in _other_parts(path, parts):
-                _, tensors = _read(part)
+                _, tensors = _read(part, {})
                 twice = next((name for name in tensors if name in self.tensors), None)
                 if twice is not None:
                     raise _wrong(part, f"tensor {twice!r} is in two parts")
@@ -135,6 +144,7 @@ class _Cursor:
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream, self.path, self.at = stream, path, 0
+        self.inner: int | None = None  # of the array read last
         self.size = path.stat().st_size
 
     @property
@@ -168,23 +178,23 @@ class _Cursor:
             return self.text()
         if kind != ARRAY or depth > DEEPEST:
             raise _wrong(self.path, f"a value of type {kind} at byte {self.at:,}, in arrays {depth} deep")
-        inner = int(self.number("<I"))
+        inner = self.inner = int(self.number("<I"))
         if inner in SCALARS:
             each = np.dtype(SCALARS[inner])
             return np.frombuffer(self.take(self.count(each.itemsize) * each.itemsize), each)
         return [self.value(inner, depth + 1) for _ in range(self.count(8 if inner == STRING else 12))]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read(path: Path, kinds: dict[str, tuple[int, int | None]]) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Keys and tensors of one file."""
     try:
         with path.open("rb") as stream:
-            return _read_header(_Cursor(stream, path))
+            return _read_header(_Cursor(stream, path), kinds)
     except OSError as error:
         raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
 
 
-def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read_header(cursor: _Cursor, kinds: dict[str, tuple[int, int | None]]) -> tuple[dict[str, Any], dict[str, Stored]]:
     path = cursor.path
     if cursor.take(4) != MAGIC:
         raise _wrong(path, "no GGUF file: its first four bytes are not 'GGUF'")
@@ -197,7 +207,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
         name = cursor.text()
         if name in keys:
             raise _wrong(path, f"key {name!r} twice")
-        keys[name] = cursor.value(int(cursor.number("<I")))
+        kind = int(cursor.number("<I"))
+        keys[name], kinds[name] = cursor.value(kind), (kind, cursor.inner if kind == ARRAY else None)
     found = [_tensor(cursor) for _ in range(tensors)]
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.errors import VerificationError
 from bitwright.llamacpp.architecture import FACTORS, Names, keys_of, rope_factors
-from bitwright.llamacpp.container import FLOATS, GgufFile, Types
+from bitwright.llamacpp.container import FLOATS, GgufFile, Typed, Types
 from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
 
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
@@ -103,7 +103,11 @@ def _add_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     """One key, in the type that llama.cpp expects: whole numbers unsigned, all others as they are."""
     if name == "general.architecture":
         return  # the writer has it
-    if isinstance(value, bool):
+    if isinstance(value, Typed):
+        plain = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
+        inner = None if value.inner is None else gguf.GGUFValueType(value.inner)
+        writer.add_key_value(name, plain, gguf.GGUFValueType(value.kind), inner)
+    elif isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):
         writer.add_uint32(name, value)

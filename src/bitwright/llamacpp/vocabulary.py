@@ -203,14 +203,14 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
 def _byte_level(own: Keys, tokens: list[str], where: str) -> Keys:
     cut = own.get("pre", "gpt-2")
     steps = CUTS.get("gpt-2" if cut == "default" else cut)
-    if steps is None or not isinstance(own.get("merges"), list):
-        what = f"the pre-tokenizer {cut!r} is not known here" if steps is None else "no merges"
-        raise CheckpointError(what, where=where, remedy=f"known: {', '.join(CUTS)}")
+    if steps is None:
+        message = f"the pre-tokenizer {cut!r} is not known here"
+        raise CheckpointError(message, where=where, remedy=f"known: {', '.join(CUTS)}")
     whole = {"add_prefix_space": bool(own.get("add_space_prefix", False)), "trim_offsets": True}
     cuts = [step | (whole if step["type"] == "ByteLevel" else {}) for step in steps]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return {
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": own["merges"]},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": own.get("merges", [])},
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
