@@ -456,3 +456,42 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match="part of a split model is missing"):
         GgufFile(first)
+
+
+def test_an_importance_matrix_there_and_back(tmp_path: Path, llama: Path, text: str) -> None:
+    """Written, read, used: as the same text would have been by a search with one-shot statistics."""
+    from bitwright.llamacpp import imatrix
+
+    file = tmp_path / "m.gguf"
+    made = run("imatrix", str(llama), str(file), "--calib", text, "--samples", "8", "--seqlen", "32")
+    found = imatrix.read(file)
+    assert made["tensors"] == len(found) == 3 * 7 and made["tokens"] == 8 * 32
+    assert torch.equal(found["blk.0.attn_q.weight"], found["blk.0.attn_k.weight"])
+    same = ["--samples", "8", "--seqlen", "32", "--scheme", "q4_0", "--method", "search"]
+    run("quantize", str(llama), str(tmp_path / "a.gguf"), "--calib", str(file), *same)
+    run("quantize", str(llama), str(tmp_path / "b.gguf"), "--calib", text, "--store", str(tmp_path / "s"), *same)
+    a, b = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "b.gguf")
+    assert all(a.raw(name).tobytes() == b.raw(name).tobytes() for name in a.tensors if name.startswith("blk"))
+    refused = CliRunner().invoke(
+        app, ["quantize", str(llama), str(tmp_path / "c.gguf"), "--calib", str(file), "--json"]
+    )
+    assert refused.exit_code == 2 and "how inputs go together" in refused.stdout
+
+
+def test_older_importance_matrices_and_damaged_ones(tmp_path: Path) -> None:
+    from bitwright.errors import CalibrationError
+    from bitwright.llamacpp import imatrix
+
+    name = b"blk.0.attn_q.weight"
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii4f", 2, 4, 2.0, 4.0, 6.0, 8.0)
+    file = tmp_path / "m.dat"
+    file.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<ii", 7, 4) + b"text")
+    assert imatrix.read(file)["blk.0.attn_q.weight"].tolist() == [1, 2, 3, 4]
+    whole = file.read_bytes()
+    for content in [*(whole[:n] for n in range(0, 50, 3)), struct.pack("<i", 1) + struct.pack("<i", -5), b"\xff" * 200]:
+        file.write_bytes(content)
+        with pytest.raises(CalibrationError):
+            imatrix.read(file)
+    file.write_bytes(struct.pack("<i", 1) + entry[:-4] + struct.pack("<f", float("nan")))
+    with pytest.raises(CalibrationError, match="not finite"):
+        imatrix.read(file)

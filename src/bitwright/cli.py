@@ -40,7 +40,12 @@ Activations = Annotated[
     ),
 ]
 Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
-Calib = Annotated[str, typer.Option(help="Calibration text: a UTF-8 file, stdlib (Python's own sources), or none.")]
+Calib = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: a UTF-8 file, stdlib (Python's own sources), or none; or llama.cpp's imatrix file."
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
@@ -255,6 +260,27 @@ def demo(as_json: AsJson = False) -> None:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
     else:
         console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
+
+
+@app.command()
+def imatrix(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Importance matrix to make, for llama-quantize --imatrix.")],
+    calib: Calib = "stdlib",
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
+    with _reporting(as_json):
+        from bitwright.importance import write_importance
+
+        with _progress(as_json) as progress:
+            done = write_importance(
+                model, out, calib=calib, samples=samples, seqlen=seqlen, seed=seed, progress=progress
+            )
+        _print(done, as_json, "Done")
 
 
 @app.command()

@@ -22,11 +22,11 @@ from bitwright.ledger import Entry
 from bitwright.memory import forget_peak, peak_since, return_memory
 from bitwright.methods import split_method
 from bitwright.page import Candidate, Original, page
-from bitwright.pipeline import calibration_tokens, run
+from bitwright.pipeline import run
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
-from bitwright.streams import Progress, one_shot
+from bitwright.streams import Progress, calibration_tokens, one_shot
 from bitwright.version import __version__
 from bitwright.workplace import check_out
 

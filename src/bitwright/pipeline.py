@@ -18,22 +18,32 @@ import torch
 from torch import Tensor
 
 from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
-from bitwright.calibration import load_tokenizer, sample
 from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.codec import decode
-from bitwright.errors import CalibrationError, CheckpointError, RecipeError
+from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
-from bitwright.inputs import Inputs
+from bitwright.importance import Importance
 from bitwright.kv import KvCache, KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.llamacpp import export
 from bitwright.llamacpp.container import type_named
+from bitwright.llamacpp.imatrix import is_imatrix
 from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
 from bitwright.outside import begin_rounded, quantize_ends
 from bitwright.preflight import Plan
 from bitwright.store import BlockStatistics, Store
-from bitwright.streams import Progress, Streams, check_rotation, digest, first_streams, look, one_shot, read_block
+from bitwright.streams import (
+    Progress,
+    Streams,
+    calibration_tokens,
+    check_rotation,
+    digest,
+    first_streams,
+    look,
+    one_shot,
+    read_block,
+)
 from bitwright.transform import fold_scales
 from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
@@ -86,9 +96,10 @@ def run(
     """
     begun = time.monotonic()
     check_out(out)
-    tokens, notes = calibration_tokens(plan, calib, seed) if plan.calibrated else (None, plan.notes)
+    known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
+    taken = plan.calibrated and known is None
+    tokens, notes = calibration_tokens(plan, calib, seed) if taken else (None, plan.notes)
     check_rotation(plan)
-    known = None
     if store is not None and tokens is not None:
         check_one_shot(plan)
         known = one_shot(plan, store, tokens, progress)
@@ -133,25 +144,11 @@ def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
-    """[S, T] token ids, and a note if there are fewer than asked for."""
-    if calib == "none":
-        needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
-        remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
-        raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
-    vocabulary = plan.skeleton.config.get_text_config().vocab_size
-    tokenizer = load_tokenizer(plan.source)
-    tokens = sample(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
-    notes = plan.notes
-    if len(tokens) < plan.samples:
-        notes += (f"the text gives {len(tokens)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
-    return tokens, notes
-
-
-def _manifest(plan: Plan, tokens: Tensor | None, store: Store | None) -> dict[str, Any]:
+def _manifest(plan: Plan, tokens: Tensor | None, known: Store | Importance | None) -> dict[str, Any]:
     """What unfinished work belongs to: the same source, recipe, calibration and code."""
     return {
-        "statistics": "sequential" if store is None else "one-shot",
+        "statistics": "one-shot" if isinstance(known, Store) else "sequential",
+        "importance": known.digest if isinstance(known, Importance) else None,
         "version": __version__,
         "torch": torch.__version__,
         "source": plan.checkpoint.fingerprint(),
@@ -166,7 +163,7 @@ def _manifest(plan: Plan, tokens: Tensor | None, store: Store | None) -> dict[st
 
 
 def _quantize_blocks(
-    plan: Plan, place: Workplace, tokens: Tensor | None, store: Store | None, progress: Progress
+    plan: Plan, place: Workplace, tokens: Tensor | None, store: Store | Importance | None, progress: Progress
 ) -> list[Entry]:
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
@@ -195,7 +192,7 @@ def _quantize_shard(
     plan: Plan,
     place: Workplace,
     index: int,
-    source: Streams | Store | None,
+    source: Streams | Store | Importance | None,
     config: dict[str, Any],
     tokens: Tensor | None,
 ) -> list[Entry]:
@@ -228,15 +225,16 @@ def _quantize_shard(
 
 
 def _quantize_block(
-    plan: Plan, index: int, weights: dict[str, Tensor], source: Streams | Store | None
+    plan: Plan, index: int, weights: dict[str, Tensor], source: Streams | Store | Importance | None
 ) -> tuple[list[Rounded], KvRounding | None]:
     """Round one block's matrices and carry streams through the block, as rounded and as it was.
 
     Parameters that transforms change are replaced in `weights`. Also how the block's keys and values are kept.
     """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
-    if source is None:
-        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, Inputs(), Origin())], None
+    if source is None or isinstance(source, Importance):
+        known_of = Importance().inputs if source is None else source.inputs
+        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
     skeleton = plan.skeleton
     if isinstance(source, Streams):
         skeleton.load(weights)
