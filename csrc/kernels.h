@@ -32,8 +32,8 @@ struct Format {
 struct Search {
     const float *w;         // [N, K]
     const float *weight;    // [K] importance
-    const float *shrink;    // [steps] factors on the range
-    const float *factor;    // [steps] shrink / reach
+    const float *shrink;    // [steps] factors on the range, or on its part below 0
+    const float *factor;    // [steps] shrink / reach; with an offset, factors on the part above 0
     float *scale, *zero;    // [N, G] out; zero null if the format has none
     ptrdiff_t K, g, steps;
 };

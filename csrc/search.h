@@ -37,7 +37,7 @@ static void from_range(const Format &f, Group &p, float shrink, float factor, Ve
         scale = f.reach == 0 ? p.mean * shrink : (-p.low > p.high ? -p.low : p.high) * factor;
         return;
     }
-    Vec low = p.low * shrink, high = p.high * shrink;
+    Vec low = p.low * shrink, high = p.high * factor;
     scale = (high - low) / f.span;
     if (f.zero == MIN) {
         zero = low;

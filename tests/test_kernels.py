@@ -213,7 +213,8 @@ expected = best_scales(w, Scheme.parse("int4-g32"), None).scale
 child = os.fork()
 if child == 0:
     from bitwright.kernels import rounding
-    found = rounding.search(w, torch.ones(512), Scheme.parse("int4-g32"), torch.linspace(1.0, 0.65, 8).tolist())[0]
+    shrinks = [(s, s) for s in torch.linspace(1.0, 0.65, 8).tolist()]
+    found = rounding.search(w, torch.ones(512), Scheme.parse("int4-g32"), shrinks)[0]
     os._exit(0 if torch.equal(found, expected) else 1)
 raise SystemExit(os.waitpid(child, 0)[1])
 """
@@ -240,7 +241,7 @@ def test_shapes_are_checked() -> None:
     with pytest.raises(TypeError):
         rounding.visit(**(good | {"aim": torch.zeros(32, 8, dtype=torch.float64)}))
     with pytest.raises(ValueError, match="weight must have K entries"):
-        rounding.search(torch.zeros(2, 64), torch.ones(63), scheme, [1.0])
+        rounding.search(torch.zeros(2, 64), torch.ones(63), scheme, [(1.0, 1.0)])
 
 
 @needs_native

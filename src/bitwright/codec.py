@@ -64,8 +64,13 @@ def fit(w: Tensor, scheme: Scheme, *, shrink: Tensor | float = 1.0, outer: Tenso
     return snap(scale, zero, scheme, outer=outer)
 
 
-def raw_scales(v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """The scales one would like, before any encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None."""
+def raw_scales(
+    v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0, above: Tensor | float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales one would like, before any encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None.
+
+    shrink: a factor on the range; above: another for its part above 0, where a scheme has an offset.
+    """
     grid = scheme.levels
     if scheme.symmetric:
         if grid.reach is not None:
@@ -75,7 +80,7 @@ def raw_scales(v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0) 
             counts[-1] = K % scheme.group
         return folded(v.abs()) / counts.to(v.device) * shrink, None
     low = v.amin(-1).clamp(max=0) * shrink
-    high = v.amax(-1).clamp(min=0) * shrink
+    high = v.amax(-1).clamp(min=0) * (shrink if above is None else above)
     scale = (high - low) / (grid.hi - grid.lo)
     if scheme.zero == "min":
         return scale, low

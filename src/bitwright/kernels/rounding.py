@@ -48,20 +48,23 @@ def _format(scheme: Scheme) -> object:
     )
 
 
-def search(w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[float]) -> tuple[Tensor, Tensor | None]:
+def search(
+    w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[tuple[float, float]]
+) -> tuple[Tensor, Tensor | None]:
     """Scales (and zeros) [N, G] of least weighted squared error, as `methods.search` finds them, by itself rounded.
 
-    w [N, K], importance [K]; shrinks: factors on the range, tried in turn. A group with a weight that is not finite
-    gets the scale NaN.
+    w [N, K], importance [K]; shrinks: factors on the range below and above 0, tried in turn. A group with a weight that
+    is not finite gets the scale NaN.
     """
     assert native is not None
     w = w.contiguous()
     N, K = w.shape
     scale = torch.empty(N, scheme.groups(K))
     zero = None if scheme.symmetric else torch.empty_like(scale)
-    factors = [shrink / (scheme.levels.reach or 1.0) for shrink in shrinks]
+    below = [pair[0] for pair in shrinks]
+    above = [pair[0] / (scheme.levels.reach or 1.0) if scheme.symmetric else pair[1] for pair in shrinks]
     native.search(
-        _format(scheme), w, importance.contiguous(), torch.tensor(shrinks), torch.tensor(factors),
+        _format(scheme), w, importance.contiguous(), torch.tensor(below), torch.tensor(above),
         scheme.group_length(K), scale, zero, torch.get_num_threads(),
     )  # fmt: skip
     return scale, zero

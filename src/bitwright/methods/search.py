@@ -1,14 +1,14 @@
 """Search: choose each group's scale (and zero) so that rounding to nearest loses least.
 
-For every group, the range [min, max] is narrowed in steps and then, for the codes that each step gives, the scale (and
-minimum) is solved for by least squares; the candidate with the smallest weighted squared error wins. Clipping an outlier
-buys finer steps for everyone else. The weights of the error are 1 ("mse"), the Gram's diagonal ("weighted": the mean
-squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
+For every group, the range [min, max] is narrowed (or its two ends are moved) in steps and then, for the codes that each
+step gives, the scale (and minimum) is solved for by least squares; the candidate with the smallest weighted squared error
+wins. Clipping an outlier buys finer steps for everyone else. The weights of the error are 1 ("mse"), the Gram's diagonal
+("weighted": the mean squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Literal
 
 import torch
@@ -120,17 +120,14 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
     """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
     one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
     weight = torch.ones_like(w[0]) if importance is None else importance.float()
-    widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
-    shrinks = torch.linspace(widest, _narrowest(scheme), steps).tolist()
-    if scheme.zero == "signed":
-        shrinks = [sign * shrink for shrink in shrinks for sign in (1, -1)]
+    shrinks = _shrinks(scheme, steps)
     if rounding.handles(scheme, w):
         return rounding.search(w, weight, one_level, shrinks)
     v = group_view(w, scheme)
     weight = group_view(weight[None].expand_as(w) if scheme.group == TENSOR else weight[None], scheme)
     best: list[Tensor | None] = [None, None, None]  # error, scale, zero
-    for shrink in shrinks:
-        raw = raw_scales(v, w.shape[1], scheme, shrink)
+    for shrink, above in shrinks:
+        raw = raw_scales(v, w.shape[1], scheme, shrink, above)
         for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
             s = snap(*raw, one_level)
             codes, decoded = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
@@ -140,9 +137,21 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
     return best[1], best[2]
 
 
-def _narrowest(scheme: Scheme) -> float:
-    """The smallest share of the range worth trying: coarse grids clip hard, fine ones hardly."""
-    return {1: 0.6, 2: 0.35, 3: 0.5, 4: 0.65}.get(scheme.levels.bits, 0.8)
+def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
+    """Factors on the range, of its parts below and above 0: coarse grids clip hard, fine ones hardly.
+
+    With an offset the two ends are moved apart from each other, 2 · steps times, and a little outwards too: in groups that
+    have about as many weights as there are codes, much depends on how the two happen to fall.
+    """
+    bits = scheme.levels.bits
+    if not scheme.symmetric:
+        outer, inner = {1: (1.1, 0.5), 2: (1.1, 0.5), 3: (1.1, 0.6), 4: (1.1, 0.8)}.get(bits, (1.07, 0.93))
+        ends = torch.linspace(outer, inner, max(2, round((2 * steps) ** 0.5))).tolist()
+        return [(1.0, 1.0), *product(ends, repeat=2)]
+    widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
+    narrowest = {1: 0.6, 2: 0.35, 3: 0.5, 4: 0.65}.get(bits, 0.86)
+    signs = (1, -1) if scheme.zero == "signed" else (1,)
+    return [(sign * s, sign * s) for s in torch.linspace(widest, narrowest, steps).tolist() for sign in signs]
 
 
 def _keep_better(best: list[Tensor | None], error: Tensor, s: Scales) -> None:
