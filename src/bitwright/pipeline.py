@@ -104,7 +104,8 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens, progress)
         notes += known.notes
-    place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
+    twice = 2 if plan.format.name == "gguf" else 1  # its shards lie beside the file that is made of them
+    place = Workplace(out, _manifest(plan, tokens, known), needed=twice * plan.bytes, resume=resume)
     try:
         ledger = _quantize_blocks(plan, place, tokens, known, progress)
     except CheckpointError:

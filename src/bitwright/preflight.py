@@ -149,7 +149,7 @@ class Plan:
         widths = [(t.layer.N, t.layer.K) for t in self.tensors if t.layer is not None and t.block == 0]
         block = sum(N * K for N, K in widths)
         outside = sum(t.dtype.itemsize * count(t.shape) for t in self.tensors if t.block is None)
-        largest = max((N * K for N, K in widths), default=0)
+        largest = max((t.layer.N * t.layer.K for t in self.tensors if t.layer is not None), default=0)
         if not self.calibrated:
             return PROCESS_BYTES + max(outside, block * 4 + largest * 24)
         hidden = self.skeleton.config.get_text_config().hidden_size
