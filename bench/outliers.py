@@ -1,6 +1,6 @@
 """What outlier channels cost, and what AWQ, SmoothQuant, outlier separation and rotations make of them.
 
-    python -m bench.outliers [--tokens 49152]
+    python -m bench.outliers [--tokens 49152] [--factor 64] [--parts experiment,weights,inputs] [--methods rtn,awq]
 
 Three tables on wiki-llama-7m with three outlier channels in every input of attention and MLP (bench/make_outliers.py; the
 float model is unchanged): AWQ's experiment (arXiv:2306.00978, table 1), weights alone, and weights with inputs in 8 bits.
@@ -77,10 +77,10 @@ def experiment(model: Path, tokens: str) -> None:
     print(table(["chosen by", *(label for label, _ in shares)], rows))
 
 
-def weights_alone(model: Path, tokens: str) -> None:
+def weights_alone(model: Path, tokens: str, methods: list[str]) -> None:
     """Each method on the model as it is, and with outliers."""
     rows = []
-    for method in ("rtn", "search", "awq", "gptq", "awq+gptq", "rotate+gptq"):
+    for method in methods or ("rtn", "search", "awq", "gptq", "awq+gptq", "rotate+gptq"):
         row = [method]
         for name, source in (("plain", MODEL), ("outliers", model)):
             for scheme in ("int4-g128", "int3-g128"):
@@ -91,10 +91,10 @@ def weights_alone(model: Path, tokens: str) -> None:
     print(table(["method", "int4-g128", "int3-g128", "int4-g128, outliers", "int3-g128, outliers"], rows))
 
 
-def with_inputs(model: Path, tokens: str, original: float) -> None:
+def with_inputs(model: Path, tokens: str, original: float, methods: list[str]) -> None:
     """8-bit weights by channel and 8-bit inputs."""
     rows = []
-    for method in ("rtn", "gptq", "smooth", "smooth+gptq", "outlier", "rotate"):
+    for method in methods or ("rtn", "gptq", "smooth", "smooth+gptq", "outlier", "rotate"):
         row = [method]
         for activations in ("int8-token", "int8-tensor"):
             more = ("--activations", activations, "--observer", "minmax")
@@ -110,22 +110,24 @@ def with_inputs(model: Path, tokens: str, original: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="49152")
+    parser.add_argument("--factor", default="64", help="how much larger the outlier channels are")
+    parser.add_argument("--methods", default="", help="of the last two parts; all otherwise")
     parser.add_argument("--parts", default="experiment,weights,inputs")
     args = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     model = WORK / "model"
-    run([sys.executable, "-m", "bench.make_outliers", str(MODEL), str(model)])
+    run([sys.executable, "-m", "bench.make_outliers", str(MODEL), str(model), "--factor", args.factor])
     original = judged(MODEL, args.tokens, None)["perplexity"]
     same = judged(model, args.tokens)
     print(f"float model {original:.3f}; with outliers {same['perplexity']:.3f}, KL {same['kl_mean']:.1e}")
-    parts = args.parts.split(",")
+    parts, methods = args.parts.split(","), [method for method in args.methods.split(",") if method]
     if "experiment" in parts:
         experiment(model, args.tokens)
     if "weights" in parts:
-        weights_alone(model, args.tokens)
+        weights_alone(model, args.tokens, methods)
     if "inputs" in parts:
-        with_inputs(model, args.tokens, original)
+        with_inputs(model, args.tokens, original, methods)
 
 
 if __name__ == "__main__":
