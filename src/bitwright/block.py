@@ -25,6 +25,7 @@ from bitwright.qtensor import Outliers, QTensor, rows
 from bitwright.ranges import static_scales
 from bitwright.scheme import Scheme
 
+AT_ONCE = 1 << 24  # weights whose errors are looked at together
 SAMPLED_ROWS = 1024  # at least so many tell what round to nearest would lose
 
 
@@ -159,7 +160,7 @@ def _quantize_pile(
     fast = w.dtype if gram is None else plan.skeleton.dtype  # three digits of a loss are enough
     metric = None if gram is None else gram.to(fast)
     whole = energy(w.to(fast), metric)
-    lost = energy((w - decode(outcome.q)).to(fast), metric)
+    lost = _lost(w, outcome.q, metric, fast)
     seconds = (time.monotonic() - begun) / w.numel()
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
@@ -174,6 +175,15 @@ def _quantize_pile(
         entry = _entry(plan, t, replace(outcome, q=q), losses, inputs.tokens, spent, origin)
         done.append(Rounded(t, q, entry, gram if t.rule.method in BLOCKWISE else None, intake))
     return done
+
+
+def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
+    """The energy of each row's error, some rows at a time: an embedding's float copies would not fit twice."""
+    if not q.scheme.rowwise or q.outliers is not None:
+        return energy((w - decode(q)).to(fast), metric)
+    step = max(1, AT_ONCE // w.shape[1])
+    parts = ((w[at : at + step], rows(q, at, min(at + step, len(w)))) for at in range(0, len(w), step))
+    return torch.cat([energy((part - decode(own)).to(fast), metric) for part, own in parts])
 
 
 def _outcome(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
