@@ -91,8 +91,8 @@ static Vec error_of(const Format &f, Group &p, Vec scale, Vec zero) {
 // What has lost least so far, in each row.
 struct Best {
     Vec error, scale, zero;
-    void meet(Vec e, Vec s, Vec z) {
-        Ints better = e < error;
+    void meet(Vec e, Vec s, Vec z, bool first) {
+        Ints better = first ? Ints{} == 0 : e < error;
         error = better ? e : error;
         scale = better ? s : scale;
         zero = better ? z : zero;
@@ -141,12 +141,7 @@ static Best search_group(const Format &f, const Search &a, Group &p) {
         for (int again = 0; again < 2; again++) {
             scale = stored_scale(scale, f.encoding);
             if (f.zero == MIN) zero = stored(zero, f.encoding, false);
-            Vec error = error_of(f, p, scale, zero);
-            if (step == 0 && again == 0) {
-                best = Best{error, scale, zero};
-            } else {
-                best.meet(error, scale, zero);
-            }
+            best.meet(error_of(f, p, scale, zero), scale, zero, step == 0 && again == 0);
             if (again == 0) least_squares(f, p, scale, zero);
         }
     }
@@ -161,51 +156,49 @@ static Group group_in(float *scratch, ptrdiff_t g) {
     return p;
 }
 
-static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
-    ptrdiff_t G = (a.K + a.g - 1) / a.g;
+// Call body(group of LANES rows, first row, rows that exist, its place among the G groups of a row) for every group.
+template <class Args, class Body>
+static void each_group(const Args &a, float *scratch, ptrdiff_t first, ptrdiff_t last, Body body) {
     Group p = group_in(scratch, a.g);
     for (ptrdiff_t at = first; at < last; at += LANES) {
         int wide = (int)(last - at < LANES ? last - at : LANES);
-        for (ptrdiff_t group = 0; group < G; group++) {
-            read_group(p, a.w, a.weight, a.K, at, wide, group * a.g, a.g);
-            Vec check = measure(f, p);
-            Best best = search_group(f, a, p);
-            for (int l = 0; l < wide; l++) {
-                a.scale[(at + l) * G + group] = best.scale[l] + check[l];
-                if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
-            }
+        for (ptrdiff_t begin = 0; begin < a.K; begin += a.g) {
+            read_group(p, a.w, a.weight, a.K, at, wide, begin, a.g);
+            body(p, at, wide, begin / a.g);
         }
     }
+}
+
+static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
+    ptrdiff_t G = (a.K + a.g - 1) / a.g;
+    each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
+        Vec check = measure(f, p);
+        Best best = search_group(f, a, p);
+        for (int l = 0; l < wide; l++) {
+            a.scale[(at + l) * G + group] = best.scale[l] + check[l];
+            if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
+        }
+    });
 }
 
 // The best of C given scales and zeros for each group; the first of equals.
 static void pick(const Format &f, const Pick &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t G = (a.K + a.g - 1) / a.g;
-    Group p = group_in(scratch, a.g);
-    for (ptrdiff_t at = first; at < last; at += LANES) {
-        int wide = (int)(last - at < LANES ? last - at : LANES);
-        for (ptrdiff_t group = 0; group < G; group++) {
-            read_group(p, a.w, a.weight, a.K, at, wide, group * a.g, a.g);
-            Best best{};
-            for (ptrdiff_t c = 0; c < a.C; c++) {
-                Vec scale{}, zero{};
-                for (int l = 0; l < wide; l++) {
-                    ptrdiff_t from = (c * a.N + at + l) * G + group;
-                    scale[l] = a.scales[from];
-                    zero[l] = a.zeros ? a.zeros[from] : 0;
-                }
-                Vec error = error_of(f, p, scale, zero);
-                if (c == 0) {
-                    best = Best{error, scale, zero};
-                } else {
-                    best.meet(error, scale, zero);
-                }
-            }
+    each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
+        Best best{};
+        for (ptrdiff_t c = 0; c < a.C; c++) {
+            Vec scale{}, zero{};
             for (int l = 0; l < wide; l++) {
-                a.error[(at + l) * G + group] = best.error[l];
-                a.scale[(at + l) * G + group] = best.scale[l];
-                if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
+                ptrdiff_t from = (c * a.N + at + l) * G + group;
+                scale[l] = a.scales[from];
+                zero[l] = a.zeros ? a.zeros[from] : 0;
             }
+            best.meet(error_of(f, p, scale, zero), scale, zero, c == 0);
         }
-    }
+        for (int l = 0; l < wide; l++) {
+            a.error[(at + l) * G + group] = best.error[l];
+            a.scale[(at + l) * G + group] = best.scale[l];
+            if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
+        }
+    });
 }

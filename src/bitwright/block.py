@@ -54,8 +54,8 @@ class Origin:
     transforms: Mapping[str, str] = field(default_factory=dict)
 
 
-class _Enough(Exception):  # noqa: N818
-    """Raised by the last module's hook: what the block would do with its output is of no interest."""
+class Enough(Exception):  # noqa: N818
+    """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
 
 
 class _Watch:
@@ -82,7 +82,7 @@ class _Watch:
         if name in self.gatherings:
             self.gatherings[name].update(x, self.floats.pop(name, None))
         if len(self.seen) == self.modules and name == next(reversed(self.seen)):
-            raise _Enough
+            raise Enough
 
     def forget(self) -> None:
         """Let a batch's activations go."""
@@ -115,7 +115,7 @@ def observe(
                 watch.comparing = True
                 original[b] = skeleton.run(index, original[b])
                 watch.comparing = False
-            with suppress(_Enough), skeleton.caching(cache):
+            with suppress(Enough), skeleton.caching(cache):
                 skeleton.run(index, batch)
             _all_seen(modules.keys() - watch.seen.keys())
             watch.forget()

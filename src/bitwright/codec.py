@@ -186,6 +186,17 @@ def by_block(x: Tensor, scheme: Scheme) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % per_block)).unflatten(-1, (-1, per_block))
 
 
+def each_group(blocks: Tensor, scheme: Scheme, G: int) -> Tensor:
+    """A value per super-block [N, S] -> a value per group [N, G]."""
+    assert isinstance(scheme.group, int)
+    return blocks.repeat_interleave(SUPERBLOCK // scheme.group, dim=1)[:, :G]
+
+
+def integers_of(table: Tensor, outer: Tensor, scheme: Scheme) -> Tensor:
+    """What is stored of scales (or minima) [N, G] that stand under the f16s [N, S], as floats."""
+    return torch.round(table / safe(each_group(outer, scheme, table.shape[1])))
+
+
 def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """x [N, G] -> integers low..high times an f16 per super-block, and that f16 [N, S]."""
     blocks = by_block(x, scheme)

@@ -9,10 +9,12 @@ and what follows treats all directions much alike.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bitwright.block import Enough
 from bitwright.inputs import Gathering, Inputs
 from bitwright.models import Skeleton
 from bitwright.statistics import Gram
@@ -21,23 +23,21 @@ TOKENS = 16384  # are enough for a derivative
 HEAD_SHARE = 0.8  # of a matrix that is both: the rest is the embedding's; by measurement, and flat around it
 
 
-class _Enough(Exception):  # noqa: N818
-    """Raised where the head would compute logits, which nobody wants."""
-
-
 def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
     """Statistics of what the output head is given behind the last block; the parameters outside must be loaded."""
     gathering = Gathering([skeleton.head_name], Gram(hidden[0].shape[-1], hidden[0].device))
 
-    def look(x: Tensor) -> None:
-        gathering.update(x, None)
-        raise _Enough
+    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gathering.update(args[0], None)
+        raise Enough
 
-    for batch in hidden:
-        try:
-            skeleton.head_inputs(batch, look)
-        except _Enough:
-            continue
+    handle = skeleton.model.get_output_embeddings().register_forward_pre_hook(look)
+    try:
+        for batch in hidden:
+            with suppress(Enough):
+                skeleton.head(batch)
+    finally:
+        handle.remove()
     return gathering.value()
 
 

@@ -8,7 +8,7 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,32 +126,21 @@ class Skeleton:
 
     def ends(self) -> dict[str, nn.Module]:
         """The embedding and, unless it is the same matrix, the output head, by full name."""
-        tied = self.tied_names()
-        both = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        named = {name: module for name, module in self.model.named_modules() if any(module is end for end in both)}
-        return {name: module for name, module in named.items() if f"{name}.weight" not in tied}
+        return {name: self.model.get_submodule(name) for name in (self.embedding_name, self.head_name)}
 
     @property
     def embedding_name(self) -> str:
         """The module that tokens are looked up in."""
-        embedding = self.model.get_input_embeddings()
-        return next(name for name, module in self.model.named_modules() if module is embedding)
+        return self._name_of(self.model.get_input_embeddings())
 
     @property
     def head_name(self) -> str:
         """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
-        head, tied = self.model.get_output_embeddings(), self.tied_names()
-        name = next(name for name, module in self.model.named_modules() if module is head)
-        return name if f"{name}.weight" not in tied else self.embedding_name
+        name = self._name_of(self.model.get_output_embeddings())
+        return name if f"{name}.weight" not in self.tied_names() else self.embedding_name
 
-    @torch.no_grad()
-    def head_inputs(self, hidden: Tensor, look: Callable[[Tensor], None]) -> None:
-        """Show what the output head is given where the last block gives `hidden` [B, T, H]."""
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: look(args[0]))
-        try:
-            self.head(hidden)
-        finally:
-            handle.remove()
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.model.named_modules() if other is module)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""

@@ -29,13 +29,13 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
     """
     skeleton = plan.skeleton
     name = skeleton.embedding_name
-    if name == skeleton.head_name or not plan.calibrates_ends or streams.original is None:
+    t = next((t for t in _ends(plan) if _name(t) == name), None)
+    if t is None or name == skeleton.head_name or not plan.calibrates_ends or streams.original is None:
         return
     weights = read_block(plan, len(skeleton))
     base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
     inputs = _looked_up(plan, base, tokens)
-    done = [r for t in _ends(plan) if _name(t) == name for r in [_rounded(plan, t, weights, inputs)]]
-    skeleton.load(base | {r.planned.parameter: decode(r.q) for r in done})
+    skeleton.load(base | {t.parameter: decode(_rounded(plan, t, weights, inputs).q)})
     streams.given = [skeleton.embed(part) for part in batches(tokens, len(streams.given[0]) * tokens.shape[1])]
     skeleton.unload_outside()
 

@@ -285,11 +285,10 @@ def _carry(
 
 def _assemble(plan: Plan, place: Workplace, ledger: list[Entry]) -> int:
     """All shards in one GGUF file, in OUT's place; its bytes."""
-    kinds = plan.quantization_config["types"]
     pieces = []
     for t in plan.tensors:
         if t.action != LEFT_OUT:
-            kind = None if t.layer is None else type_named(kinds[t.layer.name])
+            kind = None if t.layer is None else type_named(t.layer.container)
             pieces.append(export.Piece(t.parameter, t.source, kind))
     shards = [place.path / plan.shard_name(i) for i in range(len(plan.skeleton) + 1)]
     file = place.path / "model.gguf"

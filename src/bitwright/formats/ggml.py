@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.codec import safe
+from bitwright.codec import integers_of
 from bitwright.qtensor import QTensor
-from bitwright.scheme import SUPERBLOCK, Scheme
+from bitwright.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class BlockType:
-    """A row of the table. name: llama.cpp's; scheme: without what `g` it has for short rows; pack: blocks -> [B, bytes]."""
+    """A row of the table. name: llama.cpp's; size, bytes: weights and bytes of a block; pack: blocks -> [B, bytes]."""
 
     name: str
     scheme: Scheme
@@ -65,15 +65,10 @@ def _blocks(q: QTensor, kind: BlockType, rows: Tensor) -> Blocks:
         return Blocks(codes, scale.flatten(), zero.flatten(), none, none)
     outer = q.scales.outer[here]
     under = torch.zeros_like(outer) if q.scales.outer_zero is None else q.scales.outer_zero[here]
-    scales, minima = _integers(scale, outer, scheme), _integers(zero, under, scheme)
+    scales, minima = (
+        integers_of(table, f16, scheme).short().view(len(codes), -1) for table, f16 in ((scale, outer), (zero, under))
+    )
     return Blocks(codes, outer.flatten(), under.flatten(), scales, minima)
-
-
-def _integers(table: Tensor, outer: Tensor, scheme: Scheme) -> Tensor:
-    """[N, G] over the f16s [N, S] of the blocks -> [N·S, G / S]."""
-    assert isinstance(scheme.group, int)
-    per_block = SUPERBLOCK // scheme.group
-    return (table.view(*outer.shape, per_block) / safe(outer)[..., None]).round().short().view(-1, per_block)
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

@@ -66,7 +66,7 @@ class Gguf:
         return {"weight": encode(q, kind_of(layer))}
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`: the type of each module's weight, by the module's last names too."""
+        """See `Format.config`: the type of each module's weight."""
         return {"quant_method": self.method, "types": {layer.name: kind_of(layer).name for layer in layers}}
 
     def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.codec import dynamic_map, is_signed, safe
+from bitwright.codec import dynamic_map, integers_of, is_signed
 from bitwright.formats.format import Layer, Read, Spec
 from bitwright.formats.native_reader import (
     FLOATS,
@@ -173,10 +173,8 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
         assert q.scales.outer_zero is not None
         index = _dq8_index(table, outer, q.scales.outer_zero)
         return {name: index, f"{name}_outer": outer.reshape(-1), f"{name}_mean": q.scales.outer_zero.reshape(1)}
-    assert isinstance(s.group, int)
     bits = int(s.scale[1:])
-    each = outer.repeat_interleave(SUPERBLOCK // s.group, dim=1)[:, : table.shape[1]]
-    integers = torch.round(table / safe(each)).int()
+    integers = integers_of(table, outer, s).int()
     unsigned = integers + (1 << (bits - 1)) if s.symmetric else integers.abs()  # minima are negative
     return {name: _stream(unsigned, bits), f"{name}_outer": outer.to(torch.float16)}
 

@@ -25,10 +25,13 @@ def is_gguf(path: Path) -> bool:
 
 def read_config(path: Path) -> PretrainedConfig:
     """transformers' config of a file. CheckpointError for one that is damaged, or of an architecture not read here."""
-    file = GgufFile(path)
-    config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(path))
+    return _config(GgufFile(path))
+
+
+def _config(file: GgufFile) -> PretrainedConfig:
+    config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path))
     if FACTORS in file.tensors:
-        _add_factors(config, file.read(FACTORS), str(path))
+        _add_factors(config, file.read(FACTORS), str(file.path))
     return config
 
 
@@ -53,7 +56,7 @@ class GgufArtefact:
         """Reads headers. CheckpointError as of `read_config`, or for a tensor that its architecture does not have."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
-        self.names = Names(read_config(path))
+        self.names = Names(_config(self.file))
         self.stored = self._match()
 
     def _match(self) -> dict[str, str]:

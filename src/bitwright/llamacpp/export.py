@@ -47,13 +47,12 @@ def write(
     """Write the file and compare what lies in it. VerificationError names the first tensor that differs."""
     names = Names(config)
     order = sorted(pieces, key=lambda piece: _place(names.of(piece.parameter)))
-    stored = {name: shard for shard in shards for name in Checkpoint(shard.parent, only=shard).tensors}
+    opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
+    stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
 
     def arrays() -> Iterator[tuple[str, Types, np.ndarray[Any, Any]]]:
         for piece in order:
-            shard = stored[piece.source]
-            tensor = Checkpoint(shard.parent, only=shard).read(piece.source)
-            yield names.of(piece.parameter), *_written(names, piece, tensor)
+            yield names.of(piece.parameter), *_written(names, piece, stored[piece.source].read(piece.source))
         factors = rope_factors(config)
         if factors is not None:
             yield FACTORS, Types.F32, factors.numpy()

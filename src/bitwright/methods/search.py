@@ -30,7 +30,7 @@ from bitwright.codec import (
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.outcome import Outcome
-from bitwright.methods.superblocks import refine
+from bitwright.methods.superblocks import Best, refine
 from bitwright.qtensor import Scales, map_rows
 from bitwright.scheme import TENSOR, Scheme
 
@@ -125,16 +125,15 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
         return rounding.search(w, weight, one_level, shrinks)
     v = group_view(w, scheme)
     weight = group_view(weight[None].expand_as(w) if scheme.group == TENSOR else weight[None], scheme)
-    best: list[Tensor | None] = [None, None, None]  # error, scale, zero
+    best = Best()
     for shrink, above in shrinks:
         raw = raw_scales(v, w.shape[1], scheme, shrink, above)
         for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
             s = snap(*raw, one_level)
             codes, decoded = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
-            _keep_better(best, folded((v - decoded).square_() * weight), s)
+            best.meet(folded((v - decoded).square_() * weight), s)
             raw = _least_squares(v, codes, weight, s, scheme)
-    assert best[1] is not None
-    return best[1], best[2]
+    return best.scale, best.zero
 
 
 def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
@@ -152,18 +151,6 @@ def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
     narrowest = {1: 0.6, 2: 0.35, 3: 0.5, 4: 0.65}.get(bits, 0.86)
     signs = (1, -1) if scheme.zero == "signed" else (1,)
     return [(sign * s, sign * s) for s in torch.linspace(widest, narrowest, steps).tolist() for sign in signs]
-
-
-def _keep_better(best: list[Tensor | None], error: Tensor, s: Scales) -> None:
-    """Replace, group by group, what has been beaten."""
-    if best[0] is None:
-        best[:] = [error, s.scale, s.zero]
-        return
-    better = error < best[0]
-    best[0] = torch.where(better, error, best[0])
-    best[1] = torch.where(better, s.scale, best[1])  # type: ignore[arg-type]
-    if s.zero is not None:
-        best[2] = torch.where(better, s.zero, best[2])  # type: ignore[arg-type]
 
 
 def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import by_block, folded, group_view, round_to, safe, scale_range, values
+from bitwright.codec import by_block, each_group, folded, group_view, integers_of, round_to, safe, scale_range, values
 from bitwright.kernels import rounding
 from bitwright.qtensor import Scales
-from bitwright.scheme import SUPERBLOCK, Scheme
+from bitwright.scheme import Scheme
 
 ROUNDS = 2
 
@@ -60,7 +60,7 @@ class _State:
         zero = None if s.zero is None else -self._under(self._integers(-s.zero, s.outer_zero), outer_zero)
         error, _, _ = pick(self.w, self.scheme, self.weight, scale[None], None if zero is None else zero[None])
         better = by_block(error, self.scheme).sum(-1) < by_block(self.error, self.scheme).sum(-1)  # [N, S]
-        each = self._each(better)
+        each = each_group(better, self.scheme, error.shape[1])
         self.error = torch.where(each, error, self.error)
         self.scales = Scales(
             torch.where(each, scale, s.scale),
@@ -90,16 +90,13 @@ class _State:
         outer = torch.where(good, outer, av / safe(aa))
         return _stored(outer, s.outer), _stored(torch.where(good, outer_zero, s.outer_zero), s.outer_zero)
 
-    def _each(self, blocks: Tensor | None) -> Tensor:
-        """[N, S] -> [N, G]."""
-        assert blocks is not None and isinstance(self.scheme.group, int)
-        return blocks.repeat_interleave(SUPERBLOCK // self.scheme.group, dim=1)[:, : self.scales.scale.shape[1]]
-
     def _integers(self, x: Tensor, outer: Tensor | None) -> Tensor:
-        return torch.round(x / safe(self._each(outer)))
+        assert outer is not None
+        return integers_of(x, outer, self.scheme)
 
     def _under(self, integers: Tensor, outer: Tensor | None) -> Tensor:
-        return integers * self._each(outer)
+        assert outer is not None
+        return integers * each_group(outer, self.scheme, integers.shape[-1])
 
 
 def _stored(wanted: Tensor, old: Tensor | None) -> Tensor | None:
@@ -116,16 +113,28 @@ def pick(
     if rounding.handles(scheme, w):
         return rounding.pick(w, scheme, weight, scales, zeros)
     v, u = group_view(w, scheme), group_view(weight[None], scheme)
-    best: tuple[Tensor, Tensor, Tensor | None] | None = None
+    best = Best()
     for i, scale in enumerate(scales):
         zero = None if zeros is None else zeros[i]
         _, decoded = round_to(v, scale[..., None], None if zero is None else zero[..., None], scheme)
-        error = folded((v - decoded).square_() * u)
-        if best is None:
-            best = (error, scale, zero)
-            continue
-        better = error < best[0]
-        kept = None if zero is None or best[2] is None else torch.where(better, zero, best[2])
-        best = (torch.where(better, error, best[0]), torch.where(better, scale, best[1]), kept)
-    assert best is not None
-    return best
+        best.meet(folded((v - decoded).square_() * u), Scales(scale, zero))
+    return best.error, best.scale, best.zero
+
+
+class Best:
+    """What has lost least so far, group by group: error, scale, zero [N, G]; the first of equals."""
+
+    error: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    empty = True
+
+    def meet(self, error: Tensor, s: Scales) -> None:
+        """Replace what has been beaten."""
+        if self.empty:
+            self.error, self.scale, self.zero, self.empty = error, s.scale, s.zero, False
+            return
+        better = error < self.error
+        self.error, self.scale = torch.where(better, error, self.error), torch.where(better, s.scale, self.scale)
+        if s.zero is not None and self.zero is not None:
+            self.zero = torch.where(better, s.zero, self.zero)
