@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include "kernels.h"
 
 namespace bitwright {
@@ -7,6 +9,12 @@ constexpr int LANES = 16;
 #include "search.h"
 #include "columns.h"
 #include "tuning.h"
+#include "dot.h"
+#include "matmul.h"
+#include "inputs.h"
+#include "dense.h"
+#include "attention.h"
 }
-extern const Kernels avx512_kernels{"avx512", search, pick, visit, sweep, tune};
+extern const Kernels avx512_kernels{"avx512", search, pick, visit, sweep, tune, round_inputs, multiply,
+                                   dense, attend, gate};
 }  // namespace bitwright

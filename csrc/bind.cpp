@@ -1,19 +1,31 @@
 // The extension's Python face: arrays come in by DLPack, shapes are checked here, rows are shared out among threads.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
+#include "bind.h"
 
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "kernels.h"
-#include "pool.h"
-
-namespace nb = nanobind;
 using namespace bitwright;
+
+namespace bitwright {
+
+const Kernels *chosen = available()[0];
+
+void require(bool condition, const char *message) {
+    if (!condition) throw nb::value_error(message);
+}
+
+bool is_half(const Values &values) {
+    using nb::dlpack::dtype_code;
+    nb::dlpack::dtype type = values.dtype();
+    bool half = type.code == (uint8_t)dtype_code::Bfloat && type.bits == 16;
+    require(half || (type.code == (uint8_t)dtype_code::Float && type.bits == 32), "values must be float32 or bfloat16");
+    return half;
+}
+
+std::vector<float> &scratch(size_t size) {
+    static thread_local std::vector<float> room;
+    if (room.size() < size) room.resize(size);
+    return room;
+}
+
+}  // namespace bitwright
 
 namespace {
 
@@ -22,14 +34,7 @@ using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::c
 using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // int8 or uint8
-using Values = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32 or bfloat16
 using Groups = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-const Kernels *chosen = available()[0];
-
-void require(bool condition, const char *message) {
-    if (!condition) throw nb::value_error(message);
-}
 
 template <class Array>
 void shaped(const Array &array, size_t rows, size_t columns, const char *message) {
@@ -41,24 +46,9 @@ int8_t *bytes_of(Codes &codes) {
     return (int8_t *)codes.data();
 }
 
-// Whether the numbers are bfloat16; they are float32 otherwise.
-bool is_half(const Values &values) {
-    using nb::dlpack::dtype_code;
-    nb::dlpack::dtype type = values.dtype();
-    bool half = type.code == (uint8_t)dtype_code::Bfloat && type.bits == 16;
-    require(half || (type.code == (uint8_t)dtype_code::Float && type.bits == 32), "values must be float32 or bfloat16");
-    return half;
-}
-
 template <class Array>
 const float *data_of(std::optional<Array> &array) {
     return array ? array->data() : nullptr;
-}
-
-std::vector<float> &scratch(size_t size) {
-    static thread_local std::vector<float> room;
-    if (room.size() < size) room.resize(size);
-    return room;
 }
 
 // For a group of g weights in MOST_LANES rows.
@@ -224,6 +214,7 @@ NB_MODULE(_native, m) {
           "start"_a.noconvert(), "scale"_a.noconvert(), "stretch"_a.noconvert(), "stretch_square"_a.noconvert(),
           "zero"_a.noconvert().none(), "gradient"_a.noconvert().none(), "decoded"_a.noconvert(), "g"_a, "movable"_a,
           "rate"_a, "scale_rate"_a, "fresh"_a, "threads"_a);
+    bind_products(m);
     m.def("names", &names);
     m.def("choose", &choose, "name"_a);
     m.def("current", [] { return std::string(chosen->name); });

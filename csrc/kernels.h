@@ -89,6 +89,53 @@ struct Tune {
     ptrdiff_t K, g;
 };
 
+constexpr int BLOCK = 256;  // columns that are summed in 32-bit integers, at most
+
+// A quantized matrix as it multiplies: panels of 16 rows, see matmul.h. The stored number is c - point, or c - offset, or
+// (with a minimum) c alone; scale and minimum are f16 multiples of each row's unit.
+struct Weights {
+    const uint8_t *panels;  // [N / 16, K / 32, 64 bits]; N is padded to a multiple of 64, K of 32
+    const uint16_t *scale, *minimum;  // [N / 16, G, 16] f16; minimum null if there is none
+    const uint8_t *point;   // [N / 16, G, 16] or null
+    const float *unit;      // [N]
+    uint8_t high[16], low[16];  // what each code multiplies as
+    bool table;             // whether codes are looked up there
+    int bits, bytes;        // of a code as stored, as it multiplies
+    int offset;
+    ptrdiff_t N, K, tiles, groups;
+    int block, repeat;      // columns of a block; blocks of a group
+};
+
+// Inputs [M, K] in bytes, `height` rows at a time: [M / height, K / 4, height, 4], K padded to a multiple of 32.
+struct Inputs {
+    const void *source;     // [M, K] float32, or bfloat16 if half
+    bool half;
+    int8_t *high, *low;     // low null if bytes is 1
+    int32_t *sum;           // [M / height, blocks, height]
+    float *scale;           // [M / height, spans, height]
+    ptrdiff_t M, K, padded, blocks, spans;
+    int height, bytes, block, repeat;  // repeat: blocks of a span
+};
+
+// y = x w' with float weights.
+struct Dense {
+    const float *x;         // [M, K]
+    const void *w;          // [N, K] of `type`: F32, F16 or BF16
+    int type;
+    float *y;               // [M, N]
+    ptrdiff_t M, N, K;
+};
+
+// One token's attention over positions [first, last) of keys and values [key heads, room, D]; D a multiple of 16.
+struct Attention {
+    const float *q;         // [heads, D]
+    const float *keys, *values;
+    float *scores;          // room for [heads, padded]; padded a multiple of 16 above the number of positions
+    float *out;             // [heads, D]
+    float scaling;
+    ptrdiff_t first, last, padded, room, D, share;  // share: heads that have one key head
+};
+
 struct Kernels {
     const char *name;
     void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
@@ -96,9 +143,14 @@ struct Kernels {
     void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*round_inputs)(const Inputs &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*multiply)(const Weights &, const Inputs &, float *y, ptrdiff_t first, ptrdiff_t last);
+    void (*dense)(const Dense &, ptrdiff_t first, ptrdiff_t last);
+    void (*attend)(const Attention &, ptrdiff_t first, ptrdiff_t last);
+    void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
 };
 
-extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels;
 
 // The instruction sets that were compiled in and that this CPU has, best first; a null ends the list.
 const Kernels *const *available();

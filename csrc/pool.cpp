@@ -10,6 +10,19 @@
 namespace bitwright {
 namespace {
 
+// Tells the processor that a loop only waits.
+inline void breathe() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// How often a worker looks for the next job before it sleeps: some tens of microseconds, the time between the jobs of one
+// token. Waking takes as long.
+constexpr int LOOKS = 1000;
+
 // The caller takes pieces like everybody else and is done when all pieces are, so a worker that never wakes (as after a
 // fork, where there are none) costs time and nothing more.
 struct Job {
@@ -40,12 +53,14 @@ class Pool {
         }
         wake_.notify_all();
         job->work();
-        while (job->done.load(std::memory_order_acquire) < job->pieces) std::this_thread::yield();
+        for (int looks = 0; job->done.load(std::memory_order_acquire) < job->pieces; looks++)
+            looks < LOOKS ? breathe() : std::this_thread::yield();
     }
 
   private:
     void serve(int id) {
         for (unsigned long seen = 0;;) {
+            for (int looks = 0; looks < LOOKS && generation_.load(std::memory_order_acquire) == seen; looks++) breathe();
             std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;
@@ -59,7 +74,7 @@ class Pool {
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
     std::shared_ptr<Job> job_;
-    unsigned long generation_ = 0;
+    std::atomic<unsigned long> generation_{0};
     int helpers_ = 0;
 };
 

@@ -7,6 +7,12 @@ constexpr int LANES = 4;
 #include "search.h"
 #include "columns.h"
 #include "tuning.h"
+#include "dot.h"
+#include "matmul.h"
+#include "inputs.h"
+#include "dense.h"
+#include "attention.h"
 }
-extern const Kernels scalar_kernels{"scalar", search, pick, visit, sweep, tune};
+extern const Kernels scalar_kernels{"scalar", search, pick, visit, sweep, tune, round_inputs, multiply,
+                                   dense, attend, gate};
 }  // namespace bitwright

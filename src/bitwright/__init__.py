@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
-    from bitwright.api import evaluate, quantize, quantize_tensor
+    from bitwright.api import evaluate, load, quantize, quantize_tensor
 
-__all__ = ["__version__", "evaluate", "quantize", "quantize_tensor"]
+__all__ = ["__version__", "evaluate", "load", "quantize", "quantize_tensor"]
 
 
 def __getattr__(name: str) -> Any:

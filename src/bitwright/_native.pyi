@@ -74,3 +74,44 @@ def tune(
 def names() -> list[str]: ...
 def choose(name: str) -> None: ...
 def current() -> str: ...
+
+class Matrix:
+    def __init__(
+        self,
+        panels: Tensor,
+        scale: Tensor,
+        point: Tensor | None,
+        minimum: Tensor | None,
+        unit: Tensor,
+        bits: int,
+        offset: int,
+        high: list[int],
+        low: list[int],
+        N: int,
+        K: int,
+        g: int,
+    ) -> None: ...
+
+def product(matrix: Matrix, x: Tensor, y: Tensor, bytes: int, by_row: bool, threads: int) -> None: ...
+def product_of_floats(w: Tensor, x: Tensor, y: Tensor, threads: int) -> None: ...
+
+Pair = tuple[Matrix | Tensor, Tensor | None]
+Block = tuple[list[Pair], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+
+class Decoder:
+    def __init__(
+        self,
+        layers: list[Block],
+        norm: Tensor,
+        head: Pair,
+        cosine: Tensor,
+        sine: Tensor,
+        heads: int,
+        key_heads: int,
+        D: int,
+        window: int,
+        epsilon: float,
+        scaling: float,
+        bytes: int,
+    ) -> None: ...
+    def step(self, x: Tensor, position: int, cache: Tensor, logits: Tensor, threads: int) -> None: ...

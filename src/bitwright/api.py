@@ -8,6 +8,7 @@ from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.evaluation import evaluate as _evaluate
 from bitwright.formats import chosen
+from bitwright.loading import load
 from bitwright.methods import METHODS
 from bitwright.pipeline import Result, run
 from bitwright.preflight import preflight
@@ -16,6 +17,8 @@ from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
 from bitwright.streams import Progress
 from bitwright.workplace import check_out
+
+__all__ = ["evaluate", "load", "quantize", "quantize_tensor"]
 
 
 def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:

@@ -1,7 +1,8 @@
 """A checkpoint directory as a source of float weights, whether its tensors are float or quantized in a known format."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from bitwright.formats import FORMATS, Format
 from bitwright.intake import Intake
 from bitwright.llamacpp.artefact import GgufArtefact, is_gguf
 from bitwright.models import quantization_of
+from bitwright.qtensor import QTensor
+
+T = TypeVar("T")
 
 # The tensor of each format that a quantized module certainly has, and no float module.
 MARKERS = ("weight_packed", "qweight", "weight_codes")
@@ -75,17 +79,39 @@ class Artefact:
 
     def read(self, name: str) -> Tensor:
         """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
-        module = name.removesuffix(".weight")
-        if module not in self.modules or self.format is None or self.config is None:
+        if not self.is_packed(name) or self.format is None or self.config is None:
             return self.checkpoint.read(name)
-        parts = {suffix: self.checkpoint.read(tensor) for suffix, tensor in self.modules[module].items()}
+        format, config, module = self.format, self.config, _module(name)
+        return self._parsed(module, lambda: format.decode(config, module, self.parts(name)))
+
+    def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """A table of rows as it is kept in memory, and what gives some of them in float."""
+        return self.read(name), lambda rows: rows
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a quantized weight lies in, by suffix of its module's name."""
+        return {suffix: self.checkpoint.read(tensor) for suffix, tensor in self.modules[_module(name)].items()}
+
+    def quantized(self, name: str) -> QTensor | None:
+        """A weight as codes and scales; None: it is float. CheckpointError or FormatError for one that cannot be had so."""
+        if not self.is_packed(name) or self.format is None or self.config is None:
+            return None
+        format, config, module = self.format, self.config, _module(name)
+        return self._parsed(module, lambda: format.quantized(config, module, self.parts(name)))
+
+    def _parsed(self, module: str, parse: Callable[[], T]) -> T:
+        """What parse makes of a module's tensors; CheckpointError where they are not what the config promises."""
         try:
-            return self.format.decode(self.config, module, parts)
+            return parse()
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(
                 f"module {module!r} does not hold what its quantization_config promises: {error}",
                 where=str(self.folder),
             ) from error
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def open_artefact(path: Path) -> Artefact | GgufArtefact:

@@ -7,20 +7,18 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitwright.running import bench, chat, generate
+from bitwright.terminal import console, errors, plain, progress_bar, reporting, show
 
 if TYPE_CHECKING:
     from bitwright.pipeline import Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
 Out = Annotated[
@@ -59,48 +57,6 @@ Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unf
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-@contextmanager
-def _reporting(as_json: bool) -> Iterator[None]:
-    """Errors of ours become a message (or JSON) and an exit status; any other is a bug and keeps its traceback."""
-    from bitwright.errors import BitwrightError, InputError
-
-    try:
-        yield
-    except BitwrightError as error:
-        if as_json:
-            print(json.dumps(error.as_dict()))
-        else:
-            errors.print(
-                f"[bold red]error[/] {_plain(error.where + ': ' if error.where else '')}{_plain(error.message)}"
-            )
-            if error.remedy:
-                errors.print(f"[bold]remedy[/] {_plain(error.remedy)}")
-        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A callback that draws a bar on stderr, or does nothing."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, disable=quiet, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield update
-
-
 @app.command()
 def quantize(
     model: Model,
@@ -123,7 +79,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with _reporting(as_json):
+    with reporting(as_json):
         from bitwright.formats import chosen
         from bitwright.pipeline import run
         from bitwright.preflight import preflight
@@ -139,11 +95,11 @@ def quantize(
         rules = rules.without_text() if calib == "none" else rules
         plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
-            _print(plan.as_dict(), as_json, "Preflight")
+            show(plan.as_dict(), as_json, "Preflight")
             return
         if not as_json:
             errors.print(plan.headline, highlight=False)
-        with _progress(as_json) as progress:
+        with progress_bar(as_json) as progress:
             done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, as_json)
     if done.fallbacks:
@@ -175,7 +131,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
-    with _reporting(as_json), _progress(as_json) as progress:
+    with reporting(as_json), progress_bar(as_json) as progress:
         from bitwright.compare import Settings
         from bitwright.compare import compare as run_all
         from bitwright.report import comparison_table
@@ -192,7 +148,7 @@ def compare(
     else:
         console.print(comparison_table(done.original, done.candidates))
         for note in done.notes:
-            console.print(f"[yellow]note[/] {_plain(note)}")
+            console.print(f"[yellow]note[/] {plain(note)}")
         console.print(f"{done.out / 'compare.html'}", highlight=False)
     if done.refused or any(one.fallbacks for one in done.candidates):
         raise typer.Exit(1)
@@ -213,10 +169,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
-    with _reporting(as_json):
+    with reporting(as_json):
         from bitwright.evaluation import evaluate as judge
 
-        _print(
+        show(
             judge(
                 model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions
             ).as_dict(),
@@ -228,13 +184,13 @@ def evaluate(
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
-    with _reporting(as_json):
+    with reporting(as_json):
         from bitwright.inspection import inspect as look
         from bitwright.report import table
 
         found = look(model)
         if as_json:
-            _print(found, True, "")
+            show(found, True, "")
             return
         rows = [_inspected(t) for t in found["tensors"]]
         console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
@@ -250,12 +206,12 @@ def _inspected(t: dict[str, Any]) -> tuple[str, ...]:
 @app.command()
 def demo(as_json: AsJson = False) -> None:
     """The whole main job on the built-in model: no network, under two minutes."""
-    with _reporting(as_json), _progress(as_json) as progress:
+    with reporting(as_json), progress_bar(as_json) as progress:
         from bitwright.demo import HEADER
-        from bitwright.demo import demo as show
+        from bitwright.demo import demo as run_demo
         from bitwright.report import table
 
-        rows = show(lambda line: None if as_json else errors.print(line, highlight=False), progress)
+        rows = run_demo(lambda line: None if as_json else errors.print(line, highlight=False), progress)
     if as_json:
         print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
     else:
@@ -273,14 +229,14 @@ def imatrix(
     as_json: AsJson = False,
 ) -> None:
     """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
-    with _reporting(as_json):
+    with reporting(as_json):
         from bitwright.importance import write_importance
 
-        with _progress(as_json) as progress:
+        with progress_bar(as_json) as progress:
             done = write_importance(
                 model, out, calib=calib, samples=samples, seqlen=seqlen, seed=seed, progress=progress
             )
-        _print(done, as_json, "Done")
+        show(done, as_json, "Done")
 
 
 @app.command()
@@ -288,10 +244,14 @@ def convert(
     model: Model, out: Annotated[Path, typer.Argument(help="OUT.gguf to make.")], as_json: AsJson = False
 ) -> None:
     """Put a float checkpoint into a GGUF file, number by number the same."""
-    with _reporting(as_json):
+    with reporting(as_json):
         from bitwright.conversion import convert
 
-        _print(convert(model, out), as_json, "Done")
+        show(convert(model, out), as_json, "Done")
+
+
+for command in (generate, chat, bench):
+    app.command()(command)
 
 
 def _print_result(done: "Result", as_json: bool) -> None:
@@ -301,22 +261,10 @@ def _print_result(done: "Result", as_json: bool) -> None:
     if not as_json:
         console.print(ledger_table(done.ledger))
         for note in done.notes:
-            console.print(f"note: {_plain(note)}")
+            console.print(f"note: {plain(note)}")
         for fallback in done.fallbacks:
-            console.print(f"[yellow]worse than asked[/] {_plain(fallback)}")
-    _print(done.as_dict(), as_json, "Done")
-
-
-def _print(content: dict[str, Any], as_json: bool, title: str) -> None:
-    """A result as JSON, or as a short list."""
-    if as_json:
-        print(json.dumps(content))
-        return
-    console.print(f"[bold]{title}[/]")
-    for key, value in content.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
-        if value not in (None, [], ()):
-            console.print(f"  {key:<18} {_plain(shown)}", highlight=False)
+            console.print(f"[yellow]worse than asked[/] {plain(fallback)}")
+    show(done.as_dict(), as_json, "Done")
 
 
 def main() -> None:

@@ -80,6 +80,12 @@ def rows(q: QTensor, start: int, stop: int) -> QTensor:
     return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]), kept)
 
 
+def reordered(q: QTensor, order: Tensor) -> QTensor:
+    """A matrix with its rows taken in this order [N]."""
+    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[order])
+    return replace(q, codes=q.codes[order], scales=map_rows(lambda t: t[order], q.scheme, q.scales), outliers=kept)
+
+
 def stacked(parts: list[QTensor]) -> QTensor:
     """Matrices of one scheme, one above the other."""
     if len(parts) == 1:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, refuse_decomposed
+from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, recovered, refuse_decomposed
 from bitwright.intake import Intake
-from bitwright.packing import pack, words
+from bitwright.packing import pack, unpack, words
 from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import TENSOR, TOKEN, Scheme
+from bitwright.scheme import TENSOR, TOKEN, Scheme, Zero
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
@@ -160,6 +160,52 @@ class CompressedTensors:
         compressor = BaseCompressor.get_value_from_registry(kind)
         weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
         return weight
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """See `Format.quantized`."""
+        # with scales in float32 the library does not round what it decodes to the model's own type
+        exact = {
+            suffix: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for suffix, t in tensors.items()
+        }
+        scheme = scheme_of(_group_of(config, name)["weights"], name)
+        return recovered(self.decode(config, name, exact), scheme, _scales(scheme, exact), name)
+
+
+def _scales(scheme: Scheme, tensors: dict[str, Tensor]) -> Scales:
+    """Scales and zero points out of a module's tensors."""
+    given, N = (
+        tensors["weight_scale"].float(),
+        len(tensors["weight_packed" if "weight_packed" in tensors else "weight"]),
+    )
+    if scheme.scale == "e8m0":
+        return Scales(torch.exp2(given - 127))
+    if scheme.scale == "e4m3":
+        return Scales(given / tensors["weight_global_scale"].float())
+    scale = given.reshape(1, 1) if scheme.group == TENSOR else given.reshape(N, -1)
+    if scheme.zero == "sym":
+        return Scales(scale)
+    half, zero = 1 << (scheme.levels.bits - 1), tensors["weight_zero_point"]
+    if zero.dtype == torch.int32 and "weight_packed" in tensors:
+        zero = unpack(zero.T.contiguous(), scheme.levels.bits, N).T.short() - half
+    return Scales(scale, zero.float().reshape(scale.shape))
+
+
+def scheme_of(arguments: dict[str, Any], where: str) -> Scheme:
+    """The scheme of the library's QuantizationArgs for weights; undoes `arguments`. FormatError if there is none."""
+    bits, kind, strategy = arguments["num_bits"], arguments["type"], arguments["strategy"]
+    length = arguments.get("group_size") or 0
+    if arguments.get("actorder") in ("group", "dynamic"):
+        raise FormatError("its columns are in an order of their own (actorder)", where=where)
+    zero: Zero = "sym" if arguments["symmetric"] else "asym"
+    if kind == "int" and strategy in ("group", "channel", "tensor"):
+        return Scheme(f"int{bits}", length if strategy == "group" else strategy, zero, "f32")
+    if kind == "float" and bits == 8 and strategy in ("channel", "tensor"):
+        return Scheme("fp8", strategy, "sym", "f32")
+    if kind == "float" and bits == 4 and (strategy, length) == ("group", 32):
+        return Scheme("fp4", 32, "sym", "e8m0")
+    if kind == "float" and bits == 4 and (strategy, length) == ("tensor_group", 16):
+        return Scheme("fp4", 16, "sym", "e4m3")
+    raise FormatError(f"its weights are rounded in a way that is not computed here: {arguments}", where=where)
 
 
 def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:

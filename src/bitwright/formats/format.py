@@ -1,15 +1,16 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bitwright.codec import decode, encode
 from bitwright.errors import FormatError
 from bitwright.intake import Intake
-from bitwright.qtensor import QTensor, Scales
+from bitwright.qtensor import Outliers, QTensor, Scales
 from bitwright.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -76,6 +77,22 @@ class Format(Protocol):
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """Read one module's tensors as codes under scales; `decode` of them is what `Format.decode` gives.
+
+        FormatError for a layout that codes cannot be told from.
+        """
+
+
+def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Outliers | None = None) -> QTensor:
+    """The codes that decode to exactly w [N, K] under these scales. FormatError if there are none."""
+    q = replace(encode(w, scales, scheme), outliers=outliers)
+    if not torch.equal(decode(q).to(w.dtype), w):
+        raise FormatError(
+            "its weights are not codes under its scales", where=name, remedy="get a good copy of the file"
+        )
+    return q
 
 
 def refuse_decomposed(layer: Layer, format_name: str) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, refuse_decomposed
+from bitwright.formats.format import Layer, Read, Spec, recovered, refuse_decomposed
 from bitwright.formats.ggml import TYPES, BlockType, encode
+from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.container import decoded, type_named
 from bitwright.llamacpp.mixes import FALLBACKS
@@ -76,3 +77,8 @@ class Gguf:
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by the gguf package."""
         return torch.from_numpy(decoded(tensors["weight"].numpy(), type_named(config["types"][name]), name))
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """See `Format.quantized`."""
+        scheme, scales = scales_of(config["types"][name], tensors["weight"], name)
+        return recovered(self.decode(config, name, tensors), scheme, scales, name)

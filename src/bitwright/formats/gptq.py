@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, refuse_decomposed
+from bitwright.formats.format import Layer, Read, Spec, recovered, refuse_decomposed
 from bitwright.intake import Intake
 from bitwright.packing import pack
 from bitwright.qtensor import QTensor, Scales
@@ -112,6 +112,18 @@ class Gptq:
         group = tensors["g_idx"].numpy()
         scale = tensors["scales"].numpy().astype(np.float32).T  # [N, G]
         return torch.from_numpy((codes - zeros[:, group]).astype(np.float32) * scale[:, group])
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """See `Format.quantized`."""
+        bits, group, K = int(config["bits"]), int(config["group_size"]), len(tensors["g_idx"])
+        length = K if group < 0 else group
+        if not torch.equal(tensors["g_idx"].long(), torch.arange(K) // length):
+            remedy = "quantize without desc_act, or use the GPTQ engine that the file was made for"
+            raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
+        scheme = Scheme(f"int{bits}", "channel" if group < 0 else group, "asym")
+        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1 - (1 << (bits - 1))
+        scales = Scales(tensors["scales"].float().T.contiguous(), torch.from_numpy(zeros).float())
+        return recovered(self.decode(config, name, tensors), scheme, scales, name)
 
 
 def _bits_to_numbers(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import dynamic_map, integers_of, is_signed
-from bitwright.formats.format import Layer, Read, Spec
+from bitwright.formats.format import Layer, Read, Spec, recovered
 from bitwright.formats.native_reader import (
     FLOATS,
     FP8,
@@ -40,11 +40,12 @@ from bitwright.formats.native_reader import (
     inputs_can_be,
     matrix,
     refuse,
+    scales_of,
     static_range,
 )
 from bitwright.intake import Intake
 from bitwright.packing import pack, words
-from bitwright.qtensor import QTensor, Scales
+from bitwright.qtensor import Outliers, QTensor, Scales
 from bitwright.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
 
 ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
@@ -127,6 +128,16 @@ class Native:
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by native_reader.py, which reads the layout above number by number."""
         return torch.from_numpy(matrix(entry_of(config, name), Stored(name, tensors.get)))
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """See `Format.quantized`."""
+        entry, stored = entry_of(config, name), Stored(name, tensors.get)
+        outliers = None
+        if entry.outliers:
+            outliers = Outliers(torch.from_numpy(stored.columns(stored.shape()[1])), tensors["outlier_weight"])
+        return recovered(
+            torch.from_numpy(matrix(entry, stored)), entry.scheme, scales_of(entry, stored), name, outliers
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- write

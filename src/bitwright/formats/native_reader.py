@@ -260,6 +260,15 @@ def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
     return stored.finite("what its weights decode to", w)
 
 
+def scales_of(entry: Entry, stored: Stored) -> Scales:
+    """The scales and zeros of one module's matrix."""
+    N, K = stored.shape()
+    R = 1 if entry.scheme.group == TENSOR else N
+    zero = _zeros(stored, entry.scheme, R, K)
+    scale = torch.from_numpy(_table(stored, "weight_scale", entry.scheme, R, K))
+    return Scales(scale, None if zero is None else torch.from_numpy(zero))
+
+
 def matrix(entry: Entry, stored: Stored) -> Floats:
     """The matrix [N, K] that one module's tensors stand for, its outlier columns included."""
     N, K = stored.shape()

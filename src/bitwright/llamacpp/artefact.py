@@ -1,5 +1,6 @@
 """A GGUF file as a source of float weights by transformers' names, whoever made it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from bitwright.checkpoint import TensorInfo
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.formats.format import recovered
+from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.architecture import FACTORS, Names, config_of, rope_factors
-from bitwright.llamacpp.container import FLOATS, SUFFIX, GgufFile, Typed
+from bitwright.llamacpp.container import FLOATS, SUFFIX, GgufFile, Typed, decoded
 from bitwright.llamacpp.vocabulary import tokenizer_of
+from bitwright.qtensor import QTensor, reordered
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -90,6 +94,34 @@ class GgufArtefact:
     def read(self, name: str) -> Tensor:
         """A tensor in float."""
         return self.names.read(name, self.file.read(self.stored[name]))
+
+    def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """A table of rows as it is kept in memory, and what gives some of them in float."""
+        kind = self.file.tensors[self.stored[name]].type
+        if kind in FLOATS:
+            return self.read(name), lambda rows: rows
+        return self.parts(name)["weight"], lambda rows: torch.from_numpy(decoded(rows.numpy(), kind, name))
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The blocks of a weight: uint8 [N, bytes], rows as llama.cpp has them."""
+        return {
+            "weight": torch.from_numpy(self.file.raw(self.stored[name])).view(
+                self.file.tensors[self.stored[name]].shape[0], -1
+            )
+        }
+
+    def quantized(self, name: str) -> QTensor | None:
+        """A matrix as codes and scales, rows as transformers has them; None: it is float.
+
+        FormatError for a type whose blocks are more than codes under scales.
+        """
+        t = self.file.tensors[self.stored[name]]
+        if t.type in FLOATS:
+            return None
+        scheme, scales = scales_of(t.type.name, self.parts(name)["weight"], name)
+        q = recovered(self.file.read(self.stored[name]), scheme, scales, name)
+        order = self.names.rows(name, len(q.codes))
+        return q if order is None else reordered(q, order.argsort())
 
     def is_packed(self, name: str) -> bool:
         """Whether `read` gives a matrix [N, K] rather than what the module holds."""

@@ -1,0 +1,20 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace bitwright {
+namespace {
+constexpr int LANES = 16;
+#include "rounding.h"
+#include "search.h"
+#include "columns.h"
+#include "tuning.h"
+#include "dot.h"
+#include "matmul.h"
+#include "inputs.h"
+#include "dense.h"
+#include "attention.h"
+}
+extern const Kernels avx512_vnni_kernels{"avx512_vnni", search, pick, visit, sweep, tune, round_inputs, multiply,
+                                   dense, attend, gate};
+}  // namespace bitwright

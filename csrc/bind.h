@@ -1,0 +1,35 @@
+// What the files of the Python face share.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace bitwright {
+
+extern const Kernels *chosen;  // the instruction set in force
+
+using Values = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32 or bfloat16
+
+// ValueError with this message, unless the condition holds.
+void require(bool condition, const char *message);
+
+// Whether the numbers are bfloat16; they are float32 otherwise.
+bool is_half(const Values &values);
+
+// Room for `size` numbers that this thread may write to until it asks again.
+std::vector<float> &scratch(size_t size);
+
+void bind_products(nb::module_ &m);
+
+}  // namespace bitwright

@@ -1,0 +1,36 @@
+#include "products.h"
+
+#include "pool.h"
+
+namespace bitwright {
+namespace {
+
+float *room(size_t size) {
+    static thread_local std::vector<float> numbers;
+    if (numbers.size() < size) numbers.resize(size);
+    return numbers.data();
+}
+
+}  // namespace
+
+void Rounded::round(const Kernels &kernels, const void *x, bool half, ptrdiff_t M, ptrdiff_t K, int block, int bytes, bool by_row,
+                    int threads) {
+    const int height = M < 2 ? 1 : M < 3 ? 2 : M < 5 ? 4 : 8;
+    const ptrdiff_t padded = (K + 31) / 32 * 32, rows = (M + height - 1) / height * height, blocks = (padded + block - 1) / block;
+    const int repeat = by_row ? (int)blocks : BLOCK / block;
+    const ptrdiff_t spans = (blocks + repeat - 1) / repeat;
+    bytes_.resize(bytes * rows * padded);
+    sums_.resize(rows * blocks);
+    scales_.resize(rows * spans);
+    int8_t *low = bytes == 2 ? bytes_.data() + rows * padded : nullptr;
+    inputs = {x, half, bytes_.data(), low, sums_.data(), scales_.data(), M, K, padded, blocks, spans, height, bytes, block, repeat};
+    share_out(rows, rows < 16 ? rows : 8, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        kernels.round_inputs(inputs, room(2 * padded), first, last);
+    });
+}
+
+void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *y, int threads) {
+    share_out((w.N + 63) / 64, 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.multiply(w, x, y, first, last); });
+}
+
+}  // namespace bitwright

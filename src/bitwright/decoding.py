@@ -1,0 +1,214 @@
+"""One token after another: prefill through the model's own modules, then a native step for models built like Llama.
+
+A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights
+does. So for Llama, Mistral, Qwen2 and Qwen3 the extension runs the whole step (csrc/decoder.cpp) on the very tensors that
+the modules hold; for all others, and where there is no extension, the modules run with transformers' cache. Both give
+the same logits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from bitwright.errors import InputError
+from bitwright.kernels import native
+from bitwright.kernels.matmul import handles, matrix_of
+from bitwright.nn.dense import Dense
+from bitwright.nn.qlinear import QLinear
+
+Pair = tuple[object, Tensor | None]  # a matrix, packed or float, and its bias
+Block = tuple[list[Pair], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # matrices; norms; norms of heads
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+MATRICES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj",
+)  # fmt: skip
+
+
+class Decoder(Protocol):
+    """A model with the tokens so far in its memory."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Forget everything, take in a prompt [T]: logits [V] for the token after it."""
+
+    def step(self, token: int) -> Tensor:
+        """Take in one more token: logits [V] for the one after it."""
+
+
+class ModuleDecoder:
+    """Any causal language model, through its own forward."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache()
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """See `Decoder`."""
+        self.cache = DynamicCache(config=self.model.config)
+        return self._forward(ids[None])
+
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """See `Decoder`."""
+        return self._forward(torch.tensor([[token]]))
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1].float()
+
+
+class NativeDecoder:
+    """A model built like Llama, a step at a time in native code. Keys and values are float32 [L, 2, heads, room, D]."""
+
+    def __init__(self, model: PreTrainedModel, room: int) -> None:
+        """room: the most tokens, prompt included."""
+        assert native is not None
+        self.model, self.modules = model, ModuleDecoder(model)
+        self.position, config = 0, model.config
+        D = model.model.layers[0].self_attn.head_dim
+        self.cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, room, D)
+        self.logits = torch.empty(config.vocab_size)
+        ones = torch.zeros(1, room, 1)
+        cosine, sine = model.model.rotary_emb(ones, torch.arange(room)[None])
+        self.native = native.Decoder(
+            [_layer(layer) for layer in model.model.layers], _weight(model.model, "norm"), _pair(model.lm_head),
+            cosine[0].contiguous(), sine[0].contiguous(), heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads, D=D, window=_window(model) or 0, epsilon=config.rms_norm_eps,
+            scaling=model.model.layers[0].self_attn.scaling, bytes=_bits(model) // 8,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """See `Decoder`."""
+        self._check(len(ids))
+        logits = self.modules.prefill(ids)
+        for cache, layer in zip(self.cache, self.modules.cache.layers, strict=True):
+            for mine, theirs in zip(cache, (layer.keys, layer.values), strict=True):
+                T = theirs.shape[2]  # with a window, the last of them alone
+                mine[:, len(ids) - T : len(ids)] = theirs[0]
+        self.position, self.modules.cache = len(ids), DynamicCache()
+        return logits
+
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """See `Decoder`."""
+        self._check(self.position + 1)
+        x = self.model.model.embed_tokens(torch.tensor([token]))[0].float().clone()
+        self.native.step(x, self.position, self.cache, self.logits, torch.get_num_threads())
+        self.position += 1
+        return self.logits.clone()
+
+    def _check(self, wanted: int) -> None:
+        room = self.cache.shape[3]
+        if wanted > room:
+            raise InputError(f"{wanted} tokens, and room for {room}", remedy="a shorter prompt, or more room")
+
+
+def decoder_of(model: PreTrainedModel, room: int) -> Decoder:
+    """The fastest there is for this model. room: the most tokens, prompt included."""
+    return NativeDecoder(model, room) if _runs_natively(model) else ModuleDecoder(model)
+
+
+def _runs_natively(model: PreTrainedModel) -> bool:
+    """Whether every part is one that the extension knows."""
+    config = model.config
+    if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
+        return False
+    layers = model.model.layers
+    matrices = [layer.get_submodule(name) for layer in layers for name in MATRICES] + [model.lm_head]
+    known = all(_is_known(matrix) for matrix in matrices)
+    rotary = model.model.rotary_emb.rope_type != "dynamic" and layers[0].self_attn.head_dim % 16 == 0
+    return known and rotary and config.intermediate_size % 16 == 0 and _window(model) is not None
+
+
+def _is_known(matrix: nn.Module) -> bool:
+    """A matrix whose inputs the file leaves alone."""
+    if isinstance(matrix, Dense):
+        return True
+    if not isinstance(matrix, QLinear) or matrix.outlier_columns is not None:
+        return False
+    plain = matrix.intake.scheme is None and not matrix.intake.rotate
+    return plain and handles(matrix.packed, torch.empty(0))
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How far attention looks back, 0: to the beginning; None: not equally far in all layers."""
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    width = getattr(model.config, "sliding_window", None)
+    if model.config.model_type == "mistral":
+        return width or 0
+    if kinds == {"full_attention"}:
+        return 0
+    return width if kinds == {"sliding_attention"} else None
+
+
+def _bits(model: PreTrainedModel) -> int:
+    """What inputs of its packed matrices are rounded to."""
+    return next((m.activations for m in model.modules() if isinstance(m, QLinear)), 16)
+
+
+def _layer(layer: nn.Module) -> Block:
+    """A block as the extension takes it."""
+    q_norm, k_norm = (_weight(layer, f"self_attn.{name}") for name in ("q_norm", "k_norm"))
+    before, after = _weight(layer, "input_layernorm"), _weight(layer, "post_attention_layernorm")
+    assert before is not None
+    assert after is not None
+    return [_pair(layer.get_submodule(name)) for name in MATRICES], (before, after), (q_norm, k_norm)
+
+
+def _pair(matrix: nn.Module) -> Pair:
+    """A matrix as the extension takes it, and its bias."""
+    assert isinstance(matrix, QLinear | Dense)  # see `_is_known`
+    bias = None if matrix.bias is None else matrix.bias.detach().float().contiguous()
+    return matrix_of(matrix.packed) if isinstance(matrix, QLinear) else matrix.weight.detach(), bias
+
+
+def _weight(owner: nn.Module, name: str) -> Tensor | None:
+    """The weight of a norm; None if there is no norm of that name."""
+    found = dict(owner.named_parameters()).get(f"{name}.weight")
+    return None if found is None else found.detach().float().contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: at temperature 0 the likeliest; else from the fewest that have top_p of the mass."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"temperature {self.temperature}, top-p {self.top_p}", remedy="temperature from 0, top-p above 0 to 1"
+            )
+
+    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token from logits [V]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        chances, order = (logits / self.temperature).softmax(-1).sort(descending=True)
+        kept = chances.cumsum(0) - chances < self.top_p  # the first always stays
+        return int(order[torch.multinomial(chances * kept, 1, generator=generator)])
+
+
+def tokens(decoder: Decoder, prompt: Tensor, *, most: int, stop: frozenset[int], sampling: Sampling) -> Iterator[int]:
+    """Up to `most` tokens behind a prompt [T], the stopping one left out."""
+    if not len(prompt):
+        raise InputError("an empty prompt", remedy="give at least one token")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    logits = decoder.prefill(prompt)
+    for left in range(most - 1, -1, -1):
+        token = sampling.pick(logits, generator)
+        if token in stop:
+            return
+        yield token
+        if left:
+            logits = decoder.step(token)

@@ -1,0 +1,214 @@
+"""Products of float inputs and packed weights: `Packed` is a quantized matrix as the kernels read it.
+
+y = x W', x [M, K] in float32 or bfloat16, W [N, K] quantized. Inputs are rounded on the way in: to 16 bits, which is
+finer than bfloat16 and stands for "weight-only", or to 8, twice as fast. With both as integers,
+
+    y = s_x s_w (Σ X_q W_q − z_w Σ X_q)    or, with minima,    s_x s_w Σ X_q W_q + s_x m Σ X_q
+
+where Σ X_q of each group is computed once for all outputs. Sums are exact 32-bit integers over at most 256 columns;
+floats only meet at the end of each. One layout serves every instruction set: panels of 16 rows, tiles of 32 columns.
+
+Where the extension was not built, `product` decodes some rows at a time and multiplies in torch.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import code_range, decode, is_signed
+from bitwright.errors import KernelError
+from bitwright.kernels import native
+from bitwright.qtensor import QTensor, Scales
+from bitwright.scheme import CHANNEL, TENSOR, Scheme
+
+PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
+WEIGHTS_AT_ONCE = 1 << 22  # decoded in one go where torch multiplies
+# A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
+FACTORS = {"fp4": 2.0, "iq4nl": 1.0, "binary": 1.0, "nf4": 32512.0}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [N, K] as the kernels read it, in flat tensors; P = N / 16 panels (N padded to 64), tiles of 32 columns.
+
+    panels   uint8 [P · K/32 · 64 · bits]: per tile, planes of 4, 2 and 1 bits, [16 rows][4 columns] a vector
+    scale    float16 [P · G · 16], in units of each row's `unit` [N] float32, a power of two
+    point    uint8, as scale: the zero point, counted from the lowest code; None: the same for all
+    minimum  float16, as scale: the offset of groups that have one
+    """
+
+    panels: Tensor
+    scale: Tensor
+    point: Tensor | None
+    minimum: Tensor | None
+    unit: Tensor
+    scheme: Scheme
+    N: int
+    K: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.panels, self.scale, self.point, self.minimum, self.unit)
+        return sum(t.nbytes for t in parts if t is not None)
+
+
+def handles(p: Packed, x: Tensor) -> bool:
+    """Whether the extension is there and multiplies this: all but 8-bit codebooks, on a CPU, in float32 or bfloat16."""
+    known = p.scheme.levels.levels is None or p.scheme.grid in FACTORS
+    return native is not None and known and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def bits_of(scheme: Scheme) -> int:
+    """Bits a code takes in a panel."""
+    return scheme.levels.bits
+
+
+def pack(q: QTensor) -> Packed:
+    """A quantized matrix in the kernels' layout, its scales rounded to float16 multiples of their row's power of two."""
+    N, K = q.codes.shape
+    scheme = q.scheme
+    lowest = code_range(scheme)[0] if is_signed(scheme) else 0
+    codes = (q.codes.short() - lowest).to(torch.uint8)
+    G = scheme.groups(K)
+    scale = q.scales.scale.expand(N, G) if scheme.group == TENSOR else q.scales.scale
+    zero = None if q.scales.zero is None else q.scales.zero.expand(N, G)
+    least = zero if scheme.zero == "min" else None
+    extreme = scale.abs().amax(1) if least is None else torch.maximum(scale.abs().amax(1), least.abs().amax(1))
+    unit = torch.exp2(torch.frexp(extreme).exponent.clamp(-120, 120).float())
+    return Packed(
+        panels=_panels(codes, bits_of(scheme)),
+        scale=_table(scale / unit[:, None]).half(),
+        point=_table(zero - lowest).to(torch.uint8) if zero is not None and least is None else None,
+        minimum=None if least is None else _table(least / unit[:, None]).half(),
+        unit=unit / FACTORS.get(scheme.grid, 1.0),
+        scheme=scheme,
+        N=N,
+        K=K,
+    )
+
+
+def _table(values: Tensor) -> Tensor:
+    """[N, G] -> [P · G · 16], zeros behind the last row."""
+    N = len(values)
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -N % FOUR))
+    return padded.view(-1, FOUR, values.shape[1]).transpose(1, 2).reshape(-1).contiguous()
+
+
+def _panels(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [N, K], from 0 up -> panels."""
+    N, K = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -K % TILE, 0, -N % FOUR))
+    vectors = padded.view(-1, 4, PANEL, padded.shape[1] // TILE, 8, 4).permute(0, 3, 1, 4, 2, 5).reshape(-1, 8, 64)
+    if bits == 8:
+        return vectors.reshape(-1).contiguous()
+    planes, below = [], 0
+    for width in (4, 2, 1):
+        if bits & width:
+            part = vectors >> below & ((1 << width) - 1)
+            side = part.view(len(part), width, 8 // width, 64)  # 8 / width vectors share the octets of one
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
+            planes.append((side << shifts).sum(2, dtype=torch.uint8))
+            below += width
+    return torch.cat(planes, 1).reshape(-1).contiguous()
+
+
+def matrix_of(p: Packed) -> object:
+    """The extension's own description of a packed matrix."""
+    assert native is not None
+    high, low, offset = _tables(p.scheme)
+    g = p.scheme.group_length(p.K)
+    return native.Matrix(
+        p.panels, p.scale, p.point, p.minimum, p.unit, bits=bits_of(p.scheme), offset=offset, high=high, low=low,
+        N=p.N, K=p.K, g=g if g < BLOCK and isinstance(p.scheme.group, int) else math.ceil(g / BLOCK) * BLOCK,
+    )  # fmt: skip
+
+
+def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
+    """What each code multiplies as, high and low byte, and what that counts from."""
+    levels = scheme.levels.levels
+    if levels is None:
+        return [], [], 0 if scheme.zero == "min" else -code_range(scheme)[0]
+    numbers = [round(level * FACTORS[scheme.grid]) for level in levels]
+    if scheme.grid == "nf4":
+        shifted = [n + (128 << 8) for n in numbers]
+        return [n >> 8 for n in shifted], [n & 255 for n in shifted], 128
+    offset = -min(numbers)
+    return [n + offset for n in numbers], [], offset
+
+
+def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Tensor:
+    """x [M, K] times a packed matrix: [M, N] float32.
+
+    bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
+    KernelError for x of another shape.
+    """
+    if x.ndim != 2 or x.shape[1] != p.K:
+        raise KernelError(f"inputs of shape {tuple(x.shape)} for a matrix {p.N} × {p.K}", remedy="x [M, K]")
+    if not handles(p, x):
+        return _in_torch(x.float(), p, bits=bits, by_row=by_row)
+    assert native is not None
+    y = torch.empty(len(x), p.N)
+    native.product(matrix_of(p), x.contiguous(), y, bits // 8, by_row, torch.get_num_threads())
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------ the same in torch
+
+
+def _in_torch(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
+    """`product` by decoded rows, some at a time; inputs rounded to 8 bits as the kernels do, left alone for 16."""
+    if bits == 8:
+        x = rounded_spans(x, p.K if by_row else BLOCK)
+    step = max(1, WEIGHTS_AT_ONCE // p.K // FOUR) * FOUR
+    parts = [x @ decoded(p, first, min(first + step, p.N)).T for first in range(0, p.N, step)]
+    return torch.cat(parts, 1)
+
+
+def rounded_spans(x: Tensor, span: int) -> Tensor:
+    """x [M, K] rounded to 8 bits under one scale for each `span` columns."""
+    v = torch.nn.functional.pad(x, (0, -x.shape[1] % span)).unflatten(1, (-1, span))
+    scale = v.abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scale > 0, torch.round(v * (1 / scale)), 0.0)
+    return (q * scale).flatten(1)[:, : x.shape[1]]
+
+
+def decoded(p: Packed, first: int, last: int) -> Tensor:
+    """Rows first..last [n, K] of a packed matrix in float32; first is a multiple of 64."""
+    bits, scheme = bits_of(p.scheme), p.scheme
+    G, here = scheme.groups(p.K), slice(first // FOUR, -(-last // FOUR))
+
+    def table(values: Tensor) -> Tensor:  # undoes `_table`
+        return values.view(-1, G, FOUR)[here].transpose(1, 2).reshape(-1, G)[: last - first].float()
+
+    codes = _codes(p.panels.view(-1, 4 * 8 * bits * 8 * -(-p.K // TILE))[here], bits, p.K)[: last - first]
+    unit = p.unit[first:last, None] * FACTORS.get(scheme.grid, 1.0)
+    scale = table(p.scale) * unit
+    zero = table(p.minimum) * unit if p.minimum is not None else None
+    lowest = code_range(scheme)[0] if is_signed(scheme) else 0
+    if p.point is not None:
+        zero = table(p.point) + lowest
+    codes = (codes.short() + lowest).to(torch.int8 if is_signed(scheme) else torch.uint8)
+    if scheme.group == TENSOR:
+        scheme = replace(scheme, group=CHANNEL)
+    return decode(QTensor(codes, Scales(scale, zero), scheme, tuple(codes.shape)))
+
+
+def _codes(panels: Tensor, bits: int, K: int) -> Tensor:
+    """Undoes `_panels` for some fours of panels: uint8 [n, K]."""
+    tiles = panels.view(-1, bits, 64)
+    if bits == 8:
+        vectors = tiles
+    else:
+        vectors, below, at = torch.zeros(len(tiles), 8, 64, dtype=torch.uint8, device=panels.device), 0, 0
+        for width in (4, 2, 1):
+            if bits & width:
+                plane = (
+                    tiles[:, at : at + width, None] >> torch.arange(0, 8, width, dtype=torch.uint8)[None, None, :, None]
+                )
+                vectors |= (plane & ((1 << width) - 1)).view(len(tiles), 8, 64) << below
+                below, at = below + width, at + width
+    fours = vectors.view(len(panels), -1, 4, 8, PANEL, 4).permute(0, 2, 4, 1, 3, 5)
+    return fours.reshape(len(panels) * FOUR, -1)[:, :K]

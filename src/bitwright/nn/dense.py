@@ -1,0 +1,38 @@
+"""Dense: a linear layer whose float weight stays in the type the file has it in, whatever it computes in."""
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.kernels import native
+
+FEW = 4  # inputs up to which every weight is read once by the extension
+WEIGHTS_AT_ONCE = 1 << 22  # brought to the inputs' type in one go where torch multiplies
+
+
+def handles(x: Tensor, w: Tensor) -> bool:
+    """Whether the extension multiplies these: few float32 inputs on a CPU, weights in float32, float16 or bfloat16."""
+    known = w.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return native is not None and known and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW
+
+
+class Dense(nn.Module):
+    """y = x W' + b for x [..., K], W [N, K] in its own float type."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], in x's type."""
+        rows = x.reshape(-1, self.in_features)
+        if handles(rows, self.weight):
+            assert native is not None
+            y = torch.empty(len(rows), self.out_features)
+            native.product_of_floats(self.weight.detach(), rows.contiguous(), y, torch.get_num_threads())
+        else:
+            some = max(1, WEIGHTS_AT_ONCE // self.in_features)
+            y = torch.cat([rows @ part.to(x.dtype).T for part in self.weight.split(some)], 1)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)

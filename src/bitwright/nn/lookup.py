@@ -1,0 +1,33 @@
+"""Lookup: an embedding whose rows stay as the file has them, and are decoded when a token asks for them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Lookup(nn.Module):
+    """ids [...] -> rows [..., H] of a table [V, H] that lies in memory as it lies in the file.
+
+    rows    [V, ...] the table: bytes of blocks, or float numbers
+    decode  some of its rows -> float [n, H]
+    dtype   of what is given out
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, decode: Callable[[Tensor], Tensor], dtype: torch.dtype, *, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows, persistent=False)
+        self.decode, self.dtype = decode, dtype
+        self.num_embeddings, self.embedding_dim = len(rows), width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Each row is decoded once however often it is asked for."""
+        wanted, place = ids.unique(return_inverse=True)
+        return self.decode(self.rows[wanted]).to(self.dtype)[place]
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """The table under an embedding's usual name."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.rows

@@ -1,0 +1,318 @@
+"""Loaded checkpoints: logits as the evaluation's independent walk has them, native steps as the modules have them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, pipeline
+from typer.testing import CliRunner
+
+from bitwright import kernels, load, quantize
+from bitwright.calibration import load_tokenizer
+from bitwright.cli import app
+from bitwright.codec import decode
+from bitwright.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
+from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
+from bitwright.evaluation import Walk
+from bitwright.formats import FORMATS, Layer
+from bitwright.generation import pieces
+from bitwright.intake import Intake
+from bitwright.methods.rtn import rtn
+from bitwright.nn.dense import Dense
+from bitwright.nn.lookup import Lookup
+from bitwright.nn.qlinear import QLinear
+from bitwright.qtensor import Outliers, Scales
+from bitwright.scheme import Scheme
+from conftest import FAMILIES, make_checkpoint
+
+IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 1, 2, 90, 33]])
+MADE = [
+    ("compressed-tensors", "int4-g32"), ("compressed-tensors", "int3-channel-asym"), ("compressed-tensors", "mxfp4"),
+    ("compressed-tensors", "nvfp4"), ("compressed-tensors", "fp8-channel"), ("gptq", "int4-g32-asym"),
+    ("bitwright", "nf4-g64-dq"), ("bitwright", "q4_1"), ("gguf", "q4_0"), ("gguf", "q8_0"),
+]  # fmt: skip
+native_only = pytest.mark.skipif(kernels.native is None, reason="the extension was not built")
+
+
+def made(model: Path, folder: Path, format: str, scheme: str, **options: Any) -> Path:
+    """The model in a file format, without calibration."""
+    out = folder / ("q.gguf" if format == "gguf" else "q")
+    pure = format == "gguf"
+    quantize(model, out, format=format, scheme=scheme, method="search", calib="none", pure=pure, **options)
+    return out
+
+
+def logits_of(path: Path, ids: Tensor = IDS) -> Tensor:
+    """By decoded weights, a block at a time."""
+    walk = Walk(path)
+    return walk.skeleton.head(torch.cat(walk.hidden(ids)))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+def run(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(("format", "scheme"), MADE)
+def test_logits_are_those_of_the_decoded_weights(format: str, scheme: str, llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, format, scheme)
+    model = load(out)
+    assert distance(run(model), logits_of(out)) < 5e-3
+    assert any(isinstance(m, QLinear) for m in model.modules())
+    assert not any(p.dtype == torch.float32 and p.ndim == 2 for p in model.parameters())  # nothing was decoded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", family)
+    out = made(model, tmp_path, "bitwright", "int8-g32")
+    assert distance(run(load(out)), logits_of(out)) < 5e-3
+    assert distance(run(load(model)), logits_of(model)) < 1e-4
+    assert distance(run(load(model, scheme="int8-g32")), logits_of(model)) < 5e-2
+
+
+STATIC = Scales(torch.tensor([[0.02]]), torch.tensor([[3.0]]))
+INTAKES = [
+    Intake(), Intake(Scheme.parse("int8-token")), Intake(Scheme.parse("fp8-token")),
+    Intake(Scheme.parse("int8-tensor-asym"), STATIC),
+    Intake(rotate=32), Intake(Scheme.parse("int8-token"), rotate=64),
+    Intake(Scheme.parse("int8-token"), outliers=torch.tensor([3, 50])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("intake", INTAKES)
+def test_inputs_are_treated_as_the_file_says(intake: Intake) -> None:
+    """Rotated, rounded, spared: as the evaluation does it in float."""
+    x = torch.randn(40, 64)
+    q = rtn(torch.randn(48, 64), None, Scheme.parse("int8-g32")).q
+    if intake.outliers is not None:
+        q = replace(q, outliers=Outliers(intake.outliers, torch.randn(48, 2)))
+    layer = QLinear(q, intake=replace(intake, outliers=None))
+    exact = intake(x) @ decode(q).T
+    assert distance(layer(x), exact) < 1e-3
+    if intake.scheme is not None:
+        assert distance(layer(x), x @ decode(q).T) > 5e-3  # which is not what is computed
+
+
+def test_outliers_at_run_time(llama: Path, text: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "r.toml", tmp_path / "q"
+    rule = 'match = "*"\nscheme = "int4-g32"\nmethod = "rtn"\ntransforms = [{ name = "outlier", fraction = 0.05 }]'
+    file.write_text(f"[[rule]]\n{rule}\n")
+    quantize(llama, out, format="bitwright", recipe=file, calib=text, samples=4, seqlen=32)
+    model = load(out)
+    assert any(getattr(m, "outlier_columns", None) is not None for m in model.modules())
+    assert distance(run(model), logits_of(out)) < 5e-3
+
+
+@native_only
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+@pytest.mark.parametrize("scheme", [None, "int4-g32"])
+def test_native_steps_are_the_modules_own(family: str, scheme: str | None, tmp_path: Path) -> None:
+    window = {"sliding_window": 5} if family == "mistral" else {}
+    model = load(make_checkpoint(tmp_path / "m", family, **window), scheme=scheme)
+    fast, slow = decoder_of(model, 32), ModuleDecoder(model)
+    assert isinstance(fast, NativeDecoder)
+    for prompt in (IDS[0], IDS[0, :1]):  # a second prefill forgets the first
+        assert torch.equal(fast.prefill(prompt), slow.prefill(prompt))
+        for token in (7, 250, 7, 0, 31, 32, 99):
+            assert distance(fast.step(token), slow.step(token)) < 2e-3
+
+
+@native_only
+def test_room_is_kept(llama: Path) -> None:
+    decoder = NativeDecoder(load(llama), 13)
+    decoder.prefill(IDS[0])
+    decoder.step(1)
+    with pytest.raises(InputError, match="14 tokens, and room for 13"):
+        decoder.step(1)
+    with pytest.raises(InputError, match="15 tokens"):
+        decoder.prefill(torch.zeros(15, dtype=torch.long))
+
+
+@native_only
+def test_other_families_run_through_their_modules(tmp_path: Path) -> None:
+    assert isinstance(decoder_of(load(make_checkpoint(tmp_path / "m", "gemma2")), 32), ModuleDecoder)
+    out = made(make_checkpoint(tmp_path / "l"), tmp_path, "compressed-tensors", "fp8-channel")
+    assert isinstance(decoder_of(load(out), 32), ModuleDecoder)
+
+
+def test_greedy_tokens_are_transformers_own(llama: Path) -> None:
+    model = load(llama, scheme="int8-g32")
+    ours = list(tokens(decoder_of(model, 64), IDS[0], most=12, stop=frozenset(), sampling=Sampling()))
+    theirs = model.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, IDS.shape[1] :]
+    assert ours == theirs.tolist()
+    stopped = list(tokens(decoder_of(model, 64), IDS[0], most=12, stop=frozenset({ours[3]}), sampling=Sampling()))
+    assert stopped == ours[: ours.index(ours[3])]
+
+
+def test_drawing_follows_the_seed_and_the_mass() -> None:
+    logits, generator = torch.tensor([0.0, 3.0, 1.0, 2.9]), torch.Generator().manual_seed(0)
+    assert {Sampling(1.0, 0.3).pick(logits, generator) for _ in range(50)} == {1}
+    assert {Sampling(1.0, 0.8).pick(logits, generator) for _ in range(200)} == {1, 3}
+    assert {Sampling(5.0, 1.0).pick(logits, generator) for _ in range(300)} == {0, 1, 2, 3}
+    again = [[Sampling(2.0).pick(logits, torch.Generator().manual_seed(s)) for s in range(40)] for _ in range(2)]
+    assert again[0] == again[1]
+    with pytest.raises(InputError):
+        Sampling(temperature=-1)
+    with pytest.raises(InputError):
+        Sampling(top_p=0)
+
+
+def test_text_comes_in_whole_characters() -> None:
+    text = "größe 字\nnext — line"
+    alphabet = list(text.encode())
+
+    def decode_bytes(part: list[int]) -> str:
+        return bytes(part).decode(errors="replace")
+
+    found = list(pieces(iter(alphabet), decode_bytes))
+    assert "".join(found) == text
+    assert not any("\ufffd" in piece for piece in found)
+    assert "".join(pieces(iter([*alphabet[:-1], 0xE2]), decode_bytes)) == text[:-1] + "\ufffd"
+
+
+def test_what_is_saved_is_what_was_loaded(llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, "compressed-tensors", "int4-g32")
+    model = load(out)
+    stored = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items() if "layers" in name)
+    model.save_pretrained(tmp_path / "again")
+    assert distance(run(load(tmp_path / "again")), run(model)) == 0
+    for other in (load(llama, scheme="int4-g32"), load(made(llama, tmp_path, "gguf", "q4_0"))):
+        with pytest.raises(FormatError, match="no Hugging Face checkpoint"):
+            other.save_pretrained(tmp_path / "never")
+        assert any(name.endswith("q_proj.panels") or name.endswith("q_proj.weight") for name in other.state_dict())
+
+
+def test_a_pipeline_takes_it(llama: Path) -> None:
+    pipe = pipeline("text-generation", model=load(llama, scheme="int8-g32"), tokenizer=load_tokenizer(llama))
+    assert pipe("The fox", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The fox")
+
+
+def test_files_of_others_in_transformers_layout(llama: Path) -> None:
+    """The float path beside transformers' own loader."""
+    theirs = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    assert distance(run(load(llama)), run(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_come_back_out_of_files(format: str) -> None:
+    """All schemes that a format holds: codes and scales that decode to what was meant."""
+    count = 0
+    for text in (
+        "int4-g128", "int3-g64-asym", "int2-g32", "int8-channel", "int6-g16-min-bf16", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k",
+        "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "nf4-g64-dq", "mxfp4", "nvfp4", "ternary-g256",
+        "binary-g32", "int8-g256-asym", "int4-tensor", "fp8-channel", "fp8-tensor",
+    ):  # fmt: skip
+        try:
+            layer = FORMATS[format].adapt(Layer("m", 64, 512, Scheme.parse(text)), torch.bfloat16)
+        except FormatError:
+            continue
+        w = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+        w[3] = 0
+        q = rtn(w, None, layer.scheme).q
+        tensors = FORMATS[format].encode(q, layer, torch.bfloat16)
+        again = FORMATS[format].quantized(FORMATS[format].config([layer], []), "m", tensors)
+        assert torch.equal(decode(again), decode(q)), text
+        count += 1
+    assert count > 5
+
+
+def holding(folder: Path, end: str) -> tuple[Path, dict[str, Tensor], str]:
+    """A file that has a tensor whose name ends so, what is in the file, and that name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith(end):
+                return file, tensors, name
+    raise AssertionError(end)
+
+
+def test_columns_in_an_order_of_their_own_are_refused(llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, "gptq", "int4-g32-asym")
+    file, tensors, name = holding(out, "q_proj.g_idx")
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="desc_act"):
+        load(out)
+
+
+def test_a_file_that_lacks_what_its_config_promises(llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, "compressed-tensors", "int4-g32")
+    file, tensors, name = holding(out, "q_proj.weight_scale")
+    kept = tensors.pop(name)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="promises tensor"):
+        load(out)
+    save_file(tensors | {name: kept[:-1].contiguous()}, file)
+    with pytest.raises((CheckpointError, FormatError)):
+        load(out)
+
+
+def test_bad_wishes_are_refused(llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, "compressed-tensors", "int4-g32")
+    with pytest.raises(RecipeError, match="quantized already"):
+        load(out, scheme="int4-g32")
+    with pytest.raises(RecipeError, match="needs a text"):
+        load(llama, scheme="int4-g32", method="gptq")
+    with pytest.raises(KernelError, match="8 or 16"):
+        load(out, activations=4)
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "nowhere")
+
+
+def test_layers_take_any_leading_axes() -> None:
+    layer = QLinear(rtn(torch.randn(48, 64), None, Scheme.parse("int8-g32")).q, torch.randn(48))
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(layer(x).view(6, 48), layer(x.view(6, 64)))
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    dense = Dense(torch.randn(48, 64).bfloat16(), torch.randn(48))
+    assert distance(dense(x), torch.nn.functional.linear(x, dense.weight.float(), dense.bias)) < 1e-6
+    assert distance(dense(x[0]), dense(x)[0]) < 1e-6
+    lookup = Lookup(torch.arange(12).view(6, 2), lambda rows: rows * 2, torch.float32, width=2)
+    assert lookup(torch.tensor([[5, 0], [5, 5]])).tolist() == [[[20, 22], [0, 2]], [[20, 22], [20, 22]]]
+
+
+def cli(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_generate_at_the_command_line(llama: Path) -> None:
+    first = cli("generate", str(llama), "--prompt", "The", "--max-tokens", "5", "--json")
+    assert first.exit_code == 0
+    assert set(json.loads(first.stdout)) == {"prompt", "text"}
+    drawn = [
+        cli("generate", str(llama), "--prompt", "The", "--max-tokens", "9", "--temperature", "2", "--seed", seed).stdout
+        for seed in ("1", "1", "2")
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    spoken = cli("generate", str(llama), "--prompt", "The", "--chat", "--max-tokens", "5")
+    assert spoken.exit_code == 0
+    for bad in (["--temperature", "-1"], ["--prompt", "x" * 500], ["--scheme", "int99"]):
+        assert cli("generate", str(llama), "--prompt", "The", *bad).exit_code == 2
+
+
+def test_chat_remembers_and_ends(llama: Path) -> None:
+    done = CliRunner().invoke(app, ["chat", str(llama), "--max-tokens", "3"], input="hello\nagain\n\n")
+    assert done.exit_code == 0
+
+
+def test_bench_says_how_fast(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.speed.PROBE_BYTES", 1 << 20)
+    done = cli("bench", str(llama), "--prompt", "8", "--decode", "3", "--repeat", "1", "--json")
+    found = json.loads(done.stdout)
+    assert {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token", "peak_rss_bytes"} <= set(
+        found
+    )
+    assert found["bandwidth_fraction"] > 0
+    assert cli("bench", str(llama), "--prompt", "100").exit_code == 2
