@@ -134,17 +134,49 @@ Held *make_decoder(nb::list layers, nb::handle norm, nb::handle head, Cells cosi
     return held.release();
 }
 
-void step(Held &held, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, ptrdiff_t position,
-          nb::ndarray<float, nb::ndim<5>, nb::c_contig, nb::device::cpu> cache,
-          nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> logits, int threads) {
+using Row = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<float, nb::ndim<5>, nb::c_contig, nb::device::cpu>;
+
+// Looks at the cache and how many tokens from which position on go into it.
+Decoder &fitting(Held &held, const Cache &cache, ptrdiff_t position, ptrdiff_t M) {
     Decoder &d = held.decoder;
-    require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
     require(cache.shape(0) == d.layers.size() && cache.shape(1) == 2 && cache.shape(2) == (size_t)d.key_heads &&
             cache.shape(4) == (size_t)d.D, "cache must be [L, 2, key heads, room, D]");
-    require(position >= 0 && position < (ptrdiff_t)cache.shape(3) && position < d.positions, "the position lies beyond the cache");
     d.room = cache.shape(3);
+    require(position >= 0 && M > 0 && position + M <= d.room && position + M <= d.positions, "the position lies beyond the cache");
+    return d;
+}
+
+void step(Held &held, Row x, ptrdiff_t position, Cache cache, Row logits, int threads) {
+    Decoder &d = fitting(held, cache, position, 1);
+    require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
     nb::gil_scoped_release unlocked;
     d.step(*chosen, x.data(), position, cache.data(), logits.data(), threads);
+}
+
+void enter(Held &held, ptrdiff_t layer, Cells x, ptrdiff_t position, Out q, Cache cache, int threads) {
+    const ptrdiff_t M = x.shape(0);
+    Decoder &d = fitting(held, cache, position, M);
+    require(layer >= 0 && layer < (ptrdiff_t)d.layers.size(), "no such layer");
+    require(x.shape(1) == (size_t)d.H && q.shape(0) == (size_t)M && q.shape(1) == (size_t)(d.heads * d.D), "x must be [M, H], q [M, heads D]");
+    nb::gil_scoped_release unlocked;
+    d.enter(*chosen, d.layers[layer], x.data(), M, position, q.data(), cache.data() + layer * 2 * d.key_heads * d.room * d.D, threads);
+}
+
+void leave(Held &held, ptrdiff_t layer, Cells mixed, Out x, int threads) {
+    Decoder &d = held.decoder;
+    require(layer >= 0 && layer < (ptrdiff_t)d.layers.size(), "no such layer");
+    require(x.shape(1) == (size_t)d.H && mixed.shape(0) == x.shape(0) && mixed.shape(1) == (size_t)(d.heads * d.D),
+            "mixed must be [M, heads D], x [M, H]");
+    nb::gil_scoped_release unlocked;
+    d.leave(*chosen, d.layers[layer], mixed.data(), x.data(), x.shape(0), threads);
+}
+
+void finish(Held &held, Row x, Row logits, int threads) {
+    Decoder &d = held.decoder;
+    require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
+    nb::gil_scoped_release unlocked;
+    d.finish(*chosen, x.data(), logits.data(), threads);
 }
 
 void product(const Matrix &m, Values x, Out y, int bytes, bool by_row, int threads) {
@@ -171,6 +203,9 @@ void bind_products(nb::module_ &m) {
     nb::class_<Held>(m, "Decoder")
         .def(nb::new_(&make_decoder), "layers"_a, "norm"_a, "head"_a, "cosine"_a.noconvert(), "sine"_a.noconvert(), "heads"_a,
              "key_heads"_a, "D"_a, "window"_a, "epsilon"_a, "scaling"_a, "bytes"_a)
+        .def("enter", &enter, "layer"_a, "x"_a.noconvert(), "position"_a, "q"_a.noconvert(), "cache"_a.noconvert(), "threads"_a)
+        .def("leave", &leave, "layer"_a, "mixed"_a.noconvert(), "x"_a.noconvert(), "threads"_a)
+        .def("finish", &finish, "x"_a.noconvert(), "logits"_a.noconvert(), "threads"_a)
         .def("step", &step, "x"_a.noconvert(), "position"_a, "cache"_a.noconvert(), "logits"_a.noconvert(), "threads"_a);
     m.def("product", &product, "matrix"_a, "x"_a.noconvert(), "y"_a.noconvert(), "bytes"_a, "by_row"_a, "threads"_a);
 }

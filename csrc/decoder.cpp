@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "pool.h"
@@ -31,63 +32,92 @@ void add(float *to, const float *from, ptrdiff_t n) {
 
 }  // namespace
 
-void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, float *const *y,
-                       int threads) {
+constexpr ptrdiff_t ROWS = 8;  // a piece of work where a row is little
+
+float *Decoder::space(size_t size) {
+    if (room_.size() < size) room_.resize(size);
+    return room_.data();
+}
+
+void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const {
+    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        for (ptrdiff_t m = first; m < last; m++) normalize(x + m * H, weight, H, epsilon, to + m * H);
+    });
+}
+
+void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
+                       const std::vector<float *> &y, int threads) {
     for (size_t i = 0; i < linears.size(); i++) {
         const Linear &a = *linears[i];
         if (a.packed) {
-            const Inputs &now = rounded_.inputs;
-            if (i == 0 || now.block != a.packed->block) rounded_.round(kernels, x, false, 1, a.K(), a.packed->block, bytes, false, 1);
+            const bool again = i > 0 && rounded_.inputs.block == a.packed->block;  // the inputs are bytes already
+            if (!again) rounded_.round(kernels, x, false, M, a.K(), a.packed->block, bytes, false, threads);
             bitwright::multiply(kernels, *a.packed, rounded_.inputs, y[i], threads);
         } else {
             Dense d = a.dense;
-            d.x = x, d.y = y[i], d.M = 1;
+            d.x = x, d.y = y[i], d.M = M;
             share_out(d.N, 64, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.dense(d, first, last); });
         }
-        if (a.bias) add(y[i], a.bias, a.N());
+        if (a.bias)
+            for (ptrdiff_t m = 0; m < M; m++) add(y[i] + m * a.N(), a.bias, a.N());
     }
 }
 
-void Decoder::step(const Kernels &kernels, float *x, ptrdiff_t position, float *cache, float *logits, int threads) {
+void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, float *cache,
+                    int threads) {
     const ptrdiff_t Q = heads * D, KV = key_heads * D;
-    ptrdiff_t widest = 0;
-    for (const Layer &layer : layers) widest = layer.up.N() > widest ? layer.up.N() : widest;
-    const ptrdiff_t first = window && position >= window ? position - window + 1 : 0, padded = (position + 17 - first) / 16 * 16;
-    room_.resize(2 * H + 2 * Q + 2 * KV + 2 * widest + heads * padded);
-    float *normed = room_.data(), *out = normed + H, *q = out + H, *k = q + Q, *v = k + KV, *mixed = v + KV, *gate = mixed + Q,
-          *up = gate + widest, *scores = up + widest;
-    const float *cosine = this->cosine + position * D, *sine = this->sine + position * D;
-    for (const Layer &a : layers) {
-        float *keys = cache, *values = cache + KV * room;
-        cache += 2 * KV * room;
-        normalize(x, a.before, H, epsilon, normed);
-        float *const qkv[3] = {q, k, v};
-        multiply(kernels, {&a.q, &a.k, &a.v}, normed, qkv, threads);
-        for (ptrdiff_t h = 0; h < heads; h++) {
-            if (a.q_norm) normalize(q + h * D, a.q_norm, D, epsilon, q + h * D);
-            rotate(q + h * D, cosine, sine, D);
-        }
-        for (ptrdiff_t h = 0; h < key_heads; h++) {
-            if (a.k_norm) normalize(k + h * D, a.k_norm, D, epsilon, k + h * D);
-            rotate(k + h * D, cosine, sine, D);
-            for (ptrdiff_t i = 0; i < D; i++) {
-                keys[(h * room + position) * D + i] = k[h * D + i];
-                values[(h * room + position) * D + i] = v[h * D + i];
+    float *normed = space(M * (H + 2 * KV)), *k = normed + M * H, *v = k + M * KV;
+    normalize_rows(x, a.before, M, normed, threads);
+    multiply(kernels, {&a.q, &a.k, &a.v}, normed, M, {q, k, v}, threads);
+    auto turn = [&](float *head, const float *head_norm, ptrdiff_t at) {
+        if (head_norm) normalize(head, head_norm, D, epsilon, head);
+        rotate(head, cosine + at * D, sine + at * D, D);
+    };
+    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        for (ptrdiff_t m = first; m < last; m++) {
+            for (ptrdiff_t h = 0; h < heads; h++) turn(q + m * Q + h * D, a.q_norm, position + m);
+            for (ptrdiff_t h = 0; h < key_heads; h++) {
+                turn(k + m * KV + h * D, a.k_norm, position + m);
+                float *key = cache + (h * room + position + m) * D, *value = key + KV * room;
+                std::copy_n(k + m * KV + h * D, D, key);
+                std::copy_n(v + m * KV + h * D, D, value);
             }
         }
-        const Attention over{q, keys, values, scores, mixed, scaling, first, position + 1, padded, room, D, heads / key_heads};
-        share_out(heads, heads / key_heads, threads, [&](ptrdiff_t begin, ptrdiff_t end) { kernels.attend(over, begin, end); });
-        multiply(kernels, {&a.o}, mixed, &out, threads);
-        add(x, out, H);
-        normalize(x, a.after, H, epsilon, normed);
-        float *const both[2] = {gate, up};
-        multiply(kernels, {&a.gate, &a.up}, normed, both, threads);
-        share_out(a.up.N(), 1024, threads, [&](ptrdiff_t begin, ptrdiff_t end) { kernels.gate(gate, up, begin, end); });
-        multiply(kernels, {&a.down}, up, &out, threads);
-        add(x, out, H);
-    }
+    });
+}
+
+void Decoder::leave(const Kernels &kernels, const Layer &a, const float *mixed, float *x, ptrdiff_t M, int threads) {
+    const ptrdiff_t I = a.up.N();
+    float *out = space(M * (2 * H + 2 * I)), *normed = out + M * H, *gate = normed + M * H, *up = gate + M * I;
+    auto add_out = [&](ptrdiff_t first, ptrdiff_t last) { add(x + first, out + first, last - first); };
+    multiply(kernels, {&a.o}, mixed, M, {out}, threads);
+    share_out(M * H, 1 << 14, threads, add_out);
+    normalize_rows(x, a.after, M, normed, threads);
+    multiply(kernels, {&a.gate, &a.up}, normed, M, {gate, up}, threads);
+    share_out(M * I, 1 << 12, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.gate(gate, up, first, last); });
+    multiply(kernels, {&a.down}, up, M, {out}, threads);
+    share_out(M * H, 1 << 14, threads, add_out);
+}
+
+void Decoder::finish(const Kernels &kernels, const float *x, float *logits, int threads) {
+    float *normed = space(H);
     normalize(x, norm, H, epsilon, normed);
-    multiply(kernels, {&head}, normed, &logits, threads);
+    multiply(kernels, {&head}, normed, 1, {logits}, threads);
+}
+
+void Decoder::step(const Kernels &kernels, float *x, ptrdiff_t position, float *cache, float *logits, int threads) {
+    const ptrdiff_t first = window && position >= window ? position - window + 1 : 0, padded = (position + 17 - first) / 16 * 16;
+    const ptrdiff_t Q = heads * D, KV = key_heads * D;
+    queries_.resize(2 * Q + heads * padded);
+    float *q = queries_.data(), *mixed = q + Q, *scores = mixed + Q;
+    for (const Layer &a : layers) {
+        enter(kernels, a, x, 1, position, q, cache, threads);
+        const Attention over{q, cache, cache + KV * room, scores, mixed, scaling, first, position + 1, padded, room, D, heads / key_heads};
+        share_out(heads, heads / key_heads, threads, [&](ptrdiff_t begin, ptrdiff_t end) { kernels.attend(over, begin, end); });
+        leave(kernels, a, mixed, x, 1, threads);
+        cache += 2 * KV * room;
+    }
+    finish(kernels, x, logits, threads);
 }
 
 }  // namespace bitwright

@@ -22,7 +22,7 @@ struct Layer {
     const float *q_norm, *k_norm;  // [D] or null: norms of each head (Qwen3)
 };
 
-// Keys and values of T positions so far, [L][2][heads][room][D].
+// A model, and what it needs while tokens go through it. Its keys and values lie with the caller: [L, 2, key heads, room, D].
 struct Decoder {
     std::vector<Layer> layers;
     const float *norm;      // [H]
@@ -33,13 +33,27 @@ struct Decoder {
     float epsilon, scaling;
     int bytes;              // that inputs of packed matrices are rounded to
 
-    // x [H], of which nothing is left, at this position: logits [V]. cache [L, 2, key_heads, room, D].
+    // A block's first half for M tokens x [M, H] from a position on: queries q [M, heads D]; keys and values go to the
+    // layer's cache [2, key heads, room, D].
+    void enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, float *cache,
+               int threads);
+
+    // Its second half: what attention mixed [M, heads D] and the MLP are added to x [M, H].
+    void leave(const Kernels &kernels, const Layer &a, const float *mixed, float *x, ptrdiff_t M, int threads);
+
+    // Logits [V] after one token x [H].
+    void finish(const Kernels &kernels, const float *x, float *logits, int threads);
+
+    // All of that for one token x [H], of which nothing is left.
     void step(const Kernels &kernels, float *x, ptrdiff_t position, float *cache, float *logits, int threads);
 
   private:
-    std::vector<float> room_;
+    std::vector<float> room_, queries_;
     Rounded rounded_;
-    void multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, float *const *y, int threads);
+    void multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
+                  const std::vector<float *> &y, int threads);
+    void normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const;
+    float *space(size_t size);
 };
 
 }  // namespace bitwright

@@ -223,6 +223,11 @@ static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, cons
                       ptrdiff_t tile, int row, float *y) {
     const int H = x.height;
     Sums top[ROWS][2] = {}, mid[XBYTES + WBYTES > 2 ? ROWS : 1][2] = {};
+    const int32_t *sum = x.sum + (tile * x.blocks + b.index) * H + row;
+    const float *unit = x.scale + (tile * x.spans + b.span) * H + row;
+    constexpr bool BEFORE = XBYTES + WBYTES == 2 && OFFSET == SAME;  // taken away before it is added up
+    if (BEFORE)
+        for (int r = 0; r < ROWS; r++) top[r][0] = top[r][1] = Sums{} - w.offset * sum[r];
     const ptrdiff_t start = tile * x.padded * H + b.index * x.block * H + 4 * row;
     const int8_t *high = x.high + start, *low = x.low + start;
     for (int s = b.skip; s < b.skip + b.steps; s++, high += 4 * H, low += 4 * H) {
@@ -242,14 +247,12 @@ static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, cons
             }
         }
     }
-    const int32_t *sum = x.sum + (tile * x.blocks + b.index) * H + row;
-    const float *unit = x.scale + (tile * x.spans + b.span) * H + row;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) {
             LooseFloats *to = (LooseFloats *)(y + (p * H + row + r) * 16);
-            *to = added<XBYTES, WBYTES, OFFSET>(*to, groups[p], w.offset, top[r][p], mid[XBYTES + WBYTES > 2 ? r : 0][p], sum[r], unit[r]);
+            *to = added<XBYTES, WBYTES, OFFSET>(*to, groups[p], BEFORE ? 0 : w.offset, top[r][p], mid[XBYTES + WBYTES > 2 ? r : 0][p], sum[r], unit[r]);
         }
 }
 

@@ -115,21 +115,24 @@ def test_outliers_at_run_time(llama: Path, text: str, tmp_path: Path) -> None:
 
 @native_only
 @pytest.mark.parametrize("family", LIKE_LLAMA)
-@pytest.mark.parametrize("scheme", [None, "int4-g32"])
-def test_native_steps_are_the_modules_own(family: str, scheme: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [512, 5])
+def test_native_steps_are_the_modules_own(
+    family: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitwright.decoding.TOKENS_AT_ONCE", at_once)
     window = {"sliding_window": 5} if family == "mistral" else {}
-    model = load(make_checkpoint(tmp_path / "m", family, **window), scheme=scheme)
+    model = load(make_checkpoint(tmp_path / "m", family, **window), scheme="int4-g32")
     fast, slow = decoder_of(model, 32), ModuleDecoder(model)
     assert isinstance(fast, NativeDecoder)
     for prompt in (IDS[0], IDS[0, :1]):  # a second prefill forgets the first
-        assert torch.equal(fast.prefill(prompt), slow.prefill(prompt))
+        assert distance(fast.prefill(prompt), slow.prefill(prompt)) < 2e-3
         for token in (7, 250, 7, 0, 31, 32, 99):
             assert distance(fast.step(token), slow.step(token)) < 2e-3
 
 
 @native_only
 def test_room_is_kept(llama: Path) -> None:
-    decoder = NativeDecoder(load(llama), 13)
+    decoder = NativeDecoder(load(llama, scheme="int4-g32"), 13)
     decoder.prefill(IDS[0])
     decoder.step(1)
     with pytest.raises(InputError, match="14 tokens, and room for 13"):

@@ -1,9 +1,9 @@
-"""One token after another: prefill through the model's own modules, then a native step for models built like Llama.
+"""A prompt, then one token after another: in native code for models built like Llama, through the modules for all others.
 
 A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights
-does. So for Llama, Mistral, Qwen2 and Qwen3 the extension runs the whole step (csrc/decoder.cpp) on the very tensors that
-the modules hold; for all others, and where there is no extension, the modules run with transformers' cache. Both give
-the same logits.
+does, and on a prompt they carry every number to memory and back. So for quantized Llama, Mistral, Qwen2 and Qwen3 the
+extension runs whole blocks (csrc/decoder.cpp) on the very tensors that the modules hold; for all others, and where there
+is no extension, the modules run with transformers' cache. Both give the same logits.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from bitwright.nn.qlinear import QLinear
 
 Pair = tuple[object, Tensor | None]  # a matrix, packed or float, and its bias
 Block = tuple[list[Pair], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # matrices; norms; norms of heads
+TOKENS_AT_ONCE = 512  # of a prompt: what passes between modules stays small
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -62,45 +63,76 @@ class ModuleDecoder:
 
 
 class NativeDecoder:
-    """A model built like Llama, a step at a time in native code. Keys and values are float32 [L, 2, heads, room, D]."""
+    """A model built like Llama in native code, but for the attention of many tokens, which is torch's.
+
+    Keys and values are float32 [L, 2, key heads, room, D].
+    """
 
     def __init__(self, model: PreTrainedModel, room: int) -> None:
         """room: the most tokens, prompt included."""
         assert native is not None
-        self.model, self.modules = model, ModuleDecoder(model)
-        self.position, config = 0, model.config
-        D = model.model.layers[0].self_attn.head_dim
+        self.model, self.position, config = model, 0, model.config
+        attention = model.model.layers[0].self_attn
+        D, self.scaling, self.window = attention.head_dim, attention.scaling, _window(model) or 0
         self.cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, room, D)
         self.logits = torch.empty(config.vocab_size)
-        ones = torch.zeros(1, room, 1)
-        cosine, sine = model.model.rotary_emb(ones, torch.arange(room)[None])
+        cosine, sine = model.model.rotary_emb(torch.zeros(1, room, 1), torch.arange(room)[None])
         self.native = native.Decoder(
             [_layer(layer) for layer in model.model.layers], _weight(model.model, "norm"), _pair(model.lm_head),
             cosine[0].contiguous(), sine[0].contiguous(), heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads, D=D, window=_window(model) or 0, epsilon=config.rms_norm_eps,
-            scaling=model.model.layers[0].self_attn.scaling, bytes=_bits(model) // 8,
+            key_heads=config.num_key_value_heads, D=D, window=self.window, epsilon=config.rms_norm_eps,
+            scaling=self.scaling, bytes=_bits(model) // 8,
         )  # fmt: skip
+        self.width = config.num_attention_heads * D
 
-    @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         """See `Decoder`."""
-        self._check(len(ids))
-        logits = self.modules.prefill(ids)
-        for cache, layer in zip(self.cache, self.modules.cache.layers, strict=True):
-            for mine, theirs in zip(cache, (layer.keys, layer.values), strict=True):
-                T = theirs.shape[2]  # with a window, the last of them alone
-                mine[:, len(ids) - T : len(ids)] = theirs[0]
-        self.position, self.modules.cache = len(ids), DynamicCache()
-        return logits
+        self.position = 0
+        return self.extend(ids)
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor) -> Tensor:
+        """Take in more tokens [T], behind what is there already: logits [V] for the one after them."""
+        self._check(self.position + len(ids))
+        for part in ids.split(TOKENS_AT_ONCE):
+            x = self._embedded(part)
+            for layer in range(len(self.cache)):
+                self._block(layer, x)
+            self.position += len(part)
+        self.native.finish(x[-1], self.logits, torch.get_num_threads())
+        return self.logits.clone()
+
+    def _block(self, layer: int, x: Tensor) -> None:
+        """One block's work on x [T, H], in place."""
+        T, threads, end = len(x), torch.get_num_threads(), self.position + len(x)
+        q = torch.empty(T, self.width)
+        self.native.enter(layer, x, self.position, q, self.cache, threads)
+        first = max(0, self.position - self.window + 1) if self.window else 0
+        keys, values = self.cache[layer, :, :, first:end]
+        mixed = nn.functional.scaled_dot_product_attention(
+            q.view(1, T, -1, keys.shape[-1]).transpose(1, 2), keys[None], values[None], attn_mask=self._mask(first, end),
+            is_causal=end == T and not self.window, scale=self.scaling, enable_gqa=True,
+        )  # fmt: skip
+        self.native.leave(layer, mixed[0].transpose(0, 1).reshape(T, -1), x, threads)
+
+    def _mask(self, first: int, end: int) -> Tensor | None:
+        """Which of the positions first..end each new token looks at [T, S]; None: simply those up to itself."""
+        if not self.window and self.position == 0:
+            return None
+        back = torch.arange(self.position, end)[:, None] - torch.arange(first, end)[None]
+        return (back >= 0) & (back < self.window) if self.window else back >= 0
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
         """See `Decoder`."""
         self._check(self.position + 1)
-        x = self.model.model.embed_tokens(torch.tensor([token]))[0].float().clone()
+        x = self._embedded(torch.tensor([token]))[0]
         self.native.step(x, self.position, self.cache, self.logits, torch.get_num_threads())
         self.position += 1
         return self.logits.clone()
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.model.model.embed_tokens(ids).to(torch.float32, copy=True)
 
     def _check(self, wanted: int) -> None:
         room = self.cache.shape[3]
@@ -119,16 +151,14 @@ def _runs_natively(model: PreTrainedModel) -> bool:
     if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
         return False
     layers = model.model.layers
-    matrices = [layer.get_submodule(name) for layer in layers for name in MATRICES] + [model.lm_head]
-    known = all(_is_known(matrix) for matrix in matrices)
+    known = all(_is_known(layer.get_submodule(name)) for layer in layers for name in MATRICES)
+    known = known and (isinstance(model.lm_head, Dense) or _is_known(model.lm_head))
     rotary = model.model.rotary_emb.rope_type != "dynamic" and layers[0].self_attn.head_dim % 16 == 0
     return known and rotary and config.intermediate_size % 16 == 0 and _window(model) is not None
 
 
 def _is_known(matrix: nn.Module) -> bool:
     """A matrix whose inputs the file leaves alone."""
-    if isinstance(matrix, Dense):
-        return True
     if not isinstance(matrix, QLinear) or matrix.outlier_columns is not None:
         return False
     plain = matrix.intake.scheme is None and not matrix.intake.rotate
