@@ -8,9 +8,27 @@ from typing import TYPE_CHECKING, Any
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
-    from bitwright.api import evaluate, load, quantize, quantize_tensor
+    from bitwright.api import (
+        calibrate,
+        convert,
+        distill,
+        evaluate,
+        export_onnx,
+        layers,
+        load,
+        prepare,
+        prepare_qat,
+        quantize,
+        quantize_dynamic,
+        quantize_tensor,
+        quantize_weights,
+        sensitivity,
+    )  # fmt: skip
 
-__all__ = ["__version__", "evaluate", "load", "quantize", "quantize_tensor"]
+__all__ = [
+    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat",
+    "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python API: the command line's functions, and one for a single tensor."""
+"""The Python API: the command line's functions, one for a single tensor, and those for any module."""
 
 from pathlib import Path
 
@@ -10,15 +10,27 @@ from bitwright.evaluation import evaluate as _evaluate
 from bitwright.formats import chosen
 from bitwright.loading import load
 from bitwright.methods import METHODS
+from bitwright.nn.convert import convert
+from bitwright.nn.dynamic import quantize_dynamic
+from bitwright.nn.inventory import layers
+from bitwright.nn.prepare import calibrate, prepare
+from bitwright.nn.sensitivity import sensitivity
+from bitwright.nn.weightonly import quantize_weights
+from bitwright.onnx_export import export_onnx
 from bitwright.pipeline import Result, run
 from bitwright.preflight import preflight
 from bitwright.qtensor import QTensor
 from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
 from bitwright.streams import Progress
+from bitwright.train.distill import distill
+from bitwright.train.qat import prepare_qat
 from bitwright.workplace import check_out
 
-__all__ = ["evaluate", "load", "quantize", "quantize_tensor"]
+__all__ = [
+    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "quantize",
+    "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+]  # fmt: skip
 
 
 def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:

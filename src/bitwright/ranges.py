@@ -63,7 +63,7 @@ class Histogram:
             return
         low, high, tokens = math.inf, -math.inf, len(flat) // x.shape[-1] if x.ndim else 1
         for chunk in (part.float() for part in flat.split(CHUNK)):
-            least, most = _finite_extremes(chunk, self.where)
+            least, most = finite_extremes(chunk, self.where)
             low, high = min(low, least), max(high, most)
             counts += torch.bincount(bin_of(chunk), minlength=2 * BINS).cpu()
         self.merge(Histogram(self.where, self.momentum, counts.view(2, BINS), low, high, low, high, tokens, batches=1))
@@ -128,7 +128,7 @@ def bin_values() -> Tensor:
     return (torch.arange(BINS, dtype=torch.int32) << DROPPED).view(torch.float32)
 
 
-def _finite_extremes(x: Tensor, where: str) -> tuple[float, float]:
+def finite_extremes(x: Tensor, where: str) -> tuple[float, float]:
     """The least and the greatest value; a NaN shows in both."""
     low, high = (float(extreme) for extreme in x.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -1,0 +1,219 @@
+"""A calibrated or trained module to integers: graphs rewritten so that codes flow from layer to layer."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bitwright.codec import encode
+from bitwright.nn.dynamic import DYNAMIC, dynamic, quantized, replaced, require_mode
+from bitwright.nn.fake import Edge, FakeWeight
+from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, IntegerProduct, StaticProduct, matrix
+from bitwright.nn.plan import fuses, role_of, role_unless_kept
+from bitwright.nn.prepare import Prepared, require_prepared
+from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
+from bitwright.nn.trace import ADD, CARRY, MEAN, PRODUCT, RELU, SHAPE, UNARY, bound, first
+from bitwright.qtensor import QTensor
+from bitwright.scheme import TOKEN, Scheme
+
+
+@torch.no_grad()
+def convert(prepared: Prepared) -> nn.Module:
+    """The integer module: int8 weights, int8 values between layers, float where no integer form exists.
+
+    LSTM, GRU and attention become dynamic layers. `prepared` stays as it is. Raises RecipeError for a module that
+    was not prepared, was converted already, or is in training mode; CalibrationError, naming the place, where no
+    values were seen, or only zeros.
+    """
+    require_prepared(prepared)
+    require_mode(prepared, training=False)
+    body = copy.deepcopy(prepared.body)
+    for name, module in list(body.named_modules()):
+        if isinstance(module, fx.GraphModule):
+            Rewriting(module, prepared, name).run()
+    tokens = replace(prepared.activations, group=TOKEN, scale="f32")
+    for name, module in list(body.named_modules()):
+        if prepared.kept.covers(name):
+            continue
+        if type(module) in DYNAMIC and role_of(module) != PRODUCT:
+            body = replaced(body, name, dynamic(module, prepared.weights, tokens, where=name))
+        elif isinstance(module, nn.Embedding):  # with a trained fake weight
+            body = replaced(body, name, IntegerEmbedding(weight_of(module, prepared.weights, name), where=name))
+    return prepared.kept.apply(body).eval()
+
+
+def weight_of(layer: nn.Module, scheme: Scheme, where: str) -> QTensor:
+    """A layer's weight rounded: under the scales that training used, if it was trained, else to nearest."""
+    trained = next((child for child in layer.modules() if isinstance(child, FakeWeight)), None)
+    if trained is None:
+        return quantized(layer.get_parameter("weight"), scheme, where)
+    flat = matrix(layer.get_parameter("parametrizations.weight.original").detach().float())
+    found = trained.scales(flat)
+    return encode(flat, replace(found, scale=found.scale.detach()), scheme)
+
+
+class Rewriting:
+    """One graph, rewritten operation by operation. `affines`: of the nodes whose values are codes."""
+
+    def __init__(self, graph: fx.GraphModule, prepared: Prepared, prefix: str) -> None:
+        self.graph, self.prepared, self.prefix = graph, prepared, prefix
+        self.affines: dict[fx.Node, Tensor] = {}
+        self.roles = {n: role_unless_kept(graph, n, prefix, prepared.kept) for n in graph.graph.nodes}
+        self.layers: dict[fx.Node, Any] = {
+            n: graph.get_submodule(str(n.target)) for n in graph.graph.nodes if n.op == "call_module"
+        }
+
+    def run(self) -> None:
+        """Rewrite, in the order of computation."""
+        for node in list(self.graph.graph.nodes):
+            if self.is_edge(node):
+                self.edge(node)
+            elif self.role(node) == PRODUCT and first(node) in self.affines and not self.leads_to_edge(node):
+                self.become(node, self.product(node, torch.zeros(0)), node.args[:1])
+            elif self.role(node) == CARRY and first(node) in self.affines:
+                self.affines[node] = self.entry(node)
+                if isinstance(self.layers.get(node), nn.MaxPool1d | nn.MaxPool2d):
+                    self.become(node, StaticMax(self.layers[node]), node.args)
+        for node in list(self.affines):
+            self.to_float(node)
+        self.graph.graph.eliminate_dead_code()
+        self.graph.delete_all_unused_submodules()
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    def edge(self, node: fx.Node) -> None:
+        """An edge disappears into the integer operation before it, or becomes the step from float to codes."""
+        edge, source = self.layers[node], first(node)
+        assert isinstance(edge, Edge) and source is not None
+        if edge.scheme.group == TOKEN:
+            for reader in list(node.users):
+                self.become(reader, self.on_tokens(reader), (source,))
+            return
+        behind, affine = source, edge.affine()
+        whole = affine
+        before = first(source)
+        if self.role(source) == RELU and before and fuses(before, self.roles):
+            affine, behind = clipped(affine, bound(self.graph, source)), before
+        make = MAKERS.get(self.role(behind))
+        inputs = [a for a in behind.args if isinstance(a, fx.Node)]
+        if make is None or not all(a in self.affines for a in inputs):
+            self.become(node, Quantize(whole, where=edge.where), (source,))
+        else:
+            self.become(node, make(self, behind, affine), tuple(inputs))
+        self.affines[node] = whole
+
+    def become(self, node: fx.Node, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Let a node call this module instead. It is named after the layer whose place it takes."""
+        name = str(node.target)
+        if isinstance(module, IntegerProduct):
+            name = module.where.removeprefix(self.prefix).lstrip(".")
+            if isinstance(self.graph.get_submodule(name), IntegerProduct):
+                name = f"{name}_{node.name}"  # a layer that is called twice has one integer form for each call
+        self.graph.add_submodule(name, module)
+        node.op, node.target, node.args, node.kwargs = "call_module", name, inputs, {}
+
+    def product(self, node: fx.Node, exit: Tensor) -> nn.Module:
+        """The integer form of a Linear or convolution."""
+        layer, where = self.layers[node], f"{self.prefix}.{node.target}".lstrip(".")
+        q = weight_of(layer, self.prepared.weights, where)
+        activations = self.prepared.activations
+        return StaticProduct(layer, q, entry=self.entry(node), exit=exit, activations=activations, where=where)
+
+    def on_tokens(self, node: fx.Node) -> nn.Module:
+        """The integer form of a Linear or convolution whose inputs are rounded as they come."""
+        where, activations = f"{self.prefix}.{node.target}".lstrip("."), self.prepared.activations
+        layer = self.layers[node]
+        q = weight_of(layer, self.prepared.weights, where)
+        return DynamicProduct.of(layer, q, activations=activations, where=where)
+
+    def total(self, node: fx.Node, exit: Tensor) -> nn.Module:
+        """The integer form of a sum."""
+        left, right = (self.affines[a] for a in node.args if isinstance(a, fx.Node))
+        return StaticAdd(left, right, exit)
+
+    def mean(self, node: fx.Node, exit: Tensor) -> nn.Module:
+        """The integer form of a mean."""
+        return StaticMean(self.function(node), self.entry(node), exit)
+
+    def table(self, node: fx.Node, exit: Tensor) -> nn.Module:
+        """The integer form of a function of one value."""
+        return Table(self.function(node), self.entry(node), exit, label=str(node.target))
+
+    def entry(self, node: fx.Node) -> Tensor:
+        """The affine of the codes that a node reads first."""
+        source = first(node)
+        assert source is not None
+        return self.affines[source]
+
+    def function(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+        """What a node computes of its first argument."""
+        if node.op == "call_module":
+            return self.layers[node]
+        return Call(node.op, node.target, tuple(node.args[1:]), dict(node.kwargs))
+
+    def to_float(self, node: fx.Node) -> None:
+        """Readers of codes that are not integer operations get floats."""
+        readers = [user for user in node.users if not self.reads_codes(user)]
+        if not readers:
+            return
+        name = f"{node.name}_float"
+        self.graph.add_submodule(name, Dequantize(self.affines[node]))
+        with self.graph.graph.inserting_after(node):
+            new = self.graph.graph.call_module(name, (node,))
+        for reader in readers:
+            reader.replace_input_with(node, new)
+
+    def reads_codes(self, node: fx.Node) -> bool:
+        """Whether a node computes on codes, or only asks for a shape."""
+        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        integer = isinstance(module, StaticProduct | StaticAdd | StaticMax | StaticMean | Table)
+        return integer or (node in self.affines and self.role(node) == CARRY) or self.role(node) == SHAPE
+
+    def leads_to_edge(self, node: fx.Node) -> bool:
+        """Whether an edge stands behind a node, or behind the ReLU that follows it."""
+        users = list(node.users)
+        if fuses(node, self.roles):
+            users = list(users[0].users)
+        return any(self.is_edge(user) for user in users)
+
+    def is_edge(self, node: fx.Node) -> bool:
+        """Whether a node is a place where values become codes."""
+        return isinstance(self.layers.get(node), Edge)
+
+    def role(self, node: Any) -> str:
+        """A node's role before rewriting; "" for what is no node."""
+        return self.roles.get(node, "") if isinstance(node, fx.Node) else ""
+
+
+MAKERS: dict[str, Callable[[Rewriting, fx.Node, Tensor], nn.Module]] = {
+    PRODUCT: Rewriting.product,
+    ADD: Rewriting.total,
+    MEAN: Rewriting.mean,
+    UNARY: Rewriting.table,
+    RELU: Rewriting.table,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function or method of a graph as a function of its first argument."""
+
+    op: str
+    target: Any
+    others: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.op == "call_method":
+            return getattr(x, self.target)(*self.others, **self.named)
+        return self.target(x, *self.others, **self.named)
+
+
+def clipped(affine: Tensor, highest: float) -> Tensor:
+    """The affine with its codes kept between those of 0 and of the highest value: a ReLU."""
+    scale, zero, low, high = affine.tolist()
+    top = min(high, zero + round(min(highest, 256 * scale) / scale))
+    return torch.tensor([scale, zero, max(low, zero), top])

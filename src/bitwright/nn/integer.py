@@ -1,0 +1,185 @@
+"""The arithmetic of integer layers: int8 × int8 summed in int32, and one float scale at the end.
+
+An activation is x ≈ s·(c − z), a weight w ≈ t·v with an int8 value v and a scale t of its output row, so
+
+    Σ x w = s·t·(Σ c v − z·Σ v)
+
+where Σ c v is a product of integers and z·Σ v a constant known beforehand (Jacob et al. 2018, arXiv:1712.05877, eq. 7).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.codec import choose, raw_scales, safe
+from bitwright.errors import SchemeError
+from bitwright.qtensor import QTensor
+from bitwright.scheme import TOKEN, Scheme
+
+CHUNK = 1 << 17  # outputs computed at a time
+MOST_INPUTS = (1 << 31) // (1 << 14) - 1  # products of at most 128 · 128 whose sum an int32 holds
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x int8 [T, K], w int8 [N, K] -> x wᵀ int32 [T, N], exactly. Every integer product of the package is this one."""
+    if x.shape[1] == 1:  # torch leaves the result as it finds it
+        return x.int() * w.int().T
+    return torch._int_mm(x.contiguous(), w.T)  # rows that overlap, as patches' may, come out wrong otherwise
+
+
+def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+    """constant + Σ_g scale_g · (x_g w_gᵀ): an integer product for each group of columns.
+
+    scale float32 [N, G], constant float32 [N] -> float32 [T, N]
+    """
+    if scale.shape[1] == 1:
+        return rescaled(product(x, w), scale[:, 0], constant)
+    g = -(-w.shape[1] // scale.shape[1])
+    total = constant.expand(len(x), -1).clone()
+    for columns, weights, of_group in zip(x.split(g, 1), w.split(g, 1), scale.unbind(1), strict=True):
+        total.addcmul_(product(columns, weights.contiguous()), of_group)
+    return total
+
+
+def rescaled(total: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+    """scale · total + constant: int32 [..., N], float32 [N] -> float32 [..., N]."""
+    return torch.addcmul(constant, total, scale)
+
+
+def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: float, high: float) -> Tensor:
+    """scale · (x wᵀ) + constant, rounded to codes low..high: int8 [T, K], [N, K], float32 [N] -> int8 [T, N].
+
+    Some rows at a time: what lies between stays in the cache.
+    """
+    codes = torch.empty(len(x), len(w), dtype=torch.int8, device=x.device)
+    rows = max(256, CHUNK // len(w))
+    for part, out in zip(x.split(rows), codes.split(rows), strict=True):
+        out.copy_(rescaled(product(part, w), scale, constant).round_().clamp_(low, high))
+    return codes
+
+
+# ------------------------------------------------------------------------------------------------------- convolutions
+
+
+@dataclass(frozen=True)
+class Window:
+    """The geometry of a convolution: pairs (height, width); a one-dimensional one has height 1.
+
+    padding counts the zeros at the left, right, top and bottom. A weight's columns are ordered [kh, kw, C / groups].
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int = 1
+
+    def padded(self, x: Tensor, value: float) -> Tensor:
+        """x [B, C, H, W] with its border."""
+        return torch.nn.functional.pad(x, self.padding, value=value) if any(self.padding) else x
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What each output position sees of a padded x [B, C, H, W]: a view [B, H', W', kh, kw, C]."""
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        rows, columns = ((n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, self.stride, strict=True))
+        batch, channel, row, column = x.stride()
+        sizes = (len(x), rows, columns, *self.kernel, x.shape[1])
+        steps = (row * self.stride[0], column * self.stride[1], row * self.dilation[0], column * self.dilation[1])
+        return x.as_strided(sizes, (batch, *steps, channel))
+
+
+Multiply = Callable[[Tensor, Tensor, slice], Tensor]  # rows [T, K], weights [n, K], which of the N outputs -> [T, n]
+
+
+def taps(patches: Tensor) -> list[Tensor]:
+    """Patches [B, H', W', kh, kw, C] as views [B, H', W', C], one for each place in the window."""
+    return [tap for row in patches.unbind(3) for tap in row.unbind(3)]
+
+
+def convolution(x: Tensor, w: Tensor, window: Window, multiply: Multiply) -> Tensor:
+    """A padded x int8 [B, C, H, W], w int8 [N, kh·kw·C / groups] -> [B, H', W', N], by a product for each group."""
+    patches = window.patches(x)
+    n, each = len(w) // window.groups, x.shape[1] // window.groups
+    outputs = []
+    for group, weights in enumerate(w.split(n)):
+        part = patches if window.groups == 1 else patches[..., group * each : (group + 1) * each]
+        outputs.append(multiply(_rows(part), weights, slice(group * n, group * n + n)))
+    whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return whole.view(*patches.shape[:3], len(w))
+
+
+def _rows(patches: Tensor) -> Tensor:
+    """Patches [B, H', W', kh, kw, C] as rows [B·H'·W', kh·kw·C]."""
+    if patches.shape[-1] >= 8:
+        return patches.flatten(3).flatten(0, 2)
+    return torch.cat(taps(patches), dim=-1).flatten(0, 2)  # few channels: a tap at a time is faster
+
+
+def depthwise(x: Tensor, w: Tensor, window: Window) -> Tensor:
+    """The same where each channel is a group of its own, int32: too thin for a matrix product, so tap by tap."""
+    patches = window.patches(x)
+    total = torch.zeros(*patches.shape[:3], len(w), dtype=torch.int32, device=w.device)
+    for tap, weight in zip(taps(patches), w.int().unbind(1), strict=True):
+        total.addcmul_(tap.int(), weight)
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+
+def codes_of_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows x [T, K] rounded as they come: codes int8 [T, K], scale [T, 1], zero [T, 1] or None.
+
+    A row with a NaN gets a NaN for its scale, so that it stays NaN, as in float.
+    """
+    x = x.float()
+    scale, zero = raw_scales(x[:, None], x.shape[1], scheme)
+    scaled = x / safe(scale)
+    return choose(scaled if zero is None else scaled.add_(zero), scheme).to(torch.int8), scale, zero
+
+
+def check_activations(scheme: Scheme, *groups: str) -> None:
+    """SchemeError for a scheme of activations whose codes are not integers, or whose scales are not of these groups."""
+    if scheme.group not in groups or not scheme.grid.startswith("int") or scheme.zero not in ("sym", "asym"):
+        message = f"activations of scheme {str(scheme)!r} cannot be multiplied as integers here"
+        raise SchemeError(message, remedy=f"int8-{groups[0]} or int8-{groups[0]}-asym, or fewer bits")
+    if scheme.group == TOKEN and scheme.scale != "f32":
+        raise SchemeError("scales taken as the tokens come are not stored", remedy="leave the scale encoding out")
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """values int8 [N, K] and scale float32 [N, G]: w ≈ scale · values."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
+    """The integers behind a quantized weight, zero points subtracted. SchemeError where they are not int8."""
+    grid, remedy = q.scheme.levels, "int2 to int8 (sym), int2 to int7 (asym), ternary, binary, fp4 or iq4nl"
+    if q.scheme.zero == "min" or q.scheme.grid in ("nf4", "fp8"):
+        raise SchemeError(f"weights of scheme {str(q.scheme)!r} are not integers", where=where, remedy=remedy)
+    if q.codes.shape[1] > MOST_INPUTS:
+        message = f"{q.codes.shape[1]} inputs may overflow an int32 sum"
+        raise SchemeError(message, where=where, remedy=f"at most {MOST_INPUTS}, or keep the layer in float")
+    half = 2 if q.scheme.grid == "fp4" else 1  # e2m1 counts in halves
+    if grid.levels is None:
+        values = q.codes.int()
+    else:
+        values = (torch.tensor(grid.levels, device=q.codes.device) * half).int()[q.codes.long()]
+    if q.scales.zero is not None:
+        zero = q.scales.zero.int()
+        g = q.scheme.group_length(q.codes.shape[1])
+        values = values - zero.repeat_interleave(g, dim=1)[:, : values.shape[1]]
+    if int(values.min()) < -128 or int(values.max()) > 127:
+        raise SchemeError(
+            f"weights of {str(q.scheme)!r} less their zero points exceed int8", where=where, remedy=remedy
+        )
+    scale = (q.scales.scale / half).expand(len(values), -1)
+    return IntegerWeight(values.to(torch.int8), scale.contiguous())

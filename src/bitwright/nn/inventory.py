@@ -1,0 +1,72 @@
+"""What became of each layer of a module: the answer to "is it really integer, and what is not?"."""
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from bitwright.nn.dynamic import Bf16
+from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, StaticProduct
+from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
+from bitwright.nn.trace import CARRY, MODULES, SHAPE, role
+
+INTEGER = (DynamicProduct, StaticProduct, StaticAdd, StaticMax, StaticMean, Table, IntegerEmbedding)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation. kind: "integer", "codes" (the steps into codes and out of them), "bf16" or "float"."""
+
+    name: str
+    kind: str
+    what: str
+    bytes: int
+
+
+class Inventory(tuple[Layer, ...]):
+    """The operations, in the order of the module; as text, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self), default=0)
+        return "\n".join(f"{each.name:{width}}  {each.kind:8} {each.bytes:>10,}  {each.what}" for each in self)
+
+
+def layers(module: nn.Module) -> Inventory:
+    """What each operation of a converted (or float) module is computed in; the float islands among them.
+
+    Operations written in the forward of a module that could not be traced are float, and are its own business: the
+    list names such a module once.
+    """
+    found: list[Layer] = []
+    _collect(module, "", found)
+    return Inventory(found)
+
+
+def _collect(module: nn.Module, name: str, found: list[Layer]) -> None:
+    kind = _kind(module)
+    if kind or not list(module.children()):
+        if MODULES.get(type(module)) != CARRY:  # what only moves values is computed in nothing
+            found.append(
+                Layer(name, kind or "float", f"{type(module).__name__}({module.extra_repr()})", _bytes(module))
+            )
+        return
+    if isinstance(module, fx.GraphModule):
+        for node in module.graph.nodes:
+            plain = node.op in ("call_function", "call_method") and role(module, node) not in (CARRY, SHAPE)
+            if plain:
+                found.append(Layer(f"{name}.{node.name}".lstrip("."), "float", str(node.target), 0))
+    for child_name, child in module.named_children():
+        _collect(child, f"{name}.{child_name}".lstrip("."), found)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, INTEGER):
+        return "integer"
+    if isinstance(module, Quantize | Dequantize):
+        return "codes"
+    return "bf16" if isinstance(module, Bf16) else ""
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())

@@ -1,0 +1,224 @@
+"""Integer layers: Linear and convolutions on inputs rounded as they come (dynamic) or on codes (static), and Embedding."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import SchemeError
+from bitwright.nn.integer import (
+    IntegerWeight,
+    Multiply,
+    Window,
+    codes_of_rows,
+    convolution,
+    depthwise,
+    integer_weight,
+    requantized,
+    rescaled,
+    scaled_product,
+)  # fmt: skip
+from bitwright.qtensor import QTensor
+from bitwright.scheme import CHANNEL, TENSOR, Scheme
+
+Source = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
+class IntegerProduct(nn.Module):
+    """What a static and a dynamic layer share: the int8 weights, and their product with codes.
+
+    codes  int8 [N, K]: the weights' integers, K = kh·kw·C / groups for a convolution, in this order
+    """
+
+    codes: Tensor
+
+    def __init__(self, source: Source, weight: IntegerWeight, *, label: str, where: str) -> None:
+        super().__init__()
+        self.window = window_of(source, where)
+        self.flat = isinstance(source, nn.Conv1d)  # one axis less than the arithmetic's
+        self.channels = source.in_features if isinstance(source, nn.Linear) else source.in_channels
+        self.depthwise = self.window is not None and self.window.groups == self.channels == len(weight.values)
+        self.label, self.where = label, where
+        self.register_buffer("codes", weight.values)
+
+    def check(self, x: Tensor) -> None:
+        """SchemeError for an input of another width than the weights'."""
+        axis = -1 if self.window is None else -2 if self.flat else -3
+        if x.ndim < -axis or x.shape[axis] != self.channels:
+            message = f"an input of shape {tuple(x.shape)}, where axis {axis} should be {self.channels}"
+            raise SchemeError(message, where=self.where, remedy="give it what the float module was made for")
+
+    def multiplied(self, x: Tensor, multiply: Multiply) -> Tensor:
+        """x int8 [..., K] or a padded [B, C, H, W] -> [..., N] or [B, H', W', N], through one product or several."""
+        if self.window is not None:
+            return convolution(x, self.codes, self.window, multiply)
+        return multiply(x.reshape(-1, x.shape[-1]), self.codes, slice(None)).view(*x.shape[:-1], len(self.codes))
+
+    def accumulated(self, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+        """constant + scale · (x wᵀ) in float32; x as in `multiplied`, scale [N, G]."""
+        if self.depthwise and self.window is not None:
+            return rescaled(depthwise(x, self.codes, self.window), scale[:, 0], constant)
+        return self.multiplied(x, lambda rows, w, n: scaled_product(rows, w, scale[n], constant[n]))
+
+    def images(self, x: Tensor) -> Tensor:
+        """x with the axes [B, C, H, W]."""
+        x = x.unsqueeze(-2) if self.flat else x
+        return x.unsqueeze(0) if x.ndim == 3 else x
+
+    def like(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [B, H', W', N] with the axes that the input x had; stored with the channels last."""
+        y = y.permute(0, 3, 1, 2)
+        y = y.squeeze(-2) if self.flat else y
+        return y if y.ndim == x.ndim else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} → {len(self.codes)}, {self.label}"
+
+
+class DynamicProduct(IntegerProduct):
+    """Linear or convolution whose inputs are rounded as they come: each row, or each image, by its own range.
+
+    scale  float32 [N, G]: the weights';  sums float32 [N]: Σ w of each output, which a zero point is multiplied by
+    bias   float32 [N]
+    """
+
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor
+
+    def __init__(self, source: Source, weight: IntegerWeight, *, activations: Scheme, label: str, where: str) -> None:
+        super().__init__(source, weight, label=label, where=where)
+        self.activations = activations
+        N, bias = len(weight.values), source.bias
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("sums", row_sums(weight) if activations.zero == "asym" else torch.zeros(0))
+        self.register_buffer("bias", torch.zeros(N) if bias is None else bias.detach().float().clone())
+
+    @classmethod
+    def of(cls, source: Source, q: QTensor, *, activations: Scheme, where: str) -> Self:
+        """The layer whose weights were quantized to q, in the order of `matrix`."""
+        weight = integer_weight(q, where=where)
+        return cls(source, weight, activations=activations, label=f"{q.scheme} × {activations}", where=where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        x = x.detach()
+        if self.window is None:
+            codes, s, z = codes_of_rows(x.reshape(-1, x.shape[-1]), self.activations)
+            y = torch.addcmul(self.bias, self.centred(codes, z), s)
+            return y.view(*x.shape[:-1], len(self.codes)).to(x.dtype)
+        images = self.window.padded(self.images(x), 0.0).permute(0, 2, 3, 1)  # before rounding: 0 has a code
+        rows, s, z = codes_of_rows(images.reshape(len(images), -1), self.activations)
+        codes = rows.view(images.shape).permute(0, 3, 1, 2)
+        s, z = s[..., None, None], None if z is None else z[..., None, None]
+        return self.like(torch.addcmul(self.bias, self.centred(codes, z), s), x).to(x.dtype)
+
+    def centred(self, codes: Tensor, z: Tensor | None) -> Tensor:
+        """Σ (c − z) w, in float32."""
+        y = self.accumulated(codes, self.scale, torch.zeros_like(self.bias))
+        return y if z is None else y.sub_(z * self.sums)
+
+
+class StaticProduct(IntegerProduct):
+    """Linear or convolution on codes of a known scale, to codes of the next layer's, or to float.
+
+    multiplier  float32 [N, G]: s_in · s_w / s_out
+    constant    float32 [N]: bias / s_out + z_out − z_in · Σ w · s_in / s_out
+    entry       float32 [2]: scale and zero point of the input's codes
+    exit        float32 [4]: scale, zero point, lowest and highest code of the output; [0]: the output is float
+    """
+
+    multiplier: Tensor
+    constant: Tensor
+    entry: Tensor
+    exit: Tensor
+
+    def __init__(
+        self, source: Source, q: QTensor, *, entry: Tensor, exit: Tensor, activations: Scheme, where: str
+    ) -> None:
+        weight = integer_weight(q, where=where)
+        super().__init__(source, weight, label=f"{q.scheme} × {activations}", where=where)
+        s_in, z_in = entry.double()[:2]
+        s_out, z_out = exit.double()[:2] if len(exit) else torch.tensor([1.0, 0.0], dtype=torch.float64)
+        bias = torch.zeros(len(weight.values)) if source.bias is None else source.bias.detach()
+        constant = (bias.double() - z_in * s_in * row_sums(weight).double()) / s_out + z_out
+        self.register_buffer("multiplier", (weight.scale.double() * s_in / s_out).float())
+        self.register_buffer("constant", constant.float())
+        self.register_buffer("entry", entry[:2].clone())
+        self.register_buffer("exit", exit.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        codes = x if self.window is None else self.window.padded(self.images(x), float(self.entry[1]))
+        y = self.rounded(codes) if len(self.exit) else self.accumulated(codes, self.multiplier, self.constant)
+        return y if self.window is None else self.like(y, x)
+
+    def rounded(self, codes: Tensor) -> Tensor:
+        """The output's codes."""
+        low, high = self.exit[2:].tolist()
+        scale, constant = self.multiplier, self.constant
+        if scale.shape[1] > 1 or self.depthwise:
+            return self.accumulated(codes, scale, constant).round_().clamp_(low, high).to(torch.int8)
+        return self.multiplied(codes, lambda rows, w, n: requantized(rows, w, scale[n, 0], constant[n], low, high))
+
+
+class IntegerEmbedding(nn.Module):
+    """Embedding [V, E] with a scale for each row; float32 comes out. codes int8 [V, E], scale float32 [V, G]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, q: QTensor, *, where: str) -> None:
+        super().__init__()
+        weight = integer_weight(q, where=where)
+        self.label, self.where = str(q.scheme), where
+        self.register_buffer("codes", weight.values)
+        self.register_buffer("scale", weight.scale)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """index [...] -> [..., E]."""
+        rows, scale = self.codes[index].float(), self.scale[index]
+        g = -(-rows.shape[-1] // scale.shape[-1])
+        return rows * scale.repeat_interleave(g, dim=-1)[..., : rows.shape[-1]]
+
+    def extra_repr(self) -> str:
+        return f"{self.codes.shape[0]}, {self.codes.shape[1]}, {self.label}"
+
+
+def row_sums(weight: IntegerWeight) -> Tensor:
+    """Σ w of each output [N], of the weights as they are stored."""
+    g = -(-weight.values.shape[1] // weight.scale.shape[1])
+    sums = torch.stack([part.sum(1) for part in weight.values.double().split(g, 1)], dim=1)
+    return (sums * weight.scale).sum(1).float()
+
+
+def window_of(source: Source, where: str = "") -> Window | None:
+    """The geometry of a convolution; None for Linear. SchemeError for borders that are not zeros."""
+    if isinstance(source, nn.Linear):
+        return None
+    if source.padding_mode != "zeros":
+        remedy = 'padding_mode="zeros", or keep the layer in float'
+        raise SchemeError(
+            f"convolutions padded by {source.padding_mode!r} have no integer form", where=where, remedy=remedy
+        )
+    left, right, *rows = source._reversed_padding_repeated_twice
+    top, bottom = rows or (0, 0)
+    kernel, stride, dilation = (_pair(tuple(each)) for each in (source.kernel_size, source.stride, source.dilation))
+    return Window(kernel, stride, (left, right, top, bottom), dilation, source.groups)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of one or two sizes."""
+    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def matrix(w: Tensor) -> Tensor:
+    """A weight [N, ...] as [N, K], the channels of a convolution last: the order in which patches are read."""
+    return w.movedim(1, -1).flatten(1) if w.ndim > 2 else w
+
+
+def check_group(scheme: Scheme, source: nn.Module, where: str) -> None:
+    """SchemeError for groups along K in a convolution: its integer form sums over all of K at once."""
+    if not isinstance(source, nn.Linear | nn.Embedding) and scheme.group not in (CHANNEL, TENSOR):
+        message = f"a {type(source).__name__} has no integer form with groups of {scheme.group}"
+        raise SchemeError(message, where=where, remedy="a scheme by channel, such as int8-channel")

@@ -1,0 +1,66 @@
+"""Which values of a graph will be codes."""
+
+from torch import fx, nn
+
+from bitwright.nn.dynamic import Kept
+from bitwright.nn.trace import ADD, CARRY, MEAN, OTHER, PRODUCT, RELU, UNARY, kind, role
+
+FOLLOWS = (ADD, MEAN, UNARY, RELU, CARRY)  # computed on codes if, and only if, codes come in and are wanted behind
+
+
+def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Kept) -> str:
+    """A node's role; OTHER for what is kept, and for convolutions and pools without an integer form."""
+    if node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        if has_no_integer_form(layer) or kept.covers(f"{prefix}.{node.target}".lstrip(".")):
+            return OTHER
+    return role(graph, node)
+
+
+def has_no_integer_form(layer: nn.Module) -> bool:
+    """Whether a convolution's border, or what a pool is to give, is more than integers here can do."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return layer.padding_mode != "zeros"
+    return isinstance(layer, nn.MaxPool1d | nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices)
+
+
+def role_of(module: nn.Module) -> str:
+    """PRODUCT for Linear and convolutions, else OTHER."""
+    return PRODUCT if kind(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) else OTHER
+
+
+def fuses(node: fx.Node, roles: dict[fx.Node, str]) -> bool:
+    """Whether a product or a sum has a ReLU behind it that is its only reader, and is computed with it."""
+    users = list(node.users)
+    return roles[node] in (PRODUCT, ADD) and len(users) == 1 and roles.get(users[0]) == RELU
+
+
+def codes(graph: fx.GraphModule, roles: dict[fx.Node, str]) -> set[fx.Node]:
+    """The nodes whose values will be codes.
+
+    A product's are if a product reads them, directly or behind operations that work on codes. Such an operation needs
+    all of its inputs as codes; one that lacks them becomes OTHER in `roles`, which may change what is wanted before it.
+    """
+    nodes = list(graph.graph.nodes)
+    while True:
+        wanted: set[fx.Node] = set()
+        for node in reversed(nodes):
+            if any(roles[u] == PRODUCT or (roles[u] in FOLLOWS and u in wanted) for u in node.users):
+                wanted.add(node)
+        emits: set[fx.Node] = set()
+        for node in nodes:
+            if node in wanted and (
+                roles[node] == PRODUCT or (roles[node] in FOLLOWS and _all_codes(node, roles, emits))
+            ):
+                emits.add(node)
+        lacking = [node for node in wanted - emits if roles[node] in FOLLOWS]
+        if not lacking:
+            return emits
+        roles.update(dict.fromkeys(lacking, OTHER))
+
+
+def _all_codes(node: fx.Node, roles: dict[fx.Node, str], emits: set[fx.Node]) -> bool:
+    """Whether all values that a node reads are codes; a sum needs two of them."""
+    if roles[node] == ADD:
+        return len(node.args) == 2 and all(isinstance(a, fx.Node) and a in emits for a in node.args) and not node.kwargs
+    return bool(node.args) and isinstance(node.args[0], fx.Node) and node.args[0] in emits

@@ -1,0 +1,130 @@
+"""What stands between static layers: into codes and out of them, sums, means, and tables of functions of one value."""
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.nn.integer import Window, taps
+
+# An affine is a float32 tensor [scale, zero point, lowest code, highest code] of an int8 tensor: x = scale · (code − zero).
+
+
+def to_codes(y: Tensor, affine: Tensor) -> Tensor:
+    """Values already divided by the scale, zero point added, rounded to codes. Changes y."""
+    low, high = affine[2:].tolist()
+    return y.round_().clamp_(low, high).to(torch.int8)
+
+
+class Quantize(nn.Module):
+    """Float to codes."""
+
+    affine: Tensor
+
+    def __init__(self, affine: Tensor, *, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.register_buffer("affine", affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_codes(x.float() / self.affine[0] + self.affine[1], self.affine)
+
+
+class Dequantize(nn.Module):
+    """Codes to float32."""
+
+    affine: Tensor
+
+    def __init__(self, affine: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("affine", affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() - self.affine[1]) * self.affine[0]
+
+
+class StaticAdd(nn.Module):
+    """Codes + codes -> codes of another scale.
+
+    left, right: the inputs' affines; exit: the output's. y = a · s_a / s + b · s_b / s + constant.
+    """
+
+    left: Tensor
+    right: Tensor
+    exit: Tensor
+    factors: Tensor
+
+    def __init__(self, left: Tensor, right: Tensor, exit: Tensor) -> None:
+        super().__init__()
+        constant = exit[1] - (left[0] * left[1] + right[0] * right[1]) / exit[0]
+        for name, value in (("left", left), ("right", right), ("exit", exit)):
+            self.register_buffer(name, value)
+        self.register_buffer("factors", torch.stack([left[0] / exit[0], right[0] / exit[0], constant]))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y = torch.addcmul(self.factors[2], a, self.factors[0])
+        return to_codes(y.addcmul_(b, self.factors[1]), self.exit)
+
+
+class StaticMean(nn.Module):
+    """A pooling that averages, codes to codes of another scale."""
+
+    entry: Tensor
+    exit: Tensor
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], entry: Tensor, exit: Tensor) -> None:
+        super().__init__()
+        self.pool = pool
+        self.register_buffer("entry", entry)
+        self.register_buffer("exit", exit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.pool(x.float() - self.entry[1])  # zeros of a border are zeros
+        return to_codes(mean * (self.entry[0] / self.exit[0]) + self.exit[1], self.exit)
+
+
+class StaticMax(nn.Module):
+    """A max pool of codes, tap by tap: torch's takes int8 images of up to 127 pixels only."""
+
+    def __init__(self, source: nn.MaxPool1d | nn.MaxPool2d) -> None:
+        super().__init__()
+        self.flat = isinstance(source, nn.MaxPool1d)
+
+        def pair(size: int | tuple[int, ...], height: int) -> tuple[int, int]:
+            width = size if isinstance(size, int) else size[-1]
+            return (height, width) if self.flat else (size if isinstance(size, int) else size[0], width)
+
+        top, left = pair(source.padding, 0)
+        kernel, stride, dilation = pair(source.kernel_size, 1), pair(source.stride, 1), pair(source.dilation, 1)
+        self.window = Window(kernel, stride, (left, left, top, top), dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x int8 [B, C, H, W] or [B, C, L], or without B."""
+        images = x.unsqueeze(-2) if self.flat else x
+        images = images.unsqueeze(0) if images.ndim == 3 else images
+        y = reduce(torch.maximum, taps(self.window.patches(self.window.padded(images, -128)))).permute(0, 3, 1, 2)
+        y = y.squeeze(-2) if self.flat else y
+        return y if y.ndim == x.ndim else y.squeeze(0)
+
+
+class Table(nn.Module):
+    """A function of one value, codes to codes: its value at each of the 256. table int8 [256], of codes from −128 on."""
+
+    table: Tensor
+    entry: Tensor
+    exit: Tensor
+
+    def __init__(self, f: Callable[[Tensor], Tensor], entry: Tensor, exit: Tensor, *, label: str) -> None:
+        super().__init__()
+        x = (torch.arange(-128.0, 128.0) - entry[1]) * entry[0]
+        self.label = label
+        self.register_buffer("table", to_codes(f(x) / exit[0] + exit[1], exit))
+        self.register_buffer("entry", entry)
+        self.register_buffer("exit", exit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[x.int() + 128]
+
+    def extra_repr(self) -> str:
+        return self.label
