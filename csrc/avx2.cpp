@@ -7,6 +7,8 @@ namespace {
 constexpr int LANES = 8;
 #include "rounding.h"
 #include "search.h"
+#include "superblocks.h"
+#include "encode.h"
 #include "columns.h"
 #include "tuning.h"
 #include "dot.h"
@@ -15,6 +17,6 @@ constexpr int LANES = 8;
 #include "dense.h"
 #include "attention.h"
 }
-extern const Kernels avx2_kernels{"avx2", search, pick, visit, sweep, tune, round_inputs, multiply,
+extern const Kernels avx2_kernels{"avx2", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
                                    dense, attend, gate};
 }  // namespace bitwright

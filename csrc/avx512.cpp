@@ -7,6 +7,8 @@ namespace {
 constexpr int LANES = 16;
 #include "rounding.h"
 #include "search.h"
+#include "superblocks.h"
+#include "encode.h"
 #include "columns.h"
 #include "tuning.h"
 #include "dot.h"
@@ -15,6 +17,6 @@ constexpr int LANES = 16;
 #include "dense.h"
 #include "attention.h"
 }
-extern const Kernels avx512_kernels{"avx512", search, pick, visit, sweep, tune, round_inputs, multiply,
+extern const Kernels avx512_kernels{"avx512", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
                                    dense, attend, gate};
 }  // namespace bitwright

@@ -53,9 +53,7 @@ const float *data_of(std::optional<Array> &array) {
 
 // For a group of g weights in MOST_LANES rows.
 float *room_of_group(ptrdiff_t g) {
-    size_t n = 1;
-    while (n < (size_t)g) n *= 2;
-    return scratch((3 * MOST_LANES + 1) * n).data();
+    return scratch((2 * MOST_LANES + 1) * g).data();
 }
 
 Format make_format(int zero, int encoding, float lo, float hi, float first, float reach, const std::vector<float> &level,
@@ -90,22 +88,50 @@ void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector fact
     });
 }
 
-void pick(const Format &f, Matrix w, Vector weight, Cube scales, std::optional<Cube> zeros, ptrdiff_t g, Out error, Out scale,
-          std::optional<Out> zero, int threads) {
-    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0, C = scales.shape(0);
-    require(g > 0 && C > 0 && weight.shape(0) == K, "weight must have K entries, scales a first axis");
-    require(scales.shape(1) == N && scales.shape(2) == G, "scales must be [C, N, G]");
-    shaped(error, N, G, "error must be [N, G]");
+void refine(const Format &f, Matrix w, Vector weight, Matrix move, Out scale, std::optional<Out> zero, Out outer,
+            std::optional<Out> outer_zero, float low, float high, ptrdiff_t g, ptrdiff_t rounds, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0, S = (K + 255) / 256;
+    require(g >= 16 && 256 % g == 0 && weight.shape(0) == K, "weight must have K entries, groups fill blocks of 256");
+    shaped(move, move.shape(0), 2, "move must be [C, 2]");
     shaped(scale, N, G, "scale must be [N, G]");
-    require(zeros.has_value() == (f.zero != SYM) && zero.has_value() == (f.zero != SYM), "zeros go with formats that have one");
+    shaped(outer, N, S, "outer must be [N, S]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    require(outer_zero.has_value() == (f.zero == MIN), "outer_zero goes with formats that have a minimum");
     if (zero) shaped(*zero, N, G, "zero must be [N, G]");
-    if (zeros) require(zeros->shape(0) == C && zeros->shape(1) == N && zeros->shape(2) == G, "zeros must be [C, N, G]");
-    Pick a{w.data(), weight.data(), scales.data(), data_of(zeros), error.data(), scale.data(), zero ? zero->data() : nullptr,
-           (ptrdiff_t)C, (ptrdiff_t)N, (ptrdiff_t)K, g};
+    if (outer_zero) shaped(*outer_zero, N, S, "outer_zero must be [N, S]");
+    Refine a{w.data(), weight.data(), move.data(), scale.data(), zero ? zero->data() : nullptr, outer.data(),
+             outer_zero ? outer_zero->data() : nullptr, low, high, (ptrdiff_t)K, g, (ptrdiff_t)move.shape(0), rounds};
     nb::gil_scoped_release unlocked;
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->pick(f, a, room_of_group(g), first, last);
+        chosen->refine(f, a, room_of_group(256), first, last);
     });
+}
+
+void encode(const Format &f, Matrix w, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g, Codes codes, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
+    shaped(scale, N, G, "scale must be [N, G]");
+    shaped(codes, N, K, "codes must be [N, K]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, N, G, "zero must be [N, G]");
+    Encode a{w.data(), scale.data(), data_of(zero), bytes_of(codes), (ptrdiff_t)K, g};
+    nb::gil_scoped_release unlocked;
+    share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->encode(f, a, first, last); });
+}
+
+void missed(const Format &f, Matrix w, Vector weight, Codes codes, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g,
+            Out sums, int threads) {
+    size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
+    require(g % MOST_LANES == 0 || (size_t)g == K, "groups must be of whole vectors, or of whole rows");
+    require(weight.shape(0) == K, "weight must have K entries");
+    shaped(codes, N, K, "codes must be [N, K]");
+    shaped(scale, N, G, "scale must be [N, G]");
+    shaped(sums, 2, N, "sums must be [2, N]");
+    require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
+    if (zero) shaped(*zero, N, G, "zero must be [N, G]");
+    Missed a{w.data(), weight.data(), bytes_of(codes), scale.data(), data_of(zero), sums.data(), sums.data() + N,
+             (ptrdiff_t)K, g};
+    nb::gil_scoped_release unlocked;
+    share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->missed(f, a, first, last); });
 }
 
 void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups group, Matrix scale, std::optional<Matrix> zero,
@@ -201,9 +227,13 @@ NB_MODULE(_native, m) {
     // Nothing is converted on the way in: a converted copy would swallow what is written to it.
     m.def("search", &search, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
           "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
-    m.def("pick", &pick, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "scales"_a.noconvert(),
-          "zeros"_a.noconvert().none(), "g"_a, "error"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(),
-          "threads"_a);
+    m.def("refine", &refine, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "move"_a.noconvert(),
+          "scale"_a.noconvert(), "zero"_a.noconvert().none(), "outer"_a.noconvert(), "outer_zero"_a.noconvert().none(),
+          "low"_a, "high"_a, "g"_a, "rounds"_a, "threads"_a);
+    m.def("encode", &encode, "format"_a, "w"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(), "g"_a,
+          "codes"_a.noconvert(), "threads"_a);
+    m.def("missed", &missed, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "codes"_a.noconvert(),
+          "scale"_a.noconvert(), "zero"_a.noconvert().none(), "g"_a, "sums"_a.noconvert(), "threads"_a);
     m.def("visit", &visit, "format"_a, "aim"_a.noconvert(), "original"_a.noconvert(), "spread"_a.noconvert(),
           "group"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "errors"_a.noconvert(), "threads"_a);

@@ -38,13 +38,33 @@ struct Search {
     ptrdiff_t K, g, steps;
 };
 
-// The best of C given scales and zeros for every group; methods/superblocks.py.
-struct Pick {
+// Better integers and f16s for the scales of super-blocks of 256; methods/superblocks.py.
+struct Refine {
     const float *w;         // [N, K]
     const float *weight;    // [K] importance
-    const float *scales, *zeros;  // [C, N, G]; zeros null if the format has none
-    float *error, *scale, *zero;  // [N, G] out: the squared error, and what gave it
-    ptrdiff_t C, N, K, g;
+    const float *move;      // [moves, 2] what is tried around the integers of a group's scale and minimum
+    float *scale, *zero;    // [N, G] in and out; zero null if the format has none
+    float *outer, *outer_zero;  // [N, S] in and out
+    float low, high;        // the integers that there are
+    ptrdiff_t K, g, moves, rounds;
+};
+
+// Round to nearest under given scales; codec.py.
+struct Encode {
+    const float *w;         // [N, K]
+    const float *scale, *zero;  // [N, G]; zero null if the format has none
+    int8_t *codes;          // [N, K] out
+    ptrdiff_t K, g;
+};
+
+// What each row's rounding loses, and what there was to lose; loss.py.
+struct Missed {
+    const float *w;         // [N, K]
+    const float *weight;    // [K] importance
+    const int8_t *codes;    // [N, K]
+    const float *scale, *zero;  // [N, G]; zero null if the format has none
+    float *lost, *whole;    // [N] out
+    ptrdiff_t K, g;
 };
 
 // Round columns in turn, each error carried on to the later ones; methods/gptq.py.
@@ -139,7 +159,9 @@ struct Attention {
 struct Kernels {
     const char *name;
     void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
-    void (*pick)(const Format &, const Pick &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*refine)(const Format &, const Refine &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*encode)(const Format &, const Encode &, ptrdiff_t first, ptrdiff_t last);
+    void (*missed)(const Format &, const Missed &, ptrdiff_t first, ptrdiff_t last);
     void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);

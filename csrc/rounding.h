@@ -86,22 +86,37 @@ static Vec stored_scale(Vec x, int encoding) {
     return x;
 }
 
-// LANES numbers w under scales s (d: to divide by) and zeros z: the values that the nearest codes stand for, and, in
-// `decoded`, the weights that gives.
-static inline Vec round_to(const Format &f, Vec w, Vec s, Vec d, Vec z, Vec &decoded) {
-    Vec lo = all(f.lo), hi = all(f.hi), x, value;
-    if (f.levels) {
-        x = w / d;
-        value = all(f.level[0]);
+// What inner loops are compiled for: the three kinds of Zero, and codebooks.
+constexpr int CODEBOOK = 3;
+
+// The values that the codes nearest to x = w / s (+ z) stand for and, in `decoded`, the weights that gives.
+template <int kind>
+static inline Vec rounded(const Format &f, Vec x, Vec s, Vec z, Vec &decoded) {
+    if constexpr (kind == CODEBOOK) {
+        Vec value = all(f.level[0]);
         for (int k = 0; k + 1 < f.levels; k++) value = x > all(f.middle[k]) ? all(f.level[k + 1]) : value;
         decoded = value * s;
         return value;
     }
-    x = f.zero == SYM ? w / d : f.zero == ASYM ? w / d + z : (w - z) / d;
+    Vec lo = all(f.lo), hi = all(f.hi);
     x = x < lo ? lo : x;
-    value = nearest(x > hi ? hi : x);
-    decoded = f.zero == SYM ? value * s : f.zero == ASYM ? (value - z) * s : value * s + z;
+    Vec value = nearest(x > hi ? hi : x);
+    decoded = kind == SYM ? value * s : kind == ASYM ? (value - z) * s : value * s + z;
     return value;
+}
+
+// LANES numbers w under scales s (d: to divide by) and zeros z.
+static inline Vec round_to(const Format &f, Vec w, Vec s, Vec d, Vec z, Vec &decoded) {
+    if (f.levels) return rounded<CODEBOOK>(f, w / d, s, z, decoded);
+    if (f.zero == SYM) return rounded<SYM>(f, w / d, s, z, decoded);
+    return f.zero == ASYM ? rounded<ASYM>(f, w / d + z, s, z, decoded) : rounded<MIN>(f, (w - z) / d, s, z, decoded);
+}
+
+// The same by the inverse of d, as searches do, for division is slow; a weight half way may go the other way.
+template <int kind>
+static inline Vec round_by(const Format &f, Vec w, Vec s, Vec inverse, Vec z, Vec &decoded) {
+    Vec x = kind == MIN ? (w - z) * inverse : kind == ASYM ? w * inverse + z : w * inverse;
+    return rounded<kind>(f, x, s, z, decoded);
 }
 
 // The codes that stand for values.

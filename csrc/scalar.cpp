@@ -5,6 +5,8 @@ namespace {
 constexpr int LANES = 4;
 #include "rounding.h"
 #include "search.h"
+#include "superblocks.h"
+#include "encode.h"
 #include "columns.h"
 #include "tuning.h"
 #include "dot.h"
@@ -13,6 +15,6 @@ constexpr int LANES = 4;
 #include "dense.h"
 #include "attention.h"
 }
-extern const Kernels scalar_kernels{"scalar", search, pick, visit, sweep, tune, round_inputs, multiply,
+extern const Kernels scalar_kernels{"scalar", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
                                    dense, attend, gate};
 }  // namespace bitwright

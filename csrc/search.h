@@ -13,22 +13,46 @@ static inline float folded(float *x, int n) {
     return x[0];
 }
 
-// One group of g weights in LANES rows: weights v, the values c of their codes, room t, each [g, LANES], t with zeros up
-// to n = 2^k; importance u [g]. low, high: the range of each row, with 0 in it.
+#define INLINE __attribute__((always_inline)) inline
+#define EACH __attribute__((always_inline))  // a term of a sum
+
+template <int kind>
+struct Kind {
+    static constexpr int value = kind;
+};
+
+// One group of g weights in LANES rows: weights v and the values c of their codes, each [g, LANES]; importance u [g].
+// low, high: the range of each row, with 0 in it.
 struct Group {
-    float *v, *c, *t, *u;
-    int g, n;
+    float *v, *c, *u;
+    int g;
     Vec low, high, mean, total_uv, total_u;
 };
 
-// Sum of t over the group, in halves; overwrites t.
-static inline Vec folded(Group &p) {
-    int n = p.n;
-    while (n > 1) {
-        n /= 2;
-        for (int i = 0; i < n; i++) store(p.t + i * LANES, load(p.t + i * LANES) + load(p.t + (i + n) * LANES));
-    }
-    return load(p.t);
+// Sum in halves of term(0) to term(n - 1): the first half is added to the second, the first quarter of that to its second.
+template <int n, int h = 1, class Term>
+static INLINE auto halved(const Term &term, int i = 0) {
+    if constexpr (h == n)
+        return term(i);
+    else
+        return halved<n, 2 * h>(term, i) + halved<n, 2 * h>(term, i + h);
+}
+
+// The same for n = 16 · apart terms, of which the first g are there: those of i, i + h, i + 2 h and so on.
+template <class Term>
+static auto halved_far(const Term &term, int g, int apart, int i, int h) -> decltype(term(0)) {
+    if (h < apart) return halved_far(term, g, apart, i, 2 * h) + halved_far(term, g, apart, i + h, 2 * h);
+    return halved<16>([&](int k) EACH { return i + k * apart < g ? term(i + k * apart) : decltype(term(0)){}; });
+}
+
+// Sum in halves over a group.
+template <class Term>
+static INLINE auto folded(const Group &p, const Term &term) {
+    if (p.g == 16) return halved<16>(term);
+    if (p.g == 32) return halved<32>(term);
+    int apart = 1;
+    while (16 * apart < p.g) apart *= 2;
+    return halved_far(term, p.g, apart, 0, 1);
 }
 
 // The range's own scale and zero, narrowed.
@@ -49,23 +73,31 @@ static void from_range(const Format &f, Group &p, float shrink, float factor, Ve
     zero = zero > last ? last : zero;
 }
 
+// Sums over a group that least squares needs: of u c², u c w, u c.
+struct Moments {
+    Vec cc, cv, c1;
+    INLINE Moments operator+(const Moments &o) const { return {cc + o.cc, cv + o.cv, c1 + o.c1}; }
+};
+
+// The moments of the codes' values in c.
+template <int kind>
+static Moments moments_of(Group &p, Vec zero) {
+    return folded(p, [&](int i) EACH {
+        Vec c = kind == ASYM ? load(p.c + i * LANES) - zero : load(p.c + i * LANES), uc = p.u[i] * c;
+        return Moments{uc * c, uc * load(p.v + i * LANES), uc};
+    });
+}
+
 // Replace scale and zero by those of least Σ u (v - decoded)² for the codes' values in c; keep them where there are none.
-static void least_squares(const Format &f, Group &p, Vec &scale, Vec &zero) {
-    for (int i = 0; i < p.g; i++) {
-        Vec c = load(p.c + i * LANES);
-        if (f.zero == ASYM) store(p.c + i * LANES, c -= zero);
-        store(p.t + i * LANES, p.u[i] * c * c);
-    }
-    Vec cc = folded(p);
-    for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.c + i * LANES) * load(p.v + i * LANES));
-    Vec cv = folded(p);
-    if (f.zero != MIN) {
+template <int kind>
+static void least_squares(Group &p, Vec &scale, Vec &zero) {
+    auto [cc, cv, c1] = moments_of<kind>(p, zero);
+    if constexpr (kind != MIN) {
         Vec solved = cv / safe(cc);
         scale = same_sign(solved, scale) & finite(solved) ? solved : scale;
         return;
     }
-    for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.c + i * LANES));
-    Vec c1 = folded(p), n = p.total_u, v1 = p.total_uv;
+    Vec n = p.total_u, v1 = p.total_uv;
     Vec det = n * cc - c1 * c1;
     Vec solved = (n * cv - c1 * v1) / safe(det);
     Vec low = (v1 - solved * c1) / safe(n);
@@ -77,15 +109,15 @@ static void least_squares(const Format &f, Group &p, Vec &scale, Vec &zero) {
 }
 
 // The squared error under a scale and zero; leaves the codes' values in c.
+template <int kind>
 static Vec error_of(const Format &f, Group &p, Vec scale, Vec zero) {
-    Vec d = safe(scale), decoded;
-    for (int i = 0; i < p.g; i++) {
-        Vec v = load(p.v + i * LANES);
-        store(p.c + i * LANES, round_to(f, v, scale, d, zero, decoded));
+    Vec inverse = 1 / safe(scale);
+    return folded(p, [&](int i) EACH {
+        Vec v = load(p.v + i * LANES), decoded;
+        store(p.c + i * LANES, round_by<kind>(f, v, scale, inverse, zero, decoded));
         Vec e = v - decoded;
-        store(p.t + i * LANES, e * e * p.u[i]);
-    }
-    return folded(p);
+        return e * e * p.u[i];
+    });
 }
 
 // What has lost least so far, in each row.
@@ -103,36 +135,31 @@ struct Best {
 static void read_group(Group &p, const float *w, const float *weight, ptrdiff_t K, ptrdiff_t at, int wide, ptrdiff_t begin,
                        ptrdiff_t g) {
     p.g = (int)(K - begin < g ? K - begin : g);
-    for (p.n = 1; p.n < p.g;) p.n *= 2;
     for (int l = 0; l < LANES; l++)
         for (int i = 0; i < p.g; i++) p.v[i * LANES + l] = l < wide ? w[(at + l) * K + begin + i] : 0;
     for (int i = 0; i < p.g; i++) p.u[i] = weight[begin + i];
-    for (int i = p.g; i < p.n; i++) store(p.t + i * LANES, Vec{});
 }
 
 // What the search wants to know of a group beforehand. Gives 0, or NaN for a row with a weight that is not finite.
 static Vec measure(const Format &f, Group &p) {
+    Vec check{};
     p.low = p.high = Vec{};
     for (int i = 0; i < p.g; i++) {
         Vec v = load(p.v + i * LANES);
         p.low = v < p.low ? v : p.low;
         p.high = v > p.high ? v : p.high;
-        store(p.t + i * LANES, v - v);
+        check += v - v;
     }
-    Vec check = folded(p);
-    if (f.reach == 0 && f.zero == SYM) {
-        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, magnitude(load(p.v + i * LANES)));
-        p.mean = folded(p) / (float)p.g;
-    }
+    auto v = [&](int i) EACH { return load(p.v + i * LANES); };
+    if (f.reach == 0 && f.zero == SYM) p.mean = folded(p, [&](int i) EACH { return magnitude(v(i)); }) / (float)p.g;
     if (f.zero == MIN) {
-        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, all(p.u[i]));
-        p.total_u = folded(p);
-        for (int i = 0; i < p.g; i++) store(p.t + i * LANES, p.u[i] * load(p.v + i * LANES));
-        p.total_uv = folded(p);
+        p.total_u = folded(p, [&](int i) EACH { return all(p.u[i]); });
+        p.total_uv = folded(p, [&](int i) EACH { return p.u[i] * v(i); });
     }
     return check;
 }
 
+template <int kind>
 static Best search_group(const Format &f, const Search &a, Group &p) {
     Best best{};
     for (ptrdiff_t step = 0; step < a.steps; step++) {
@@ -140,19 +167,17 @@ static Best search_group(const Format &f, const Search &a, Group &p) {
         from_range(f, p, a.shrink[step], a.factor[step], scale, zero);
         for (int again = 0; again < 2; again++) {
             scale = stored_scale(scale, f.encoding);
-            if (f.zero == MIN) zero = stored(zero, f.encoding, false);
-            best.meet(error_of(f, p, scale, zero), scale, zero, step == 0 && again == 0);
-            if (again == 0) least_squares(f, p, scale, zero);
+            if (kind == MIN) zero = stored(zero, f.encoding, false);
+            best.meet(error_of<kind>(f, p, scale, zero), scale, zero, step == 0 && again == 0);
+            if (again == 0) least_squares<kind>(p, scale, zero);
         }
     }
     return best;
 }
 
 static Group group_in(float *scratch, ptrdiff_t g) {
-    ptrdiff_t n = 1;
-    while (n < g) n *= 2;
     Group p{};
-    p.v = scratch, p.c = scratch + n * LANES, p.t = scratch + 2 * n * LANES, p.u = scratch + 3 * n * LANES;
+    p.v = scratch, p.c = scratch + g * LANES, p.u = scratch + 2 * g * LANES;
     return p;
 }
 
@@ -169,36 +194,29 @@ static void each_group(const Args &a, float *scratch, ptrdiff_t first, ptrdiff_t
     }
 }
 
-static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
-    ptrdiff_t G = (a.K + a.g - 1) / a.g;
-    each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
-        Vec check = measure(f, p);
-        Best best = search_group(f, a, p);
-        for (int l = 0; l < wide; l++) {
-            a.scale[(at + l) * G + group] = best.scale[l] + check[l];
-            if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
-        }
-    });
+// Call body(kind) with the kind of a format as a constant.
+template <class Body>
+static void by_kind(const Format &f, const Body &body) {
+    if (f.levels)
+        body(Kind<CODEBOOK>{});
+    else if (f.zero == SYM)
+        body(Kind<SYM>{});
+    else if (f.zero == ASYM)
+        body(Kind<ASYM>{});
+    else
+        body(Kind<MIN>{});
 }
 
-// The best of C given scales and zeros for each group; the first of equals.
-static void pick(const Format &f, const Pick &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
+static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t G = (a.K + a.g - 1) / a.g;
-    each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
-        Best best{};
-        for (ptrdiff_t c = 0; c < a.C; c++) {
-            Vec scale{}, zero{};
+    by_kind(f, [&](auto kind) {
+        each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
+            Vec check = measure(f, p);
+            Best best = search_group<kind.value>(f, a, p);
             for (int l = 0; l < wide; l++) {
-                ptrdiff_t from = (c * a.N + at + l) * G + group;
-                scale[l] = a.scales[from];
-                zero[l] = a.zeros ? a.zeros[from] : 0;
+                a.scale[(at + l) * G + group] = best.scale[l] + check[l];
+                if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
             }
-            best.meet(error_of(f, p, scale, zero), scale, zero, c == 0);
-        }
-        for (int l = 0; l < wide; l++) {
-            a.error[(at + l) * G + group] = best.error[l];
-            a.scale[(at + l) * G + group] = best.scale[l];
-            if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];
-        }
+        });
     });
 }

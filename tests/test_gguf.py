@@ -1,8 +1,10 @@
 """GGUF: bytes by the gguf package's reader, hostile files, tokenizers, and the main job from end to end."""
 
 import json
+import re
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -441,6 +443,21 @@ def test_pure_gives_one_type_and_a_rule_another(tmp_path: Path) -> None:
     assert {t for name, t in types.items() if "ffn_down" not in name} == {"Q2_K"}
 
 
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "IQ4_NL", "IQ4_XS"])
+def test_pure_types_without_a_scheme_of_their_own(name: str, tmp_path: Path) -> None:
+    """TQ1_0 and TQ2_0 hold the same numbers: which of them it is, the container says."""
+    from bitwright.demo import MODEL
+
+    out = tmp_path / "a.gguf"
+    how = ["--scheme", name.lower(), "--pure", "--method", "search", "--calib", "none"]
+    run("quantize", str(MODEL), str(out), *how)
+    file = GgufFile(out)
+    assert {t.type.name for t in file.tensors.values() if len(t.shape) > 1} == {name}
+    assert {t["scheme"] for t in run("inspect", str(out))["tensors"]} >= {str(TYPES[name].scheme)}
+    stored = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.0.ffn_up.weight")
+    assert np.array_equal(file.read(stored.name).numpy(), dequantize(stored.data, stored.tensor_type))
+
+
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1)
     for name in ("one", "two", "three"):
@@ -456,6 +473,57 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match="part of a split model is missing"):
         GgufFile(first)
+
+
+def shortened_embedding(content: bytes) -> bytes:
+    """The embedding said to have fewer rows than there are tokens."""
+    name = b"token_embd.weight"
+    at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+    K, rows = struct.unpack_from("<QQ", content, at)
+    return content[:at] + struct.pack("<QQ", K, rows - 32) + content[at + 16 :]
+
+
+def of_type(kind: int) -> Callable[[bytes], bytes]:
+    """The embedding said to be of another type."""
+    name = b"token_embd.weight"
+
+    def change(content: bytes) -> bytes:
+        at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 16
+        return content[:at] + struct.pack("<I", kind) + content[at + 4 :]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.replace(b"llama.block_count", b"llama.block_kount"), "block_count is missing"),
+        (lambda c: c.replace(b"general.architecture", b"general.architexture"), "architecture None is not read"),
+        (
+            lambda c: c.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1),
+            "architecture 'mamba' is not read",
+        ),
+        (lambda c: c.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokans"), "no tokens"),
+        (lambda c: c.replace(b"token_embd.weight", b"token_embd.wait!!"), "token_embd.weight is missing"),
+        (lambda c: c.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"), "blk.0.attn_z.weight"),
+        (shortened_embedding, "its vocabulary has"),
+        (of_type(99), "unknown type, 99"),
+        (of_type(28), "ends at|misplaced"),
+    ],
+)
+def test_a_model_s_file_that_lacks_something_is_refused(
+    change: Callable[[bytes], bytes], says: str, tmp_path: Path, text: str
+) -> None:
+    from bitwright.demo import MODEL
+
+    whole, bad = tmp_path / "whole.gguf", tmp_path / "bad.gguf"
+    run("convert", str(MODEL), str(whole))
+    bad.write_bytes(change(whole.read_bytes()))
+    assert bad.read_bytes() != whole.read_bytes()
+    done = CliRunner().invoke(app, ["eval", str(bad), "--text", text, "--tokens", "64", "--json"])
+    assert done.exit_code == 2, done.stdout
+    assert re.search(says, done.stdout), done.stdout
+    assert "remedy" in done.stdout
 
 
 def test_an_importance_matrix_there_and_back(tmp_path: Path, llama: Path, text: str) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bitwright import kernels
-from bitwright.codec import decode, folded
+from bitwright.codec import decode, encode, fit, folded
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import Knobs
-from bitwright.loss import loss
+from bitwright.loss import energy, loss
 from bitwright.methods.autoround import knobs_of, move
 from bitwright.methods.descend import descend
 from bitwright.methods.gptq import gptq
@@ -34,7 +34,7 @@ SCHEMES = [
     "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
     "q6_k", "q2_k", "q3_k", "q4_0", "iq4_xs", "nf4-g64",
     "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "ternary-channel", "binary-g32",
-    "int8-g256-asym-f32", "int4-g128-min",
+    "int8-g256-asym-f32", "int4-g128-min", "int4-g32-asym-k6", "int4-g64-min-k6",
 ]  # fmt: skip
 
 
@@ -295,3 +295,18 @@ def test_the_environment_forces_one(value: str, status: int) -> None:
 def test_folding_sums_the_last_axis(n: int) -> None:
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     assert torch.allclose(folded(x), x.sum(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize(("N", "K"), [(37, 512), (16, 300)])
+def test_codes_and_losses_are_those_of_the_twins(isa: str, text: str, N: int, K: int) -> None:
+    scheme, w, importance = Scheme.parse(text), weights(N, K), torch.rand(K, generator=torch.Generator().manual_seed(1))
+    scales = fit(w, scheme)
+    q = rounding.encode(w, scales, scheme)
+    assert same(q, encode(w, scales, scheme))
+    w[5] = 0  # whose squares vanish in float32
+    for known in (None, importance):
+        for found, expected in zip(
+            rounding.missed(w, q, known), (energy(w - decode(q), known), energy(w, known)), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-30)

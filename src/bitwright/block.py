@@ -15,18 +15,21 @@ from bitwright.decisions import Planned
 from bitwright.errors import BitwrightError, CalibrationError
 from bitwright.inputs import Gathering, Inputs
 from bitwright.intake import Intake
+from bitwright.kernels.rounding import missed
 from bitwright.kv import KvCache
 from bitwright.ledger import ADDED, KEPT, Entry
 from bitwright.loss import energy, ratio
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, Outlier, rtn
 from bitwright.models import Skeleton, matrix_of
 from bitwright.preflight import Plan
-from bitwright.qtensor import Outliers, QTensor, rows
+from bitwright.qtensor import Outliers, QTensor, rows, stacked
 from bitwright.ranges import static_scales
 from bitwright.scheme import Scheme
+from bitwright.threads import each
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
-SAMPLED_ROWS = 1024  # at least so many tell what round to nearest would lose
+SLAB = 1 << 19  # weights rounded at a time where nothing else is gained
+SAMPLED_ROWS = 256  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)
@@ -148,33 +151,64 @@ def _quantize_pile(
 ) -> list[Rounded]:
     """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
     begun = time.monotonic()
-    matrices = [float_matrix(plan, t, weights[t.parameter]) for t in pile]
+    matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        outcome = _outcome(plan, pile[0], w, inputs)
-        intake = _intake(pile[0], inputs, outcome.q)
+        fit = _fit(plan, pile[0], w, inputs)
+        intake = _intake(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
-    gram = inputs.gram
-    fast = w.dtype if gram is None else plan.skeleton.dtype  # three digits of a loss are enough
-    metric = None if gram is None else gram.to(fast)
-    whole = energy(w.to(fast), metric)
-    lost = _lost(w, outcome.q, metric, fast)
     seconds = (time.monotonic() - begun) / w.numel()
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
         here = slice(at, at + len(matrix))
         at += len(matrix)
-        q = outcome.q if len(pile) == 1 else rows(outcome.q, here.start, here.stop)
+        q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
         t = _with_outliers(t, q)
         assert t.layer is not None and t.rule is not None
-        mine = ratio(lost[here], whole[here])
-        losses = (mine, mine if t.rule.name == "rtn" else _rtn_loss(matrix, t.layer.scheme, whole[here], metric))
+        mine, whole = ratio(fit.lost[here], fit.whole[here]), fit.whole[here]
+        losses = (
+            mine,
+            mine if t.rule.name == "rtn" else _rtn_loss(matrix, t.layer.scheme, whole, _metric(plan, inputs)),
+        )
         spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, replace(outcome, q=q), losses, inputs.tokens, spent, origin)
-        done.append(Rounded(t, q, entry, gram if t.rule.method in BLOCKWISE else None, intake))
+        entry = _entry(plan, t, replace(fit.outcome, q=q), losses, inputs.tokens, spent, origin)
+        done.append(Rounded(t, q, entry, inputs.gram if t.rule.method in BLOCKWISE else None, intake))
     return done
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
+
+    outcome: Outcome
+    whole: Tensor
+    lost: Tensor
+
+
+def _fit(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> _Fit:
+    """The rule's method on w [N, K] of any float type.
+
+    Where no row knows of another, some rows at a time: they stay in the cache, and there is never a float32 copy of an
+    embedding.
+    """
+    assert t.layer is not None and t.rule is not None
+    if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
+        return _fit_at_once(plan, t, w.float(), inputs)
+    slabs = w.split(max(1, SLAB // w.shape[1]))
+    parts = each(lambda slab: _fit_at_once(plan, t, slab.float(), inputs), slabs)
+    q = stacked([part.outcome.q for part in parts])
+    return _Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
+
+
+def _fit_at_once(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> _Fit:
+    outcome, metric = _outcome(plan, t, w, inputs), _metric(plan, inputs)
+    if metric is None or not inputs.correlated:
+        lost, whole = missed(w, outcome.q, metric)
+        return _Fit(outcome, whole, lost)
+    fast = metric.dtype  # three digits of a loss are enough
+    return _Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
 
 
 def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
@@ -184,6 +218,11 @@ def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Te
     step = max(1, AT_ONCE // w.shape[1])
     parts = ((w[at : at + step], rows(q, at, min(at + step, len(w)))) for at in range(0, len(w), step))
     return torch.cat([energy((part - decode(own)).to(fast), metric) for part, own in parts])
+
+
+def _metric(plan: Plan, inputs: Inputs) -> Tensor | None:
+    """What errors are weighed by."""
+    return inputs.gram.to(plan.skeleton.dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
 
 
 def _outcome(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
@@ -237,14 +276,20 @@ def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> flo
 def _rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
     """What round to nearest would lose, by a sample of the rows: it is there for comparison."""
     some = slice(None, None, max(1, len(w) // SAMPLED_ROWS))
-    missing = w[some] - decode(rtn(w[some], None, scheme).q)
+    sample = w[some].float()
+    missing = sample - decode(rtn(sample, None, scheme).q)
     return ratio(energy(missing if metric is None else missing.to(metric.dtype), metric), whole[some])
 
 
 def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
     """The weight as [N, K] float32."""
+    return _matrix(plan, t, weight).float()
+
+
+def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+    """The weight as [N, K]."""
     assert t.layer is not None
-    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight).float()
+    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight)
 
 
 def _entry(

@@ -267,16 +267,22 @@ def values(codes: Tensor, scheme: Scheme) -> Tensor:
     return codes.float() if levels is None else torch.tensor(levels, device=codes.device)[codes.long()]
 
 
-def round_to(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes and decoded weights for w and scales of shapes that broadcast: the one place where rounding happens."""
-    divisor = safe(scale)
+def round_to(
+    w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Codes and decoded weights for w and scales of shapes that broadcast: the one place where rounding happens.
+
+    inverse: multiply by 1 / scale, which is faster than to divide; a weight half way may go the other way (searches).
+    """
+    divisor = 1 / safe(scale) if inverse else safe(scale)
+    over = torch.mul if inverse else torch.div
     if zero is None:
-        codes = choose(w / divisor, scheme)
+        codes = choose(over(w, divisor), scheme)
         return codes, values(codes, scheme) * scale
     if scheme.zero == "min":
-        codes = choose((w - zero) / divisor, scheme)
+        codes = choose(over(w - zero, divisor), scheme)
         return codes, codes * scale + zero
-    codes = choose(w / divisor + zero, scheme)
+    codes = choose(over(w, divisor) + zero, scheme)
     return codes, (codes - zero) * scale
 
 

@@ -91,7 +91,7 @@ class _Chooser:
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
         self.rules = recipe.assign([*self.modules, *odd])
-        self.names = Names(skeleton.config) if format_.name == "gguf" else None
+        self.names = Names(skeleton.config) if format_.one_file else None
 
     def decide(self, t: Planned) -> Planned:
         """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
@@ -129,8 +129,9 @@ class _Chooser:
         layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
         if self.rotation is not None:
             layer = replace(layer, rotate=self.rotation.online_block(name, K))
-        if rule.mix and self.names is not None and not self.recipe.pure:
-            kind = TYPES[type_in(rule.mix, self._place(self.names.of(t.parameter), t.block, rule, K))]
+        if rule.mix and self.names is not None and not (self.recipe.pure and rule.mix not in TYPES):
+            place = self._place(self.names.of(t.parameter), t.block, rule, K)
+            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, place)]
             layer = replace(layer, scheme=kind.scheme, container=kind.name)
         elif rule.mix and rule.mix.lower() not in PRESETS:
             remedy = (

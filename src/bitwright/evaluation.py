@@ -140,7 +140,7 @@ def evaluate(
     parts = list(_judge(walk.skeleton, hidden, ids, against))
     nll = torch.cat([part[0] for part in parts]).view(len(ids), -1)
     mean, stderr = _mean(nll)
-    perplexity = math.exp(mean)
+    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())  # inf where a broken model is beyond all bounds
     kl = torch.cat([part[1] for part in parts]).view(len(ids), -1) if other else None
     same = torch.cat([part[2] for part in parts]) if other else None
     kl_mean, kl_stderr = _mean(kl) if kl is not None else (None, None)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitwright.decisions import Planned
@@ -55,7 +54,7 @@ class Importance:
         """What is known of a matrix's inputs."""
         assert t.layer is not None
         known = self.values.get(t.layer.name)
-        return Inputs() if known is None else Inputs((t.layer.name,), gram=torch.diag(known))
+        return Inputs() if known is None else Inputs((t.layer.name,), gram=known)
 
 
 def write_importance(

@@ -19,7 +19,8 @@ SAMPLED = 512  # tokens of an input that are kept as they are
 class Inputs:
     """Statistics of one input x [T, K] and the full names of the modules that read it; None: not gathered.
 
-    gram [K, K] = XᵀX / T;  cross [K, K] = X₀ᵀX / T, X₀ what the float model has in the place of X
+    gram [K, K] = XᵀX / T, or [K], its diagonal, where that is all there is
+    cross [K, K] = X₀ᵀX / T, X₀ what the float model has in the place of X
     mean [K]: mean |x|;  low, high [K]: extremes;  sample [S, K]: some tokens, float32;  histogram: of all values
     """
 
@@ -32,6 +33,11 @@ class Inputs:
     high: Tensor | None = None
     sample: Tensor | None = None
     histogram: Histogram | None = None
+
+    @property
+    def correlated(self) -> bool:
+        """Whether it is known how channels go together."""
+        return self.gram is not None and self.gram.ndim == 2
 
     @property
     def peak(self) -> Tensor:

@@ -9,6 +9,7 @@ block of the float model is given, and nothing is run at all. A crash costs one 
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from bitwright.streams import (
     one_shot,
     read_block,
 )
+from bitwright.threads import alone
 from bitwright.transform import fold_scales
 from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
@@ -104,7 +106,7 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens, progress)
         notes += known.notes
-    twice = 2 if plan.format.name == "gguf" else 1  # its shards lie beside the file that is made of them
+    twice = 2 if plan.format.one_file else 1  # its shards lie beside the file that is made of them
     place = Workplace(out, _manifest(plan, tokens, known), needed=twice * plan.bytes, resume=resume)
     try:
         ledger = _quantize_blocks(plan, place, tokens, known, progress)
@@ -113,7 +115,7 @@ def run(
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
-    if plan.format.name == "gguf":
+    if plan.format.one_file:
         written = _assemble(plan, place, ledger)
     else:
         written = _describe(plan, place)
@@ -175,10 +177,18 @@ def _quantize_blocks(
         streams = first_streams(plan, tokens, _saved(plan, place, first) if first else None)
         if first == 0:
             begin_rounded(plan, streams, tokens)
-    for index in range(first, depth + 1):
-        progress("block", index, depth + 1)
-        ledger += _quantize_shard(plan, place, index, streams or store, config, tokens)
-        return_memory()
+    with alone(1) as clerk:  # encodes, writes and verifies a shard while the next is rounded
+        written: Future[None] | None = None
+        for index in range(first, depth + 1):
+            progress("block", index, depth + 1)
+            entries, commit = _quantize_shard(plan, place, index, streams or store, config, tokens)
+            ledger += entries
+            if written is not None:
+                written.result()
+            written = clerk.submit(commit)
+            return_memory()
+        if written is not None:
+            written.result()
     progress("block", depth + 1, depth + 1)
     return ledger
 
@@ -196,8 +206,8 @@ def _quantize_shard(
     source: Streams | Store | Importance | None,
     config: dict[str, Any],
     tokens: Tensor | None,
-) -> list[Entry]:
-    """Read, round, write, verify and commit one shard; streams move on to the next block."""
+) -> tuple[list[Entry], Callable[[], None]]:
+    """Read and round one shard; streams move on to the next block. What is left: to write, verify and commit it."""
     depth, members = len(plan.skeleton), plan.shard(index)
     weights = read_block(plan, index)
     before = {} if plan.rotation is not None else dict(weights)
@@ -214,15 +224,22 @@ def _quantize_shard(
         tensors[name] = intake.scales.scale.reshape(shape).to(dtype)
         entries.append(added_entry(name, tensors[name], f"what keys and values are kept in: {intake.scheme}"))
     verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
-    for r in done:
-        assert r.planned.layer is not None
-        scales = None if r.intake is None else r.intake.scales
-        parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
-        tensors |= {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
     weights.clear()
     saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_ends else None
-    place.commit(index, plan.shard_name(index), tensors, entries, saved, verify)
-    return entries
+
+    def commit() -> None:
+        stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
+        place.commit(index, plan.shard_name(index), stored, entries, saved, verify)
+
+    return entries, commit
+
+
+def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
+    """A matrix as the file holds it."""
+    assert r.planned.layer is not None
+    scales = None if r.intake is None else r.intake.scales
+    parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
+    return {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
 
 
 def _quantize_block(

@@ -197,7 +197,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(source, skeleton, recipe) if format_name == "gguf" else {},
+        _file_keys(source, skeleton, recipe) if FORMATS[format_name].one_file else {},
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
@@ -211,7 +211,7 @@ def _open(source: Path, format_name: str) -> Checkpoint | GgufSource:
     """The source's tensors. FormatError where a GGUF file is to become something else."""
     if not is_gguf(source):
         return Checkpoint(source)
-    if format_name != "gguf":
+    if not FORMATS[format_name].one_file:
         remedy = "give the checkpoint's directory, or name OUT.gguf"
         raise FormatError(
             f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy

@@ -23,6 +23,7 @@ from bitwright.models import TOKENS_PER_BATCH
 from bitwright.preflight import Plan
 from bitwright.ranges import Histogram
 from bitwright.store import BlockStatistics, Store, code_version
+from bitwright.threads import each
 
 Progress = Callable[[str, int, int], None]
 
@@ -166,7 +167,9 @@ def digest(content: bytes) -> str:
 
 def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     """The parameters of shard `index` by name, rotated if the plan says so."""
-    weights = {t.parameter: read_finite(plan.checkpoint, t.made_of or t.source) for t in plan.shard(index)}
+    members = plan.shard(index)
+    found = each(lambda t: read_finite(plan.checkpoint, t.made_of or t.source), members)
+    weights = {t.parameter: tensor for t, tensor in zip(members, found, strict=True)}
     if plan.rotation is None:
         return weights
     if index == len(plan.skeleton):
@@ -177,11 +180,18 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
 def read_finite(checkpoint: Checkpoint | GgufSource, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+    if tensor.is_floating_point() and not _finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            message = f"tensor {name!r} has {bad} values that are NaN or Inf"
-            raise CheckpointError(
-                message, where=str(checkpoint.folder), remedy="the checkpoint is damaged: get a good copy"
-            )
+        message = f"tensor {name!r} has {bad} values that are NaN or Inf"
+        raise CheckpointError(
+            message, where=str(checkpoint.folder), remedy="the checkpoint is damaged: get a good copy"
+        )
     return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are, by the extremes: NaN is both."""
+    if not tensor.numel():
+        return True
+    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

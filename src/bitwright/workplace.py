@@ -19,8 +19,9 @@ from bitwright.codec import decode
 from bitwright.errors import OutputError, VerificationError
 from bitwright.formats import Format
 from bitwright.ledger import Entry, from_jsonl, to_jsonl
-from bitwright.qtensor import QTensor
+from bitwright.qtensor import QTensor, rows
 
+CACHED = 1 << 18  # weights read back and compared at a time, where rows can be taken apart
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
 
@@ -140,14 +141,21 @@ class Verification:
             if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
                 raise VerificationError("the tensor on disk is not the one that was meant", where=name)
         for module, q in self.meant.items():
-            parts = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
-            found = self.format.decode(
-                self.config, module, {suffix: written.read(n) for suffix, n in parts.items() if suffix != "bias"}
-            )
-            meant = decode(q).to(found.dtype)
-            if not torch.equal(found, meant):
-                wrong = int((found != meant).sum())
+            found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
+            parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
+            step = max(1, CACHED // q.codes.shape[1]) if self.format.by_rows else len(q.codes)
+            N = len(q.codes)
+            wrong = sum(self._wrong(module, q, parts, at, min(at + step, N)) for at in range(0, N, step))
+            if wrong:
                 raise VerificationError(f"{wrong} weights on disk are not those that were meant", where=module)
+
+    def _wrong(self, module: str, q: QTensor, parts: dict[str, Tensor], start: int, stop: int) -> int:
+        """How many weights of these rows do not read back as meant."""
+        if stop - start < len(q.codes):
+            q, parts = rows(q, start, stop), {suffix: part[start:stop] for suffix, part in parts.items()}
+        found = self.format.decode(self.config, module, parts)
+        meant = decode(q).to(found.dtype)
+        return 0 if torch.equal(found, meant) else int((found != meant).sum())
 
 
 def copy_companions(source: Path, to: Path) -> None:

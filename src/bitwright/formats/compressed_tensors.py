@@ -32,6 +32,8 @@ class CompressedTensors:
     method = "compressed-tensors"
     kv_cache = True
     outside = False
+    by_rows = False
+    one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
         """See `Format.adapt`."""

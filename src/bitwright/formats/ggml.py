@@ -17,6 +17,8 @@ from bitwright.codec import integers_of
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
+CACHED = 1 << 20  # weights packed at a time
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -49,7 +51,7 @@ class BlockType:
 def encode(q: QTensor, kind: BlockType) -> Tensor:
     """The bytes of a matrix [N, K / size · bytes] uint8; K is a multiple of the block's size."""
     N, K = q.codes.shape
-    packed = [kind.pack(_blocks(q, kind, rows)) for rows in torch.arange(N).split(max(1, (1 << 22) // K))]
+    packed = [kind.pack(_blocks(q, kind, rows)) for rows in torch.arange(N).split(max(1, CACHED // K))]
     return torch.cat(packed).view(N, K // kind.size * kind.bytes)
 
 

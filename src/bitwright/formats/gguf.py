@@ -37,6 +37,8 @@ class Gguf:
     method = "gguf"
     kv_cache = False
     outside = True
+    by_rows = True
+    one_file = True
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
         """See `Format.adapt`. Rows that do not fill whole blocks get the type that llama.cpp would take instead."""

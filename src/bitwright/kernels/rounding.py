@@ -1,8 +1,9 @@
-"""Rounding in native code: the scale search, GPTQ's visit of columns, a sweep of coordinate descent, AutoRound's step.
+"""Rounding in native code: codes, the scale search and its second level, GPTQ's visit of columns, a sweep of coordinate
+descent, AutoRound's step.
 
-Each function does what its torch twin does (methods/search.py, gptq.py, descend.py, autoround.py), in place of it where
-`handles` says so. All give the same bits as their twins but the sweep: that adds up in another order, so its codes may
-differ where two are equally good.
+Each function does what its torch twin does (codec.py, methods/search.py, superblocks.py, gptq.py, descend.py,
+autoround.py), in place of it where `handles` says so. All give the same bits as their twins but the sweep: that adds up
+in another order, so its codes may differ where two are equally good.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range
+from bitwright.codec import code_dtype, code_range, decode
+from bitwright.codec import encode as in_torch
 from bitwright.kernels import native
+from bitwright.loss import energy
+from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import TENSOR, Scheme
 
 ENCODINGS = ("f32", "f16", "bf16", "e8m0")  # by the extension's numbers; all others are searched as f32
@@ -70,19 +74,50 @@ def search(
     return scale, zero
 
 
-def pick(
-    w: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor, zeros: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The best of C scales (and zeros) [C, N, G] for each group: error, scale and zero [N, G]; the first of equals."""
+def refine(
+    w: Tensor, weight: Tensor, scheme: Scheme, start: Scales, moves: Tensor, integers: tuple[int, int], rounds: int
+) -> Scales:
+    """Scales of the k encodings made better in turns, as `methods.superblocks` does; all as there.
+
+    moves [C, 2]: what is tried around each group's integers; integers: the lowest and the highest that there are.
+    """
+    assert native is not None and start.outer is not None
+    zero, outer_zero = (None if t is None else t.clone() for t in (start.zero, start.outer_zero))
+    found = Scales(start.scale.clone(), zero, start.outer.clone(), outer_zero)
+    native.refine(
+        _format(scheme), w.contiguous(), weight.contiguous(), moves, found.scale, found.zero, found.outer,
+        found.outer_zero, *integers, scheme.group_length(w.shape[1]), rounds, torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
+    """`codec.encode`, in native code where that knows the scheme."""
+    if not handles(scheme, w):
+        return in_torch(w, scales, scheme)
     assert native is not None
-    error = torch.empty(scales.shape[1:])
-    scale, zero = torch.empty_like(error), None if zeros is None else torch.empty_like(error)
-    native.pick(
-        _format(scheme), w.contiguous(), weight.contiguous(), scales.contiguous(),
-        None if zeros is None else zeros.contiguous(), scheme.group_length(w.shape[1]), error, scale, zero,
+    matrix = w.reshape(w.shape[0], -1).float().contiguous()
+    codes = torch.empty(matrix.shape, dtype=code_dtype(scheme))
+    scale, zero = (None if t is None else t.contiguous() for t in (scales.scale, scales.zero))
+    native.encode(
+        _format(scheme), matrix, scale, zero, scheme.group_length(matrix.shape[1]), codes, torch.get_num_threads()
+    )
+    return QTensor(codes, scales, scheme, tuple(w.shape))
+
+
+def missed(w: Tensor, q: QTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`loss.energy` of the error and of w [N, K], each [N] float64: added up in float32, which tells six digits."""
+    if not handles(q.scheme, w) or q.outliers is not None:
+        return energy(w - decode(q), importance), energy(w, importance)
+    assert native is not None
+    weight = torch.ones(w.shape[1]) if importance is None else importance.float().contiguous()
+    scale, zero = (None if t is None else t.contiguous() for t in (q.scales.scale, q.scales.zero))
+    sums = torch.empty(2, len(w))
+    native.missed(
+        _format(q.scheme), w.contiguous(), weight, q.codes, scale, zero, q.scheme.group_length(w.shape[1]), sums,
         torch.get_num_threads(),
     )  # fmt: skip
-    return error, scale, zero
+    return sums[0].double(), sums[1].double()
 
 
 def visit(

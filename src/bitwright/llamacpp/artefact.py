@@ -34,6 +34,10 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def _config(file: GgufFile) -> PretrainedConfig:
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path))
+    tokens, rows = file.keys.get("tokenizer.ggml.tokens"), file.tensors["token_embd.weight"].shape[0]
+    if isinstance(tokens, list) and len(tokens) != rows:
+        message = f"its vocabulary has {len(tokens)} tokens, its embedding {rows} rows"
+        raise CheckpointError(message, where=str(file.path), remedy="tokenizer and weights must belong together")
     if FACTORS in file.tensors:
         _add_factors(config, file.read(FACTORS), str(file.path))
     return config

@@ -4,8 +4,9 @@ Blocks are moved, never changed: what the pipeline has verified, number by numbe
 are compared once more when the file is there. The file is written by the gguf package.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from bitwright.errors import VerificationError
 from bitwright.llamacpp.architecture import FACTORS, Names, keys_of, rope_factors
 from bitwright.llamacpp.container import FLOATS, GgufFile, Typed, Types
 from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
+from bitwright.threads import each
 
+NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
@@ -50,20 +53,35 @@ def write(
     opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
     stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
 
-    def arrays() -> Iterator[tuple[str, Types, np.ndarray[Any, Any]]]:
-        for piece in order:
-            yield names.of(piece.parameter), *_written(names, piece, stored[piece.source].read(piece.source))
-        factors = rope_factors(config)
-        if factors is not None:
-            yield FACTORS, Types.F32, factors.numpy()
+    factors = rope_factors(config)
 
+    def made(piece: Piece, read: Callable[[Checkpoint, str], Tensor] = Checkpoint.read) -> tuple[str, Types, Tensor]:
+        return names.of(piece.parameter), *_written(names, piece, read(stored[piece.source], piece.source))
+
+    more = [] if factors is None else [(FACTORS, Types.F32, factors)]
     with disk_errors(file):
-        _write(file, keys, arrays)
+        _write(file, keys, [*(made(piece, _described) for piece in order), *more], chain(map(made, order), more))
     written = GgufFile(file)
-    for name, kind, array in arrays():
-        found = written.tensors.get(name)
-        if found is None or found.type != kind or written.raw(name).tobytes() != array.tobytes():
-            raise VerificationError("the tensor on disk is not the one that was meant", where=f"{file.name}: {name}")
+    for wrong in each(lambda piece: _wrong(written, *made(piece)), order) + [_wrong(written, *one) for one in more]:
+        if wrong:
+            raise VerificationError("the tensor on disk is not the one that was meant", where=f"{file.name}: {wrong}")
+
+
+def _wrong(written: GgufFile, name: str, kind: Types, tensor: Tensor) -> str:
+    """The tensor's name if the file does not have it just so, else nothing."""
+    found = written.tensors.get(name)
+    same = found is not None and found.type == kind and np.array_equal(written.raw(name), _bytes(tensor))
+    return "" if same else name
+
+
+def _described(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor's type and shape, without its numbers."""
+    info = checkpoint.tensors[name]
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -72,28 +90,32 @@ def _place(name: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
-def _written(names: Names, piece: Piece, tensor: Tensor) -> tuple[Types, np.ndarray[Any, Any]]:
-    """A tensor's type and bytes: blocks with their rows turned, or floats as llama.cpp has them."""
+def _written(names: Names, piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
+    """A tensor's type and values as the file has them: blocks with their rows turned, or floats as llama.cpp has them."""
     if piece.kind is not None:
         rows = names.rows(piece.parameter, len(tensor))
-        return piece.kind, (tensor if rows is None else tensor[rows]).numpy()
+        return piece.kind, tensor if rows is None else tensor[rows]
     tensor = names.written(piece.parameter, tensor).contiguous()
-    kind = FLOAT_TYPES[tensor.dtype]
-    return kind, (tensor.view(torch.uint8) if kind is Types.BF16 else tensor).numpy()
+    return FLOAT_TYPES[tensor.dtype], tensor
 
 
-def _write(file: Path, keys: Mapping[str, Any], arrays: Any) -> None:
+def _write(
+    file: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]],
+    tensors: Iterable[tuple[str, Types, Tensor]],
+) -> None:  # fmt: skip
+    """Keys, the table of tensors, their bytes. described: the same tensors without numbers."""
     writer = gguf.GGUFWriter(file, str(keys["general.architecture"]))
     for name, value in keys.items():
         _add_key(writer, name, value)
-    for name, kind, array in arrays():
-        raw = kind if array.dtype == np.uint8 else None
-        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw)
+    for name, kind, tensor in described:
+        shape = tensor.view(torch.uint8).shape if tensor.dtype == torch.bfloat16 else tensor.shape
+        dtype: np.dtype[Any] = np.dtype(NUMPY.get(kind, np.uint8))
+        writer.add_tensor_info(name, shape, dtype, tensor.nbytes, None if kind in NUMPY else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, array in arrays():
-        writer.write_tensor_data(array)
+    for _, _, tensor in tensors:
+        writer.write_tensor_data(_bytes(tensor))
     writer.flush()
     writer.close()
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from bitwright.codec import encode, fit
+from bitwright.codec import fit
+from bitwright.kernels.rounding import encode
 from bitwright.methods.outcome import Outcome
 from bitwright.scheme import Scheme
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bitwright.codec import (
     decode,
-    encode,
     fit,
     folded,
     group_view,
@@ -51,17 +50,18 @@ def search(
 ) -> Outcome:
     """Round to nearest under searched scales.
 
-    w [N, K]; gram [K, K] (needed by "weighted"; None falls back to "mse" by definition of an unknown input: all columns
-    alike). "percentile" clips each group at that percentile of |w| instead of searching. Raises RecipeError for an
-    unknown objective or a percentile outside (0, 100].
+    w [N, K]; gram [K, K] or its diagonal [K] (needed by "weighted"; None falls back to "mse" by definition of an unknown
+    input: all columns alike). "percentile" clips each group at that percentile of |w| instead of searching. Raises
+    RecipeError for an unknown objective or a percentile outside (0, 100].
     """
     matrix = w.reshape(w.shape[0], -1).float()
     if objective == "percentile":
-        return Outcome(encode(w, _clipped(matrix, scheme, percentile), scheme))
+        return Outcome(rounding.encode(w, _clipped(matrix, scheme, percentile), scheme))
     if objective not in ("mse", "weighted"):
         raise RecipeError(f"unknown objective {objective!r}", remedy="mse, weighted or percentile")
-    importance = gram.diagonal().clamp(min=0) if gram is not None and objective == "weighted" else None
-    return Outcome(encode(w, best_scales(matrix, scheme, importance, steps=steps), scheme))
+    known = gram if objective == "weighted" else None
+    importance = None if known is None else (known if known.ndim == 1 else known.diagonal()).clamp(min=0)
+    return Outcome(rounding.encode(w, best_scales(matrix, scheme, importance, steps=steps), scheme))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
@@ -109,7 +109,7 @@ def _split(scales: Scales, scheme: Scheme, chunks: Sequence[Tensor]) -> list[Sca
 def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scales, plain: Scales) -> Scales:
     """Rounding scales to a second level can undo what the search won: keep the plain ones, row by row, where it did."""
     weight = torch.ones_like(w[0]) if importance is None else importance
-    lost = [((w - decode(encode(w, s, scheme))).square() * weight).sum(1) for s in (found, plain)]
+    lost = [((w - decode(rounding.encode(w, s, scheme))).square() * weight).sum(1) for s in (found, plain)]
     if not scheme.rowwise:
         return found if float(lost[0].sum()) <= float(lost[1].sum()) else plain
     better = (lost[0] <= lost[1])[:, None]
@@ -130,27 +130,46 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
         raw = raw_scales(v, w.shape[1], scheme, shrink, above)
         for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
             s = snap(*raw, one_level)
-            codes, decoded = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
+            zero = None if s.zero is None else s.zero[..., None]
+            codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True)
             best.meet(folded((v - decoded).square_() * weight), s)
             raw = _least_squares(v, codes, weight, s, scheme)
     return best.scale, best.zero
 
 
 def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
-    """Factors on the range, of its parts below and above 0: coarse grids clip hard, fine ones hardly.
+    """Factors on the range, of its parts below and above 0: coarse grids clip hard; fine ones hardly, and gain by a range
+    that is wider than the weights are.
 
     With an offset the two ends are moved apart from each other, 2 · steps times, and a little outwards too: in groups that
     have about as many weights as there are codes, much depends on how the two happen to fall.
     """
     bits = scheme.levels.bits
     if not scheme.symmetric:
-        outer, inner = {1: (1.1, 0.5), 2: (1.1, 0.5), 3: (1.1, 0.6), 4: (1.1, 0.8)}.get(bits, (1.07, 0.93))
-        ends = torch.linspace(outer, inner, max(2, round((2 * steps) ** 0.5))).tolist()
-        return [(1.0, 1.0), *product(ends, repeat=2)]
-    widest = 1.5 if scheme.scale == "e8m0" else 1.0  # powers of two may round down to a range too narrow
-    narrowest = {1: 0.6, 2: 0.35, 3: 0.5, 4: 0.65}.get(bits, 0.86)
+        return _pairs(scheme, bits, steps)
+    widest, narrowest = {1: (1.0, 0.6), 2: (1.0, 0.35), 3: (1.0, 0.5), 4: (1.0, 0.65)}.get(bits, (1.05, 0.97))
+    if scheme.zero == "signed" or bits in (5, 6):
+        widest, narrowest = {3: (1.15, 0.6), 4: (1.08, 0.7), 5: (1.1, 0.88), 6: (1.15, 0.93)}.get(
+            bits, (widest, narrowest)
+        )
+    if scheme.scale == "e8m0":
+        widest = 1.5  # powers of two may round down to a range too narrow
+    tried = torch.linspace(widest, narrowest, steps)
+    tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
     signs = (1, -1) if scheme.zero == "signed" else (1,)
-    return [(sign * s, sign * s) for s in torch.linspace(widest, narrowest, steps).tolist() for sign in signs]
+    return [(sign * s, sign * s) for s in tried.tolist() for sign in signs]
+
+
+def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
+    """The same with an offset."""
+    outer, inner = {1: (1.1, 0.5), 2: (1.1, 0.5), 3: (1.1, 0.6), 4: (1.1, 0.8)}.get(bits, (1.07, 0.93))
+    tried = max(2, round((2 * steps) ** 0.5))
+    if scheme.zero == "min":
+        inner = 0.85 if bits == 4 else inner
+        # A second level undoes at two bits what more would find; without one, more is found at four and five.
+        tried = tried + (bits >= 4) if scheme.scale in ONE_LEVEL else min(tried, 3) if bits <= 2 else tried
+    ends = torch.linspace(outer, inner, tried).tolist()
+    return [(1.0, 1.0), *product(ends, repeat=2)]
 
 
 def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

@@ -17,15 +17,22 @@ from bitwright.qtensor import Scales
 from bitwright.scheme import Scheme
 
 ROUNDS = 2
+MOVES = torch.tensor([[0.0, 0], [-1, 0], [1, 0], [-2, 0], [2, 0]])  # of a scale's integer
+MOVES_OF_TWO = torch.tensor(
+    [[0.0, 0], [0, -1], [0, 1], [-1, 0], [1, 0], [-1, -1], [1, 1], [-1, 1], [1, -1]]
+)  # and a minimum's
 
 
 def refine(w: Tensor, scheme: Scheme, weight: Tensor, start: Scales, *, rounds: int = ROUNDS) -> Scales:
     """Better integers and f16s for scales of the k encodings. w [N, K], weight [K] ≥ 0: the importance of columns."""
+    moves = MOVES_OF_TWO if scheme.zero == "min" else MOVES
+    if rounding.handles(scheme, w):
+        return rounding.refine(w, weight, scheme, start, moves, scale_range(scheme), rounds)
     state = _State(w, scheme, weight, start)
     for _ in range(rounds):
-        state.try_neighbours()
+        state.try_neighbours(moves)
         state.try_outer()
-    state.try_neighbours()
+    state.try_neighbours(moves)
     return state.scales
 
 
@@ -33,33 +40,32 @@ class _State:
     """The scales as they stand, and what each group loses under them [N, G]."""
 
     def __init__(self, w: Tensor, scheme: Scheme, weight: Tensor, start: Scales) -> None:
-        self.w, self.scheme, self.weight, self.scales = w, scheme, weight, start
+        self.scheme, self.scales = scheme, start
+        self.v, self.u = group_view(w, scheme), group_view(weight[None], scheme)
         self.error = torch.full_like(start.scale, torch.inf)
 
-    def try_neighbours(self) -> None:
+    def try_neighbours(self, moves: Tensor) -> None:
         """Each group takes the best of the integers around its own, scale and minimum together."""
         s, (low, high) = self.scales, scale_range(self.scheme)
-        integers = self._integers(s.scale, s.outer)
-        if s.zero is None:
-            moves = torch.tensor([0, -1, 1, -2, 2])[:, None, None]
-            scales, zeros = self._under((integers + moves).clamp(low, high), s.outer), None
-        else:
-            moves = torch.tensor([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0], [-1, -1], [1, 1], [-1, 1], [1, -1]])
-            by_scale, by_zero = moves.T[:, :, None, None]
-            minima = self._integers(-s.zero, s.outer_zero)
-            scales = self._under((integers + by_scale).clamp(low, high), s.outer)
-            zeros = -self._under((minima + by_zero).clamp(low, high), s.outer_zero)
-        self.error, scale, zero = pick(self.w, self.scheme, self.weight, scales, zeros)
-        self.scales = replace(s, scale=scale, zero=zero)
+        own = self._integers(s.scale, s.outer)
+        other = None if s.zero is None or s.outer_zero is None else self._integers(-s.zero, s.outer_zero)
+        best = Best()
+        for by_scale, by_minimum in moves:
+            scale, zero = self._under((own + by_scale).clamp(low, high), s.outer), s.zero
+            if other is not None:
+                zero = -self._under((other + by_minimum).clamp(low, high), s.outer_zero)
+            best.meet(self._error(scale, zero), Scales(scale, zero))
+        self.error, self.scales = best.error, replace(s, scale=best.scale, zero=best.zero)
 
     def try_outer(self) -> None:
         """Each super-block takes the f16s of least squares for the codes and integers that it has, if they lose less."""
         s = self.scales
         outer, outer_zero = self._solved()
-        scale = self._under(self._integers(s.scale, s.outer), outer)
-        zero = None if s.zero is None else -self._under(self._integers(-s.zero, s.outer_zero), outer_zero)
-        error, _, _ = pick(self.w, self.scheme, self.weight, scale[None], None if zero is None else zero[None])
-        better = by_block(error, self.scheme).sum(-1) < by_block(self.error, self.scheme).sum(-1)  # [N, S]
+        scale, zero = self._under(self._integers(s.scale, s.outer), outer), s.zero
+        if zero is not None and outer_zero is not None:
+            zero = -self._under(self._integers(-zero, s.outer_zero), outer_zero)
+        error = self._error(scale, zero)
+        better = folded(by_block(error, self.scheme)) < folded(by_block(self.error, self.scheme))  # [N, S]
         each = each_group(better, self.scheme, error.shape[1])
         self.error = torch.where(each, error, self.error)
         self.scales = Scales(
@@ -69,21 +75,29 @@ class _State:
             None if outer_zero is None or s.outer_zero is None else torch.where(better, outer_zero, s.outer_zero),
         )
 
+    def _error(self, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Each group's weighted squared error under a scale and zero."""
+        _, decoded = self._rounded(scale, zero)
+        return folded((self.v - decoded).square_() * self.u)
+
+    def _rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        return round_to(self.v, scale[..., None], None if zero is None else zero[..., None], self.scheme, inverse=True)
+
     def _solved(self) -> tuple[Tensor | None, Tensor | None]:
         """The f16s [N, S] that minimise Σ weight · (w − outer · integer · v(c) + outer_zero · minimum)²."""
-        s, scheme = self.scales, self.scheme
-        v, u = group_view(self.w, scheme), group_view(self.weight[None], scheme)
-        codes, _ = round_to(v, s.scale[..., None], None if s.zero is None else s.zero[..., None], scheme)
-        c, integers = values(codes, scheme), self._integers(s.scale, s.outer)
-        cc, cv = (by_block(x, scheme) for x in (folded(u * c * c), folded(u * c * v)))
-        own = by_block(integers, scheme)
-        aa, av = (own.square() * cc).sum(-1), (own * cv).sum(-1)
+        s, scheme, v, u = self.scales, self.scheme, self.v, self.u
+        c = values(self._rounded(s.scale, s.zero)[0], scheme)
+        if s.zero is not None and s.outer_zero is None:
+            c = c - s.zero[..., None]
+        uc = u * c
+        cc, cv = by_block(folded(uc * c), scheme), by_block(folded(uc * v), scheme)
+        own = by_block(self._integers(s.scale, s.outer), scheme)
+        aa, av = folded(own * own * cc), folded(own * cv)
         if s.zero is None or s.outer is None or s.outer_zero is None:
             return _stored(av / safe(aa), s.outer), None
-        u_ = u.expand_as(v)
-        uu, c1, v1 = (by_block(folded(x), scheme) for x in (u_, u_ * c, u_ * v))
+        uu, c1, v1 = (by_block(folded(x), scheme) for x in (u.expand_as(v), uc, u * v))
         other = by_block(self._integers(-s.zero, s.outer_zero), scheme)
-        ab, bb, bv = (own * other * c1).sum(-1), (other.square() * uu).sum(-1), (other * v1).sum(-1)
+        ab, bb, bv = folded(own * other * c1), folded(other * other * uu), folded(other * v1)
         det = aa * bb - ab * ab
         outer, outer_zero = (bb * av - ab * bv) / safe(det), (ab * av - aa * bv) / safe(det)
         good = (det > 0) & (outer > 0) & (outer_zero >= 0)
@@ -104,21 +118,6 @@ def _stored(wanted: Tensor, old: Tensor | None) -> Tensor | None:
     assert old is not None
     wanted = torch.where(wanted.isfinite(), wanted, old)
     return wanted.clamp(-65504, 65504).half().float()
-
-
-def pick(
-    w: Tensor, scheme: Scheme, weight: Tensor, scales: Tensor, zeros: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The best of C scales (and zeros) [C, N, G] for each group: error, scale and zero [N, G]; the first of equals."""
-    if rounding.handles(scheme, w):
-        return rounding.pick(w, scheme, weight, scales, zeros)
-    v, u = group_view(w, scheme), group_view(weight[None], scheme)
-    best = Best()
-    for i, scale in enumerate(scales):
-        zero = None if zeros is None else zeros[i]
-        _, decoded = round_to(v, scale[..., None], None if zero is None else zero[..., None], scheme)
-        best.meet(folded((v - decoded).square_() * u), Scales(scale, zero))
-    return best.error, best.scale, best.zero
 
 
 class Best:

@@ -1,0 +1,70 @@
+"""Every type of file that llama-quantize writes, read back: equal to what the gguf package makes of it, and evaluated.
+
+    python -m bench.gguf_reading [--types IQ2_XXS,TQ1_0]
+
+A line a type: the block types in the file; how many tensors are, number by number, those of the gguf package's own reader
+and `dequantize`; and what `bitwright inspect` and `bitwright eval` say. Left out are Q1_0 and Q2_0, which the package
+cannot decode, and which are refused for that reason. Needs ../shared and `bench/peers/install.sh llamacpp`.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize
+
+from bench.gguf_vs_llamacpp import case_of, tool
+from bench.measure import BITWRIGHT, OUT, run, table
+from bitwright.llamacpp.container import GgufFile
+
+TYPES = (
+    "F32,F16,BF16,Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q2_K_S,Q3_K_S,Q3_K_M,Q3_K_L,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,"
+    "IQ2_XS,IQ2_S,IQ2_M,IQ3_XXS,IQ3_XS,IQ3_S,IQ3_M,IQ4_NL,IQ4_XS,TQ1_0,TQ2_0,MXFP4,NVFP4"
+)
+BY_TENSOR = ("MXFP4", "NVFP4")  # which no mix gives to a model without experts
+
+
+def alike(file: Path) -> tuple[int, int]:
+    """How many tensors read as the gguf package reads them, and how many there are."""
+    mine, theirs = GgufFile(file), gguf.GGUFReader(file)
+    same = 0
+    for t in theirs.tensors:
+        found = mine.read(t.name).float().numpy()
+        expected = dequantize(t.data, t.tensor_type).astype(np.float32)
+        same += found.shape == expected.shape and bool(np.array_equal(found, expected))
+    return same, len(theirs.tensors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", default=TYPES)
+    args = parser.parse_args()
+    work = OUT / "gguf-reading"
+    work.mkdir(parents=True, exist_ok=True)
+    case = case_of("wiki-llama-7m", work)
+    source, imatrix, file = work / "float.gguf", work / "imatrix.gguf", work / "theirs.gguf"
+    for old in (source, imatrix):
+        old.unlink(missing_ok=True)
+    run([*BITWRIGHT, "convert", str(case.model), str(source), "--json"])
+    run([*BITWRIGHT, "imatrix", str(case.model), str(imatrix), "--calib", str(case.calib), "--seqlen", "256", "--json"])
+    judge = ["--reference", str(case.model), "--text", str(case.text), "--tokens", "2048", "--json"]
+    rows = []
+    for kind in args.types.split(","):
+        how = ["--tensor-type", f"blk={kind.lower()}"] if kind in BY_TENSOR else []
+        tool("llama-quantize", "--imatrix", str(imatrix), *how, str(source), str(file), "Q8_0" if how else kind, "2")
+        types = Counter(t.type.name for t in GgufFile(file).tensors.values() if len(t.shape) > 1)
+        same, count = alike(file)
+        seen = run([*BITWRIGHT, "inspect", str(file), "--json"]).result
+        judged = run([*BITWRIGHT, "eval", str(file), *judge]).result
+        cells = [kind, ", ".join(f"{n} {name}" for name, n in types.most_common()), f"{same} of {count}"]
+        cells += [f"{seen['bits_per_weight']:.2f}", f"{judged['kl_mean']:.5f}", f"{judged['perplexity']:.2f}"]
+        rows.append(cells)
+        print(cells, flush=True)
+    header = ["type", "blocks", "tensors alike", "bits per weight", "KL", "perplexity"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
