@@ -1,0 +1,97 @@
+"""How fast models run, beside llama.cpp on the same threads in one run.
+
+    python -m bench.decoding [--size 1b] [--prompt 512] [--decode 64]
+
+A Llama shape with random weights: bitwright at int4-g128 and int8 with inputs of 8 and of 16 bits, and llama.cpp's Q4_0
+and Q4_K_M; the same Q4_K_M file also in bitwright. Speeds are medians; the last columns compare with the best of
+llama.cpp's quantized prompts and with its decoding of the same number of bits. Needs `bench/peers/install.sh llamacpp`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from bench.gguf_vs_llamacpp import THREADS, TOOLS, tool
+from bench.measure import BITWRIGHT, OUT, run, table
+
+MIXES = ("Q4_0", "Q4_K_M")
+OURS = (("int4-g128", 8), ("int4-g128", 16), ("int8-channel", 8), ("int8-channel", 16))
+
+
+def llamacpp(file: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second of llama-bench for a prompt and after it."""
+    said = tool(
+        "llama-bench",
+        "-m",
+        str(file),
+        *THREADS,
+        "-p",
+        str(args.prompt),
+        "-n",
+        str(args.decode),
+        "-r",
+        "3",
+        "-o",
+        "json",
+    )
+    tests = json.loads(said[said.index("[") : said.rindex("]") + 1])
+    return {"prefill" if test["n_prompt"] else "decode": test["avg_ts"] for test in tests}
+
+
+def bitwright(model: Path, args: argparse.Namespace, *options: str) -> dict[str, float]:
+    """`bitwright bench` of a checkpoint."""
+    shape = ["--prompt", str(args.prompt), "--decode", str(args.decode), "--json"]
+    found = run([*BITWRIGHT, "bench", str(model), *shape, *options]).result
+    return {
+        "prefill": found["prefill_tokens_per_second"], "decode": found["decode_tokens_per_second"],
+        "bandwidth": found["bandwidth_fraction"], "peak": found["peak_rss_bytes"] / 1e6,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1b")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--keep", action="store_true", help="keep the model and its files")
+    args = parser.parse_args()
+    if not TOOLS.exists():
+        sys.exit("bench/peers/install.sh llamacpp comes first")
+    work = OUT / "decoding"
+    work.mkdir(parents=True, exist_ok=True)
+    model, whole = work / args.size, work / f"{args.size}.gguf"
+    if not model.exists():
+        run([sys.executable, "-m", "bench.make_llama", str(model), "--size", args.size])
+    files = {mix: work / f"{args.size}-{mix}.gguf" for mix in MIXES}
+    if not all(file.exists() for file in files.values()):
+        run([*BITWRIGHT, "convert", str(model), str(whole), "--json"])
+        for mix, file in files.items():
+            tool("llama-quantize", str(whole), str(file), mix)
+        whole.unlink()
+    theirs = {mix: llamacpp(file, args) for mix, file in files.items()}
+    rows = {f"llama.cpp {mix}": found for mix, found in theirs.items()}
+    for scheme, bits in OURS:
+        rows[f"{scheme}, inputs of {bits} bits"] = bitwright(
+            model, args, "--scheme", scheme, "--activations", str(bits)
+        )
+    for bits in (8, 16):
+        name = f"that Q4_K_M file, inputs of {bits} bits"
+        rows[name] = bitwright(files["Q4_K_M"], args, "--activations", str(bits))
+    best = max(found["prefill"] for found in theirs.values())
+    lines = []
+    for name, found in rows.items():
+        peer = theirs["Q4_K_M" if "Q4_K_M" in name else "Q4_0"]["decode"]
+        limit = f"{found['bandwidth']:.2f}" if "bandwidth" in found else ""
+        peak = f"{found['peak']:.0f}" if "peak" in found else ""
+        ratios = [f"{found['prefill'] / best:.2f}", f"{found['decode'] / peer:.2f}"]
+        lines.append([name, f"{found['prefill']:.0f}", f"{found['decode']:.1f}", *ratios, limit, peak])
+    head = [f"{args.size}, 2 threads", f"prompt of {args.prompt}, tok/s", "after it, tok/s"]
+    print(table([*head, "× llama.cpp", "× llama.cpp", "of the bandwidth", "peak MB"], lines))
+    if not args.keep:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
