@@ -3,13 +3,23 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test sanitize check format bench clean
 
 demo: $(READY)
 	$(BIN)/bitwright demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+# The native extension under the compiler's sanitizers, in an environment of its own: some minutes.
+SANITIZED := build/sanitized
+sanitize:
+	test -x $(SANITIZED)/bin/python || $(PYTHON) -m venv $(SANITIZED)
+	$(SANITIZED)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(SANITIZED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-C cmake.define.BITWRIGHT_SANITIZE=ON -C build-dir=build/sanitized-objects ".[dev]"
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(SANITIZED)/bin/pytest tests/test_kernels.py tests/test_matmul.py tests/test_loading.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -286,6 +286,15 @@ def test_layers_take_any_leading_axes() -> None:
     assert lookup(torch.tensor([[5, 0], [5, 5]])).tolist() == [[[20, 22], [0, 2]], [[20, 22], [20, 22]]]
 
 
+def test_compilers_see_one_operator() -> None:
+    layer = QLinear(rtn(torch.randn(48, 64), None, Scheme.parse("int4-g32-asym")).q, torch.randn(48)).eval()
+    x = torch.randn(5, 64)
+    exported = torch.export.export(layer, (x,))
+    assert "bitwright.product" in str(exported.graph)
+    assert torch.equal(exported.module()(x), layer(x))
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
 def cli(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 

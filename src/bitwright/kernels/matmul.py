@@ -147,12 +147,39 @@ def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Te
     """
     if x.ndim != 2 or x.shape[1] != p.K:
         raise KernelError(f"inputs of shape {tuple(x.shape)} for a matrix {p.N} × {p.K}", remedy="x [M, K]")
+    if torch.compiler.is_compiling():
+        parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
+        return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
     if not handles(p, x):
         return _in_torch(x.float(), p, bits=bits, by_row=by_row)
     assert native is not None
     y = torch.empty(len(x), p.N)
     native.product(matrix_of(p), x.contiguous(), y, bits // 8, by_row, torch.get_num_threads())
     return y
+
+
+@torch.library.custom_op("bitwright::product", mutates_args=())
+def _operator(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    point: Tensor | None,
+    minimum: Tensor | None,
+    unit: Tensor,
+    scheme: str,
+    N: int,
+    K: int,
+    bits: int,
+    by_row: bool,
+) -> Tensor:
+    """`product` as torch.compile and torch.export see it: one operator on plain tensors."""
+    return product(x, Packed(panels, scale, point, minimum, unit, Scheme.parse(scheme), N, K), bits=bits, by_row=by_row)
+
+
+@_operator.register_fake
+def _(x: Tensor, panels: Tensor, scale: Tensor, point: Tensor | None, minimum: Tensor | None, unit: Tensor,
+      scheme: str, N: int, K: int, bits: int, by_row: bool) -> Tensor:  # fmt: skip
+    return x.new_empty((len(x), N), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ the same in torch
