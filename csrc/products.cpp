@@ -30,7 +30,9 @@ void Rounded::round(const Kernels &kernels, const void *x, bool half, ptrdiff_t 
 }
 
 void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *y, int threads) {
-    share_out((w.N + 63) / 64, 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.multiply(w, x, y, first, last); });
+    // Pieces that lie together, so that what is fetched ahead is one's own; a few for each thread, should one be held up.
+    const ptrdiff_t fours = (w.N + 63) / 64, grain = fours / (4 * (threads > 0 ? threads : 1));
+    share_out(fours, grain > 1 ? grain : 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.multiply(w, x, y, first, last); });
 }
 
 }  // namespace bitwright
