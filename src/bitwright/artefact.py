@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError
-from bitwright.formats import FORMATS, Format
+from bitwright.formats import READERS, Reader
 from bitwright.intake import Intake
 from bitwright.llamacpp.artefact import GgufArtefact, is_gguf
 from bitwright.models import quantization_of
@@ -18,7 +18,7 @@ from bitwright.qtensor import QTensor
 T = TypeVar("T")
 
 # The tensor of each format that a quantized module certainly has, and no float module.
-MARKERS = ("weight_packed", "qweight", "weight_codes")
+MARKERS = ("weight_packed", "qweight", "weight_codes", "weight.absmax")
 
 
 class Artefact:
@@ -119,14 +119,14 @@ def open_artefact(path: Path) -> Artefact | GgufArtefact:
     return GgufArtefact(path) if is_gguf(path) else Artefact(path)
 
 
-def _format_of(folder: Path, config: dict[str, Any] | None) -> Format | None:
+def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:
     if config is None:
         return None
     method = config.get("quant_method")
-    for candidate in FORMATS.values():
+    for candidate in READERS:
         if candidate.method == method:
             return candidate
-    known = ", ".join(f.method for f in FORMATS.values())
+    known = ", ".join(f.method for f in READERS)
     raise CheckpointError(
         f"quantized with {method!r}, which is not read here", where=str(folder), remedy=f"known: {known}"
     )
@@ -136,13 +136,22 @@ def _quantized_modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """Module name -> {suffix: tensor name} of all its tensors but the bias."""
     quantized = set()
     for name, info in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
+        module, suffix = _parted(name)
         narrow = suffix == "weight" and info.dtype in (torch.float8_e4m3fn, torch.int8)
         if suffix in MARKERS or (narrow and f"{module}.weight_scale" in checkpoint.tensors):
             quantized.add(module)
     modules: dict[str, dict[str, str]] = {module: {} for module in sorted(quantized)}
     for name in checkpoint.tensors:
-        module, _, suffix = name.rpartition(".")
+        module, suffix = _parted(name)
         if module in modules and suffix != "bias":
             modules[module][suffix] = name
     return modules
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """A tensor's module and what it is there: bitsandbytes' lie one level below the weight."""
+    module, below, rest = name.rpartition(".weight.")
+    if below:
+        return module, f"weight.{rest}"
+    module, _, suffix = name.rpartition(".")
+    return module, suffix

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from bitwright.errors import FormatError
+from bitwright.formats.awq import Awq
+from bitwright.formats.bitsandbytes import BitsAndBytes
 from bitwright.formats.compressed_tensors import CompressedTensors
-from bitwright.formats.format import Format, Layer
+from bitwright.formats.format import Format, Layer, Reader
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.native import Native
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
+READERS: tuple[Reader, ...] = (*FORMATS.values(), Awq(), BitsAndBytes())
 
 DEFAULTS = {"gguf": ("q4_k_m", "gptaq")}  # scheme and method where none is asked for
 OTHERWISE = ("int4-g128", "gptq")
@@ -33,4 +36,4 @@ def chosen(
     return name, scheme or usual[0], method or (OTHERWISE[1] if one_shot else usual[1])
 
 
-__all__ = ["FORMATS", "Format", "Layer", "chosen"]
+__all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen"]

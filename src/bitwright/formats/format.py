@@ -42,11 +42,31 @@ class Layer:
     fallback: str = ""
 
 
-class Format(Protocol):
-    """A way to store QTensors in safetensors files beside a config.json."""
+class Reader(Protocol):
+    """A way in which quantized weights are stored, by whomever."""
 
     name: str
     method: str  # quant_method in config.json
+
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """What the engine does to the inputs of one quantized module; None: nothing. read: a tensor of it by suffix.
+
+        FormatError for something that is not computed here.
+        """
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives.
+
+        FormatError for a layout that codes cannot be told from.
+        """
+
+
+class Format(Reader, Protocol):
+    """A way to store QTensors in safetensors files beside a config.json."""
+
     kv_cache: bool  # whether config.json can say what keys and values are kept in
 
     outside: bool  # whether the embedding and the output head are quantized too
@@ -69,21 +89,6 @@ class Format(Protocol):
         """The quantization_config of config.json; `kept` are the linear modules left in float.
 
         FormatError if one file cannot hold these layers together.
-        """
-
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """What the engine does to the inputs of one quantized module; None: nothing. read: a tensor of it by suffix.
-
-        FormatError for something that is not computed here.
-        """
-
-    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
-
-    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """Read one module's tensors as codes under scales; `decode` of them is what `Format.decode` gives.
-
-        FormatError for a layout that codes cannot be told from.
         """
 
 

@@ -1,0 +1,72 @@
+"""AWQ's files (AutoAWQ's GEMM layout), read: what many 4-bit checkpoints on hubs are.
+
+qweight [K, N/8]  codes of 4 bits, eight outputs in a word in the order 0, 2, 4, 6, 1, 3, 5, 7
+qzeros  [G, N/8]  zero points, likewise
+scales  [G, N]    float16; w = (code − zero) · scale
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.errors import FormatError
+from bitwright.formats.format import Read, recovered
+from bitwright.intake import Intake
+from bitwright.qtensor import QTensor, Scales
+from bitwright.scheme import Scheme
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each 4 bits of a word belong to
+
+
+class Awq:
+    """4 bits in groups or per channel, with zero points."""
+
+    name = "awq"
+    method = "awq"
+
+    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+        """See `Reader.intake`."""
+        return None
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """See `Reader.decode`."""
+        length = _group(config, name, tensors)
+        codes, zeros = _numbers(tensors["qweight"]), _numbers(tensors["qzeros"])  # [K, N], [G, N]
+        group = np.arange(len(codes)) // length
+        scale = tensors["scales"].float().numpy()
+        w = (codes - zeros[group]).astype(np.float32) * scale[group]
+        return torch.from_numpy(np.ascontiguousarray(w.T))
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
+        """See `Reader.quantized`."""
+        length, K = _group(config, name, tensors), len(tensors["qweight"])
+        scheme = Scheme("int4", "channel" if length == K else length, "asym")
+        zero = torch.from_numpy(_numbers(tensors["qzeros"]).T - 8).float()
+        scales = Scales(tensors["scales"].float().T.contiguous(), zero.contiguous())
+        return recovered(self.decode(config, name, tensors), scheme, scales, name)
+
+
+def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int:
+    """How many inputs share a scale. FormatError for what is not AWQ's GEMM layout in 4 bits."""
+    version = str(config.get("version", "gemm")).lower()
+    if version != "gemm" or config.get("bits", config.get("w_bit")) != 4:
+        found = f"version {version!r} with {config.get('bits', config.get('w_bit'))} bits"
+        raise FormatError(f"AWQ's {found} is not read here", where=name, remedy="gemm with 4 bits")
+    K, G = len(tensors["qweight"]), len(tensors["scales"])
+    length = config.get("group_size", config.get("q_group_size", -1))
+    length = K if length == -1 else length
+    if type(length) is not int or length < 1 or -(-K // length) != G or len(tensors["qzeros"]) != G:
+        raise FormatError(
+            f"{G} groups of {length!r} do not make {K} inputs", where=name, remedy="get a good copy of the file"
+        )
+    return length
+
+
+def _numbers(words: Tensor) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """int32 words [R, C] -> numbers [R, 8 C] of 4 bits, in the order of the outputs."""
+    parts = words.numpy()[:, :, None] >> (4 * np.arange(8, dtype=np.int32)) & 15
+    numbers = np.empty_like(parts)
+    numbers[:, :, ORDER] = parts
+    return numbers.reshape(len(parts), -1)
