@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bitwright.artefact import Artefact, open_artefact
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.llamacpp.artefact import GgufArtefact
+from bitwright.memory import return_memory
 from bitwright.methods import METHODS
 from bitwright.models import Skeleton, matrix_of, read_config
 from bitwright.nn.dense import Dense
@@ -70,6 +71,7 @@ class _Filling:
                 self._lookup(name, module)
             elif name in linears:
                 self._linear(name, module, rounded=name.startswith(inside))
+                return_memory()  # what packing took lies between what stays
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
                 value = self.artefact.read(self._source(name)).to(self.skeleton.dtype)

@@ -1,20 +1,21 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, encode
+from bitwright.codec import code_dtype, decode, encode
 from bitwright.errors import FormatError
 from bitwright.intake import Intake
-from bitwright.qtensor import Outliers, QTensor, Scales
+from bitwright.qtensor import Outliers, QTensor, Scales, rows
 from bitwright.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 Read = Callable[[str], Tensor | None]
+WEIGHTS_AT_ONCE = 1 << 22  # looked at together when codes are taken out of a file
 FLOAT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -94,12 +95,15 @@ class Format(Reader, Protocol):
 
 def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Outliers | None = None) -> QTensor:
     """The codes that decode to exactly w [N, K] under these scales. FormatError if there are none."""
-    q = replace(encode(w, scales, scheme), outliers=outliers)
-    if not torch.equal(decode(q).to(w.dtype), w):
-        raise FormatError(
-            "its weights are not codes under its scales", where=name, remedy="get a good copy of the file"
-        )
-    return q
+    whole = QTensor(torch.empty(w.shape, dtype=code_dtype(scheme)), scales, scheme, tuple(w.shape), outliers)
+    step = max(1, WEIGHTS_AT_ONCE // w.shape[1])
+    for start in range(0, len(w), step):
+        here, part = w[start : start + step], rows(whole, start, min(start + step, len(w)))
+        part.codes.copy_(encode(here, part.scales, scheme).codes)
+        if not torch.equal(decode(part).to(w.dtype), here):
+            remedy = "get a good copy of the file"
+            raise FormatError("its weights are not codes under its scales", where=name, remedy=remedy)
+    return whole
 
 
 def refuse_decomposed(layer: Layer, format_name: str) -> None:
