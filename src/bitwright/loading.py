@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from bitwright.artefact import Artefact, open_artefact
-from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeError
 from bitwright.llamacpp.artefact import GgufArtefact
 from bitwright.memory import return_memory
 from bitwright.methods import METHODS
 from bitwright.models import Skeleton, matrix_of, read_config
 from bitwright.nn.dense import Dense
 from bitwright.nn.lookup import Lookup
-from bitwright.nn.qlinear import QLinear
+from bitwright.nn.qlinear import BITS, QLinear
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
@@ -43,6 +43,8 @@ def load(
     Raises CheckpointError, FormatError, SchemeError or RecipeError, naming the tensor.
     """
     path = Path(model)
+    if activations not in BITS:
+        raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
     if scheme is not None and method not in ("rtn", "search", "hqq"):
         raise RecipeError(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"

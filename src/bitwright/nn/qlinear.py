@@ -13,6 +13,7 @@ from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
 PARTS = ("panels", "scale", "point", "minimum", "unit")
+BITS = (8, 16)  # that inputs may be rounded to
 INT8_TOKEN = Scheme("int8", "token", "sym", "f32")
 
 
@@ -43,7 +44,7 @@ class QLinear(nn.Module):
         stored: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
-        if activations not in (8, 16):
+        if activations not in BITS:
             raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
         packed = pack(q)
         for name in PARTS:
