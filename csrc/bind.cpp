@@ -19,12 +19,6 @@ bool is_half(const Values &values) {
     return half;
 }
 
-std::vector<float> &scratch(size_t size) {
-    static thread_local std::vector<float> room;
-    if (room.size() < size) room.resize(size);
-    return room;
-}
-
 }  // namespace bitwright
 
 namespace {

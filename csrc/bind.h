@@ -27,9 +27,6 @@ void require(bool condition, const char *message);
 // Whether the numbers are bfloat16; they are float32 otherwise.
 bool is_half(const Values &values);
 
-// Room for `size` numbers that this thread may write to until it asks again.
-std::vector<float> &scratch(size_t size);
-
 void bind_products(nb::module_ &m);
 
 }  // namespace bitwright

@@ -71,7 +71,7 @@ void product_of_floats(Values w, Cells x, Out y, int threads) {
     require(y.shape(0) == x.shape(0) && y.shape(1) == w.shape(0), "y must be [M, N]");
     d.x = x.data(), d.y = y.data(), d.M = x.shape(0);
     nb::gil_scoped_release unlocked;
-    share_out(d.N, 64, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->dense(d, first, last); });
+    multiply(*chosen, d, threads);
 }
 
 // A decoder and the arrays that it reads.

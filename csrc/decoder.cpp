@@ -47,16 +47,16 @@ void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, f
 
 void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
                        const std::vector<float *> &y, int threads) {
+    int block = 0;  // for which x lies there in bytes already
     for (size_t i = 0; i < linears.size(); i++) {
         const Linear &a = *linears[i];
         if (a.packed) {
-            const bool again = i > 0 && rounded_.inputs.block == a.packed->block;  // the inputs are bytes already
-            if (!again) rounded_.round(kernels, x, false, M, a.K(), a.packed->block, bytes, false, threads);
+            if (block != a.packed->block) rounded_.round(kernels, x, false, M, a.K(), block = a.packed->block, bytes, false, threads);
             bitwright::multiply(kernels, *a.packed, rounded_.inputs, y[i], threads);
         } else {
             Dense d = a.dense;
             d.x = x, d.y = y[i], d.M = M;
-            share_out(d.N, 64, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.dense(d, first, last); });
+            bitwright::multiply(kernels, d, threads);
         }
         if (a.bias)
             for (ptrdiff_t m = 0; m < M; m++) add(y[i] + m * a.N(), a.bias, a.N());

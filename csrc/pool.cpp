@@ -80,6 +80,12 @@ class Pool {
 
 }  // namespace
 
+std::vector<float> &scratch(size_t size) {
+    static thread_local std::vector<float> room;
+    if (room.size() < size) room.resize(size);
+    return room;
+}
+
 void share_out(ptrdiff_t n, ptrdiff_t grain, int threads, const std::function<void(ptrdiff_t, ptrdiff_t)> &task) {
     static Pool *pool = new Pool;  // never destroyed: its threads wait until the process ends
     static std::mutex busy;

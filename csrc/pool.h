@@ -2,10 +2,14 @@
 #pragma once
 #include <cstddef>
 #include <functional>
+#include <vector>
 
 namespace bitwright {
 
 // Call task(first, last) for pieces of `grain` of the range [0, n), on up to `threads` threads, this one among them.
 void share_out(ptrdiff_t n, ptrdiff_t grain, int threads, const std::function<void(ptrdiff_t, ptrdiff_t)> &task);
+
+// Room for `size` numbers that this thread may write to until it asks again.
+std::vector<float> &scratch(size_t size);
 
 }  // namespace bitwright

@@ -3,15 +3,6 @@
 #include "pool.h"
 
 namespace bitwright {
-namespace {
-
-float *room(size_t size) {
-    static thread_local std::vector<float> numbers;
-    if (numbers.size() < size) numbers.resize(size);
-    return numbers.data();
-}
-
-}  // namespace
 
 void Rounded::round(const Kernels &kernels, const void *x, bool half, ptrdiff_t M, ptrdiff_t K, int block, int bytes, bool by_row,
                     int threads) {
@@ -25,7 +16,7 @@ void Rounded::round(const Kernels &kernels, const void *x, bool half, ptrdiff_t 
     int8_t *low = bytes == 2 ? bytes_.data() + rows * padded : nullptr;
     inputs = {x, half, bytes_.data(), low, sums_.data(), scales_.data(), M, K, padded, blocks, spans, height, bytes, block, repeat};
     share_out(rows, rows < 16 ? rows : 8, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        kernels.round_inputs(inputs, room(2 * padded), first, last);
+        kernels.round_inputs(inputs, scratch(2 * padded).data(), first, last);
     });
 }
 
@@ -33,6 +24,10 @@ void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *
     // Pieces that lie together, so that what is fetched ahead is one's own; a few for each thread, should one be held up.
     const ptrdiff_t fours = (w.N + 63) / 64, grain = fours / (4 * (threads > 0 ? threads : 1));
     share_out(fours, grain > 1 ? grain : 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.multiply(w, x, y, first, last); });
+}
+
+void multiply(const Kernels &kernels, const Dense &d, int threads) {
+    share_out(d.N, 64, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.dense(d, first, last); });
 }
 
 }  // namespace bitwright

@@ -25,4 +25,7 @@ class Rounded {
 // y [M, N] = x w'.
 void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *y, int threads);
 
+// The same with float weights.
+void multiply(const Kernels &kernels, const Dense &d, int threads);
+
 }  // namespace bitwright

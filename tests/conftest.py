@@ -1,6 +1,7 @@
 """Checkpoints to test on: small random ones of several families made here, trained ones where they are present."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bitwright.kernels import native
+
+ISAS = [] if native is None else native.names()
 SHARED = Path(__file__).parents[2] / "shared"
 TEXT = "".join(
     f"{i}. The quick brown fox jumps over {i * i} lazy dogs; then {1 / (i + 1):.9f} (again)!\n" for i in range(60)
@@ -70,6 +74,16 @@ def make_checkpoint(
     model.save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this CPU has, in turn in force."""
+    assert native is not None
+    before = native.current()
+    native.choose(request.param)
+    yield request.param
+    native.choose(before)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,10 +25,10 @@ from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
+from conftest import ISAS
 
 T = TypeVar("T")
 native = kernels.native
-ISAS = [] if native is None else native.names()
 needs_native = pytest.mark.skipif(native is None, reason="the extension was not built")
 SCHEMES = [
     "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
@@ -36,15 +36,6 @@ SCHEMES = [
     "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "ternary-channel", "binary-g32",
     "int8-g256-asym-f32", "int4-g128-min", "int4-g32-asym-k6", "int4-g64-min-k6",
 ]  # fmt: skip
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native is not None
-    before = native.current()
-    native.choose(request.param)
-    yield request.param
-    native.choose(before)
 
 
 def in_torch(f: Callable[[], T]) -> T:

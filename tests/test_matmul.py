@@ -1,7 +1,5 @@
 """Products of packed weights: every instruction set against float64, and against one another bit for bit."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +14,9 @@ from bitwright.kernels.matmul import Packed, decoded, matrix_of, pack, product
 from bitwright.methods.rtn import rtn
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
+from conftest import ISAS
 
 native = kernels.native
-ISAS = [] if native is None else native.names()
 needs_native = pytest.mark.skipif(native is None, reason="the extension was not built")
 SCHEMES = [
     "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
@@ -26,15 +24,6 @@ SCHEMES = [
     "binary-g32", "int8-g256-asym-f32", "int4-g128-min", "int7-g128-asym", "int4-tensor", "int4-channel-asym",
 ]  # fmt: skip
 BLOCKED = ("q4_k", "q6_k", "q2_k", "q3_k", "iq4_xs")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native is not None
-    before = native.current()
-    native.choose(request.param)
-    yield request.param
-    native.choose(before)
 
 
 def quantized(scheme: str, N: int, K: int) -> QTensor:

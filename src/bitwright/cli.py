@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitwright.running import bench, chat, generate
-from bitwright.terminal import console, errors, plain, progress_bar, reporting, show
+from bitwright.terminal import AsJson, console, errors, plain, progress_bar, reporting, show
 
 if TYPE_CHECKING:
     from bitwright.pipeline import Result
@@ -54,7 +54,6 @@ Store = Annotated[
 Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.command()

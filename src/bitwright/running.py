@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.terminal import console, errors, reporting, show
+from bitwright.terminal import AsJson, console, errors, reporting, show
 
 if TYPE_CHECKING:
     from bitwright.decoding import Sampling
@@ -26,7 +26,6 @@ Bits = Annotated[
     int, typer.Option(help="Bits of quantized layers' inputs: 16 (as good as float), or 8 (faster prompts).")
 ]
 Room = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def generate(

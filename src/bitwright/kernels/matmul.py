@@ -13,11 +13,12 @@ Where the extension was not built, `product` decodes some rows at a time and mul
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_range, decode, is_signed
+from bitwright.codec import code_dtype, code_range, decode
 from bitwright.errors import KernelError
 from bitwright.kernels import native
 from bitwright.qtensor import QTensor, Scales
@@ -61,16 +62,11 @@ def handles(p: Packed, x: Tensor) -> bool:
     return native is not None and known and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def bits_of(scheme: Scheme) -> int:
-    """Bits a code takes in a panel."""
-    return scheme.levels.bits
-
-
 def pack(q: QTensor) -> Packed:
     """A quantized matrix in the kernels' layout, its scales rounded to float16 multiples of their row's power of two."""
     N, K = q.codes.shape
     scheme = q.scheme
-    lowest = code_range(scheme)[0] if is_signed(scheme) else 0
+    lowest = code_range(scheme)[0]
     codes = (q.codes.short() - lowest).to(torch.uint8)
     G = scheme.groups(K)
     scale = q.scales.scale.expand(N, G) if scheme.group == TENSOR else q.scales.scale
@@ -79,7 +75,7 @@ def pack(q: QTensor) -> Packed:
     extreme = scale.abs().amax(1) if least is None else torch.maximum(scale.abs().amax(1), least.abs().amax(1))
     unit = torch.exp2(torch.frexp(extreme).exponent.clamp(-120, 120).float())
     return Packed(
-        panels=_panels(codes, bits_of(scheme)),
+        panels=_panels(codes, scheme.levels.bits),
         scale=_table(scale / unit[:, None]).half(),
         point=_table(zero - lowest).to(torch.uint8) if zero is not None and least is None else None,
         minimum=None if least is None else _table(least / unit[:, None]).half(),
@@ -121,16 +117,17 @@ def matrix_of(p: Packed) -> object:
     high, low, offset = _tables(p.scheme)
     g = p.scheme.group_length(p.K)
     return native.Matrix(
-        p.panels, p.scale, p.point, p.minimum, p.unit, bits=bits_of(p.scheme), offset=offset, high=high, low=low,
+        p.panels, p.scale, p.point, p.minimum, p.unit, bits=p.scheme.levels.bits, offset=offset, high=high, low=low,
         N=p.N, K=p.K, g=g if g < BLOCK and isinstance(p.scheme.group, int) else math.ceil(g / BLOCK) * BLOCK,
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
 def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
     """What each code multiplies as, high and low byte, and what that counts from."""
     levels = scheme.levels.levels
     if levels is None:
-        return [], [], 0 if scheme.zero == "min" else -code_range(scheme)[0]
+        return [], [], -code_range(scheme)[0]
     numbers = [round(level * FACTORS[scheme.grid]) for level in levels]
     if scheme.grid == "nf4":
         shifted = [n + (128 << 8) for n in numbers]
@@ -204,7 +201,7 @@ def rounded_spans(x: Tensor, span: int) -> Tensor:
 
 def decoded(p: Packed, first: int, last: int) -> Tensor:
     """Rows first..last [n, K] of a packed matrix in float32; first is a multiple of 64."""
-    bits, scheme = bits_of(p.scheme), p.scheme
+    bits, scheme = p.scheme.levels.bits, p.scheme
     G, here = scheme.groups(p.K), slice(first // FOUR, -(-last // FOUR))
 
     def table(values: Tensor) -> Tensor:  # undoes `_table`
@@ -214,10 +211,10 @@ def decoded(p: Packed, first: int, last: int) -> Tensor:
     unit = p.unit[first:last, None] * FACTORS.get(scheme.grid, 1.0)
     scale = table(p.scale) * unit
     zero = table(p.minimum) * unit if p.minimum is not None else None
-    lowest = code_range(scheme)[0] if is_signed(scheme) else 0
+    lowest = code_range(scheme)[0]
     if p.point is not None:
         zero = table(p.point) + lowest
-    codes = (codes.short() + lowest).to(torch.int8 if is_signed(scheme) else torch.uint8)
+    codes = (codes.short() + lowest).to(code_dtype(scheme))
     if scheme.group == TENSOR:
         scheme = replace(scheme, group=CHANNEL)
     return decode(QTensor(codes, Scales(scale, zero), scheme, tuple(codes.shape)))

@@ -108,11 +108,7 @@ class GgufArtefact:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The blocks of a weight: uint8 [N, bytes], rows as llama.cpp has them."""
-        return {
-            "weight": torch.from_numpy(self.file.raw(self.stored[name])).view(
-                self.file.tensors[self.stored[name]].shape[0], -1
-            )
-        }
+        return {"weight": torch.from_numpy(self.file.rows(self.stored[name]))}
 
     def quantized(self, name: str) -> QTensor | None:
         """A matrix as codes and scales, rows as transformers has them; None: it is float.
@@ -122,8 +118,9 @@ class GgufArtefact:
         t = self.file.tensors[self.stored[name]]
         if t.type in FLOATS:
             return None
-        scheme, scales = scales_of(t.type.name, self.parts(name)["weight"], name)
-        q = recovered(self.file.read(self.stored[name]), scheme, scales, name)
+        rows = self.file.rows(self.stored[name])
+        scheme, scales = scales_of(t.type.name, torch.from_numpy(rows), name)
+        q = recovered(self.file.decode(self.stored[name], rows), scheme, scales, name)
         order = self.names.rows(name, len(q.codes))
         return q if order is None else reordered(q, order.argsort())
 

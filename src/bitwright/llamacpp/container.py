@@ -95,7 +95,16 @@ class GgufFile:
         t = self.tensors[name]
         if t.type in FLOATS:
             return torch.from_numpy(self.raw(name)).view(FLOATS[t.type]).view(t.shape)
-        rows = self.raw(name).reshape(-1, _row_bytes(t.shape[-1], t.type))
+        return self.decode(name, self.rows(name))
+
+    def rows(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The blocks of a quantized tensor, row by row: uint8 [N, bytes]."""
+        t = self.tensors[name]
+        return self.raw(name).reshape(-1, _row_bytes(t.shape[-1], t.type))
+
+    def decode(self, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+        """Those as float32, in the tensor's shape."""
+        t = self.tensors[name]
         out = np.empty((len(rows), t.shape[-1]), np.float32)
         step = max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         for at in range(0, len(rows), step):

@@ -90,6 +90,19 @@ class Window:
         return x.as_strided(sizes, (batch, *steps, channel))
 
 
+def images(x: Tensor, *, flat: bool) -> Tensor:
+    """x with the axes [B, C, H, W]; flat: it has no H."""
+    x = x.unsqueeze(-2) if flat else x
+    return x.unsqueeze(0) if x.ndim == 3 else x
+
+
+def like(y: Tensor, x: Tensor, *, flat: bool) -> Tensor:
+    """y [B, H', W', N] with the axes that the input x had; stored with the channels last."""
+    y = y.permute(0, 3, 1, 2)
+    y = y.squeeze(-2) if flat else y
+    return y if y.ndim == x.ndim else y.squeeze(0)
+
+
 Multiply = Callable[[Tensor, Tensor, slice], Tensor]  # rows [T, K], weights [n, K], which of the N outputs -> [T, n]
 
 

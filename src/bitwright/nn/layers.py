@@ -13,7 +13,9 @@ from bitwright.nn.integer import (
     codes_of_rows,
     convolution,
     depthwise,
+    images,
     integer_weight,
+    like,
     requantized,
     rescaled,
     scaled_product,
@@ -60,17 +62,6 @@ class IntegerProduct(nn.Module):
             return rescaled(depthwise(x, self.codes, self.window), scale[:, 0], constant)
         return self.multiplied(x, lambda rows, w, n: scaled_product(rows, w, scale[n], constant[n]))
 
-    def images(self, x: Tensor) -> Tensor:
-        """x with the axes [B, C, H, W]."""
-        x = x.unsqueeze(-2) if self.flat else x
-        return x.unsqueeze(0) if x.ndim == 3 else x
-
-    def like(self, y: Tensor, x: Tensor) -> Tensor:
-        """y [B, H', W', N] with the axes that the input x had; stored with the channels last."""
-        y = y.permute(0, 3, 1, 2)
-        y = y.squeeze(-2) if self.flat else y
-        return y if y.ndim == x.ndim else y.squeeze(0)
-
     def extra_repr(self) -> str:
         return f"{self.channels} → {len(self.codes)}, {self.label}"
 
@@ -107,11 +98,11 @@ class DynamicProduct(IntegerProduct):
             codes, s, z = codes_of_rows(x.reshape(-1, x.shape[-1]), self.activations)
             y = torch.addcmul(self.bias, self.centred(codes, z), s)
             return y.view(*x.shape[:-1], len(self.codes)).to(x.dtype)
-        images = self.window.padded(self.images(x), 0.0).permute(0, 2, 3, 1)  # before rounding: 0 has a code
-        rows, s, z = codes_of_rows(images.reshape(len(images), -1), self.activations)
-        codes = rows.view(images.shape).permute(0, 3, 1, 2)
+        seen = self.window.padded(images(x, flat=self.flat), 0.0).permute(0, 2, 3, 1)  # before rounding: 0 has a code
+        rows, s, z = codes_of_rows(seen.reshape(len(seen), -1), self.activations)
+        codes = rows.view(seen.shape).permute(0, 3, 1, 2)
         s, z = s[..., None, None], None if z is None else z[..., None, None]
-        return self.like(torch.addcmul(self.bias, self.centred(codes, z), s), x).to(x.dtype)
+        return like(torch.addcmul(self.bias, self.centred(codes, z), s), x, flat=self.flat).to(x.dtype)
 
     def centred(self, codes: Tensor, z: Tensor | None) -> Tensor:
         """Σ (c − z) w, in float32."""
@@ -149,9 +140,9 @@ class StaticProduct(IntegerProduct):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        codes = x if self.window is None else self.window.padded(self.images(x), float(self.entry[1]))
+        codes = x if self.window is None else self.window.padded(images(x, flat=self.flat), float(self.entry[1]))
         y = self.rounded(codes) if len(self.exit) else self.accumulated(codes, self.multiplier, self.constant)
-        return y if self.window is None else self.like(y, x)
+        return y if self.window is None else like(y, x, flat=self.flat)
 
     def rounded(self, codes: Tensor) -> Tensor:
         """The output's codes."""

@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from bitwright.nn.integer import Window, taps
+from bitwright.nn.integer import Window, images, like, taps
 
 # An affine is a float32 tensor [scale, zero point, lowest code, highest code] of an int8 tensor: x = scale · (code − zero).
 
@@ -101,11 +101,8 @@ class StaticMax(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x int8 [B, C, H, W] or [B, C, L], or without B."""
-        images = x.unsqueeze(-2) if self.flat else x
-        images = images.unsqueeze(0) if images.ndim == 3 else images
-        y = reduce(torch.maximum, taps(self.window.patches(self.window.padded(images, -128)))).permute(0, 3, 1, 2)
-        y = y.squeeze(-2) if self.flat else y
-        return y if y.ndim == x.ndim else y.squeeze(0)
+        seen = self.window.patches(self.window.padded(images(x, flat=self.flat), -128))
+        return like(reduce(torch.maximum, taps(seen)), x, flat=self.flat)
 
 
 class Table(nn.Module):
