@@ -16,6 +16,7 @@ from bitwright import kernels, load, quantize
 from bitwright.calibration import load_tokenizer
 from bitwright.cli import app
 from bitwright.codec import decode
+from bitwright.conversion import convert
 from bitwright.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
 from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
 from bitwright.evaluation import Walk
@@ -262,10 +263,17 @@ def test_a_file_that_lacks_what_its_config_promises(llama: Path, tmp_path: Path)
         load(out)
 
 
+def test_what_is_quantized_is_not_rounded_again(llama: Path, tmp_path: Path) -> None:
+    made_already = made(llama, tmp_path, "compressed-tensors", "int4-g32"), made(llama, tmp_path, "gguf", "q4_0")
+    for out in made_already:
+        with pytest.raises(RecipeError, match="quantized already"):
+            load(out, scheme="int4-g32")
+    convert(llama, tmp_path / "f.gguf")
+    load(tmp_path / "f.gguf", scheme="int4-g32")
+
+
 def test_bad_wishes_are_refused(llama: Path, tmp_path: Path) -> None:
     out = made(llama, tmp_path, "compressed-tensors", "int4-g32")
-    with pytest.raises(RecipeError, match="quantized already"):
-        load(out, scheme="int4-g32")
     with pytest.raises(RecipeError, match="needs a text"):
         load(llama, scheme="int4-g32", method="gptq")
     for model in (out, llama):

@@ -41,6 +41,11 @@ class Artefact:
         return {**plain, **{f"{module}.weight": None for module in self.modules}}
 
     @property
+    def is_float(self) -> bool:
+        """Whether nothing in it is quantized."""
+        return self.config is None
+
+    @property
     def bytes(self) -> int:
         """All weight data: scales, zeros and kept tensors included."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())

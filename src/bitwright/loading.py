@@ -62,7 +62,7 @@ class _Filling:
         self.skeleton = Skeleton(read_config(path), dtype)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(path))
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
-        if scheme is not None and self.artefact.config is not None:
+        if scheme is not None and not self.artefact.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
 
     def run(self) -> PreTrainedModel:

@@ -87,6 +87,11 @@ class GgufArtefact:
         return {p: self.names.shape(p, self.file.tensors[name].shape) for p, name in self.stored.items()}
 
     @property
+    def is_float(self) -> bool:
+        """Whether nothing in it is quantized."""
+        return all(t.type in FLOATS for t in self.file.tensors.values())
+
+    @property
     def bytes(self) -> int:
         """All weight data."""
         return sum(t.nbytes for t in self.file.tensors.values())
