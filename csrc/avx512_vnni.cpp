@@ -18,5 +18,5 @@ constexpr int LANES = 16;
 #include "attention.h"
 }
 extern const Kernels avx512_vnni_kernels{"avx512_vnni", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
-                                   dense, attend, gate};
+                                   dense, attend, halve, gate};
 }  // namespace bitwright

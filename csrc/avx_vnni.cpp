@@ -18,5 +18,5 @@ constexpr int LANES = 8;
 #include "attention.h"
 }
 extern const Kernels avx_vnni_kernels{"avx_vnni", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
-                                   dense, attend, gate};
+                                   dense, attend, halve, gate};
 }  // namespace bitwright

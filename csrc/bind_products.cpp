@@ -135,13 +135,13 @@ Held *make_decoder(nb::list layers, nb::handle norm, nb::handle head, Cells cosi
 }
 
 using Row = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Cache = nb::ndarray<float, nb::ndim<5>, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<nb::ndim<5>, nb::c_contig, nb::device::cpu>;  // float16
 
 // Looks at the cache and how many tokens from which position on go into it.
 Decoder &fitting(Held &held, const Cache &cache, ptrdiff_t position, ptrdiff_t M) {
     Decoder &d = held.decoder;
     require(cache.shape(0) == d.layers.size() && cache.shape(1) == 2 && cache.shape(2) == (size_t)d.key_heads &&
-            cache.shape(4) == (size_t)d.D, "cache must be [L, 2, key heads, room, D]");
+            cache.shape(4) == (size_t)d.D && cache.dtype().bits == 16, "cache must be float16 [L, 2, key heads, room, D]");
     d.room = cache.shape(3);
     require(position >= 0 && M > 0 && position + M <= d.room && position + M <= d.positions, "the position lies beyond the cache");
     return d;
@@ -151,7 +151,7 @@ void step(Held &held, Row x, ptrdiff_t position, Cache cache, Row logits, int th
     Decoder &d = fitting(held, cache, position, 1);
     require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
     nb::gil_scoped_release unlocked;
-    d.step(*chosen, x.data(), position, cache.data(), logits.data(), threads);
+    d.step(*chosen, x.data(), position, (uint16_t *)cache.data(), logits.data(), threads);
 }
 
 void enter(Held &held, ptrdiff_t layer, Cells x, ptrdiff_t position, Out q, Cache cache, int threads) {
@@ -160,7 +160,7 @@ void enter(Held &held, ptrdiff_t layer, Cells x, ptrdiff_t position, Out q, Cach
     require(layer >= 0 && layer < (ptrdiff_t)d.layers.size(), "no such layer");
     require(x.shape(1) == (size_t)d.H && q.shape(0) == (size_t)M && q.shape(1) == (size_t)(d.heads * d.D), "x must be [M, H], q [M, heads D]");
     nb::gil_scoped_release unlocked;
-    d.enter(*chosen, d.layers[layer], x.data(), M, position, q.data(), cache.data() + layer * 2 * d.key_heads * d.room * d.D, threads);
+    d.enter(*chosen, d.layers[layer], x.data(), M, position, q.data(), (uint16_t *)cache.data() + layer * 2 * d.key_heads * d.room * d.D, threads);
 }
 
 void leave(Held &held, ptrdiff_t layer, Cells mixed, Out x, int threads) {
@@ -189,7 +189,7 @@ void product(const Matrix &m, Values x, Out y, int bytes, bool by_row, int threa
     nb::gil_scoped_release unlocked;
     static thread_local Rounded rounded;
     rounded.round(*chosen, x.data(), half, M, m.w.K, m.w.block, bytes, by_row, threads);
-    multiply(*chosen, m.w, rounded.inputs, y.data(), threads);
+    multiply(*chosen, {{&m.w, y.data()}}, rounded.inputs, threads);
 }
 
 }  // namespace

@@ -48,22 +48,32 @@ void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, f
 void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
                        const std::vector<float *> &y, int threads) {
     int block = 0;  // for which x lies there in bytes already
+    std::vector<Product> ready;
+    auto run = [&] {
+        bitwright::multiply(kernels, ready, rounded_.inputs, threads);
+        ready.clear();
+    };
     for (size_t i = 0; i < linears.size(); i++) {
         const Linear &a = *linears[i];
-        if (a.packed) {
-            if (block != a.packed->block) rounded_.round(kernels, x, false, M, a.K(), block = a.packed->block, bytes, false, threads);
-            bitwright::multiply(kernels, *a.packed, rounded_.inputs, y[i], threads);
-        } else {
+        if (!a.packed) {
             Dense d = a.dense;
             d.x = x, d.y = y[i], d.M = M;
             bitwright::multiply(kernels, d, threads);
+            continue;
         }
-        if (a.bias)
-            for (ptrdiff_t m = 0; m < M; m++) add(y[i] + m * a.N(), a.bias, a.N());
+        if (block != a.packed->block) {
+            run();
+            rounded_.round(kernels, x, false, M, a.K(), block = a.packed->block, bytes, false, threads);
+        }
+        ready.push_back({a.packed, y[i]});
     }
+    run();
+    for (size_t i = 0; i < linears.size(); i++)
+        if (const Linear &a = *linears[i]; a.bias)
+            for (ptrdiff_t m = 0; m < M; m++) add(y[i] + m * a.N(), a.bias, a.N());
 }
 
-void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, float *cache,
+void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, uint16_t *cache,
                     int threads) {
     const ptrdiff_t Q = heads * D, KV = key_heads * D;
     float *normed = space(M * (H + 2 * KV)), *k = normed + M * H, *v = k + M * KV;
@@ -78,9 +88,9 @@ void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrd
             for (ptrdiff_t h = 0; h < heads; h++) turn(q + m * Q + h * D, a.q_norm, position + m);
             for (ptrdiff_t h = 0; h < key_heads; h++) {
                 turn(k + m * KV + h * D, a.k_norm, position + m);
-                float *key = cache + (h * room + position + m) * D, *value = key + KV * room;
-                std::copy_n(k + m * KV + h * D, D, key);
-                std::copy_n(v + m * KV + h * D, D, value);
+                uint16_t *key = cache + (h * room + position + m) * D, *value = key + KV * room;
+                kernels.halve(k + m * KV + h * D, key, D);
+                kernels.halve(v + m * KV + h * D, value, D);
             }
         }
     });
@@ -105,7 +115,7 @@ void Decoder::finish(const Kernels &kernels, const float *x, float *logits, int 
     multiply(kernels, {&head}, normed, 1, {logits}, threads);
 }
 
-void Decoder::step(const Kernels &kernels, float *x, ptrdiff_t position, float *cache, float *logits, int threads) {
+void Decoder::step(const Kernels &kernels, float *x, ptrdiff_t position, uint16_t *cache, float *logits, int threads) {
     const ptrdiff_t first = window && position >= window ? position - window + 1 : 0, padded = (position + 17 - first) / 16 * 16;
     const ptrdiff_t Q = heads * D, KV = key_heads * D;
     queries_.resize(2 * Q + heads * padded);

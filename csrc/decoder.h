@@ -22,7 +22,7 @@ struct Layer {
     const float *q_norm, *k_norm;  // [D] or null: norms of each head (Qwen3)
 };
 
-// A model, and what it needs while tokens go through it. Its keys and values lie with the caller: [L, 2, key heads, room, D].
+// A model, and what it needs while tokens go through it. Its keys and values lie with the caller: f16 [L, 2, key heads, room, D].
 struct Decoder {
     std::vector<Layer> layers;
     const float *norm;      // [H]
@@ -35,7 +35,7 @@ struct Decoder {
 
     // A block's first half for M tokens x [M, H] from a position on: queries q [M, heads D]; keys and values go to the
     // layer's cache [2, key heads, room, D].
-    void enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, float *cache,
+    void enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, uint16_t *cache,
                int threads);
 
     // Its second half: what attention mixed [M, heads D] and the MLP are added to x [M, H].
@@ -45,7 +45,7 @@ struct Decoder {
     void finish(const Kernels &kernels, const float *x, float *logits, int threads);
 
     // All of that for one token x [H], of which nothing is left.
-    void step(const Kernels &kernels, float *x, ptrdiff_t position, float *cache, float *logits, int threads);
+    void step(const Kernels &kernels, float *x, ptrdiff_t position, uint16_t *cache, float *logits, int threads);
 
   private:
     std::vector<float> room_, queries_;

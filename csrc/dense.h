@@ -15,27 +15,58 @@ static inline float one_weight(int type, const void *w, ptrdiff_t at) {
     return type == F16 ? floats_of_halves(bits)[0] : float_of((uint32_t)bits[0] << 16);
 }
 
+// Lanes of a from i on and of b from i on, each `half` of every 2 half of them.
+template <int HALF>
+static inline Floats paired(Floats a, Floats b) {
+    Sums low, high;
+    for (int i = 0; i < 16; i++) {
+        const int lane = i % 8 / HALF * 2 * HALF + i % HALF + (i < 8 ? 0 : 16);
+        low[i] = lane, high[i] = lane + HALF;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// The sums of sixteen vectors, side by side: of each, the second half is added to the first, and so on.
+static inline Floats added_up(const Floats *v) {
+    Floats halves[8], quarters[4];
+    for (int i = 0; i < 8; i++) halves[i] = paired<8>(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 4; i++) quarters[i] = paired<4>(halves[2 * i], halves[2 * i + 1]);
+    return paired<1>(paired<2>(quarters[0], quarters[1]), paired<2>(quarters[2], quarters[3]));
+}
+
 static inline float added_up(Floats v) {
-    for (int n = 8; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return v[0];
+    Floats all[16] = {v};
+    return added_up(all)[0];
+}
+
+constexpr int ROWS_TOGETHER = 4;  // of w: sums that do not wait for one another
+
+// `rows` outputs of one input.
+template <int TYPE>
+static inline void dense_rows(const Dense &d, const float *x, ptrdiff_t n, int rows, float *y) {
+    const ptrdiff_t whole = d.K / 32 * 32;
+    Floats even[ROWS_TOGETHER] = {}, odd[ROWS_TOGETHER] = {};
+    for (ptrdiff_t k = 0; k < whole; k += 32) {
+        const Floats first = *(const LooseFloats *)(x + k), second = *(const LooseFloats *)(x + k + 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS_TOGETHER; r++) {
+            const ptrdiff_t at = (n + (r < rows ? r : 0)) * d.K + k;
+            __builtin_prefetch((const char *)d.w + (at + ROWS_TOGETHER * d.K) * (TYPE == F32 ? 4 : 2), 0, 2);
+            even[r] += weights_at<TYPE>(d.w, at) * first;
+            odd[r] += weights_at<TYPE>(d.w, at + 16) * second;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        y[n + r] = added_up(even[r] + odd[r]);
+        for (ptrdiff_t k = whole; k < d.K; k++) y[n + r] += one_weight(TYPE, d.w, (n + r) * d.K + k) * x[k];
+    }
 }
 
 template <int TYPE>
 static void dense(const Dense &d, ptrdiff_t first, ptrdiff_t last) {
-    const ptrdiff_t whole = d.K / 32 * 32;
-    for (ptrdiff_t n = first; n < last; n++)
-        for (ptrdiff_t m = 0; m < d.M; m++) {
-            const float *x = d.x + m * d.K;
-            Floats even{}, odd{};
-            for (ptrdiff_t k = 0; k < whole; k += 32) {
-                even += weights_at<TYPE>(d.w, n * d.K + k) * *(const LooseFloats *)(x + k);
-                odd += weights_at<TYPE>(d.w, n * d.K + k + 16) * *(const LooseFloats *)(x + k + 16);
-            }
-            float sum = added_up(even + odd);
-            for (ptrdiff_t k = whole; k < d.K; k++) sum += one_weight(TYPE, d.w, n * d.K + k) * x[k];
-            d.y[m * d.N + n] = sum;
-        }
+    for (ptrdiff_t n = first; n < last; n += ROWS_TOGETHER)
+        for (ptrdiff_t m = 0; m < d.M; m++)
+            dense_rows<TYPE>(d, d.x + m * d.K, n, last - n < ROWS_TOGETHER ? (int)(last - n) : ROWS_TOGETHER, d.y + m * d.N);
 }
 
 // y [M, N] for outputs [first, last).

@@ -10,17 +10,30 @@ constexpr bool WIDE = true;  // whether a register holds 64 octets
 
 static inline Floats floats_of_halves(const uint16_t *at) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
 
+static inline void halves_of_floats(Floats v, uint16_t *to) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 #else
 
 constexpr bool WIDE = false;
 
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+
 // f16 to float32: its bits in the place of a float's, then the difference of the exponents' biases.
 static inline Floats floats_of_halves(const uint16_t *at) {
-    typedef uint32_t Bits __attribute__((vector_size(64)));
-    typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
     Bits h = __builtin_convertvector(*(const Shorts *)at, Bits);
     Floats size = (Floats)((h & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
     return (Floats)((Bits)size | (h & 0x8000) << 16);
+}
+
+// And back, to the nearest: below 2^-14 a sum with 1/2 rounds, for its last bit counts as much as f16's there.
+static inline void halves_of_floats(Floats v, uint16_t *to) {
+    Bits size = (Bits)v & 0x7fffffff, tiny = (Bits)((Floats)size + 0.5f) - 0x3f000000;
+    Bits h = ((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10);
+    h = size < 0x38800000 ? tiny : size > 0x7f800000 ? Bits{} + 0x7e00 : h;
+    *(Shorts *)to = __builtin_convertvector(h | ((Bits)v >> 16 & 0x8000), Shorts);
 }
 
 #endif

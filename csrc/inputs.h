@@ -52,17 +52,18 @@ static int32_t sum_of(const int8_t *v, ptrdiff_t n) {
 
 // Rows [first, last) of the inputs as bytes, and their sums over blocks. `scratch` has room for two rows.
 static void round_inputs(const Inputs &x, float *scratch, ptrdiff_t first, ptrdiff_t last) {
-    int8_t *high = (int8_t *)(scratch + x.padded), *low = high + x.padded;
     const int H = x.height;
     const ptrdiff_t span = x.repeat * x.block;
     for (ptrdiff_t row = first; row < last; row++) {
         const ptrdiff_t tile = row / H, r = row % H;
+        int8_t *high = H > 1 ? (int8_t *)(scratch + x.padded) : x.high + row * x.padded;
+        int8_t *low = H > 1 ? high + x.padded : x.low + row * x.padded;
         take_row(x, row, scratch);
         for (ptrdiff_t s = 0, k = 0; s < x.spans; s++, k += span) {
             const ptrdiff_t n = k + span < x.padded ? span : x.padded - k;
             x.scale[(tile * x.spans + s) * H + r] = round_span(scratch + k, n, x.bytes, high + k, low + k);
         }
-        for (ptrdiff_t k = 0; k < x.padded; k += 4) {
+        for (ptrdiff_t k = 0; H > 1 && k < x.padded; k += 4) {
             __builtin_memcpy(x.high + (tile * x.padded + k) * H + 4 * r, high + k, 4);
             if (x.bytes == 2) __builtin_memcpy(x.low + (tile * x.padded + k) * H + 4 * r, low + k, 4);
         }

@@ -146,10 +146,10 @@ struct Dense {
     ptrdiff_t M, N, K;
 };
 
-// One token's attention over positions [first, last) of keys and values [key heads, room, D]; D a multiple of 16.
+// One token's attention over positions [first, last) of keys and values, f16 [key heads, room, D]; D a multiple of 16.
 struct Attention {
     const float *q;         // [heads, D]
-    const float *keys, *values;
+    const uint16_t *keys, *values;
     float *scores;          // room for [heads, padded]; padded a multiple of 16 above the number of positions
     float *out;             // [heads, D]
     float scaling;
@@ -169,6 +169,7 @@ struct Kernels {
     void (*multiply)(const Weights &, const Inputs &, float *y, ptrdiff_t first, ptrdiff_t last);
     void (*dense)(const Dense &, ptrdiff_t first, ptrdiff_t last);
     void (*attend)(const Attention &, ptrdiff_t first, ptrdiff_t last);
+    void (*halve)(const float *from, uint16_t *to, ptrdiff_t n);  // as f16; n a multiple of 16
     void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
 };
 

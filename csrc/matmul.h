@@ -140,7 +140,7 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
 #pragma GCC unroll 4
                 for (int p = 0; p < 4; p++) {
                     const uint8_t *from = w.panels + place(panel + p, column / TILE, w.tiles) * 64 * BITS;
-                    for (int i = 0; i < BITS; i++) __builtin_prefetch(from + AHEAD + 64 * i);
+                    for (int i = 0; i < BITS; i++) __builtin_prefetch(from + AHEAD + 64 * i, 0, 2);  // into the second cache: the first is small
                     Octets v[TILE_STEPS];
                     unpack_tile<BITS>(from, v);
                     const int first = inside % TILE / 4;

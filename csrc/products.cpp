@@ -1,5 +1,7 @@
 #include "products.h"
 
+#include <algorithm>
+
 #include "pool.h"
 
 namespace bitwright {
@@ -20,10 +22,19 @@ void Rounded::round(const Kernels &kernels, const void *x, bool half, ptrdiff_t 
     });
 }
 
-void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *y, int threads) {
+void multiply(const Kernels &kernels, const std::vector<Product> &products, const Inputs &x, int threads) {
+    auto fours_of = [](const Product &p) { return (p.w->N + 63) / 64; };
+    ptrdiff_t fours = 0;
+    for (const Product &p : products) fours += fours_of(p);
     // Pieces that lie together, so that what is fetched ahead is one's own; a few for each thread, should one be held up.
-    const ptrdiff_t fours = (w.N + 63) / 64, grain = fours / (4 * (threads > 0 ? threads : 1));
-    share_out(fours, grain > 1 ? grain : 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.multiply(w, x, y, first, last); });
+    const ptrdiff_t grain = fours / (4 * (threads > 0 ? threads : 1));
+    share_out(fours, grain > 1 ? grain : 1, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        for (const Product &p : products) {
+            const ptrdiff_t own = fours_of(p);
+            if (first < own && last > 0) kernels.multiply(*p.w, x, p.y, std::max<ptrdiff_t>(first, 0), std::min(last, own));
+            first -= own, last -= own;
+        }
+    });
 }
 
 void multiply(const Kernels &kernels, const Dense &d, int threads) {

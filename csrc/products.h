@@ -22,8 +22,13 @@ class Rounded {
     std::vector<float> scales_;
 };
 
-// y [M, N] = x w'.
-void multiply(const Kernels &kernels, const Weights &w, const Inputs &x, float *y, int threads);
+struct Product {
+    const Weights *w;
+    float *y;  // [M, N] = x w'
+};
+
+// Products of several matrices with the same inputs: together one piece of work.
+void multiply(const Kernels &kernels, const std::vector<Product> &products, const Inputs &x, int threads);
 
 // The same with float weights.
 void multiply(const Kernels &kernels, const Dense &d, int threads);

@@ -16,5 +16,5 @@ constexpr int LANES = 4;
 #include "attention.h"
 }
 extern const Kernels scalar_kernels{"scalar", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
-                                   dense, attend, gate};
+                                   dense, attend, halve, gate};
 }  // namespace bitwright

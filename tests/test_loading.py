@@ -29,7 +29,7 @@ from bitwright.nn.lookup import Lookup
 from bitwright.nn.qlinear import QLinear
 from bitwright.qtensor import Outliers, Scales
 from bitwright.scheme import Scheme
-from conftest import FAMILIES, make_checkpoint
+from conftest import FAMILIES, ISAS, make_checkpoint
 
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 1, 2, 90, 33]])
 MADE = [
@@ -129,6 +129,41 @@ def test_native_steps_are_the_modules_own(
         assert distance(fast.prefill(prompt), slow.prefill(prompt)) < 2e-3
         for token in (7, 250, 7, 0, 31, 32, 99):
             assert distance(fast.step(token), slow.step(token)) < 2e-3
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "D"), [(4, 2, 64), (4, 1, 128), (2, 2, 48)])
+def test_attention_is_the_modules_own(isa: str, heads: int, key_heads: int, D: int, tmp_path: Path) -> None:
+    """Over more positions than are taken together, and not a multiple of them."""
+    shape = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": D,
+        "max_position_embeddings": 128,
+    }
+    model = load(make_checkpoint(tmp_path / "m", **shape), scheme="int8-g32")
+    fast, slow, prompt = decoder_of(model, 80), ModuleDecoder(model), torch.arange(71) * 3
+    assert isinstance(fast, NativeDecoder)
+    assert distance(fast.prefill(prompt), slow.prefill(prompt)) < 1e-3
+    for token in range(9):
+        assert distance(fast.step(token), slow.step(token)) < 1e-3
+
+
+@native_only
+def test_every_instruction_set_takes_the_same_steps(llama: Path) -> None:
+    model, before, native = load(llama, scheme="int4-g32"), kernels.native.current(), kernels.native
+    logits, caches = [], []
+    for isa in ISAS:
+        native.choose(isa)
+        decoder = NativeDecoder(model, 60)
+        decoder.cache[:, :, :, :40] = torch.randn(
+            decoder.cache[:, :, :, :40].shape, generator=torch.Generator().manual_seed(0)
+        )
+        decoder.position = 40
+        logits.append(torch.stack([decoder.step(token) for token in range(20)]))
+        caches.append(decoder.cache)
+    native.choose(before)
+    assert all(torch.equal(each, logits[0]) for each in logits)
+    assert all(torch.equal(each, caches[0]) for each in caches)
 
 
 @native_only

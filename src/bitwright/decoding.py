@@ -65,7 +65,7 @@ class ModuleDecoder:
 class NativeDecoder:
     """A model built like Llama in native code, but for the attention of many tokens, which is torch's.
 
-    Keys and values are float32 [L, 2, key heads, room, D].
+    Keys and values are float16 [L, 2, key heads, room, D]: a token reads them all.
     """
 
     def __init__(self, model: PreTrainedModel, room: int) -> None:
@@ -74,7 +74,7 @@ class NativeDecoder:
         self.model, self.position, config = model, 0, model.config
         attention = model.model.layers[0].self_attn
         D, self.scaling, self.window = attention.head_dim, attention.scaling, _window(model) or 0
-        self.cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, room, D)
+        self.cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, room, D, dtype=torch.float16)
         self.logits = torch.empty(config.vocab_size)
         cosine, sine = model.model.rotary_emb(torch.zeros(1, room, 1), torch.arange(room)[None])
         self.native = native.Decoder(
@@ -108,7 +108,7 @@ class NativeDecoder:
         q = torch.empty(T, self.width)
         self.native.enter(layer, x, self.position, q, self.cache, threads)
         first = max(0, self.position - self.window + 1) if self.window else 0
-        keys, values = self.cache[layer, :, :, first:end]
+        keys, values = self.cache[layer, :, :, first:end].float()
         mixed = nn.functional.scaled_dot_product_attention(
             q.view(1, T, -1, keys.shape[-1]).transpose(1, 2), keys[None], values[None], attn_mask=self._mask(first, end),
             is_causal=end == T and not self.window, scale=self.scaling, enable_gqa=True,
