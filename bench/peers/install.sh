@@ -34,8 +34,9 @@ case "${1:-}" in
     onnxruntime)
         packages=("onnxruntime==1.32.0" "onnx==1.23.2" "transformers==5.23.0" "safetensors" "onnxscript")
         ;;
+    bitsandbytes) packages=("bitsandbytes==0.50.2") ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, minilm, onnxruntime" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, minilm, onnxruntime, bitsandbytes" >&2
         exit 2
         ;;
 esac

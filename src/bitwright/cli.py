@@ -272,6 +272,7 @@ def main() -> None:
     # slept at once it would take twice as long on an idle machine; if they spun on, as is the default, up to eight
     # times as long on a busy one. Must be set before torch loads its OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(
         100_000
