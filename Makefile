@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize check format bench clean
+.PHONY: demo test sanitize neon check format bench clean
 
 demo: $(READY)
 	$(BIN)/bitwright demo
@@ -20,6 +20,14 @@ sanitize:
 		-C cmake.define.BITWRIGHT_SANITIZE=ON -C build-dir=build/sanitized-objects ".[dev]"
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(SANITIZED)/bin/pytest tests/test_kernels.py tests/test_matmul.py tests/test_loading.py
+
+# Kernels for ARM, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
+ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -DBITWRIGHT_ARM
+neon:
+	mkdir -p build/neon
+	$(ARM) -march=armv8.2-a+dotprod -c csrc/neon.cpp -o build/neon/neon.o
+	$(ARM) -static csrc/scalar.cpp csrc/dispatch.cpp tests/native/agree.cpp build/neon/neon.o -o build/neon/agree
+	qemu-aarch64 build/neon/agree
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -15,15 +15,16 @@ static inline float one_weight(int type, const void *w, ptrdiff_t at) {
     return type == F16 ? floats_of_halves(bits)[0] : float_of((uint32_t)bits[0] << 16);
 }
 
-// Lanes of a from i on and of b from i on, each `half` of every 2 half of them.
+// Of each run of 2 HALF lanes of a, then of b: the second half added to the first.
+template <int HALF, int... LANE>
+static inline Floats paired(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF)...) +
+           __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF + HALF)...);
+}
+
 template <int HALF>
 static inline Floats paired(Floats a, Floats b) {
-    Sums low, high;
-    for (int i = 0; i < 16; i++) {
-        const int lane = i % 8 / HALF * 2 * HALF + i % HALF + (i < 8 ? 0 : 16);
-        low[i] = lane, high[i] = lane + HALF;
-    }
-    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    return paired<HALF>(a, b, std::make_integer_sequence<int, 16>());
 }
 
 // The sums of sixteen vectors, side by side: of each, the second half is added to the first, and so on.

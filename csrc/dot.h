@@ -14,6 +14,27 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+constexpr bool WIDE = false;
+
+static inline Floats floats_of_halves(const uint16_t *at) {
+    Floats v;
+    for (int i = 0; i < 4; i++) {
+        const float32x4_t four = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at + 4 * i)));
+        __builtin_memcpy((char *)&v + 16 * i, &four, 16);
+    }
+    return v;
+}
+
+static inline void halves_of_floats(Floats v, uint16_t *to) {
+    for (int i = 0; i < 4; i++) {
+        float32x4_t four;
+        __builtin_memcpy(&four, (const char *)&v + 16 * i, 16);
+        vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(four)));
+    }
+}
+
 #else
 
 constexpr bool WIDE = false;
@@ -86,6 +107,32 @@ static inline Sums dot(Sums acc, Octets w, int32_t x) {
 static inline Octets look_up(Octets table, Octets index) {
     Pair t = halves(table), i = halves(index);
     return whole<Octets>(_mm256_shuffle_epi8(t.low, i.low), _mm256_shuffle_epi8(t.high, i.high));
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+struct Quarters {
+    uint8x16_t of[4];
+    Quarters(Octets v) { __builtin_memcpy(of, &v, 64); }
+    Octets whole() const { Octets v; __builtin_memcpy(&v, of, 64); return v; }
+};
+
+// Both sides are signed here: octets are read as 128 less, and 128 times what they multiply is added.
+static inline Sums dot(Sums acc, Octets w, int32_t x) {
+    const int8x16_t each = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), each), 7);
+    Quarters a((Octets)acc), b(w);
+    for (int i = 0; i < 4; i++) {
+        const int8x16_t less = vreinterpretq_s8_u8(veorq_u8(b.of[i], vdupq_n_u8(128)));
+        a.of[i] = vreinterpretq_u8_s32(vdotq_s32(vaddq_s32(vreinterpretq_s32_u8(a.of[i]), back), less, each));
+    }
+    return (Sums)a.whole();
+}
+
+static inline Octets look_up(Octets table, Octets index) {
+    Quarters t(table), at(index);
+    for (int i = 0; i < 4; i++) at.of[i] = vqtbl1q_u8(t.of[i], at.of[i]);
+    return at.whole();
 }
 
 #else

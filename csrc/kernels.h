@@ -7,6 +7,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace bitwright {
 
@@ -173,7 +174,7 @@ struct Kernels {
     void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
 };
 
-extern const Kernels scalar_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels, neon_kernels;
 
 // The instruction sets that were compiled in and that this CPU has, best first; a null ends the list.
 const Kernels *const *available();
