@@ -1,6 +1,9 @@
 """Loaded checkpoints: logits as the evaluation's independent walk has them, native steps as the modules have them."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,6 +321,12 @@ def test_bad_wishes_are_refused(llama: Path, tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
+def test_a_number_alone_is_no_input(llama: Path) -> None:
+    layer = next(m for m in load(llama, scheme="int4-g32").modules() if isinstance(m, QLinear))
+    with pytest.raises(KernelError, match="for a matrix"):
+        layer(torch.tensor(1.0))
+
+
 def test_layers_take_any_leading_axes() -> None:
     layer = QLinear(rtn(torch.randn(48, 64), None, Scheme.parse("int8-g32")).q, torch.randn(48))
     x = torch.randn(2, 3, 64)
@@ -356,6 +365,30 @@ def test_generate_at_the_command_line(llama: Path) -> None:
     assert spoken.exit_code == 0
     for bad in (["--temperature", "-1"], ["--prompt", "x" * 500], ["--scheme", "int99"], ["--activations", "7"]):
         assert cli("generate", str(llama), "--prompt", "The", *bad).exit_code == 2
+
+
+def test_an_interrupted_answer_ends_the_process(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", eos_token_id=None, max_position_embeddings=100_000)
+    options = [
+        "--prompt",
+        "The",
+        "--max-tokens",
+        "99000",
+        "--room",
+        "100000",
+        "--temperature",
+        "1",
+        "--scheme",
+        "int4-g32",
+    ]
+    command = [sys.executable, "-m", "bitwright", "generate", str(model), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it has begun
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)  # threads that stayed would keep it
+    assert process.returncode == 0
+    assert "interrupted" in said
 
 
 def test_chat_remembers_and_ends(llama: Path) -> None:

@@ -163,6 +163,12 @@ def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         product(torch.zeros(shape), pack(quantized("int4-g128", 70, 512)))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_inputs_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(KernelError, match=f"{str(dtype)[6:]} .* for a matrix 70 × 512"):
+        product(torch.zeros(2, 512, dtype=dtype), pack(quantized("int4-g128", 70, 512)))
+
+
 @needs_native
 def test_the_extension_checks_what_it_is_given() -> None:
     assert native is not None

@@ -140,10 +140,11 @@ def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Te
     """x [M, K] times a packed matrix: [M, N] float32.
 
     bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
-    KernelError for x of another shape.
+    KernelError for x of another shape, or not of floats.
     """
-    if x.ndim != 2 or x.shape[1] != p.K:
-        raise KernelError(f"inputs of shape {tuple(x.shape)} for a matrix {p.N} × {p.K}", remedy="x [M, K]")
+    if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
+        kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        raise KernelError(f"inputs of {kind} for a matrix {p.N} × {p.K}", remedy="floats [M, K]")
     if torch.compiler.is_compiling():
         parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)

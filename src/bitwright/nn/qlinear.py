@@ -72,7 +72,7 @@ class QLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's type."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, *x.shape[-1:])
         rows = hadamard(rows, self.intake.rotate) if self.intake.rotate else rows
         if self.outlier_columns is None or self.outlier_weight is None:
             y = self._product(rows)
