@@ -11,6 +11,7 @@ namespace {
 using Octets = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;  // float16
+using Places = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Cells = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -88,20 +89,26 @@ const float *vector_of(nb::handle array, ptrdiff_t n, Held &held, const char *me
     return numbers.data();
 }
 
-// (matrix or float weights, bias or None)
-Linear linear_of(nb::handle pair, Held &held) {
-    nb::object weight = pair[0], bias = pair[1];
+// (matrix or float weights, bias or None, order or None)
+Linear linear_of(nb::handle parts, Held &held) {
+    nb::object weight = parts[0], bias = parts[1], order = parts[2];
     Linear a{};
     if (nb::isinstance<Matrix>(weight)) a.packed = &nb::cast<const Matrix &>(weight).w;
     else a.dense = dense_of(nb::cast<Values>(weight, false));
     held.kept.push_back(weight);
     a.bias = vector_of(bias, a.N(), held, "a bias must be float32 [N]");
+    if (!order.is_none()) {
+        auto places = nb::cast<Places>(order, false);
+        require((ptrdiff_t)places.shape(0) == a.K() && a.packed, "an order must be int32 [K], of a packed matrix");
+        for (ptrdiff_t k = 0; k < a.K(); k++) require(places.data()[k] >= 0 && places.data()[k] < a.K(), "an order must stay below K");
+        held.kept.push_back(order), a.order = places.data();
+    }
     return a;
 }
 
 void sized(const Linear &a, ptrdiff_t N, ptrdiff_t K, const char *message) { require(a.N() == N && a.K() == K, message); }
 
-// layers: (seven pairs, (before, after), (q_norm, k_norm))
+// layers: (seven of those, (before, after), (q_norm, k_norm))
 Held *make_decoder(nb::list layers, nb::handle norm, nb::handle head, Cells cosine, Cells sine, ptrdiff_t heads, ptrdiff_t key_heads,
                    ptrdiff_t D, ptrdiff_t window, float epsilon, float scaling, int bytes) {
     require(D > 0 && D % 16 == 0 && key_heads > 0 && heads % key_heads == 0, "heads must share keys evenly, D be a multiple of 16");

@@ -45,6 +45,17 @@ void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, f
     });
 }
 
+// Inputs x [M, K] in the order of a matrix's columns.
+const float *Decoder::gather(const float *x, ptrdiff_t M, const Linear &a, int threads) {
+    const ptrdiff_t K = a.K();
+    gathered_.resize(M * K);
+    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        for (ptrdiff_t m = first; m < last; m++)
+            for (ptrdiff_t k = 0; k < K; k++) gathered_[m * K + k] = x[m * K + a.order[k]];
+    });
+    return gathered_.data();
+}
+
 void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
                        const std::vector<float *> &y, int threads) {
     int block = 0;  // for which x lies there in bytes already
@@ -61,11 +72,12 @@ void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *>
             bitwright::multiply(kernels, d, threads);
             continue;
         }
-        if (block != a.packed->block) {
+        if (a.order || block != a.packed->block) {
             run();
-            rounded_.round(kernels, x, false, M, a.K(), block = a.packed->block, bytes, false, threads);
+            rounded_.round(kernels, a.order ? gather(x, M, a, threads) : x, false, M, a.K(), block = a.packed->block, bytes, false, threads);
         }
         ready.push_back({a.packed, y[i]});
+        if (a.order) block = 0;  // nobody else's
     }
     run();
     for (size_t i = 0; i < linears.size(); i++)

@@ -12,6 +12,7 @@ struct Linear {
     const Weights *packed;  // or null, and then
     Dense dense;            // w, type, N, K alone
     const float *bias;      // [N] or null
+    const int32_t *order;   // [K] the input that each column multiplies, or null: column k input k
     ptrdiff_t N() const { return packed ? packed->N : dense.N; }
     ptrdiff_t K() const { return packed ? packed->K : dense.K; }
 };
@@ -48,11 +49,12 @@ struct Decoder {
     void step(const Kernels &kernels, float *x, ptrdiff_t position, uint16_t *cache, float *logits, int threads);
 
   private:
-    std::vector<float> room_, queries_;
+    std::vector<float> room_, queries_, gathered_;
     Rounded rounded_;
     void multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
                   const std::vector<float *> &y, int threads);
     void normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const;
+    const float *gather(const float *x, ptrdiff_t M, const Linear &a, int threads);
     float *space(size_t size);
 };
 

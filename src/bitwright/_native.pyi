@@ -95,15 +95,15 @@ class Matrix:
 def product(matrix: Matrix, x: Tensor, y: Tensor, bytes: int, by_row: bool, threads: int) -> None: ...
 def product_of_floats(w: Tensor, x: Tensor, y: Tensor, threads: int) -> None: ...
 
-Pair = tuple[Matrix | Tensor, Tensor | None]
-Block = tuple[list[Pair], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+Linear = tuple[Matrix | Tensor, Tensor | None, Tensor | None]
+Block = tuple[list[Linear], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 class Decoder:
     def __init__(
         self,
         layers: list[Block],
         norm: Tensor,
-        head: Pair,
+        head: Linear,
         cosine: Tensor,
         sine: Tensor,
         heads: int,

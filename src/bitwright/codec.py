@@ -316,6 +316,8 @@ def decode(q: QTensor) -> Tensor:
     else:
         v = v.sub_(zero).mul_(scale)
     w = v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]]
+    if q.order is not None:
+        w = w[:, q.order.argsort()]
     if q.outliers is not None:
         w[:, q.outliers.columns] = q.outliers.weight.float()
     return w.reshape(q.shape)

@@ -20,8 +20,10 @@ from bitwright.kernels.matmul import handles, matrix_of
 from bitwright.nn.dense import Dense
 from bitwright.nn.qlinear import QLinear
 
-Pair = tuple[object, Tensor | None]  # a matrix, packed or float, and its bias
-Block = tuple[list[Pair], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # matrices; norms; norms of heads
+Matrix = tuple[object, Tensor | None, Tensor | None]  # packed or float; its bias; the order of its inputs
+Block = tuple[
+    list[Matrix], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]
+]  # matrices; norms; norms of heads
 TOKENS_AT_ONCE = 512  # of a prompt: what passes between modules stays small
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = (
@@ -78,7 +80,7 @@ class NativeDecoder:
         self.logits = torch.empty(config.vocab_size)
         cosine, sine = model.model.rotary_emb(torch.zeros(1, room, 1), torch.arange(room)[None])
         self.native = native.Decoder(
-            [_layer(layer) for layer in model.model.layers], _weight(model.model, "norm"), _pair(model.lm_head),
+            [_layer(layer) for layer in model.model.layers], _weight(model.model, "norm"), _matrix(model.lm_head),
             cosine[0].contiguous(), sine[0].contiguous(), heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads, D=D, window=self.window, epsilon=config.rms_norm_eps,
             scaling=self.scaling, bytes=_bits(model) // 8,
@@ -187,14 +189,16 @@ def _layer(layer: nn.Module) -> Block:
     before, after = _weight(layer, "input_layernorm"), _weight(layer, "post_attention_layernorm")
     assert before is not None
     assert after is not None
-    return [_pair(layer.get_submodule(name)) for name in MATRICES], (before, after), (q_norm, k_norm)
+    return [_matrix(layer.get_submodule(name)) for name in MATRICES], (before, after), (q_norm, k_norm)
 
 
-def _pair(matrix: nn.Module) -> Pair:
-    """A matrix as the extension takes it, and its bias."""
+def _matrix(matrix: nn.Module) -> Matrix:
+    """A matrix as the extension takes it."""
     assert isinstance(matrix, QLinear | Dense)  # see `_is_known`
     bias = None if matrix.bias is None else matrix.bias.detach().float().contiguous()
-    return matrix_of(matrix.packed) if isinstance(matrix, QLinear) else matrix.weight.detach(), bias
+    if isinstance(matrix, Dense):
+        return matrix.weight.detach(), bias, None
+    return matrix_of(matrix.packed), bias, None if matrix.order is None else matrix.order.int()
 
 
 def _weight(owner: nn.Module, name: str) -> Tensor | None:

@@ -44,6 +44,8 @@ class QTensor:
     scales    `Scales`, exactly as the file will hold them
     shape     of the source tensor; codes have it reshaped to [shape[0], -1]
     outliers  columns whose weights are these instead of what their codes stand for; None: there are none
+    order     [K] int64, the input that each column of the codes belongs to, where a file has them in an order of their own
+              (GPTQ's desc_act); None: column k belongs to input k
     """
 
     codes: Tensor
@@ -51,6 +53,7 @@ class QTensor:
     scheme: Scheme
     shape: tuple[int, ...]
     outliers: Outliers | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
@@ -58,6 +61,8 @@ class QTensor:
         if self.outliers is not None and self.outliers.weight.shape != (len(self.codes), len(self.outliers.columns)):
             found = tuple(self.outliers.weight.shape)
             raise SchemeError(f"outlier weights {found} do not fill {len(self.codes)} rows of their columns")
+        if self.order is not None and len(self.order) != self.codes.shape[1]:
+            raise SchemeError(f"an order of {len(self.order)} for {self.codes.shape[1]} columns")
 
 
 def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
@@ -77,7 +82,7 @@ def rows(q: QTensor, start: int, stop: int) -> QTensor:
     """Rows start..stop of a matrix: undoes stacking."""
     scales = map_rows(lambda t: t[start:stop], q.scheme, q.scales)
     kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[start:stop])
-    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]), kept)
+    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]), kept, q.order)
 
 
 def reordered(q: QTensor, order: Tensor) -> QTensor:

@@ -3,7 +3,7 @@
 qweight [K·b/32, N]  unsigned codes packed along K, eight 4-bit codes a word (3-bit codes straddle words)
 qzeros  [G, N·b/32]  zero point − 1, packed along N: v1's convention, so the lowest code cannot be a zero point ("asym1")
 scales  [G, N]       float16
-g_idx   [K]          the group of each column: always k // g here, groups are never permuted
+g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act)
 """
 
 from dataclasses import replace
@@ -119,13 +119,15 @@ class Gptq:
         """See `Format.quantized`."""
         bits, group, K = int(config["bits"]), int(config["group_size"]), len(tensors["g_idx"])
         length = K if group < 0 else group
-        if not torch.equal(tensors["g_idx"].long(), torch.arange(K) // length):
-            remedy = "quantize without desc_act, or use the GPTQ engine that the file was made for"
-            raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
+        groups, order = tensors["g_idx"].long().sort(stable=True)
+        if not torch.equal(groups, torch.arange(K) // length):
+            remedy = "get a good copy of the file"
+            raise FormatError(f"its columns are not in groups of {length} (g_idx)", where=name, remedy=remedy)
         scheme = Scheme(f"int{bits}", "channel" if group < 0 else group, "asym")
         zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1 - (1 << (bits - 1))
         scales = Scales(tensors["scales"].float().T.contiguous(), torch.from_numpy(zeros).float())
-        return recovered(self.decode(config, name, tensors), scheme, scales, name)
+        q = recovered(self.decode(config, name, tensors)[:, order], scheme, scales, name)
+        return q if torch.equal(order, torch.arange(K)) else replace(q, order=order)
 
 
 def _bits_to_numbers(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

@@ -31,6 +31,7 @@ class QLinear(nn.Module):
     point: Tensor | None
     minimum: Tensor | None
     unit: Tensor
+    order: Tensor | None
     outlier_columns: Tensor | None
     outlier_weight: Tensor | None
 
@@ -52,6 +53,7 @@ class QLinear(nn.Module):
         self.scheme, self.out_features, self.in_features = q.scheme, packed.N, packed.K
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.intake, self.activations, self.stored = intake or Intake(), activations, stored
+        self.register_buffer("order", q.order, persistent=stored is None)
         spared = q.outliers
         self.register_buffer("outlier_columns", None if spared is None else spared.columns, persistent=stored is None)
         self.register_buffer("outlier_weight", None if spared is None else spared.weight, persistent=stored is None)
@@ -86,6 +88,8 @@ class QLinear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         """x [M, K] as the engine hands it on, times the weight: [M, N] float32."""
+        if self.order is not None:
+            x = x[:, self.order]
         if self.intake.scheme is None:
             return product(x, self.packed, bits=self.activations)
         if self.intake.scheme == INT8_TOKEN:
