@@ -25,7 +25,7 @@ from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import CHANNEL, TENSOR, Scheme
 
 PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
-WEIGHTS_AT_ONCE = 1 << 22  # decoded in one go where torch multiplies
+WEIGHTS_AT_ONCE = 1 << 22  # packed in one go; decoded, where torch multiplies
 # A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
 FACTORS = {"fp4": 2.0, "iq4nl": 1.0, "binary": 1.0, "nf4": 32512.0}
 
@@ -67,7 +67,8 @@ def pack(q: QTensor) -> Packed:
     N, K = q.codes.shape
     scheme = q.scheme
     lowest = code_range(scheme)[0]
-    codes = (q.codes.short() - lowest).to(torch.uint8)
+    some = max(FOUR, WEIGHTS_AT_ONCE // K // FOUR * FOUR)  # rows at a time: what packing takes besides is little
+    panels = [_panels((part.short() - lowest).to(torch.uint8), scheme.levels.bits) for part in q.codes.split(some)]
     G = scheme.groups(K)
     scale = q.scales.scale.expand(N, G) if scheme.group == TENSOR else q.scales.scale
     zero = None if q.scales.zero is None else q.scales.zero.expand(N, G)
@@ -75,7 +76,7 @@ def pack(q: QTensor) -> Packed:
     extreme = scale.abs().amax(1) if least is None else torch.maximum(scale.abs().amax(1), least.abs().amax(1))
     unit = torch.exp2(torch.frexp(extreme).exponent.clamp(-120, 120).float())
     return Packed(
-        panels=_panels(codes, scheme.levels.bits),
+        panels=torch.cat(panels),
         scale=_table(scale / unit[:, None]).half(),
         point=_table(zero - lowest).to(torch.uint8) if zero is not None and least is None else None,
         minimum=None if least is None else _table(least / unit[:, None]).half(),

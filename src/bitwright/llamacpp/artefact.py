@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -14,9 +16,9 @@ from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.architecture import FACTORS, Names, config_of, rope_factors
-from bitwright.llamacpp.container import FLOATS, SUFFIX, GgufFile, Typed, decoded
+from bitwright.llamacpp.container import FLOATS, SUFFIX, WEIGHTS_AT_ONCE, GgufFile, Typed, decoded
 from bitwright.llamacpp.vocabulary import tokenizer_of
-from bitwright.qtensor import QTensor, reordered
+from bitwright.qtensor import QTensor, reordered, stacked
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -123,11 +125,16 @@ class GgufArtefact:
         t = self.file.tensors[self.stored[name]]
         if t.type in FLOATS:
             return None
-        rows = self.file.rows(self.stored[name])
-        scheme, scales = scales_of(t.type.name, torch.from_numpy(rows), name)
-        q = recovered(self.file.decode(self.stored[name], rows), scheme, scales, name)
+        blocks, some = self.file.rows(self.stored[name]), max(1, WEIGHTS_AT_ONCE // t.shape[1])
+        q = stacked([self._codes(name, blocks[start : start + some]) for start in range(0, len(blocks), some)])
         order = self.names.rows(name, len(q.codes))
         return q if order is None else reordered(q, order.argsort())
+
+    def _codes(self, name: str, blocks: NDArray[np.uint8]) -> QTensor:
+        """Some rows of a quantized matrix."""
+        kind = self.file.tensors[self.stored[name]].type
+        scheme, scales = scales_of(kind.name, torch.from_numpy(blocks), name)
+        return recovered(torch.from_numpy(decoded(blocks, kind, name)), scheme, scales, name)
 
     def is_packed(self, name: str) -> bool:
         """Whether `read` gives a matrix [N, K] rather than what the module holds."""
