@@ -1,12 +1,19 @@
-// What the products need of an instruction set: sums of four byte products, and a table of sixteen bytes looked up.
+// What the products need of an instruction set: sums of four byte products, a table of sixteen bytes looked up, and f16.
 
-typedef uint8_t Octets __attribute__((vector_size(64)));
+typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));  // four for each lane
+// Sixteen numbers, where sums must be taken in the same order on registers of any length.
 typedef int32_t Sums __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
+typedef Floats LooseFloats __attribute__((aligned(4), may_alias));
+
+// f16, in words of 32 bits, to float32: its bits in the place of a float's, then the difference of the exponents' biases.
+template <class F, class W>
+static inline F widened(W h) {
+    const F size = (F)((h & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
+    return (F)((W)size | (h & 0x8000) << 16);
+}
 
 #if defined(__AVX512F__)
-
-constexpr bool WIDE = true;  // whether a register holds 64 octets
 
 static inline Floats floats_of_halves(const uint16_t *at) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
 
@@ -15,8 +22,6 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
 }
 
 #elif defined(__ARM_FEATURE_DOTPROD)
-
-constexpr bool WIDE = false;
 
 static inline Floats floats_of_halves(const uint16_t *at) {
     Floats v;
@@ -37,16 +42,11 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
 
 #else
 
-constexpr bool WIDE = false;
-
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
 
-// f16 to float32: its bits in the place of a float's, then the difference of the exponents' biases.
 static inline Floats floats_of_halves(const uint16_t *at) {
-    Bits h = __builtin_convertvector(*(const Shorts *)at, Bits);
-    Floats size = (Floats)((h & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
-    return (Floats)((Bits)size | (h & 0x8000) << 16);
+    return widened<Floats>(__builtin_convertvector(*(const Shorts *)at, Bits));
 }
 
 // And back, to the nearest: below 2^-14 a sum with 1/2 rounds, for its last bit counts as much as f16's there.
@@ -59,106 +59,121 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
 
 #endif
 
-#if defined(__AVX512VNNI__)
-
-// acc + the four products of each lane: octets of w, and the four signed bytes that x is made of.
-static inline Sums dot(Sums acc, Octets w, int32_t x) {
-    return (Sums)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+static inline Vec scales_at(const uint16_t *at) {
+#if defined(__AVX512F__)
+    return floats_of_halves(at);
+#else
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    return widened<Vec>(__builtin_convertvector(*(const Halves *)at, Words));
+#endif
 }
 
-static inline Octets look_up(Octets table, Octets index) {
-    return (Octets)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+// dot: acc + the four products of each lane: octets of w, and the four signed bytes that x is made of. SMALL: no octet is
+// above 127.
+
+#if defined(__AVX512VNNI__)
+
+constexpr bool SMALL_ARE_FASTER = false;
+
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
 }
 
 #elif defined(__AVX512BW__)
 
-static inline Sums dot(Sums acc, Octets w, int32_t x) {
-    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(_mm512_set1_epi32(x), 8), 8), odd = _mm512_srai_epi16(_mm512_set1_epi32(x), 8);
-    __m512i low = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255)), high = _mm512_srli_epi16((__m512i)w, 8);
-    return acc + (Sums)_mm512_madd_epi16(low, even) + (Sums)_mm512_madd_epi16(high, odd);
+constexpr bool SMALL_ARE_FASTER = true;
+
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
+    const __m512i each = _mm512_set1_epi32(x), octets = (__m512i)w;
+    if (SMALL) return acc + (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16(octets, each), _mm512_set1_epi16(1));
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(each, 8), 8), odd = _mm512_srai_epi16(each, 8);
+    const __m512i low = _mm512_and_si512(octets, _mm512_set1_epi16(255)), high = _mm512_srli_epi16(octets, 8);
+    return acc + (Ints)_mm512_madd_epi16(low, even) + (Ints)_mm512_madd_epi16(high, odd);
 }
 
-static inline Octets look_up(Octets table, Octets index) {
-    return (Octets)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+#elif defined(__AVXVNNI__)
+
+constexpr bool SMALL_ARE_FASTER = false;
+
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
 }
 
 #elif defined(__AVX2__)
 
-struct Pair { __m256i low, high; };
-static inline Pair halves(Octets v) { Pair h; __builtin_memcpy(&h, &v, 64); return h; }
-template <class T> static inline T whole(__m256i low, __m256i high) { Pair h{low, high}; T v; __builtin_memcpy(&v, &h, 64); return v; }
+constexpr bool SMALL_ARE_FASTER = true;
 
-static inline __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(acc, w, x);
-#else
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
-    __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(w, 8);
-    return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
-#endif
-}
-
-static inline Sums dot(Sums acc, Octets w, int32_t x) {
-    Pair a = halves((Octets)acc), b = halves(w);
-    __m256i each = _mm256_set1_epi32(x);
-    return whole<Sums>(dot_half(a.low, b.low, each), dot_half(a.high, b.high, each));
-}
-
-static inline Octets look_up(Octets table, Octets index) {
-    Pair t = halves(table), i = halves(index);
-    return whole<Octets>(_mm256_shuffle_epi8(t.low, i.low), _mm256_shuffle_epi8(t.high, i.high));
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
+    const __m256i each = _mm256_set1_epi32(x), octets = (__m256i)w;
+    if (SMALL) return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(octets, each), _mm256_set1_epi16(1));
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(each, 8), 8), odd = _mm256_srai_epi16(each, 8);
+    const __m256i low = _mm256_and_si256(octets, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(octets, 8);
+    return acc + (Ints)_mm256_madd_epi16(low, even) + (Ints)_mm256_madd_epi16(high, odd);
 }
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
-struct Quarters {
-    uint8x16_t of[4];
-    Quarters(Octets v) { __builtin_memcpy(of, &v, 64); }
-    Octets whole() const { Octets v; __builtin_memcpy(&v, of, 64); return v; }
-};
+constexpr bool SMALL_ARE_FASTER = true;
 
 // Both sides are signed here: octets are read as 128 less, and 128 times what they multiply is added.
-static inline Sums dot(Sums acc, Octets w, int32_t x) {
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
     const int8x16_t each = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    const uint8x16_t octets = (uint8x16_t)w;
+    if (SMALL) return (Ints)vdotq_s32((int32x4_t)acc, vreinterpretq_s8_u8(octets), each);
     const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), each), 7);
-    Quarters a((Octets)acc), b(w);
-    for (int i = 0; i < 4; i++) {
-        const int8x16_t less = vreinterpretq_s8_u8(veorq_u8(b.of[i], vdupq_n_u8(128)));
-        a.of[i] = vreinterpretq_u8_s32(vdotq_s32(vaddq_s32(vreinterpretq_s32_u8(a.of[i]), back), less, each));
-    }
-    return (Sums)a.whole();
-}
-
-static inline Octets look_up(Octets table, Octets index) {
-    Quarters t(table), at(index);
-    for (int i = 0; i < 4; i++) at.of[i] = vqtbl1q_u8(t.of[i], at.of[i]);
-    return at.whole();
+    const int8x16_t less = vreinterpretq_s8_u8(veorq_u8(octets, vdupq_n_u8(128)));
+    return (Ints)vdotq_s32(vaddq_s32((int32x4_t)acc, back), less, each);
 }
 
 #else
 
-__attribute__((noinline)) static Sums dot(Sums acc, Octets w, int32_t x) {
+constexpr bool SMALL_ARE_FASTER = false;
+
+static Ints plain_dot(Ints acc, Octets w, int32_t x) __attribute__((noinline));
+static Ints plain_dot(Ints acc, Octets w, int32_t x) {
+    uint8_t octets[4 * LANES];
     int8_t four[4];
-    uint8_t each[64];
-    int32_t sums[16];
+    int32_t sums[LANES];
+    __builtin_memcpy(octets, &w, sizeof octets);
     __builtin_memcpy(four, &x, 4);
-    __builtin_memcpy(each, &w, 64);
-    for (int lane = 0; lane < 16; lane++) {
-        const uint8_t *v = each + 4 * lane;
-        sums[lane] = v[0] * four[0] + v[1] * four[1] + v[2] * four[2] + v[3] * four[3];
-    }
-    Sums products;
-    __builtin_memcpy(&products, sums, 64);
-    return acc + products;
+    __builtin_memcpy(sums, &acc, sizeof sums);
+    for (int i = 0; i < 4 * LANES; i++) sums[i / 4] += octets[i] * four[i % 4];
+    __builtin_memcpy(&acc, sums, sizeof sums);
+    return acc;
 }
 
-__attribute__((noinline)) static Octets look_up(Octets table, Octets index) {
-    uint8_t from[64], at[64];
-    __builtin_memcpy(from, &table, 64);
-    __builtin_memcpy(at, &index, 64);
-    for (int i = 0; i < 64; i++) at[i] = from[at[i]];
-    __builtin_memcpy(&index, at, 64);
-    return index;
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets w, int32_t x) {
+    return plain_dot(acc, w, x);
 }
 
 #endif
+
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool PLAIN = false;
+#else
+constexpr bool PLAIN = true;  // without instructions for any of this: what would take minutes to compile is left out
+#endif
+
+// What a table of sixteen, repeated, has for each index.
+static inline Octets look_up(Octets table, Octets index) {
+#if defined(__AVX512BW__)
+    return (Octets)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+#elif defined(__AVX2__)
+    return (Octets)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (Octets)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
+#else
+    uint8_t from[4 * LANES], at[4 * LANES];
+    __builtin_memcpy(from, &table, sizeof from);
+    __builtin_memcpy(at, &index, sizeof at);
+    for (uint8_t &i : at) i = from[i];
+    __builtin_memcpy(&index, at, sizeof at);
+    return index;
+#endif
+}

@@ -5,29 +5,32 @@
 // loop of byte products serves every format; what differs is how a group's integer sum becomes a float.
 //
 // A panel is 16 rows of w side by side, a tile of it 32 columns: 8 vectors of [16 rows][4 columns] in `bits` x 64 bytes.
+// A strip is what a register holds of a panel: LANES of its rows, the same quarter, half or whole of every vector.
 // A block is what is summed in integers: a group, or 256 columns of a longer one.
 
 typedef Octets LooseOctets __attribute__((aligned(1), may_alias));
-typedef Floats LooseFloats __attribute__((aligned(4), may_alias));
-typedef uint8_t Points __attribute__((vector_size(16)));
+typedef uint8_t Points __attribute__((vector_size(LANES)));
 typedef Points LoosePoints __attribute__((aligned(1), may_alias));
+
+constexpr int STRIPS = 16 / LANES;  // of a panel
 
 constexpr int TILE = 32, TILE_STEPS = 8, AHEAD = 4096;  // AHEAD: bytes that are fetched before they are needed
 
 static inline Octets octets(const uint8_t *at) { return *(const LooseOctets *)at; }
 
-// The 8 vectors of a tile, an octet a weight.
-template <int BITS>
+// A strip's part of the 8 vectors of a tile, an octet a weight, to every STEP-th place; `tile` points to the strip in the
+// first.
+template <int BITS, int STEP>
 static inline void unpack_tile(const uint8_t *tile, Octets *to) {
     if (BITS == 8) {
-        for (int i = 0; i < 8; i++) to[i] = octets(tile + 64 * i);
+        for (int i = 0; i < 8; i++) to[i * STEP] = octets(tile + 64 * i);
         return;
     }
     int below = 0;  // bits that stand already
     if (BITS & 4) {
         for (int i = 0; i < 4; i++) {
             Octets v = octets(tile + 64 * i);
-            to[2 * i] = v & 15, to[2 * i + 1] = v >> 4;
+            to[2 * i * STEP] = v & 15, to[(2 * i + 1) * STEP] = v >> 4;
         }
         tile += 256, below = 4;
     }
@@ -36,7 +39,8 @@ static inline void unpack_tile(const uint8_t *tile, Octets *to) {
             Octets v = octets(tile + 64 * i);
             for (int j = 0; j < 4; j++) {
                 Octets part = (v >> (2 * j) & 3) << below;
-                to[4 * i + j] = below ? to[4 * i + j] | part : part;
+                Octets &place = to[(4 * i + j) * STEP];
+                place = below ? place | part : part;
             }
         }
         tile += 128, below += 2;
@@ -45,21 +49,22 @@ static inline void unpack_tile(const uint8_t *tile, Octets *to) {
         Octets v = octets(tile);
         for (int j = 0; j < 8; j++) {
             Octets part = (v >> j & 1) << below;
-            to[j] = below ? to[j] | part : part;
+            to[j * STEP] = below ? to[j * STEP] | part : part;
         }
     }
 }
 
+template <int STEP>
 static void unpack_tile(const uint8_t *tile, int bits, Octets *to) {
     switch (bits) {
-        case 1: return unpack_tile<1>(tile, to);
-        case 2: return unpack_tile<2>(tile, to);
-        case 3: return unpack_tile<3>(tile, to);
-        case 4: return unpack_tile<4>(tile, to);
-        case 5: return unpack_tile<5>(tile, to);
-        case 6: return unpack_tile<6>(tile, to);
-        case 7: return unpack_tile<7>(tile, to);
-        default: return unpack_tile<8>(tile, to);
+        case 1: return unpack_tile<1, STEP>(tile, to);
+        case 2: return unpack_tile<2, STEP>(tile, to);
+        case 3: return unpack_tile<3, STEP>(tile, to);
+        case 4: return unpack_tile<4, STEP>(tile, to);
+        case 5: return unpack_tile<5, STEP>(tile, to);
+        case 6: return unpack_tile<6, STEP>(tile, to);
+        case 7: return unpack_tile<7, STEP>(tile, to);
+        default: return unpack_tile<8, STEP>(tile, to);
     }
 }
 
@@ -69,41 +74,41 @@ enum Offset { SAME, POINT, MINIMUM };
 // Where panel `p` has its tile or group `i` of `count`: four panels lie side by side.
 static inline ptrdiff_t place(ptrdiff_t p, ptrdiff_t i, ptrdiff_t count) { return (p / 4 * count + i) * 4 + p % 4; }
 
-// One group's scales of one panel, and what goes with them.
+// One group's scales of one strip, and what goes with them.
 template <Offset OFFSET>
-struct Group16 {
-    Floats scale, minimum;
-    Sums point;
+struct Scaling {
+    Vec scale, minimum;
+    Ints point;
 
-    Group16(const Weights &w, ptrdiff_t panel, ptrdiff_t group) {
-        const ptrdiff_t at = place(panel, group, w.groups) * 16;
-        scale = floats_of_halves(w.scale + at);
-        if (OFFSET == POINT) point = __builtin_convertvector(*(const LoosePoints *)(w.point + at), Sums);
-        if (OFFSET == MINIMUM) minimum = floats_of_halves(w.minimum + at);
+    Scaling(const Weights &w, ptrdiff_t panel, int strip, ptrdiff_t group) {
+        const ptrdiff_t at = place(panel, group, w.groups) * 16 + strip * LANES;
+        scale = scales_at(w.scale + at);
+        if (OFFSET == POINT) point = __builtin_convertvector(*(const LoosePoints *)(w.point + at), Ints);
+        if (OFFSET == MINIMUM) minimum = scales_at(w.minimum + at);
     }
 };
 
 // y and what a block adds to it: top and mid are its sums of high and of mixed products, sum that of its inputs alone.
 // Weights of one byte stay in integers: |c - z| <= 255, |x| < 2^15 and 256 columns fit in 31 bits.
 template <int XBYTES, int WBYTES, Offset OFFSET>
-static inline Floats added(Floats y, const Group16<OFFSET> &g, int offset, Sums top, Sums mid, int32_t sum, float unit) {
-    Floats f;
+static inline Vec added(Vec y, const Scaling<OFFSET> &g, int offset, Ints top, Ints mid, int32_t sum, float unit) {
+    Vec f;
     if (WBYTES == 2) {
-        f = __builtin_convertvector(top, Floats) * 256 + __builtin_convertvector(mid, Floats);
+        f = __builtin_convertvector(top, Vec) * 256 + __builtin_convertvector(mid, Vec);
         f -= (XBYTES == 2 ? 128.0f : 32768.0f) * (float)sum;
     } else {
-        Sums s = XBYTES == 2 ? (top << 8) + mid : top;
+        Ints s = XBYTES == 2 ? (top << 8) + mid : top;
         if (OFFSET == SAME) s -= offset * sum;
         if (OFFSET == POINT) s -= g.point * sum;
-        f = __builtin_convertvector(s, Floats);
+        f = __builtin_convertvector(s, Vec);
     }
     y += f * (g.scale * (XBYTES + WBYTES == 4 ? 256 * unit : unit));
     return OFFSET == MINIMUM ? y + g.minimum * ((float)sum * unit) : y;
 }
 
-// Sums of rows [n, n + 16) of w as they are read, to the y of one input.
-static inline void write_sums(Floats sum, const Weights &w, ptrdiff_t n, float *y) {
-    if (n + 16 <= w.N) *(LooseFloats *)(y + n) = sum * *(const LooseFloats *)(w.unit + n);
+// Sums of the strip of rows from n on as they are read, to the y of one input.
+static inline void write_sums(Vec sum, const Weights &w, ptrdiff_t n, float *y) {
+    if (n + LANES <= w.N) store(y + n, sum * load(w.unit + n));
     else
         for (ptrdiff_t i = n; i < w.N; i++) y[i] = sum[i - n] * w.unit[i];
 }
@@ -126,53 +131,62 @@ template <int BITS, int XBYTES, int WBYTES, bool TABLE, Offset OFFSET>
 static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t panel) {
     Octets high_table, low_table;
     if (TABLE)
-        for (int i = 0; i < 64; i++) high_table[i] = w.high[i % 16], low_table[i] = w.low[i % 16];
-    Floats total[4] = {};
+        for (int i = 0; i < 4 * LANES; i++) high_table[i] = w.high[i % 16], low_table[i] = w.low[i % 16];
+    Vec total[4][STRIPS] = {};
     const int unit = x.block > TILE ? x.block : TILE;
     for (ptrdiff_t k = 0; k < x.padded; k += unit) {
         const int columns = x.padded - k < unit ? (int)(x.padded - k) : unit;
         for (int inside = 0; inside < columns && k + inside < x.K; inside += x.block) {
             const Block b = block_at(w, x, k, inside, columns);
-            Sums top[4] = {}, mid[4] = {};
-            const int per_tile = b.steps < TILE_STEPS ? b.steps : TILE_STEPS;
+            Ints top[4][STRIPS] = {}, mid[4][STRIPS] = {};
+            const int per_tile = b.steps < TILE_STEPS ? b.steps : TILE_STEPS, begin = inside % TILE / 4;
             for (int t = 0; t * TILE_STEPS < b.steps; t++) {
                 const ptrdiff_t column = k + inside + t * TILE;
+                const int8_t *high = x.high + column / TILE * TILE, *low = x.low + column / TILE * TILE;
 #pragma GCC unroll 4
                 for (int p = 0; p < 4; p++) {
                     const uint8_t *from = w.panels + place(panel + p, column / TILE, w.tiles) * 64 * BITS;
                     for (int i = 0; i < BITS; i++) __builtin_prefetch(from + AHEAD + 64 * i, 0, 2);  // into the second cache: the first is small
-                    Octets v[TILE_STEPS];
-                    unpack_tile<BITS>(from, v);
-                    const int first = inside % TILE / 4;
-                    auto multiply = [&](int i) {
-                        int32_t xh, xl = 0;
-                        __builtin_memcpy(&xh, x.high + column / TILE * TILE + 4 * i, 4);
-                        if (XBYTES == 2) __builtin_memcpy(&xl, x.low + column / TILE * TILE + 4 * i, 4);
-                        Octets wh = TABLE ? look_up(high_table, v[i]) : v[i];
-                        top[p] = dot(top[p], wh, xh);
-                        if (XBYTES == 2) mid[p] = dot(mid[p], wh, xl);
-                        if (WBYTES == 2) mid[p] = dot(mid[p], look_up(low_table, v[i]), xh);
-                    };
-                    if (per_tile == TILE_STEPS) {
+#pragma GCC unroll 4
+                    for (int strip = 0; strip < STRIPS; strip++) {
+                        Octets v[TILE_STEPS];
+                        unpack_tile<BITS, 1>(from + strip * 4 * LANES, v);
+                        Ints upper = top[p][strip], lower = mid[p][strip];
+                        auto multiply = [&](int i) {
+                            int32_t xh, xl = 0;
+                            __builtin_memcpy(&xh, high + 4 * i, 4);
+                            if (XBYTES == 2) __builtin_memcpy(&xl, low + 4 * i, 4);
+                            Octets wh = TABLE ? look_up(high_table, v[i]) : v[i];
+                            upper = dot<!TABLE && BITS < 8>(upper, wh, xh);
+                            if (XBYTES == 2) lower = dot<!TABLE && BITS < 8>(lower, wh, xl);
+                            if (WBYTES == 2) lower = dot<false>(lower, look_up(low_table, v[i]), xh);
+                        };
+                        if (per_tile == TILE_STEPS) {
 #pragma GCC unroll 8
-                        for (int i = 0; i < TILE_STEPS; i++) multiply(i);
-                    } else if (first == 0) {
+                            for (int i = 0; i < TILE_STEPS; i++) multiply(i);
+                        } else if (begin == 0) {
 #pragma GCC unroll 4
-                        for (int i = 0; i < 4; i++) multiply(i);
-                    } else {
+                            for (int i = 0; i < 4; i++) multiply(i);
+                        } else {
 #pragma GCC unroll 4
-                        for (int i = 4; i < 8; i++) multiply(i);
+                            for (int i = 4; i < 8; i++) multiply(i);
+                        }
+                        top[p][strip] = upper, mid[p][strip] = lower;
                     }
                 }
             }
 #pragma GCC unroll 4
-            for (int p = 0; p < 4; p++) {
-                const Group16<OFFSET> g(w, panel + p, b.group);
-                total[p] = added<XBYTES, WBYTES, OFFSET>(total[p], g, w.offset, top[p], mid[p], x.sum[b.index], x.scale[b.span]);
-            }
+            for (int p = 0; p < 4; p++)
+#pragma GCC unroll 4
+                for (int strip = 0; strip < STRIPS; strip++) {
+                    const Scaling<OFFSET> g(w, panel + p, strip, b.group);
+                    Vec &sum = total[p][strip];
+                    sum = added<XBYTES, WBYTES, OFFSET>(sum, g, w.offset, top[p][strip], mid[p][strip], x.sum[b.index], x.scale[b.span]);
+                }
         }
     }
-    for (int p = 0; p < 4; p++) write_sums(total[p], w, (panel + p) * 16, y);
+    for (int p = 0; p < 4; p++)
+        for (int strip = 0; strip < STRIPS; strip++) write_sums(total[p][strip], w, (panel + p) * 16 + strip * LANES, y);
 }
 
 template <int XBYTES, Offset OFFSET>
@@ -181,6 +195,7 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
     if (w.table && w.bits == 4) return multiply_row<4, XBYTES, 1, true, SAME>(w, x, y, panel);
     if (w.table) return multiply_row<1, XBYTES, 1, true, SAME>(w, x, y, panel);
     switch (w.bits) {
+        case 1: return multiply_row<1, XBYTES, 1, false, OFFSET>(w, x, y, panel);
         case 2: return multiply_row<2, XBYTES, 1, false, OFFSET>(w, x, y, panel);
         case 3: return multiply_row<3, XBYTES, 1, false, OFFSET>(w, x, y, panel);
         case 4: return multiply_row<4, XBYTES, 1, false, OFFSET>(w, x, y, panel);
@@ -195,19 +210,23 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
 
 // Weights of some tiles of two panels as they multiply.
 struct Unpacked {
-    static constexpr int PANEL = BLOCK / 4 + 1;  // vectors from one panel to the next: 4096 bytes would make caches collide
-    Octets high[2 * PANEL], low[2 * PANEL];
+    static constexpr int PANEL = (BLOCK / 4 + 1) * STRIPS;  // from one panel to the next: 4096 bytes would make caches collide
+    alignas(64) Octets high[2 * PANEL], low[2 * PANEL];
+
+    // Where a strip of the two panels has its part of a vector; STRIPS further on lies that of the next.
+    static ptrdiff_t place(int strip, ptrdiff_t vector) { return strip / STRIPS * PANEL + vector * STRIPS + strip % STRIPS; }
 };
 
 static void unpack(const Weights &w, ptrdiff_t panel, ptrdiff_t tile, int tiles, Unpacked &to) {
     Octets high, low;
-    for (int i = 0; i < 64; i++) high[i] = w.high[i % 16], low[i] = w.low[i % 16];
+    for (int i = 0; i < 4 * LANES; i++) high[i] = w.high[i % 16], low[i] = w.low[i % 16];
     for (int t = 0; t < tiles; t++)
-        for (int p = 0; p < 2; p++) {
-            Octets *at = to.high + p * Unpacked::PANEL + t * TILE_STEPS, *below = to.low + (at - to.high);
-            unpack_tile(w.panels + place(panel + p, tile + t, w.tiles) * 64 * w.bits, w.bits, at);
+        for (int strip = 0; strip < 2 * STRIPS; strip++) {
+            Octets *at = to.high + Unpacked::place(strip, t * TILE_STEPS), *below = to.low + (at - to.high);
+            const uint8_t *from = w.panels + place(panel + strip / STRIPS, tile + t, w.tiles) * 64 * w.bits;
+            unpack_tile<STRIPS>(from + strip % STRIPS * 4 * LANES, w.bits, at);
             if (!w.table) continue;
-            for (int i = 0; i < TILE_STEPS; i++) {
+            for (int i = 0; i < TILE_STEPS * STRIPS; i += STRIPS) {
                 if (w.bytes == 2) below[i] = look_up(low, at[i]);
                 at[i] = look_up(high, at[i]);
             }
@@ -217,83 +236,108 @@ static void unpack(const Weights &w, ptrdiff_t panel, ptrdiff_t tile, int tiles,
 // Inputs that are multiplied with the same unpacked block: their sums stay in the cache beside them.
 constexpr int ROWS_AT_ONCE = 128;
 
-// One block: ROWS inputs and two panels, added to y [2][height][16].
-template <int ROWS, int XBYTES, int WBYTES, Offset OFFSET>
-static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, const Group16<OFFSET> *groups, const Block &b,
+constexpr bool TOGETHER = LANES == 16;  // whether the registers hold both kinds of sums
+
+// Products of two strips of w, some vectors of them, and as many columns of ROWS inputs: which bytes of an input and of a
+// weight say HH, LH and HL.
+template <int ROWS, bool HH, bool LH, bool HL, bool SMALL>
+static inline void add_products(Ints (&top)[ROWS][2], Ints (&mid)[ROWS][2], const Unpacked &u, ptrdiff_t from, const int8_t *high,
+                                const int8_t *low, int height, int steps) {
+    constexpr ptrdiff_t NEXT = STRIPS == 1 ? Unpacked::PANEL : 1;  // from one strip to the other
+    for (ptrdiff_t at = from; at < from + steps * STRIPS; at += STRIPS, high += 4 * height, low += 4 * height) {
+        Octets wh[2], wl[2];
+        for (int p = 0; p < 2; p++) {
+            if (HH || LH) wh[p] = u.high[at + p * NEXT];
+            if (HL) wl[p] = u.low[at + p * NEXT];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            int32_t xh = 0, xl = 0;
+            if (HH || HL) __builtin_memcpy(&xh, high + 4 * r, 4);
+            if (LH) __builtin_memcpy(&xl, low + 4 * r, 4);
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) {
+                if (HH) top[r][p] = dot<SMALL>(top[r][p], wh[p], xh);
+                if (LH) mid[r][p] = dot<SMALL>(mid[r][p], wh[p], xl);
+                if (HL) mid[r][p] = dot<SMALL>(mid[r][p], wl[p], xh);
+            }
+        }
+    }
+}
+
+// One block: ROWS inputs and two strips from `strip` on, added to y [2][height][LANES].
+template <int ROWS, int XBYTES, int WBYTES, Offset OFFSET, bool SMALL>
+static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, int strip, const Scaling<OFFSET> *groups, const Block &b,
                       ptrdiff_t tile, int row, float *y) {
     const int H = x.height;
-    Sums top[ROWS][2] = {}, mid[XBYTES + WBYTES > 2 ? ROWS : 1][2] = {};
+    Ints top[ROWS][2] = {}, mid[ROWS][2] = {};
     const int32_t *sum = x.sum + (tile * x.blocks + b.index) * H + row;
     const float *unit = x.scale + (tile * x.spans + b.span) * H + row;
     constexpr bool BEFORE = XBYTES + WBYTES == 2 && OFFSET == SAME;  // taken away before it is added up
     if (BEFORE)
-        for (int r = 0; r < ROWS; r++) top[r][0] = top[r][1] = Sums{} - w.offset * sum[r];
+        for (int r = 0; r < ROWS; r++) top[r][0] = top[r][1] = Ints{} - w.offset * sum[r];
     const ptrdiff_t start = tile * x.padded * H + b.index * x.block * H + 4 * row;
     const int8_t *high = x.high + start, *low = x.low + start;
-    for (int s = b.skip; s < b.skip + b.steps; s++, high += 4 * H, low += 4 * H) {
-        Octets wh[2], wl[2];
-        for (int p = 0; p < 2; p++) {
-            wh[p] = u.high[p * Unpacked::PANEL + s];
-            if (WBYTES == 2) wl[p] = u.low[p * Unpacked::PANEL + s];
-        }
-        for (int r = 0; r < ROWS; r++) {
-            int32_t xh, xl = 0;
-            __builtin_memcpy(&xh, high + 4 * r, 4);
-            if (XBYTES == 2) __builtin_memcpy(&xl, low + 4 * r, 4);
-            for (int p = 0; p < 2; p++) {
-                top[r][p] = dot(top[r][p], wh[p], xh);
-                if (XBYTES == 2) mid[r][p] = dot(mid[r][p], wh[p], xl);
-                if (WBYTES == 2) mid[r][p] = dot(mid[r][p], wl[p], xh);
-            }
-        }
+    const ptrdiff_t from = Unpacked::place(strip, b.skip);
+    constexpr bool TWO = XBYTES == 2, WIDE = WBYTES == 2;
+    if constexpr (TOGETHER) add_products<ROWS, true, TWO, WIDE, SMALL>(top, mid, u, from, high, low, H, b.steps);
+    else {
+        add_products<ROWS, true, false, false, SMALL>(top, mid, u, from, high, low, H, b.steps);
+        if (TWO) add_products<ROWS, false, true, false, SMALL>(top, mid, u, from, high, low, H, b.steps);
+        if (WIDE) add_products<ROWS, false, false, true, SMALL>(top, mid, u, from, high, low, H, b.steps);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) {
-            LooseFloats *to = (LooseFloats *)(y + (p * H + row + r) * 16);
-            *to = added<XBYTES, WBYTES, OFFSET>(*to, groups[p], BEFORE ? 0 : w.offset, top[r][p], mid[XBYTES + WBYTES > 2 ? r : 0][p], sum[r], unit[r]);
+            float *to = y + (p * H + row + r) * LANES;
+            const int offset = BEFORE ? 0 : w.offset;
+            store(to, added<XBYTES, WBYTES, OFFSET>(load(to), groups[p], offset, top[r][p], mid[r][p], sum[r], unit[r]));
         }
 }
 
-template <int ROWS, int XBYTES, int WBYTES, Offset OFFSET>
+template <int ROWS, int XBYTES, int WBYTES, Offset OFFSET, bool SMALL>
 static void multiply_panels(const Weights &w, const Inputs &x, float *y, ptrdiff_t panel, ptrdiff_t from, ptrdiff_t to) {
     static thread_local Unpacked u;
-    static thread_local float sums[2 * ROWS_AT_ONCE * 16];
-    const ptrdiff_t first = from / x.height, last = (to + x.height - 1) / x.height, room = 2 * x.height * 16;
-    for (ptrdiff_t i = 0; i < (last - first) * room; i++) sums[i] = 0;
+    alignas(64) static thread_local float sums[2 * ROWS_AT_ONCE * 16];  // [pairs of strips][tiles][2][height][LANES]
+    const ptrdiff_t first = from / x.height, last = (to + x.height - 1) / x.height, room = 2 * x.height * LANES;
+    auto sums_of = [&](int pair, ptrdiff_t tile) { return sums + (pair * (last - first) + tile - first) * room; };
+    for (ptrdiff_t i = 0; i < STRIPS * (last - first) * room; i++) sums[i] = 0;
     const int unit = x.block > TILE ? x.block : TILE;  // columns unpacked together
     for (ptrdiff_t k = 0; k < x.padded; k += unit) {
         const int columns = x.padded - k < unit ? (int)(x.padded - k) : unit;
         unpack(w, panel, k / TILE, columns / TILE, u);
         for (int inside = 0; inside < columns && k + inside < x.K; inside += x.block) {
             const Block b = block_at(w, x, k, inside, columns);
-            const Group16<OFFSET> groups[2] = {{w, panel, b.group}, {w, panel + 1, b.group}};
-            for (ptrdiff_t t = first; t < last; t++)
-                for (int row = 0; row < x.height; row += ROWS)
-                    add_block<ROWS, XBYTES, WBYTES, OFFSET>(w, x, u, groups, b, t, row, sums + (t - first) * room);
+            for (int strip = 0; strip < 2 * STRIPS; strip += 2) {
+                auto group = [&](int s) { return Scaling<OFFSET>(w, panel + s / STRIPS, s % STRIPS, b.group); };
+                const Scaling<OFFSET> groups[2] = {group(strip), group(strip + 1)};
+                for (ptrdiff_t t = first; t < last; t++)
+                    for (int row = 0; row < x.height; row += ROWS)
+                        add_block<ROWS, XBYTES, WBYTES, OFFSET, SMALL>(w, x, u, strip, groups, b, t, row, sums_of(strip / 2, t));
+            }
         }
     }
     for (ptrdiff_t m = from; m < to; m++)
-        for (int p = 0; p < 2; p++) {
-            const float *sum = sums + (m / x.height - first) * room + (p * x.height + m % x.height) * 16;
-            write_sums(*(const LooseFloats *)sum, w, (panel + p) * 16, y + m * w.N);
+        for (int strip = 0; strip < 2 * STRIPS; strip++) {
+            const float *sum = sums_of(strip / 2, m / x.height) + (strip % 2 * x.height + m % x.height) * LANES;
+            write_sums(load(sum), w, panel * 16 + strip * LANES, y + m * w.N);
         }
 }
 
-template <int XBYTES, int WBYTES, Offset OFFSET>
+template <int XBYTES, int WBYTES, Offset OFFSET, bool SMALL>
 static void multiply_rows(const Weights &w, const Inputs &x, float *y, ptrdiff_t panel, ptrdiff_t from, ptrdiff_t to) {
-    constexpr int MOST = XBYTES + WBYTES > 2 ? 4 : 8;  // rows whose sums fit the registers
-    if (x.height == 1) multiply_panels<1, XBYTES, WBYTES, OFFSET>(w, x, y, panel, from, to);
-    else if (x.height == 2) multiply_panels<2, XBYTES, WBYTES, OFFSET>(w, x, y, panel, from, to);
-    else if (x.height == 4) multiply_panels<4, XBYTES, WBYTES, OFFSET>(w, x, y, panel, from, to);
-    else multiply_panels<MOST, XBYTES, WBYTES, OFFSET>(w, x, y, panel, from, to);
+    constexpr int MOST = TOGETHER && XBYTES + WBYTES == 2 ? 8 : 4;  // rows whose sums fit the registers
+    if (x.height == 1) multiply_panels<1, XBYTES, WBYTES, OFFSET, SMALL>(w, x, y, panel, from, to);
+    else if (x.height == 2) multiply_panels<2, XBYTES, WBYTES, OFFSET, SMALL>(w, x, y, panel, from, to);
+    else if (x.height == 4) multiply_panels<4, XBYTES, WBYTES, OFFSET, SMALL>(w, x, y, panel, from, to);
+    else multiply_panels<MOST, XBYTES, WBYTES, OFFSET, SMALL>(w, x, y, panel, from, to);
 }
 
 template <int XBYTES, Offset OFFSET>
 static void multiply(const Weights &w, const Inputs &x, float *y, ptrdiff_t first, ptrdiff_t last) {
     for (ptrdiff_t panel = 4 * first; panel < 4 * last; panel += 4) {
-        if constexpr (WIDE)
+        if constexpr (!PLAIN)
             if (x.height == 1) {
                 multiply_row<XBYTES, OFFSET>(w, x, y, panel);
                 continue;
@@ -301,8 +345,9 @@ static void multiply(const Weights &w, const Inputs &x, float *y, ptrdiff_t firs
         for (ptrdiff_t from = 0; from < x.M; from += ROWS_AT_ONCE)
             for (ptrdiff_t p = panel; p < panel + 4; p += 2) {
                 const ptrdiff_t to = from + ROWS_AT_ONCE < x.M ? from + ROWS_AT_ONCE : x.M;
-                if (w.bytes == 2) multiply_rows<XBYTES, 2, SAME>(w, x, y, p, from, to);
-                else multiply_rows<XBYTES, 1, OFFSET>(w, x, y, p, from, to);
+                if (w.bytes == 2) multiply_rows<XBYTES, 2, SAME, false>(w, x, y, p, from, to);
+                else if (SMALL_ARE_FASTER && !w.table && w.bits < 8) multiply_rows<XBYTES, 1, OFFSET, SMALL_ARE_FASTER>(w, x, y, p, from, to);
+                else multiply_rows<XBYTES, 1, OFFSET, false>(w, x, y, p, from, to);
             }
     }
 }
