@@ -9,8 +9,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: as the command 
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.kernels import native
 
@@ -40,12 +40,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": SIZES,
     "phi3": {**SIZES, "pad_token_id": 256},
     "gemma": {**SIZES, "head_dim": 16},
-    "gemma2": {**SIZES, "head_dim": 16, "sliding_window": 8},
-    "gemma3_text": {**SIZES, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4},
+    "gemma2": {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {
+        **SIZES,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+    },
     "gpt2": GPT2,
     "gpt_neox": {**SIZES, "num_key_value_heads": None},
     "opt": {**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1},
     "starcoder2": SIZES,
+}
+BERT = {
+    key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "bos_token_id", "eos_token_id")
 }
 
 
@@ -60,19 +69,39 @@ def save_tokenizer(folder: Path, **options: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_wordpiece(folder: Path) -> None:
+    """BERT's kind of tokenizer, of single letters, digits and signs, and a few pieces."""
+    letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = [*special, *letters, *(f"##{letter}" for letter in letters if letter.isalnum()), "the", "##own", "fox"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pieces = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    around = [("[CLS]", 2), ("[SEP]", 3)]
+    pieces.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", around)
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=pieces, **{f"{name}_token": token for name, token in names.items()}
+    ).save_pretrained(folder)
+
+
 def make_checkpoint(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **changes: Any
 ) -> Path:
     """A random model of a family, saved as transformers saves it."""
     torch.manual_seed(0)
-    options = {k: v for k, v in {**FAMILIES[family], **changes}.items() if v is not None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options), dtype=dtype)
+    encoder = family == "bert"
+    options = {k: v for k, v in {**(BERT if encoder else FAMILIES[family]), **changes}.items() if v is not None}
+    maker = AutoModel if encoder else AutoModelForCausalLM
+    model = maker.from_config(AutoConfig.for_model(family, **options), dtype=dtype)
     with torch.no_grad():  # biases and norms that are all 0 or 1 would hide mistakes
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard)
-    save_tokenizer(folder)
+    (save_wordpiece if encoder else save_tokenizer)(folder)
     return folder
 
 

@@ -21,14 +21,17 @@ from typer.testing import CliRunner
 from bitwright.cli import app
 from bitwright.codec import code_range, decode, spread
 from bitwright.errors import CheckpointError, FormatError, InputError
+from bitwright.families import model_of
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml import TYPES, encode
 from bitwright.formats.gguf import kind_of
 from bitwright.ledger import from_jsonl
-from bitwright.llamacpp.architecture import ARCHITECTURES, Names, config_of, keys_of, rope_factors
+from bitwright.llamacpp import positions
+from bitwright.llamacpp.architecture import ARCHITECTURES, config_of, keys_of
 from bitwright.llamacpp.artefact import GgufArtefact, read_tokenizer
 from bitwright.llamacpp.container import GgufFile
 from bitwright.llamacpp.mixes import MIXES, Place, type_in
+from bitwright.llamacpp.names import Names
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
 from bitwright.qtensor import QTensor
@@ -238,18 +241,18 @@ def small_config(kind: str) -> Any:
     values: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
     if kind != "gpt2":
         values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    if kind in ("gemma", "gemma2", "qwen3"):
+    if kind in ("gemma", "gemma2", "gemma3_text", "qwen3"):
         values["head_dim"] = 16
+    if kind in ("gemma2", "gemma3_text"):
+        values |= {"query_pre_attn_scalar": 16, "num_hidden_layers": 6}
     return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_configs_survive_the_way_there_and_back(kind: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     config = small_config(kind)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_of(config)
     names = Names(config)
     shapes = {}
     for parameter, tensor in model.state_dict().items():
@@ -260,10 +263,13 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
     assert back.model_type == ("llama" if kind == "mistral" else kind)
     with torch.device("meta"):
-        other = AutoModelForCausalLM.from_config(back).state_dict()
+        other = model_of(back).state_dict()
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in other.items()}
-    for name in ("rms_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings", "hidden_act"):
-        if name in ("sliding_window",) and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
+    kept = (
+        "rms_norm_eps layer_norm_epsilon layer_norm_eps sliding_window max_position_embeddings hidden_act layer_types"
+    )
+    for name in (*kept.split(), "rope_parameters", "query_pre_attn_scalar", "type_vocab_size"):
+        if name in ("sliding_window", "layer_types") and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
             continue  # llama.cpp does without
         if hasattr(config, name) and hasattr(back, name):
             assert getattr(back, name) == getattr(config, name), name
@@ -284,14 +290,14 @@ def test_rows_are_turned_and_turned_back() -> None:
 def test_llama3_s_factors() -> None:
     """The bounds of its rule: short waves as they were, long ones divided by the factor."""
     config = small_config("llama")
-    assert rope_factors(config) is None
+    assert positions.tensors_of(config) == {}
     config.rope_parameters = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     config.head_dim = 128
-    factors = rope_factors(config)
-    assert factors is not None and factors[0] == 1 and factors[-1] == 32 and bool((factors.diff() >= 0).all())
+    factors = positions.tensors_of(config)[positions.FACTORS]
+    assert factors[0] == 1 and factors[-1] == 32 and bool((factors.diff() >= 0).all())
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)
@@ -333,7 +339,7 @@ def run(*arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: Path, text: str) -> None:
     """The same logits from our reader and from transformers' own, which dequantizes by the gguf package."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from bitwright.evaluation import Walk
 
@@ -345,10 +351,13 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
     assert found["fallbacks"] == []
     walk, ids = Walk(out), torch.arange(48)[None] * 5 % 257
     walk.load(walk.skeleton.outer_names())
-    mine = torch.cat([walk.skeleton.head(hidden) for hidden in walk.hidden(ids)])
-    float_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    causal = ARCHITECTURES[kind].causal
+    hidden = list(walk.hidden(ids))
+    mine = torch.cat([walk.skeleton.head(h) for h in hidden] if causal else hidden)
+    maker = AutoModelForCausalLM if causal else AutoModel
+    float_model = maker.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
-        original = float_model(ids).logits
+        original = float_model(ids).logits if causal else float_model(ids).last_hidden_state
     assert (mine - original).abs().max() < 0.05 * original.abs().max() + 0.02
     if kind in PEER_READS:
         config = float_model.config  # it does not read all keys of one

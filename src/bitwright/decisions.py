@@ -12,9 +12,10 @@ from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
-from bitwright.llamacpp.architecture import Names
+from bitwright.llamacpp.architecture import not_kept
 from bitwright.llamacpp.artefact import GgufSource
 from bitwright.llamacpp.mixes import MIXES, Place, type_in
+from bitwright.llamacpp.names import POOLER, Names
 from bitwright.methods import Outlier
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models import COMPUTED, Skeleton
@@ -68,6 +69,9 @@ def decide(
     for source, info in checkpoint.tensors.items():
         parameter = parameters.get(source)
         if parameter is None:
+            if source.endswith(POOLER) and not skeleton.predicts:
+                planned.append(_pooler(Planned(source, source, None, info.dtype, info.shape, KEPT), format_))
+                continue
             if not source.endswith(COMPUTED):
                 remedy = "config.json and weights must belong together"
                 raise CheckpointError("the model has no such tensor", where=source, remedy=remedy)
@@ -77,7 +81,14 @@ def decide(
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
         planned.append(chooser.decide(Planned(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING])))
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_)
+    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+
+
+def _pooler(t: Planned, format_: Format) -> Planned:
+    """An encoder's last layer, which nothing here runs."""
+    if format_.one_file:
+        return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer")
+    return replace(t, reason="the pooling layer")
 
 
 class _Chooser:
@@ -100,8 +111,8 @@ class _Chooser:
         """
         name = t.parameter.removesuffix(".weight")
         if self.names is not None:
-            self.names.of(t.parameter)  # refuses what llama.cpp does not have
-            t = replace(t, dtype=torch.float32) if len(t.shape) < 2 else t
+            wide = self.names.is_float32(t.parameter, len(t.shape))
+            t = replace(t, dtype=torch.float32) if wide else t
         if t.block is None and name not in self.modules:
             return replace(t, reason="outside the blocks")
         if len(t.shape) < 2:
@@ -170,8 +181,13 @@ def _outliers(rule: Rule, K: int) -> int:
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
-def _engine_notes(layers: list[Layer], format_: Format) -> list[str]:
-    """What the usual engines will say to these files."""
+def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
+    """What the usual engines will say to these files, or do with them."""
+    notes = _format_notes(layers, format_)
+    return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
+
+
+def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
     grids = {layer.scheme.grid for layer in layers}
     fallbacks = [f"{layer.name}: {layer.fallback}" for layer in layers if layer.fallback]
     if fallbacks:

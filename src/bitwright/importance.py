@@ -12,7 +12,7 @@ from bitwright.decisions import Planned
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.inputs import Inputs
 from bitwright.llamacpp import imatrix
-from bitwright.llamacpp.architecture import Names
+from bitwright.llamacpp.names import Names
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe

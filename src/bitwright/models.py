@@ -15,17 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
+from bitwright.families import ENCODERS, model_of
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.llamacpp.artefact import is_gguf
 from bitwright.llamacpp.artefact import read_config as read_gguf_config
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
-COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+COMPUTED = (
+    "position_ids",
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.bias",
+    "attention.masked_bias",
+)
 ALIASES = {"lm_head.weight": "embed_out.weight"}  # what files call it where transformers has renamed it (GPT-NeoX)
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
@@ -77,14 +85,14 @@ class _Port(nn.Module):
 
 
 class Skeleton:
-    """A causal language model whose blocks take turns in memory."""
+    """A causal language model, or an encoder without its pooling layer, whose blocks take turns in memory."""
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """dtype: what the forward computes in, whatever the checkpoint stores."""
         self.config, self.dtype = config, dtype
         with _parameters_on_meta():
             try:
-                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+                self.model = model_of(config, dtype)
             except (ValueError, KeyError, ImportError) as error:
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(
@@ -93,6 +101,7 @@ class Skeleton:
                     remedy="only decoder-only models of transformers are supported",
                 ) from error
         self.model.tie_weights()
+        self.predicts = config.model_type not in ENCODERS
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._cache: KvCache | None = None
@@ -106,7 +115,7 @@ class Skeleton:
         base_only: only those of the model without its output head, which embedding needs.
         """
         inside, tied = f"{self.block_prefix}.", self.tied_names()
-        start = f"{self.model.base_model_prefix}." if base_only else ""
+        start = f"{self.model.base_model_prefix}." if base_only and self.predicts else ""
         names = self.model.state_dict(keep_vars=True)
         return [n for n in names if n.startswith(start) and not n.startswith(inside) and n not in tied]
 
@@ -125,8 +134,9 @@ class Skeleton:
         return {name for name, p in everywhere if first[id(p)] != name}
 
     def ends(self) -> dict[str, nn.Module]:
-        """The embedding and, unless it is the same matrix, the output head, by full name."""
-        return {name: self.model.get_submodule(name) for name in (self.embedding_name, self.head_name)}
+        """The embedding and, unless it is the same matrix or there is none, the output head, by full name."""
+        names = (self.embedding_name, self.head_name) if self.predicts else (self.embedding_name,)
+        return {name: self.model.get_submodule(name) for name in names}
 
     @property
     def embedding_name(self) -> str:
@@ -257,7 +267,12 @@ class Skeleton:
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
-        """What the last block gave [B, T, H] -> logits [B, T, V], float32."""
+        """What the last block gave [B, T, H] -> logits [B, T, V], float32. CheckpointError for an encoder, which has none."""
+        if not self.predicts:
+            message = (
+                f"models of type {self.config.model_type!r} predict no next token: there is nothing to judge it by"
+            )
+            raise CheckpointError(message, remedy="inspect it, or compare its hidden states")
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._ports([], hidden):
             return self.model(input_ids=ids, use_cache=False).logits.float()

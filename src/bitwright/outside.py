@@ -30,7 +30,9 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
     skeleton = plan.skeleton
     name = skeleton.embedding_name
     t = next((t for t in _ends(plan) if _name(t) == name), None)
-    if t is None or name == skeleton.head_name or not plan.calibrates_ends or streams.original is None:
+    if t is None or not skeleton.predicts or not plan.calibrates_ends or streams.original is None:
+        return
+    if name == skeleton.head_name:
         return
     weights = read_block(plan, len(skeleton))
     base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
@@ -45,10 +47,11 @@ def quantize_ends(
 ) -> list[Rounded]:
     """Round the embedding and the output head, where the format has them rounded.
 
-    Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched.
+    Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched; as are those
+    of an encoder's embedding, which a norm follows before the first block.
     """
     known: dict[str, Inputs] = {}
-    if plan.calibrates_ends and tokens is not None:
+    if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
         known = _observe(plan, weights, streams, tokens)
     return [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
 

@@ -23,6 +23,7 @@ from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.llamacpp.artefact import GgufSource, carried_keys, is_gguf
 from bitwright.llamacpp.export import metadata
 from bitwright.llamacpp.mixes import FILE_TYPES
+from bitwright.llamacpp.names import POOLER
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
 from bitwright.recipe import Recipe
 from bitwright.rotation import Rotation
@@ -117,7 +118,8 @@ class Plan:
     def quantization_config(self) -> dict[str, Any]:
         """What config.json will say; FormatError if one file cannot hold these layers together."""
         layers = [t.layer for t in self.tensors if t.layer is not None]
-        names = set(self.skeleton.linear_names())
+        pooler = {t.stem for t in self.tensors if t.source.endswith(POOLER[0])}
+        names = set(self.skeleton.linear_names()) | pooler
         kept = [t.parameter.removesuffix(".weight") for t in self.tensors if t.layer is None]
         outside = [name for name in names if name in kept or name not in {layer.name for layer in layers}]
         config = self.format.config(layers, sorted(outside))

@@ -12,16 +12,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from bitwright.checkpoint import TensorInfo
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.families import model_of
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
-from bitwright.llamacpp.architecture import FACTORS, Names, config_of, rope_factors
+from bitwright.llamacpp.architecture import config_of
 from bitwright.llamacpp.container import FLOATS, SUFFIX, WEIGHTS_AT_ONCE, GgufFile, Typed, decoded
+from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.positions import COMPUTED
 from bitwright.llamacpp.vocabulary import tokenizer_of
 from bitwright.qtensor import QTensor, reordered, stacked
-
-COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def is_gguf(path: Path) -> bool:
@@ -35,23 +35,13 @@ def read_config(path: Path) -> PretrainedConfig:
 
 
 def _config(file: GgufFile) -> PretrainedConfig:
-    config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path))
+    factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
+    config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     tokens, rows = file.keys.get("tokenizer.ggml.tokens"), file.tensors["token_embd.weight"].shape[0]
     if isinstance(tokens, list) and len(tokens) != rows:
         message = f"its vocabulary has {len(tokens)} tokens, its embedding {rows} rows"
         raise CheckpointError(message, where=str(file.path), remedy="tokenizer and weights must belong together")
-    if FACTORS in file.tensors:
-        _add_factors(config, file.read(FACTORS), str(file.path))
     return config
-
-
-def _add_factors(config: PretrainedConfig, factors: Tensor, where: str) -> None:
-    """Llama 3's scaling of positions, of which the file has what each frequency is divided by."""
-    rope = {**config.rope_parameters, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
-    config.rope_parameters = rope
-    known = rope_factors(config)
-    if known is None or known.shape != factors.shape or not torch.allclose(known, factors, rtol=1e-5):
-        raise CheckpointError("its factors of frequencies are not Llama 3's", where=where, remedy="not read here yet")
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -159,13 +149,8 @@ class GgufSource:
     """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
 
     def __init__(self, path: Path) -> None:
-        """CheckpointError for a file that is quantized already, or has tensors that are not carried over."""
+        """CheckpointError for a file that is quantized already."""
         self.artefact, self.folder = GgufArtefact(path), path
-        lost = [name for name in self.artefact.file.tensors if name in COMPUTED and name != FACTORS]
-        if lost:
-            raise CheckpointError(
-                f"tensor {lost[0]!r} is not carried over here yet", where=str(path), remedy="use the directory"
-            )
         self.tensors = {name: self._info(name, stored) for name, stored in self.artefact.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:
@@ -197,7 +182,5 @@ def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
 
 def _parameters(config: PretrainedConfig) -> list[str]:
     """Names of all parameters of the model, which takes no memory."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return list(AutoModelForCausalLM.from_config(config).state_dict())
+        return list(model_of(config).state_dict())

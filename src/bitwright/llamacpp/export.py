@@ -4,6 +4,7 @@ Blocks are moved, never changed: what the pipeline has verified, number by numbe
 are compared once more when the file is there. The file is written by the gguf package.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -17,13 +18,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitwright.checkpoint import Checkpoint, disk_errors
-from bitwright.errors import VerificationError
-from bitwright.llamacpp.architecture import FACTORS, Names, keys_of, rope_factors
+from bitwright.errors import FormatError, VerificationError
+from bitwright.llamacpp.architecture import architecture_of, keys_of
 from bitwright.llamacpp.container import FLOATS, GgufFile, Typed, Types
+from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.positions import tensors_of
 from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
 from bitwright.threads import each
 
 NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
+POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}  # llama.cpp's numbers of them
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
@@ -41,7 +45,27 @@ def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: 
     """All keys of the file. FormatError for an architecture or tokenizer that cannot be written."""
     keys = keys_of(config) | {"general.name": source.resolve().name, "general.quantization_version": 2}
     keys |= {} if file_type is None else {"general.file_type": file_type}
+    keys |= {} if architecture_of(config).causal else _pooling(source, str(keys["general.architecture"]))
     return keys | vocabulary_keys(source, tokenizer, config.get_text_config().vocab_size)
+
+
+def _pooling(source: Path, name: str) -> dict[str, Any]:
+    """How a sentence encoder makes one vector of many, where its directory says so (sentence-transformers' modules.json).
+
+    FormatError for a way that llama.cpp does not have.
+    """
+    file = source / "modules.json"
+    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    where = next((source / m["path"] / "config.json" for m in modules if m["type"].endswith("Pooling")), None)
+    if where is None or not where.is_file():
+        return {}
+    said = json.loads(where.read_text(encoding="utf-8"))
+    chosen = [number for key, number in POOLINGS.items() if said.get(f"pooling_mode_{key}")]
+    if len(chosen) != 1:
+        raise FormatError(
+            "pooling that llama.cpp does not have", where=str(where), remedy=f"one of {', '.join(POOLINGS)}"
+        )
+    return {f"{name}.pooling_type": chosen[0]}
 
 
 def write(
@@ -53,12 +77,10 @@ def write(
     opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
     stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
 
-    factors = rope_factors(config)
-
     def made(piece: Piece, read: Callable[[Checkpoint, str], Tensor] = Checkpoint.read) -> tuple[str, Types, Tensor]:
         return names.of(piece.parameter), *_written(names, piece, read(stored[piece.source], piece.source))
 
-    more = [] if factors is None else [(FACTORS, Types.F32, factors)]
+    more = [(name, Types.F32, factors) for name, factors in tensors_of(config).items()]
     with disk_errors(file):
         _write(file, keys, [*(made(piece, _described) for piece in order), *more], chain(map(made, order), more))
     written = GgufFile(file)

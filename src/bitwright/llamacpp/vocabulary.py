@@ -1,9 +1,10 @@
 """Tokenizers as llama.cpp keeps them: tokens, kinds, merges or scores, and the name of the rule that cuts text first.
 
 Both ways: `keys_of` makes the keys of a checkpoint's tokenizer.json, `tokenizer_of` makes a tokenizer of a file's keys.
-Two families are known: byte-level BPE ("gpt2"), whose first cut is a regular expression that llama.cpp knows by a name,
-and BPE over characters with bytes to fall back on, as sentencepiece makes it ("llama"). llama.cpp gives the latter no
-merges but scores: of all neighbours, it joins the pair that makes the token of the highest score.
+Three families are known: byte-level BPE ("gpt2"), whose first cut is a regular expression that llama.cpp knows by a name;
+BPE over characters with bytes to fall back on, as sentencepiece makes it ("llama"); and BERT's WordPiece ("bert"). llama.cpp
+gives the second no merges but scores: of all neighbours, it joins the pair that makes the token of the highest score. In the
+third it marks where words begin, not where they go on.
 """
 
 import json
@@ -45,7 +46,12 @@ SPECIAL = {
     "eos_token_id": "eos_token",
     "unknown_token_id": "unk_token",
     "padding_token_id": "pad_token",
+    "cls_token_id": "cls_token",
+    "seperator_token_id": "sep_token",
+    "mask_token_id": "mask_token",
 }
+GOES_ON = "##"  # before a piece that is not a word's first
+WORDS: Keys = {"clean_text": True, "handle_chinese_chars": True}  # as llama.cpp cuts for WordPiece
 PREFIX = "tokenizer.ggml."
 
 
@@ -57,23 +63,48 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int) -> Keys:
         raise FormatError("no tokenizer.json", where=str(folder), remedy="save the tokenizer with its fast form")
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
-    if model.get("type") != "BPE":
-        remedy = "byte-level BPE, or BPE with bytes to fall back on"
+    if model.get("type") not in ("BPE", "WordPiece"):
+        remedy = "byte-level BPE, BPE with bytes to fall back on, or BERT's WordPiece"
         raise FormatError(
             f"a tokenizer of type {model.get('type')!r} cannot be written as GGUF here", where=str(file), remedy=remedy
         )
     tokens, kinds = _tokens(content, vocabulary, str(file))
-    keys: Keys = {"model": "llama" if model.get("byte_fallback") else "gpt2", "tokens": tokens, "token_type": kinds}
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
-    if model.get("byte_fallback"):
-        keys |= {"pre": "default", "scores": _scores(tokens, merges), "add_space_prefix": _prefixed(content)}
-    else:
-        keys |= {
-            "pre": _cut_of(content, str(file)),
-            "merges": [" ".join(_joined(part) for part in pair) for pair in merges],
-        }
+    keys: Keys = {"tokens": tokens, "token_type": kinds}
+    keys |= (
+        _pieces(content, tokens, kinds, str(file)) if model["type"] == "WordPiece" else _pairs(content, tokens, file)
+    )
     keys |= _special(folder, tokenizer, vocabulary)
     return {PREFIX + name: value for name, value in keys.items()} | _template(tokenizer)
+
+
+def _pairs(content: Keys, tokens: list[str], file: Path) -> Keys:
+    """What is particular to BPE of either family."""
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
+    if content["model"].get("byte_fallback"):
+        prefixed = _prefixed(content)
+        return {"model": "llama", "pre": "default", "scores": _scores(tokens, merges), "add_space_prefix": prefixed}
+    joined = [" ".join(_joined(part) for part in pair) for pair in merges]
+    return {"model": "gpt2", "pre": _cut_of(content, str(file)), "merges": joined}
+
+
+def _pieces(content: Keys, tokens: list[str], kinds: list[int], where: str) -> Keys:
+    """What is particular to WordPiece; tokens with their marks as llama.cpp has them."""
+    start, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    like_bert = start.get("type") == "BertNormalizer" and cut.get("type") == "BertPreTokenizer"
+    if not like_bert or any(start.get(key) != value for key, value in WORDS.items()):
+        message = f"an unknown pre-tokenizer for WordPiece: {json.dumps([start, cut])[:200]}"
+        raise FormatError(message, where=where, remedy="llama.cpp cuts for WordPiece as BERT does, and not otherwise")
+    lowercase, accents = bool(start.get("lowercase")), start.get("strip_accents")
+    marked = [_marked(token) if kind == Kind.NORMAL else token for token, kind in zip(tokens, kinds, strict=True)]
+    return {
+        "model": "bert", "pre": "default", "tokens": marked, "normalizer.lowercase": lowercase,
+        "normalizer.strip_accents": lowercase if accents is None else bool(accents),
+    }  # fmt: skip
+
+
+def _marked(token: str) -> str:
+    """A piece of WordPiece with llama.cpp's mark."""
+    return token.removeprefix(GOES_ON) if token.startswith(GOES_ON) else SPACE + token
 
 
 def _tokens(content: Keys, vocabulary: int, where: str) -> tuple[list[str], list[int]]:
@@ -154,6 +185,8 @@ def _special(folder: Path, tokenizer: Any, vocabulary: int) -> Keys:
         i = getattr(tokenizer, f"{attribute}_id", None)
         if isinstance(i, int) and 0 <= i < vocabulary:
             found[key] = i
+    if "cls_token_id" in found:  # what begins a text
+        found["bos_token_id"] = found["cls_token_id"]
     ids = tokenizer("a")["input_ids"]
     found["add_bos_token"] = len(ids) > 1 and ids[0] == found.get("bos_token_id", -1)
     found["add_eos_token"] = len(ids) > 1 and ids[-1] == found.get("eos_token_id", -1)
@@ -185,9 +218,11 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
             "no tokens, or not a kind for each", where=where, remedy="give a file with its vocabulary"
         )
     family = own.get("model")
-    if family not in ("gpt2", "llama"):
-        raise CheckpointError(f"a tokenizer of family {family!r} is not read here", where=where, remedy="gpt2 or llama")
-    content = _byte_level(own, tokens, where) if family == "gpt2" else _sentencepiece(own, tokens)
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
+    if family not in makers:
+        remedy = f"known: {', '.join(makers)}; another needs a function in llamacpp/vocabulary.py"
+        raise CheckpointError(f"a tokenizer of family {family!r} is not read here", where=where, remedy=remedy)
+    content = makers[family](own, tokens, where)
     content |= {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(_added(tokens, kinds))}
     content["post_processor"] = _around(own, tokens)
     try:
@@ -205,19 +240,46 @@ def _byte_level(own: Keys, tokens: list[str], where: str) -> Keys:
     steps = CUTS.get("gpt-2" if cut == "default" else cut)
     if steps is None:
         message = f"the pre-tokenizer {cut!r} is not known here"
-        raise CheckpointError(message, where=where, remedy=f"known: {', '.join(CUTS)}")
+        remedy = f"known: {', '.join(CUTS)}; another needs the steps it stands for in llamacpp/vocabulary.py"
+        raise CheckpointError(message, where=where, remedy=remedy)
     whole = {"add_prefix_space": bool(own.get("add_space_prefix", False)), "trim_offsets": True}
     cuts = [step | (whole if step["type"] == "ByteLevel" else {}) for step in steps]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return {
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": own.get("merges", [])},
+        "model": {
+            "type": "BPE", "vocab": vocabulary, "merges": own.get("merges", []),
+            "ignore_merges": cut == "llama-bpe",  # a whole word that is a token is that token
+        },
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    }
+    }  # fmt: skip
 
 
-def _sentencepiece(own: Keys, tokens: list[str]) -> Keys:
+def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
+    kinds, unknown = own["token_type"], own.get("unknown_token_id", -1)
+    if not 0 <= unknown < len(tokens):
+        raise CheckpointError("WordPiece without a token for what is unknown", where=where, remedy="get a good copy")
+    plain = [_unmarked(token) if kind == Kind.NORMAL else token for token, kind in zip(tokens, kinds, strict=True)]
+    lowercase = bool(own.get("normalizer.lowercase", True))
+    accents = bool(own.get("normalizer.strip_accents", lowercase))
+    return {
+        "model": {
+            "type": "WordPiece", "vocab": {token: i for i, token in enumerate(plain)}, "unk_token": tokens[unknown],
+            "continuing_subword_prefix": GOES_ON, "max_input_chars_per_word": 100,
+        },
+        "normalizer": {"type": "BertNormalizer", "strip_accents": accents, "lowercase": lowercase, **WORDS},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": GOES_ON, "cleanup": True},
+    }  # fmt: skip
+
+
+def _unmarked(token: str) -> str:
+    """Undoes `_marked`."""
+    return token.removeprefix(SPACE) if token.startswith(SPACE) else GOES_ON + token
+
+
+def _sentencepiece(own: Keys, tokens: list[str], where: str) -> Keys:
     prefix = bool(own.get("add_space_prefix", True))
     spaces: Keys = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     start: list[Keys] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
@@ -258,8 +320,10 @@ def _added(tokens: list[str], kinds: Any) -> Iterator[Keys]:
 
 def _around(own: Keys, tokens: list[str]) -> Keys | None:
     """The special tokens that are put around a text."""
-    begin = [own["bos_token_id"]] if own.get("add_bos_token", own["model"] == "llama") and "bos_token_id" in own else []
+    begin = [own["bos_token_id"]] if own.get("add_bos_token", own["model"] != "gpt2") and "bos_token_id" in own else []
     end = [own["eos_token_id"]] if own.get("add_eos_token", False) and "eos_token_id" in own else []
+    if own["model"] == "bert" and "seperator_token_id" in own:
+        end = [own["seperator_token_id"]]
     if not begin and not end:
         return None
     around = {i: {"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in {*begin, *end}}

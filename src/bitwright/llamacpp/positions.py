@@ -1,0 +1,160 @@
+"""How positions are rotated: transformers' rope_parameters, and llama.cpp's keys and tensors of factors; both ways.
+
+Llama 3 and longrope (Phi-3) divide each frequency by a factor of its own; llama.cpp has those as tensors. Gemma 3 turns
+its sliding layers by another base than the others. Source: llama.cpp's converter, and modeling_rope_utils.py.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from bitwright.errors import CheckpointError, FormatError
+
+Keys = dict[str, Any]
+
+FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+COMPUTED = (FACTORS, LONG, SHORT)
+SCALED = ("linear", "yarn", "longrope")  # as transformers and llama.cpp call them; "llama3" is a tensor alone
+# What a kind of scaling may say beside; anything else has no key that means the same.
+KNOWN = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
+}
+ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+LOCAL_BASES = {"gemma3": 10000.0}  # architectures whose sliding layers have a base of their own; where no key gives it
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Channels of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def keys_of(name: str, config: PretrainedConfig) -> Keys:
+    """The keys of llama.cpp's architecture `name`. FormatError for what they cannot express."""
+    both = config.rope_parameters or {}
+    rope = both.get(GLOBAL, both)
+    keys: Keys = {
+        "freq_base": float(rope.get("rope_theta", 10000.0)),
+        "dimension_count": int(head_dim_of(config) * _share(rope, config)),
+    }
+    keys |= _scaling(rope, config)
+    if LOCAL in both:
+        if both[LOCAL].get("rope_type", "default") != "default":
+            raise _unknown(f"{both[LOCAL]['rope_type']!r} in sliding layers")
+        keys["freq_base_swa"] = float(both[LOCAL]["rope_theta"])
+    return {f"{name}.rope.{key}": value for key, value in keys.items()}
+
+
+def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
+    """How much of a head is rotated."""
+    return float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
+
+
+def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
+    """Keys of positions beyond those that the model was first trained on."""
+    kind = rope.get("rope_type", "default")
+    if kind not in KNOWN:
+        raise _unknown(repr(kind))
+    odd = sorted(key for key, value in rope.items() if value is not None and key not in (*KNOWN[kind], *ALWAYS))
+    if odd:
+        raise _unknown(f"{kind!r} with {', '.join(odd)}")
+    if kind not in SCALED:
+        return {}
+    keys: Keys = {"scaling.type": kind}
+    if kind == "longrope":
+        keys["scaling.attn_factor"] = _attention_factor(rope, config)
+    else:
+        keys["scaling.factor"] = float(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        keys["scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    return keys
+
+
+def _attention_factor(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
+    """longrope's factor on scores (Ding et al. 2024, arXiv:2402.13753), where the config does not give it."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or config.max_position_embeddings / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _unknown(what: str) -> FormatError:
+    message = f"positions of rope type {what} cannot be written as GGUF here"
+    return FormatError(message, remedy=f"known: {', '.join(KNOWN)}; llama.cpp must have a key for each parameter")
+
+
+def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Tensors that a file has beside the model's parameters: what frequencies are divided by, [rotated / 2] float32.
+
+    FormatError for factors that do not fit the heads.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":
+        return {FACTORS: _llama3(rope, head_dim_of(config))}
+    if rope.get("rope_type") != "longrope":
+        return {}
+    found = {LONG: torch.tensor(rope["long_factor"]).float(), SHORT: torch.tensor(rope["short_factor"]).float()}
+    wanted = int(head_dim_of(config) * _share(rope, config)) // 2
+    for name, factors in found.items():
+        if factors.shape != (wanted,):
+            remedy = "config.json must belong to the weights"
+            raise FormatError(f"{factors.numel()} factors for {wanted} frequencies", where=name, remedy=remedy)
+    return found
+
+
+def _llama3(rope: Mapping[str, Any], dim: int) -> Tensor:
+    """Llama 3's rule: short waves as they were, long ones divided by the factor."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    smooth = smooth.clamp(0, 1)  # 0: divided by the factor; 1: as it was
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tensor], dim: int, where: str) -> Keys:
+    """transformers' rope_parameters for a file's keys and tensors of factors, heads of `dim` channels.
+
+    CheckpointError for factors that no rule here gives.
+    """
+    own = {key.removeprefix(f"{name}.rope."): value for key, value in keys.items() if key.startswith(f"{name}.rope.")}
+    rope: Keys = {"rope_type": "default", "rope_theta": own.get("freq_base", 10000.0)}
+    if own.get("dimension_count", dim) != dim:
+        rope["partial_rotary_factor"] = own["dimension_count"] / dim
+    kind = own.get("scaling.type", "none")
+    if LONG in factors and SHORT in factors:
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": factors[LONG].tolist(),
+            "short_factor": factors[SHORT].tolist(),
+        }
+        rope |= {"attention_factor": own.get("scaling.attn_factor", 1.0)}
+    elif kind in ("linear", "yarn"):
+        rope |= {"rope_type": kind, "factor": own.get("scaling.factor", 1.0)}
+    original = own.get("scaling.original_context_length")
+    if original and rope["rope_type"] in ("yarn", "longrope"):
+        rope["original_max_position_embeddings"] = original
+    if FACTORS in factors:
+        rope = _read_llama3(rope, factors[FACTORS], dim, where)
+    if name in LOCAL_BASES:
+        base = own.get("freq_base_swa", LOCAL_BASES[name])
+        return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
+    return rope
+
+
+def _read_llama3(rope: Keys, factors: Tensor, dim: int, where: str) -> Keys:
+    """Llama 3's scaling, of which the file has what each frequency is divided by."""
+    rope = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
+    known = _llama3(rope, dim)
+    if known.shape != factors.shape or not torch.allclose(known, factors, rtol=1e-5):
+        raise CheckpointError("its factors of frequencies are not Llama 3's", where=where, remedy="not read here yet")
+    return rope

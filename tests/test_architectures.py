@@ -1,0 +1,251 @@
+"""Every architecture of GGUF: what llama.cpp's code has fixed, scaled positions, encoders; and llama.cpp itself, where it is
+installed (`bench/peers/install.sh llamacpp`), on small random models."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from bitwright.cli import app
+from bitwright.errors import FormatError
+from bitwright.llamacpp import positions
+from bitwright.llamacpp.architecture import ARCHITECTURES, config_of, keys_of, not_kept
+from bitwright.llamacpp.artefact import read_config, read_tokenizer
+from bitwright.llamacpp.container import GgufFile
+from conftest import TEXT, make_checkpoint
+
+TOOLS = Path(__file__).parents[1] / "bench/peers/envs/llamacpp/build/bin"
+SHARP = {"initializer_range": 0.2}  # or every token would be as likely as any other, whatever is wrong
+LONGROPE = {
+    "max_position_embeddings": 128, "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + 0.5 * i for i in range(8)],
+    },
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in ARCHITECTURES},
+    "gemma3_text": ("gemma3_text", {
+        "num_hidden_layers": 6, "layer_types": None,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    }),
+    "phi3 longrope": ("phi3", LONGROPE),
+    "phi3 longrope, short": ("phi3", {**LONGROPE, "max_position_embeddings": 2048, "original_max_position_embeddings": 1024}),
+    "llama3": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }}),
+    "llama yarn": ("llama", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    }}),
+}  # fmt: skip
+
+
+def convert(model: Path, out: Path) -> None:
+    done = CliRunner().invoke(app, ["convert", str(model), str(out), "--json"])
+    assert done.exit_code == 0, done.output
+
+
+def tool(name: str, *arguments: str) -> str:
+    if not (TOOLS / name).is_file():
+        pytest.skip("llama.cpp's tools are not here")
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def give_a_merge(file: Path) -> None:
+    """llama.cpp wants one at least: "th", in the place of a byte that no text in UTF-8 has."""
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["th"] = content["model"]["vocab"].pop("ÿ")
+    content["model"]["merges"] = [["t", "h"]]
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("variant", [name for name, (kind, _) in VARIANTS.items() if ARCHITECTURES[kind].causal])
+def test_llamacpp_predicts_as_transformers_does(variant: str, tmp_path: Path) -> None:
+    """Perplexity of a sharp random model, which a wrong rotation, norm or scale changes by tens of percent."""
+    kind, changes = VARIANTS[variant]
+    source = make_checkpoint(tmp_path / "source", kind, dtype=torch.float32, **SHARP, **changes)
+    give_a_merge(source / "tokenizer.json")
+    convert(source, tmp_path / "a.gguf")
+    (tmp_path / "text.txt").write_text(TEXT[:2000])
+    window = 128 if variant == "phi3 longrope" else 64  # beyond what it was first trained on
+    found = perplexity(tmp_path / "a.gguf", tmp_path / "text.txt", window)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT[:2000])["input_ids"])
+    ids = ids[: len(ids) // window * window].view(-1, window)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids).logits[:, window // 2 : -1].log_softmax(-1)
+    mine = float(-logits.gather(-1, ids[:, window // 2 + 1 :, None]).double().mean())
+    assert math.log(found) == pytest.approx(mine, rel=2e-3)
+
+
+def perplexity(file: Path, text: Path, window: int) -> float:
+    """llama-perplexity's, of the second half of each window; now and then it ends before its log is written."""
+    for _ in range(20):
+        how = ["-c", str(window), "-b", str(window), "-t", "2"]
+        found = re.search(r"PPL = ([\d.]+)", tool("llama-perplexity", "-m", str(file), "-f", str(text), *how))
+        if found is not None:
+            return float(found[1])
+    raise AssertionError("llama-perplexity says nothing")
+
+
+def test_llamacpp_embeds_as_transformers_does(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert", dtype=torch.float32, **SHARP)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    convert(source, tmp_path / "a.gguf")
+    sentence = "The brown fox, 12 dogs (again)!"
+    said = tool("llama-embedding", "-m", str(tmp_path / "a.gguf"), "-p", sentence, "--embd-output-format", "array")
+    found = torch.tensor(json.loads(re.findall(r"\[\[.*?\]\]", said, re.DOTALL)[0])[0])
+    ids = AutoTokenizer.from_pretrained(source)(sentence, return_tensors="pt")
+    with torch.no_grad():
+        mine = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(**ids).last_hidden_state.mean(1)[0]
+    assert torch.allclose(found, mine / mine.norm(), atol=2e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_positions_survive_the_way_there_and_back(variant: str, tmp_path: Path) -> None:
+    kind, changes = VARIANTS[variant]
+    source = make_checkpoint(tmp_path / "source", kind, **changes)
+    convert(source, tmp_path / "a.gguf")
+    before, after = AutoConfig.from_pretrained(source), read_config(tmp_path / "a.gguf")
+    if not ARCHITECTURES[kind].rotary:
+        return
+    rope = {**after.rope_parameters}
+    wanted = before.rope_parameters
+    if variant.startswith("phi3 longrope"):
+        original = before.original_max_position_embeddings
+        assert rope.pop("attention_factor") == pytest.approx(math.sqrt(1 + math.log(2) / math.log(original)))
+        for key in ("short_factor", "long_factor"):
+            assert rope.pop(key) == pytest.approx(wanted.pop(key))
+    assert {k: v for k, v in rope.items() if k in wanted} == {k: v for k, v in wanted.items() if k in rope}
+    assert rope.get("rope_type") == wanted.get("rope_type")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("gemma2", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar = 256"),
+        ("gemma3_text", {
+            "query_pre_attn_scalar": 16, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2,
+        }, "layer_types"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16.0,
+        }}, "'yarn' with beta_fast"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("opt", {}, "models of type 'opt' cannot be written"),
+    ],
+)  # fmt: skip
+def test_what_llamacpp_would_run_otherwise_is_refused(kind: str, changes: dict[str, Any], says: str) -> None:
+    config = AutoConfig.for_model(kind, **{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, **changes})
+    with pytest.raises(FormatError, match=re.escape(says)):
+        keys_of(config)
+
+
+def test_factors_must_fit_the_heads() -> None:
+    config = AutoConfig.for_model("phi3", hidden_size=64, num_attention_heads=4, pad_token_id=0, **LONGROPE)
+    config.hidden_size = 128
+    with pytest.raises(FormatError, match="8 factors for 16 frequencies"):
+        positions.tensors_of(config)
+
+
+def test_large_gemmas_scale_their_scores_by_width() -> None:
+    """Gemma 2 27B: 4608 / 32 = 144, heads of 128."""
+    shape = {"num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128}
+    config = AutoConfig.for_model("gemma2", **shape, query_pre_attn_scalar=144)
+    keys = keys_of(config) | {"general.architecture": "gemma2"}
+    back = config_of(keys, {"token_embd.weight": (256, 4608)}, "x")
+    assert back.query_pre_attn_scalar == 144
+
+
+def test_windows_that_are_not_kept_are_announced(tmp_path: Path, text: str) -> None:
+    source = make_checkpoint(tmp_path / "source", "mistral", sliding_window=8)
+    assert not_kept(AutoConfig.from_pretrained(source)) != []
+    assert not_kept(AutoConfig.for_model("qwen2", sliding_window=8, use_sliding_window=False)) == []
+    done = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "a.gguf"), "--dry-run", "--json"])
+    assert "not to the last 8 alone" in json.dumps(json.loads(done.stdout)["notes"])
+
+
+# ------------------------------------------------------------------------------------------------------------ encoders
+
+
+def test_an_encoder_s_pooler_is_left_out_on_record(tmp_path: Path, text: str) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert")
+    how = ["--calib", text, "--seqlen", "32", "--samples", "4", "--scheme", "q4_0", "--json"]
+    done = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "a.gguf"), *how])
+    assert done.exit_code == 1, done.output  # rows of 64 do not fill Q6_K's blocks
+    ledger = [json.loads(line) for line in (tmp_path / "a.ledger.jsonl").read_text().splitlines()]
+    left_out = {entry["name"]: entry["reason"] for entry in ledger if entry["action"] == "left out"}
+    assert set(left_out) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all("does without" in reason for reason in left_out.values())
+    file = GgufFile(tmp_path / "a.gguf")
+    floats = {name for name, t in file.tensors.items() if t.type == gguf.GGMLQuantizationType.F32}
+    assert {"position_embd.weight", "token_types.weight"} <= floats
+    assert file.tensors["blk.0.attn_q.weight"].type.name == "Q4_0" and file.keys["bert.attention.causal"] is False
+    judged = CliRunner().invoke(
+        app, ["eval", str(tmp_path / "a.gguf"), "--text", text, "--seqlen", "32", "--tokens", "64", "--json"]
+    )
+    assert judged.exit_code == 2 and "predict no next token" in judged.stdout
+
+
+def test_a_kept_pooler_in_other_formats(tmp_path: Path, text: str) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert")
+    how = ["--calib", text, "--seqlen", "32", "--samples", "4", "--scheme", "int4-g32", "--json"]
+    done = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "out"), *how])
+    assert done.exit_code == 0, done.output
+    ids = torch.arange(40)[None] % 90 + 5
+    with torch.no_grad():
+        a, b = (AutoModel.from_pretrained(p, dtype=torch.float32).eval()(ids) for p in (source, tmp_path / "out"))
+    cosine = torch.cosine_similarity(a.last_hidden_state, b.last_hidden_state, dim=-1)
+    assert cosine.min() > 0.9
+    assert torch.cosine_similarity(a.pooler_output, b.pooler_output, dim=-1).min() > 0.9
+
+
+def test_wordpiece_there_and_back(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert")
+    convert(source, tmp_path / "a.gguf")
+    a, b = AutoTokenizer.from_pretrained(source), read_tokenizer(tmp_path / "a.gguf")
+    text = "The quick Brown fox's größer [MASK] 12 (again)!"
+    assert a(text)["input_ids"] == b(text)["input_ids"] and a(text)["input_ids"][0] == a.cls_token_id
+    assert a.convert_tokens_to_ids("##own") in a("brown")["input_ids"]
+    if (TOOLS / "llama-tokenize").is_file():
+        said = tool("llama-tokenize", "-m", str(tmp_path / "a.gguf"), "-p", text, "--ids", "--log-disable")
+        assert [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])] == a(text)["input_ids"]
+
+
+def test_wordpiece_that_cuts_otherwise_is_refused(tmp_path: Path) -> None:
+    source = shutil.copytree(make_checkpoint(tmp_path / "source", "bert"), tmp_path / "copy")
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    file.write_text(json.dumps(content))
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a.gguf"), "--json"])
+    assert done.exit_code == 2 and "unknown pre-tokenizer for WordPiece" in done.stdout
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_pooling_that_llamacpp_does_not_have_is_refused(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert")
+    (source / "pool").mkdir()
+    (source / "pool/config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    (source / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "pool"}]))
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a.gguf"), "--json"])
+    assert done.exit_code == 2 and "pooling that llama.cpp does not have" in done.stdout
