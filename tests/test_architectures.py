@@ -34,11 +34,12 @@ LONGROPE = {
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in ARCHITECTURES},
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
     "gemma3_text": ("gemma3_text", {
         "num_hidden_layers": 6, "layer_types": None,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
         },
     }),
     "phi3 longrope": ("phi3", LONGROPE),
