@@ -59,12 +59,17 @@ def convert(model: Path, out: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
-def tool(name: str, *arguments: str) -> str:
+def said(pattern: str, name: str, *arguments: str) -> str:
+    """What one of llama.cpp's tools prints where the pattern is; now and then one ends before its log is written."""
     if not (TOOLS / name).is_file():
         pytest.skip("llama.cpp's tools are not here")
-    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
+    for _ in range(20):
+        done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        found = re.search(pattern, done.stdout + done.stderr, re.DOTALL)
+        if found is not None:
+            return found[1]
+    raise AssertionError(f"{name} does not say {pattern}")
 
 
 def give_a_merge(file: Path) -> None:
@@ -84,7 +89,8 @@ def test_llamacpp_predicts_as_transformers_does(variant: str, tmp_path: Path) ->
     convert(source, tmp_path / "a.gguf")
     (tmp_path / "text.txt").write_text(TEXT[:2000])
     window = 128 if variant == "phi3 longrope" else 64  # beyond what it was first trained on
-    found = perplexity(tmp_path / "a.gguf", tmp_path / "text.txt", window)
+    how = ["-f", str(tmp_path / "text.txt"), "-c", str(window), "-b", str(window), "-t", "2"]
+    found = float(said(r"PPL = ([\d.]+)", "llama-perplexity", "-m", str(tmp_path / "a.gguf"), *how))
     ids = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT[:2000])["input_ids"])
     ids = ids[: len(ids) // window * window].view(-1, window)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -92,16 +98,6 @@ def test_llamacpp_predicts_as_transformers_does(variant: str, tmp_path: Path) ->
         logits = model(ids).logits[:, window // 2 : -1].log_softmax(-1)
     mine = float(-logits.gather(-1, ids[:, window // 2 + 1 :, None]).double().mean())
     assert math.log(found) == pytest.approx(mine, rel=2e-3)
-
-
-def perplexity(file: Path, text: Path, window: int) -> float:
-    """llama-perplexity's, of the second half of each window; now and then it ends before its log is written."""
-    for _ in range(20):
-        how = ["-c", str(window), "-b", str(window), "-t", "2"]
-        found = re.search(r"PPL = ([\d.]+)", tool("llama-perplexity", "-m", str(file), "-f", str(text), *how))
-        if found is not None:
-            return float(found[1])
-    raise AssertionError("llama-perplexity says nothing")
 
 
 def test_llamacpp_embeds_as_transformers_does(tmp_path: Path) -> None:
@@ -112,8 +108,8 @@ def test_llamacpp_embeds_as_transformers_does(tmp_path: Path) -> None:
     (source / "modules.json").write_text(json.dumps(modules))
     convert(source, tmp_path / "a.gguf")
     sentence = "The brown fox, 12 dogs (again)!"
-    said = tool("llama-embedding", "-m", str(tmp_path / "a.gguf"), "-p", sentence, "--embd-output-format", "array")
-    found = torch.tensor(json.loads(re.findall(r"\[\[.*?\]\]", said, re.DOTALL)[0])[0])
+    how = ["-m", str(tmp_path / "a.gguf"), "-p", sentence, "--embd-output-format", "array"]
+    found = torch.tensor(json.loads(said(r"\[(\[.*?\])\]", "llama-embedding", *how)))
     ids = AutoTokenizer.from_pretrained(source)(sentence, return_tensors="pt")
     with torch.no_grad():
         mine = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(**ids).last_hidden_state.mean(1)[0]
@@ -228,8 +224,8 @@ def test_wordpiece_there_and_back(tmp_path: Path) -> None:
     assert a(text)["input_ids"] == b(text)["input_ids"] and a(text)["input_ids"][0] == a.cls_token_id
     assert a.convert_tokens_to_ids("##own") in a("brown")["input_ids"]
     if (TOOLS / "llama-tokenize").is_file():
-        said = tool("llama-tokenize", "-m", str(tmp_path / "a.gguf"), "-p", text, "--ids", "--log-disable")
-        assert [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])] == a(text)["input_ids"]
+        how = ["-m", str(tmp_path / "a.gguf"), "-p", text, "--ids", "--log-disable"]
+        assert json.loads(said(r"(\[[\d, ]+\])", "llama-tokenize", *how)) == a(text)["input_ids"]
 
 
 def test_wordpiece_that_cuts_otherwise_is_refused(tmp_path: Path) -> None:

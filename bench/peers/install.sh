@@ -63,7 +63,7 @@ if [[ -n "$source" ]]; then
     mv "$env"/llama_cpp_python-*/ "$env/source"
     cmake -S "$env/source/vendor/llama.cpp" -B "$env/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF
     cmake --build "$env/build" --parallel "$(nproc)" --target \
-        llama-quantize llama-imatrix llama-perplexity llama-tokenize llama-bench llama-completion
+        llama-quantize llama-imatrix llama-perplexity llama-tokenize llama-bench llama-completion llama-embedding
 fi
 echo "$wanted" >"$done_mark"
 echo "$env: done"
