@@ -240,13 +240,18 @@ def imatrix(
 
 @app.command()
 def convert(
-    model: Model, out: Annotated[Path, typer.Argument(help="OUT.gguf to make.")], as_json: AsJson = False
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
+    ],
+    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or bitwright, for a directory.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Put a float checkpoint into a GGUF file, number by number the same."""
+    """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json):
         from bitwright.conversion import convert
 
-        show(convert(model, out), as_json, "Done")
+        show(convert(model, out, format), as_json, "Done")
 
 
 for command in (generate, chat, bench):

@@ -8,23 +8,28 @@ import torch
 from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.errors import FormatError
+from bitwright.formats import chosen
 from bitwright.llamacpp import export
 from bitwright.llamacpp.artefact import is_gguf
 from bitwright.models import Skeleton, quantization_of, read_config
+from bitwright.repacking import repack
 from bitwright.workplace import check_out
 
 
-def convert(model: Path, out: Path) -> dict[str, Any]:
-    """A float checkpoint's directory as a GGUF file, every tensor in its own type; vectors, as llama.cpp wants, in float32.
+def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
+    """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
 
-    Gives {out, bytes, tensors}. FormatError for any other way, or for a model that llama.cpp does not have.
+    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors}
+    and, of quantized ones, notes. FormatError for what cannot be said in the other format, number by number the same.
     """
     check_out(out)
-    if not is_gguf(out) or is_gguf(model) or quantization_of(model) is not None:
-        remedy = (
-            "MODEL a float checkpoint, OUT a name that ends in .gguf; or quantize the original to the format you need"
-        )
-        raise FormatError("only float checkpoints are converted yet, and only to GGUF", where=str(model), remedy=remedy)
+    chosen_format, _, _ = chosen(out, format_name, None, None)
+    if chosen_format != "gguf":
+        return repack(model, out, chosen_format)
+    if is_gguf(model) or quantization_of(model) is not None:
+        remedy = "quantize the float original to GGUF"
+        message = "what is quantized is converted to directories alone"
+        raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
     names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
     tied = skeleton.tied_names()

@@ -106,11 +106,13 @@ class Workplace:
         write_file(self.path / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def finish(self, source: Path, ledger: list[Entry]) -> None:
-        """Add the ledger and the source's companions, drop what only a resumption needs, and let OUT appear."""
+        """Add the ledger and the companions of a source that is a directory, drop what only a resumption needs, and let
+        OUT appear."""
         for leftover in [*self.path.glob("hidden-*"), *self.path.glob("ledger-*"), self.path / "manifest.json"]:
             leftover.unlink(missing_ok=True)
         write_file(self.path / "ledger.jsonl", to_jsonl(ledger).encode())
-        copy_companions(source, self.path)
+        if source.is_dir():
+            copy_companions(source, self.path)
         with disk_errors(self.out):
             self.path.rename(self.out)
 

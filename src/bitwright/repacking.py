@@ -1,0 +1,203 @@
+"""A quantized checkpoint in another format: the same codes under the same scales, or refused with the reason.
+
+Formats say the same numbers in different ways: a scale that may be negative is a positive one with a zero point of −1; integers
+under one f16 are scales in float32. Everything is written for a model in float32, in which all of it is exact; the
+embedding and the output head, which directories hold in float, are decoded.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from bitwright.artefact import open_artefact
+from bitwright.calibration import load_tokenizer
+from bitwright.checkpoint import INDEX, count
+from bitwright.codec import decode, spread
+from bitwright.errors import BitwrightError, FormatError
+from bitwright.formats import FORMATS, Format, Layer
+from bitwright.ledger import KEPT, QUANTIZED, Entry
+from bitwright.llamacpp.artefact import is_gguf
+from bitwright.models import COMPUTED, Skeleton, read_config
+from bitwright.qtensor import QTensor, Scales
+from bitwright.scheme import Zero
+from bitwright.workplace import Verification, Workplace
+
+EXACT = torch.float32  # holds every decoded weight, and every scale
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One matrix, ready to be written."""
+
+    layer: Layer
+    q: QTensor
+
+
+def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
+    """The same numbers in a scheme with another kind of zero and encoding of scales; None where there is no such thing."""
+    s, grid = q.scales, q.scheme.levels
+    scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
+    same = {
+        "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
+        q.scheme.zero: True,
+    }
+    if same.get(zero, False):
+        return replace(q, scheme=replace(q.scheme, zero=zero, scale=scale), scales=scales)
+    if zero not in ("asym", "asym1") or q.scheme.zero != "signed" or grid.levels is not None:
+        return None
+    turned = s.scale < 0  # s·c = |s|·(−c − 1 + 1)
+    codes = torch.where(spread(turned, q.scheme, q.codes.shape[1]), -1 - q.codes, q.codes)
+    scheme = replace(q.scheme, zero=zero, scale=scale)
+    return replace(q, codes=codes, scheme=scheme, scales=Scales(s.scale.abs(), -turned.float()))
+
+
+def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
+    """A matrix as a format holds it. FormatError, with the format's own reason, if it cannot hold these numbers."""
+    reason = None
+    N, K = q.codes.shape
+    kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
+    for zero, scale in ((zero, scale) for scale in (q.scheme.scale, "f32") for zero in dict.fromkeys(kinds)):
+        if scale == "f32" and q.scheme.scale not in ("f16", "bf16", "f32", "k8", "k6", "k4", "dq8"):
+            continue
+        same = expressed(q, zero, scale)
+        if same is None:
+            continue
+        try:
+            layer = format_.adapt(Layer(name, N, K, same.scheme, transposed), EXACT)
+        except FormatError as error:
+            reason = reason or error
+            continue
+        if layer.scheme == same.scheme and torch.equal(decode(same), decode(q)):
+            return Packed(layer, same)
+    message = f"{format_.name} cannot hold these numbers as they are: {reason or q.scheme}"
+    raise FormatError(message, where=name, remedy="use --format bitwright, which holds every scheme")
+
+
+@dataclass
+class _Shard:
+    """What one file will hold: matrices in the new format, tensors in float; and what the ledger says of them."""
+
+    packed: list[Packed]
+    floats: dict[str, Tensor]
+    entries: list[Entry]
+
+    def tensors(self, format_: Format) -> dict[str, Tensor]:
+        """All of it, by name in the file."""
+        parts = {p.layer.name: format_.encode(p.q, p.layer, EXACT) for p in self.packed}
+        return self.floats | {f"{module}.{suffix}": t for module, own in parts.items() for suffix, t in own.items()}
+
+
+def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
+    """Write MODEL, a quantized directory or GGUF file, as the directory OUT in another format.
+
+    Gives {out, bytes, tensors, notes}. FormatError for numbers that the format cannot hold, for inputs that the source's
+    engine changes, and for a source that is not quantized; CheckpointError as of `Artefact`.
+    """
+    format_, source = FORMATS[format_name], _Source(model)
+    depth = len(source.skeleton)
+    place = Workplace(out, {"convert": format_name}, needed=0, resume=False)
+    weight_map: dict[str, str] = {}
+    layers: list[Layer] = []
+    ledger: list[Entry] = []
+    try:
+        for index in range(depth + 1):
+            shard, name = source.shard(index, format_), f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors"
+            layers += [p.layer for p in shard.packed]
+            ledger += shard.entries
+            meant = {p.layer.name: p.q for p in shard.packed}
+            config = format_.config([p.layer for p in shard.packed], [])
+            tensors = shard.tensors(format_)
+            place.commit(index, name, tensors, shard.entries, None, Verification(format_, config, meant, shard.floats))
+            weight_map |= dict.fromkeys(tensors, name)
+        if not layers:
+            remedy = "give a quantized one; `bitwright quantize` rounds a float one"
+            raise FormatError("there is nothing quantized in it", where=str(model), remedy=remedy)
+    except BitwrightError:
+        place.abandon()
+        raise
+    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
+    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    outside = sorted(set(source.skeleton.linear_names()) - {layer.name for layer in layers})
+    config = format_.config(layers, outside)
+    place.write_json("config.json", source.config() | {"quantization_config": config})
+    if format_name == "gptq":
+        place.write_json("quantize_config.json", config)
+    if is_gguf(model):
+        load_tokenizer(model).save_pretrained(place.path)
+    place.finish(model, ledger)
+    return {"out": str(out), "bytes": total, "tensors": len(ledger), "notes": source.notes}
+
+
+class _Source:
+    """A quantized checkpoint, shard by shard."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.artefact = model, open_artefact(model)
+        self.skeleton = Skeleton(read_config(model), EXACT)
+        self.names = self.skeleton.source_names(self.artefact.shapes, str(model))
+        self.notes: list[str] = []
+        used = set(self.names.values())
+        odd = next((n for n in self.artefact.shapes if n not in used and not n.endswith(COMPUTED)), None)
+        if odd is not None:
+            raise FormatError("a tensor that no conversion knows what to do with", where=odd, remedy="quantize anew")
+
+    def shard(self, index: int, format_: Format) -> _Shard:
+        """Block `index`, or behind the last what is outside the blocks."""
+        inside = index < len(self.skeleton)
+        modules = self.skeleton.linears(index) if inside else {}
+        shard = _Shard([], {}, [])
+        for parameter in self.skeleton.state_names(index) if inside else self.skeleton.outer_names():
+            if parameter not in self.names:
+                continue
+            source, module = self.names[parameter], modules.get(parameter.removesuffix(".weight"))
+            if self.artefact.intake(source) is not None:
+                remedy = "quantize the original to the format you need"
+                raise FormatError(
+                    "its engine changes the inputs too, which is not converted", where=source, remedy=remedy
+                )
+            q = None if module is None or not parameter.endswith(".weight") else self.artefact.quantized(source)
+            if q is None:
+                shard.floats[parameter] = self._float(parameter, source)
+                shard.entries.append(_entry(parameter, shard.floats[parameter]))
+            else:
+                transposed = isinstance(module, Conv1D)
+                shard.packed.append(packed(q, parameter.removesuffix(".weight"), format_, transposed=transposed))
+                shard.entries.append(_packed_entry(shard.packed[-1], format_))
+        return shard
+
+    def _float(self, parameter: str, source: str) -> Tensor:
+        """A tensor that stays in float, or is decoded because directories have it so."""
+        tensor = self.artefact.read(source).contiguous()
+        kind, nbytes = self.artefact.describe(source)
+        if nbytes < tensor.nbytes:
+            self.notes.append(
+                f"{parameter} is {kind} in the source, {nbytes:,} bytes, and float here, {tensor.nbytes:,}"
+            )
+        return tensor
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says, but for how weights are stored."""
+        if is_gguf(self.model):
+            said: dict[str, Any] = json.loads(self.skeleton.config.to_json_string(use_diff=False))
+            said["architectures"] = [type(self.skeleton.model).__name__]
+        else:
+            said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        stale = ("quantization_config", "torch_dtype")
+        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32"}
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Entry(name, tuple(tensor.shape), dtype, KEPT, "as in the source", bytes=tensor.nbytes)
+
+
+def _packed_entry(p: Packed, format_: Format) -> Entry:
+    nbytes = sum(dtype.itemsize * count(shape) for dtype, shape in format_.layout(p.layer, EXACT).values())
+    scheme, shape = str(p.layer.scheme), (p.layer.N, p.layer.K)
+    return Entry(f"{p.layer.name}.weight", shape, "float32", QUANTIZED, "as in the source", scheme, bytes=nbytes)

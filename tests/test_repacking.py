@@ -1,0 +1,147 @@
+"""Quantized checkpoints in other formats: the same numbers, or the reason why not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from bitwright.artefact import open_artefact
+from bitwright.cli import app
+from bitwright.codec import decode, encode, fit
+from bitwright.errors import FormatError
+from bitwright.evaluation import Walk
+from bitwright.formats import FORMATS
+from bitwright.formats.ggml import TYPES
+from bitwright.methods.search import search
+from bitwright.models import Skeleton, read_config
+from bitwright.repacking import expressed, packed
+from bitwright.scheme import Scheme
+from conftest import make_checkpoint
+
+# What each of llama.cpp's types becomes, by format; what is not listed is refused.
+HELD = {
+    "compressed-tensors": {
+        "Q8_0": "int8-g32-sym-f32", "Q4_0": "int4-g32-asym-f32", "Q5_0": "int5-g32-asym-f32", "Q6_K": "int6-g16-asym-f32",
+        "Q3_K": "int3-g16-asym-f32", "MXFP4": "fp4-g32-sym-e8m0", "TQ1_0": "ternary-g256-sym-f32",
+        "TQ2_0": "ternary-g256-sym-f32",
+    },
+    "bitwright": {name: str(kind.scheme) for name, kind in TYPES.items()},
+}  # fmt: skip
+
+
+def run(*arguments: str, fine: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code in fine, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama whose rows fill blocks of 256."""
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "wide", "llama", **shape)
+
+
+@pytest.fixture(scope="module")
+def files(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model in every block type."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in TYPES:
+        how = ["--scheme", name.lower(), "--pure", "--method", "search", "--calib", "none"]
+        run("quantize", str(wide), str(folder / f"{name}.gguf"), *how)
+    return {name: folder / f"{name}.gguf" for name in TYPES}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """By the model's names, decoded."""
+    artefact = open_artefact(path)
+    names = Skeleton(read_config(path), torch.float32).source_names(artefact.shapes, str(path))
+    return {parameter: artefact.read(source).float() for parameter, source in names.items()}
+
+
+@pytest.mark.parametrize("format_name", HELD)
+@pytest.mark.parametrize("name", TYPES)
+def test_every_block_type_becomes_the_same_numbers_or_is_refused(
+    name: str, format_name: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["convert", str(files[name]), str(out), "--format", format_name]
+    if name not in HELD[format_name]:
+        refused = run(*arguments, fine=(2,))
+        assert "cannot hold these numbers" in refused["error"] and "bitwright" in refused["remedy"]
+        assert list(tmp_path.iterdir()) == []
+        return
+    done = run(*arguments)
+    before, after = weights(files[name]), weights(out)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    schemes = {entry["scheme"] for entry in ledger if entry["action"] == "quantized"}
+    assert {str(Scheme.parse(scheme)) for scheme in schemes} == {str(Scheme.parse(HELD[format_name][name]))}
+    assert any("model.embed_tokens.weight is" in note for note in done["notes"])
+    assert open_artefact(out).quantized("model.layers.0.mlp.up_proj.weight") is not None
+
+
+def test_transformers_loads_what_was_a_gguf_file(files: dict[str, Path], wide: Path, tmp_path: Path) -> None:
+    """Tokenizer, config and weights: the logits of the file's own reader."""
+    out = tmp_path / "out"
+    run("convert", str(files["Q4_0"]), str(out))
+    walk, ids = Walk(files["Q4_0"]), torch.arange(40)[None] * 3 % 257
+    walk.load(walk.skeleton.outer_names())
+    mine = torch.cat([walk.skeleton.head(hidden) for hidden in walk.hidden(ids)])
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, mine, atol=2e-4)
+    text = "a fox, 12 dogs\n"
+    assert (
+        AutoTokenizer.from_pretrained(out)(text)["input_ids"] == AutoTokenizer.from_pretrained(wide)(text)["input_ids"]
+    )
+
+
+def test_directories_become_other_directories(wide: Path, tmp_path: Path) -> None:
+    run("quantize", str(wide), str(tmp_path / "a"), "--scheme", "int4-g32-asym", "--method", "rtn", "--calib", "none")
+    run("convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "bitwright")
+    run("convert", str(tmp_path / "b"), str(tmp_path / "c"), "--format", "compressed-tensors")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(
+        torch.equal(a[key], b[key].to(torch.bfloat16).float()) for key in a
+    )  # a's reader rounds to its model's type
+    assert all(torch.equal(b[key], c[key]) for key in b)
+    assert (tmp_path / "c/tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "zero"), [("q4_0", "asym"), ("q5_0", "asym"), ("int3-g16-signed-k6", "asym1"), ("int4-g32-asym", "asym1")]
+)
+def test_numbers_stay_as_they_are(text: str, zero: Any) -> None:
+    w = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.parse(text)
+    q = search(w, None, scheme).q
+    other = expressed(q, zero, "f32")
+    if other is None:
+        assert q.scales.zero is not None and bool((q.scales.zero == scheme.levels.lo).any())
+        return
+    assert other.scheme.zero == zero and torch.equal(decode(other), decode(q))
+    if q.scales.zero is None:
+        assert bool((q.scales.scale < 0).any()) and bool((other.scales.scale >= 0).all())
+
+
+def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    run("quantize", str(wide), str(tmp_path / "w8a8"), "--scheme", "int8-channel", "--activations", "int8-token",
+        "--method", "rtn")  # fmt: skip
+    for model, out, says in [
+        (wide, "x", "nothing quantized"),
+        (tmp_path / "w8a8", "x", "changes the inputs too"),
+        (files["Q8_0"], "x.gguf", "converted to directories alone"),
+        (tmp_path / "w8a8", "x.gguf", "converted to directories alone"),
+    ]:
+        assert says in run("convert", str(model), str(tmp_path / out), fine=(2,))["error"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("x")]
+    w = torch.randn(4, 256)
+    q = encode(w, fit(w, Scheme.parse("q4_k")), Scheme.parse("q4_k"))
+    with pytest.raises(FormatError, match="has no container for"):
+        packed(q, "a.b", FORMATS["compressed-tensors"], transposed=False)
