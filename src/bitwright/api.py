@@ -7,7 +7,7 @@ from torch import Tensor
 from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.evaluation import evaluate as _evaluate
-from bitwright.formats import chosen
+from bitwright.job import carried_out, planned
 from bitwright.loading import load
 from bitwright.methods import METHODS
 from bitwright.nn.convert import convert
@@ -17,15 +17,12 @@ from bitwright.nn.prepare import calibrate, prepare
 from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
 from bitwright.onnx_export import export_onnx
-from bitwright.pipeline import Result, run
-from bitwright.preflight import preflight
+from bitwright.pipeline import Result
 from bitwright.qtensor import QTensor
-from bitwright.recipe import Recipe
 from bitwright.scheme import Scheme
 from bitwright.streams import Progress
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
-from bitwright.workplace import check_out
 
 __all__ = [
     "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "quantize",
@@ -67,16 +64,13 @@ def quantize(
 
     Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
     """
-    check_out(Path(out))
-    file = Path(recipe) if recipe else None
-    format, scheme, method = chosen(Path(out), format, scheme, method, one_shot=store is not None)
-    rules = Recipe.of(
-        file, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
-    )
-    rules = rules.without_text() if calib == "none" else rules
-    plan = preflight(Path(model), rules, format, samples=samples, seqlen=seqlen)
     where = Path(store) if store else None
-    return run(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
+    plan = planned(
+        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
+        seqlen=seqlen, store=where,
+    )  # fmt: skip
+    return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 
 def evaluate(

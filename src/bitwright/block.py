@@ -154,12 +154,13 @@ def _quantize_pile(
     matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        fit = _fit(plan, pile[0], w, inputs)
+        fit = fitted(plan.skeleton.dtype, pile[0], w, inputs)
         intake = _intake(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
     seconds = (time.monotonic() - begun) / w.numel()
+    metric = _metric(plan.skeleton.dtype, inputs)
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
         here = slice(at, at + len(matrix))
@@ -170,7 +171,7 @@ def _quantize_pile(
         mine, whole = ratio(fit.lost[here], fit.whole[here]), fit.whole[here]
         losses = (
             mine,
-            mine if t.rule.name == "rtn" else _rtn_loss(matrix, t.layer.scheme, whole, _metric(plan, inputs)),
+            mine if t.rule.name == "rtn" else rtn_loss(matrix, t.layer.scheme, whole, metric),
         )
         spent = round(seconds * matrix.numel(), 4)
         entry = _entry(plan, t, replace(fit.outcome, q=q), losses, inputs.tokens, spent, origin)
@@ -179,7 +180,7 @@ def _quantize_pile(
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
 
     outcome: Outcome
@@ -187,28 +188,28 @@ class _Fit:
     lost: Tensor
 
 
-def _fit(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> _Fit:
-    """The rule's method on w [N, K] of any float type.
+def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
 
     Where no row knows of another, some rows at a time: they stay in the cache, and there is never a float32 copy of an
     embedding.
     """
     assert t.layer is not None and t.rule is not None
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
-        return _fit_at_once(plan, t, w.float(), inputs)
+        return _fit_at_once(dtype, t, w.float(), inputs)
     slabs = w.split(max(1, SLAB // w.shape[1]))
-    parts = each(lambda slab: _fit_at_once(plan, t, slab.float(), inputs), slabs)
+    parts = each(lambda slab: _fit_at_once(dtype, t, slab.float(), inputs), slabs)
     q = stacked([part.outcome.q for part in parts])
-    return _Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
+    return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
 
 
-def _fit_at_once(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> _Fit:
-    outcome, metric = _outcome(plan, t, w, inputs), _metric(plan, inputs)
+def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    outcome, metric = _outcome(dtype, t, w, inputs), _metric(dtype, inputs)
     if metric is None or not inputs.correlated:
         lost, whole = missed(w, outcome.q, metric)
-        return _Fit(outcome, whole, lost)
+        return Fit(outcome, whole, lost)
     fast = metric.dtype  # three digits of a loss are enough
-    return _Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
+    return Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
 
 
 def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
@@ -220,16 +221,16 @@ def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Te
     return torch.cat([energy((part - decode(own)).to(fast), metric) for part, own in parts])
 
 
-def _metric(plan: Plan, inputs: Inputs) -> Tensor | None:
+def _metric(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
     """What errors are weighed by."""
-    return inputs.gram.to(plan.skeleton.dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
+    return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
 
 
-def _outcome(plan: Plan, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
+def _outcome(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
     """The rule's method on stacked matrices, without the input channels that stay in float."""
     rule, layer = t.rule, t.layer
     assert rule is not None and layer is not None
-    options: dict[str, Any] = {"fast": plan.skeleton.dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+    options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
     separate = rule.transform(Outlier)
     if not isinstance(separate, Outlier):
         options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
@@ -273,7 +274,7 @@ def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> flo
     return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
 
 
-def _rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
+def rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
     """What round to nearest would lose, by a sample of the rows: it is there for comparison."""
     some = slice(None, None, max(1, len(w) // SAMPLED_ROWS))
     sample = w[some].float()

@@ -79,27 +79,19 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with reporting(as_json):
-        from bitwright.formats import chosen
-        from bitwright.pipeline import run
-        from bitwright.preflight import preflight
-        from bitwright.recipe import Recipe
-        from bitwright.workplace import check_out
+        from bitwright.job import carried_out, planned
 
-        check_out(out)
-        format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
-        rules = Recipe.of(
-            recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache,
-            pure=pure,
+        plan = planned(
+            model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
+            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
         )  # fmt: skip
-        rules = rules.without_text() if calib == "none" else rules
-        plan = preflight(model, rules, format, samples=samples, seqlen=seqlen)
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
         if not as_json:
             errors.print(plan.headline, highlight=False)
         with progress_bar(as_json) as progress:
-            done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+            done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, as_json)
     if done.fallbacks:
         raise typer.Exit(1)

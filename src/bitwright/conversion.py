@@ -11,6 +11,8 @@ from bitwright.errors import FormatError
 from bitwright.formats import chosen
 from bitwright.llamacpp import export
 from bitwright.llamacpp.artefact import is_gguf
+from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, quantization_of, read_config
 from bitwright.repacking import repack
 from bitwright.workplace import check_out
@@ -37,7 +39,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     keys = export.metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    export.write(unfinished, keys, pieces, files, skeleton.config)
+    export.write(unfinished, keys, pieces, files, Names(skeleton.config), tensors_of(skeleton.config))
     with disk_errors(out):
         unfinished.rename(out)
     return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(pieces)}

@@ -29,6 +29,8 @@ from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.llamacpp import export
 from bitwright.llamacpp.container import type_named
 from bitwright.llamacpp.imatrix import is_imatrix
+from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.positions import tensors_of
 from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
 from bitwright.outside import begin_rounded, quantize_ends
@@ -309,7 +311,8 @@ def _assemble(plan: Plan, place: Workplace, ledger: list[Entry]) -> int:
             pieces.append(export.Piece(t.parameter, t.source, kind))
     shards = [place.path / plan.shard_name(i) for i in range(len(plan.skeleton) + 1)]
     file = place.path / "model.gguf"
-    export.write(file, plan.file_keys, pieces, shards, plan.skeleton.config)
+    config = plan.skeleton.config
+    export.write(file, plan.file_keys, pieces, shards, Names(config), tensors_of(config))
     written = file.stat().st_size
     place.finish_file(file, ledger)
     return written

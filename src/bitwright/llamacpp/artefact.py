@@ -141,8 +141,7 @@ class GgufArtefact:
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights do."""
-        files = sorted({t.file for t in self.file.tensors.values()})
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
 class GgufSource:

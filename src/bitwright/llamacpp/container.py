@@ -71,6 +71,11 @@ class GgufFile:
             if promised != len(self.tensors):
                 raise _wrong(path, f"{promised} tensors are promised, the parts hold {len(self.tensors)}")
 
+    @property
+    def files(self) -> list[Path]:
+        """Itself, or all parts."""
+        return sorted({t.file for t in self.tensors.values()})
+
     def key(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """The value of a key that must be there and of this kind."""
         if name not in self.keys:

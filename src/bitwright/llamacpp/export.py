@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
@@ -21,8 +21,6 @@ from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.errors import FormatError, VerificationError
 from bitwright.llamacpp.architecture import architecture_of, keys_of
 from bitwright.llamacpp.container import FLOATS, GgufFile, Typed, Types
-from bitwright.llamacpp.names import Names
-from bitwright.llamacpp.positions import tensors_of
 from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
 from bitwright.threads import each
 
@@ -34,11 +32,12 @@ FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 @dataclass(frozen=True)
 class Piece:
     """One tensor of the file. parameter: transformers' name; source: its tensor in the shards; kind: llama.cpp's type, None
-    for float."""
+    for float; experts: how many matrices lie in it, one above the other; 0: it is one."""
 
     parameter: str
     source: str
     kind: Types | None
+    experts: int = 0
 
 
 def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: int | None) -> dict[str, Any]:
@@ -68,11 +67,27 @@ def _pooling(source: Path, name: str) -> dict[str, Any]:
     return {f"{name}.pooling_type": chosen[0]}
 
 
+class Naming(Protocol):
+    """How parameters are called in a file of llama.cpp's, and what their tensors become there: `Names`, or nothing new."""
+
+    def of(self, parameter: str) -> str:
+        """Its name there."""
+
+    def rows(self, parameter: str, N: int) -> Tensor | None:
+        """Where each of N rows is taken from; None: they stay."""
+
+    def written(self, parameter: str, tensor: Tensor) -> Tensor:
+        """A float tensor as it is there."""
+
+
 def write(
-    file: Path, keys: Mapping[str, Any], pieces: list[Piece], shards: list[Path], config: PretrainedConfig
-) -> None:
-    """Write the file and compare what lies in it. VerificationError names the first tensor that differs."""
-    names = Names(config)
+    file: Path, keys: Mapping[str, Any], pieces: list[Piece], shards: list[Path], names: Naming,
+    computed: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Write the file and compare what lies in it. VerificationError names the first tensor that differs.
+
+    computed: tensors in float32 that are no parameters, by their names in the file.
+    """
     order = sorted(pieces, key=lambda piece: _place(names.of(piece.parameter)))
     opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
     stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
@@ -80,7 +95,7 @@ def write(
     def made(piece: Piece, read: Callable[[Checkpoint, str], Tensor] = Checkpoint.read) -> tuple[str, Types, Tensor]:
         return names.of(piece.parameter), *_written(names, piece, read(stored[piece.source], piece.source))
 
-    more = [(name, Types.F32, factors) for name, factors in tensors_of(config).items()]
+    more = [(name, Types.F32, tensor) for name, tensor in computed.items()]
     with disk_errors(file):
         _write(file, keys, [*(made(piece, _described) for piece in order), *more], chain(map(made, order), more))
     written = GgufFile(file)
@@ -112,11 +127,12 @@ def _place(name: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
-def _written(names: Names, piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
+def _written(names: Naming, piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
     """A tensor's type and values as the file has them: blocks with their rows turned, or floats as llama.cpp has them."""
     if piece.kind is not None:
         rows = names.rows(piece.parameter, len(tensor))
-        return piece.kind, tensor if rows is None else tensor[rows]
+        tensor = tensor if rows is None else tensor[rows]
+        return piece.kind, tensor.unflatten(0, (piece.experts, -1)) if piece.experts else tensor
     tensor = names.written(piece.parameter, tensor).contiguous()
     return FLOAT_TYPES[tensor.dtype], tensor
 
