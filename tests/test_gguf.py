@@ -24,6 +24,7 @@ from bitwright.errors import CheckpointError, FormatError, InputError
 from bitwright.families import model_of
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml import TYPES, encode
+from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.gguf import kind_of
 from bitwright.ledger import from_jsonl
 from bitwright.llamacpp import positions
@@ -61,8 +62,25 @@ def test_the_gguf_package_reads_what_was_meant(name: str) -> None:
     for seed in range(3):
         q = search(weight(9, 768, seed), None, kind.scheme).q
         for any_code in (q, scrambled(q)):
-            found = torch.from_numpy(dequantize(encode(any_code, kind).numpy(), known))
-            assert torch.equal(found, decode(any_code))
+            blocks = encode(any_code, kind)
+            assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), known)), decode(any_code))
+            assert torch.equal(codes_of(name, blocks), any_code.codes)  # our own reader of what lies in them
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_changed_bit_is_seen(name: str) -> None:
+    """By the reader that checks what is written: in codes, scales or minima, wherever it is not without meaning."""
+    kind = TYPES[name]
+    q = search(weight(9, 512)[5:], None, kind.scheme).q
+    layer = Layer("a", 4, 512, kind.scheme, container=name)
+    blocks = GGUF.encode(q, layer, torch.float32)["weight"]
+    config = GGUF.config([layer], [])
+    assert GGUF.wrong(config, "a", {"weight": blocks}, q) == 0
+    for at in range(kind.bytes):
+        changed = blocks.clone()
+        changed[2, at] ^= 1 << at % 8
+        meant = torch.equal(GGUF.decode(config, "a", {"weight": changed}), GGUF.decode(config, "a", {"weight": blocks}))
+        assert (GGUF.wrong(config, "a", {"weight": changed}, q) == 0) == meant, at
 
 
 def scrambled(q: QTensor) -> QTensor:

@@ -29,7 +29,7 @@ from bitwright.threads import each
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
 SLAB = 1 << 19  # weights rounded at a time where nothing else is gained
-SAMPLED_ROWS = 256  # at least so many tell what round to nearest would lose
+SAMPLED_ROWS = 64  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)

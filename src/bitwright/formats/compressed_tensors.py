@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, recovered, refuse_decomposed
+from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, differing, recovered, refuse_decomposed
 from bitwright.intake import Intake
 from bitwright.packing import pack, unpack, words
 from bitwright.qtensor import QTensor, Scales
@@ -108,6 +108,10 @@ class CompressedTensors:
         assert s.outer is not None
         local = (s.scale * s.outer).to(torch.float8_e4m3fn)
         return {"weight_packed": packed, "weight_scale": local, "weight_global_scale": s.outer.reshape(1)}
+
+    def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
+        """See `Format.wrong`."""
+        return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`: one config group a scheme; a single one targets every Linear that is not ignored."""

@@ -86,11 +86,20 @@ class Format(Reader, Protocol):
     def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
         """The tensors of `layout`, filled. inputs: the scales of a static `layer.activations`."""
 
+    def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
+        """How many weights of one module do not read back, by a reader that is not the writer, as q means them."""
+
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """The quantization_config of config.json; `kept` are the linear modules left in float.
 
         FormatError if one file cannot hold these layers together.
         """
+
+
+def differing(found: Tensor, q: QTensor) -> int:
+    """How many weights of w [N, K], as a reader gives them, are not what q decodes to in their type."""
+    meant = decode(q).to(found.dtype)
+    return 0 if torch.equal(found, meant) else int((found != meant).sum())
 
 
 def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Outliers | None = None) -> QTensor:

@@ -59,7 +59,7 @@ def _blocks(q: QTensor, kind: BlockType, rows: Tensor) -> Blocks:
     """Some rows, cut into blocks."""
     here, scheme = slice(int(rows[0]), int(rows[-1]) + 1), q.scheme
     lowest = scheme.levels.lo if scheme.levels.levels is None and scheme.zero != "min" else 0
-    codes = (q.codes[here].short() - lowest).to(torch.uint8).reshape(-1, kind.size)
+    codes = (q.codes[here].view(torch.uint8) + -lowest).reshape(-1, kind.size)  # modulo 256
     scale = q.scales.scale[here]
     zero = torch.zeros_like(scale) if q.scales.zero is None else -q.scales.zero[here]
     none = torch.empty(len(codes), 0, dtype=torch.int16)
@@ -82,12 +82,23 @@ def half(x: Tensor) -> Tensor:
 
 
 def side_by_side(codes: Tensor, runs: int, bits: int) -> Tensor:
-    """[..., runs · n] -> [..., n]: the weights at one place of each run, `bits` bits each, the first run lowest."""
-    parts = codes.unflatten(-1, (runs, -1))
-    total = torch.zeros_like(parts[..., 0, :])
-    for run in range(runs):
+    """[..., runs · n] -> [..., n]: the weights at one place of each run, `bits` bits each, the first run lowest.
+
+    Eight bytes are shifted as one number: none is so large that it would reach into the next.
+    """
+    parts = codes.unflatten(-1, (runs, -1)).contiguous()
+    parts = parts.view(torch.int64) if parts.shape[-1] % 8 == 0 else parts
+    total = parts[..., 0, :].clone()
+    for run in range(1, runs):
         total |= parts[..., run, :] << (bits * run)
-    return total
+    return total.view(torch.uint8)
+
+
+def beside(*parts: Tensor) -> Tensor:
+    """Bytes [B, n] of several, one after the other: two at a time, where that goes."""
+    if any(part.shape[1] % 2 for part in parts):
+        return torch.cat(parts, 1)
+    return torch.cat([part.contiguous().view(torch.int16) for part in parts], 1).view(torch.uint8)
 
 
 def halves(codes: Tensor) -> Tensor:
@@ -111,22 +122,22 @@ def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
 def signed_six_bits(scales: Tensor) -> Tensor:
     """The 16 scales of Q3_K in 12 bytes: 16 low halves, then their two high bits."""
     s = (scales + 32).to(torch.uint8)
-    return torch.cat([side_by_side(s & 15, 2, 4), side_by_side(s >> 4, 4, 2)], 1)
+    return beside(side_by_side(s & 15, 2, 4), side_by_side(s >> 4, 4, 2))
 
 
 # -------------------------------------------------------------------------------------------------------------- types
 
 
 def _q8_0(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), b.codes ^ 128], 1)  # codes were counted from −128
+    return beside(half(b.scale), b.codes ^ 128)  # codes were counted from −128
 
 
 def _q4_0(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), nibbles(b.codes)], 1)
+    return beside(half(b.scale), nibbles(b.codes))
 
 
 def _q4_1(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), half(-b.minimum), nibbles(b.codes)], 1)
+    return beside(half(b.scale), half(-b.minimum), nibbles(b.codes))
 
 
 def _fifth_bits(codes: Tensor) -> Tensor:
@@ -136,22 +147,22 @@ def _fifth_bits(codes: Tensor) -> Tensor:
 
 
 def _q5_0(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), _fifth_bits(b.codes), nibbles(b.codes)], 1)
+    return beside(half(b.scale), _fifth_bits(b.codes), nibbles(b.codes))
 
 
 def _q5_1(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), half(-b.minimum), _fifth_bits(b.codes), nibbles(b.codes)], 1)
+    return beside(half(b.scale), half(-b.minimum), _fifth_bits(b.codes), nibbles(b.codes))
 
 
 def _q2_k(b: Blocks) -> Tensor:
     scales = b.scales.to(torch.uint8) | b.minima.to(torch.uint8) << 4
-    return torch.cat([scales, side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale), half(b.minimum)], 1)
+    return beside(scales, side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale), half(b.minimum))
 
 
 def _q3_k(b: Blocks) -> Tensor:
     high = side_by_side(b.codes >> 2, 8, 1)
     low = side_by_side(halves(b.codes & 3), 4, 2).flatten(1)
-    return torch.cat([high, low, signed_six_bits(b.scales), half(b.scale)], 1)
+    return beside(high, low, signed_six_bits(b.scales), half(b.scale))
 
 
 def _by_64(codes: Tensor) -> Tensor:
@@ -160,18 +171,18 @@ def _by_64(codes: Tensor) -> Tensor:
 
 
 def _q4_k(b: Blocks) -> Tensor:
-    return torch.cat([half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), _by_64(b.codes)], 1)
+    return beside(half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), _by_64(b.codes))
 
 
 def _q5_k(b: Blocks) -> Tensor:
     high = side_by_side(b.codes >> 4, 8, 1)
-    return torch.cat([half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), high, _by_64(b.codes)], 1)
+    return beside(half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), high, _by_64(b.codes))
 
 
 def _q6_k(b: Blocks) -> Tensor:
     low = side_by_side(halves(b.codes & 15), 2, 4).flatten(1)
     high = side_by_side(halves(b.codes >> 4), 4, 2).flatten(1)
-    return torch.cat([low, high, b.scales.to(torch.int8).view(torch.uint8), half(b.scale)], 1)
+    return beside(low, high, b.scales.to(torch.int8).view(torch.uint8), half(b.scale))
 
 
 def _iq4_xs(b: Blocks) -> Tensor:
@@ -179,17 +190,17 @@ def _iq4_xs(b: Blocks) -> Tensor:
     low = (s & 15).view(-1, 4, 2)
     high = (s >> 4).view(-1, 2, 4)
     first = high[..., 0] | high[..., 1] << 2 | high[..., 2] << 4 | high[..., 3] << 6
-    return torch.cat([half(b.scale), first, low[..., 0] | low[..., 1] << 4, nibbles(b.codes)], 1)
+    return beside(half(b.scale), first, low[..., 0] | low[..., 1] << 4, nibbles(b.codes))
 
 
 def _tq2_0(b: Blocks) -> Tensor:
-    return torch.cat([side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale)], 1)
+    return beside(side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale))
 
 
 def _tq1_0(b: Blocks) -> Tensor:
     """Five ternary digits a byte, the first the highest, as a fraction of 256 rounded up."""
     parts = [_digits(b.codes[:, :160], 5), _digits(b.codes[:, 160:240], 5), _digits(b.codes[:, 240:], 4)]
-    return torch.cat([*parts, half(b.scale)], 1)
+    return beside(*parts, half(b.scale))
 
 
 def _digits(codes: Tensor, runs: int) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, recovered, refuse_decomposed
+from bitwright.formats.format import Layer, Read, Spec, differing, recovered, refuse_decomposed
 from bitwright.formats.ggml import TYPES, BlockType, encode
+from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.container import decoded, type_named
 from bitwright.llamacpp.mixes import FALLBACKS
-from bitwright.qtensor import QTensor, Scales
+from bitwright.qtensor import QTensor, Scales, rows
 
 
 def kind_of(layer: Layer) -> BlockType:
@@ -28,6 +29,16 @@ def kind_of(layer: Layer) -> BlockType:
         remedy = f"one of {', '.join(name.lower() for name in TYPES)}, or a mix such as q4_k_m"
         raise FormatError(f"GGUF has no block type for {layer.scheme}", where=layer.name, remedy=remedy)
     return found
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether codes are the same; compared eight at a time, as their number in blocks allows."""
+    return torch.equal(a.view(torch.int64), b.contiguous().view(torch.int64))
+
+
+def _same_scales(a: Scales, b: Scales) -> bool:
+    same_zero = b.zero is None if a.zero is None else b.zero is not None and torch.equal(a.zero, b.zero)
+    return same_zero and torch.equal(a.scale, b.scale)
 
 
 class Gguf:
@@ -67,6 +78,14 @@ class Gguf:
     def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
         """See `Format.encode`."""
         return {"weight": encode(q, kind_of(layer))}
+
+    def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
+        """See `Format.wrong`: every code and scale by readers of our own, and a row by the gguf package; all of it by the
+        package where those are not of one mind."""
+        kind, blocks = config["types"][name], tensors["weight"]
+        same = _alike(codes_of(kind, blocks), q.codes) and _same_scales(scales_of(kind, blocks, name)[1], q.scales)
+        read = blocks[:1] if same else blocks
+        return differing(self.decode(config, name, {"weight": read}), rows(q, 0, len(read)))
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`: the type of each module's weight."""

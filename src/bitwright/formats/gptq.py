@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, recovered, refuse_decomposed
+from bitwright.formats.format import Layer, Read, Spec, differing, recovered, refuse_decomposed
 from bitwright.intake import Intake
 from bitwright.packing import pack
 from bitwright.qtensor import QTensor, Scales
@@ -81,6 +81,10 @@ class Gptq:
             "scales": q.scales.scale.T.to(torch.float16).contiguous(),
             "g_idx": torch.arange(K, dtype=torch.int32) // q.scheme.group_length(K),
         }
+
+    def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
+        """See `Format.wrong`."""
+        return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`. Linear modules inside blocks that stay float are excluded by GPTQModel's `dynamic`."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import dynamic_map, integers_of, is_signed
-from bitwright.formats.format import Layer, Read, Spec, recovered
+from bitwright.formats.format import Layer, Read, Spec, differing, recovered
 from bitwright.formats.native_reader import (
     FLOATS,
     FP8,
@@ -104,6 +104,10 @@ class Native:
         elif zero is not None:
             tensors["weight_zero_point"] = _stream(zero.int() + half, bits)
         return tensors | _outlier_tensors(q, layer, dtype) | _input_tensors(inputs, layer)
+
+    def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
+        """See `Format.wrong`."""
+        return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`: modules that are alike share an entry; all others are float."""

@@ -1,0 +1,103 @@
+"""The codes in llama.cpp's blocks, out of their bytes: a reader of its own, beside the gguf package's, and faster.
+
+What is written is checked by it, block by block. In numpy, number by number as ggml-quants.c's `dequantize_row` functions
+take them; nothing is shared with ggml.py, which writes, and the tests hold both against the package.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.codec import code_dtype
+from bitwright.formats.ggml import TYPES
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def codes_of(kind: str, rows: Tensor) -> Tensor:
+    """Rows of blocks uint8 [N, bytes] of llama.cpp's type `kind` -> codes [N, K], as a QTensor has them."""
+    blocks = rows.numpy().reshape(-1, TYPES[kind].bytes)
+    read, zero = READERS[kind]
+    codes = read(blocks).reshape(len(rows), -1)
+    if zero:
+        codes -= np.uint8(zero)  # modulo 256: signed, seen as int8
+    return torch.from_numpy(codes).view(code_dtype(TYPES[kind].scheme))
+
+
+def _fields(packed: Bytes, bits: int) -> list[Bytes]:
+    """[B, n] bytes -> the numbers of so many bits in them, lowest first: [B, n] each."""
+    packed = np.ascontiguousarray(packed)
+    flat = packed.reshape(-1)
+    if flat.size % 8:
+        return [(packed >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1) for i in range(8 // bits)]
+    wide, mask = flat.view(np.uint64), np.uint64(((1 << bits) - 1) * 0x0101010101010101)  # eight bytes at a time
+    return [((wide >> np.uint64(bits * i)) & mask).view(np.uint8).reshape(packed.shape) for i in range(8 // bits)]
+
+
+def _side(parts: list[Bytes], run: int) -> Bytes:
+    """Fields [B, n] of the same bytes -> [B, n · fields]: of each `run` bytes all first fields, then all second ones."""
+    return np.stack([part.reshape(len(part), -1, run) for part in parts], 2)
+
+
+def _nibbles(start: int, run: int = 16, stop: int | None = None) -> Callable[[Bytes], Bytes]:
+    return lambda b: _side(_fields(b[:, start:stop], 4), run)
+
+
+def _pairs(start: int) -> Callable[[Bytes], Bytes]:
+    return lambda b: _side(_fields(b[:, start : start + 64], 2), 32)
+
+
+def _fifth(at: int) -> Callable[[Bytes], Bytes]:
+    """Four bits of each weight, and the fifth in 32 bits of their own."""
+
+    def read(b: Bytes) -> Bytes:
+        high = np.unpackbits(b[:, at : at + 4], axis=1, bitorder="little")
+        return _above(_nibbles(at + 4)(b).reshape(len(b), 32), high, 4)
+
+    return read
+
+
+def _above(low: Bytes, high: Bytes, bits: int) -> Bytes:
+    """Numbers of which some have their lowest bits, others those above."""
+    return low | np.left_shift(high, np.uint8(bits), dtype=np.uint8)
+
+
+def _bit_of(mask: Bytes, runs: int) -> Bytes:
+    """32 bytes a block, a bit of each for every run of 32 weights: [B, runs, 32]."""
+    return np.stack(_fields(mask, 1)[:runs], 1)
+
+
+def _q3_k(b: Bytes) -> Bytes:
+    return _above(_pairs(32)(b).reshape(len(b), 8, 32), _bit_of(b[:, :32], 8), 2)
+
+
+def _q5_k(b: Bytes) -> Bytes:
+    return _above(_nibbles(48, 32)(b).reshape(len(b), 8, 32), _bit_of(b[:, 16:48], 8), 4)
+
+
+def _q6_k(b: Bytes) -> Bytes:
+    low = _side(_fields(b[:, :128], 4), 64).reshape(len(b), 8, 32)
+    return _above(low, _side(_fields(b[:, 128:192], 2), 32).reshape(len(b), 8, 32), 4)
+
+
+def _tq1_0(b: Bytes) -> Bytes:
+    """Five digits to base three in a byte, as a fraction of 256: times three, and the digit is what overflows."""
+    parts = []
+    for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        rest = b[:, start:stop].astype(np.uint16)
+        for _ in range(digits):
+            rest = np.multiply(rest & 255, 3, dtype=np.uint16)
+            parts.append((rest >> 8).astype(np.uint8))
+    return np.concatenate(parts, 1)
+
+
+# How codes are read, and which of them stands for 0.
+READERS: dict[str, tuple[Callable[[Bytes], Bytes], int]] = {
+    "Q8_0": (lambda b: b[:, 2:].copy(), 0), "Q4_0": (_nibbles(2), 8), "Q4_1": (_nibbles(4), 0), "Q5_0": (_fifth(2), 16),
+    "Q5_1": (_fifth(4), 0), "Q2_K": (_pairs(16), 0), "Q3_K": (_q3_k, 4), "Q4_K": (_nibbles(16, 32), 0), "Q5_K": (_q5_k, 0),
+    "Q6_K": (_q6_k, 32), "IQ4_NL": (_nibbles(2), 0), "IQ4_XS": (_nibbles(8), 0), "TQ1_0": (_tq1_0, 1),
+    "TQ2_0": (_pairs(0), 1), "MXFP4": (_nibbles(1), 0),
+}  # fmt: skip
