@@ -510,6 +510,16 @@ def shortened_embedding(content: bytes) -> bytes:
     return content[:at] + struct.pack("<QQ", K, rows - 32) + content[at + 16 :]
 
 
+def with_count(key: bytes, value: int) -> Callable[[bytes], bytes]:
+    """A key of 32 bits with another value."""
+
+    def change(content: bytes) -> bytes:
+        at = content.index(struct.pack("<Q", len(key)) + key) + 8 + len(key) + 4
+        return content[:at] + struct.pack("<I", value) + content[at + 4 :]
+
+    return change
+
+
 def of_type(kind: int) -> Callable[[bytes], bytes]:
     """The embedding said to be of another type."""
     name = b"token_embd.weight"
@@ -531,6 +541,12 @@ def of_type(kind: int) -> Callable[[bytes], bytes]:
             "architecture 'mamba' is not read",
         ),
         (lambda c: c.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokans"), "no tokens"),
+        (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-9"), "pre-tokenizer 'gpt-9'.*known"),
+        (lambda c: c.replace(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0gptx"), "family 'gptx'.*known"),
+        (with_count(b"llama.block_count", 10**9), "1000000000 blocks are announced"),
+        (with_count(b"llama.feed_forward_length", 2**31 - 1), "the keys mean"),
+        (with_count(b"llama.embedding_length", 2**31 - 4), "the keys mean|no model|no config"),
+        (with_count(b"llama.attention.head_count", 0), "no config|no model"),
         (lambda c: c.replace(b"token_embd.weight", b"token_embd.wait!!"), "token_embd.weight is missing"),
         (lambda c: c.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"), "blk.0.attn_z.weight"),
         (shortened_embedding, "its vocabulary has"),
@@ -551,6 +567,33 @@ def test_a_model_s_file_that_lacks_something_is_refused(
     assert done.exit_code == 2, done.stdout
     assert re.search(says, done.stdout), done.stdout
     assert "remedy" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "bert"])
+def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    """Keys that make no sense to a model or a tokenizer: an error of ours, and nothing built of what they claim."""
+    import random
+
+    from bitwright.evaluation import Walk
+
+    source, file = make_checkpoint(tmp_path / "source", kind), tmp_path / "a.gguf"
+    run("convert", str(source), str(file))
+    whole, end, rng = file.read_bytes(), min(t.offset for t in GgufFile(file).tensors.values()), random.Random(0)
+    changes = [struct.pack("<Q", n) for n in (0, 1, 2**31 - 1, 2**63, 10**9)]
+    changes += [struct.pack("<I", n) for n in range(12)] + [struct.pack("<f", x) for x in (float("nan"), -1.0, 1e30)]
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            at, change = rng.randrange(end - 8), rng.choice([*changes, bytes([rng.randrange(256)])])
+            content[at : at + len(change)] = change
+        file.write_bytes(content)
+        for reader in (Walk, read_tokenizer):
+            try:
+                reader(file)
+            except InputError:
+                refused += 1
+    assert 10 < refused < 120
 
 
 def test_an_importance_matrix_there_and_back(tmp_path: Path, llama: Path, text: str) -> None:

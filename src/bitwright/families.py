@@ -1,6 +1,10 @@
-"""Which of transformers' classes makes a model of a config."""
+"""Which of transformers' classes makes a model of a config, and how that takes no memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 ENCODERS = ("bert",)  # which predict no next token: their last hidden state is what they are for
@@ -13,3 +17,20 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     else:
         found = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return found.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters registered meanwhile take no memory; buffers (rotary frequencies, masks) are computed for real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # a tied one arrives on meta: it stays the same object
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

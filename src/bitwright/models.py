@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
-from bitwright.families import ENCODERS, model_of
+from bitwright.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.llamacpp.artefact import is_gguf
@@ -60,7 +61,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **raw)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}", where=str(file)) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
 
 
@@ -90,7 +91,7 @@ class Skeleton:
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """dtype: what the forward computes in, whatever the checkpoint stores."""
         self.config, self.dtype = config, dtype
-        with _parameters_on_meta():
+        with parameters_on_meta():
             try:
                 self.model = model_of(config, dtype)
             except (ValueError, KeyError, ImportError) as error:
@@ -307,23 +308,6 @@ def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
             remedy="only decoder-only models are supported",
         )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered meanwhile take no memory; buffers (rotary frequencies, masks) are computed for real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # a tied one arrives on meta: it stays the same object
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -176,6 +177,10 @@ def config_of(
     if missing or "token_embd.weight" not in tensors:
         what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
+    depth = values[next(a for a, key in row.keys if key == "block_count")]
+    if not isinstance(depth, int) or not 0 < depth <= len(tensors):
+        message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
+        raise CheckpointError(message, where=where, remedy="get a good copy")
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     biased = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
@@ -184,7 +189,7 @@ def config_of(
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
     try:
         return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 
 

@@ -1,6 +1,7 @@
 """A GGUF file as a source of float weights by transformers' names, whoever made it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,46 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """transformers' config of a file. CheckpointError for one that is damaged, or of an architecture not read here."""
-    return _config(GgufFile(path))
+    """transformers' config of a file. CheckpointError for one that is damaged, of an architecture not read here, or whose
+    tensors are not those that its keys mean."""
+    return _matched(GgufFile(path))[0].config
 
 
-def _config(file: GgufFile) -> PretrainedConfig:
+def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
+    """The names of the model that a file's keys mean; transformers' name -> the file's, for all tensors.
+
+    Nothing is built of a size that the tensors do not have: a key may say anything.
+    """
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     tokens, rows = file.keys.get("tokenizer.ggml.tokens"), file.tensors["token_embd.weight"].shape[0]
     if isinstance(tokens, list) and len(tokens) != rows:
         message = f"its vocabulary has {len(tokens)} tokens, its embedding {rows} rows"
         raise CheckpointError(message, where=str(file.path), remedy="tokenizer and weights must belong together")
-    return config
+    names, stored = Names(config), dict[str, str]()
+    for parameter, shape in _parameters(config, str(file.path)).items():
+        with suppress(FormatError):  # a buffer, or what is tied: llama.cpp has none
+            name = names.of(parameter)
+            found = file.tensors.get(name)
+            if found is not None and names.shape(parameter, found.shape) != shape:
+                message = f"tensor {name!r} has shape {found.shape}, the keys mean {names.shape(parameter, shape)}"
+                raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
+            stored |= {} if found is None else {parameter: name}
+    unknown = [name for name in file.tensors if name not in stored.values() and name not in COMPUTED]
+    if unknown:
+        message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
+        raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
+    return names, stored
+
+
+def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """All parameters of the model and their shapes, which takes no memory. CheckpointError for a config of no model."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(t.shape) for name, t in model_of(config).state_dict().items()}
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"its keys make no model: {reason}", where=where, remedy="get a good copy") from error
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -56,22 +85,7 @@ class GgufArtefact:
         """Reads headers. CheckpointError as of `read_config`, or for a tensor that its architecture does not have."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
-        self.names = Names(_config(self.file))
-        self.stored = self._match()
-
-    def _match(self) -> dict[str, str]:
-        """transformers' name -> the file's, for all tensors."""
-        by_name = {}
-        for parameter in _parameters(self.names.config):
-            try:
-                by_name[self.names.of(parameter)] = parameter
-            except FormatError:
-                continue
-        unknown = [name for name in self.file.tensors if name not in by_name and name not in COMPUTED]
-        if unknown:
-            message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
-            raise CheckpointError(message, where=str(self.folder), remedy="a file of this architecture alone")
-        return {by_name[name]: name for name in self.file.tensors if name in by_name}
+        self.names, self.stored = _matched(self.file)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -177,9 +191,3 @@ def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
     kept.pop("general.file_type", None)
     changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
     return {**kept, **changed, **({} if file_type is None else {"general.file_type": file_type})}
-
-
-def _parameters(config: PretrainedConfig) -> list[str]:
-    """Names of all parameters of the model, which takes no memory."""
-    with torch.device("meta"):
-        return list(model_of(config).state_dict())
