@@ -62,6 +62,7 @@ def test_it_is_announced_and_methods_give_way_on_record(files: tuple[Path, Path]
     assert len(done["fallbacks"]) == 8 * 7 + 2 and all("gptaq -> search" in text for text in done["fallbacks"])
     assert quantize(files[1], tmp_path / "y.gguf", scheme="q4_k", pure=True).fallbacks == done["fallbacks"]
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    assert plan["bytes"] == (tmp_path / "x.gguf").stat().st_size
 
 
 def test_an_importance_matrix_counts(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -363,10 +363,10 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
 
     source = make_checkpoint(tmp_path / "source", kind)
     out = tmp_path / "a.gguf"
-    found = run(
-        "quantize", str(source), str(out), "--scheme", "q8_0", "--calib", text, "--seqlen", "32", "--samples", "4"
-    )
-    assert found["fallbacks"] == []
+    how = ["--scheme", "q8_0", "--calib", text, "--seqlen", "32", "--samples", "4"]
+    planned = run("quantize", str(source), str(out), *how, "--dry-run")["bytes"]
+    found = run("quantize", str(source), str(out), *how)
+    assert found["fallbacks"] == [] and planned == found["bytes"] == out.stat().st_size
     walk, ids = Walk(out), torch.arange(48)[None] * 5 % 257
     walk.load(walk.skeleton.outer_names())
     causal = ARCHITECTURES[kind].causal
@@ -391,9 +391,10 @@ def test_the_main_job(tmp_path: Path, method: str) -> None:
     from bitwright.demo import MODEL
 
     out = tmp_path / "a.gguf"
-    found = run(
-        "quantize", str(MODEL), str(out), "--scheme", "q4_k_m", "--method", method, "--samples", "8", "--seqlen", "64"
-    )
+    how = ["--scheme", "q4_k_m", "--method", method, "--samples", "8", "--seqlen", "64"]
+    planned = run("quantize", str(MODEL), str(out), *how, "--dry-run")["bytes"]
+    found = run("quantize", str(MODEL), str(out), *how)
+    assert planned == out.stat().st_size
     ledger = {entry.name: entry for entry in from_jsonl(tmp_path / "a.ledger.jsonl")}
     assert found["bytes"] == out.stat().st_size and not (tmp_path / "a.gguf.partial").exists()
     assert found["exit"] == bool(found["fallbacks"])
@@ -422,7 +423,9 @@ def test_a_float_file_becomes_the_same_as_its_directory(tmp_path: Path, text: st
     )
     arguments = ["--scheme", "q4_k_m", "--calib", text, "--seqlen", "32", "--samples", "6"]
     for name, model in (("a", source), ("b", tmp_path / "float.gguf")):
+        planned = run("quantize", str(model), str(tmp_path / f"{name}.gguf"), *arguments, "--dry-run")["bytes"]
         run("quantize", str(model), str(tmp_path / f"{name}.gguf"), *arguments)
+        assert planned == (tmp_path / f"{name}.gguf").stat().st_size
     a, b, before = (GgufFile(tmp_path / f"{name}.gguf") for name in ("a", "b", "float"))
     assert set(a.tensors) == set(b.tensors) == set(before.tensors)
     assert all(a.raw(name).tobytes() == b.raw(name).tobytes() for name in a.tensors)
@@ -500,6 +503,47 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match="part of a split model is missing"):
         GgufFile(first)
+
+
+def test_a_split_model_is_one_model(tmp_path: Path, text: str) -> None:
+    """Quantized from its parts as from one file; a part that is missing stops every command, by name."""
+    source = make_checkpoint(tmp_path / "source", "llama")
+    whole = tmp_path / "whole.gguf"
+    run("convert", str(source), str(whole))
+    file = GgufFile(whole)
+    for number, own in enumerate((list(file.tensors)[:9], list(file.tensors)[9:]), 1):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number:05d}-of-00002.gguf", "llama")
+        for key, value in file.keys.items() if number == 1 else ():
+            if key != "general.architecture":
+                kind, inner = file.kinds[key]
+                plain = value.tolist() if isinstance(value, np.ndarray) else value
+                if plain != []:
+                    types = gguf.GGUFValueType(kind), None if inner is None else gguf.GGUFValueType(inner)
+                    writer.add_key_value(key, plain, *types)
+        writer.add_uint16("split.no", number - 1)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(file.tensors))
+        for name in own:
+            raw, shape = file.raw(name), file.tensors[name].shape
+            floats = raw.view(np.float32).reshape(shape) if len(shape) == 1 else raw.reshape(shape[0], -1)
+            writer.add_tensor(name, floats, raw_dtype=None if len(shape) == 1 else gguf.GGMLQuantizationType.BF16)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    first = tmp_path / "m-00001-of-00002.gguf"
+    how = ["--scheme", "q4_0", "--method", "search", "--calib", "none"]
+    for name, model in (("a", whole), ("b", first)):
+        run("quantize", str(model), str(tmp_path / f"{name}.gguf"), *how)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    for arguments in (
+        ["quantize", str(first), str(tmp_path / "c.gguf")], ["eval", str(first), "--text", text], ["inspect", str(first)],
+        ["generate", str(first), "--prompt", "x"],
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 2 and "part of a split model is missing" in done.stdout, (arguments, done.stdout)
+        assert "m-00002-of-00002.gguf" in done.stdout
 
 
 def shortened_embedding(content: bytes) -> bytes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitwright.block import fitted, rtn_loss
-from bitwright.checkpoint import shard_bytes
+from bitwright.checkpoint import spec_bytes
 from bitwright.decisions import Planned
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.formats import FORMATS, Layer
@@ -80,8 +80,15 @@ class NamePlan:
 
     @property
     def bytes(self) -> int:
-        """Size of the weight data."""
-        return sum(shard_bytes(self.specs(members)) for members in self.shards)
+        """Exact size of the file."""
+        stored = [(t.source, len(t.shape), spec_bytes(self.specs([t]))) for t in self.tensors]
+        return export.file_bytes(self.keys, stored)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What the file will say beside its tensors."""
+        mixes = {rule.mix for rule in self.recipe.active}
+        return carried_keys(self.source, FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None)
 
     @property
     def parameters(self) -> int:
@@ -92,9 +99,10 @@ class NamePlan:
         """What `--dry-run` prints."""
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
+        weights = spec_bytes(self.specs(list(self.tensors)))
         return {
             "model": str(self.source), "format": GGUF.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(8 * self.bytes / self.parameters, 4), **counts,
+            "bytes": self.bytes, "bits_per_weight": round(8 * weights / self.parameters, 4), **counts,
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -236,10 +244,8 @@ def run_by_name(
         ledger += entries
     progress("block", len(shards), len(shards))
     pieces = [_piece(t) for t in plan.tensors]
-    mixes = {rule.mix for rule in plan.recipe.active}
-    keys = carried_keys(plan.source, FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None)
     made = place.path / "model.gguf"
-    export.write(made, keys, pieces, [place.path / name for name in names], _AsTheyAre(), {})
+    export.write(made, plan.keys, pieces, [place.path / name for name in names], _AsTheyAre(), {})
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters

@@ -195,9 +195,14 @@ def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:
     return struct.pack("<Q", len(text)) + text, ordered
 
 
+def spec_bytes(specs: dict[str, Spec]) -> int:
+    """The data of tensors of these types and shapes."""
+    return sum(dtype.itemsize * count(shape) for dtype, shape in specs.values())
+
+
 def shard_bytes(specs: dict[str, Spec]) -> int:
     """The exact size of the file that `write_shard` makes of tensors of these types and shapes."""
-    return len(_header(specs)[0]) + sum(dtype.itemsize * count(shape) for dtype, shape in specs.values())
+    return len(_header(specs)[0]) + spec_bytes(specs)
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitwright.calibration import load_tokenizer
-from bitwright.checkpoint import Checkpoint, count, shard_bytes
+from bitwright.checkpoint import Checkpoint, count, shard_bytes, spec_bytes
 from bitwright.decisions import Planned, by_threshold, decide
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.formats import FORMATS, Format
@@ -21,9 +21,10 @@ from bitwright.formats.format import Spec
 from bitwright.kv import SCALES as KV_SCALES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.llamacpp.artefact import GgufSource, carried_keys, is_gguf
-from bitwright.llamacpp.export import metadata
+from bitwright.llamacpp.export import file_bytes, metadata
 from bitwright.llamacpp.mixes import FILE_TYPES
-from bitwright.llamacpp.names import POOLER
+from bitwright.llamacpp.names import POOLER, Names
+from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
 from bitwright.recipe import Recipe
 from bitwright.rotation import Rotation
@@ -93,21 +94,28 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Exact size of all weight files together."""
+        """Exact size of all weight files together, or of the one file with its keys."""
+        if self.format.one_file:
+            names, config = Names(self.skeleton.config), self.skeleton.config
+            stored = [(names.of(t.parameter), len(t.shape), spec_bytes(self.specs([t]))) for t in self._written()]
+            computed = [(name, t.ndim, t.nbytes) for name, t in tensors_of(config).items()]
+            return file_bytes(self.file_keys, [*stored, *computed])
         return sum(shard_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1))
+
+    def _written(self) -> list[Planned]:
+        return [t for t in self.tensors if t.action != LEFT_OUT]
 
     @property
     def parameters(self) -> int:
         """Parameters of the source, tied ones once, computed buffers not."""
         tied = self.skeleton.tied_names()
-        own = (t for t in self.tensors if t.action != LEFT_OUT and not t.made_of)
+        own = (t for t in self._written() if not t.made_of)
         return sum(count(t.shape) for t in own if t.parameter not in tied)
 
     @property
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
-        shards = (self.shard_specs(i).values() for i in range(len(self.skeleton) + 1))
-        return 8 * sum(dtype.itemsize * count(shape) for specs in shards for dtype, shape in specs) / self.parameters
+        return 8 * sum(spec_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1)) / self.parameters
 
     @property
     def statistics_bytes(self) -> int:

@@ -5,6 +5,7 @@ are compared once more when the file is there. The file is written by the gguf p
 """
 
 import json
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig
 from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.errors import FormatError, VerificationError
 from bitwright.llamacpp.architecture import architecture_of, keys_of
-from bitwright.llamacpp.container import FLOATS, GgufFile, Typed, Types
+from bitwright.llamacpp.container import FLOATS, SCALARS, GgufFile, Typed, Types
 from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
 from bitwright.threads import each
 
@@ -156,6 +157,42 @@ def _write(
         writer.write_tensor_data(_bytes(tensor))
     writer.flush()
     writer.close()
+
+
+def file_bytes(keys: Mapping[str, Any], tensors: Iterable[tuple[str, int, int]]) -> int:
+    """The exact size of the file that `write` makes of tensors of so many axes and bytes, by name."""
+    known = list(tensors)
+    head = 24 + sum(_key_bytes(name, value) for name, value in keys.items() if not _is_empty(value))
+    head += sum(24 + len(name.encode()) + 8 * axes for name, axes, _ in known)
+    return _aligned(head) + sum(_aligned(nbytes) for _, _, nbytes in known)
+
+
+def _aligned(n: int) -> int:
+    return n + -n % gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _key_bytes(name: str, value: Any) -> int:
+    """One key and its value, with their lengths and types."""
+    plain, kind = (value.value, value.kind) if isinstance(value, Typed) else (value, None)
+    head = 8 + len(name.encode()) + 4
+    if isinstance(plain, list | np.ndarray):
+        inner = value.inner if isinstance(value, Typed) else None
+        return head + 12 + sum(_value_bytes(item, inner) for item in plain)
+    return head + _value_bytes(plain, kind)
+
+
+def _value_bytes(value: Any, kind: int | None) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode("utf-8", errors="surrogateescape"))
+    if kind is not None:
+        return struct.calcsize(SCALARS[kind])
+    return 1 if isinstance(value, bool) else 4
+
+
+def _is_empty(value: Any) -> bool:
+    """The package's writer leaves out arrays of nothing."""
+    plain = value.value if isinstance(value, Typed) else value
+    return isinstance(plain, list | np.ndarray) and len(plain) == 0
 
 
 def _add_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
