@@ -155,17 +155,30 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate of the largest resident set, in bytes: one block, its statistics, the calibration activations."""
+        """Estimate of the largest resident set, in bytes: one block, its statistics, the calibration activations; and the
+        block before, whose codes and bytes are written and read back meanwhile."""
         widths = [(t.layer.N, t.layer.K) for t in self.tensors if t.layer is not None and t.block == 0]
         block = sum(N * K for N, K in widths)
-        outside = sum(t.dtype.itemsize * count(t.shape) for t in self.tensors if t.block is None)
+        outside = [t for t in self.tensors if t.block is None]
         largest = max((t.layer.N * t.layer.K for t in self.tensors if t.layer is not None), default=0)
+        written = max(self._in_writing(self.shard(i)) for i in (0, len(self.skeleton)))
         if not self.calibrated:
-            return PROCESS_BYTES + max(outside, block * 4 + largest * 24)
+            by_rows = all(t.layer.scheme.rowwise for t in self.tensors if t.layer is not None)
+            read = max(
+                spec_bytes({t.source: (t.dtype, t.shape) for t in self.shard(i)}) for i in (0, len(self.skeleton))
+            )
+            return PROCESS_BYTES + read + written + (max(block, largest) if by_rows else block * 4 + largest * 24)
         hidden = self.skeleton.config.get_text_config().hidden_size
         activations = 2 * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize // 2
         grams = sum(4 * K * K for K in {K for _, K in widths}) + 2 * 4 * max((K * K for _, K in widths), default=0)
-        return PROCESS_BYTES + max(outside + activations, activations + block * 5 + grams + largest * 30)
+        floats = spec_bytes({t.source: (t.dtype, t.shape) for t in outside})
+        at_work = max(floats + activations, activations + block * 5 + grams + largest * 30)
+        return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
+
+    def _in_writing(self, members: list[Planned]) -> int:
+        """Codes of a shard, its bytes, and its bytes read back."""
+        codes = sum(t.layer.N * t.layer.K for t in members if t.layer is not None)
+        return codes + 2 * spec_bytes(self.specs(members))
 
 
 def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
