@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.gguf_vs_llamacpp import case_of, tool
+from bench.gguf_vs_llamacpp import prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
 from bitwright.llamacpp.artefact import GgufArtefact
 from bitwright.llamacpp.imatrix import read
@@ -37,13 +37,7 @@ def main() -> None:
     parser.add_argument("--types", default=TYPES)
     args = parser.parse_args()
     work = OUT / "gguf-errors"
-    work.mkdir(parents=True, exist_ok=True)
-    case = case_of("wiki-llama-7m", work)
-    source, imatrix = work / "float.gguf", work / "imatrix.gguf"
-    for file in (source, imatrix):
-        file.unlink(missing_ok=True)
-    run([*BITWRIGHT, "convert", str(case.model), str(source), "--json"])
-    run([*BITWRIGHT, "imatrix", str(case.model), str(imatrix), "--calib", str(case.calib), "--seqlen", "256", "--json"])
+    case, source, imatrix = prepared("wiki-llama-7m", work)
     original, importance = GgufArtefact(source), read(imatrix)
     rows = []
     for kind in args.types.split(","):

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
-from bench.gguf_vs_llamacpp import case_of, tool
+from bench.gguf_vs_llamacpp import prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
 from bitwright.llamacpp.container import GgufFile
 
@@ -42,13 +42,8 @@ def main() -> None:
     parser.add_argument("--types", default=TYPES)
     args = parser.parse_args()
     work = OUT / "gguf-reading"
-    work.mkdir(parents=True, exist_ok=True)
-    case = case_of("wiki-llama-7m", work)
-    source, imatrix, file = work / "float.gguf", work / "imatrix.gguf", work / "theirs.gguf"
-    for old in (source, imatrix):
-        old.unlink(missing_ok=True)
-    run([*BITWRIGHT, "convert", str(case.model), str(source), "--json"])
-    run([*BITWRIGHT, "imatrix", str(case.model), str(imatrix), "--calib", str(case.calib), "--seqlen", "256", "--json"])
+    case, source, imatrix = prepared("wiki-llama-7m", work)
+    file = work / "theirs.gguf"
     judge = ["--reference", str(case.model), "--text", str(case.text), "--tokens", "2048", "--json"]
     rows = []
     for kind in args.types.split(","):

@@ -50,6 +50,18 @@ def case_of(name: str, work: Path) -> Case:
     return Case(model, files[0], files[1])
 
 
+def prepared(name: str, work: Path) -> tuple[Case, Path, Path]:
+    """A case, its model as a float .gguf file, and an importance matrix of its calibration text made here."""
+    work.mkdir(parents=True, exist_ok=True)
+    case, source, imatrix = case_of(name, work), work / "float.gguf", work / "imatrix.gguf"
+    for old in (source, imatrix):
+        old.unlink(missing_ok=True)
+    run([*BITWRIGHT, "convert", str(case.model), str(source), "--json"])
+    how = ["--calib", str(case.calib), "--seqlen", str(WINDOW), "--json"]
+    run([*BITWRIGHT, "imatrix", str(case.model), str(imatrix), *how])
+    return case, source, imatrix
+
+
 def tool(name: str, *arguments: str) -> str:
     """Run one of llama.cpp's tools and give back all that it said."""
     done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, errors="replace")
