@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import bitwright
 from bitwright.cli import app
 from bitwright.errors import FormatError
 from bitwright.llamacpp import positions
@@ -201,6 +202,13 @@ def test_an_encoder_s_pooler_is_left_out_on_record(tmp_path: Path, text: str) ->
         app, ["eval", str(tmp_path / "a.gguf"), "--text", text, "--seqlen", "32", "--tokens", "64", "--json"]
     )
     assert judged.exit_code == 2 and "predict no next token" in judged.stdout
+    written = CliRunner().invoke(app, ["generate", str(tmp_path / "a.gguf"), "--prompt", "fox", "--json"])
+    assert written.exit_code == 2 and "predict no next token" in written.stdout
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        packed = bitwright.load(tmp_path / "a.gguf")(ids).last_hidden_state
+        original = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(ids).last_hidden_state
+    assert torch.cosine_similarity(packed, original, dim=-1).min() > 0.95
 
 
 def test_a_kept_pooler_in_other_formats(tmp_path: Path, text: str) -> None:

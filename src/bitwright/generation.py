@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitwright.calibration import load_tokenizer
 from bitwright.decoding import Decoder, Sampling, decoder_of, tokens
-from bitwright.errors import InputError
+from bitwright.errors import CheckpointError, InputError
 from bitwright.loading import load
 
 UNFINISHED = "\ufffd"  # what a decoder makes of half a character
@@ -30,9 +30,12 @@ class Generator:
     def open(cls, path: Path, *, scheme: str | None = None, activations: int = 16, room: int = 4096) -> "Generator":
         """Load a checkpoint. room: the most tokens of prompt and answer; less where the model was made for less.
 
-        Raises what `load` does.
+        Raises what `load` does, and CheckpointError for an encoder.
         """
         model = load(path, scheme=scheme, activations=activations)
+        if not model.can_generate():
+            message = f"models of type {model.config.model_type!r} predict no next token"
+            raise CheckpointError(message, where=str(path), remedy="`bitwright.load` gives their hidden states")
         room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
         return cls(model, load_tokenizer(path), decoder_of(model, room), room)
 
