@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
-from bitwright.calibration import load_tokenizer
+from bitwright.calibration import batches, load_tokenizer, windows
 from bitwright.evaluation import Walk
 from bitwright.llamacpp.container import GgufFile
+from bitwright.models import TOKENS_PER_BATCH, read_config
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
 MIXES = "Q2_K,Q3_K_S,Q3_K_M,Q4_0,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_M,Q6_K"
 THREADS = ["-t", "2"]
 WINDOW, JUDGED, CHARACTERS = 256, 16384, 120_000  # of llama-perplexity's text
+PAIRED = 49152  # tokens of which two files' losses are compared
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,37 @@ def perplexities(case: Case, file: Path, work: Path) -> tuple[float, float, floa
             "llama-perplexity", "-m", str(file), "-f", str(some), "-c", str(WINDOW), "-b", str(WINDOW), *THREADS
         )
         found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said)
-    walk, tokenizer = Walk(file), load_tokenizer(file)
+    tokenizer = load_tokenizer(file)
     tokenizer.model_max_length = int(1e30)
     ids = torch.tensor(tokenizer(some.read_text())["input_ids"])
     ids = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     if ids[0, 0] == tokenizer.bos_token_id:
         ids[:, 0] = tokenizer.bos_token_id
-    lost = []
-    for hidden, part in zip(walk.hidden(ids), ids.split(4096 // WINDOW), strict=True):
-        logits = walk.skeleton.head(hidden)[:, WINDOW // 2 : -1].log_softmax(-1)
-        lost.append(-logits.gather(-1, part[:, WINDOW // 2 + 1 :, None])[..., 0])
-    return float(found[1]), float(found[2]), math.exp(float(torch.cat(lost).double().mean()))
+    return float(found[1]), float(found[2]), math.exp(float(losses(file, ids, WINDOW // 2).mean()))
+
+
+def losses(model: Path, ids: Tensor, start: int = 0) -> Tensor:
+    """Mean −log p of each window's tokens behind the first `start`, float64 [W]. ids [W, T]."""
+    walk, lost = Walk(model), []
+    for hidden, part in zip(walk.hidden(ids), batches(ids, TOKENS_PER_BATCH), strict=True):
+        logits = walk.skeleton.head(hidden)[:, start:-1].log_softmax(-1)
+        lost.append(-logits.gather(-1, part[:, start + 1 :, None])[..., 0])
+    return torch.cat(lost).double().mean(1)
+
+
+def difference(mine: Path, theirs: Path, case: Case) -> str:
+    """How much more −log p a token loses in our file than in theirs, and its standard error over windows, pair by pair."""
+    vocabulary = read_config(case.model).get_text_config().vocab_size
+    ids = windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)[: PAIRED // WINDOW]
+    more = losses(mine, ids) - losses(theirs, ids)
+    return f"{float(more.mean()):+.4f} ± {float(more.std()) / len(more) ** 0.5:.4f}"
+
+
+def decoded(file: Path, work: Path) -> Path:
+    """The same numbers in float32, by llama-quantize."""
+    flat = work / "decoded.gguf"
+    tool("llama-quantize", "--allow-requantize", str(file), str(flat), "F32", "2")
+    return flat
 
 
 def judged(file: Path, case: Case) -> dict[str, float]:
@@ -127,11 +150,12 @@ def compared(case: Case, mix: str, method: str, work: Path, source: Path, imatri
     tool("llama-quantize", "--imatrix", str(imatrix), str(source), str(theirs), mix, "2")
     ours, peer = judged(mine, case), judged(theirs, case)
     llama, error, own = perplexities(case, mine, work)
+    exact, _, _ = perplexities(case, decoded(mine, work), work)
     return [
         case.model.name, mix, f"{mine.stat().st_size:,}", f"{theirs.stat().st_size:,}", types_differ(mine, theirs),
         f"{ours['kl_mean']:.5f} ± {ours['kl_stderr']:.5f}", f"{peer['kl_mean']:.5f} ± {peer['kl_stderr']:.5f}",
         f"{100 * (1 - ours['kl_mean'] / peer['kl_mean']):.0f} %", f"{ours['perplexity']:.3f}", f"{peer['perplexity']:.3f}",
-        f"{(llama - own) / error:+.3f}", f"{done.seconds:.1f}",
+        difference(mine, theirs, case), f"{(llama - own) / error:+.3f}", f"{(exact - own) / error:+.3f}", f"{done.seconds:.1f}",
     ]  # fmt: skip
 
 
@@ -143,7 +167,7 @@ def main() -> None:
     args = parser.parse_args()
     header = [
         "model", "mix", "bytes", "llama-quantize", "types", "KL", "llama-quantize", "less", "perplexity", "llama-quantize",
-        "llama-perplexity less ours, in its standard errors", "seconds",
+        "−log p more than theirs", "llama-perplexity less ours, in its standard errors", "on its numbers in float32", "seconds",
     ]  # fmt: skip
     rows = []
     for name in args.models.split(","):
