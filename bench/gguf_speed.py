@@ -1,6 +1,6 @@
 """How long a whole conversion without data takes, beside llama-quantize on the same two threads; whole processes.
 
-    python -m bench.gguf_speed [--mixes Q4_K_M,Q2_K,Q4_0]
+    python -m bench.gguf_speed [--mixes Q4_K_M,Q2_K,Q4_0] [--method search]
 
 1.1 B parameters in Llama's shape with random weights; llama-quantize reads them from a .gguf file, bitwright from the
 checkpoint's directory. Needs `bench/peers/install.sh llamacpp` and 5 GB of disk.
@@ -20,6 +20,7 @@ from bench.measure import BITWRIGHT, OUT, run, table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixes", default="Q4_K_M,Q2_K,Q4_0")
+    parser.add_argument("--method", default="search", help="rtn: without a search of scales, as llama-quantize at Q8_0")
     args = parser.parse_args()
     work = OUT / "gguf-speed"
     shutil.rmtree(work, ignore_errors=True)
@@ -30,7 +31,7 @@ def main() -> None:
     rows, threads = [], str(torch.get_num_threads())
     for mix in args.mixes.split(","):
         mine, theirs = work / f"mine-{mix}.gguf", work / "theirs.gguf"
-        how = ["--scheme", mix, "--method", "search", "--calib", "none", "--json"]
+        how = ["--scheme", mix, "--method", args.method, "--calib", "none", "--json"]
         done = run([*BITWRIGHT, "quantize", str(model), str(mine), *how])
         begun = time.monotonic()
         tool("llama-quantize", str(source), str(theirs), mix, threads)

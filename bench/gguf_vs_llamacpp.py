@@ -1,6 +1,6 @@
 """GGUF files of bitwright beside those of llama-quantize with an importance matrix of the same text, mix by mix.
 
-    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptaq]
+    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptaq] [--seed 0]
 
 Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree.
 Also compared: block type by block type, size by size, and all tokens of WikiText-2's test text. Needs ../shared and
@@ -140,12 +140,12 @@ def types_differ(mine: Path, theirs: Path) -> str:
     return "same" if not other else f"{len(other)} differ: {other[0]}"
 
 
-def compared(case: Case, mix: str, method: str, work: Path, source: Path, imatrix: Path) -> list[str]:
-    """A row of the table."""
+def compared(case: Case, mix: str, how: list[str], work: Path, source: Path, imatrix: Path) -> list[str]:
+    """A row of the table. how: arguments for `bitwright quantize`."""
     mine, theirs = work / f"mine-{mix}.gguf", work / f"theirs-{mix}.gguf"
     for file in (mine, theirs):
         file.unlink(missing_ok=True)
-    arguments = ["--scheme", mix, "--method", method, "--calib", str(case.calib), "--seqlen", str(WINDOW), "--json"]
+    arguments = ["--scheme", mix, *how, "--calib", str(case.calib), "--seqlen", str(WINDOW), "--json"]
     done = run([*BITWRIGHT, "quantize", str(case.model), str(mine), *arguments], fine=(0, 1))
     tool("llama-quantize", "--imatrix", str(imatrix), str(source), str(theirs), mix, "2")
     ours, peer = judged(mine, case), judged(theirs, case)
@@ -164,12 +164,13 @@ def main() -> None:
     parser.add_argument("--models", default="wiki-llama-7m,tiny1m-llama")
     parser.add_argument("--mixes", default=MIXES)
     parser.add_argument("--method", default="gptaq")
+    parser.add_argument("--seed", default="0", help="of the calibration windows")
     args = parser.parse_args()
     header = [
         "model", "mix", "bytes", "llama-quantize", "types", "KL", "llama-quantize", "less", "perplexity", "llama-quantize",
         "−log p more than theirs", "llama-perplexity less ours, in its standard errors", "on its numbers in float32", "seconds",
     ]  # fmt: skip
-    rows = []
+    rows, how = [], ["--method", args.method, "--seed", args.seed]
     for name in args.models.split(","):
         work = OUT / "gguf" / name
         work.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def main() -> None:
         tool("llama-imatrix", "-m", str(source), "-f", str(case.calib), "-o", str(imatrix), *chunks)
         print(name, tokens_agree(case, source), file=sys.stderr, flush=True)
         for mix in args.mixes.split(","):
-            rows.append(compared(case, mix, args.method, work, source, imatrix))
+            rows.append(compared(case, mix, how, work, source, imatrix))
             print(rows[-1], file=sys.stderr, flush=True)
     print(table(header, rows))
 
