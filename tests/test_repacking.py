@@ -29,6 +29,7 @@ HELD = {
         "Q3_K": "int3-g16-asym-f32", "MXFP4": "fp4-g32-sym-e8m0", "TQ1_0": "ternary-g256-sym-f32",
         "TQ2_0": "ternary-g256-sym-f32",
     },
+    "gptq": {"Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym1-f16"},  # scales of other types are no f16s by themselves
     "bitwright": {name: str(kind.scheme) for name, kind in TYPES.items()},
 }  # fmt: skip
 

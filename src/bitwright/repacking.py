@@ -75,7 +75,8 @@ def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packe
             continue
         if layer.scheme == same.scheme and torch.equal(decode(same), decode(q)):
             return Packed(layer, same)
-    message = f"{format_.name} cannot hold these numbers as they are: {reason or q.scheme}"
+    why = q.scheme if reason is None else reason.message
+    message = f"{format_.name} cannot hold these numbers as they are: {why}"
     raise FormatError(message, where=name, remedy="use --format bitwright, which holds every scheme")
 
 
@@ -111,7 +112,7 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
             layers += [p.layer for p in shard.packed]
             ledger += shard.entries
             meant = {p.layer.name: p.q for p in shard.packed}
-            config = format_.config([p.layer for p in shard.packed], [])
+            config = format_.config([p.layer for p in shard.packed], []) if meant else {}
             tensors = shard.tensors(format_)
             place.commit(index, name, tensors, shard.entries, None, Verification(format_, config, meant, shard.floats))
             weight_map |= dict.fromkeys(tensors, name)
