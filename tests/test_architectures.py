@@ -170,7 +170,8 @@ def test_large_gemmas_scale_their_scores_by_width() -> None:
     shape = {"num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128}
     config = AutoConfig.for_model("gemma2", **shape, query_pre_attn_scalar=144)
     keys = keys_of(config) | {"general.architecture": "gemma2"}
-    back = config_of(keys, {"token_embd.weight": (256, 4608)}, "x")
+    blocks = {f"blk.{i}.attn_norm.weight": (4608,) for i in range(46)}
+    back = config_of(keys, {"token_embd.weight": (256, 4608)} | blocks, "x")
     assert back.query_pre_attn_scalar == 144
 
 
