@@ -16,7 +16,11 @@ constexpr int LANES = 8;
 #include "inputs.h"
 #include "dense.h"
 #include "attention.h"
+#include "integer.h"
+#include "between.h"
+#include "recurrent.h"
 }
 extern const Kernels avx_vnni_kernels{"avx_vnni", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
-                                   dense, attend, halve, gate};
+                                   dense, attend, halve, gate, enter_codes, round_samples, place_codes, multiply_codes,
+                                   pool_codes, add_codes, gates};
 }  // namespace bitwright

@@ -239,6 +239,7 @@ NB_MODULE(_native, m) {
           "zero"_a.noconvert().none(), "gradient"_a.noconvert().none(), "decoded"_a.noconvert(), "g"_a, "movable"_a,
           "rate"_a, "scale_rate"_a, "fresh"_a, "threads"_a);
     bind_products(m);
+    bind_layers(m);
     m.def("names", &names);
     m.def("choose", &choose, "name"_a);
     m.def("current", [] { return std::string(chosen->name); });

@@ -28,5 +28,6 @@ void require(bool condition, const char *message);
 bool is_half(const Values &values);
 
 void bind_products(nb::module_ &m);
+void bind_layers(nb::module_ &m);
 
 }  // namespace bitwright

@@ -68,16 +68,15 @@ static inline Vec scales_at(const uint16_t *at) {
 #endif
 }
 
-// dot: acc + the four products of each lane: octets of w, and the four signed bytes that x is made of. SMALL: no octet is
-// above 127.
+// dot: acc + the four products of each lane: octets of a, signed bytes of b. SMALL: no octet is above 127.
 
 #if defined(__AVX512VNNI__)
 
 constexpr bool SMALL_ARE_FASTER = false;
 
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 }
 
 #elif defined(__AVX512BW__)
@@ -85,8 +84,8 @@ static inline Ints dot(Ints acc, Octets w, int32_t x) {
 constexpr bool SMALL_ARE_FASTER = true;
 
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    const __m512i each = _mm512_set1_epi32(x), octets = (__m512i)w;
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    const __m512i each = (__m512i)b, octets = (__m512i)a;
     if (SMALL) return acc + (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16(octets, each), _mm512_set1_epi16(1));
     const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(each, 8), 8), odd = _mm512_srai_epi16(each, 8);
     const __m512i low = _mm512_and_si512(octets, _mm512_set1_epi16(255)), high = _mm512_srli_epi16(octets, 8);
@@ -98,8 +97,8 @@ static inline Ints dot(Ints acc, Octets w, int32_t x) {
 constexpr bool SMALL_ARE_FASTER = false;
 
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 }
 
 #elif defined(__AVX2__)
@@ -107,8 +106,8 @@ static inline Ints dot(Ints acc, Octets w, int32_t x) {
 constexpr bool SMALL_ARE_FASTER = true;
 
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    const __m256i each = _mm256_set1_epi32(x), octets = (__m256i)w;
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    const __m256i each = (__m256i)b, octets = (__m256i)a;
     if (SMALL) return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(octets, each), _mm256_set1_epi16(1));
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(each, 8), 8), odd = _mm256_srai_epi16(each, 8);
     const __m256i low = _mm256_and_si256(octets, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(octets, 8);
@@ -121,9 +120,9 @@ constexpr bool SMALL_ARE_FASTER = true;
 
 // Both sides are signed here: octets are read as 128 less, and 128 times what they multiply is added.
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    const int8x16_t each = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    const uint8x16_t octets = (uint8x16_t)w;
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    const int8x16_t each = (int8x16_t)b;
+    const uint8x16_t octets = (uint8x16_t)a;
     if (SMALL) return (Ints)vdotq_s32((int32x4_t)acc, vreinterpretq_s8_u8(octets), each);
     const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), each), 7);
     const int8x16_t less = vreinterpretq_s8_u8(veorq_u8(octets, vdupq_n_u8(128)));
@@ -134,25 +133,31 @@ static inline Ints dot(Ints acc, Octets w, int32_t x) {
 
 constexpr bool SMALL_ARE_FASTER = false;
 
-static Ints plain_dot(Ints acc, Octets w, int32_t x) __attribute__((noinline));
-static Ints plain_dot(Ints acc, Octets w, int32_t x) {
+static Ints plain_dot(Ints acc, Octets a, Octets b) __attribute__((noinline));
+static Ints plain_dot(Ints acc, Octets a, Octets b) {
     uint8_t octets[4 * LANES];
-    int8_t four[4];
+    int8_t bytes[4 * LANES];
     int32_t sums[LANES];
-    __builtin_memcpy(octets, &w, sizeof octets);
-    __builtin_memcpy(four, &x, 4);
+    __builtin_memcpy(octets, &a, sizeof octets);
+    __builtin_memcpy(bytes, &b, sizeof bytes);
     __builtin_memcpy(sums, &acc, sizeof sums);
-    for (int i = 0; i < 4 * LANES; i++) sums[i / 4] += octets[i] * four[i % 4];
+    for (int i = 0; i < 4 * LANES; i++) sums[i / 4] += octets[i] * bytes[i];
     __builtin_memcpy(&acc, sums, sizeof sums);
     return acc;
 }
 
 template <bool SMALL>
-static inline Ints dot(Ints acc, Octets w, int32_t x) {
-    return plain_dot(acc, w, x);
+static inline Ints dot(Ints acc, Octets a, Octets b) {
+    return plain_dot(acc, a, b);
 }
 
 #endif
+
+// The same four signed bytes x in every lane.
+template <bool SMALL>
+static inline Ints dot(Ints acc, Octets a, int32_t x) {
+    return dot<SMALL>(acc, a, (Octets)(Ints{} + x));
+}
 
 #if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool PLAIN = false;

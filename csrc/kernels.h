@@ -147,6 +147,79 @@ struct Dense {
     ptrdiff_t M, N, K;
 };
 
+constexpr int CODE_ROWS = 96;  // rows of codes that multiply one block of panels in one go
+
+// Float32 to codes under one scale; nn/static.py: Quantize.
+struct Entry {
+    const float *x;
+    int8_t *codes;          // out
+    float scale, zero, low, high;
+};
+
+// Samples rounded by their own ranges; nn/integer.py: codes_of_rows.
+struct Samples {
+    const float *x;         // [samples, n]
+    uint8_t *octets;        // [samples, n] out, code + 128
+    float *scale, *zero;    // [samples] out; zero null if codes are symmetric
+    float low, high;        // codes
+    float inverse;          // the scale of symmetric codes is the largest |x| times this
+    ptrdiff_t n;
+};
+
+// Images [B, H, W, C] in any order of memory, to octets with a border and the channels last.
+struct Images {
+    const uint8_t *x;
+    ptrdiff_t step[4];      // of B, H, W, C
+    uint8_t flip;           // what makes octets of x: 128 for codes, 0 for octets
+    uint8_t fixed;          // the border's octet
+    const uint8_t *border;  // [B] the same, where each image has its own; or null
+    uint8_t *octets;        // [B, height, width, C], images `image` apart
+    ptrdiff_t B, H, W, C, top, left, height, width, image;
+};
+
+// Products of octets and signed bytes, for a linear layer or a convolution; integer.h. Outputs come in `groups`, each of
+// n, padded to panels of 16; up to four panels that lie side by side are a block. Blocks follow one another in all arrays.
+struct Codes {
+    const int8_t *w;        // a block: [groups_of_k, taps, steps, panels, 16, 4]; alone: [panels, taps, 16]
+    const int32_t *start;   // a block: [groups_of_k, panels, 16]: -128 Σ w
+    const float *scale;     // as start
+    const float *constant, *sums;  // a block: [panels, 16]: what is added; Σ w as decoded
+    const uint8_t *octets;
+    const ptrdiff_t *tap;   // where each stretch of octets begins, [groups_of_k, taps]
+    const float *scales, *zeros;  // of each sample's octets, where they differ; zeros may be null
+    float *y;               // [M, N] out, or
+    int8_t *codes;          // [M, N] out, low..high
+    float low, high;
+    bool alone;             // each channel is a group
+    int groups_of_k, taps, steps;
+    ptrdiff_t M, N, n, C;   // C: channels of a group
+    ptrdiff_t rows, columns, image, down, right;  // M is images x rows x columns; octets from one to the next
+};
+
+// Largest codes of windows, channels last.
+struct Pooling {
+    const int8_t *x;        // [B, H, W, C]
+    int8_t *y;              // [B, rows, columns, C] out
+    ptrdiff_t H, W, C, rows, columns;
+    ptrdiff_t kernel[2], stride[2], dilation[2], top, left;
+};
+
+// a factor[0] + b factor[1] + factor[2], rounded to codes; nn/static.py: StaticAdd.
+struct Total {
+    const int8_t *a, *b;
+    int8_t *y;              // out
+    float factor[3], low, high;
+};
+
+// One step of a recurrent layer, in float: what its gates make of the input and of the state; nn/recurrent.py.
+struct Gates {
+    const float *x, *h;     // [B, gates, H]: of the input, of the state
+    const float *before;    // [B, H] the state
+    float *c;               // [B, H] in and out: the LSTM's cell; null: a GRU
+    float *y;               // [B, H] out: the new state
+    ptrdiff_t H;
+};
+
 // One token's attention over positions [first, last) of keys and values, f16 [key heads, room, D]; D a multiple of 16.
 struct Attention {
     const float *q;         // [heads, D]
@@ -172,6 +245,13 @@ struct Kernels {
     void (*attend)(const Attention &, ptrdiff_t first, ptrdiff_t last);
     void (*halve)(const float *from, uint16_t *to, ptrdiff_t n);  // as f16; n a multiple of 16
     void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
+    void (*enter_codes)(const Entry &, ptrdiff_t first, ptrdiff_t last);
+    void (*round_samples)(const Samples &, ptrdiff_t first, ptrdiff_t last);
+    void (*place_codes)(const Images &, ptrdiff_t first, ptrdiff_t last);
+    void (*multiply_codes)(const Codes &, ptrdiff_t first, ptrdiff_t last);
+    void (*pool_codes)(const Pooling &, ptrdiff_t first, ptrdiff_t last);
+    void (*add_codes)(const Total &, ptrdiff_t first, ptrdiff_t last);
+    void (*gates)(const Gates &, ptrdiff_t first, ptrdiff_t last);
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels, neon_kernels;

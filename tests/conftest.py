@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.kernels import native
+from bitwright.nn import native as layers_in_native_code
 
 ISAS = [] if native is None else native.names()
 SHARED = Path(__file__).parents[2] / "shared"
@@ -135,3 +136,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared checkpoints are not here")
     return SHARED
+
+
+@pytest.fixture(params=["torch", *(["native"] if native else [])])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Integer layers in torch and in native code; which types torch is then seen to multiply."""
+    if request.param == "native":
+        return set()
+    monkeypatch.setattr(layers_in_native_code, "native", None)
+    return {torch.int8}

@@ -74,7 +74,9 @@ def task() -> tuple[nn.Sequential, Tensor, Tensor]:
     [("int8-channel", "int8-tensor"), ("int4-channel", "int8-tensor-asym"), ("int2-channel", "int8-token"),
      ("ternary-channel", "int8-tensor-asym"), ("binary-channel", "int8-tensor-asym"), ("int4-g32-asym", "int6-tensor")],
 )  # fmt: skip
-def test_training_beats_rounding_and_converts_to_what_it_saw(weights: str, activations: str, learned: bool) -> None:
+def test_training_beats_rounding_and_converts_to_what_it_saw(
+    weights: str, activations: str, learned: bool, products: set[torch.dtype]
+) -> None:
     net, x, y = task()
     after = bitwright.prepare(net.eval(), x, weights=weights, activations=activations)
     untrained = bitwright.convert(bitwright.calibrate(after, [x]))
@@ -83,7 +85,7 @@ def test_training_beats_rounding_and_converts_to_what_it_saw(weights: str, activ
     integer = bitwright.convert(trained.eval())
     with torch.no_grad(), Products() as seen:
         found = integer(x)
-    assert set(seen.types) == {torch.int8}
+    assert set(seen.types) == products
     with torch.no_grad():
         promised, loss = trained(x), functional.mse_loss(found, y)
         low, high = promised.aminmax()
@@ -112,9 +114,10 @@ def test_batch_norms_are_folded_and_the_structure_is_that_of_static_quantization
     assert net.training and sum(isinstance(m, StaticProduct) for m in integer.modules()) == 6
 
 
-def test_autocast_and_gradient_checkpointing() -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_autocast_and_gradient_checkpointing(learned: bool) -> None:
     net, x, y = task()
-    prepared = bitwright.prepare_qat(net, x)
+    prepared = bitwright.prepare_qat(net, x, learned=learned)
     freeze(prepared)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = functional.mse_loss(prepared(x).float(), y)
@@ -130,7 +133,7 @@ def test_autocast_and_gradient_checkpointing() -> None:
 
 def test_ranges_follow_while_training_and_only_then() -> None:
     net, x, _ = task()
-    prepared = bitwright.prepare_qat(net, x)
+    prepared = bitwright.prepare_qat(net, x, learned=False)
     edge = prepared.edges()[-1]
     before = float(edge.scales().scale)
     prepared.eval()(3 * x)

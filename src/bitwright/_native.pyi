@@ -118,3 +118,53 @@ class Decoder:
     def enter(self, layer: int, x: Tensor, position: int, q: Tensor, cache: Tensor, threads: int) -> None: ...
     def leave(self, layer: int, mixed: Tensor, x: Tensor, threads: int) -> None: ...
     def finish(self, x: Tensor, logits: Tensor, threads: int) -> None: ...
+
+Two = tuple[int, int]
+Four = tuple[int, int, int, int]
+
+class IntegerLayer:
+    def __init__(
+        self,
+        w: Tensor,
+        start: Tensor,
+        scale: Tensor,
+        constant: Tensor,
+        sums: Tensor,
+        N: int,
+        groups: int,
+        C: int,
+        groups_of_k: int,
+        taps: Two,
+        tap_step: int,
+        steps: int,
+        kernel: Two,
+        stride: Two,
+        dilation: Two,
+        padding: Four,
+    ) -> None: ...
+    def codes_to_codes(self, x: Tensor, y: Tensor, border: int, low: float, high: float, threads: int) -> None: ...
+    def codes_to_numbers(self, x: Tensor, y: Tensor, border: int, threads: int) -> None: ...
+    def numbers_to_numbers(
+        self, x: Tensor, y: Tensor, low: float, high: float, inverse: float, zero: bool, threads: int
+    ) -> None: ...
+    def recur(
+        self,
+        state: IntegerLayer,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        y: Tensor,
+        backwards: bool,
+        low: float,
+        high: float,
+        inverse: float,
+        zero: bool,
+        threads: int,
+    ) -> None: ...
+
+def enter_codes(x: Tensor, y: Tensor, scale: float, zero: float, low: float, high: float, threads: int) -> None: ...
+def add_codes(a: Tensor, b: Tensor, y: Tensor, factor: list[float], low: float, high: float, threads: int) -> None: ...
+def look_up_codes(x: Tensor, table: Tensor, y: Tensor, threads: int) -> None: ...
+def largest_codes(
+    x: Tensor, y: Tensor, kernel: Two, stride: Two, dilation: Two, padding: Four, threads: int
+) -> None: ...

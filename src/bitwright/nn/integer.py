@@ -39,13 +39,13 @@ def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Ten
     g = -(-w.shape[1] // scale.shape[1])
     total = constant.expand(len(x), -1).clone()
     for columns, weights, of_group in zip(x.split(g, 1), w.split(g, 1), scale.unbind(1), strict=True):
-        total.addcmul_(product(columns, weights.contiguous()), of_group)
+        total += product(columns, weights.contiguous()) * of_group
     return total
 
 
 def rescaled(total: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-    """scale · total + constant: int32 [..., N], float32 [N] -> float32 [..., N]."""
-    return torch.addcmul(constant, total, scale)
+    """scale · total + constant: int32 [..., N], float32 [N] -> float32 [..., N]. Rounded twice: addcmul may fuse the two."""
+    return (total * scale).add_(constant)
 
 
 def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: float, high: float) -> Tensor:
@@ -76,14 +76,23 @@ class Window:
     dilation: tuple[int, int]
     groups: int = 1
 
+    def count(self, n: int, axis: int) -> int:
+        """How many windows there are along an axis (0: height, 1: width) of n positions, the border's among them."""
+        return (n - self.dilation[axis] * (self.kernel[axis] - 1) - 1) // self.stride[axis] + 1
+
+    def least(self) -> tuple[int, int]:
+        """Height and width of the smallest images that hold a window."""
+        left, right, top, bottom = self.padding
+        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+        return height - top - bottom, width - left - right
+
     def padded(self, x: Tensor, value: float) -> Tensor:
         """x [B, C, H, W] with its border."""
         return torch.nn.functional.pad(x, self.padding, value=value) if any(self.padding) else x
 
     def patches(self, x: Tensor) -> Tensor:
         """What each output position sees of a padded x [B, C, H, W]: a view [B, H', W', kh, kw, C]."""
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        rows, columns = ((n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, self.stride, strict=True))
+        rows, columns = self.count(x.shape[2], 0), self.count(x.shape[3], 1)
         batch, channel, row, column = x.stride()
         sizes = (len(x), rows, columns, *self.kernel, x.shape[1])
         steps = (row * self.stride[0], column * self.stride[1], row * self.dilation[0], column * self.dilation[1])

@@ -1,10 +1,12 @@
 """Integer layers: Linear and convolutions on inputs rounded as they come (dynamic) or on codes (static), and Embedding."""
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bitwright.codec import code_range
 from bitwright.errors import SchemeError
 from bitwright.nn.integer import (
     IntegerWeight,
@@ -20,6 +22,7 @@ from bitwright.nn.integer import (
     rescaled,
     scaled_product,
 )  # fmt: skip
+from bitwright.nn.native import Memory, dense, handles, packed, room
 from bitwright.qtensor import QTensor
 from bitwright.scheme import CHANNEL, TENSOR, Scheme
 
@@ -38,17 +41,29 @@ class IntegerProduct(nn.Module):
         super().__init__()
         self.window = window_of(source, where)
         self.flat = isinstance(source, nn.Conv1d)  # one axis less than the arithmetic's
+        self.least = () if self.window is None else self.window.least()[1 if self.flat else 0 :]
         self.channels = source.in_features if isinstance(source, nn.Linear) else source.in_channels
         self.depthwise = self.window is not None and self.window.groups == self.channels == len(weight.values)
-        self.label, self.where = label, where
+        self.label, self.where, self.outputs, self.memory = label, where, len(weight.values), Memory()
         self.register_buffer("codes", weight.values)
 
+    def natively(self, x: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """x [..., K] or [B, C, H, W], or without B or H -> what `multiply` writes into an empty tensor for its result."""
+        axes = 2 if self.window is None else 3 if self.flat else 4
+        seen = x if x.ndim == axes else x.reshape(-1, x.shape[-1]) if self.window is None else x[None]
+        y = room(seen, self.window, self.outputs, dtype)
+        multiply(seen, y)
+        return y if x.ndim == axes else y.view(*x.shape[:-1], y.shape[1]) if self.window is None else y[0]
+
     def check(self, x: Tensor) -> None:
-        """SchemeError for an input of another width than the weights'."""
+        """SchemeError for an input of another width than the weights', or smaller than a convolution's window."""
         axis = -1 if self.window is None else -2 if self.flat else -3
         if x.ndim < -axis or x.shape[axis] != self.channels:
             message = f"an input of shape {tuple(x.shape)}, where axis {axis} should be {self.channels}"
             raise SchemeError(message, where=self.where, remedy="give it what the float module was made for")
+        if self.least and any(n < least for n, least in zip(x.shape[axis + 1 :], self.least, strict=True)):
+            message = f"an input of shape {tuple(x.shape)}, where images of {self.least} are the smallest"
+            raise SchemeError(message, where=self.where, remedy="give it larger inputs")
 
     def multiplied(self, x: Tensor, multiply: Multiply) -> Tensor:
         """x int8 [..., K] or a padded [B, C, H, W] -> [..., N] or [B, H', W', N], through one product or several."""
@@ -94,15 +109,25 @@ class DynamicProduct(IntegerProduct):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         x = x.detach()
+        if handles(x, torch.float32):
+            layer, rounding = self.memory.of(self, self.prepared)
+            threads = torch.get_num_threads()
+            return self.natively(dense(x), x.dtype, lambda x, y: layer.numbers_to_numbers(x, y, *rounding, threads))
         if self.window is None:
             codes, s, z = codes_of_rows(x.reshape(-1, x.shape[-1]), self.activations)
-            y = torch.addcmul(self.bias, self.centred(codes, z), s)
+            y = self.centred(codes, z).mul_(s).add_(self.bias)
             return y.view(*x.shape[:-1], len(self.codes)).to(x.dtype)
         seen = self.window.padded(images(x, flat=self.flat), 0.0).permute(0, 2, 3, 1)  # before rounding: 0 has a code
         rows, s, z = codes_of_rows(seen.reshape(len(seen), -1), self.activations)
         codes = rows.view(seen.shape).permute(0, 3, 1, 2)
         s, z = s[..., None, None], None if z is None else z[..., None, None]
-        return like(torch.addcmul(self.bias, self.centred(codes, z), s), x, flat=self.flat).to(x.dtype)
+        return like(self.centred(codes, z).mul_(s).add_(self.bias), x, flat=self.flat).to(x.dtype)
+
+    def prepared(self) -> tuple[Any, tuple[float, float, float, bool]]:
+        """The layer for the extension, and how it rounds: lowest and highest code, 1 / reach, whether zeros move."""
+        layer = packed(self.codes, self.scale, self.bias, self.sums, window=self.window, channels=self.channels)
+        low, high = code_range(self.activations)
+        return layer, (low, high, 1.0 / (self.activations.levels.reach or high), self.activations.zero == "asym")
 
     def centred(self, codes: Tensor, z: Tensor | None) -> Tensor:
         """Σ (c − z) w, in float32."""
@@ -140,9 +165,22 @@ class StaticProduct(IntegerProduct):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if handles(x, torch.int8):
+            layer, border, bounds = self.memory.of(self, self.prepared)
+            threads = torch.get_num_threads()
+            if bounds:
+                return self.natively(x, x.dtype, lambda x, y: layer.codes_to_codes(x, y, border, *bounds, threads))
+            return self.natively(x, torch.float32, lambda x, y: layer.codes_to_numbers(x, y, border, threads))
         codes = x if self.window is None else self.window.padded(images(x, flat=self.flat), float(self.entry[1]))
         y = self.rounded(codes) if len(self.exit) else self.accumulated(codes, self.multiplier, self.constant)
         return y if self.window is None else like(y, x, flat=self.flat)
+
+    def prepared(self) -> tuple[Any, int, list[float]]:
+        """The layer for the extension, the border's code, and the lowest and highest code of the output."""
+        layer = packed(
+            self.codes, self.multiplier, self.constant, torch.zeros(0), window=self.window, channels=self.channels
+        )
+        return layer, int(self.entry[1]), self.exit[2:].tolist()
 
     def rounded(self, codes: Tensor) -> Tensor:
         """The output's codes."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import SchemeError
 from bitwright.nn.layers import DynamicProduct
+from bitwright.nn.native import handles
 
 Recurrent = nn.LSTM | nn.GRU
 States = tuple[Tensor, ...]  # of one layer, each [B, H]: (h, c) for LSTM, (h,) for GRU
@@ -58,7 +59,7 @@ class IntegerRecurrent(nn.Module):
         last: list[States] = []
         for layer in range(self.layers):
             runs = [self.run(y, layer, way, states) for way in range(self.directions)]
-            y = torch.cat([outputs for outputs, _ in runs], dim=-1)
+            y = runs[0][0] if len(runs) == 1 else torch.cat([outputs for outputs, _ in runs], dim=-1)
             last += [end for _, end in runs]
         y = y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
         ends = tuple(torch.stack(parts)[:, 0] if single else torch.stack(parts) for parts in zip(*last, strict=True))
@@ -75,16 +76,34 @@ class IntegerRecurrent(nn.Module):
     def run(self, x: Tensor, layer: int, way: int, first: States) -> tuple[Tensor, States]:
         """One layer in one direction: its outputs [T, B, H] and last states."""
         at = layer * self.directions + way
-        product, step = self.ofstate[at], STEPS[self.kind]
-        states, outputs = tuple(part[at] for part in first), []
-        for gates in self.ofinput[at](x.flip(0) if way else x):
-            states = step(gates, product(states[0]), states)
+        ofinput, ofstate = self.ofinput[at], self.ofstate[at]
+        assert isinstance(ofinput, DynamicProduct) and isinstance(ofstate, DynamicProduct)
+        states = tuple(part[at] for part in first)
+        ofinput.check(x)
+        ofstate.check(states[0])
+        if handles(x, torch.float32) and x.numel():
+            return natively(x.contiguous(), ofinput, ofstate, states, backwards=bool(way))
+        outputs = []
+        for gates in ofinput(x.flip(0) if way else x):
+            states = STEPS[self.kind](gates, ofstate(states[0]), states)
             outputs.append(states[0])
         y = torch.stack(outputs)
         return y.flip(0) if way else y, states
 
     def extra_repr(self) -> str:
         return self.kind.__name__
+
+
+def natively(
+    x: Tensor, ofinput: DynamicProduct, ofstate: DynamicProduct, states: States, *, backwards: bool
+) -> tuple[Tensor, States]:
+    """All steps of one layer in one direction in one call: outputs [T, B, H] and last states."""
+    product, rounding = ofinput.memory.of(ofinput, ofinput.prepared)
+    state, _ = ofstate.memory.of(ofstate, ofstate.prepared)
+    y = x.new_empty(*x.shape[:2], ofstate.channels)
+    h, *cell = (each.float().clone(memory_format=torch.contiguous_format) for each in states)
+    product.recur(state, x, h, cell[0] if cell else None, y, backwards, *rounding, torch.get_num_threads())
+    return y, (y[0 if backwards else -1], *cell)
 
 
 def _linear(source: Recurrent, part: str, name: str) -> nn.Linear:

@@ -6,7 +6,9 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from bitwright.kernels import native
 from bitwright.nn.integer import Window, images, like, taps
+from bitwright.nn.native import Memory, channels_last, dense, handles, room
 
 # An affine is a float32 tensor [scale, zero point, lowest code, highest code] of an int8 tensor: x = scale · (code − zero).
 
@@ -24,10 +26,15 @@ class Quantize(nn.Module):
 
     def __init__(self, affine: Tensor, *, where: str) -> None:
         super().__init__()
-        self.where = where
+        self.where, self.memory = where, Memory()
         self.register_buffer("affine", affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        if native is not None and handles(x, torch.float32):
+            x = dense(x)
+            y = torch.empty_like(x, dtype=torch.int8)
+            native.enter_codes(x, y, *self.memory.of(self, self.affine.tolist), torch.get_num_threads())
+            return y
         return to_codes(x.float() / self.affine[0] + self.affine[1], self.affine)
 
 
@@ -57,14 +64,20 @@ class StaticAdd(nn.Module):
 
     def __init__(self, left: Tensor, right: Tensor, exit: Tensor) -> None:
         super().__init__()
+        self.memory = Memory()
         constant = exit[1] - (left[0] * left[1] + right[0] * right[1]) / exit[0]
         for name, value in (("left", left), ("right", right), ("exit", exit)):
             self.register_buffer(name, value)
         self.register_buffer("factors", torch.stack([left[0] / exit[0], right[0] / exit[0], constant]))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        y = torch.addcmul(self.factors[2], a, self.factors[0])
-        return to_codes(y.addcmul_(b, self.factors[1]), self.exit)
+        if native is not None and handles(a, torch.int8) and handles(b, torch.int8) and a.stride() == b.stride():
+            y = torch.empty_like(a)
+            factors, bounds = self.memory.of(self, lambda: (self.factors.tolist(), self.exit[2:].tolist()))
+            native.add_codes(a, b, y, factors, *bounds, torch.get_num_threads())
+            return y
+        y = (a * self.factors[0]).add_(self.factors[2]).add_(b * self.factors[1])
+        return to_codes(y, self.exit)
 
 
 class StaticMean(nn.Module):
@@ -101,6 +114,12 @@ class StaticMax(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x int8 [B, C, H, W] or [B, C, L], or without B."""
+        if native is not None and handles(x, torch.int8) and x.ndim == (3 if self.flat else 4):
+            x, window = channels_last(x), self.window
+            y = room(x, window, x.shape[1], x.dtype)
+            shape = window.kernel, window.stride, window.dilation, window.padding
+            native.largest_codes(x, y, *shape, torch.get_num_threads())
+            return y
         seen = self.window.patches(self.window.padded(images(x, flat=self.flat), -128))
         return like(reduce(torch.maximum, taps(seen)), x, flat=self.flat)
 
@@ -121,6 +140,11 @@ class Table(nn.Module):
         self.register_buffer("exit", exit)
 
     def forward(self, x: Tensor) -> Tensor:
+        if native is not None and handles(x, torch.int8):
+            x = dense(x)
+            y = torch.empty_like(x)
+            native.look_up_codes(x, self.table, y, torch.get_num_threads())
+            return y
         return self.table[x.int() + 128]
 
     def extra_repr(self) -> str:

@@ -1,4 +1,9 @@
-"""A module as a graph of operations, each in one of a few roles."""
+"""A module as a graph of operations, each in one of a few roles.
+
+Graphs are torch.fx's, which call the module's own layers: names, hooks and patterns of `keep` stay those of the module.
+torch.export would follow more of Python, but for the shapes that it saw alone, and gives back operators on loose tensors. What
+fx cannot trace is taken apart instead: its products become integers all the same, and what passes between them stays float.
+"""
 
 import copy
 import inspect

@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from bitwright.codec import code_dtype, code_range, decode
 from bitwright.errors import CalibrationError, RecipeError, SchemeError
+from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
 from bitwright.nn.dynamic import Kept, nothing_to_quantize, replaced, require_mode
+from bitwright.nn.native import Memory, handles
 from bitwright.nn.prepare import Batch, run
 from bitwright.packing import pack, unpack
 from bitwright.qtensor import QTensor, Scales
@@ -20,7 +22,8 @@ from bitwright.statistics import Gram
 
 
 class PackedLinear(nn.Module):
-    """Linear whose weight is decoded as it is used.
+    """Linear on packed codes: native products, with inputs rounded to 16 bits; where a gradient is wanted, or there is no
+    extension, the weight is decoded as it is used.
 
     words  int32 [N, W]: codes, counted from the lowest, packed at `bits` each;  scale float16 or float32 [N, G]
     zero   float16 [N, G]: zero points, with a scheme that has them, else [0];  bias float32 [N] or [0]
@@ -33,7 +36,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, q: QTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.scheme, self.shape = q.scheme, q.shape
+        self.scheme, self.shape, self.memory = q.scheme, q.shape, Memory()
         low = code_range(q.scheme)[0]
         stored = torch.float16 if q.scheme.scale == "f16" else torch.float32
         self.register_buffer("words", pack(q.codes.int() - low, q.scheme.levels.bits))
@@ -49,6 +52,12 @@ class PackedLinear(nn.Module):
         return QTensor(codes, Scales(self.scale.float(), zero), self.scheme, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if handles(x, x.dtype) and not (torch.is_grad_enabled() and x.requires_grad):
+            packed = self.memory.of(self, lambda: matmul.pack(self.quantized()))
+            if matmul.handles(packed, x):
+                y = matmul.product(x.reshape(-1, self.shape[1]), packed)
+                y = y.add_(self.bias) if self.bias.numel() else y
+                return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
         bias = self.bias.to(x.dtype) if self.bias.numel() else None
         return functional.linear(x, decode(self.quantized()).to(x.dtype), bias)
 

@@ -20,19 +20,20 @@ def prepare_qat(
     *,
     weights: str = "int8-channel",
     activations: str = "int8-tensor",
-    learned: bool = False,
+    learned: bool = True,
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> Prepared:
     """The module with its weights and the values between layers rounded in every forward pass, straight through for gradients.
 
-    Train it with any optimizer and loop, under autocast or gradient checkpointing, then `.eval()` and `convert`: the
-    integer module computes what the trained one does, within a step of the output's scale. Batch norms are folded with
-    their statistics as they are; dropout modules stay. LSTM, GRU and attention train in float, and `convert` makes them dynamic
-    layers. Other arguments as `prepare`'s.
+    Begin with the trained float module where there is one. Train it with any optimizer and loop, under autocast or gradient
+    checkpointing, then `.eval()` and `convert`: the integer module computes what the trained one does, within a step of the
+    output's scale. Batch norms are folded with their statistics as they are; dropout modules stay. LSTM, GRU and attention
+    train in float, and `convert` makes them dynamic layers. Other arguments as `prepare`'s.
 
-    learned  False: scales follow the weights, and moving averages of the extremes of what passes by, while training.
-             True: scales' exponents are parameters (LSQ), named `*.learned.exponent`, that start from what example_inputs show
+    learned  True: scales' exponents are parameters (LSQ), named `*.learned.exponent`, that start from what example_inputs show
+             False: scales follow the weights, and moving averages of the extremes of what passes by, while training; below
+             8 bits that costs more than training wins back
 
     Raises as `prepare` does, and RecipeError for a module that is not in training mode.
     """

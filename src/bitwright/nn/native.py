@@ -1,0 +1,118 @@
+"""Integer layers in native code: weights packed once, one call a layer. nn/integer.py does the same in torch, bit for bit."""
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from bitwright.kernels import native
+from bitwright.nn.integer import Window
+
+PANEL, BLOCK = 16, 4  # outputs side by side; panels side by side
+FASTER = native is not None and native.names() != ["scalar"]  # torch's own products are faster than scalar ones
+POINT = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))  # what a linear layer sees
+
+
+def handles(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the extension is there and may be called with x: a plain tensor on a CPU, of this type, that nobody traces."""
+    plain = type(x) is Tensor and x.dtype == dtype and x.is_cpu
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return native is not None and FASTER and plain and not traced
+
+
+class Memory:
+    """What native code made of a module's buffers, made again where they changed. Copies of the module make their own."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor | None] = []
+        self.versions: list[int] = []
+        self.made: Any = None
+
+    def of(self, module: nn.Module, make: Callable[[], Any]) -> Any:
+        """What `make` made of the buffers as they are."""
+        now = list(module._buffers.values())
+        versions = [b._version for b in now if b is not None and not b.is_inference()]
+        if versions != self.versions or len(now) != len(self.seen) or not all(map(is_, now, self.seen)):
+            self.seen, self.versions, self.made = now, versions, make()
+        return self.made
+
+    def __reduce__(self) -> Any:  # of copies and of files
+        return Memory, ()
+
+
+def packed(
+    values: Tensor, scale: Tensor, constant: Tensor, sums: Tensor, *, window: Window | None, channels: int
+) -> Any:
+    """A layer for the extension: values int8 [N, K], scale [N, G], constant [N], sums [N] or [0], C channels of the input."""
+    assert native is not None
+    N, G = scale.shape
+    seen = window or POINT
+    groups = seen.groups
+    alone = 1 < groups == channels == N
+    kh, kw = seen.kernel
+    if window is None:
+        taps, step = (1, G), -(-values.shape[1] // G)
+    elif groups == 1 and seen.dilation[1] == 1:
+        taps, step = (kh, 1), 0  # neighbours in a row of the window are neighbours in memory
+    else:
+        taps, step = (kh, kw), seen.dilation[1] * channels
+    T = taps[0] * taps[1]
+    if window is None:
+        values = pad(values, (0, G * step - values.shape[1]))
+    length = values.shape[1] // T
+    stretches = values.view(1 if alone else groups, -1, T, length)
+    start = -128 * values.view(N, G, -1).sum(2, dtype=torch.int32)
+    return native.IntegerLayer(
+        w=_channels(values) if alone else _panels(stretches), start=_numbers(start, groups, alone=alone),
+        scale=_numbers(scale, groups, alone=alone), constant=_numbers(constant[:, None], groups, alone=alone),
+        sums=_numbers((sums if len(sums) else torch.zeros(N))[:, None], groups, alone=alone),
+        N=N, groups=groups, C=channels // groups, groups_of_k=G, taps=taps, tap_step=step, steps=-(-length // 4),
+        kernel=seen.kernel, stride=seen.stride, dilation=seen.dilation, padding=seen.padding,
+    )  # fmt: skip
+
+
+def _panels(values: Tensor) -> Tensor:
+    """[groups, n, T, length] -> for each group, for each four panels of n: [T, length / 4, panels, 16, 4]."""
+    groups, n, T, length = values.shape
+    padded = pad(values, (0, -length % 4, 0, 0, 0, -n % PANEL)).view(groups, -1, PANEL, T, -(-length // 4), 4)
+    blocks = [block.permute(0, 3, 4, 1, 2, 5).reshape(groups, -1) for block in padded.split(BLOCK, 1)]
+    return torch.cat(blocks, 1).flatten()
+
+
+def _numbers(x: Tensor, groups: int, *, alone: bool) -> Tensor:
+    """[N, G] -> for each group of outputs, for each four panels: [G, panels, 16]."""
+    each = x.reshape(1 if alone else groups, -1, x.shape[1])
+    padded = pad(each, (0, 0, 0, -each.shape[1] % PANEL)).unflatten(1, (-1, PANEL))
+    blocks = [block.permute(0, 3, 1, 2).reshape(len(each), -1) for block in padded.split(BLOCK, 1)]
+    return torch.cat(blocks, 1).flatten()
+
+
+def _channels(values: Tensor) -> Tensor:
+    """[N, T] -> [N / 16, T, 16]."""
+    return pad(values, (0, 0, 0, -len(values) % PANEL)).view(-1, PANEL, values.shape[1]).transpose(1, 2).flatten()
+
+
+def room(x: Tensor, window: Window | None, N: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor for what N outputs of x [T, K], [B, C, L] or [B, C, H, W] will be, channels last."""
+    if window is None:
+        return torch.empty(len(x), N, dtype=dtype)
+    left, right, top, bottom = window.padding
+    B, W = len(x), window.count(x.shape[-1] + left + right, 1)
+    if x.ndim == 3:
+        return torch.empty_strided((B, N, W), (W * N, 1, N), dtype=dtype)
+    H = window.count(x.shape[2] + top + bottom, 0)
+    return torch.empty_strided((B, N, H, W), (H * W * N, 1, W * N, N), dtype=dtype)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, without gaps in memory: contiguous or with the channels last."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last or x.is_contiguous() else x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x [B, C, ...], or a copy of it, with the channels last in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
