@@ -1,6 +1,7 @@
 """Quantized checkpoints in other formats: the same numbers, or the reason why not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,12 @@ def test_numbers_stay_as_they_are(text: str, zero: Any) -> None:
     assert other.scheme.zero == zero and torch.equal(decode(other), decode(q))
     if q.scales.zero is None:
         assert bool((q.scales.scale < 0).any()) and bool((other.scales.scale >= 0).all())
+
+
+def test_columns_in_an_order_of_their_own_are_refused() -> None:
+    q = search(torch.randn(32, 64), None, Scheme.parse("int4-g32-asym")).q
+    with pytest.raises(FormatError, match="desc_act"):
+        packed(replace(q, order=torch.arange(64).flip(0)), "m", FORMATS["bitwright"], transposed=False)
 
 
 def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
 
 def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
     """A matrix as a format holds it. FormatError, with the format's own reason, if it cannot hold these numbers."""
+    if q.order is not None:
+        remedy = "use the file as it is, or quantize the original without desc_act"
+        raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
     reason = None
     N, K = q.codes.shape
     kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
