@@ -203,8 +203,9 @@ def test_an_encoder_s_pooler_is_left_out_on_record(tmp_path: Path, text: str) ->
         app, ["eval", str(tmp_path / "a.gguf"), "--text", text, "--seqlen", "32", "--tokens", "64", "--json"]
     )
     assert judged.exit_code == 2 and "predict no next token" in judged.stdout
-    written = CliRunner().invoke(app, ["generate", str(tmp_path / "a.gguf"), "--prompt", "fox", "--json"])
-    assert written.exit_code == 2 and "predict no next token" in written.stdout
+    for command in (["generate", "--prompt", "fox"], ["bench", "--prompt", "8", "--decode", "2"]):
+        written = CliRunner().invoke(app, [*command, str(tmp_path / "a.gguf"), "--json"])
+        assert written.exit_code == 2 and "predict no next token" in written.stdout
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
         packed = bitwright.load(tmp_path / "a.gguf")(ids).last_hidden_state

@@ -169,6 +169,18 @@ def test_a_convolution_without_an_integer_form_stays_float() -> None:
     assert kinds["0"] == kinds["1"] == "float" and kinds["2"] == "integer"
 
 
+def test_the_source_is_trained_only_in_place() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).train(), torch.randn(5, 8)
+    before = net[0].weight.detach().clone()
+    for inplace in (False, True):
+        student = bitwright.prepare_qat(net, x, inplace=inplace)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        student(x).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(net[0].weight, before) is not inplace
+
+
 def test_what_prepare_qat_refuses() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
     with pytest.raises(RecipeError, match="in eval mode, where train is needed"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bitwright.errors import InputError
+from bitwright.errors import CheckpointError, InputError
 from bitwright.kernels import native
 from bitwright.kernels.matmul import handles, matrix_of
 from bitwright.nn.dense import Dense
@@ -143,7 +143,10 @@ class NativeDecoder:
 
 
 def decoder_of(model: PreTrainedModel, room: int) -> Decoder:
-    """The fastest there is for this model. room: the most tokens, prompt included."""
+    """The fastest there is for this model. room: the most tokens, prompt included. CheckpointError for an encoder."""
+    if not model.can_generate():
+        message = f"models of type {model.config.model_type!r} predict no next token"
+        raise CheckpointError(message, remedy="`bitwright.load` gives their hidden states")
     return NativeDecoder(model, room) if _runs_natively(model) else ModuleDecoder(model)
 
 

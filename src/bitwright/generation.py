@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitwright.calibration import load_tokenizer
 from bitwright.decoding import Decoder, Sampling, decoder_of, tokens
-from bitwright.errors import CheckpointError, InputError
+from bitwright.errors import InputError
 from bitwright.loading import load
 
 UNFINISHED = "\ufffd"  # what a decoder makes of half a character
@@ -33,9 +33,6 @@ class Generator:
         Raises what `load` does, and CheckpointError for an encoder.
         """
         model = load(path, scheme=scheme, activations=activations)
-        if not model.can_generate():
-            message = f"models of type {model.config.model_type!r} predict no next token"
-            raise CheckpointError(message, where=str(path), remedy="`bitwright.load` gives their hidden states")
         room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
         return cls(model, load_tokenizer(path), decoder_of(model, room), room)
 
