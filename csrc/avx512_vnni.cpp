@@ -12,6 +12,7 @@ constexpr int LANES = 16;
 #include "columns.h"
 #include "tuning.h"
 #include "dot.h"
+#include "tiles.h"
 #include "matmul.h"
 #include "inputs.h"
 #include "dense.h"
