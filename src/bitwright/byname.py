@@ -27,8 +27,8 @@ from bitwright.inputs import Inputs
 from bitwright.ledger import KEPT, QUANTIZED, Entry
 from bitwright.llamacpp import export, imatrix
 from bitwright.llamacpp.architecture import named
-from bitwright.llamacpp.artefact import carried_keys, is_gguf
-from bitwright.llamacpp.container import FLOATS, GgufFile, type_named
+from bitwright.llamacpp.artefact import carried_keys, float_dtype, is_gguf
+from bitwright.llamacpp.container import GgufFile, type_named
 from bitwright.llamacpp.mixes import FILE_TYPES, MIXES, Place, type_in
 from bitwright.loss import ratio
 from bitwright.memory import peak_rss_bytes
@@ -161,13 +161,10 @@ class _Chooser:
     def decide(self, name: str) -> Planned:
         """Quantize a matrix as its rule says; keep all else as it is."""
         stored = self.file.tensors[name]
-        if stored.type not in FLOATS:
-            remedy = "quantize the float original; rounding twice only loses"
-            message = f"already quantized: {name!r} is {stored.type.name}"
-            raise CheckpointError(message, where=str(self.file.path), remedy=remedy)
+        dtype = float_dtype(stored, name, str(self.file.path))
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
-        t = Planned(name, name, block, FLOATS[stored.type], stored.shape, KEPT)
+        t = Planned(name, name, block, dtype, stored.shape, KEPT)
         if not self._may(name):
             return replace(t, reason="llama.cpp keeps it in float")
         rule = self.rules[t.stem]

@@ -18,7 +18,7 @@ from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.architecture import config_of
-from bitwright.llamacpp.container import FLOATS, SUFFIX, WEIGHTS_AT_ONCE, GgufFile, Typed, decoded
+from bitwright.llamacpp.container import FLOATS, SUFFIX, WEIGHTS_AT_ONCE, GgufFile, Stored, Typed, decoded
 from bitwright.llamacpp.names import Names
 from bitwright.llamacpp.positions import COMPUTED
 from bitwright.llamacpp.vocabulary import tokenizer_of
@@ -158,6 +158,14 @@ class GgufArtefact:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
+def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
+    """The type of a tensor that is to be rounded. CheckpointError if it is quantized already."""
+    if t.type not in FLOATS:
+        remedy = "quantize the float original; rounding twice only loses"
+        raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
+    return FLOATS[t.type]
+
+
 class GgufSource:
     """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
 
@@ -168,12 +176,8 @@ class GgufSource:
 
     def _info(self, name: str, stored: str) -> TensorInfo:
         t = self.artefact.file.tensors[stored]
-        if t.type not in FLOATS:
-            remedy = "quantize the float original; rounding twice only loses"
-            raise CheckpointError(
-                f"already quantized: {stored!r} is {t.type.name}", where=str(self.folder), remedy=remedy
-            )
-        return TensorInfo(t.file, t.offset, FLOATS[t.type], self.artefact.names.shape(name, t.shape))
+        dtype = float_dtype(t, stored, str(self.folder))
+        return TensorInfo(t.file, t.offset, dtype, self.artefact.names.shape(name, t.shape))
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
