@@ -1,6 +1,8 @@
 """Float GGUF files of architectures that are not known here: rounded tensor by tensor, and said so."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from gguf.quants import dequantize
 from typer.testing import CliRunner
 
-from bitwright import quantize
+from bitwright import byname, quantize
 from bitwright.cli import app
-from bitwright.llamacpp import imatrix
+from bitwright.errors import VerificationError
+from bitwright.llamacpp import export, imatrix
 from bitwright.llamacpp.container import GgufFile
 from conftest import make_checkpoint
 
@@ -42,8 +45,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("scheme", ["q4_k_m", "q2_k", "iq4_xs", "q4_0"])
 def test_the_same_blocks_as_if_it_were_known(scheme: str, files: tuple[Path, Path], tmp_path: Path) -> None:
     """Without calibration nothing depends on what a model computes: types by the mix's rule, and bytes, are the same."""
-    for name, file in zip(("a", "b"), files, strict=True):
-        run("quantize", str(file), str(tmp_path / f"{name}.gguf"), "--scheme", scheme, *PLAIN)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[[rule]]\nmatch = "*"\nscheme = "{scheme}"\n')  # names of modules: it is planned as a model
+    for name, file in zip(("a", "b", "c"), (files[0], files[1], files[0]), strict=True):
+        how = ["--recipe", str(recipe)] if name == "a" else []
+        run("quantize", str(file), str(tmp_path / f"{name}.gguf"), "--scheme", scheme, *how, *PLAIN)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+    assert [t["loss"] for t in run("inspect", str(tmp_path / "c.gguf"))["tensors"]] == pytest.approx(
+        [t["loss"] for t in run("inspect", str(tmp_path / "a.gguf"))["tensors"]]
+    )
     a, b, before = (GgufFile(path) for path in (tmp_path / "a.gguf", tmp_path / "b.gguf", files[1]))
     assert set(a.tensors) == set(b.tensors) and b.keys["general.architecture"] == "lemma"
     assert all(a.tensors[name].type == b.tensors[name].type for name in a.tensors)
@@ -128,3 +138,55 @@ def test_a_weight_that_is_not_finite_is_named(files: tuple[Path, Path], tmp_path
     (tmp_path / "bad.gguf").write_bytes(content)
     found = run("quantize", str(tmp_path / "bad.gguf"), str(tmp_path / "x.gguf"), "--scheme", "q4_0", *PLAIN, fine=(2,))
     assert found["where"] == "blk.1.ffn_up.weight" and "NaN" in found["error"]
+
+
+def test_a_run_that_was_cut_off_goes_on(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written and noted is not made again; what was written and not noted is."""
+    out, made = tmp_path / "a.gguf", byname._make
+    quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
+
+    def cut(plan: Any, members: Any, *rest: Any) -> Any:
+        if members[0].block == 5:
+            making = rest[0]
+            making.put(members[0].source, torch.zeros(1, dtype=torch.uint8))
+            raise KeyboardInterrupt
+        return made(plan, members, *rest)
+
+    monkeypatch.setattr(byname, "_make", cut)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(files[1], out, scheme="q4_0", method="search", calib="none")
+    assert not out.exists()
+    again = []
+    monkeypatch.setattr(byname, "_make", lambda plan, members, *rest: again.append(1) or made(plan, members, *rest))
+    quantize(files[1], out, scheme="q4_0", method="search", calib="none")
+    assert len(again) == 4  # blocks 5 to 7, and what is outside
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert not (tmp_path / "a.gguf.partial").exists()
+
+
+def test_a_disk_that_gives_back_something_else(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export.Making.put
+
+    def flipped(self: export.Making, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+        tensor = tensor.clone()
+        tensor.view(-1)[0] ^= name == "blk.3.ffn_up.weight"
+        whole(self, name, tensor, first)
+
+    monkeypatch.setattr(export.Making, "put", flipped)
+    with pytest.raises(VerificationError) as found:
+        quantize(files[0], tmp_path / "a.gguf", scheme="q4_0", method="search", calib="none")
+    assert found.value.where == "blk.3.ffn_up.weight" and not (tmp_path / "a.gguf").exists()
+
+
+def test_nothing_that_knows_models_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """A second and more: as long as a small model takes."""
+    script = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom bitwright.cli import app\n"
+        f"done = CliRunner().invoke(app, {['quantize', str(files[0]), str(tmp_path / 'a.gguf'), *PLAIN]!r})\n"
+        "assert done.exit_code == 0 and 'transformers' not in sys.modules, done.output"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -17,10 +17,9 @@ from bitwright.nn.prepare import calibrate, prepare
 from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
 from bitwright.onnx_export import export_onnx
-from bitwright.pipeline import Result
 from bitwright.qtensor import QTensor
+from bitwright.result import Progress, Result
 from bitwright.scheme import Scheme
-from bitwright.streams import Progress
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 

@@ -11,7 +11,8 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError
 from bitwright.formats import READERS, Reader
 from bitwright.intake import Intake
-from bitwright.llamacpp.artefact import GgufArtefact, is_gguf
+from bitwright.llamacpp.artefact import GgufArtefact
+from bitwright.llamacpp.container import is_gguf
 from bitwright.models import quantization_of
 from bitwright.qtensor import QTensor
 

@@ -5,31 +5,24 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitwright.codec import decode
-from bitwright.decisions import Planned
 from bitwright.errors import BitwrightError, CalibrationError
+from bitwright.fitting import fitted, metric_of, rtn_loss
 from bitwright.inputs import Gathering, Inputs
 from bitwright.intake import Intake
-from bitwright.kernels.rounding import missed
 from bitwright.kv import KvCache
 from bitwright.ledger import ADDED, KEPT, Entry
 from bitwright.loss import energy, ratio
-from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, Outcome, Outlier, rtn
+from bitwright.methods import BLOCKWISE, Outcome
 from bitwright.models import Skeleton, matrix_of
+from bitwright.planned import Planned
 from bitwright.preflight import Plan
-from bitwright.qtensor import Outliers, QTensor, rows, stacked
+from bitwright.qtensor import QTensor, rows
 from bitwright.ranges import static_scales
-from bitwright.scheme import Scheme
-from bitwright.threads import each
-
-AT_ONCE = 1 << 24  # weights whose errors are looked at together
-SLAB = 1 << 19  # weights rounded at a time where nothing else is gained
-SAMPLED_ROWS = 64  # at least so many tell what round to nearest would lose
 
 
 @dataclass(frozen=True)
@@ -160,7 +153,7 @@ def _quantize_pile(
         error.where = error.where or pile[0].parameter
         raise
     seconds = (time.monotonic() - begun) / w.numel()
-    metric = _metric(plan.skeleton.dtype, inputs)
+    metric = metric_of(plan.skeleton.dtype, inputs)
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
         here = slice(at, at + len(matrix))
@@ -177,71 +170,6 @@ def _quantize_pile(
         entry = _entry(plan, t, replace(fit.outcome, q=q), losses, inputs.tokens, spent, origin)
         done.append(Rounded(t, q, entry, inputs.gram if t.rule.method in BLOCKWISE else None, intake))
     return done
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
-
-    outcome: Outcome
-    whole: Tensor
-    lost: Tensor
-
-
-def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
-    """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
-
-    Where no row knows of another, some rows at a time: they stay in the cache, and there is never a float32 copy of an
-    embedding.
-    """
-    assert t.layer is not None and t.rule is not None
-    if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
-        return _fit_at_once(dtype, t, w.float(), inputs)
-    slabs = w.split(max(1, SLAB // w.shape[1]))
-    parts = each(lambda slab: _fit_at_once(dtype, t, slab.float(), inputs), slabs)
-    q = stacked([part.outcome.q for part in parts])
-    return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
-
-
-def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
-    outcome, metric = _outcome(dtype, t, w, inputs), _metric(dtype, inputs)
-    if metric is None or not inputs.correlated:
-        lost, whole = missed(w, outcome.q, metric)
-        return Fit(outcome, whole, lost)
-    fast = metric.dtype  # three digits of a loss are enough
-    return Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
-
-
-def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
-    """The energy of each row's error, some rows at a time: an embedding's float copies would not fit twice."""
-    if not q.scheme.rowwise or q.outliers is not None:
-        return energy((w - decode(q)).to(fast), metric)
-    step = max(1, AT_ONCE // w.shape[1])
-    parts = ((w[at : at + step], rows(q, at, min(at + step, len(w)))) for at in range(0, len(w), step))
-    return torch.cat([energy((part - decode(own)).to(fast), metric) for part, own in parts])
-
-
-def _metric(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
-    """What errors are weighed by."""
-    return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
-
-
-def _outcome(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
-    """The rule's method on stacked matrices, without the input channels that stay in float."""
-    rule, layer = t.rule, t.layer
-    assert rule is not None and layer is not None
-    options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
-    separate = rule.transform(Outlier)
-    if not isinstance(separate, Outlier):
-        options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
-        return METHODS[rule.method](w, inputs.gram, layer.scheme, **(options | rule.options))
-    assert inputs.mean is not None  # details are gathered where a rule has such a transform
-    columns = separate.columns(w, inputs.peak, inputs.mean)
-    rest = inputs.without(columns)
-    options |= {"cross": rest.cross} if rule.method in ASYMMETRIC else {}
-    outcome = METHODS[rule.method](w.index_fill(1, columns, 0), rest.gram, layer.scheme, **(options | rule.options))
-    kept = w[:, columns].to(t.dtype).float()
-    return replace(outcome, q=replace(outcome.q, outliers=Outliers(columns, kept)))
 
 
 def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
@@ -272,14 +200,6 @@ def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> flo
     fast = w.dtype if gram is None else plan.skeleton.dtype
     metric = None if gram is None else gram.to(fast)
     return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
-
-
-def rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
-    """What round to nearest would lose, by a sample of the rows: it is there for comparison."""
-    some = slice(None, None, max(1, len(w) // SAMPLED_ROWS))
-    sample = w[some].float()
-    missing = sample - decode(rtn(sample, None, scheme).q)
-    return ratio(energy(missing if metric is None else missing.to(metric.dtype), metric), whole[some])
 
 
 def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:

@@ -1,44 +1,44 @@
-"""A float GGUF file of an architecture that is not known here, quantized tensor by tensor, as names and shapes say.
+"""A float GGUF file quantized tensor by tensor, as names and shapes say; its model is not run, nor even built.
 
-Nothing of it can be run, so nothing is known of inputs but what an importance matrix says; methods that need more give way to
-a search of scales, on record. Keys are carried over, rows stay where they are. Which tensors llama.cpp keeps in float
-is its published list (llama-quant.cpp, `tensor_allows_quantization`).
+For files of an architecture that is not known here: all that is known of inputs is what an importance matrix says, and
+methods that need more give way to a search of scales, on record. And for all others where nothing of a model is asked for.
+Keys are carried over, rows stay where they are. Which tensors llama.cpp keeps in float is its published list
+(llama-quant.cpp, `tensor_allows_quantization`).
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.block import fitted, rtn_loss
 from bitwright.checkpoint import spec_bytes
-from bitwright.decisions import Planned
-from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.errors import CheckpointError, FormatError, RecipeError, VerificationError
+from bitwright.fitting import SAMPLED_ROWS, SLAB, fitted, rtn_lost
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.format import Spec
 from bitwright.formats.ggml import TYPES
 from bitwright.inputs import Inputs
 from bitwright.ledger import KEPT, QUANTIZED, Entry
 from bitwright.llamacpp import export, imatrix
-from bitwright.llamacpp.architecture import named
-from bitwright.llamacpp.artefact import carried_keys, float_dtype, is_gguf
-from bitwright.llamacpp.container import GgufFile, type_named
+from bitwright.llamacpp.container import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.llamacpp.mixes import FILE_TYPES, MIXES, Place, type_in
 from bitwright.loss import ratio
 from bitwright.memory import peak_rss_bytes
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.pipeline import Result
-from bitwright.qtensor import QTensor
+from bitwright.planned import Planned
 from bitwright.recipe import Recipe, Rule
-from bitwright.streams import Progress
+from bitwright.result import Progress, Result
+from bitwright.threads import each
 from bitwright.version import __version__
-from bitwright.workplace import Verification, Workplace
+from bitwright.workplace import Workplace
 
 GGUF = FORMATS["gguf"]
 KEPT_PARTS = (
@@ -47,11 +47,6 @@ KEPT_PARTS = (
     "time_mix_decay", "time_mix_lerp", "attn_rel_b", "pos_embd", "sam.neck",
 )  # fmt: skip
 EXPERTS = ("_exps", "_shexp", "_chexps")
-
-
-def is_unknown(model: Path) -> bool:
-    """Whether MODEL is a GGUF file of an architecture that cannot be run here. CheckpointError for a damaged file."""
-    return is_gguf(model) and named(GgufFile(model).key("general.architecture", str)) is None
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,17 @@ class NamePlan:
         return export.file_bytes(self.keys, stored)
 
     @property
+    def described(self) -> list[tuple[str, Types, Tensor]]:
+        """The file's tensors in their order, without numbers."""
+        found = []
+        for t in sorted(self.tensors, key=lambda t: export.place(t.source)):
+            dtype, shape = next(iter(self.specs([t]).values()))
+            kind = export.FLOAT_TYPES[dtype] if t.layer is None else type_named(t.layer.container)
+            whole = torch.empty(shape, dtype=dtype, device="meta")
+            found.append((t.source, kind, whole if t.layer is None else whole.view(*t.shape[:-1], -1)))
+        return found
+
+    @cached_property
     def keys(self) -> dict[str, Any]:
         """What the file will say beside its tensors."""
         mixes = {rule.mix for rule in self.recipe.active}
@@ -113,12 +119,14 @@ class NamePlan:
         return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bool) -> NamePlan:
-    """Decide about every tensor of such a file. weighted: whether there will be an importance matrix.
+def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> NamePlan:
+    """Decide about every tensor of such a file. weighted: whether there will be an importance matrix; unknown: whether
+    its architecture is.
 
     FormatError, RecipeError or CheckpointError for what cannot be.
     """
     file = GgufFile(source)
+    file.check_vocabulary()
     architecture = file.key("general.architecture", str)
     if format_name != GGUF.name:
         remedy = "name OUT.gguf"
@@ -137,13 +145,14 @@ def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bo
         f"architecture {architecture!r} is not known here, so none of it can be run: each matrix is rounded by itself"
     )
     known = "with the columns' importance" if weighted else "without importance"
+    notes = [f"{note}, {known}"] if unknown else []
     fallbacks = [f"{t.source}: {t.layer.fallback}" for t in tensors if t.layer and t.layer.fallback]
     more = (
         [f"{len(fallbacks)} matrices get another block type than asked for, such as {fallbacks[0]}"]
         if fallbacks
         else []
     )
-    return NamePlan(source, file, recipe, tensors, (f"{note}, {known}", *more))
+    return NamePlan(source, file, recipe, tensors, (*notes, *more))
 
 
 class _Chooser:
@@ -207,93 +216,120 @@ class _Chooser:
         return int(np.max(found)) if isinstance(found, int | np.ndarray) and np.size(found) else 0
 
 
-class _AsTheyAre:
-    """Names and tensors of a file for one made of it: nothing changes."""
-
-    def of(self, parameter: str) -> str:
-        return parameter
-
-    def rows(self, parameter: str, N: int) -> Tensor | None:
-        return None
-
-    def written(self, parameter: str, tensor: Tensor) -> Tensor:
-        return tensor
-
-
 def run_by_name(
     plan: NamePlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
 ) -> Result:
-    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else.
+
+    The file is there from the beginning, with room for everything: rows are read, rounded, written into their place, read
+    back and compared, side by side. What a crash leaves is known by the ledgers of whole blocks.
+    """
     begun = time.monotonic()
     importance = imatrix.read(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     manifest = {
         "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
         "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
     }  # fmt: skip
-    place = Workplace(out, manifest, needed=2 * plan.bytes, resume=resume)
-    first = place.committed(names)
+    place = Workplace(out, manifest, needed=plan.bytes, resume=resume)
+    first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
-    for index in range(first, len(shards)):
-        progress("block", index, len(shards))
-        entries = _quantize_shard(plan, place, index, names[index], importance)
-        ledger += entries
-    progress("block", len(shards), len(shards))
-    pieces = [_piece(t) for t in plan.tensors]
     made = place.path / "model.gguf"
-    export.write(made, plan.keys, pieces, [place.path / name for name in names], _AsTheyAre(), {})
+    try:
+        with export.Making(made, plan.keys, plan.described) as making:
+            for index in range(first, len(shards)):
+                progress("block", index, len(shards))
+                ledger += (entries := _make(plan, shards[index], making, importance))
+                making.flush()
+                place.note(index, entries)
+    except CheckpointError:
+        place.abandon()  # the source must be replaced: nothing here can be resumed
+        raise
+    progress("block", len(shards), len(shards))
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
 
 
-def _piece(t: Planned) -> export.Piece:
-    """A tensor of the file to be."""
-    kind = None if t.layer is None else type_named(t.layer.container)
-    return export.Piece(t.source, t.source, kind, t.shape[0] if len(t.shape) == 3 and kind is not None else 0)
-
-
-def _quantize_shard(
-    plan: NamePlan, place: Workplace, index: int, name: str, importance: Mapping[str, Tensor]
+def _make(
+    plan: NamePlan, members: list[Planned], making: export.Making, importance: Mapping[str, Tensor]
 ) -> list[Entry]:
-    """Round, write, verify and commit some tensors."""
-    kept: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    meant: dict[str, QTensor] = {}
-    entries, types = [], {}
-    for t in plan.shards[index]:
-        weight = plan.file.read(t.source)
-        if t.layer is None:
-            kept[t.source] = weight
-            entries.append(Entry(t.source, t.shape, _name(t.dtype), KEPT, t.reason, bytes=weight.nbytes))
-            continue
-        q, entry = _rounded(t, weight.reshape(t.layer.N, t.layer.K), importance.get(t.source))
-        meant[t.stem], types[t.stem] = q, t.layer.container
-        tensors |= {f"{t.stem}.{suffix}": part for suffix, part in GGUF.encode(q, t.layer, t.dtype).items()}
-        entries.append(entry)
-    verify = Verification(GGUF, {"types": types}, meant, kept)
-    place.commit(index, name, tensors | kept, entries, None, verify)
-    return entries
+    """Some tensors from the source to the file."""
+    jobs = [(t, first) for t in members for first in range(0, _height(t), _step(t))]
+
+    def one(job: tuple[Planned, int]) -> Lost:
+        t, first = job
+        return _make_rows(plan.file, making, t, first, importance.get(t.source))
+
+    found: dict[str, list[Lost]] = defaultdict(list)
+    for (t, _), lost in zip(jobs, each(one, jobs), strict=True):
+        found[t.source].append(lost)
+    return [_entry(t, found[t.source]) for t in members]
 
 
-def _rounded(t: Planned, w: Tensor, importance: Tensor | None) -> tuple[QTensor, Entry]:
-    """One matrix, and what the ledger says of it. CheckpointError for a weight that is not finite."""
-    assert t.layer is not None and t.rule is not None
+class Lost(NamedTuple):
+    """The energy of rows and of their errors, float64 [n]; of a sample of them the energy and that of round to nearest's
+    error; and what that took."""
+
+    whole: Tensor
+    lost: Tensor
+    sampled: Tensor
+    by_rtn: Tensor
+    seconds: float
+
+
+NOTHING = torch.empty(0, dtype=torch.float64)
+
+
+def _height(t: Planned) -> int:
+    return prod(t.shape[:-1])
+
+
+def _step(t: Planned) -> int:
+    """Rows taken at a time: they stay in the cache."""
+    return max(1, SLAB // t.shape[-1])
+
+
+def _make_rows(file: GgufFile, making: export.Making, t: Planned, first: int, importance: Tensor | None) -> Lost:
+    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
     begun = time.monotonic()
-    if not bool(torch.isfinite(w).all()):
+    last = min(first + _step(t), _height(t))
+    w = file.floats(t.source, first, last)
+    if t.layer is None or t.rule is None:
+        _put(making, t.source, w.view(torch.uint8), first)
+        return Lost(NOTHING, NOTHING, NOTHING, NOTHING, 0)
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
         raise CheckpointError("it has values that are NaN or Inf", where=t.source, remedy="get a good copy")
     if importance is not None and len(importance) != t.layer.K:
         importance = None  # of another shape: experts have one each
     fit = fitted(torch.float32, t, w, Inputs() if importance is None else Inputs((t.stem,), gram=importance))
-    losses = ratio(fit.lost, fit.whole), rtn_loss(w, t.layer.scheme, fit.whole, importance)
+    blocks = GGUF.encode(fit.outcome.q, replace(t.layer, N=last - first), t.dtype)["weight"]
+    wrong = GGUF.wrong({"types": {t.stem: t.layer.container}}, t.stem, {"weight": blocks}, fit.outcome.q)
+    if wrong:
+        raise VerificationError(f"{wrong} weights do not read back as meant", where=t.source)
+    _put(making, t.source, blocks, first)
+    some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
+    by_rtn = fit.lost[some] if t.rule.method == "rtn" else rtn_lost(w[some], t.layer.scheme, importance)
+    return Lost(fit.whole, fit.lost, fit.whole[some], by_rtn, time.monotonic() - begun)
+
+
+def _put(making: export.Making, name: str, rows: Tensor, first: int) -> None:
+    """Write rows of bytes, and compare what is there then. VerificationError if it is something else."""
+    making.put(name, rows, first)
+    if not np.array_equal(making.file.rows(name, first, first + len(rows)), rows.numpy()):
+        raise VerificationError("the bytes on disk are not those that were meant", where=name)
+
+
+def _entry(t: Planned, parts: list[Lost]) -> Entry:
+    """What the ledger says of a tensor."""
+    dtype = str(t.dtype).removeprefix("torch.")
+    if t.layer is None or t.rule is None:
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
+    loss = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
+    by_rtn = ratio(torch.cat([part.by_rtn for part in parts]), torch.cat([part.sampled for part in parts]))
     nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
-    return fit.outcome.q, Entry(
-        t.source, t.shape, _name(t.dtype), QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, *losses,
-        seconds=round(time.monotonic() - begun, 4), fallback=t.layer.fallback, bytes=nbytes,
+    return Entry(
+        t.source, t.shape, dtype, QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, loss, by_rtn,
+        seconds=round(sum(part.seconds for part in parts), 4), fallback=t.layer.fallback, bytes=nbytes,
     )  # fmt: skip
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitwright.errors import CalibrationError, CheckpointError
-from bitwright.llamacpp.artefact import is_gguf, read_tokenizer
+from bitwright.llamacpp.artefact import read_tokenizer
+from bitwright.llamacpp.container import is_gguf
 from bitwright.stdlib_text import CALIBRATION, HELD_OUT, module_text
 
 BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that every machine with Python has

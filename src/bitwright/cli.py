@@ -16,7 +16,7 @@ from bitwright.running import bench, chat, generate
 from bitwright.terminal import AsJson, console, errors, plain, progress_bar, reporting, show
 
 if TYPE_CHECKING:
-    from bitwright.pipeline import Result
+    from bitwright.result import Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -25,8 +25,9 @@ from bitwright.page import Candidate, Original, page
 from bitwright.pipeline import run
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
+from bitwright.result import Progress
 from bitwright.scheme import Scheme
-from bitwright.streams import Progress, calibration_tokens, one_shot
+from bitwright.streams import calibration_tokens, one_shot
 from bitwright.version import __version__
 from bitwright.workplace import check_out
 

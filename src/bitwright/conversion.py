@@ -10,7 +10,8 @@ from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.errors import FormatError
 from bitwright.formats import chosen
 from bitwright.llamacpp import export
-from bitwright.llamacpp.artefact import is_gguf
+from bitwright.llamacpp.container import is_gguf
+from bitwright.llamacpp.metadata import metadata
 from bitwright.llamacpp.names import Names
 from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, quantization_of, read_config
@@ -36,7 +37,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
     tied = skeleton.tied_names()
     pieces = [export.Piece(parameter, source, None) for parameter, source in names.items() if parameter not in tied]
-    keys = export.metadata(model, skeleton.config, load_tokenizer(model), None)
+    keys = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     files = sorted({info.file for info in checkpoint.tensors.values()})
     export.write(unfinished, keys, pieces, files, Names(skeleton.config), tensors_of(skeleton.config))

@@ -1,6 +1,6 @@
 """What becomes of each tensor of the source: quantized as a rule says, kept on purpose, or left out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,30 +19,10 @@ from bitwright.llamacpp.names import POOLER, Names
 from bitwright.methods import Outlier
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models import COMPUTED, Skeleton
+from bitwright.planned import Planned
 from bitwright.recipe import Recipe, Rule
 from bitwright.rotation import EMBEDDING, HEAD, Rotation
 from bitwright.scheme import PRESETS, Scheme
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the source and what becomes of it. `block` is None outside the blocks."""
-
-    source: str
-    parameter: str
-    block: int | None
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    action: str
-    reason: str = ""
-    layer: Layer | None = None
-    rule: Rule | None = None
-    made_of: str = ""  # the source's tensor, where that has another name: an untied head is made of the embedding
-
-    @property
-    def stem(self) -> str:
-        """The tensor's name in the files, less ".weight"."""
-        return self.source.removesuffix(".weight")
 
 
 def decide(

@@ -7,7 +7,7 @@ from pathlib import Path
 from bitwright.api import evaluate, quantize
 from bitwright.calibration import BUILT_IN
 from bitwright.evaluation import Evaluation
-from bitwright.streams import Progress
+from bitwright.result import Progress
 
 MODEL = Path(__file__).parent / "builtin"
 SCHEMES = ("int8-channel", "int4-g128", "int3-g128", "int2-g64")

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.decisions import Planned
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.inputs import Inputs
 from bitwright.llamacpp import imatrix
 from bitwright.llamacpp.names import Names
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.planned import Planned
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
-from bitwright.streams import Progress, calibration_tokens, digest, one_shot
+from bitwright.result import Progress
+from bitwright.streams import calibration_tokens, digest, one_shot
 from bitwright.workplace import check_out
 
 

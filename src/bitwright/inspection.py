@@ -5,6 +5,7 @@ from typing import Any
 
 from bitwright.artefact import open_artefact
 from bitwright.ledger import from_jsonl
+from bitwright.llamacpp.artefact import GgufArtefact
 from bitwright.models import Skeleton, read_config
 from bitwright.workplace import ledger_beside
 
@@ -21,14 +22,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
     entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
     parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
+    renamed = artefact.stored if isinstance(artefact, GgufArtefact) else {}  # a file made by name has a ledger by name
     tensors = []
     for name, shape in sorted(artefact.shapes.items()):
-        entry = entries.get(name)
+        entry = entries.get(name) or entries.get(renamed.get(name, ""))
         stored, size = artefact.describe(name)
         tensors.append(
             {
                 "name": name,
-                "shape": list(entry.shape if entry else shape or ()),
+                "shape": list(shape or (entry.shape if entry else ())),
                 "scheme": entry.scheme if entry and entry.scheme else stored,
                 "bytes": size,
                 "loss": entry.loss if entry else None,

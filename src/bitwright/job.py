@@ -1,21 +1,27 @@
-"""Quantizing from end to end, as the command line and the Python API do it: what is asked for, a plan, a run."""
+"""Quantizing from end to end, as the command line and the Python API do it: what is asked for, a plan, a run.
+
+What needs no model is done without loading what knows models: importing that takes as long as quantizing a small one.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitwright.byname import NamePlan, is_unknown, plan_by_name, run_by_name
+from bitwright.byname import NamePlan, plan_by_name, run_by_name
 from bitwright.formats import chosen
+from bitwright.llamacpp.container import GgufFile, is_gguf
 from bitwright.llamacpp.imatrix import is_imatrix
-from bitwright.pipeline import Result, run
-from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
-from bitwright.streams import Progress
+from bitwright.result import Progress, Result
 from bitwright.workplace import check_out
+
+if TYPE_CHECKING:
+    from bitwright.preflight import Plan
 
 
 def planned(
     model: Path, out: Path, *, scheme: str | None, method: str | None, format: str | None, pure: bool, activations: str | None,
     observer: str, kv_cache: str | None, recipe: Path | None, calib: str, samples: int, seqlen: int, store: Path | None,
-) -> Plan | NamePlan:  # fmt: skip
+) -> "Plan | NamePlan":  # fmt: skip
     """What will be done. Raises the InputError of whatever would stop it."""
     check_out(out)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
@@ -23,15 +29,33 @@ def planned(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
     rules = rules.without_text() if calib == "none" else rules
-    if is_unknown(model):
-        return plan_by_name(model, rules, format, weighted=is_imatrix(calib))
+    alone = is_gguf(model) and _needs_no_model(rules, recipe, format, calib)
+    if alone or (is_gguf(model) and _is_unknown(model)):
+        return plan_by_name(model, rules, format, weighted=is_imatrix(calib), unknown=not alone)
+    from bitwright.preflight import preflight
+
     return preflight(model, rules, format, samples=samples, seqlen=seqlen)
 
 
+def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
+    """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
+    transformed = any(rule.transforms for rule in rules.active)
+    return calib == "none" and format == "gguf" and not (recipe or rules.needs_calibration or transformed)
+
+
+def _is_unknown(model: Path) -> bool:
+    """Whether it is of an architecture that cannot be run here. CheckpointError for a damaged file."""
+    from bitwright.llamacpp.architecture import named
+
+    return named(GgufFile(model).key("general.architecture", str)) is None
+
+
 def carried_out(
-    plan: Plan | NamePlan, out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
+    plan: "Plan | NamePlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
 ) -> Result:
-    """See `pipeline.run`, and `byname` for models that cannot be run."""
+    """See `pipeline.run`, and `byname` for what needs no model."""
     if isinstance(plan, NamePlan):
         return run_by_name(plan, out, calib=calib, resume=resume, progress=progress)
+    from bitwright.pipeline import run
+
     return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)

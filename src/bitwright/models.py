@@ -23,8 +23,8 @@ from bitwright.errors import CheckpointError
 from bitwright.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
-from bitwright.llamacpp.artefact import is_gguf
 from bitwright.llamacpp.artefact import read_config as read_gguf_config
+from bitwright.llamacpp.container import is_gguf
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (

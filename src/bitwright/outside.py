@@ -13,11 +13,11 @@ from torch import Tensor
 from bitwright.block import Origin, Rounded, quantize_together
 from bitwright.calibration import batches
 from bitwright.codec import decode
-from bitwright.decisions import Planned
 from bitwright.ends import TOKENS, observe_embedding, observe_head, of_both
 from bitwright.inputs import Inputs
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models import TOKENS_PER_BATCH
+from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.streams import Streams, read_block
 

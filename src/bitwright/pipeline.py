@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
 from bitwright.outside import begin_rounded, quantize_ends
 from bitwright.preflight import Plan
+from bitwright.result import Progress, Result
 from bitwright.store import BlockStatistics, Store
 from bitwright.streams import (
-    Progress,
     Streams,
     calibration_tokens,
     check_rotation,
@@ -52,32 +51,6 @@ from bitwright.transform import fold_scales
 from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
 from bitwright.workplace import Verification, Workplace, check_out
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gives back; `as_dict` is the command line's JSON."""
-
-    out: Path
-    bytes: int
-    bits_per_weight: float
-    seconds: float
-    peak_rss_bytes: int
-    ledger: list[Entry] = field(repr=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fallbacks(self) -> list[str]:
-        """What was quantized worse than asked."""
-        return [f"{entry.name}: {entry.fallback}" for entry in self.ledger if entry.fallback]
-
-    def as_dict(self) -> dict[str, Any]:
-        """{out, bytes, bits_per_weight, seconds, peak_rss_bytes, tensors, fallbacks}."""
-        return {
-            "out": str(self.out), "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4),
-            "seconds": round(self.seconds, 2), "peak_rss_bytes": self.peak_rss_bytes, "tensors": len(self.ledger),
-            "fallbacks": self.fallbacks,
-        }  # fmt: skip
 
 
 def run(

@@ -13,19 +13,22 @@ import torch
 
 from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import Checkpoint, count, shard_bytes, spec_bytes
-from bitwright.decisions import Planned, by_threshold, decide
+from bitwright.decisions import by_threshold, decide
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.formats import FORMATS, Format
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.format import Spec
 from bitwright.kv import SCALES as KV_SCALES
 from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
-from bitwright.llamacpp.artefact import GgufSource, carried_keys, is_gguf
-from bitwright.llamacpp.export import file_bytes, metadata
+from bitwright.llamacpp.artefact import GgufSource
+from bitwright.llamacpp.container import carried_keys, is_gguf
+from bitwright.llamacpp.export import file_bytes
+from bitwright.llamacpp.metadata import metadata
 from bitwright.llamacpp.mixes import FILE_TYPES
 from bitwright.llamacpp.names import POOLER, Names
 from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
+from bitwright.planned import Planned
 from bitwright.recipe import Recipe
 from bitwright.rotation import Rotation
 

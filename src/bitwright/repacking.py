@@ -21,7 +21,7 @@ from bitwright.codec import decode, spread
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.ledger import KEPT, QUANTIZED, Entry
-from bitwright.llamacpp.artefact import is_gguf
+from bitwright.llamacpp.container import is_gguf
 from bitwright.models import COMPUTED, Skeleton, read_config
 from bitwright.qtensor import QTensor, Scales
 from bitwright.scheme import Zero

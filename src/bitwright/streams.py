@@ -12,7 +12,6 @@ from torch import Tensor
 from bitwright.block import observe
 from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import Checkpoint
-from bitwright.decisions import Planned
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.folds import find_folds
 from bitwright.intake import Intake
@@ -20,12 +19,12 @@ from bitwright.kv import KvCache
 from bitwright.ledger import LEFT_OUT
 from bitwright.llamacpp.artefact import GgufSource
 from bitwright.models import TOKENS_PER_BATCH
+from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.ranges import Histogram
+from bitwright.result import Progress
 from bitwright.store import BlockStatistics, Store, code_version
 from bitwright.threads import each
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

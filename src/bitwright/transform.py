@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitwright.decisions import Planned
 from bitwright.errors import RecipeError
 from bitwright.folds import Fold, applied
 from bitwright.inputs import Inputs
@@ -18,6 +17,7 @@ from bitwright.methods import NAMES, Awq, Smooth, Transform
 from bitwright.methods.scaling import Reader, Scaling
 from bitwright.methods.smooth import reach_of
 from bitwright.models import matrix_of
+from bitwright.planned import Planned
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Workplace:
                 "unfinished work with another source, recipe or calibration lies here", where=str(self.path),
                 remedy="finish it with the same arguments, or start afresh with --restart",
             )  # fmt: skip
-        missing = needed - sum(file.stat().st_size for file in self.path.glob("model-*.safetensors"))
+        missing = needed - sum(512 * file.stat().st_blocks for file in self.path.glob("model*"))
         free = shutil.disk_usage(out.absolute().parent).free
         if missing > free:
             message = f"OUT needs {missing:,} bytes more, the disk has {free:,} free"
@@ -76,6 +76,15 @@ class Workplace:
         """How many of the shards, in order, are done."""
         done = [(self.path / name).is_file() for name in names]
         return done.index(False) if False in done else len(done)
+
+    def noted(self, count: int) -> int:
+        """How many shares of a single file, of so many and in order, are done."""
+        done = [self._ledger(index).is_file() for index in range(count)]
+        return done.index(False) if False in done else count
+
+    def note(self, index: int, entries: list[Entry]) -> None:
+        """A share of a single file lies there, verified: make it count."""
+        write_file(self._ledger(index), to_jsonl(entries).encode())
 
     def ledger(self, index: int) -> list[Entry]:
         """What happened to the tensors of a committed shard."""

@@ -18,16 +18,11 @@ from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.intake import Intake
 from bitwright.llamacpp.architecture import config_of
-from bitwright.llamacpp.container import FLOATS, SUFFIX, WEIGHTS_AT_ONCE, GgufFile, Stored, Typed, decoded
+from bitwright.llamacpp.container import FLOATS, WEIGHTS_AT_ONCE, GgufFile, decoded, float_dtype
 from bitwright.llamacpp.names import Names
 from bitwright.llamacpp.positions import COMPUTED
 from bitwright.llamacpp.vocabulary import tokenizer_of
 from bitwright.qtensor import QTensor, reordered, stacked
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a model's path is that of a GGUF file."""
-    return path.suffix == SUFFIX
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -43,10 +38,7 @@ def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
     """
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
-    tokens, rows = file.keys.get("tokenizer.ggml.tokens"), file.tensors["token_embd.weight"].shape[0]
-    if isinstance(tokens, list) and len(tokens) != rows:
-        message = f"its vocabulary has {len(tokens)} tokens, its embedding {rows} rows"
-        raise CheckpointError(message, where=str(file.path), remedy="tokenizer and weights must belong together")
+    file.check_vocabulary()
     names, stored = Names(config), dict[str, str]()
     for parameter, shape in _parameters(config, str(file.path)).items():
         with suppress(FormatError):  # a buffer, or what is tied: llama.cpp has none
@@ -158,14 +150,6 @@ class GgufArtefact:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
-def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
-    """The type of a tensor that is to be rounded. CheckpointError if it is quantized already."""
-    if t.type not in FLOATS:
-        remedy = "quantize the float original; rounding twice only loses"
-        raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
-    return FLOATS[t.type]
-
-
 class GgufSource:
     """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
 
@@ -186,12 +170,3 @@ class GgufSource:
     def fingerprint(self) -> list[Any]:
         """What changes when the weights do."""
         return self.artefact.fingerprint()
-
-
-def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
-    """All keys of a file for one made of it, untouched but for what its types are called, and that it was in parts."""
-    file = GgufFile(path)
-    kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}
-    kept.pop("general.file_type", None)
-    changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
-    return {**kept, **changed, **({} if file_type is None else {"general.file_type": file_type})}

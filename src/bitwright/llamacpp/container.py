@@ -42,6 +42,12 @@ class Stored:
     type: Types
     shape: tuple[int, ...]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block * size
+
 
 class Typed(NamedTuple):
     """A key's value with its type in the file it was read from, and for arrays that of its entries."""
@@ -76,6 +82,13 @@ class GgufFile:
         """Itself, or all parts."""
         return sorted({t.file for t in self.tensors.values()})
 
+    def check_vocabulary(self) -> None:
+        """CheckpointError for a tokenizer of more or fewer tokens than the embedding has rows."""
+        tokens, table = self.keys.get("tokenizer.ggml.tokens"), self.tensors.get("token_embd.weight")
+        if isinstance(tokens, list) and table is not None and len(tokens) != table.shape[0]:
+            message = f"its vocabulary has {len(tokens)} tokens, its embedding {table.shape[0]} rows"
+            raise CheckpointError(message, where=str(self.path), remedy="tokenizer and weights must belong together")
+
     def key(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """The value of a key that must be there and of this kind."""
         if name not in self.keys:
@@ -85,27 +98,34 @@ class GgufFile:
             raise _wrong(self.path, f"key {name!r} is {str(found)[:40]!r}, which is of the wrong kind")
         return found
 
-    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor."""
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of a tensor row by row, or of its rows [first, last): uint8 [N, bytes]; all axes but the last are rows."""
         t = self.tensors[name]
-        with t.file.open("rb") as stream:
-            stream.seek(t.offset)
-            found = np.fromfile(stream, np.uint8, t.nbytes)
-        if len(found) != t.nbytes:
+        size = t.row_bytes
+        found = np.empty(((t.nbytes // size if last is None else last) - first, size), np.uint8)
+        with t.file.open("rb", buffering=0) as stream:
+            stream.seek(t.offset + first * size)
+            left = found.data.cast("B")
+            while len(left) and (count := stream.readinto(left)):
+                left = left[count:]
+        if len(left):
             raise _wrong(t.file, f"tensor {name!r} is cut short")
         return found
+
+    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of a tensor."""
+        return self.rows(name).reshape(-1)
 
     def read(self, name: str) -> Tensor:
         """A tensor's values in its own float type, or decoded to float32."""
         t = self.tensors[name]
         if t.type in FLOATS:
-            return torch.from_numpy(self.raw(name)).view(FLOATS[t.type]).view(t.shape)
+            return self.floats(name).view(t.shape)
         return self.decode(name, self.rows(name))
 
-    def rows(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The blocks of a quantized tensor, row by row: uint8 [N, bytes]."""
-        t = self.tensors[name]
-        return self.raw(name).reshape(-1, _row_bytes(t.shape[-1], t.type))
+    def floats(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor of floats, [N, K]."""
+        return torch.from_numpy(self.rows(name, first, last)).view(FLOATS[self.tensors[name].type])
 
     def decode(self, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         """Those as float32, in the tensor's shape."""
@@ -115,6 +135,11 @@ class GgufFile:
         for at in range(0, len(rows), step):
             out[at : at + step] = decoded(rows[at : at + step], t.type, name)
         return torch.from_numpy(out).view(t.shape)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model's path is that of a GGUF file."""
+    return path.suffix == SUFFIX
 
 
 def type_named(name: str) -> Types:
@@ -130,9 +155,21 @@ def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[An
         raise CheckpointError(f"blocks of type {kind.name} cannot be decoded", where=name) from error
 
 
-def _row_bytes(K: int, kind: Types) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return K // block * size
+def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
+    """The type of a tensor that is to be rounded. CheckpointError if it is quantized already."""
+    if t.type not in FLOATS:
+        remedy = "quantize the float original; rounding twice only loses"
+        raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
+    return FLOATS[t.type]
+
+
+def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
+    """All keys of a file for one made of it, untouched but for what its types are called, and that it was in parts."""
+    file = GgufFile(path)
+    kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}
+    kept.pop("general.file_type", None)
+    changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
+    return {**kept, **changed, **({} if file_type is None else {"general.file_type": file_type})}
 
 
 def _wrong(path: Path, message: str) -> CheckpointError:

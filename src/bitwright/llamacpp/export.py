@@ -1,10 +1,11 @@
 """A finished run's shards put together as one GGUF file: keys, tensors in llama.cpp's names and order of rows, verified.
 
-Blocks are moved, never changed: what the pipeline has verified, number by number, is copied row by row, and the bytes
-are compared once more when the file is there. The file is written by the gguf package.
+The file is begun with its keys, its table and room for all bytes, by the gguf package; each tensor is put in its place
+when it is there. Blocks of a finished run are moved, never changed: what the pipeline has verified, number by number, is
+copied row by row, and the bytes are compared once more.
 """
 
-import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,17 +17,13 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from bitwright.checkpoint import Checkpoint, disk_errors
-from bitwright.errors import FormatError, VerificationError
-from bitwright.llamacpp.architecture import architecture_of, keys_of
+from bitwright.errors import VerificationError
 from bitwright.llamacpp.container import FLOATS, SCALARS, GgufFile, Typed, Types
-from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
 from bitwright.threads import each
 
 NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
-POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}  # llama.cpp's numbers of them
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
@@ -39,33 +36,6 @@ class Piece:
     source: str
     kind: Types | None
     experts: int = 0
-
-
-def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: int | None) -> dict[str, Any]:
-    """All keys of the file. FormatError for an architecture or tokenizer that cannot be written."""
-    keys = keys_of(config) | {"general.name": source.resolve().name, "general.quantization_version": 2}
-    keys |= {} if file_type is None else {"general.file_type": file_type}
-    keys |= {} if architecture_of(config).causal else _pooling(source, str(keys["general.architecture"]))
-    return keys | vocabulary_keys(source, tokenizer, config.get_text_config().vocab_size)
-
-
-def _pooling(source: Path, name: str) -> dict[str, Any]:
-    """How a sentence encoder makes one vector of many, where its directory says so (sentence-transformers' modules.json).
-
-    FormatError for a way that llama.cpp does not have.
-    """
-    file = source / "modules.json"
-    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    where = next((source / m["path"] / "config.json" for m in modules if m["type"].endswith("Pooling")), None)
-    if where is None or not where.is_file():
-        return {}
-    said = json.loads(where.read_text(encoding="utf-8"))
-    chosen = [number for key, number in POOLINGS.items() if said.get(f"pooling_mode_{key}")]
-    if len(chosen) != 1:
-        raise FormatError(
-            "pooling that llama.cpp does not have", where=str(where), remedy=f"one of {', '.join(POOLINGS)}"
-        )
-    return {f"{name}.pooling_type": chosen[0]}
 
 
 class Naming(Protocol):
@@ -89,7 +59,7 @@ def write(
 
     computed: tensors in float32 that are no parameters, by their names in the file.
     """
-    order = sorted(pieces, key=lambda piece: _place(names.of(piece.parameter)))
+    order = sorted(pieces, key=lambda piece: place(names.of(piece.parameter)))
     opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
     stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
 
@@ -97,10 +67,13 @@ def write(
         return names.of(piece.parameter), *_written(names, piece, read(stored[piece.source], piece.source))
 
     more = [(name, Types.F32, tensor) for name, tensor in computed.items()]
-    with disk_errors(file):
-        _write(file, keys, [*(made(piece, _described) for piece in order), *more], chain(map(made, order), more))
-    written = GgufFile(file)
-    for wrong in each(lambda piece: _wrong(written, *made(piece)), order) + [_wrong(written, *one) for one in more]:
+    file.unlink(missing_ok=True)
+    with Making(file, keys, [*(made(piece, _described) for piece in order), *more]) as making:
+        for name, _, tensor in chain(map(made, order), more):
+            making.put(name, tensor)
+    for wrong in each(lambda piece: _wrong(making.file, *made(piece)), order) + [
+        _wrong(making.file, *one) for one in more
+    ]:
         if wrong:
             raise VerificationError("the tensor on disk is not the one that was meant", where=f"{file.name}: {wrong}")
 
@@ -122,7 +95,7 @@ def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _place(name: str) -> tuple[int, str]:
+def place(name: str) -> tuple[int, str]:
     """What is outside the blocks comes first, then block by block."""
     parts = name.split(".")
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
@@ -138,25 +111,58 @@ def _written(names: Naming, piece: Piece, tensor: Tensor) -> tuple[Types, Tensor
     return FLOAT_TYPES[tensor.dtype], tensor
 
 
-def _write(
-    file: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]],
-    tensors: Iterable[tuple[str, Types, Tensor]],
-) -> None:  # fmt: skip
-    """Keys, the table of tensors, their bytes. described: the same tensors without numbers."""
+class Making:
+    """A GGUF file in the making: all but the tensors' bytes is there, and those are put in their places in any order.
+
+    `file` reads what has been put.
+    """
+
+    def __init__(self, path: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]]) -> None:
+        """Begin the file, or go on with one that was begun before. described: its tensors, without their numbers."""
+        with disk_errors(path):
+            if not path.is_file():
+                begun = path.with_suffix(".begun")
+                _begin(begun, keys, list(described))
+                begun.replace(path)
+            self.file = GgufFile(path)
+            self._stream = path.open("r+b", buffering=0)
+
+    def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Write a tensor, or its rows from `first` on."""
+        t, left = self.file.tensors[name], _bytes(tensor).data
+        at = t.offset + first * t.row_bytes
+        with disk_errors(t.file):
+            while len(left):
+                count = os.pwrite(self._stream.fileno(), left, at)
+                left, at = left[count:], at + count
+
+    def flush(self) -> None:
+        """Come back when all that was put is on the disk."""
+        with disk_errors(self.file.path):
+            os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> "Making":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types, Tensor]]) -> None:
+    """Keys, the table of tensors, and room for their bytes."""
     writer = gguf.GGUFWriter(file, str(keys["general.architecture"]))
     for name, value in keys.items():
         _add_key(writer, name, value)
     for name, kind, tensor in described:
-        shape = tensor.view(torch.uint8).shape if tensor.dtype == torch.bfloat16 else tensor.shape
+        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if tensor.dtype == torch.bfloat16 else tensor.shape
         dtype: np.dtype[Any] = np.dtype(NUMPY.get(kind, np.uint8))
         writer.add_tensor_info(name, shape, dtype, tensor.nbytes, None if kind in NUMPY else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, tensor in tensors:
-        writer.write_tensor_data(_bytes(tensor))
     writer.flush()
     writer.close()
+    os.truncate(file, _aligned(file.stat().st_size) + sum(_aligned(tensor.nbytes) for _, _, tensor in described))
 
 
 def file_bytes(keys: Mapping[str, Any], tensors: Iterable[tuple[str, int, int]]) -> int:
