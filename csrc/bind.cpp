@@ -1,5 +1,5 @@
 // The extension's Python face: arrays come in by DLPack, shapes are checked here, rows are shared out among threads.
-#include "bind.h"
+#include "bind_rounding.h"
 
 using namespace bitwright;
 
@@ -23,38 +23,13 @@ bool is_half(const Values &values) {
 
 namespace {
 
-using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Codes = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // int8 or uint8
 using Groups = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-template <class Array>
-void shaped(const Array &array, size_t rows, size_t columns, const char *message) {
-    require(array.shape(0) == rows && array.shape(1) == columns, message);
-}
-
-int8_t *bytes_of(Codes &codes) {
-    require(codes.dtype().bits == 8, "codes must be int8 or uint8");
-    return (int8_t *)codes.data();
-}
-
-template <class Array>
-const float *data_of(std::optional<Array> &array) {
-    return array ? array->data() : nullptr;
-}
-
-// For a group of g weights in MOST_LANES rows.
-float *room_of_group(ptrdiff_t g) {
-    return scratch((2 * MOST_LANES + 1) * g).data();
-}
-
-Format make_format(int zero, int encoding, float lo, float hi, float first, float reach, const std::vector<float> &level,
-                   const std::vector<int> &code) {
+Format make_format(int zero, int encoding, float lo, float hi, float first, float reach, bool turned,
+                   const std::vector<float> &level, const std::vector<int> &code) {
     require(level.size() <= 16 && level.size() == code.size(), "a codebook has at most 16 levels, and a code for each");
     Format f{};
-    f.zero = zero, f.encoding = encoding, f.lo = lo, f.hi = hi, f.first = first, f.span = hi - lo, f.reach = reach;
+    f.zero = zero, f.encoding = encoding, f.lo = lo, f.hi = hi, f.first = first, f.span = hi - lo, f.reach = reach, f.turned = turned;
     f.levels = (int)level.size();
     for (int i = 0; i < f.levels; i++) {
         require(code[i] >= 0 && code[i] < 16, "codes of a codebook are 0 to 15");
@@ -78,7 +53,7 @@ void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector fact
              (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
     nb::gil_scoped_release unlocked;
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->search(f, a, room_of_group(g), first, last);
+        chosen->search(f, a, scratch(room_of_group(g)).data(), first, last);
     });
 }
 
@@ -97,11 +72,11 @@ void refine(const Format &f, Matrix w, Vector weight, Matrix move, Out scale, st
              outer_zero ? outer_zero->data() : nullptr, low, high, (ptrdiff_t)K, g, (ptrdiff_t)move.shape(0), rounds};
     nb::gil_scoped_release unlocked;
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->refine(f, a, room_of_group(256), first, last);
+        chosen->refine(f, a, scratch(room_of_group(256)).data(), first, last);
     });
 }
 
-void encode(const Format &f, Matrix w, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g, Codes codes, int threads) {
+void encode(const Format &f, Matrix w, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g, CodeArray codes, int threads) {
     size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
     shaped(scale, N, G, "scale must be [N, G]");
     shaped(codes, N, K, "codes must be [N, K]");
@@ -112,7 +87,7 @@ void encode(const Format &f, Matrix w, Matrix scale, std::optional<Matrix> zero,
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->encode(f, a, first, last); });
 }
 
-void missed(const Format &f, Matrix w, Vector weight, Codes codes, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g,
+void missed(const Format &f, Matrix w, Vector weight, CodeArray codes, Matrix scale, std::optional<Matrix> zero, ptrdiff_t g,
             Out sums, int threads) {
     size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
     require(g % MOST_LANES == 0 || (size_t)g == K, "groups must be of whole vectors, or of whole rows");
@@ -129,7 +104,7 @@ void missed(const Format &f, Matrix w, Vector weight, Codes codes, Matrix scale,
 }
 
 void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups group, Matrix scale, std::optional<Matrix> zero,
-           Codes codes, Out errors, int threads) {
+           CodeArray codes, Out errors, int threads) {
     size_t n = aim.shape(0), N = aim.shape(1);
     shaped(original, n, N, "original must be [n, N]");
     shaped(spread, n, n, "spread must be [n, n]");
@@ -148,7 +123,7 @@ void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups grou
     });
 }
 
-void sweep(const Format &f, Out decoded, Out pull, Codes codes, Out scale, std::optional<Matrix> zero, Matrix H,
+void sweep(const Format &f, Out decoded, Out pull, CodeArray codes, Out scale, std::optional<Matrix> zero, Matrix H,
            Vector curvature, float ridge, bool solve, ptrdiff_t g, ptrdiff_t begin, int threads) {
     size_t n = decoded.shape(0), N = decoded.shape(1);
     shaped(pull, n, N, "pull must be [n, N]");
@@ -217,7 +192,7 @@ void choose(const std::string &name) {
 NB_MODULE(_native, m) {
     using namespace nb::literals;
     nb::class_<Format>(m, "Format")
-        .def(nb::new_(&make_format), "zero"_a, "encoding"_a, "lo"_a, "hi"_a, "first"_a, "reach"_a, "level"_a, "code"_a);
+        .def(nb::new_(&make_format), "zero"_a, "encoding"_a, "lo"_a, "hi"_a, "first"_a, "reach"_a, "turned"_a, "level"_a, "code"_a);
     // Nothing is converted on the way in: a converted copy would swallow what is written to it.
     m.def("search", &search, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
           "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
@@ -238,6 +213,7 @@ NB_MODULE(_native, m) {
           "start"_a.noconvert(), "scale"_a.noconvert(), "stretch"_a.noconvert(), "stretch_square"_a.noconvert(),
           "zero"_a.noconvert().none(), "gradient"_a.noconvert().none(), "decoded"_a.noconvert(), "g"_a, "movable"_a,
           "rate"_a, "scale_rate"_a, "fresh"_a, "threads"_a);
+    bind_blocks(m);
     bind_products(m);
     bind_layers(m);
     m.def("names", &names);

@@ -27,6 +27,7 @@ void require(bool condition, const char *message);
 // Whether the numbers are bfloat16; they are float32 otherwise.
 bool is_half(const Values &values);
 
+void bind_blocks(nb::module_ &m);
 void bind_products(nb::module_ &m);
 void bind_layers(nb::module_ &m);
 

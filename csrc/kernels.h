@@ -22,6 +22,7 @@ struct Format {
     float first;            // lowest code that may be a zero point
     float span;             // hi - lo
     float reach;            // the value that the largest |w| is sent to; 0: the scale is the mean |w|
+    bool turned;            // whether a scale is below 0 where the largest |w| is above
     int levels;             // length of the codebook; 0: the code is its own value
     float level[16];        // its values, rising
     float middle[16];       // half way between neighbours; +inf behind the last

@@ -59,6 +59,7 @@ static INLINE auto folded(const Group &p, const Term &term) {
 static void from_range(const Format &f, Group &p, float shrink, float factor, Vec &scale, Vec &zero) {
     if (f.zero == SYM) {
         scale = f.reach == 0 ? p.mean * shrink : (-p.low > p.high ? -p.low : p.high) * factor;
+        if (f.turned) scale = p.high > -p.low ? -scale : scale;
         return;
     }
     Vec low = p.low * shrink, high = p.high * factor;
@@ -131,12 +132,38 @@ struct Best {
     }
 };
 
+// Numbers of two vectors whose places differ in the bit h change places: half of a transposition's step.
+template <int h, int... LANE>
+static INLINE void swap_places(Vec &a, Vec &b, std::integer_sequence<int, LANE...>) {
+    Vec low = __builtin_shufflevector(a, b, (LANE & h ? LANE - h + LANES : LANE)...);
+    b = __builtin_shufflevector(a, b, (LANE & h ? LANE + LANES : LANE + h)...);
+    a = low;
+}
+
+// LANES vectors, [row, column] -> [column, row].
+template <int h = LANES / 2>
+static INLINE void transpose(Vec (&r)[LANES]) {
+    if constexpr (h > 0) {
+        for (int i = 0; i < LANES; i++)
+            if (!(i & h)) swap_places<h>(r[i], r[i + h], std::make_integer_sequence<int, LANES>());
+        transpose<h / 2>(r);
+    }
+}
+
 // Rows [at, at + wide) of the group that begins at column `begin`.
 static void read_group(Group &p, const float *w, const float *weight, ptrdiff_t K, ptrdiff_t at, int wide, ptrdiff_t begin,
                        ptrdiff_t g) {
     p.g = (int)(K - begin < g ? K - begin : g);
-    for (int l = 0; l < LANES; l++)
-        for (int i = 0; i < p.g; i++) p.v[i * LANES + l] = l < wide ? w[(at + l) * K + begin + i] : 0;
+    int whole = wide == LANES ? p.g / LANES * LANES : 0;
+    w += at * K + begin;
+    for (int i = 0; i < whole; i += LANES) {
+        Vec r[LANES];
+        for (int l = 0; l < LANES; l++) r[l] = load(w + l * K + i);
+        transpose(r);
+        for (int l = 0; l < LANES; l++) store(p.v + (i + l) * LANES, r[l]);
+    }
+    for (int i = whole; i < p.g; i++)
+        for (int l = 0; l < LANES; l++) p.v[i * LANES + l] = l < wide ? w[l * K + i] : 0;
     for (int i = 0; i < p.g; i++) p.u[i] = weight[begin + i];
 }
 

@@ -13,7 +13,7 @@ import torch
 from gguf.quants import dequantize
 from typer.testing import CliRunner
 
-from bitwright import byname, quantize
+from bitwright import byrows, quantize
 from bitwright.cli import app
 from bitwright.errors import VerificationError
 from bitwright.llamacpp import export, imatrix
@@ -144,7 +144,7 @@ def test_a_run_that_was_cut_off_goes_on(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written and noted is not made again; what was written and not noted is."""
-    out, made = tmp_path / "a.gguf", byname._make
+    out, made = tmp_path / "a.gguf", byrows._make
     quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
 
     def cut(plan: Any, members: Any, *rest: Any) -> Any:
@@ -154,12 +154,12 @@ def test_a_run_that_was_cut_off_goes_on(
             raise KeyboardInterrupt
         return made(plan, members, *rest)
 
-    monkeypatch.setattr(byname, "_make", cut)
+    monkeypatch.setattr(byrows, "_make", cut)
     with pytest.raises(KeyboardInterrupt):
         quantize(files[1], out, scheme="q4_0", method="search", calib="none")
     assert not out.exists()
     again = []
-    monkeypatch.setattr(byname, "_make", lambda plan, members, *rest: again.append(1) or made(plan, members, *rest))
+    monkeypatch.setattr(byrows, "_make", lambda plan, members, *rest: again.append(1) or made(plan, members, *rest))
     quantize(files[1], out, scheme="q4_0", method="search", calib="none")
     assert len(again) == 4  # blocks 5 to 7, and what is outside
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()

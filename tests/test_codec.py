@@ -378,8 +378,10 @@ def test_snapping_loses_little(text: str) -> None:
         step = stored.outer.max() * dynamic_map().diff().max() / 2
     else:
         relative = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "e8m0": 2**0.5 - 1, "e4m3": 2**-4}[scheme.scale]
-        step = liked * relative
-    assert ((stored.scale - liked).abs() <= step * 1.01 + liked * 1e-3 * (scheme.scale in ("k8", "k6", "k4"))).all()
+        step = liked.abs() * relative
+    assert (
+        (stored.scale - liked).abs() <= step * 1.01 + liked.abs() * 1e-3 * (scheme.scale in ("k8", "k6", "k4"))
+    ).all()
 
 
 @pytest.mark.parametrize("text", ["int4-g32-asym-k6", "int6-g16-asym-k8", "int4-g32-asym1-k4"])

@@ -9,6 +9,7 @@ class Format:
         hi: float,
         first: float,
         reach: float,
+        turned: bool,
         level: list[float],
         code: list[int],
     ) -> None: ...
@@ -24,6 +25,22 @@ def search(
     zero: Tensor | None,
     threads: int,
 ) -> None: ...
+def round_rows(
+    format: Format,
+    w: Tensor,
+    weight: Tensor,
+    shrink: Tensor,
+    factor: Tensor,
+    g: int,
+    scale: Tensor,
+    zero: Tensor | None,
+    codes: Tensor,
+    sums: Tensor,
+    threads: int,
+) -> None: ...
+def put_side_by_side(numbers: Tensor, bytes: Tensor, bits: int) -> None: ...
+def put_rows(rows: Tensor, place: Tensor) -> None: ...
+def take_side_by_side(bytes: Tensor, numbers: Tensor, n: int, bits: int) -> None: ...
 def visit(
     format: Format,
     aim: Tensor,

@@ -6,39 +6,28 @@ Keys are carried over, rows stay where they are. Which tensors llama.cpp keeps i
 (llama-quant.cpp, `tensor_allows_quantization`).
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitwright.checkpoint import spec_bytes
-from bitwright.errors import CheckpointError, FormatError, RecipeError, VerificationError
-from bitwright.fitting import SAMPLED_ROWS, SLAB, fitted, rtn_lost
+from bitwright.errors import FormatError, RecipeError
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.format import Spec
 from bitwright.formats.ggml import TYPES
-from bitwright.inputs import Inputs
-from bitwright.ledger import KEPT, QUANTIZED, Entry
-from bitwright.llamacpp import export, imatrix
+from bitwright.ledger import KEPT, QUANTIZED
+from bitwright.llamacpp import export
 from bitwright.llamacpp.container import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.llamacpp.mixes import FILE_TYPES, MIXES, Place, type_in
-from bitwright.loss import ratio
-from bitwright.memory import peak_rss_bytes
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.planned import Planned
 from bitwright.recipe import Recipe, Rule
-from bitwright.result import Progress, Result
-from bitwright.threads import each
-from bitwright.version import __version__
-from bitwright.workplace import Workplace
 
 GGUF = FORMATS["gguf"]
 KEPT_PARTS = (
@@ -214,122 +203,3 @@ class _Chooser:
         """A count among the architecture's keys; of one for each block the largest; 0 where there is none."""
         found = self.file.keys.get(f"{self.file.keys['general.architecture']}.{key}", 0)
         return int(np.max(found)) if isinstance(found, int | np.ndarray) and np.size(found) else 0
-
-
-def run_by_name(
-    plan: NamePlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
-) -> Result:
-    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else.
-
-    The file is there from the beginning, with room for everything: rows are read, rounded, written into their place, read
-    back and compared, side by side. What a crash leaves is known by the ledgers of whole blocks.
-    """
-    begun = time.monotonic()
-    importance = imatrix.read(Path(calib)) if imatrix.is_imatrix(calib) else {}
-    shards = plan.shards
-    manifest = {
-        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
-    }  # fmt: skip
-    place = Workplace(out, manifest, needed=plan.bytes, resume=resume)
-    first = place.noted(len(shards))
-    ledger = [entry for i in range(first) for entry in place.ledger(i)]
-    made = place.path / "model.gguf"
-    try:
-        with export.Making(made, plan.keys, plan.described) as making:
-            for index in range(first, len(shards)):
-                progress("block", index, len(shards))
-                ledger += (entries := _make(plan, shards[index], making, importance))
-                making.flush()
-                place.note(index, entries)
-    except CheckpointError:
-        place.abandon()  # the source must be replaced: nothing here can be resumed
-        raise
-    progress("block", len(shards), len(shards))
-    written = made.stat().st_size
-    place.finish_file(made, ledger)
-    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
-
-
-def _make(
-    plan: NamePlan, members: list[Planned], making: export.Making, importance: Mapping[str, Tensor]
-) -> list[Entry]:
-    """Some tensors from the source to the file."""
-    jobs = [(t, first) for t in members for first in range(0, _height(t), _step(t))]
-
-    def one(job: tuple[Planned, int]) -> Lost:
-        t, first = job
-        return _make_rows(plan.file, making, t, first, importance.get(t.source))
-
-    found: dict[str, list[Lost]] = defaultdict(list)
-    for (t, _), lost in zip(jobs, each(one, jobs), strict=True):
-        found[t.source].append(lost)
-    return [_entry(t, found[t.source]) for t in members]
-
-
-class Lost(NamedTuple):
-    """The energy of rows and of their errors, float64 [n]; of a sample of them the energy and that of round to nearest's
-    error; and what that took."""
-
-    whole: Tensor
-    lost: Tensor
-    sampled: Tensor
-    by_rtn: Tensor
-    seconds: float
-
-
-NOTHING = torch.empty(0, dtype=torch.float64)
-
-
-def _height(t: Planned) -> int:
-    return prod(t.shape[:-1])
-
-
-def _step(t: Planned) -> int:
-    """Rows taken at a time: they stay in the cache."""
-    return max(1, SLAB // t.shape[-1])
-
-
-def _make_rows(file: GgufFile, making: export.Making, t: Planned, first: int, importance: Tensor | None) -> Lost:
-    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
-    begun = time.monotonic()
-    last = min(first + _step(t), _height(t))
-    w = file.floats(t.source, first, last)
-    if t.layer is None or t.rule is None:
-        _put(making, t.source, w.view(torch.uint8), first)
-        return Lost(NOTHING, NOTHING, NOTHING, NOTHING, 0)
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
-        raise CheckpointError("it has values that are NaN or Inf", where=t.source, remedy="get a good copy")
-    if importance is not None and len(importance) != t.layer.K:
-        importance = None  # of another shape: experts have one each
-    fit = fitted(torch.float32, t, w, Inputs() if importance is None else Inputs((t.stem,), gram=importance))
-    blocks = GGUF.encode(fit.outcome.q, replace(t.layer, N=last - first), t.dtype)["weight"]
-    wrong = GGUF.wrong({"types": {t.stem: t.layer.container}}, t.stem, {"weight": blocks}, fit.outcome.q)
-    if wrong:
-        raise VerificationError(f"{wrong} weights do not read back as meant", where=t.source)
-    _put(making, t.source, blocks, first)
-    some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
-    by_rtn = fit.lost[some] if t.rule.method == "rtn" else rtn_lost(w[some], t.layer.scheme, importance)
-    return Lost(fit.whole, fit.lost, fit.whole[some], by_rtn, time.monotonic() - begun)
-
-
-def _put(making: export.Making, name: str, rows: Tensor, first: int) -> None:
-    """Write rows of bytes, and compare what is there then. VerificationError if it is something else."""
-    making.put(name, rows, first)
-    if not np.array_equal(making.file.rows(name, first, first + len(rows)), rows.numpy()):
-        raise VerificationError("the bytes on disk are not those that were meant", where=name)
-
-
-def _entry(t: Planned, parts: list[Lost]) -> Entry:
-    """What the ledger says of a tensor."""
-    dtype = str(t.dtype).removeprefix("torch.")
-    if t.layer is None or t.rule is None:
-        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
-    loss = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
-    by_rtn = ratio(torch.cat([part.by_rtn for part in parts]), torch.cat([part.sampled for part in parts]))
-    nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
-    return Entry(
-        t.source, t.shape, dtype, QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, loss, by_rtn,
-        seconds=round(sum(part.seconds for part in parts), 4), fallback=t.layer.fallback, bytes=nbytes,
-    )  # fmt: skip

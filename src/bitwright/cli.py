@@ -3,6 +3,7 @@
 Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -274,4 +275,5 @@ def main() -> None:
     gc.set_threshold(
         100_000
     )  # importing torch and transformers makes a million objects that stay: do not count them often
+    atexit.register(gc.freeze)  # nor count them once more at the end
     sys.exit(app())

@@ -73,8 +73,13 @@ def raw_scales(
     """
     grid = scheme.levels
     if scheme.symmetric:
-        if grid.reach is not None:
-            return v.abs().amax(-1) * (shrink / grid.reach), None
+        if scheme.reach is not None:
+            largest = v.abs().amax(-1) * (shrink / scheme.reach)
+            if (
+                scheme.zero == "signed"
+            ):  # the grid's longer side, below 0, is for the side that the largest weight is on
+                largest = torch.where(v.amax(-1) > -v.amin(-1), -largest, largest)
+            return largest, None
         counts = torch.full(v.shape[1:2], float(v.shape[2]))
         if isinstance(scheme.group, int) and K % scheme.group:
             counts[-1] = K % scheme.group

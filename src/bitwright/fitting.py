@@ -17,7 +17,7 @@ from bitwright.scheme import Scheme
 from bitwright.threads import each
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
-SLAB = 1 << 19  # weights rounded at a time where nothing else is gained
+SLAB = 1 << 21  # weights rounded at a time where nothing else is gained: enough to be worth a call, little memory
 SAMPLED_ROWS = 64  # at least so many tell what round to nearest would lose
 
 
@@ -40,7 +40,10 @@ def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
         return _fit_at_once(dtype, t, w.float(), inputs)
     slabs = w.split(max(1, SLAB // w.shape[1]))
-    parts = each(lambda slab: _fit_at_once(dtype, t, slab.float(), inputs), slabs)
+    any_float = t.rule.method == "search"
+    parts = each(lambda slab: _fit_at_once(dtype, t, slab if any_float else slab.float(), inputs), slabs)
+    if len(parts) == 1:
+        return parts[0]
     q = stacked([part.outcome.q for part in parts])
     return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
 
@@ -48,7 +51,7 @@ def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
 def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
     if metric is None or not inputs.correlated:
-        lost, whole = missed(w, outcome.q, metric)
+        lost, whole = outcome.missed or missed(w.float(), outcome.q, metric)
         return Fit(outcome, whole, lost)
     fast = metric.dtype  # three digits of a loss are enough
     return Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))

@@ -6,7 +6,8 @@ What needs no model is done without loading what knows models: importing that ta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitwright.byname import NamePlan, plan_by_name, run_by_name
+from bitwright.byname import NamePlan, plan_by_name
+from bitwright.byrows import run_by_name
 from bitwright.formats import chosen
 from bitwright.llamacpp.container import GgufFile, is_gguf
 from bitwright.llamacpp.imatrix import is_imatrix

@@ -6,6 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux
 
 
@@ -29,6 +30,16 @@ def peak_since() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return peak_rss_bytes()
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next that ask, until `return_memory`: else each large tensor is memory that the
+    system hands out anew, page by page, and a tenth of a run goes into that."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(TRIM_THRESHOLD, 1 << 28)
+            mallopt(MMAP_THRESHOLD, 1 << 25)
 
 
 def return_memory() -> None:

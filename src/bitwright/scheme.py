@@ -197,6 +197,15 @@ class Scheme:
         return self.zero in ("sym", "signed")
 
     @property
+    def reach(self) -> float | None:
+        """What the largest |w| of a group is sent to: the grid's own reach; where scales may be negative its very end, on
+        whichever side that is, as llama.cpp has it."""
+        grid = self.levels
+        if self.zero != "signed" or grid.reach is None:
+            return grid.reach
+        return float(max(abs(level) for level in grid.levels or (grid.lo, grid.hi)))
+
+    @property
     def rowwise(self) -> bool:
         """Whether each output row is quantized apart from all others, so that matrices may be stacked."""
         return self.group != TENSOR and self.scale not in ("e4m3", "dq8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import integers_of
+from bitwright.kernels import native
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
 
@@ -51,13 +52,14 @@ class BlockType:
 def encode(q: QTensor, kind: BlockType) -> Tensor:
     """The bytes of a matrix [N, K / size · bytes] uint8; K is a multiple of the block's size."""
     N, K = q.codes.shape
-    packed = [kind.pack(_blocks(q, kind, rows)) for rows in torch.arange(N).split(max(1, CACHED // K))]
-    return torch.cat(packed).view(N, K // kind.size * kind.bytes)
+    step = max(1, CACHED // K)
+    packed = [kind.pack(_blocks(q, kind, slice(at, at + step))) for at in range(0, N, step)]
+    return (torch.cat(packed) if len(packed) > 1 else packed[0]).view(N, K // kind.size * kind.bytes)
 
 
-def _blocks(q: QTensor, kind: BlockType, rows: Tensor) -> Blocks:
+def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
     """Some rows, cut into blocks."""
-    here, scheme = slice(int(rows[0]), int(rows[-1]) + 1), q.scheme
+    scheme = q.scheme
     lowest = scheme.levels.lo if scheme.levels.levels is None and scheme.zero != "min" else 0
     codes = (q.codes[here].view(torch.uint8) + -lowest).reshape(-1, kind.size)  # modulo 256
     scale = q.scales.scale[here]
@@ -82,23 +84,24 @@ def half(x: Tensor) -> Tensor:
 
 
 def side_by_side(codes: Tensor, runs: int, bits: int) -> Tensor:
-    """[..., runs · n] -> [..., n]: the weights at one place of each run, `bits` bits each, the first run lowest.
-
-    Eight bytes are shifted as one number: none is so large that it would reach into the next.
-    """
-    parts = codes.unflatten(-1, (runs, -1)).contiguous()
-    parts = parts.view(torch.int64) if parts.shape[-1] % 8 == 0 else parts
-    total = parts[..., 0, :].clone()
-    for run in range(1, runs):
-        total |= parts[..., run, :] << (bits * run)
-    return total.view(torch.uint8)
+    """[..., runs · n] -> [..., n]: of the weights at one place of each run the `bits` lowest bits, the first run lowest."""
+    n = codes.shape[-1] // runs
+    if native is not None and n % 8 == 0:
+        out = torch.empty(*codes.shape[:-1], n, dtype=torch.uint8)
+        native.put_side_by_side(codes.reshape(-1, runs * n), out.view(-1, n), bits)
+        return out
+    parts = (codes & ((1 << bits) - 1)).unflatten(-1, (runs, n))
+    return (parts << torch.arange(0, runs * bits, bits, dtype=torch.uint8)[:, None]).sum(-2, dtype=torch.uint8)
 
 
 def beside(*parts: Tensor) -> Tensor:
-    """Bytes [B, n] of several, one after the other: two at a time, where that goes."""
-    if any(part.shape[1] % 2 for part in parts):
+    """Bytes [B, n] of several, one after the other."""
+    if native is None:
         return torch.cat(parts, 1)
-    return torch.cat([part.contiguous().view(torch.int16) for part in parts], 1).view(torch.uint8)
+    out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts), dtype=torch.uint8)
+    for part, place in zip(parts, out.split([part.shape[1] for part in parts], 1), strict=True):
+        native.put_rows(part, place)
+    return out
 
 
 def halves(codes: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def halves(codes: Tensor) -> Tensor:
 
 def nibbles(codes: Tensor) -> Tensor:
     """4 low bits of each 32 weights, the first sixteen lowest: [B, n] -> [B, n / 2]."""
-    return side_by_side((codes & 15).unflatten(-1, (-1, 32)), 2, 4).flatten(1)
+    return side_by_side(codes.unflatten(-1, (-1, 32)), 2, 4).flatten(1)
 
 
 def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
@@ -116,13 +119,13 @@ def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     s, m = scales.to(torch.uint8), minima.to(torch.uint8)
     first = s[:, :4] | (s[:, 4:] >> 4) << 6
     second = m[:, :4] | (m[:, 4:] >> 4) << 6
-    return torch.cat([first, second, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4], 1)
+    return beside(first, second, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4)
 
 
 def signed_six_bits(scales: Tensor) -> Tensor:
     """The 16 scales of Q3_K in 12 bytes: 16 low halves, then their two high bits."""
     s = (scales + 32).to(torch.uint8)
-    return beside(side_by_side(s & 15, 2, 4), side_by_side(s >> 4, 4, 2))
+    return beside(side_by_side(s, 2, 4), side_by_side(s >> 4, 4, 2))
 
 
 # -------------------------------------------------------------------------------------------------------------- types
@@ -161,13 +164,13 @@ def _q2_k(b: Blocks) -> Tensor:
 
 def _q3_k(b: Blocks) -> Tensor:
     high = side_by_side(b.codes >> 2, 8, 1)
-    low = side_by_side(halves(b.codes & 3), 4, 2).flatten(1)
+    low = side_by_side(halves(b.codes), 4, 2).flatten(1)
     return beside(high, low, signed_six_bits(b.scales), half(b.scale))
 
 
 def _by_64(codes: Tensor) -> Tensor:
     """4 low bits of each 64 weights, the first 32 lowest: [B, 256] -> [B, 128]."""
-    return side_by_side((codes & 15).view(-1, 4, 64), 2, 4).flatten(1)
+    return side_by_side(codes.view(-1, 4, 64), 2, 4).flatten(1)
 
 
 def _q4_k(b: Blocks) -> Tensor:
@@ -180,7 +183,7 @@ def _q5_k(b: Blocks) -> Tensor:
 
 
 def _q6_k(b: Blocks) -> Tensor:
-    low = side_by_side(halves(b.codes & 15), 2, 4).flatten(1)
+    low = side_by_side(halves(b.codes), 2, 4).flatten(1)
     high = side_by_side(halves(b.codes >> 4), 4, 2).flatten(1)
     return beside(low, high, b.scales.to(torch.int8).view(torch.uint8), half(b.scale))
 
@@ -213,7 +216,7 @@ def _digits(codes: Tensor, runs: int) -> Tensor:
 
 def _mxfp4(b: Blocks) -> Tensor:
     exponent = torch.frexp(b.scale).exponent - 1 + 127
-    return torch.cat([torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes)], 1)
+    return beside(torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes))
 
 
 def _type(name: str, size: int, size_in_bytes: int, pack: Callable[[Blocks], Tensor], scheme: str = "") -> BlockType:

@@ -1,6 +1,6 @@
 """The codes in llama.cpp's blocks, out of their bytes: a reader of its own, beside the gguf package's, and faster.
 
-What is written is checked by it, block by block. In numpy, number by number as ggml-quants.c's `dequantize_row` functions
+What is written is checked by it, block by block: number by number as ggml-quants.c's `dequantize_row` functions
 take them; nothing is shared with ggml.py, which writes, and the tests hold both against the package.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.codec import code_dtype
 from bitwright.formats.ggml import TYPES
+from bitwright.kernels import native
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -27,27 +28,23 @@ def codes_of(kind: str, rows: Tensor) -> Tensor:
     return torch.from_numpy(codes).view(code_dtype(TYPES[kind].scheme))
 
 
-def _fields(packed: Bytes, bits: int) -> list[Bytes]:
-    """[B, n] bytes -> the numbers of so many bits in them, lowest first: [B, n] each."""
-    packed = np.ascontiguousarray(packed)
-    flat = packed.reshape(-1)
-    if flat.size % 8:
-        return [(packed >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1) for i in range(8 // bits)]
-    wide, mask = flat.view(np.uint64), np.uint64(((1 << bits) - 1) * 0x0101010101010101)  # eight bytes at a time
-    return [((wide >> np.uint64(bits * i)) & mask).view(np.uint8).reshape(packed.shape) for i in range(8 // bits)]
-
-
-def _side(parts: list[Bytes], run: int) -> Bytes:
-    """Fields [B, n] of the same bytes -> [B, n · fields]: of each `run` bytes all first fields, then all second ones."""
-    return np.stack([part.reshape(len(part), -1, run) for part in parts], 2)
+def _apart(packed: Bytes, bits: int, run: int) -> Bytes:
+    """[B, n] bytes -> [B, 8 n / bits] numbers: of each `run` bytes all those in the lowest bits, then all above."""
+    if native is not None:
+        found = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
+        native.take_side_by_side(torch.from_numpy(packed), torch.from_numpy(found), run, bits)
+        return found
+    stretches = packed.reshape(len(packed), -1, 1, run)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    return ((stretches >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
 
 
 def _nibbles(start: int, run: int = 16, stop: int | None = None) -> Callable[[Bytes], Bytes]:
-    return lambda b: _side(_fields(b[:, start:stop], 4), run)
+    return lambda b: _apart(b[:, start:stop], 4, run)
 
 
 def _pairs(start: int) -> Callable[[Bytes], Bytes]:
-    return lambda b: _side(_fields(b[:, start : start + 64], 2), 32)
+    return lambda b: _apart(b[:, start : start + 64], 2, 32)
 
 
 def _fifth(at: int) -> Callable[[Bytes], Bytes]:
@@ -65,22 +62,16 @@ def _above(low: Bytes, high: Bytes, bits: int) -> Bytes:
     return low | np.left_shift(high, np.uint8(bits), dtype=np.uint8)
 
 
-def _bit_of(mask: Bytes, runs: int) -> Bytes:
-    """32 bytes a block, a bit of each for every run of 32 weights: [B, runs, 32]."""
-    return np.stack(_fields(mask, 1)[:runs], 1)
-
-
 def _q3_k(b: Bytes) -> Bytes:
-    return _above(_pairs(32)(b).reshape(len(b), 8, 32), _bit_of(b[:, :32], 8), 2)
+    return _above(_pairs(32)(b), _apart(b[:, :32], 1, 32), 2)
 
 
 def _q5_k(b: Bytes) -> Bytes:
-    return _above(_nibbles(48, 32)(b).reshape(len(b), 8, 32), _bit_of(b[:, 16:48], 8), 4)
+    return _above(_nibbles(48, 32)(b), _apart(b[:, 16:48], 1, 32), 4)
 
 
 def _q6_k(b: Bytes) -> Bytes:
-    low = _side(_fields(b[:, :128], 4), 64).reshape(len(b), 8, 32)
-    return _above(low, _side(_fields(b[:, 128:192], 2), 32).reshape(len(b), 8, 32), 4)
+    return _above(_apart(b[:, :128], 4, 64), _apart(b[:, 128:192], 2, 32), 4)
 
 
 def _tq1_0(b: Bytes) -> Bytes:

@@ -41,6 +41,11 @@ def _same_scales(a: Scales, b: Scales) -> bool:
     return same_zero and torch.equal(a.scale, b.scale)
 
 
+def reads_back(kind: str, blocks: Tensor, q: QTensor) -> bool:
+    """Whether rows of blocks uint8 [N, bytes] hold a matrix's codes and scales, by readers of our own."""
+    return _alike(codes_of(kind, blocks), q.codes) and _same_scales(scales_of(kind, blocks, kind)[1], q.scales)
+
+
 class Gguf:
     """Block types of llama.cpp, the embedding and the output head among them."""
 
@@ -83,8 +88,7 @@ class Gguf:
         """See `Format.wrong`: every code and scale by readers of our own, and a row by the gguf package; all of it by the
         package where those are not of one mind."""
         kind, blocks = config["types"][name], tensors["weight"]
-        same = _alike(codes_of(kind, blocks), q.codes) and _same_scales(scales_of(kind, blocks, name)[1], q.scales)
-        read = blocks[:1] if same else blocks
+        read = blocks[:1] if reads_back(kind, blocks, q) else blocks
         return differing(self.decode(config, name, {"weight": read}), rows(q, 0, len(read)))
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:

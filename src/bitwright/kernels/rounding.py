@@ -46,7 +46,8 @@ def _format(scheme: Scheme) -> object:
         lo=lo,
         hi=hi,
         first=lo + (scheme.zero == "asym1"),
-        reach=grid.reach or 0.0,
+        reach=scheme.reach or 0.0,
+        turned=scheme.zero == "signed",
         level=[level for level, _ in rising],
         code=[code for _, code in rising],
     )
@@ -61,17 +62,43 @@ def search(
     is not finite gets the scale NaN.
     """
     assert native is not None
-    w = w.contiguous()
-    N, K = w.shape
-    scale = torch.empty(N, scheme.groups(K))
-    zero = None if scheme.symmetric else torch.empty_like(scale)
-    below = [pair[0] for pair in shrinks]
-    above = [pair[0] / (scheme.levels.reach or 1.0) if scheme.symmetric else pair[1] for pair in shrinks]
+    scale, zero = _no_scales(w, scheme)
     native.search(
-        _format(scheme), w, importance.contiguous(), torch.tensor(below), torch.tensor(above),
-        scheme.group_length(K), scale, zero, torch.get_num_threads(),
+        _format(scheme), w.contiguous(), importance.contiguous(), *_ranges(scheme, shrinks), scheme.group_length(w.shape[1]),
+        scale, zero, torch.get_num_threads(),
     )  # fmt: skip
     return scale, zero
+
+
+def _no_scales(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    scale = torch.empty(w.shape[0], scheme.groups(w.shape[1]))
+    return scale, None if scheme.symmetric else torch.empty_like(scale)
+
+
+def _ranges(scheme: Scheme, shrinks: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """Factors on the range as the extension wants them."""
+    below = [pair[0] for pair in shrinks]
+    above = [pair[0] / (scheme.reach or 1.0) if scheme.symmetric else pair[1] for pair in shrinks]
+    return torch.tensor(below), torch.tensor(above)
+
+
+def searched(
+    w: Tensor, importance: Tensor | None, scheme: Scheme, shrinks: list[tuple[float, float]]
+) -> tuple[QTensor, Tensor, Tensor]:
+    """`search`, `encode` under what it finds, and `missed`, in one go: for encodings of one level.
+
+    w [N, K] float32 or bfloat16; importance [K] or None.
+    """
+    assert native is not None
+    w = w.contiguous() if w.dtype == torch.bfloat16 else w.float().contiguous()
+    weight = torch.ones(w.shape[1]) if importance is None else importance.float().contiguous()
+    scale, zero = _no_scales(w, scheme)
+    codes, sums = torch.empty(w.shape, dtype=code_dtype(scheme)), torch.empty(2, len(w))
+    native.round_rows(
+        _format(scheme), w, weight, *_ranges(scheme, shrinks), scheme.group_length(w.shape[1]), scale, zero, codes, sums,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return QTensor(codes, Scales(scale, zero), scheme, tuple(w.shape)), sums[0].double(), sums[1].double()
 
 
 def refine(

@@ -36,6 +36,7 @@ from bitwright.scheme import TENSOR, Scheme
 Objective = Literal["mse", "weighted", "percentile"]
 ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
 SUPERBLOCKS = ("k8", "k6", "k4")  # integers under a common f16
+SECOND = {4: 0.93, 5: 1.06, 6: 1.03, 8: 1.01}  # beside the range as it is, by bits: where one more finds most
 CHUNK = 1 << 19  # weights searched at a time: enough to keep the threads busy, little memory
 
 
@@ -50,18 +51,24 @@ def search(
 ) -> Outcome:
     """Round to nearest under searched scales.
 
-    w [N, K]; gram [K, K] or its diagonal [K] (needed by "weighted"; None falls back to "mse" by definition of an unknown
-    input: all columns alike). "percentile" clips each group at that percentile of |w| instead of searching. Raises
-    RecipeError for an unknown objective or a percentile outside (0, 100].
+    w [N, K] of any float type; gram [K, K] or its diagonal [K] (needed by "weighted"; None falls back to "mse" by definition
+    of an unknown input: all columns alike). "percentile" clips each group at that percentile of |w| instead of searching.
+    Raises RecipeError for an unknown objective or a percentile outside (0, 100].
     """
-    matrix = w.reshape(w.shape[0], -1).float()
     if objective == "percentile":
+        matrix = w.reshape(w.shape[0], -1).float()
         return Outcome(rounding.encode(w, _clipped(matrix, scheme, percentile), scheme))
     if objective not in ("mse", "weighted"):
         raise RecipeError(f"unknown objective {objective!r}", remedy="mse, weighted or percentile")
     known = gram if objective == "weighted" else None
     importance = None if known is None else (known if known.ndim == 1 else known.diagonal()).clamp(min=0)
-    return Outcome(rounding.encode(w, best_scales(matrix, scheme, importance, steps=steps), scheme))
+    if w.ndim == 2 and scheme.scale in ONE_LEVEL and rounding.handles(scheme, w):
+        q, lost, whole = rounding.searched(w, importance, scheme, _shrinks(scheme, steps))
+        if not bool(lost.sum().isfinite()):
+            snap(q.scales.scale, None, scheme)  # SchemeError for a weight that is not
+        return Outcome(q, missed=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
+    w = w.float()
+    return Outcome(rounding.encode(w, best_scales(w.reshape(len(w), -1), scheme, importance, steps=steps), scheme))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
@@ -154,8 +161,12 @@ def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
         )
     if scheme.scale == "e8m0":
         widest = 1.5  # powers of two may round down to a range too narrow
+    if steps <= 2:
+        return [(s, s) for s in (1.0, SECOND.get(bits, 0.85))[:steps]]
     tried = torch.linspace(widest, narrowest, steps)
     tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
+    if scheme.zero == "signed" and scheme.reach and scheme.levels.reach:
+        tried *= scheme.reach / scheme.levels.reach  # as if the range did not reach as far
     signs = (1, -1) if scheme.zero == "signed" else (1,)
     return [(sign * s, sign * s) for s in tried.tolist() for sign in signs]
 

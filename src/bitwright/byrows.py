@@ -1,0 +1,167 @@
+"""A plan by name carried out: rows are read, rounded, written into their place, read back and compared, side by side.
+
+The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.byname import GGUF, NamePlan
+from bitwright.errors import CheckpointError, SchemeError, VerificationError
+from bitwright.fitting import SAMPLED_ROWS, SLAB, fitted, rtn_lost
+from bitwright.formats.gguf import reads_back
+from bitwright.inputs import Inputs
+from bitwright.ledger import KEPT, QUANTIZED, Entry
+from bitwright.llamacpp import export, imatrix
+from bitwright.llamacpp.container import GgufFile
+from bitwright.loss import ratio
+from bitwright.memory import keep_memory, peak_rss_bytes
+from bitwright.planned import Planned
+from bitwright.qtensor import rows
+from bitwright.result import Progress, Result
+from bitwright.threads import alone, each
+from bitwright.version import __version__
+from bitwright.workplace import Workplace
+
+
+def run_by_name(
+    plan: NamePlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
+) -> Result:
+    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    begun = time.monotonic()
+    keep_memory()
+    importance = imatrix.read(Path(calib)) if imatrix.is_imatrix(calib) else {}
+    shards = plan.shards
+    manifest = {
+        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
+    }  # fmt: skip
+    place = Workplace(out, manifest, needed=plan.bytes, resume=resume)
+    first = place.noted(len(shards))
+    ledger = [entry for i in range(first) for entry in place.ledger(i)]
+    made = place.path / "model.gguf"
+    try:
+        with export.Making(made, plan.keys, plan.described) as making, alone(1) as clerk:
+
+            def commit(index: int, entries: list[Entry]) -> None:
+                making.flush()
+                place.note(index, entries)
+
+            noted = []  # in order: there is one clerk, who waits for the disk while the next block is rounded
+            for index in range(first, len(shards)):
+                progress("block", index, len(shards))
+                ledger += (entries := _make(plan, shards[index], making, importance))
+                noted.append(clerk.submit(commit, index, entries))
+            for one in noted:
+                one.result()
+    except CheckpointError:
+        place.abandon()  # the source must be replaced: nothing here can be resumed
+        raise
+    progress("block", len(shards), len(shards))
+    written = made.stat().st_size
+    place.finish_file(made, ledger)
+    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
+
+
+def _make(
+    plan: NamePlan, members: list[Planned], making: export.Making, importance: Mapping[str, Tensor]
+) -> list[Entry]:
+    """Some tensors from the source to the file."""
+    jobs = [(t, first) for t in members for first in range(0, _height(t), _step(t))]
+
+    def one(job: tuple[Planned, int]) -> Part:
+        t, first = job
+        return _make_rows(plan.file, making, t, first, importance.get(t.source))
+
+    found: dict[str, list[Part]] = defaultdict(list)
+    for (t, _), part in zip(jobs, each(one, jobs), strict=True):
+        found[t.source].append(part)
+    return [_entry(t, found[t.source], importance.get(t.source)) for t in members]
+
+
+class Part(NamedTuple):
+    """Some rows: the energy of each and of its error, float64 [n]; every so manieth row, and its energy; seconds."""
+
+    whole: Tensor
+    lost: Tensor
+    sample: Tensor
+    sampled: Tensor
+    seconds: float
+
+
+NOTHING = torch.empty(0)
+
+
+def _height(t: Planned) -> int:
+    return prod(t.shape[:-1])
+
+
+def _step(t: Planned) -> int:
+    """Rows taken at a time: they stay in the cache."""
+    return max(1, SLAB // t.shape[-1])
+
+
+def _inputs(t: Planned, importance: Tensor | None) -> Inputs:
+    """What is known of a matrix's columns; nothing if the importance is of another shape: experts have one each."""
+    known = importance is not None and t.layer is not None and len(importance) == t.layer.K
+    return Inputs((t.stem,), gram=importance) if known else Inputs()
+
+
+def _make_rows(file: GgufFile, making: export.Making, t: Planned, first: int, importance: Tensor | None) -> Part:
+    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
+    begun = time.monotonic()
+    last = min(first + _step(t), _height(t))
+    w = file.floats(t.source, first, last)
+    if t.layer is None or t.rule is None:
+        kept = w.view(torch.uint8)
+        making.put(t.source, kept, first)
+        _check(np.array_equal(making.file.rows(t.source, first, last), kept.numpy()), t)
+        return Part(NOTHING, NOTHING, NOTHING, NOTHING, 0)
+    try:
+        fit = fitted(torch.float32, t, w, _inputs(t, importance))
+    except SchemeError as error:
+        if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
+            raise
+        message = "it has values that are NaN or Inf"
+        raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
+    q = fit.outcome.q
+    making.put(t.source, GGUF.encode(q, replace(t.layer, N=last - first), t.dtype)["weight"], first)
+    found = torch.from_numpy(making.file.rows(t.source, first, last))
+    _check(reads_back(t.layer.container, found, q), t)
+    if first == 0:  # by the gguf package too
+        types = {"types": {t.stem: t.layer.container}}
+        _check(GGUF.wrong(types, t.stem, {"weight": found[:1]}, rows(q, 0, 1)) == 0, t)
+    some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
+    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], time.monotonic() - begun)
+
+
+def _check(alike: bool, t: Planned) -> None:
+    """VerificationError if rows do not read back as they were meant."""
+    if not alike:
+        raise VerificationError("what lies on the disk is not what was meant", where=t.source)
+
+
+def _entry(t: Planned, parts: list[Part], importance: Tensor | None) -> Entry:
+    """What the ledger says of a tensor."""
+    dtype = str(t.dtype).removeprefix("torch.")
+    if t.layer is None or t.rule is None:
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
+    loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
+    if t.rule.method != "rtn":
+        rounded = rtn_lost(torch.cat([part.sample for part in parts]), t.layer.scheme, _inputs(t, importance).gram)
+        by_rtn = ratio(rounded, torch.cat([part.sampled for part in parts]))
+    nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
+    return Entry(
+        t.source, t.shape, dtype, QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, loss, by_rtn,
+        seconds=round(sum(part.seconds for part in parts), 4), fallback=t.layer.fallback, bytes=nbytes,
+    )  # fmt: skip
