@@ -19,7 +19,7 @@ sanitize:
 	$(SANITIZED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-C cmake.define.BITWRIGHT_SANITIZE=ON -C build-dir=build/sanitized-objects ".[dev]"
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(SANITIZED)/bin/pytest tests/test_kernels.py tests/test_matmul.py tests/test_native_layers.py tests/test_loading.py
+		$(SANITIZED)/bin/pytest tests/test_kernels.py tests/test_blocks.py tests/test_matmul.py tests/test_native_layers.py tests/test_loading.py
 
 # Kernels for ARM, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -DBITWRIGHT_ARM
