@@ -75,6 +75,23 @@ def test_it_is_announced_and_methods_give_way_on_record(files: tuple[Path, Path]
     assert plan["bytes"] == (tmp_path / "x.gguf").stat().st_size
 
 
+def test_an_importance_matrix_counts_the_same(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whether a model is planned or not; and one of another model is refused where the model is known."""
+    tensors = GgufFile(files[0]).tensors
+    values = {n: torch.rand(t.shape[-1]) + 0.1 for n, t in tensors.items() if n.startswith("blk") and len(t.shape) == 2}
+    imatrix.write(tmp_path / "m.gguf", values, tokens=10, seqlen=10, text="t")
+    (tmp_path / "recipe.toml").write_text('[[rule]]\nmatch = "*"\nscheme = "q3_k_m"\n')
+    how = ["--scheme", "q3_k_m", "--method", "search", "--calib", str(tmp_path / "m.gguf")]
+    for name, more in (("a", ["--recipe", str(tmp_path / "recipe.toml")]), ("b", [])):
+        run("quantize", str(files[0]), str(tmp_path / f"{name}.gguf"), *how, *more)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    values.pop("blk.3.attn_q.weight")
+    imatrix.write(tmp_path / "m.gguf", values, tokens=10, seqlen=10, text="t")
+    for more in (["--recipe", str(tmp_path / "recipe.toml")], []):
+        refused = run("quantize", str(files[0]), str(tmp_path / "c.gguf"), *how, *more, fine=(2,))
+        assert "it has nothing for blk.3.attn_q.weight" in refused["error"] and not (tmp_path / "c.gguf").exists()
+
+
 def test_an_importance_matrix_counts(files: tuple[Path, Path], tmp_path: Path) -> None:
     weight = torch.arange(256.0) % 7 * 10 + 0.1
     importance = {"blk.0.ffn_up.weight": weight}

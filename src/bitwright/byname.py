@@ -22,7 +22,7 @@ from bitwright.formats import FORMATS, Layer
 from bitwright.formats.format import Spec
 from bitwright.formats.ggml import TYPES
 from bitwright.ledger import KEPT, QUANTIZED
-from bitwright.llamacpp import export
+from bitwright.llamacpp import export, imatrix
 from bitwright.llamacpp.container import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.llamacpp.mixes import FILE_TYPES, MIXES, Place, type_in
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
@@ -47,6 +47,19 @@ class NamePlan:
     recipe: Recipe
     tensors: tuple[Planned, ...]
     notes: tuple[str, ...]
+    unknown: bool  # the architecture
+
+    def importance(self, file: Path) -> dict[str, Tensor]:
+        """What an importance matrix says of the columns of these tensors, by name. CalibrationError for a file that is damaged
+        or, where the architecture is known, not of this model."""
+        found = imatrix.read(file)
+        for t in self.tensors:
+            known = found.get(t.source)
+            if self.unknown or t.layer is None or (known is None and t.block is None):
+                continue  # llama.cpp looks at blocks only
+            if known is None or len(known) != t.layer.K:
+                raise imatrix.of_another_model(file, t.source, known, t.layer.K)
+        return found
 
     @property
     def shards(self) -> list[list[Planned]]:
@@ -141,7 +154,7 @@ def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bo
         if fallbacks
         else []
     )
-    return NamePlan(source, file, recipe, tensors, (*notes, *more))
+    return NamePlan(source, file, recipe, tensors, (*notes, *more), unknown)
 
 
 class _Chooser:

@@ -39,7 +39,7 @@ def run_by_name(
     """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
     begun = time.monotonic()
     keep_memory()
-    importance = imatrix.read(Path(calib)) if imatrix.is_imatrix(calib) else {}
+    importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
     manifest = {
         "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],

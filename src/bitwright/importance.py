@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.errors import CalibrationError, RecipeError
+from bitwright.errors import RecipeError
 from bitwright.inputs import Inputs
 from bitwright.llamacpp import imatrix
 from bitwright.llamacpp.names import Names
@@ -45,9 +45,7 @@ class Importance:
             if stored is None and t.block is None:
                 continue  # llama.cpp looks at blocks only
             if stored is None or len(stored) != t.layer.K:
-                size = "nothing" if stored is None else f"{len(stored)} columns"
-                message = f"it has {size} for {names.of(t.parameter)}, not {t.layer.K} columns"
-                raise CalibrationError(message, where=str(file), remedy="give an importance matrix of this very model")
+                raise imatrix.of_another_model(file, names.of(t.parameter), stored, t.layer.K)
             values[t.layer.name] = stored
         return cls(values, digest(file.read_bytes()))
 

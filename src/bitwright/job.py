@@ -15,6 +15,8 @@ from bitwright.recipe import Recipe
 from bitwright.result import Progress, Result
 from bitwright.workplace import check_out
 
+NEEDING_NO_MODEL = ("rtn", "search", "hqq")
+
 if TYPE_CHECKING:
     from bitwright.preflight import Plan
 
@@ -30,9 +32,11 @@ def planned(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
     rules = rules.without_text() if calib == "none" else rules
+    weighted = is_imatrix(calib)
     alone = is_gguf(model) and _needs_no_model(rules, recipe, format, calib)
-    if alone or (is_gguf(model) and _is_unknown(model)):
-        return plan_by_name(model, rules, format, weighted=is_imatrix(calib), unknown=not alone)
+    unknown = is_gguf(model) and (weighted or not alone) and _is_unknown(model)
+    if alone or unknown:
+        return plan_by_name(model, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen)
@@ -40,8 +44,10 @@ def planned(
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
     """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
-    transformed = any(rule.transforms for rule in rules.active)
-    return calib == "none" and format == "gguf" and not (recipe or rules.needs_calibration or transformed)
+    alone = all(
+        rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
+    )
+    return (calib == "none" or is_imatrix(calib)) and format == "gguf" and alone and not (recipe or rules.kv_cache)
 
 
 def _is_unknown(model: Path) -> bool:

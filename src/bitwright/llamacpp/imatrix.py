@@ -106,3 +106,10 @@ def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def of_another_model(file: Path, name: str, found: Tensor | None, K: int) -> CalibrationError:
+    """What to raise where a matrix of K columns is known by others, or not at all."""
+    size = "nothing" if found is None else f"{len(found)} columns"
+    remedy = "give an importance matrix of this very model"
+    return CalibrationError(f"it has {size} for {name}, not {K} columns", where=str(file), remedy=remedy)
