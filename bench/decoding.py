@@ -1,13 +1,15 @@
 """How fast models run, beside llama.cpp on the same threads in one run.
 
-    python -m bench.decoding [--size 1b] [--prompt 512] [--decode 64]
+    python -m bench.decoding [--size 1b] [--prompt 512] [--decode 64] [--mixes Q4_0,Q4_K_M [--files-only]]
 
 A Llama shape with random weights: bitwright at int4-g128 and int8 with inputs of 8 and of 16 bits, and llama.cpp's Q4_0
-and Q4_K_M; the same Q4_K_M file also in bitwright. Speeds are medians; the last columns compare with the best of
-llama.cpp's quantized prompts and with its decoding of the same number of bits. Needs `bench/peers/install.sh llamacpp`.
+and Q4_K_M; the same Q4_K_M file (or all others named but the first) also in bitwright. Speeds are medians; the last columns
+compare with the best of llama.cpp's quantized prompts and with its decoding of the same number of bits. Needs
+`bench/peers/install.sh llamacpp`.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -16,7 +18,6 @@ from pathlib import Path
 from bench.gguf_vs_llamacpp import THREADS, TOOLS, tool
 from bench.measure import BITWRIGHT, OUT, run, table
 
-MIXES = ("Q4_0", "Q4_K_M")
 OURS = (("int4-g128", 8), ("int4-g128", 16), ("int8-channel", 8), ("int8-channel", 16))
 
 
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--size", default="1b")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--mixes", default="Q4_0,Q4_K_M")
+    parser.add_argument("--files-only", action="store_true", help="leave out what bitwright rounds itself")
     parser.add_argument("--keep", action="store_true", help="keep the model and its files")
     args = parser.parse_args()
     if not TOOLS.exists():
@@ -64,25 +67,25 @@ def main() -> None:
     model, whole = work / args.size, work / f"{args.size}.gguf"
     if not model.exists():
         run([sys.executable, "-m", "bench.make_llama", str(model), "--size", args.size])
-    files = {mix: work / f"{args.size}-{mix}.gguf" for mix in MIXES}
+    files = {mix: work / f"{args.size}-{mix}.gguf" for mix in args.mixes.split(",")}
     if not all(file.exists() for file in files.values()):
         run([*BITWRIGHT, "convert", str(model), str(whole), "--json"])
-        for mix, file in files.items():
+        for mix, file in files.items():  # without a matrix of importance, which random weights have none of
             tool("llama-quantize", str(whole), str(file), mix)
         whole.unlink()
     theirs = {mix: llamacpp(file, args) for mix, file in files.items()}
     rows = {f"llama.cpp {mix}": found for mix, found in theirs.items()}
-    for scheme, bits in OURS:
+    for scheme, bits in () if args.files_only else OURS:
         rows[f"{scheme}, inputs of {bits} bits"] = bitwright(
             model, args, "--scheme", scheme, "--activations", str(bits)
         )
-    for bits in (8, 16):
-        name = f"that Q4_K_M file, inputs of {bits} bits"
-        rows[name] = bitwright(files["Q4_K_M"], args, "--activations", str(bits))
+    first, *others = files
+    for mix, bits in itertools.product(others, (8, 16)):
+        rows[f"that {mix} file, inputs of {bits} bits"] = bitwright(files[mix], args, "--activations", str(bits))
     best = max(found["prefill"] for found in theirs.values())
     lines = []
     for name, found in rows.items():
-        peer = theirs["Q4_K_M" if "Q4_K_M" in name else "Q4_0"]["decode"]
+        peer = theirs[next((mix for mix in others if mix in name.split()), first)]["decode"]
         limit = f"{found['bandwidth']:.2f}" if "bandwidth" in found else ""
         peak = f"{found['peak']:.0f}" if "peak" in found else ""
         ratios = [f"{found['prefill'] / best:.2f}", f"{found['decode'] / peer:.2f}"]

@@ -133,6 +133,7 @@ template <int XBYTES, Offset OFFSET>
 static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t panel) {
     if (w.table && w.bytes == 2) return multiply_row<4, XBYTES, 2, true, SAME>(w, x, y, panel);
     if (w.table && w.bits == 4) return multiply_row<4, XBYTES, 1, true, SAME>(w, x, y, panel);
+    if (w.table && w.bits == 3) return multiply_row<3, XBYTES, 1, true, SAME>(w, x, y, panel);
     if (w.table) return multiply_row<1, XBYTES, 1, true, SAME>(w, x, y, panel);
     switch (w.bits) {
         case 1: return multiply_row<1, XBYTES, 1, false, OFFSET>(w, x, y, panel);

@@ -7,12 +7,16 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: as the command line does
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.kernels import native
+from bitwright.llamacpp.container import GgufFile
 from bitwright.nn import native as layers_in_native_code
 
 ISAS = [] if native is None else native.names()
@@ -57,6 +61,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 BERT = {
     key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "bos_token_id", "eos_token_id")
 }
+PADDED = {**BERT, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 66}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": {**PADDED, "vocab_size": 262},
+    "xlm-roberta": PADDED,
+    "distilbert": {
+        "vocab_size": 257, "dim": 64, "hidden_dim": 128, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
 
 
 def save_tokenizer(folder: Path, **options: Any) -> None:
@@ -88,22 +101,137 @@ def save_wordpiece(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_roberta(folder: Path) -> None:
+    """RoBERTa's kind of tokenizer, of single bytes and "th"."""
+    special = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*special.values(), *alphabet, "th"]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("t", "h")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {f"{name}_token": token for name, token in special.items()} | {"cls_token": "<s>", "sep_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
+
+
+def charsmap(replacements: dict[str, str]) -> bytes:
+    """A table of replacements as sentencepiece compiles it: a double array of UTF-8 prefixes, and the strings behind it.
+
+    A node's children lie at (its place ^ its offset) ^ byte; a word's end is the child of byte 0, which holds where its
+    replacement begins.
+    """
+    trie: dict[int, Any] = {}
+    strings = b""
+    for text, other in replacements.items():
+        node = trie
+        for byte in text.encode():
+            node = node.setdefault(byte, {})
+        node[0] = len(strings)
+        strings += other.encode() + b"\0"
+    units = np.zeros(4096, np.uint32)
+    taken = {0}
+    waiting = [(0, trie)]
+    while waiting:
+        place, node = waiting.pop()
+        base = next(b for b in range(1, len(units) - 256) if not {b ^ byte for byte in node} & taken)
+        taken |= {base ^ byte for byte in node}
+        units[place] |= (place ^ base) << 10 | (0 in node) << 8
+        for byte, child in node.items():
+            units[base ^ byte] = byte if byte else 1 << 31 | child
+            waiting += [(base ^ byte, child)] if byte else []
+    return len(units.tobytes()).to_bytes(4, "little") + units.tobytes() + strings
+
+
+def save_unigram(folder: Path, *, words: bool = True) -> None:
+    """XLM-RoBERTa's kind of tokenizer: pieces with scores, some replacements before; words: cut at spaces, or these joined."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = [chr(i) for i in range(33, 127)]
+    pieces = ["▁", "▁the", "▁fox", "own", "br", "▁br", "ow", "og", "▁d", "s", "ö", "▁1", *letters]
+    vocab = [(token, 0.0) for token in special] + [(p, -2.0 - i * 0.05) for i, p in enumerate(dict.fromkeys(pieces))]
+    unigram = Tokenizer(models.Unigram([*vocab, ("<mask>", 0.0)], unk_id=3, byte_fallback=False))
+    table = normalizers.Precompiled(charsmap({"\n": " ", "\t": " ", "Ａ": "A", "ﬁ": "fi", "…": "..."}))
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    joined = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    unigram.normalizer = table if words else normalizers.Sequence([table, *joined])
+    unigram.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace]) if words else metaspace
+    )
+    unigram.decoder = decoders.Metaspace()
+    around = [("<s>", 0), ("</s>", 2)]
+    unigram.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", around)
+    names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=unigram, **{f"{name}_token": token for name, token in names.items()}
+    ).save_pretrained(folder)
+
+
+TOKENIZERS = {
+    "bert": save_wordpiece,
+    "roberta": save_roberta,
+    "xlm-roberta": save_unigram,
+    "distilbert": save_wordpiece,
+}
+
+
 def make_checkpoint(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **changes: Any
 ) -> Path:
     """A random model of a family, saved as transformers saves it."""
     torch.manual_seed(0)
-    encoder = family == "bert"
-    options = {k: v for k, v in {**(BERT if encoder else FAMILIES[family]), **changes}.items() if v is not None}
-    maker = AutoModel if encoder else AutoModelForCausalLM
+    options = {k: v for k, v in {**(ENCODERS | FAMILIES)[family], **changes}.items() if v is not None}
+    maker = AutoModel if family in ENCODERS else AutoModelForCausalLM
     model = maker.from_config(AutoConfig.for_model(family, **options), dtype=dtype)
     with torch.no_grad():  # biases and norms that are all 0 or 1 would hide mistakes
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard)
-    (save_wordpiece if encoder else save_tokenizer)(folder)
+    TOKENIZERS.get(family, save_tokenizer)(folder)
     return folder
+
+
+def random_blocks(kind: str, N: int, K: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Rows of blocks [N, bytes] of a type that is only read: any bytes, under scales that make weights of a usual size."""
+    rng = np.random.default_rng(seed)
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (N * K // block, size), dtype=np.uint8)
+    outer = rng.uniform(5e-4, 1e-3, (len(blocks), 1)).astype(np.float16).view(np.uint16)
+    if kind == "NVFP4":
+        blocks[:, :4] = rng.choice([*range(20), 0x7F], (len(blocks), 4))
+    elif kind == "IQ1_M":
+        words = blocks[:, 48:].view(np.uint16)
+        blocks[:, 48:] = (words & 0xFFF | (outer >> np.arange(0, 16, 4, dtype=np.uint16)) << 12).view(np.uint8)
+    else:
+        blocks[:, :2] = outer.view(np.uint8)
+    return blocks.reshape(N, -1)
+
+
+def carry_keys(writer: gguf.GGUFWriter, file: GgufFile) -> None:
+    """All keys of a file, but its architecture, which the writer has, and what is empty."""
+    for key, value in file.keys.items():
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        if key != "general.architecture" and plain != []:
+            kind, inner = file.kinds[key]
+            types = gguf.GGUFValueType(kind), None if inner is None else gguf.GGUFValueType(inner)
+            writer.add_key_value(key, plain, *types)
+
+
+def in_blocks(source: Path, out: Path, kind: str) -> Path:
+    """A float GGUF file with each of its matrices replaced by random blocks of a type that is only read."""
+    file = GgufFile(source)
+    writer = gguf.GGUFWriter(out, file.keys["general.architecture"])
+    carry_keys(writer, file)
+    for seed, (name, t) in enumerate(file.tensors.items()):
+        if len(t.shape) == 1:
+            writer.add_tensor(name, file.read(name).float().numpy())
+        else:
+            blocks = random_blocks(kind, *t.shape, seed=seed)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 @pytest.fixture(params=ISAS)

@@ -3,26 +3,37 @@ installed (`bench/peers/install.sh llamacpp`), on small random models."""
 
 import json
 import math
+import random
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from typer.testing import CliRunner
 
 import bitwright
 from bitwright.cli import app
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.llamacpp import positions
 from bitwright.llamacpp.architecture import ARCHITECTURES, config_of, keys_of, not_kept
 from bitwright.llamacpp.artefact import read_config, read_tokenizer
 from bitwright.llamacpp.container import GgufFile
-from conftest import TEXT, make_checkpoint
+from bitwright.llamacpp.vocabulary import tokenizer_of
+from conftest import ENCODERS, TEXT, make_checkpoint, save_unigram
 
 TOOLS = Path(__file__).parents[1] / "bench/peers/envs/llamacpp/build/bin"
 SHARP = {"initializer_range": 0.2}  # or every token would be as likely as any other, whatever is wrong
@@ -101,8 +112,9 @@ def test_llamacpp_predicts_as_transformers_does(variant: str, tmp_path: Path) ->
     assert math.log(found) == pytest.approx(mine, rel=2e-3)
 
 
-def test_llamacpp_embeds_as_transformers_does(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "source", "bert", dtype=torch.float32, **SHARP)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_llamacpp_embeds_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", kind, dtype=torch.float32, **SHARP)
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
@@ -111,10 +123,24 @@ def test_llamacpp_embeds_as_transformers_does(tmp_path: Path) -> None:
     sentence = "The brown fox, 12 dogs (again)!"
     how = ["-m", str(tmp_path / "a.gguf"), "-p", sentence, "--embd-output-format", "array"]
     found = torch.tensor(json.loads(said(r"\[(\[.*?\])\]", "llama-embedding", *how)))
-    ids = AutoTokenizer.from_pretrained(source)(sentence, return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(source)(sentence, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        mine = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(**ids).last_hidden_state.mean(1)[0]
+        mine = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(ids).last_hidden_state.mean(1)[0]
     assert torch.allclose(found, mine / mine.norm(), atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_s_file_gives_the_hidden_states_of_its_source(kind: str, tmp_path: Path) -> None:
+    """RoBERTa's is a BERT's without the rows of positions that no text reaches, DistilBERT's one without types of tokens."""
+    source = make_checkpoint(tmp_path / "source", kind, dtype=torch.float32, **SHARP)
+    convert(source, tmp_path / "a.gguf")
+    ids = torch.arange(64)[None] + 5  # as many as there are positions
+    with torch.no_grad():
+        a, b = AutoModel.from_pretrained(source).eval()(ids), bitwright.load(tmp_path / "a.gguf")(ids)
+    assert torch.allclose(a.last_hidden_state, b.last_hidden_state, atol=1e-5)
+    keys = GgufFile(tmp_path / "a.gguf").keys
+    assert keys["bert.context_length"] == 64 and keys["general.architecture"] == "bert"
+    assert read_config(tmp_path / "a.gguf").model_type == ("distilbert" if kind == "distilbert" else "bert")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -226,16 +252,118 @@ def test_a_kept_pooler_in_other_formats(tmp_path: Path, text: str) -> None:
     assert torch.cosine_similarity(a.pooler_output, b.pooler_output, dim=-1).min() > 0.9
 
 
-def test_wordpiece_there_and_back(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "source", "bert")
+@pytest.mark.parametrize("kind", [*ENCODERS, "xlm-roberta, spaces joined"])
+def test_an_encoder_s_tokenizer_there_and_back(kind: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", kind.partition(",")[0])
+    if "," in kind:
+        save_unigram(source, words=False)
     convert(source, tmp_path / "a.gguf")
     a, b = AutoTokenizer.from_pretrained(source), read_tokenizer(tmp_path / "a.gguf")
-    text = "The quick Brown fox's größer [MASK] 12 (again)!"
-    assert a(text)["input_ids"] == b(text)["input_ids"] and a(text)["input_ids"][0] == a.cls_token_id
-    assert a.convert_tokens_to_ids("##own") in a("brown")["input_ids"]
+    text = "The quick Brown  fox's größer\n \tthe fox 12 (ﬁshes Ａgain)… 木  "
+    assert a(text)["input_ids"] == b(text)["input_ids"]
+    assert a(text)["input_ids"][0] == a.cls_token_id and a(text)["input_ids"][-1] == a.sep_token_id
+    cut = {"bert": "default", "roberta": "roberta-bpe", "xlm-roberta": "default", "distilbert": "default"}
+    keys = GgufFile(tmp_path / "a.gguf").keys
+    assert keys["tokenizer.ggml.pre"] == cut[kind.partition(",")[0]] and keys["tokenizer.ggml.add_sep_token"] is True
+    whole = {"bert": "##own", "roberta": "th", "xlm-roberta": "▁the", "distilbert": "##own"}[kind.partition(",")[0]]
+    assert a.convert_tokens_to_ids(whole) in a("brown the")["input_ids"]
+    assert a.decode(a(text)["input_ids"]) == b.decode(b(text)["input_ids"])
     if (TOOLS / "llama-tokenize").is_file():
-        how = ["-m", str(tmp_path / "a.gguf"), "-p", text, "--ids", "--log-disable"]
+        (tmp_path / "text.txt").write_text(text)
+        how = ["-m", str(tmp_path / "a.gguf"), "-f", str(tmp_path / "text.txt"), "--ids", "--log-disable"]
         assert json.loads(said(r"(\[[\d, ]+\])", "llama-tokenize", *how)) == a(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.update(normalizer=None), "unknown pre-tokenizer for Unigram"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "unknown pre-tokenizer for Unigram"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(prepend_scheme="never"), "unknown pre-tokenizer for Unigram"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0), "unknown pre-tokenizer for Unigram"),
+        (lambda c: c["model"].update(byte_fallback=True), "unknown pre-tokenizer for Unigram"),
+    ],
+)  # fmt: skip
+def test_unigram_that_cuts_otherwise_is_refused(change: Callable[[Any], Any], says: str, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "xlm-roberta")
+    content = json.loads((source / "tokenizer.json").read_text())
+    change(content)
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a.gguf"), "--json"])
+    assert done.exit_code == 2 and says in done.stdout
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_unigram_without_scores_is_refused(tmp_path: Path) -> None:
+    convert(make_checkpoint(tmp_path / "source", "xlm-roberta"), tmp_path / "a.gguf")
+    content = (tmp_path / "a.gguf").read_bytes()
+    for key in (b"tokenizer.ggml.scores", b"tokenizer.ggml.unknown_token_id"):
+        (tmp_path / "b.gguf").write_bytes(content.replace(key, key[:-1] + b"x"))
+        with pytest.raises(CheckpointError, match="Unigram without a score"):
+            read_tokenizer(tmp_path / "b.gguf")
+
+
+def test_a_damaged_table_of_replacements_is_refused(tmp_path: Path) -> None:
+    """Or else the reader that trusts it breaks off in the middle of a text."""
+    convert(make_checkpoint(tmp_path / "source", "xlm-roberta"), tmp_path / "a.gguf")
+    keys, rng, refused = GgufFile(tmp_path / "a.gguf").keys, random.Random(0), 0
+    table = keys["tokenizer.ggml.precompiled_charsmap"]
+    for _ in range(200):
+        changed = table.copy()
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(rng.choice([4, 3000, len(table)]))] = rng.randrange(256)
+        changed = changed[: rng.choice([len(table), rng.randrange(len(table))])]
+        try:
+            tokenizer_of(keys | {"tokenizer.ggml.precompiled_charsmap": changed}, "x")("a\tＡ ﬁ … fox\n b")
+        except CheckpointError:
+            refused += 1
+    assert 50 < refused < 200
+    with pytest.raises(CheckpointError, match="table of replacements is damaged"):
+        tokenizer_of(keys | {"tokenizer.ggml.precompiled_charsmap": table[:9]}, "x")
+
+
+def test_an_encoder_without_types_of_tokens_is_distilbert_or_nothing(tmp_path: Path) -> None:
+    convert(make_checkpoint(tmp_path / "source", "distilbert"), tmp_path / "a.gguf")
+    content = (tmp_path / "a.gguf").read_bytes()
+    key = b"bert.attention.layer_norm_epsilon" + struct.pack("<If", 6, 1e-12)
+    assert key in content
+    (tmp_path / "b.gguf").write_bytes(content.replace(key, key[:-4] + struct.pack("<f", 1e-5)))
+    with pytest.raises(CheckpointError, match="no types of tokens"):
+        read_config(tmp_path / "b.gguf")
+
+
+def test_an_encoder_s_other_heads_are_refused(tmp_path: Path, text: str) -> None:
+    """A classifier is more than hidden states: it is not dropped without a word."""
+    source = make_checkpoint(tmp_path / "source", "roberta")
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
+    for command in (["convert"], ["quantize", "--calib", text, "--scheme", "q8_0"]):
+        done = CliRunner().invoke(app, [command[0], str(source), str(tmp_path / "a.gguf"), *command[1:], "--json"])
+        assert done.exit_code == 2 and "classifier." in done.stdout and "without its head" in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_what_an_encoder_was_trained_with_is_left_out_on_record(kind: str, tmp_path: Path, text: str) -> None:
+    """A checkpoint with the head that guesses masked tokens, as hubs have it: planned, written, sized exactly."""
+    source = make_checkpoint(tmp_path / "source", kind)
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16).save_pretrained(source)
+    said = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "float.gguf"), "--json"])
+    assert any("is left out" in note for note in json.loads(said.stdout)["notes"])
+    how = ["--scheme", "q8_0", "--json", "--calib", text, "--samples", "4"]
+    planned = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "a.gguf"), *how, "--dry-run"])
+    done = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "a.gguf"), *how])
+    assert done.exit_code == 0, done.output
+    assert json.loads(planned.stdout)["bytes"] == (tmp_path / "a.gguf").stat().st_size
+    assert "windows of 64 tokens" in planned.stdout
+    ledger = [json.loads(line) for line in (tmp_path / "a.ledger.jsonl").read_text().splitlines()]
+    left_out = {entry["name"] for entry in ledger if entry["action"] == "left out"}
+    assert left_out and all(name.startswith(("lm_head.", "vocab_")) for name in left_out)
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        a, b = (
+            m(ids).last_hidden_state for m in (AutoModel.from_pretrained(source), bitwright.load(tmp_path / "a.gguf"))
+        )
+    assert torch.cosine_similarity(a.float(), b, dim=-1).min() > 0.99
 
 
 def test_wordpiece_that_cuts_otherwise_is_refused(tmp_path: Path) -> None:

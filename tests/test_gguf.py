@@ -15,16 +15,19 @@ import torch
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from bitwright.cli import app
 from bitwright.codec import code_range, decode, spread
 from bitwright.errors import CheckpointError, FormatError, InputError
-from bitwright.families import model_of
+from bitwright.families import model_of, positions_of
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml import TYPES, encode
 from bitwright.formats.ggml_codes import codes_of
+from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
 from bitwright.ledger import from_jsonl
 from bitwright.llamacpp import positions
@@ -37,7 +40,7 @@ from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
 from bitwright.qtensor import QTensor
 from bitwright.scheme import Scheme
-from conftest import make_checkpoint
+from conftest import carry_keys, make_checkpoint, random_blocks
 
 GGUF = FORMATS["gguf"]
 PEER_READS = ("llama", "qwen2", "qwen3", "phi3", "gpt2", "starcoder2", "gemma2")
@@ -101,6 +104,35 @@ def test_gptq_into_blocks_is_read_back_as_meant(name: str) -> None:
     q = gptq(weight(16, 512), x.T @ x / len(x), kind.scheme).q
     found = torch.from_numpy(dequantize(encode(q, kind).numpy(), getattr(gguf.GGMLQuantizationType, name)))
     assert torch.equal(found, decode(q))
+
+
+def signs(blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Q1_0 weight by weight, as its struct in ggml-common.h says."""
+    weights = []
+    for block in blocks.reshape(-1, 18):
+        d = struct.unpack("<e", block[:2].tobytes())[0]
+        weights += [d if block[2 + j // 8] >> j % 8 & 1 else -d for j in range(128)]
+    return np.array(weights, np.float32).reshape(len(blocks), -1)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_lattices_are_codes_under_scales(name: str) -> None:
+    """Whatever lies in a block of a type that is only read: the numbers of the gguf package."""
+    for seed in range(3):
+        blocks = random_blocks(name, 9, 768, seed)
+        q = GGUF.quantized({"types": {"a": name}}, "a", {"weight": torch.from_numpy(blocks)})
+        read = (lambda b, _: signs(b)) if name == "Q1_0" else dequantize  # which the package does not decode
+        found = torch.from_numpy(read(blocks, getattr(gguf.GGMLQuantizationType, name)))
+        assert torch.equal(decode(q), found) and q.scheme == Scheme.parse(READ_ONLY[name])
+        assert len(q.codes.unique()) == len(set(q.scheme.levels.levels or ()))  # each level is taken
+
+
+def test_blocks_that_are_no_codes_under_scales_are_refused() -> None:
+    blocks = random_blocks("NVFP4", 2, 128)
+    blocks[1, 0] = 0xFF  # a scale with a sign
+    for kind, says in [("NVFP4", "not codes under its scales"), ("Q8_1", "blocks of type Q8_1 are not read")]:
+        with pytest.raises(FormatError, match=says):
+            GGUF.quantized({"types": {"a": kind}}, "a", {"weight": torch.from_numpy(blocks)})
 
 
 def test_rows_that_do_not_fill_blocks_get_llamacpp_s_fallback() -> None:
@@ -257,7 +289,7 @@ def small_config(kind: str) -> Any:
     from transformers import AutoConfig
 
     values: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-    if kind != "gpt2":
+    if kind not in ("gpt2", "distilbert"):
         values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
     if kind in ("gemma", "gemma2", "gemma3_text", "qwen3"):
         values["head_dim"] = 16
@@ -279,10 +311,11 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
             assert names.of(parameter) not in shapes
             shapes[names.of(parameter)] = names.shape(parameter, tuple(tensor.shape))
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
-    assert back.model_type == ("llama" if kind == "mistral" else kind)
+    assert back.model_type == {"mistral": "llama", "roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind)
     with torch.device("meta"):
         other = model_of(back).state_dict()
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in other.items()}
+    known = {k: names.shape(k, (names.height(k, len(v)), *v.shape[1:])) for k, v in model.state_dict().items()}
+    assert known == {k: names.shape(k, tuple(v.shape)) for k, v in other.items()}
     kept = (
         "rms_norm_eps layer_norm_epsilon layer_norm_eps sliding_window max_position_embeddings hidden_act layer_types"
     )
@@ -290,7 +323,8 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
         if name in ("sliding_window", "layer_types") and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
             continue  # llama.cpp does without
         if hasattr(config, name) and hasattr(back, name):
-            assert getattr(back, name) == getattr(config, name), name
+            meant = positions_of(config) if name == "max_position_embeddings" else getattr(config, name)
+            assert getattr(back, name) == meant, name
 
 
 def test_rows_are_turned_and_turned_back() -> None:
@@ -439,6 +473,17 @@ def test_a_float_file_becomes_the_same_as_its_directory(tmp_path: Path, text: st
     assert other.exit_code == 2 and "config.json" in other.stdout
 
 
+def test_a_checkpoint_of_the_bare_model_makes_the_same_file(tmp_path: Path) -> None:
+    """GPT-2 as hubs have it: h.0.attn.c_attn.weight, not transformer.h.0.attn.c_attn.weight."""
+    whole, bare = (make_checkpoint(tmp_path / place / "m", "gpt2") for place in ("whole", "bare"))
+    AutoModel.from_pretrained(bare).save_pretrained(bare)
+    assert "h.0.attn.c_attn.weight" in load_file(bare / "model.safetensors")
+    for source in (whole, bare):
+        how = ["--scheme", "q8_0", "--method", "search", "--calib", "none"]
+        run("quantize", str(source), str(source.with_suffix(".gguf")), *how)
+    assert whole.with_suffix(".gguf").read_bytes() == bare.with_suffix(".gguf").read_bytes()
+
+
 def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
     from bitwright.demo import MODEL
 
@@ -513,13 +558,8 @@ def test_a_split_model_is_one_model(tmp_path: Path, text: str) -> None:
     file = GgufFile(whole)
     for number, own in enumerate((list(file.tensors)[:9], list(file.tensors)[9:]), 1):
         writer = gguf.GGUFWriter(tmp_path / f"m-{number:05d}-of-00002.gguf", "llama")
-        for key, value in file.keys.items() if number == 1 else ():
-            if key != "general.architecture":
-                kind, inner = file.kinds[key]
-                plain = value.tolist() if isinstance(value, np.ndarray) else value
-                if plain != []:
-                    types = gguf.GGUFValueType(kind), None if inner is None else gguf.GGUFValueType(inner)
-                    writer.add_key_value(key, plain, *types)
+        if number == 1:
+            carry_keys(writer, file)
         writer.add_uint16("split.no", number - 1)
         writer.add_uint16("split.count", 2)
         writer.add_int32("split.tensors.count", len(file.tensors))
@@ -613,7 +653,7 @@ def test_a_model_s_file_that_lacks_something_is_refused(
     assert "remedy" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "bert", "xlm-roberta", "distilbert"])
 def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path) -> None:
     """Keys that make no sense to a model or a tokenizer: an error of ours, and nothing built of what they claim."""
     import random

@@ -104,7 +104,8 @@ def test_a_convolution_is_exact(conv: nn.Conv1d | nn.Conv2d) -> None:
 @pytest.mark.parametrize(
     "scheme",
     ["int8-channel", "int2-channel", "int5-tensor", "int4-channel-asym", "int7-g32-asym", "int4-g32", "ternary-channel",
-     "binary-channel", "fp4-channel", "iq4nl-channel", "mxfp4", "nvfp4", "q6_k", "int4-g64-dq"],
+     "binary-channel", "fp4-channel", "iq4nl-channel", "iq1-channel", "iq2-g16", "iq3xxs-g32", "iq3s-channel",
+     "mxfp4", "nvfp4", "q6_k", "int4-g64-dq"],
 )  # fmt: skip
 def test_integers_times_scales_are_the_decoded_weights(scheme: str) -> None:
     q = quantized(torch.randn(6, 256), Scheme.parse(scheme), "w")

@@ -33,7 +33,7 @@ needs_native = pytest.mark.skipif(native is None, reason="the extension was not 
 SCHEMES = [
     "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
     "q6_k", "q2_k", "q3_k", "q4_0", "iq4_xs", "nf4-g64",
-    "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "ternary-channel", "binary-g32",
+    "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "iq2-g16", "iq3xxs-g32", "ternary-channel", "binary-g32",
     "int8-g256-asym-f32", "int4-g128-min", "int4-g32-asym-k6", "int4-g64-min-k6",
 ]  # fmt: skip
 

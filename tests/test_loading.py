@@ -24,6 +24,7 @@ from bitwright.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Samplin
 from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
 from bitwright.evaluation import Walk
 from bitwright.formats import FORMATS, Layer
+from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.generation import pieces
 from bitwright.intake import Intake
 from bitwright.methods.rtn import rtn
@@ -32,7 +33,7 @@ from bitwright.nn.lookup import Lookup
 from bitwright.nn.qlinear import QLinear
 from bitwright.qtensor import Outliers, Scales
 from bitwright.scheme import Scheme
-from conftest import FAMILIES, ISAS, make_checkpoint
+from conftest import FAMILIES, ISAS, in_blocks, make_checkpoint
 
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 1, 2, 90, 33]])
 MADE = [
@@ -73,6 +74,21 @@ def test_logits_are_those_of_the_decoded_weights(format: str, scheme: str, llama
     assert distance(run(model), logits_of(out)) < 5e-3
     assert any(isinstance(m, QLinear) for m in model.modules())
     assert not any(p.dtype == torch.float32 and p.ndim == 2 for p in model.parameters())  # nothing was decoded
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_blocks_that_are_only_read_are_multiplied_too(kind: str, tmp_path: Path) -> None:
+    """Lattices of 2 and 3 bits, NVFP4: logits of the decoded weights, and a matrix no larger than its codes."""
+    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    convert(source, tmp_path / "float.gguf")
+    file = in_blocks(tmp_path / "float.gguf", tmp_path / "q.gguf", kind)
+    model = load(file)
+    assert distance(run(model), logits_of(file)) < 5e-3
+    up = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(up, QLinear) and 8 * up.packed.nbytes / (512 * 256) < 5.2
+    said = CliRunner().invoke(app, ["generate", str(file), "--prompt", "a fox", "--max-tokens", "4", "--json"])
+    assert said.exit_code == 0, said.output
+    assert isinstance(decoder_of(model, 32), NativeDecoder) == (kernels.native is not None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

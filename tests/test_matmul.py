@@ -21,9 +21,10 @@ needs_native = pytest.mark.skipif(native is None, reason="the extension was not 
 SCHEMES = [
     "int4-g128", "int3-g64-asym", "int2-g32-asym1", "int8-channel", "int6-g16-min-bf16", "int5-g32-min-f32", "q4_k",
     "q6_k", "q2_k", "q3_k", "q4_0", "iq4_xs", "nf4-g64", "nf4-g64-dq", "mxfp4", "nvfp4", "iq4nl-g32", "ternary-channel",
-    "binary-g32", "int8-g256-asym-f32", "int4-g128-min", "int7-g128-asym", "int4-tensor", "int4-channel-asym",
+    "binary-g32", "iq1-g16-sym-k6", "iq2-g32-sym-k6", "iq3xxs-g32-sym-k6", "iq3s-g32-sym-k6",
+    "int8-g256-asym-f32", "int4-g128-min", "int7-g128-asym", "int4-tensor", "int4-channel-asym",
 ]  # fmt: skip
-BLOCKED = ("q4_k", "q6_k", "q2_k", "q3_k", "iq4_xs")
+BLOCKED = [scheme for scheme in SCHEMES if Scheme.parse(scheme).scale.startswith("k")]
 
 
 def quantized(scheme: str, N: int, K: int) -> QTensor:

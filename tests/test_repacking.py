@@ -17,22 +17,30 @@ from bitwright.errors import FormatError
 from bitwright.evaluation import Walk
 from bitwright.formats import FORMATS
 from bitwright.formats.ggml import TYPES
+from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.methods.search import search
 from bitwright.models import Skeleton, read_config
 from bitwright.repacking import expressed, packed
 from bitwright.scheme import Scheme
-from conftest import make_checkpoint
+from conftest import in_blocks, make_checkpoint
 
 # What each of llama.cpp's types becomes, by format; what is not listed is refused.
 HELD = {
     "compressed-tensors": {
         "Q8_0": "int8-g32-sym-f32", "Q4_0": "int4-g32-asym-f32", "Q5_0": "int5-g32-asym-f32", "Q6_K": "int6-g16-asym-f32",
         "Q3_K": "int3-g16-asym-f32", "MXFP4": "fp4-g32-sym-e8m0", "TQ1_0": "ternary-g256-sym-f32",
-        "TQ2_0": "ternary-g256-sym-f32",
+        "TQ2_0": "ternary-g256-sym-f32", "NVFP4": "nvfp4", "IQ4_NL": "int8-g32-asym-f32", "IQ4_XS": "int8-g32-asym-f32",
+        "IQ1_S": "int5-g32-f32", "IQ1_M": "int5-g16-f32", "IQ2_XXS": "int7-g32-f32", "IQ2_XS": "int7-g16-f32",
+        "IQ2_S": "int7-g16-f32", "IQ3_XXS": "int6-g32-f32", "IQ3_S": "int5-g32-f32", "Q1_0": "int2-g128-f32",
     },
-    "gptq": {"Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym1-f16"},  # scales of other types are no f16s by themselves
-    "bitwright": {name: str(kind.scheme) for name, kind in TYPES.items()},
+    "gptq": {  # scales of other types are no f16s by themselves
+        "Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym1-f16", "Q5_0": "int8-g32-asym1-f16", "IQ4_NL": "int8-g32-asym1-f16",
+        "TQ1_0": "int2-g256", "TQ2_0": "int2-g256", "Q1_0": "int2-g128",
+    },
+    "bitwright": {name: str(kind.scheme) for name, kind in TYPES.items()} | READ_ONLY,
 }  # fmt: skip
+
+ALL = [*TYPES, *READ_ONLY]
 
 
 def run(*arguments: str, fine: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
@@ -53,10 +61,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same model in every block type."""
     folder = tmp_path_factory.mktemp("files")
+    run("convert", str(wide), str(folder / "float.gguf"))
+    for name in READ_ONLY:
+        in_blocks(folder / "float.gguf", folder / f"{name}.gguf", name)
     for name in TYPES:
         how = ["--scheme", name.lower(), "--pure", "--method", "search", "--calib", "none"]
         run("quantize", str(wide), str(folder / f"{name}.gguf"), *how)
-    return {name: folder / f"{name}.gguf" for name in TYPES}
+    return {name: folder / f"{name}.gguf" for name in ALL}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +78,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("format_name", HELD)
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_block_type_becomes_the_same_numbers_or_is_refused(
     name: str, format_name: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -85,6 +96,8 @@ def test_every_block_type_becomes_the_same_numbers_or_is_refused(
     schemes = {entry["scheme"] for entry in ledger if entry["action"] == "quantized"}
     assert {str(Scheme.parse(scheme)) for scheme in schemes} == {str(Scheme.parse(HELD[format_name][name]))}
     assert any("model.embed_tokens.weight is" in note for note in done["notes"])
+    widened = name.startswith("IQ") and format_name != "bitwright"
+    assert not widened or f"14 matrices are {name.lower()}" in done["notes"][-1]
     assert open_artefact(out).quantized("model.layers.0.mlp.up_proj.weight") is not None
 
 

@@ -7,14 +7,15 @@ import torch
 
 from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import Checkpoint, disk_errors
+from bitwright.decisions import unknown
 from bitwright.errors import FormatError
 from bitwright.formats import chosen
 from bitwright.llamacpp import export
 from bitwright.llamacpp.container import is_gguf
 from bitwright.llamacpp.metadata import metadata
-from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.names import Names, is_unused
 from bitwright.llamacpp.positions import tensors_of
-from bitwright.models import Skeleton, quantization_of, read_config
+from bitwright.models import COMPUTED, Skeleton, quantization_of, read_config
 from bitwright.repacking import repack
 from bitwright.workplace import check_out
 
@@ -22,8 +23,9 @@ from bitwright.workplace import check_out
 def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
     """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
 
-    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors}
-    and, of quantized ones, notes. FormatError for what cannot be said in the other format, number by number the same.
+    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors,
+    notes}. CheckpointError for a tensor that the model does not have; FormatError for what cannot be said in the other format,
+    number by number the same.
     """
     check_out(out)
     chosen_format, _, _ = chosen(out, format_name, None, None)
@@ -35,7 +37,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
     names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
-    tied = skeleton.tied_names()
+    notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     pieces = [export.Piece(parameter, source, None) for parameter, source in names.items() if parameter not in tied]
     keys = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
@@ -43,4 +45,15 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     export.write(unfinished, keys, pieces, files, Names(skeleton.config), tensors_of(skeleton.config))
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(pieces)}
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(pieces), "notes": notes}
+
+
+def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:
+    """What is said of tensors that are not written."""
+    said = []
+    for source in sorted(others):
+        if is_unused(source) and not skeleton.predicts:
+            said.append(f"{source} is left out: llama.cpp does without an encoder's pooling layer and heads")
+        elif not source.endswith(COMPUTED):
+            raise unknown(source, skeleton)
+    return said

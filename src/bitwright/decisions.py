@@ -15,7 +15,7 @@ from bitwright.ledger import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.llamacpp.architecture import not_kept
 from bitwright.llamacpp.artefact import GgufSource
 from bitwright.llamacpp.mixes import MIXES, Place, type_in
-from bitwright.llamacpp.names import POOLER, Names
+from bitwright.llamacpp.names import Names, is_unused
 from bitwright.methods import Outlier
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models import COMPUTED, Skeleton
@@ -49,12 +49,11 @@ def decide(
     for source, info in checkpoint.tensors.items():
         parameter = parameters.get(source)
         if parameter is None:
-            if source.endswith(POOLER) and not skeleton.predicts:
-                planned.append(_pooler(Planned(source, source, None, info.dtype, info.shape, KEPT), format_))
+            if is_unused(source) and not skeleton.predicts:
+                planned.append(_unused(Planned(source, source, None, info.dtype, info.shape, KEPT), format_))
                 continue
             if not source.endswith(COMPUTED):
-                remedy = "config.json and weights must belong together"
-                raise CheckpointError("the model has no such tensor", where=source, remedy=remedy)
+                raise unknown(source, skeleton)
             planned.append(Planned(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it"))
             continue
         planned.append(chooser.decide(Planned(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT)))
@@ -64,11 +63,19 @@ def decide(
     return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
 
 
-def _pooler(t: Planned, format_: Format) -> Planned:
-    """An encoder's last layer, which nothing here runs."""
+def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
+    """The error for a tensor that the model does not have."""
+    remedy = "config.json and weights must belong together"
+    if not skeleton.predicts:
+        remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"
+    return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
+
+
+def _unused(t: Planned, format_: Format) -> Planned:
+    """What an encoder has behind its last hidden state, which nothing here runs."""
     if format_.one_file:
-        return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer")
-    return replace(t, reason="the pooling layer")
+        return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
+    return replace(t, reason="the pooling layer or a head")
 
 
 class _Chooser:

@@ -7,16 +7,31 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-ENCODERS = ("bert",)  # which predict no next token: their last hidden state is what they are for
+# Which predict no next token: their last hidden state is what they are for.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+PADDED = ("roberta", "xlm-roberta")  # whose positions count from behind the padding token's id
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with random weights, not training; an encoder without its pooling layer."""
-    if config.model_type in ENCODERS:
+    if config.model_type == "distilbert":  # which has no pooling layer
+        found = AutoModel.from_config(config, dtype=dtype)
+    elif config.model_type in ENCODERS:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
     else:
         found = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return found.eval()
+
+
+def first_position(config: PretrainedConfig) -> int:
+    """The row of the table of positions that a text's first token takes; those before it are never used."""
+    return config.pad_token_id + 1 if config.model_type in PADDED else 0
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens the model has positions for; None: any number."""
+    most = getattr(config, "max_position_embeddings", None)
+    return most and most - first_position(config)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ result to the byte; estimates peak memory; refuses what the format cannot hold; 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import Checkpoint, count, shard_bytes, spec_bytes
 from bitwright.decisions import by_threshold, decide
 from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.families import positions_of
 from bitwright.formats import FORMATS, Format
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.format import Spec
@@ -25,7 +26,7 @@ from bitwright.llamacpp.container import carried_keys, is_gguf
 from bitwright.llamacpp.export import file_bytes
 from bitwright.llamacpp.metadata import metadata
 from bitwright.llamacpp.mixes import FILE_TYPES
-from bitwright.llamacpp.names import POOLER, Names
+from bitwright.llamacpp.names import Names, is_unused
 from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
 from bitwright.planned import Planned
@@ -100,10 +101,14 @@ class Plan:
         """Exact size of all weight files together, or of the one file with its keys."""
         if self.format.one_file:
             names, config = Names(self.skeleton.config), self.skeleton.config
-            stored = [(names.of(t.parameter), len(t.shape), spec_bytes(self.specs([t]))) for t in self._written()]
+            stored = [(names.of(t.parameter), len(t.shape), self._stored_bytes(t, names)) for t in self._written()]
             computed = [(name, t.ndim, t.nbytes) for name, t in tensors_of(config).items()]
             return file_bytes(self.file_keys, [*stored, *computed])
         return sum(shard_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1))
+
+    def _stored_bytes(self, t: Planned, names: Names) -> int:
+        """Of a tensor in a GGUF file, which need not have all its rows."""
+        return spec_bytes(self.specs([t])) * names.height(t.parameter, t.shape[0]) // t.shape[0]
 
     def _written(self) -> list[Planned]:
         return [t for t in self.tensors if t.action != LEFT_OUT]
@@ -128,9 +133,10 @@ class Plan:
     @property
     def quantization_config(self) -> dict[str, Any]:
         """What config.json will say; FormatError if one file cannot hold these layers together."""
-        layers = [t.layer for t in self.tensors if t.layer is not None]
-        pooler = {t.stem for t in self.tensors if t.source.endswith(POOLER[0])}
-        names = set(self.skeleton.linear_names()) | pooler
+        named = self.format.one_file  # no config.json follows: what it says is looked up by the shards' names
+        layers = [replace(t.layer, name=t.stem) if named else t.layer for t in self.tensors if t.layer is not None]
+        unused = {t.stem for t in self.tensors if is_unused(t.source) and len(t.shape) == 2}
+        names = set(self.skeleton.linear_names()) | unused
         kept = [t.parameter.removesuffix(".weight") for t in self.tensors if t.layer is None]
         outside = [name for name in names if name in kept or name not in {layer.name for layer in layers}]
         config = self.format.config(layers, sorted(outside))
@@ -203,7 +209,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     tensors, notes = decide(skeleton, checkpoint, recipe, FORMATS[format_name], rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or seqlen
+    limit = positions_of(config.get_text_config()) or seqlen
     if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
         notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
     widest = max((t.layer.K for t in tensors if t.layer), default=0)

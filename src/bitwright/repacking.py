@@ -5,7 +5,9 @@ under one f16 are scales in float32. Everything is written for a model in float3
 embedding and the output head, which directories hold in float, are decoded.
 """
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,18 @@ from transformers.pytorch_utils import Conv1D
 from bitwright.artefact import open_artefact
 from bitwright.calibration import load_tokenizer
 from bitwright.checkpoint import INDEX, count
-from bitwright.codec import decode, spread
+from bitwright.codec import decode, spread, values
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.formats import FORMATS, Format, Layer
+from bitwright.kernels.matmul import FACTORS
 from bitwright.ledger import KEPT, QUANTIZED, Entry
 from bitwright.llamacpp.container import is_gguf
 from bitwright.models import COMPUTED, Skeleton, read_config
 from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import Zero
+from bitwright.scheme import GRIDS, Zero
 from bitwright.workplace import Verification, Workplace
 
+FLOATS = ("f32", "f16", "bf16")
 EXACT = torch.float32  # holds every decoded weight, and every scale
 
 
@@ -57,6 +61,33 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
     return replace(q, codes=codes, scheme=scheme, scales=Scales(s.scale.abs(), -turned.float()))
 
 
+def in_integers(q: QTensor, bits: int) -> QTensor | None:
+    """The same numbers as integers of so many bits, under scales in a float type; None where they are none, or do not fit."""
+    grid, wide = q.scheme.levels, GRIDS[f"int{bits}"]
+    if q.scheme.zero == "min" or q.scheme.grid in ("nf4", "fp8"):
+        return None
+    factor = FACTORS.get(q.scheme.grid, 1.0)
+    numbers = (grid.lo, grid.hi) if grid.levels is None else [level * factor for level in grid.levels]
+    if min(numbers) < wide.lo or max(numbers) > wide.hi:
+        return None
+    codes = (values(q.codes, q.scheme) * factor).to(torch.int8)
+    scale = q.scheme.scale if q.scheme.scale in FLOATS and factor == 1 else "f32"
+    scheme = replace(q.scheme, grid=f"int{bits}", scale=scale)
+    return replace(q, codes=codes, scheme=scheme, scales=Scales(q.scales.scale / factor, q.scales.zero))
+
+
+def _ways(q: QTensor) -> Iterator[QTensor]:
+    """The same numbers in other schemes: its own grid first, then integers, the fewest bits first."""
+    kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
+    wider = (in_integers(q, bits) for bits in range(2, 9) if q.scheme.grid != f"int{bits}")
+    for same in itertools.chain([q], (other for other in wider if other is not None)):
+        encodings = (same.scheme.scale, "f32") if same.scheme.scale not in ("e8m0", "e4m3") else (same.scheme.scale,)
+        for scale, zero in itertools.product(dict.fromkeys(encodings), dict.fromkeys(kinds)):
+            way = expressed(same, zero, scale)
+            if way is not None:
+                yield way
+
+
 def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
     """A matrix as a format holds it. FormatError, with the format's own reason, if it cannot hold these numbers."""
     if q.order is not None:
@@ -64,13 +95,7 @@ def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packe
         raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
     reason = None
     N, K = q.codes.shape
-    kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
-    for zero, scale in ((zero, scale) for scale in (q.scheme.scale, "f32") for zero in dict.fromkeys(kinds)):
-        if scale == "f32" and q.scheme.scale not in ("f16", "bf16", "f32", "k8", "k6", "k4", "dq8"):
-            continue
-        same = expressed(q, zero, scale)
-        if same is None:
-            continue
+    for same in _ways(q):
         try:
             layer = format_.adapt(Layer(name, N, K, same.scheme, transposed), EXACT)
         except FormatError as error:
@@ -145,7 +170,10 @@ class _Source:
         self.model, self.artefact = model, open_artefact(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(model))
-        self.notes: list[str] = []
+        self._floats: list[str] = []  # notes on what is float here and was not
+        self._sizes: dict[
+            tuple[str, str], list[int]
+        ] = {}  # matrices of a kind that take a scheme; bytes before and after
         used = set(self.names.values())
         odd = next((n for n in self.artefact.shapes if n not in used and not n.endswith(COMPUTED)), None)
         if odd is not None:
@@ -173,14 +201,30 @@ class _Source:
                 transposed = isinstance(module, Conv1D)
                 shard.packed.append(packed(q, parameter.removesuffix(".weight"), format_, transposed=transposed))
                 shard.entries.append(_packed_entry(shard.packed[-1], format_))
+                self._count(source, shard.entries[-1])
         return shard
+
+    def _count(self, source: str, entry: Entry) -> None:
+        kind, before = self.artefact.describe(source)
+        sizes = self._sizes.setdefault((kind, entry.scheme), [0, 0, 0])
+        for i, more in enumerate((1, before, entry.bytes)):
+            sizes[i] += more
+
+    @property
+    def notes(self) -> list[str]:
+        """What takes more bytes than in the source."""
+        grown = [(kinds, sizes) for kinds, sizes in self._sizes.items() if sizes[2] > sizes[1]]
+        return self._floats + [
+            f"{n} matrices are {kind} in the source, {before:,} bytes, and {scheme} here, {after:,}"
+            for (kind, scheme), (n, before, after) in grown
+        ]
 
     def _float(self, parameter: str, source: str) -> Tensor:
         """A tensor that stays in float, or is decoded because directories have it so."""
         tensor = self.artefact.read(source).contiguous()
         kind, nbytes = self.artefact.describe(source)
         if nbytes < tensor.nbytes:
-            self.notes.append(
+            self._floats.append(
                 f"{parameter} is {kind} in the source, {nbytes:,} bytes, and float here, {tensor.nbytes:,}"
             )
         return tensor

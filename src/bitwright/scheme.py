@@ -68,6 +68,17 @@ _NF4 = (
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # llama.cpp's IQ4_NL and IQ4_XS.
 _IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+# The magnitudes in the lattices of llama.cpp's IQ1, IQ2 and IQ3 types, in units of a group's odd scale. Which of them may stand
+# side by side those types restrict to what an index reaches; a code says any.
+_IQ1 = (0.125, 0.875, 1.125)
+_IQ2 = (1.0, 3.125, 5.375)
+_IQ3XXS = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.5)
+_IQ3S = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+
+
+def _either_sign(magnitudes: tuple[float, ...]) -> Grid:
+    levels = (*(-level for level in reversed(magnitudes)), *magnitudes)
+    return _codebook((len(levels) - 1).bit_length(), levels, magnitudes[-1])
 
 
 def _fp8_levels() -> tuple[float, ...]:
@@ -83,6 +94,10 @@ GRIDS: dict[str, Grid] = {
     "fp4": _codebook(4, _FP4, 6.0),
     "fp8": _codebook(8, _fp8_levels(), 448.0),
     "iq4nl": _codebook(4, _IQ4NL, 113.0),
+    "iq1": _either_sign(_IQ1),
+    "iq2": _either_sign(_IQ2),
+    "iq3xxs": _either_sign(_IQ3XXS),
+    "iq3s": _either_sign(_IQ3S),
     "ternary": Grid(2, -1, 1, None),
     "binary": _codebook(1, (-1.0, 1.0), None),
 }

@@ -125,9 +125,8 @@ int main() {
                 for (int bytes : {1, 2}) {
                     for (int bits = 1; bits <= 8; bits++)
                         for (int offset = 0; offset < 3; offset++) products(scalar, k, bits, offset, bytes, 1, false, g, M);
-                    products(scalar, k, 4, 0, bytes, 1, true, g, M);
+                    for (int bits : {1, 3, 4}) products(scalar, k, bits, 0, bytes, 1, true, g, M);
                     products(scalar, k, 4, 0, bytes, 2, true, g, M);
-                    products(scalar, k, 1, 0, bytes, 1, true, g, M);
                 }
         for (int type : {F32, F16, BF16}) floats(scalar, k, type);
         for (ptrdiff_t D : {16, 48, 64, 128}) attention(scalar, k, D, 0), attention(scalar, k, D, 5);

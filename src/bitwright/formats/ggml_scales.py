@@ -1,10 +1,13 @@
-"""The scales and minima of llama.cpp's blocks, out of their bytes: what `ggml.encode` put there.
+"""The scales and minima of llama.cpp's blocks, out of their bytes: what `ggml.encode` put there, or llama.cpp itself.
 
-Codes are not taken out here: they follow from the decoded weights and these scales. Source: ggml-common.h, ggml-quants.c.
+The types IQ1, IQ2 and IQ3, NVFP4 and Q1_0 are only read. A lattice says which magnitudes stand side by side; once
+it is decoded, each weight is a code of 3 or 4 bits under a scale like any other. Codes are not taken out here: they follow from
+the decoded weights and these scales. Source: ggml-common.h, ggml-quants.c.
 """
 
 from collections.abc import Callable
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -20,15 +23,15 @@ Table = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 def scales_of(kind: str, rows: Tensor, where: str) -> tuple[Scheme, Scales]:
     """Rows of blocks uint8 [N, bytes] of llama.cpp's type `kind` -> its scheme, and scales (and minima) [N, G].
 
-    FormatError for a type whose blocks are more than codes under scales (the IQ types with lattices).
+    FormatError for a type that is not read here.
     """
-    if kind not in TYPES:
-        remedy = f"one of {', '.join(name.lower() for name in TYPES)}"
-        raise FormatError(f"blocks of type {kind} are not codes under scales", where=where, remedy=remedy)
-    tables = READERS[kind](rows.reshape(-1, TYPES[kind].bytes))
-    scale, *others = (None if table is None else table.reshape(len(rows), -1) for table in tables)
+    if kind not in READERS:
+        raise FormatError(f"blocks of type {kind} are not read", where=where, remedy=f"one of {', '.join(READERS)}")
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    scale, *others = (None if t is None else t.reshape(len(rows), -1) for t in READERS[kind](rows.reshape(-1, size)))
     assert scale is not None
-    return TYPES[kind].scheme, Scales(scale, *others)
+    scheme = Scheme.parse(READ_ONLY[kind]) if kind in READ_ONLY else TYPES[kind].scheme
+    return scheme, Scales(scale, outer=torch.ones(1, 1)) if scheme.scale == "e4m3" else Scales(scale, *others)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -88,8 +91,48 @@ def _mxfp4(blocks: Tensor) -> Table:
     return torch.exp2(blocks[:, :1].float() - 127), None, None, None
 
 
+def _nvfp4(blocks: Tensor) -> Table:
+    """Four e4m3 without sign; the pattern of its NaN is a zero."""
+    local = blocks[:, :4] & 127
+    return torch.where(local == 127, 0, local).view(torch.float8_e4m3fn).float(), None, None, None
+
+
+def _odd(integers: Tensor, outer: Tensor) -> Table:
+    """The lattices' scales: odd integers under one f16."""
+    return _signed(2 * integers.float() + 1, outer)
+
+
+def _top_bits(at: int, stop: int, each: int, mask: int = 15) -> Callable[[Tensor], Table]:
+    """In the top four bits of the last of every so many bytes."""
+    return lambda blocks: _odd(blocks[:, at:stop].unflatten(1, (-1, each))[..., -1] >> 4 & mask, _half(blocks, 0))
+
+
+def _both_halves(at: int, stop: int) -> Callable[[Tensor], Table]:
+    """Two in a byte, the lower first."""
+    return lambda blocks: _odd(
+        torch.stack([blocks[:, at:stop] & 15, blocks[:, at:stop] >> 4], 2).flatten(1), _half(blocks, 0)
+    )
+
+
+def _iq1_m(blocks: Tensor) -> Table:
+    """Four words: three bits of a scale four times, and four bits of the f16 above."""
+    words = blocks[:, 48:56].contiguous().view(torch.int16).int()
+    scales = torch.stack([words >> shift & 7 for shift in (0, 3, 6, 9)], 2).flatten(1)
+    outer = ((words >> 12 & 15) << torch.arange(0, 16, 4)).sum(1, keepdim=True)
+    return _odd(scales, outer.short().view(torch.float16).float())
+
+
 READERS: dict[str, Callable[[Tensor], Table]] = {
     "Q8_0": _one(0), "Q4_0": _one(0), "Q4_1": _two, "Q5_0": _one(0), "Q5_1": _two, "Q2_K": _q2_k, "Q3_K": _q3_k,
     "Q4_K": _six_bits, "Q5_K": _six_bits, "Q6_K": _q6_k, "IQ4_NL": _one(0), "IQ4_XS": _iq4_xs, "TQ1_0": _one(52),
-    "TQ2_0": _one(64), "MXFP4": _mxfp4,
+    "TQ2_0": _one(64), "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q1_0": _one(0), "IQ1_S": _top_bits(34, 50, 2, 7), "IQ1_M": _iq1_m,
+    "IQ2_XXS": _top_bits(2, 66, 8), "IQ2_XS": _both_halves(66, 74), "IQ2_S": _both_halves(74, 82),
+    "IQ3_XXS": _top_bits(66, 98, 4), "IQ3_S": _both_halves(106, 110),
+}  # fmt: skip
+
+# What the types that are only read hold.
+READ_ONLY = {
+    "IQ1_S": "iq1-g32-sym-k6", "IQ1_M": "iq1-g16-sym-k6", "IQ2_XXS": "iq2-g32-sym-k6", "IQ2_XS": "iq2-g16-sym-k6",
+    "IQ2_S": "iq2-g16-sym-k6", "IQ3_XXS": "iq3xxs-g32-sym-k6", "IQ3_S": "iq3s-g32-sym-k6", "NVFP4": "nvfp4",
+    "Q1_0": "binary-g128",
 }  # fmt: skip

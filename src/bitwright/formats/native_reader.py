@@ -198,7 +198,7 @@ def _levels(scheme: Scheme) -> Floats:
         return minifloat(4, 3, 7).clip(-448, 448)
     if grid == "fp4":
         return minifloat(2, 1, 1)
-    if grid in ("nf4", "iq4nl"):
+    if grid == "nf4" or grid.startswith("iq"):
         return np.array(GRIDS[grid].levels, dtype=np.float32)
     if grid == "binary":
         return np.array([-1, 1], dtype=np.float32)

@@ -27,7 +27,9 @@ from bitwright.scheme import CHANNEL, TENSOR, Scheme
 PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
 WEIGHTS_AT_ONCE = 1 << 22  # packed in one go; decoded, where torch multiplies
 # A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
-FACTORS = {"fp4": 2.0, "iq4nl": 1.0, "binary": 1.0, "nf4": 32512.0}
+FACTORS = {
+    "fp4": 2.0, "iq4nl": 1.0, "iq1": 8.0, "iq2": 8.0, "iq3xxs": 2.0, "iq3s": 1.0, "binary": 1.0, "nf4": 32512.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

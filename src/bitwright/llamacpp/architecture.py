@@ -5,6 +5,7 @@ code, and no key can change, stands in tables of its own: written only if the co
 that is read. Source: llama.cpp's converter (conversion/*.py) and its models (src/models/*.cpp).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.families import first_position
 from bitwright.llamacpp import positions
 from bitwright.llamacpp.positions import head_dim_of
 
@@ -37,6 +39,12 @@ GPT2 = (
     ("n_positions", "context_length"), ("n_embd", "embedding_length"), ("n_layer", "block_count"),
     ("n_head", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
 )  # fmt: skip
+NORM = (("layer_norm_eps", "attention.layer_norm_epsilon"),)
+DISTILLED = (
+    ("max_position_embeddings", "context_length"), ("dim", "embedding_length"), ("n_layers", "block_count"),
+    ("hidden_dim", "feed_forward_length"), ("n_heads", "attention.head_count"),
+)  # fmt: skip
+DISTILLED_EPSILON = 1e-12  # of DistilBERT's norms, in its code
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,11 @@ ARCHITECTURES = {
         Architecture("gemma3_text", "gemma3", (*GEMMA, SOFT_CAPS[1], *SLIDING), shifted=True),
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
-        Architecture(
-            "bert", "bert", (*SHAPE, ("layer_norm_eps", "attention.layer_norm_epsilon")), rotary=False, causal=False
+        *(
+            Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False)
+            for kind in ("bert", "roberta", "xlm-roberta")
         ),
+        Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),
     )
 }
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
@@ -88,7 +98,8 @@ FIXED: dict[str, Keys] = {
     "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
-    "bert": {"hidden_act": "gelu", "is_decoder": False},
+    **{kind: {"hidden_act": "gelu", "is_decoder": False} for kind in ("bert", "roberta", "xlm-roberta")},
+    "distilbert": {"activation": "gelu"},
 }
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # layer of so many attends to all positions, the others to a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of those whose scores are divided by √(width / heads), not √head_dim
@@ -117,11 +128,13 @@ def keys_of(config: PretrainedConfig) -> Keys:
     for attribute, key in row.keys:
         value = head_dim_of(config) if attribute == "head_dim" else getattr(config, attribute, None)
         if value is not None:
-            found[f"{row.name}.{key}"] = value
+            found[f"{row.name}.{key}"] = value - first_position(config) if key == "context_length" else value
     if row.kind == "gpt2":
         found["gpt2.feed_forward_length"] = config.n_inner or 4 * config.n_embd
+    if row.kind == "distilbert":
+        found["bert.attention.layer_norm_epsilon"] = DISTILLED_EPSILON
     if not row.causal:
-        found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: config.type_vocab_size}
+        found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: getattr(config, "type_vocab_size", 1)}
     return found | (positions.keys_of(row.name, config) if row.rotary else {})
 
 
@@ -166,6 +179,8 @@ def config_of(
     CheckpointError for an architecture that is not in the table, or a key that is missing or makes no sense.
     """
     row = named(keys.get("general.architecture"))
+    if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
+        row = _distilled(keys, where)
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
         remedy = f"known: {known}; another needs its keys and tensor names in llamacpp/architecture.py"
@@ -185,7 +200,7 @@ def config_of(
     values["tie_word_embeddings"] = "output.weight" not in tensors
     biased = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     values |= biased if row.name in ("llama", "qwen3") else {}
-    values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if not row.causal else {}
+    values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
     try:
         return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
@@ -193,8 +208,19 @@ def config_of(
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 
 
+def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:
+    """DistilBERT's row, whose norms have no other epsilon than one. CheckpointError for another."""
+    epsilon = keys.get("bert.attention.layer_norm_epsilon", DISTILLED_EPSILON)
+    if not isinstance(epsilon, float) or not math.isclose(epsilon, DISTILLED_EPSILON, rel_tol=1e-5):
+        message = f"no types of tokens, as DistilBERT, and {epsilon!r} in its norms, where that has {DISTILLED_EPSILON}"
+        raise CheckpointError(
+            message, where=where, remedy="such a model needs a class of transformers that computes it"
+        )
+    return ARCHITECTURES["distilbert"]
+
+
 def named(name: object) -> Architecture | None:
-    """The row of llama.cpp's architecture of that name; None if there is none."""
+    """The first row of llama.cpp's architecture of that name; None if there is none."""
     return next((row for row in ARCHITECTURES.values() if row.name == name), None)
 
 

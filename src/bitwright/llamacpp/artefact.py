@@ -116,7 +116,7 @@ class GgufArtefact:
     def quantized(self, name: str) -> QTensor | None:
         """A matrix as codes and scales, rows as transformers has them; None: it is float.
 
-        FormatError for a type whose blocks are more than codes under scales.
+        FormatError for a type that is not read, or blocks that are not codes under scales.
         """
         t = self.file.tensors[self.stored[name]]
         if t.type in FLOATS:

@@ -149,10 +149,20 @@ def type_named(name: str) -> Types:
 
 def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[Any, Any]:
     """Rows of blocks [N, bytes] as float32 [N, K]. CheckpointError for a type that the gguf package cannot decode."""
+    if kind == Types.Q1_0:  # which it knows by size alone
+        return _signs(rows)
     try:
         return dequantize(rows, kind)
     except NotImplementedError as error:
         raise CheckpointError(f"blocks of type {kind.name} cannot be decoded", where=name) from error
+
+
+def _signs(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Q1_0: of 128 weights an f16, and a bit each that is 0 for its negative (ggml-quants.c: dequantize_row_q1_0)."""
+    blocks = rows.reshape(-1, 18)
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    return np.where(bits, d, -d).reshape(len(rows), -1)
 
 
 def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:

@@ -1,7 +1,8 @@
 """Parameters by transformers' names and by llama.cpp's, and what differs in the tensors themselves.
 
-llama.cpp turns Llama's q and k rows so that a rotary pair lies side by side, stores Gemma's norms as 1 + w, and has no
-transposed matrices. Tensor names are the gguf package's. Source: llama.cpp's converter (conversion/*.py).
+llama.cpp turns Llama's q and k rows so that a rotary pair lies side by side, stores Gemma's norms as 1 + w, has no transposed
+matrices, and leaves out the rows of RoBERTa's table of positions that no text reaches (so it is a BERT like any other there).
+Tensor names are the gguf package's. Source: llama.cpp's converter (conversion/*.py).
 """
 
 import gguf
@@ -10,11 +11,25 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitwright.errors import FormatError
+from bitwright.families import first_position
 from bitwright.llamacpp.architecture import architecture_of
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # matrices that are added to, and never multiplied with
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # an encoder's, which llama.cpp does without
+HEADS = (
+    "cls.",
+    "lm_head.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+)  # what encoders were trained with
+POSITIONS = "position_embeddings.weight"
+
+
+def is_unused(source: str) -> bool:
+    """Whether an encoder's tensor belongs to what stands behind its last hidden state."""
+    return source.endswith(POOLER) or source.startswith(HEADS)
 
 
 class Names:
@@ -42,11 +57,18 @@ class Names:
 
     def rows(self, parameter: str, N: int) -> Tensor | None:
         """Where each of N output rows is taken from when it is written; None: they stay."""
+        if parameter.endswith(POSITIONS) and first_position(self.config):
+            return torch.arange(first_position(self.config), N)
         leaf = parameter.rpartition(".")[0].rpartition(".")[2]
         if not self.row.pairs or leaf not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if leaf == "q_proj" else self.config.num_key_value_heads
         return torch.arange(N).view(heads, 2, N // heads // 2).transpose(1, 2).reshape(N)
+
+    def height(self, parameter: str, N: int) -> int:
+        """How many of N rows are written."""
+        order = self.rows(parameter, N)
+        return N if order is None else len(order)
 
     def written(self, parameter: str, tensor: Tensor) -> Tensor:
         """A float tensor as llama.cpp has it: turned, shifted; vectors in float32."""

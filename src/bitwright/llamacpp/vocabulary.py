@@ -1,10 +1,10 @@
 """Tokenizers as llama.cpp keeps them: tokens, kinds, merges or scores, and the name of the rule that cuts text first.
 
 Both ways: `keys_of` makes the keys of a checkpoint's tokenizer.json, `tokenizer_of` makes a tokenizer of a file's keys.
-Three families are known: byte-level BPE ("gpt2"), whose first cut is a regular expression that llama.cpp knows by a name;
-BPE over characters with bytes to fall back on, as sentencepiece makes it ("llama"); and BERT's WordPiece ("bert"). llama.cpp
-gives the second no merges but scores: of all neighbours, it joins the pair that makes the token of the highest score. In the
-third it marks where words begin, not where they go on.
+Four families are known: byte-level BPE ("gpt2"), whose first cut is a regular expression that llama.cpp knows by a name;
+BPE over characters with bytes to fall back on, as sentencepiece makes it ("llama"); Unigram ("t5": unigram.py); and BERT's
+WordPiece ("bert"). llama.cpp gives the second no merges but scores: of all neighbours, it joins the pair that makes the token
+of the highest score. In the last it marks where words begin, not where they go on.
 """
 
 import json
@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.llamacpp import unigram
+from bitwright.llamacpp.unigram import SPACE, Keys, single_steps
 
-Keys = dict[str, Any]
 Kind = gguf.TokenType
 NUMBERS = r"\p{N}{1,3}"
 _WORDS = (
@@ -38,9 +39,9 @@ CUTS: dict[str, list[Keys]] = {
     "llama-bpe": [_split(_WORDS.replace("NUMBERS", NUMBERS)), _BYTES],
     "qwen2": [_split(_WORDS.replace("NUMBERS", r"\p{N}")), _BYTES],
     "starcoder": [{"type": "Digits", "individual_digits": True}, _GPT2],
+    "roberta-bpe": [_GPT2],  # and a token between two texts
 }
 ESSENTIAL = ("type", "use_regex", "pattern", "behavior", "invert", "individual_digits")
-SPACE = "▁"
 SPECIAL = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
@@ -63,16 +64,19 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int) -> Keys:
         raise FormatError("no tokenizer.json", where=str(folder), remedy="save the tokenizer with its fast form")
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
-    if model.get("type") not in ("BPE", "WordPiece"):
-        remedy = "byte-level BPE, BPE with bytes to fall back on, or BERT's WordPiece"
+    if model.get("type") not in ("BPE", "WordPiece", "Unigram"):
+        remedy = "byte-level BPE, BPE with bytes to fall back on, Unigram, or BERT's WordPiece"
         raise FormatError(
             f"a tokenizer of type {model.get('type')!r} cannot be written as GGUF here", where=str(file), remedy=remedy
         )
     tokens, kinds = _tokens(content, vocabulary, str(file))
     keys: Keys = {"tokens": tokens, "token_type": kinds}
-    keys |= (
-        _pieces(content, tokens, kinds, str(file)) if model["type"] == "WordPiece" else _pairs(content, tokens, file)
-    )
+    if model["type"] == "WordPiece":
+        keys |= _pieces(content, tokens, kinds, str(file))
+    elif model["type"] == "Unigram":
+        keys |= unigram.keys_of(content, vocabulary, str(file))
+    else:
+        keys |= _pairs(content, tokens, file)
     keys |= _special(folder, tokenizer, vocabulary)
     return {PREFIX + name: value for name, value in keys.items()} | _template(tokenizer)
 
@@ -84,7 +88,9 @@ def _pairs(content: Keys, tokens: list[str], file: Path) -> Keys:
         prefixed = _prefixed(content)
         return {"model": "llama", "pre": "default", "scores": _scores(tokens, merges), "add_space_prefix": prefixed}
     joined = [" ".join(_joined(part) for part in pair) for pair in merges]
-    return {"model": "gpt2", "pre": _cut_of(content, str(file)), "merges": joined}
+    cut = _cut_of(content, str(file))
+    like_roberta = cut == "gpt-2" and (content.get("post_processor") or {}).get("type") == "RobertaProcessing"
+    return {"model": "gpt2", "pre": "roberta-bpe" if like_roberta else cut, "merges": joined}
 
 
 def _pieces(content: Keys, tokens: list[str], kinds: list[int], where: str) -> Keys:
@@ -111,19 +117,19 @@ def _tokens(content: Keys, vocabulary: int, where: str) -> tuple[list[str], list
     """All tokens by id, and their kinds; ids that the tokenizer does not use are padding."""
     tokens, kinds = [f"[PAD{i}]" for i in range(vocabulary)], [int(Kind.UNUSED)] * vocabulary
     fallback = bool(content["model"].get("byte_fallback"))
-    known = {
-        **content["model"]["vocab"],
-        **{added["content"]: added["id"] for added in content.get("added_tokens", [])},
-    }
+    vocab, unknown = content["model"]["vocab"], content["model"].get("unk_id", -1)
+    vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    known = vocab | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     if max(known.values()) >= vocabulary:
         message = f"the tokenizer has an id {max(known.values())}, the model's embedding ends at {vocabulary - 1}"
         raise CheckpointError(message, where=where, remedy="tokenizer and weights must belong together")
     for token, i in known.items():
         tokens[i] = token
-        if i in added:
+        if i == unknown or (i in added and fallback and token == content["model"].get("unk_token")):
+            kinds[i] = int(Kind.UNKNOWN)
+        elif i in added:
             kinds[i] = int(Kind.CONTROL if added[i].get("special") else Kind.USER_DEFINED)
-            kinds[i] = int(Kind.UNKNOWN) if token == content["model"].get("unk_token") and fallback else kinds[i]
         else:
             kinds[i] = int(Kind.BYTE) if fallback and _is_byte(token) else int(Kind.NORMAL)
     return tokens, kinds
@@ -148,23 +154,19 @@ def _joined(part: str) -> str:
 
 def _prefixed(content: Keys) -> bool:
     """Whether a text is begun with a space of its own."""
-    steps = [*_steps(content.get("normalizer"), "normalizers"), *_steps(content.get("pre_tokenizer"), "pretokenizers")]
+    steps = [
+        *single_steps(content.get("normalizer"), "normalizers"),
+        *single_steps(content.get("pre_tokenizer"), "pretokenizers"),
+    ]
     meta = next((s for s in steps if s["type"] == "Metaspace"), None)
     return any(s["type"] == "Prepend" for s in steps) or (
         meta is not None and meta.get("prepend_scheme", "always") != "never"
     )
 
 
-def _steps(part: Keys | None, inner: str) -> list[Keys]:
-    """A normalizer or pre-tokenizer as a list of single steps."""
-    if part is None:
-        return []
-    return list(part[inner]) if part["type"] == "Sequence" else [part]
-
-
 def _cut_of(content: Keys, where: str) -> str:
     """llama.cpp's name of the tokenizer's first cut."""
-    found = [_essence(step) for step in _steps(content.get("pre_tokenizer"), "pretokenizers")]
+    found = [_essence(step) for step in single_steps(content.get("pre_tokenizer"), "pretokenizers")]
     for name, steps in CUTS.items():
         if [_essence(step) for step in steps] == found:
             return name
@@ -190,6 +192,8 @@ def _special(folder: Path, tokenizer: Any, vocabulary: int) -> Keys:
     ids = tokenizer("a")["input_ids"]
     found["add_bos_token"] = len(ids) > 1 and ids[0] == found.get("bos_token_id", -1)
     found["add_eos_token"] = len(ids) > 1 and ids[-1] == found.get("eos_token_id", -1)
+    if found.get("seperator_token_id") in tokenizer("a", "b")["input_ids"][1:-1]:
+        found["add_sep_token"] = True  # between two texts
     return found | _end_of_turn(folder, found, vocabulary)
 
 
@@ -218,7 +222,7 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
             "no tokens, or not a kind for each", where=where, remedy="give a file with its vocabulary"
         )
     family = own.get("model")
-    makers = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": unigram.content_of, "bert": _wordpiece}
     if family not in makers:
         remedy = f"known: {', '.join(makers)}; another needs a function in llamacpp/vocabulary.py"
         raise CheckpointError(f"a tokenizer of family {family!r} is not read here", where=where, remedy=remedy)
@@ -320,8 +324,9 @@ def _added(tokens: list[str], kinds: Any) -> Iterator[Keys]:
 
 def _around(own: Keys, tokens: list[str]) -> Keys | None:
     """The special tokens that are put around a text."""
-    begin = [own["bos_token_id"]] if own.get("add_bos_token", own["model"] != "gpt2") and "bos_token_id" in own else []
-    end = [own["eos_token_id"]] if own.get("add_eos_token", False) and "eos_token_id" in own else []
+    begun, ended = own["model"] in ("llama", "bert"), own["model"] == "t5"  # where no key says
+    begin = [own["bos_token_id"]] if own.get("add_bos_token", begun) and "bos_token_id" in own else []
+    end = [own["eos_token_id"]] if own.get("add_eos_token", ended) and "eos_token_id" in own else []
     if own["model"] == "bert" and "seperator_token_id" in own:
         end = [own["seperator_token_id"]]
     if not begin and not end:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitwright.codec import choose, raw_scales, safe
 from bitwright.errors import SchemeError
+from bitwright.kernels.matmul import FACTORS
 from bitwright.qtensor import QTensor
 from bitwright.scheme import TOKEN, Scheme
 
@@ -184,17 +185,20 @@ class IntegerWeight:
 
 def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
     """The integers behind a quantized weight, zero points subtracted. SchemeError where they are not int8."""
-    grid, remedy = q.scheme.levels, "int2 to int8 (sym), int2 to int7 (asym), ternary, binary, fp4 or iq4nl"
+    grid, remedy = (
+        q.scheme.levels,
+        "int2 to int8 (sym), int2 to int7 (asym), ternary, binary, fp4 or one of iq1 to iq4nl",
+    )
     if q.scheme.zero == "min" or q.scheme.grid in ("nf4", "fp8"):
         raise SchemeError(f"weights of scheme {str(q.scheme)!r} are not integers", where=where, remedy=remedy)
     if q.codes.shape[1] > MOST_INPUTS:
         message = f"{q.codes.shape[1]} inputs may overflow an int32 sum"
         raise SchemeError(message, where=where, remedy=f"at most {MOST_INPUTS}, or keep the layer in float")
-    half = 2 if q.scheme.grid == "fp4" else 1  # e2m1 counts in halves
+    factor = FACTORS.get(q.scheme.grid, 1.0)
     if grid.levels is None:
         values = q.codes.int()
     else:
-        values = (torch.tensor(grid.levels, device=q.codes.device) * half).int()[q.codes.long()]
+        values = (torch.tensor(grid.levels, device=q.codes.device) * factor).int()[q.codes.long()]
     if q.scales.zero is not None:
         zero = q.scales.zero.int()
         g = q.scheme.group_length(q.codes.shape[1])
@@ -203,5 +207,5 @@ def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
         raise SchemeError(
             f"weights of {str(q.scheme)!r} less their zero points exceed int8", where=where, remedy=remedy
         )
-    scale = (q.scales.scale / half).expand(len(values), -1)
+    scale = (q.scales.scale / factor).expand(len(values), -1)
     return IntegerWeight(values.to(torch.int8), scale.contiguous())
