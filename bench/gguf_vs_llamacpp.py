@@ -1,8 +1,10 @@
 """GGUF files of bitwright beside those of llama-quantize with an importance matrix of the same text, mix by mix.
 
     python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptaq] [--seed 0]
+                                     [--temper 0.05]
 
-Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree.
+Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree with it,
+better where inputs are rounded as it rounds them, and where it is given the same numbers in float32.
 Also compared: block type by block type, size by size, and all tokens of WikiText-2's test text. Needs ../shared and
 `bench/peers/install.sh llamacpp`.
 """
@@ -22,6 +24,7 @@ from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 from bitwright.calibration import batches, load_tokenizer, windows
 from bitwright.evaluation import Walk
 from bitwright.llamacpp.container import GgufFile
+from bitwright.llamacpp.engine import ENGINE
 from bitwright.models import TOKENS_PER_BATCH, read_config
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
@@ -84,8 +87,19 @@ def tokens_agree(case: Case, file: Path) -> str:
     return f"{len(mine)} tokens, all alike" if mine == theirs else f"DIFFERENT: {len(mine)} and {len(theirs)} tokens"
 
 
-def perplexities(case: Case, file: Path, work: Path) -> tuple[float, float, float]:
-    """llama-perplexity's, its standard error, and ours on the very same tokens: the second half of each window."""
+def disagreement(case: Case, file: Path, work: Path) -> tuple[str, ...]:
+    """llama-perplexity's figure less ours on the very same tokens, the second half of each window, in its standard errors.
+
+    The second figure is that of inputs rounded as llama.cpp does, the third that of the same numbers in float32.
+    """
+    (theirs, error), (exact, _) = (llama_perplexity(case, f, work) for f in (file, decoded(file, work)))
+    ids = judged_by_llama(file, work)
+    mine, alike = (math.exp(float(losses(file, ids, WINDOW // 2, engine).mean())) for engine in (None, ENGINE))
+    return tuple(f"{more / error:+.3f}" for more in (theirs - mine, theirs - alike, exact - mine))
+
+
+def llama_perplexity(case: Case, file: Path, work: Path) -> tuple[float, float]:
+    """llama-perplexity's figure for the beginning of the text that a case is judged on, and its standard error."""
     some = work / "some.txt"
     some.write_text(case.text.read_text()[:CHARACTERS])
     found = None
@@ -94,20 +108,25 @@ def perplexities(case: Case, file: Path, work: Path) -> tuple[float, float, floa
             "llama-perplexity", "-m", str(file), "-f", str(some), "-c", str(WINDOW), "-b", str(WINDOW), *THREADS
         )
         found = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said)
+    return float(found[1]), float(found[2])
+
+
+def judged_by_llama(file: Path, work: Path) -> Tensor:
+    """The windows [W, T] that llama-perplexity makes of its text."""
     tokenizer = load_tokenizer(file)
     tokenizer.model_max_length = int(1e30)
-    ids = torch.tensor(tokenizer(some.read_text())["input_ids"])
+    ids = torch.tensor(tokenizer((work / "some.txt").read_text())["input_ids"])
     ids = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     if ids[0, 0] == tokenizer.bos_token_id:
         ids[:, 0] = tokenizer.bos_token_id
-    return float(found[1]), float(found[2]), math.exp(float(losses(file, ids, WINDOW // 2).mean()))
+    return ids
 
 
-def losses(model: Path, ids: Tensor, start: int = 0) -> Tensor:
-    """Mean −log p of each window's tokens behind the first `start`, float64 [W]. ids [W, T]."""
-    walk, lost = Walk(model), []
+def losses(model: Path, ids: Tensor, start: int = 0, engine: str | None = None) -> Tensor:
+    """Mean −log p of each window's tokens behind the first `start`, float64 [W]. ids [W, T]; engine: as `bitwright eval`'s."""
+    walk, lost = Walk(model, engine=engine), []
     for hidden, part in zip(walk.hidden(ids), batches(ids, TOKENS_PER_BATCH), strict=True):
-        logits = walk.skeleton.head(hidden)[:, start:-1].log_softmax(-1)
+        logits = walk.head(hidden)[:, start:-1].log_softmax(-1)
         lost.append(-logits.gather(-1, part[:, start + 1 :, None])[..., 0])
     return torch.cat(lost).double().mean(1)
 
@@ -149,13 +168,11 @@ def compared(case: Case, mix: str, how: list[str], work: Path, source: Path, ima
     done = run([*BITWRIGHT, "quantize", str(case.model), str(mine), *arguments], fine=(0, 1))
     tool("llama-quantize", "--imatrix", str(imatrix), str(source), str(theirs), mix, "2")
     ours, peer = judged(mine, case), judged(theirs, case)
-    llama, error, own = perplexities(case, mine, work)
-    exact, _, _ = perplexities(case, decoded(mine, work), work)
     return [
         case.model.name, mix, f"{mine.stat().st_size:,}", f"{theirs.stat().st_size:,}", types_differ(mine, theirs),
         f"{ours['kl_mean']:.5f} ± {ours['kl_stderr']:.5f}", f"{peer['kl_mean']:.5f} ± {peer['kl_stderr']:.5f}",
         f"{100 * (1 - ours['kl_mean'] / peer['kl_mean']):.0f} %", f"{ours['perplexity']:.3f}", f"{peer['perplexity']:.3f}",
-        difference(mine, theirs, case), f"{(llama - own) / error:+.3f}", f"{(exact - own) / error:+.3f}", f"{done.seconds:.1f}",
+        difference(mine, theirs, case), *disagreement(case, mine, work), f"{done.seconds:.1f}",
     ]  # fmt: skip
 
 
@@ -165,12 +182,19 @@ def main() -> None:
     parser.add_argument("--mixes", default=MIXES)
     parser.add_argument("--method", default="gptaq")
     parser.add_argument("--seed", default="0", help="of the calibration windows")
+    parser.add_argument("--temper", type=float, help="share of KL to spend on likelihood; nothing is done without it")
     args = parser.parse_args()
     header = [
         "model", "mix", "bytes", "llama-quantize", "types", "KL", "llama-quantize", "less", "perplexity", "llama-quantize",
-        "−log p more than theirs", "llama-perplexity less ours, in its standard errors", "on its numbers in float32", "seconds",
+        "−log p more than theirs", "llama-perplexity less ours, in its standard errors", "with `--engine llama.cpp`",
+        "on its numbers in float32", "seconds",
     ]  # fmt: skip
     rows, how = [], ["--method", args.method, "--seed", args.seed]
+    if args.temper is not None:
+        OUT.mkdir(parents=True, exist_ok=True)
+        recipe = OUT / "temper.toml"
+        recipe.write_text(f"temper = {args.temper}\n")
+        how += ["--recipe", str(recipe)]
     for name in args.models.split(","):
         work = OUT / "gguf" / name
         work.mkdir(parents=True, exist_ok=True)

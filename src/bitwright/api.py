@@ -80,12 +80,14 @@ def evaluate(
     seqlen: int = 256,
     tokens: int | None = None,
     predictions: str | Path | None = None,
+    engine: str | None = None,
 ) -> Evaluation:
     """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
 
     predictions: a directory to keep what the reference predicts in, for other evaluations on the same text.
+    engine: "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float.
     """
     return _evaluate(
         Path(model), reference=Path(reference) if reference else None, text=text, seqlen=seqlen, tokens=tokens,
-        predictions=Path(predictions) if predictions else None,
+        predictions=Path(predictions) if predictions else None, engine=engine,
     )  # fmt: skip

@@ -134,10 +134,8 @@ def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bo
         remedy = "name OUT.gguf"
         message = f"architecture {architecture!r} is not known here: it can stay GGUF, and become nothing else"
         raise FormatError(message, where=str(source), remedy=remedy)
-    if recipe.kv_cache is not None or any(rule.transforms for rule in recipe.active):
-        message = (
-            f"transforms and caches need a model that can be run, and architecture {architecture!r} is not known here"
-        )
+    if recipe.kv_cache is not None or recipe.temper is not None or any(rule.transforms for rule in recipe.active):
+        message = f"transforms, caches and temper need a model that can be run: architecture {architecture!r} is not known here"
         raise RecipeError(message, where=str(source), remedy="leave them out")
     chooser = _Chooser(file, recipe if weighted else recipe.without_text(), weighted=weighted)
     tensors = tuple(chooser.decide(name) for name in file.tensors)

@@ -158,19 +158,19 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
     with reporting(as_json):
         from bitwright.evaluation import evaluate as judge
 
-        show(
-            judge(
-                model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions
-            ).as_dict(),
-            as_json,
-            "Evaluation",
+        found = judge(
+            model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions, engine=engine
         )
+        show(found.as_dict(), as_json, "Evaluation")
 
 
 @app.command()

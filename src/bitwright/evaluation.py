@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.artefact import open_artefact
+from bitwright.artefact import Artefact, open_artefact
 from bitwright.calibration import batches, load_tokenizer, windows
 from bitwright.errors import CheckpointError, InputError
 from bitwright.kv import KvCache, read_rounding
+from bitwright.llamacpp.artefact import GgufArtefact
+from bitwright.llamacpp.engine import ENGINE, EightBits, cached, inputs_of
 from bitwright.models import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
 from bitwright.reference import Predictions
 from bitwright.store import code_version
@@ -51,11 +53,17 @@ class Evaluation:
 class Walk:
     """A checkpoint directory or GGUF file, float or quantized, carried over a text block by block."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Reads headers. Raises CheckpointError for a directory that is not a checkpoint, or not of its config."""
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
+        """Reads headers. engine: whose rounding of inputs to imitate; None: what the file itself says of inputs.
+
+        Raises CheckpointError for a directory that is not a checkpoint, or not of its config; InputError for an engine that
+        is not known, or does not run this file.
+        """
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
         self.artefact = open_artefact(folder)
+        self.engine = engine
+        self.intake = self.artefact.intake if engine is None else _intake_of(engine, self.artefact)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
 
     @property
@@ -87,15 +95,23 @@ class Walk:
         for index in range(len(self.skeleton)):
             self.load(self.skeleton.state_names(index))
             names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
-            intakes = {module: self.artefact.intake(name) for module, name in names.items()}
+            intakes = {module: self.intake(name) for module, name in names.items()}
             with self.skeleton.taking_in(intakes), self.skeleton.caching(self._cache(index)):
                 for b, batch in enumerate(hidden):
                     hidden[b] = self.skeleton.run(index, batch)
             self.skeleton.unload(index)
         return hidden
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] of what the last block gave; `hidden` has loaded what is outside the blocks."""
+        source = self.names[f"{self.skeleton.head_name}.weight"]
+        with self.skeleton.taking_in({self.skeleton.output_name: self.intake(source)}):
+            return self.skeleton.head(hidden)
+
     def _cache(self, index: int) -> KvCache | None:
         """What the engine keeps block `index`'s keys and values in; None: in float."""
+        if self.engine == ENGINE:
+            return KvCache(rounding=(cached, cached))
         name = self.skeleton.attention_name(index)
         config = self.artefact.config
         if name is None or config is None:
@@ -111,6 +127,16 @@ class Walk:
         return None if rounding is None else KvCache(rounding=rounding)
 
 
+def _intake_of(engine: str, artefact: Artefact | GgufArtefact) -> Callable[[str], EightBits | None]:
+    """What an engine does to the inputs of the module with a weight."""
+    if engine != ENGINE:
+        raise InputError(f"unknown engine {engine!r}", remedy=f"{ENGINE}, or none: in float")
+    if not isinstance(artefact, GgufArtefact):
+        remedy = "give a .gguf file, or leave out --engine"
+        raise InputError(f"{ENGINE} does not run directories", where=str(artefact.folder), remedy=remedy)
+    return lambda name: inputs_of(artefact.file.tensors[artefact.stored[name]].type) if name else None
+
+
 def evaluate(
     model: Path,
     *,
@@ -119,6 +145,7 @@ def evaluate(
     seqlen: int = 256,
     tokens: int | None = None,
     predictions: Path | None = None,
+    engine: str | None = None,
 ) -> Evaluation:
     """Judge a checkpoint directory on a text, beside a reference if one is given.
 
@@ -126,10 +153,12 @@ def evaluate(
     tokens       stop after so many (whole windows); None: the whole text
     predictions  a store of this reference's predictions: used if they are there, written if they are not. KL is then
                  that of its most likely tokens (see reference.py)
-    Raises InputError for a window that does not fit, CalibrationError for a text shorter than one window.
+    engine       "llama.cpp": inputs, keys and values are rounded as that engine does it (GGUF files)
+    Raises InputError for a window that does not fit or an engine that does not run the file, CalibrationError for a text
+    shorter than one window.
     """
     begun = time.monotonic()
-    walk = Walk(model)
+    walk = Walk(model, engine=engine)
     ids = _windows(walk, text, seqlen, tokens)
     other = Walk(reference) if reference else None
     vocabulary = walk.skeleton.config.get_text_config().vocab_size
@@ -137,7 +166,7 @@ def evaluate(
         raise InputError("model and reference have different vocabularies", where=str(reference))
     hidden = walk.hidden(ids)
     against = _against(other, ids, predictions) if other else None
-    parts = list(_judge(walk.skeleton, hidden, ids, against))
+    parts = list(_judge(walk, hidden, ids, against))
     nll = torch.cat([part[0] for part in parts]).view(len(ids), -1)
     mean, stderr = _mean(nll)
     perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())  # inf where a broken model is beyond all bounds
@@ -187,9 +216,9 @@ def _pieces(hidden: list[Tensor], vocabulary: int) -> Iterator[_Piece]:
                 begin += len(states[piece.rows]) * (piece.at.stop - at)
 
 
-def _log_probabilities(skeleton: Skeleton, hidden: list[Tensor], piece: _Piece) -> Tensor:
+def _log_probabilities(walk: Walk, hidden: list[Tensor], piece: _Piece) -> Tensor:
     """Of the next token, [n, V]."""
-    return skeleton.head(hidden[piece.batch][piece.rows, piece.at]).flatten(0, 1).log_softmax(-1)
+    return walk.head(hidden[piece.batch][piece.rows, piece.at]).flatten(0, 1).log_softmax(-1)
 
 
 def _against(other: Walk, ids: Tensor, folder: Path | None) -> Against:
@@ -199,10 +228,10 @@ def _against(other: Walk, ids: Tensor, folder: Path | None) -> Against:
         return lambda piece, log_q: stored.against(piece.begin, log_q)
     hidden = other.hidden(ids)
     if stored is None:
-        return lambda piece, log_q: _exact(_log_probabilities(other.skeleton, hidden, piece), log_q)
+        return lambda piece, log_q: _exact(_log_probabilities(other, hidden, piece), log_q)
     stored.begin()
     for piece in _pieces(hidden, other.skeleton.config.get_text_config().vocab_size):
-        stored.write(piece.begin, _log_probabilities(other.skeleton, hidden, piece))
+        stored.write(piece.begin, _log_probabilities(other, hidden, piece))
     stored.finish(ids.numel())
     return lambda piece, log_q: stored.against(piece.begin, log_q)
 
@@ -220,17 +249,17 @@ def _exact(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _judge(
-    model: Skeleton, hidden: list[Tensor], ids: Tensor, against: Against | None
+    walk: Walk, hidden: list[Tensor], ids: Tensor, against: Against | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each token's −log p, KL(reference ‖ model), and whether the top 1 agrees; piece by piece."""
     windows_before = 0
     batch = 0
-    for piece in _pieces(hidden, model.config.get_text_config().vocab_size):
+    for piece in _pieces(hidden, walk.skeleton.config.get_text_config().vocab_size):
         if piece.batch != batch:
             windows_before, batch = windows_before + len(hidden[batch]), piece.batch
         states = hidden[batch]
         targets = ids[windows_before : windows_before + len(states), 1:][piece.rows, piece.at].flatten()
-        log_q = _log_probabilities(model, hidden, piece)
+        log_q = _log_probabilities(walk, hidden, piece)
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
         kl, same = against(piece, log_q) if against else (nll, nll)
         yield nll, kl, same

@@ -28,7 +28,7 @@ class KvCache:
     """listening: histograms of keys and values to add to; rounding: what either becomes in the cache; used: whether asked."""
 
     listening: tuple[Histogram, Histogram] | None = None
-    rounding: KvRounding | None = None
+    rounding: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
     used: bool = field(default=False)
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
 from bitwright.families import ENCODERS, model_of, parameters_on_meta
-from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.llamacpp.artefact import read_config as read_gguf_config
 from bitwright.llamacpp.container import is_gguf
@@ -145,9 +144,14 @@ class Skeleton:
         return self._name_of(self.model.get_input_embeddings())
 
     @property
+    def output_name(self) -> str:
+        """The module that makes logits."""
+        return self._name_of(self.model.get_output_embeddings())
+
+    @property
     def head_name(self) -> str:
         """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
-        name = self._name_of(self.model.get_output_embeddings())
+        name = self.output_name
         return name if f"{name}.weight" not in self.tied_names() else self.embedding_name
 
     def _name_of(self, module: nn.Module) -> str:
@@ -253,7 +257,7 @@ class Skeleton:
         return f"{self.block_prefix}.{index}.{found[0]}" if len(found) == 1 else None
 
     @contextmanager
-    def taking_in(self, intakes: Mapping[str, Intake | None]) -> Iterator[None]:
+    def taking_in(self, intakes: Mapping[str, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
         """For a while, modules of these full names see their inputs as an engine hands them on; None: as they are."""
         hooks = []
         for name, intake in intakes.items():

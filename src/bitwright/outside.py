@@ -20,6 +20,7 @@ from bitwright.models import TOKENS_PER_BATCH
 from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.streams import Streams, read_block
+from bitwright.temper import tempered
 
 
 def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
@@ -45,7 +46,7 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
 def quantize_ends(
     plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor | None
 ) -> list[Rounded]:
-    """Round the embedding and the output head, where the format has them rounded.
+    """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
 
     Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched; as are those
     of an encoder's embedding, which a norm follows before the first block.
@@ -53,7 +54,12 @@ def quantize_ends(
     known: dict[str, Inputs] = {}
     if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
         known = _observe(plan, weights, streams, tokens)
-    return [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
+    done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
+    budget = plan.recipe.temper
+    if budget is not None and streams is not None and streams.original is not None and tokens is not None:
+        decoded = {r.planned.parameter: decode(r.q) for r in done}
+        weights |= tempered(plan.skeleton, weights, decoded, (streams.given, streams.original), tokens, budget)
+    return done
 
 
 def _ends(plan: Plan) -> list[Planned]:

@@ -133,6 +133,7 @@ def _manifest(plan: Plan, tokens: Tensor | None, known: Store | Importance | Non
         "config": digest(plan.skeleton.config.to_json_string().encode()),
         "recipe": [rule.describe() for rule in plan.recipe.rules],
         "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),
+        "temper": plan.recipe.temper,
         "format": plan.format.name,
         "dtype": str(plan.skeleton.dtype),
         "calibration": None if tokens is None else digest(tokens.numpy().tobytes()),
