@@ -208,7 +208,7 @@ def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, 
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     outer = largest / (low or high)
     outer = outer.clamp(-65504, 65504).half().float()
-    integers = torch.round(blocks / safe(outer)[..., None]).clamp(low, high)
+    integers = torch.round(blocks / safe(outer)[..., None]).clamp(low, high) + 0.0  # no -0: a file holds none
     return (integers * outer[..., None]).flatten(1)[:, : x.shape[1]], outer
 
 

@@ -145,7 +145,8 @@ class Skeleton:
 
     @property
     def output_name(self) -> str:
-        """The module that makes logits."""
+        """The module that makes logits. CheckpointError for an encoder, which has none."""
+        self._must_predict()
         return self._name_of(self.model.get_output_embeddings())
 
     @property
@@ -153,6 +154,12 @@ class Skeleton:
         """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
         name = self.output_name
         return name if f"{name}.weight" not in self.tied_names() else self.embedding_name
+
+    def _must_predict(self) -> None:
+        if not self.predicts:
+            kind = self.config.model_type
+            message = f"models of type {kind!r} predict no next token: there is nothing to judge it by"
+            raise CheckpointError(message, remedy="inspect it, or compare its hidden states")
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, other in self.model.named_modules() if other is module)
@@ -273,11 +280,7 @@ class Skeleton:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """What the last block gave [B, T, H] -> logits [B, T, V], float32. CheckpointError for an encoder, which has none."""
-        if not self.predicts:
-            message = (
-                f"models of type {self.config.model_type!r} predict no next token: there is nothing to judge it by"
-            )
-            raise CheckpointError(message, remedy="inspect it, or compare its hidden states")
+        self._must_predict()
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._ports([], hidden):
             return self.model(input_ids=ids, use_cache=False).logits.float()

@@ -9,6 +9,7 @@ In every type a block's 128 (or 32) weights are cut in runs, and byte i holds th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,17 +26,24 @@ CACHED = 1 << 20  # weights packed at a time
 class Blocks:
     """B blocks, as they are stored.
 
-    codes     [B, n] uint8, counted from 0 (codebooks: as they are)
+    stored    [B, n] uint8, codes as a QTensor has them
+    lowest    of them: `codes` are counted from it (codebooks: as they are)
     scale     [B] float32, the f16 (or e8m0's power of two) that all stand under
     minimum   [B] float32 ≥ 0: what is subtracted, or its f16; zeros where the type has none
     scales, minima [B, 256 / g] int16, the integers of the second level; empty where there is none
     """
 
-    codes: Tensor
+    stored: Tensor
+    lowest: int
     scale: Tensor
     minimum: Tensor
     scales: Tensor
     minima: Tensor
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """[B, n] uint8, counted from 0."""
+        return self.stored + -self.lowest  # modulo 256
 
 
 @dataclass(frozen=True)
@@ -61,18 +69,18 @@ def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
     """Some rows, cut into blocks."""
     scheme = q.scheme
     lowest = scheme.levels.lo if scheme.levels.levels is None and scheme.zero != "min" else 0
-    codes = (q.codes[here].view(torch.uint8) + -lowest).reshape(-1, kind.size)  # modulo 256
+    codes = q.codes[here].view(torch.uint8).reshape(-1, kind.size)
     scale = q.scales.scale[here]
     zero = torch.zeros_like(scale) if q.scales.zero is None else -q.scales.zero[here]
     none = torch.empty(len(codes), 0, dtype=torch.int16)
     if q.scales.outer is None:
-        return Blocks(codes, scale.flatten(), zero.flatten(), none, none)
+        return Blocks(codes, lowest, scale.flatten(), zero.flatten(), none, none)
     outer = q.scales.outer[here]
     under = torch.zeros_like(outer) if q.scales.outer_zero is None else q.scales.outer_zero[here]
     scales, minima = (
         integers_of(table, f16, scheme).short().view(len(codes), -1) for table, f16 in ((scale, outer), (zero, under))
     )
-    return Blocks(codes, outer.flatten(), under.flatten(), scales, minima)
+    return Blocks(codes, lowest, outer.flatten(), under.flatten(), scales, minima)
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
@@ -132,11 +140,15 @@ def signed_six_bits(scales: Tensor) -> Tensor:
 
 
 def _q8_0(b: Blocks) -> Tensor:
-    return beside(half(b.scale), b.codes ^ 128)  # codes were counted from −128
+    return beside(half(b.scale), b.stored)
 
 
 def _q4_0(b: Blocks) -> Tensor:
-    return beside(half(b.scale), nibbles(b.codes))
+    return beside(half(b.scale), nibbles(b.stored) ^ 0x88)  # 8 more, in both halves of a byte
+
+
+def _iq4_nl(b: Blocks) -> Tensor:
+    return beside(half(b.scale), nibbles(b.stored))
 
 
 def _q4_1(b: Blocks) -> Tensor:
@@ -236,7 +248,7 @@ TYPES = {
         _type("Q4_K", 256, 144, _q4_k),
         _type("Q5_K", 256, 176, _q5_k),
         _type("Q6_K", 256, 210, _q6_k),
-        _type("IQ4_NL", 32, 18, _q4_0),
+        _type("IQ4_NL", 32, 18, _iq4_nl),
         _type("IQ4_XS", 256, 136, _iq4_xs),
         _type("TQ1_0", 256, 54, _tq1_0, "ternary-g256"),
         _type("TQ2_0", 256, 66, _tq2_0, "ternary-g256"),

@@ -164,9 +164,9 @@ def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
     if steps <= 2:
         return [(s, s) for s in (1.0, SECOND.get(bits, 0.85))[:steps]]
     tried = torch.linspace(widest, narrowest, steps)
-    tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
     if scheme.zero == "signed" and scheme.reach and scheme.levels.reach:
         tried *= scheme.reach / scheme.levels.reach  # as if the range did not reach as far
+    tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
     signs = (1, -1) if scheme.zero == "signed" else (1,)
     return [(sign * s, sign * s) for s in tried.tolist() for sign in signs]
 
