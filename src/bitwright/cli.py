@@ -271,7 +271,7 @@ def main() -> None:
     # times as long on a busy one. Must be set before torch loads its OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads would only wait, busily
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads only wait, busily
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(
         100_000
