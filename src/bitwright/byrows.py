@@ -107,7 +107,7 @@ def _height(t: Planned) -> int:
 
 
 def _step(t: Planned) -> int:
-    """Rows taken at a time: they stay in the cache."""
+    """Rows taken at a time."""
     return max(1, SLAB // t.shape[-1])
 
 

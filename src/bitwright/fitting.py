@@ -17,7 +17,7 @@ from bitwright.scheme import Scheme
 from bitwright.threads import each
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
-SLAB = 1 << 21  # weights rounded at a time where nothing else is gained: enough to be worth a call, little memory
+SLAB = 1 << 21  # weights rounded at a time: enough to be worth a call, in little memory
 SAMPLED_ROWS = 64  # at least so many tell what round to nearest would lose
 
 
@@ -33,8 +33,7 @@ class Fit:
 def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
 
-    Where no row knows of another, some rows at a time: they stay in the cache, and there is never a float32 copy of an
-    embedding.
+    Where no row knows of another, some rows at a time, side by side: there is never a float32 copy of an embedding.
     """
     assert t.layer is not None and t.rule is not None
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:

@@ -63,12 +63,13 @@ def search(
     known = gram if objective == "weighted" else None
     importance = None if known is None else (known if known.ndim == 1 else known.diagonal()).clamp(min=0)
     if w.ndim == 2 and scheme.scale in ONE_LEVEL and rounding.handles(scheme, w):
-        q, lost, whole = rounding.searched(w, importance, scheme, _shrinks(scheme, steps))
+        q, lost, whole = rounding.searched(w, importance, scheme, _shrinks(scheme, steps, nearest=True))
         if not bool(lost.sum().isfinite()):
             snap(q.scales.scale, None, scheme)  # SchemeError for a weight that is not
         return Outcome(q, missed=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
     w = w.float()
-    return Outcome(rounding.encode(w, best_scales(w.reshape(len(w), -1), scheme, importance, steps=steps), scheme))
+    scales = best_scales(w.reshape(len(w), -1), scheme, importance, steps=steps, nearest=True)
+    return Outcome(rounding.encode(w, scales, scheme))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
@@ -85,13 +86,20 @@ def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
 
 
 def best_scales(
-    w: Tensor, scheme: Scheme, importance: Tensor | None, *, outer: Tensor | None = None, steps: int = 8
+    w: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None,
+    *,
+    outer: Tensor | None = None,
+    steps: int = 8,
+    nearest: bool = False,
 ) -> Scales:
-    """The scales of least weighted squared error. w [N, K], importance [K] ≥ 0 or None, outer as in `fit`."""
+    """The scales of least weighted squared error. w [N, K], importance [K] ≥ 0 or None, outer as in `fit`; nearest: what round
+    to nearest takes is tried in any case."""
     if outer is None and scheme.scale == "e4m3":
         outer = fit(w, scheme).outer  # the second level belongs to the whole tensor: from the extremes
     chunks = w.split(max(1, CHUNK // w.shape[1])) if scheme.group != TENSOR else [w]
-    parts = [_best_raw(chunk, scheme, importance, steps) for chunk in chunks]
+    parts = [_best_raw(chunk, scheme, importance, _shrinks(scheme, steps, nearest=nearest)) for chunk in chunks]
     scale = torch.cat([part[0] for part in parts])
     zero = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
     found = snap(scale, zero, scheme, outer=outer)
@@ -123,11 +131,12 @@ def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scale
     return map_rows(lambda x, y: torch.where(better, x, y), scheme, found, plain)
 
 
-def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) -> tuple[Tensor, Tensor | None]:
+def _best_raw(
+    w: Tensor, scheme: Scheme, importance: Tensor | None, shrinks: list[tuple[float, float]]
+) -> tuple[Tensor, Tensor | None]:
     """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
     one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
     weight = torch.ones_like(w[0]) if importance is None else importance.float()
-    shrinks = _shrinks(scheme, steps)
     if rounding.handles(scheme, w):
         return rounding.search(w, weight, one_level, shrinks)
     v = group_view(w, scheme)
@@ -144,7 +153,7 @@ def _best_raw(w: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) 
     return best.scale, best.zero
 
 
-def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
+def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple[float, float]]:
     """Factors on the range, of its parts below and above 0: coarse grids clip hard; fine ones hardly, and gain by a range
     that is wider than the weights are.
 
@@ -164,11 +173,12 @@ def _shrinks(scheme: Scheme, steps: int) -> list[tuple[float, float]]:
     if steps <= 2:
         return [(s, s) for s in (1.0, SECOND.get(bits, 0.85))[:steps]]
     tried = torch.linspace(widest, narrowest, steps)
-    if scheme.zero == "signed" and scheme.reach and scheme.levels.reach:
-        tried *= scheme.reach / scheme.levels.reach  # as if the range did not reach as far
     tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
-    signs = (1, -1) if scheme.zero == "signed" else (1,)
-    return [(sign * s, sign * s) for s in tried.tolist() for sign in signs]
+    if scheme.zero != "signed" or not scheme.reach or not scheme.levels.reach:
+        return [(s, s) for s in tried.tolist()]
+    tried *= scheme.reach / scheme.levels.reach  # these are factors on a range that does not reach as far
+    own = [(1.0, 1.0)] if nearest else []
+    return own + [(sign * s, sign * s) for s in tried.tolist() for sign in (1, -1)]
 
 
 def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
