@@ -176,9 +176,9 @@ def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple
     tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
     if scheme.zero != "signed" or not scheme.reach or not scheme.levels.reach:
         return [(s, s) for s in tried.tolist()]
-    tried *= scheme.reach / scheme.levels.reach  # these are factors on a range that does not reach as far
+    wider = scheme.reach / scheme.levels.reach  # these are factors on a range that does not reach as far
     own = [(1.0, 1.0)] if nearest else []
-    return own + [(sign * s, sign * s) for s in tried.tolist() for sign in (1, -1)]
+    return own + [(sign * s * wider, sign * s * wider) for s in tried.tolist() for sign in (1, -1)]
 
 
 def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
