@@ -8,6 +8,7 @@ Needs `bench/peers/install.sh llamacpp` and 8 GB of disk.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -35,6 +36,7 @@ def random_importance(source: Path, file: Path) -> None:
 def seconds_of(mix: str, model: Path, method: str, calib: str) -> tuple[float, float]:
     """Of bitwright; and its peak memory in MB."""
     out = model.parent / f"mine-{mix}.gguf"
+    os.sync()  # what ran before may have left its file to be written yet
     how = ["--scheme", mix, "--method", method, "--calib", calib, "--json"]
     done = run([*BITWRIGHT, "quantize", str(model), str(out), *how])
     out.unlink()
@@ -62,6 +64,7 @@ def main() -> None:
         for _ in range(args.times):
             file, megabytes = seconds_of(mix, source, args.method, calib)
             folder, _ = seconds_of(mix, model, args.method, calib)
+            os.sync()
             begun = time.monotonic()
             tool("llama-quantize", *peers, str(source), str(work / "theirs.gguf"), mix, threads)
             found.append((file, folder, time.monotonic() - begun, megabytes))
