@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.gguf_vs_llamacpp import MIXES, WINDOW, case_of
+from bench.gguf_vs_llamacpp import MIXES, WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
-from bitwright.calibration import batches, load_tokenizer, windows
+from bitwright.calibration import batches
 from bitwright.evaluation import Walk
-from bitwright.models import TOKENS_PER_BATCH, read_config
+from bitwright.models import TOKENS_PER_BATCH
 
 
 def compared(walk: Walk, file: Path, hidden: list[Tensor], ids: Tensor) -> Tensor:
@@ -47,9 +47,7 @@ def main() -> None:
     for name in args.models.split(","):
         work = OUT / "gguf" / name
         case = case_of(name, work)
-        vocabulary = read_config(case.model).get_text_config().vocab_size
-        ids = windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)
-        walk, ids = Walk(case.model), ids[: args.tokens // WINDOW]
+        walk, ids = Walk(case.model), judged_windows(case)[: args.tokens // WINDOW]
         hidden = walk.hidden(ids)
         for mix in args.mixes.split(","):
             for whose in ("mine", "theirs"):

@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.gguf_vs_llamacpp import WINDOW, case_of
+from bench.gguf_vs_llamacpp import WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
-from bitwright.calibration import load_tokenizer, windows
 from bitwright.evaluation import Walk
 from bitwright.llamacpp.engine import ENGINE
-from bitwright.models import read_config
 
 
 def log_p(file: Path, ids: Tensor, engine: str | None, nudge: float = 0.0) -> Tensor:
@@ -37,9 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     work = OUT / "gguf" / args.model
     case, file = case_of(args.model, work), work / f"mine-{args.mix}.gguf"
-    vocabulary = read_config(case.model).get_text_config().vocab_size
-    ids = windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)
-    ids, rows = ids[: args.tokens // WINDOW], []
+    ids, rows = judged_windows(case)[: args.tokens // WINDOW], []
     plain = {engine: log_p(file, ids, engine) for engine in (None, ENGINE)}
     rows.append(["in float, as llama.cpp does", f"{float((plain[ENGINE] - plain[None]).square().mean().sqrt()):.1e}"])
     for engine in plain:

@@ -10,6 +10,7 @@ is Q2_0, a type that the package does not know. Needs ../shared and `bench/peers
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,12 +22,10 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 import bitwright
-from bench.gguf_vs_llamacpp import WINDOW, perplexities, prepared, tool
+from bench.gguf_vs_llamacpp import WINDOW, judged_by_llama, judged_windows, llama_perplexity, losses, prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
-from bitwright.calibration import load_tokenizer, windows
 from bitwright.evaluation import Walk
 from bitwright.llamacpp.container import GgufFile
-from bitwright.models import read_config
 from bitwright.nn.dense import Dense
 from bitwright.nn.qlinear import QLinear
 from bitwright.speed import bytes_per_token
@@ -67,15 +66,15 @@ def main() -> None:
     case, source, imatrix = prepared("wiki-llama-7m", work)
     file = work / "theirs.gguf"
     judge = ["--reference", str(case.model), "--text", str(case.text), "--tokens", "2048", "--json"]
-    vocabulary = read_config(case.model).get_text_config().vocab_size
-    ids = windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)[:4]
+    ids = judged_windows(case)[:4]
     rows = []
     for kind in args.types.split(","):
         how = ["--tensor-type", f"blk={kind.lower()}"] if kind in BY_TENSOR else []
         tool("llama-quantize", "--imatrix", str(imatrix), *how, str(source), str(file), "Q8_0" if how else kind, "2")
         types = Counter(t.type.name for t in GgufFile(file).tensors.values() if len(t.shape) > 1)
         if kind == "Q1_0":
-            theirs, _, ours = perplexities(case, file, work)
+            theirs, _ = llama_perplexity(case, file, work)
+            ours = math.exp(float(losses(file, judged_by_llama(file, work), WINDOW // 2).mean()))
             read = f"perplexity {ours:.2f}, llama-perplexity's {theirs:.2f}"
         else:
             read = "{} of {}".format(*alike(file))

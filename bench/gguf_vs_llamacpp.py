@@ -76,11 +76,16 @@ def tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+def tokenized(file: Path, text: Path, *more: str) -> list[int]:
+    """A text's tokens by llama-tokenize. more: arguments."""
+    said = tool("llama-tokenize", "-m", str(file), "-f", str(text), "--ids", "--log-disable", *more)
+    return [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])]
+
+
 def tokens_agree(case: Case, file: Path) -> str:
     """Whether llama.cpp cuts WikiText-2's test text as the checkpoint's tokenizer does."""
     text = SHARED / "text/wikitext2_raw_test.txt"
-    said = tool("llama-tokenize", "-m", str(file), "-f", str(text), "--ids", "--log-disable")
-    theirs = [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])]
+    theirs = tokenized(file, text)
     tokenizer = load_tokenizer(case.model)
     tokenizer.model_max_length = int(1e30)
     mine = tokenizer(text.read_bytes().decode())["input_ids"]  # its line ends as they are
@@ -131,10 +136,15 @@ def losses(model: Path, ids: Tensor, start: int = 0, engine: str | None = None) 
     return torch.cat(lost).double().mean(1)
 
 
+def judged_windows(case: Case) -> Tensor:
+    """All windows [W, T] of the text that a case is judged on."""
+    vocabulary = read_config(case.model).get_text_config().vocab_size
+    return windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)
+
+
 def difference(mine: Path, theirs: Path, case: Case) -> str:
     """How much more −log p a token loses in our file than in theirs, and its standard error over windows, pair by pair."""
-    vocabulary = read_config(case.model).get_text_config().vocab_size
-    ids = windows(load_tokenizer(case.model), str(case.text), seqlen=WINDOW, vocabulary=vocabulary)[: PAIRED // WINDOW]
+    ids = judged_windows(case)[: PAIRED // WINDOW]
     more = losses(mine, ids) - losses(theirs, ids)
     return f"{float(more.mean()):+.4f} ± {float(more.std()) / len(more) ** 0.5:.4f}"
 

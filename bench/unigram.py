@@ -10,7 +10,6 @@ sentencepiece protobuf`.
 import argparse
 import importlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from bench.gguf_vs_llamacpp import tool
+from bench.gguf_vs_llamacpp import tokenized
 from bench.measure import OUT, SHARED, table
 from bitwright.conversion import convert
 from bitwright.llamacpp.artefact import read_tokenizer
@@ -57,12 +56,6 @@ def checkpoint(model: Any, folder: Path) -> None:
     AutoModel.from_config(config).save_pretrained(folder)
 
 
-def cut(file: Path, text: Path) -> list[int]:
-    """By llama-tokenize, which reads escapes unless it is told not to."""
-    said = tool("llama-tokenize", "-m", str(file), "-f", str(text), "--ids", "--log-disable", "--no-escape")
-    return [int(i) for i in re.findall(r"-?\d+", said[said.rindex("[") : said.rindex("]")])]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=int, default=2000)
@@ -80,7 +73,10 @@ def main() -> None:
         some = work / name
         some.write_bytes(raw[: raw.rindex(b"\n")])
         ids = first(some.read_bytes().decode())["input_ids"]
-        alike = [ids == cut(work / "a.gguf", some), ids == back(some.read_bytes().decode())["input_ids"]]
+        alike = [
+            ids == tokenized(work / "a.gguf", some, "--no-escape"),  # or it takes what looks like escapes for them
+            ids == back(some.read_bytes().decode())["input_ids"],
+        ]
         rows.append([name, f"{len(ids):,}", *(json.dumps(same) for same in alike)])
     print(f"table of replacements: {len(model.normalizer_spec.precompiled_charsmap):,} bytes")
     print(table(["text", "tokens", "llama.cpp's alike", "read back alike"], rows))

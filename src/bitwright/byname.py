@@ -24,7 +24,7 @@ from bitwright.formats.ggml import TYPES
 from bitwright.ledger import KEPT, QUANTIZED
 from bitwright.llamacpp import export, imatrix
 from bitwright.llamacpp.container import GgufFile, Types, carried_keys, float_dtype, type_named
-from bitwright.llamacpp.mixes import FILE_TYPES, MIXES, Place, type_in
+from bitwright.llamacpp.mixes import MIXES, Place, type_in
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.planned import Planned
 from bitwright.recipe import Recipe, Rule
@@ -95,8 +95,7 @@ class NamePlan:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """What the file will say beside its tensors."""
-        mixes = {rule.mix for rule in self.recipe.active}
-        return carried_keys(self.source, FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None)
+        return carried_keys(self.file, self.recipe.file_type)
 
     @property
     def parameters(self) -> int:
@@ -121,13 +120,13 @@ class NamePlan:
         return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_by_name(source: Path, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> NamePlan:
-    """Decide about every tensor of such a file. weighted: whether there will be an importance matrix; unknown: whether
+def plan_by_name(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> NamePlan:
+    """Decide about every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether
     its architecture is.
 
     FormatError, RecipeError or CheckpointError for what cannot be.
     """
-    file = GgufFile(source)
+    source = file.path
     file.check_vocabulary()
     architecture = file.key("general.architecture", str)
     if format_name != GGUF.name:

@@ -75,9 +75,7 @@ def raw_scales(
     if scheme.symmetric:
         if scheme.reach is not None:
             largest = v.abs().amax(-1) * (shrink / scheme.reach)
-            if (
-                scheme.zero == "signed"
-            ):  # the grid's longer side, below 0, is for the side that the largest weight is on
+            if scheme.zero == "signed":  # the longer side, below 0, is for the one that the largest weight is on
                 largest = torch.where(v.amax(-1) > -v.amin(-1), -largest, largest)
             return largest, None
         counts = torch.full(v.shape[1:2], float(v.shape[2]))

@@ -32,11 +32,12 @@ def planned(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
     rules = rules.without_text() if calib == "none" else rules
-    weighted = is_imatrix(calib)
-    alone = is_gguf(model) and _needs_no_model(rules, recipe, format, calib)
-    unknown = is_gguf(model) and (weighted or not alone) and _is_unknown(model)
-    if alone or unknown:
-        return plan_by_name(model, rules, format, weighted=weighted, unknown=unknown)
+    if is_gguf(model):
+        file, weighted = GgufFile(model), is_imatrix(calib)
+        alone = _needs_no_model(rules, recipe, format, calib)
+        unknown = (weighted or not alone) and _is_unknown(file)
+        if alone or unknown:
+            return plan_by_name(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen)
@@ -50,11 +51,11 @@ def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str)
     return (calib == "none" or is_imatrix(calib)) and format == "gguf" and alone and not (recipe or rules.kv_cache)
 
 
-def _is_unknown(model: Path) -> bool:
-    """Whether it is of an architecture that cannot be run here. CheckpointError for a damaged file."""
+def _is_unknown(file: GgufFile) -> bool:
+    """Whether it is of an architecture that cannot be run here."""
     from bitwright.llamacpp.architecture import named
 
-    return named(GgufFile(model).key("general.architecture", str)) is None
+    return named(file.key("general.architecture", str)) is None
 
 
 def carried_out(

@@ -25,7 +25,6 @@ from bitwright.llamacpp.artefact import GgufSource
 from bitwright.llamacpp.container import carried_keys, is_gguf
 from bitwright.llamacpp.export import file_bytes
 from bitwright.llamacpp.metadata import metadata
-from bitwright.llamacpp.mixes import FILE_TYPES
 from bitwright.llamacpp.names import Names, is_unused
 from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
@@ -229,7 +228,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(source, skeleton, recipe) if FORMATS[format_name].one_file else {},
+        _file_keys(checkpoint, skeleton, recipe) if FORMATS[format_name].one_file else {},
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
@@ -254,13 +253,12 @@ def _open(source: Path, format_name: str) -> Checkpoint | GgufSource:
     return GgufSource(source)
 
 
-def _file_keys(source: Path, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+def _file_keys(checkpoint: Checkpoint | GgufSource, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What a GGUF file will say beside its tensors; errors as of `metadata`."""
-    mixes = {rule.mix for rule in recipe.active}
-    file_type = FILE_TYPES.get(next(iter(mixes))) if len(mixes) == 1 else None
-    if is_gguf(source):
-        return carried_keys(source, file_type)
-    return metadata(source, skeleton.config, load_tokenizer(source), file_type)
+    if isinstance(checkpoint, GgufSource):
+        return carried_keys(checkpoint.artefact.file, recipe.file_type)
+    source = checkpoint.folder
+    return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 
 
 def _check_kv(plan: Plan) -> None:

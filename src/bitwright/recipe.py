@@ -27,7 +27,7 @@ from typing import Any
 from bitwright.errors import RecipeError
 from bitwright.formats.ggml import TYPES
 from bitwright.kv import check as check_kv
-from bitwright.llamacpp.mixes import MIXES
+from bitwright.llamacpp.mixes import FILE_TYPES, MIXES
 from bitwright.methods import (
     ASYMMETRIC,
     BLOCKWISE,
@@ -48,7 +48,7 @@ from bitwright.ranges import RANGES
 from bitwright.scheme import TENSOR, TOKEN, Scheme
 
 KEEP = "keep"
-QUICK = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+QUICK = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # what llama-quantize rounds to nearest where there is no matrix
 SUPPLIED = ("cross", "pruned")  # keywords of methods that the pipeline fills in
 
 
@@ -243,6 +243,12 @@ class Recipe:
     def needs_original(self) -> bool:
         """Whether any rule's method looks at the float model's activations beside the quantized one's."""
         return any(rule.method in ASYMMETRIC for rule in self.active)
+
+    @property
+    def file_type(self) -> int | None:
+        """llama.cpp's number of the mix, if all that is quantized is of one that has a number."""
+        mixes = {rule.mix for rule in self.active}
+        return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
     def rotation(self) -> Rotate | None:

@@ -171,9 +171,7 @@ class _Source:
         self.skeleton = Skeleton(read_config(model), EXACT)
         self.names = self.skeleton.source_names(self.artefact.shapes, str(model))
         self._floats: list[str] = []  # notes on what is float here and was not
-        self._sizes: dict[
-            tuple[str, str], list[int]
-        ] = {}  # matrices of a kind that take a scheme; bytes before and after
+        self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
         used = set(self.names.values())
         odd = next((n for n in self.artefact.shapes if n not in used and not n.endswith(COMPUTED)), None)
         if odd is not None:

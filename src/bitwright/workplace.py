@@ -74,16 +74,14 @@ class Workplace:
 
     def committed(self, names: list[str]) -> int:
         """How many of the shards, in order, are done."""
-        done = [(self.path / name).is_file() for name in names]
-        return done.index(False) if False in done else len(done)
+        return _leading([self.path / name for name in names])
 
     def noted(self, count: int) -> int:
         """How many shares of a single file, of so many and in order, are done."""
-        done = [self._ledger(index).is_file() for index in range(count)]
-        return done.index(False) if False in done else count
+        return _leading([self._ledger(index) for index in range(count)])
 
     def note(self, index: int, entries: list[Entry]) -> None:
-        """A share of a single file lies there, verified: make it count."""
+        """Record a share; where it lies in a single file, verified, this makes it count."""
         write_file(self._ledger(index), to_jsonl(entries).encode())
 
     def ledger(self, index: int) -> list[Entry]:
@@ -101,7 +99,7 @@ class Workplace:
         """Write a shard, read it back, compare, and only then make it count."""
         if hidden is not None:
             write_shard(self._hidden(index + 1), hidden)
-        write_file(self._ledger(index), to_jsonl(entries).encode())
+        self.note(index, entries)
         unverified = self.path / "unverified.safetensors"
         write_shard(unverified, tensors)
         verify.check(Checkpoint(self.path, only=unverified))
@@ -134,6 +132,12 @@ class Workplace:
     def abandon(self) -> None:
         """Remove work that can never be finished."""
         shutil.rmtree(self.path)
+
+
+def _leading(files: list[Path]) -> int:
+    """How many are there, before the first that is not."""
+    there = [file.is_file() for file in files]
+    return there.index(False) if False in there else len(there)
 
 
 class Verification:

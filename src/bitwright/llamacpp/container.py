@@ -173,9 +173,8 @@ def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
     return FLOATS[t.type]
 
 
-def carried_keys(path: Path, file_type: int | None) -> dict[str, Any]:
+def carried_keys(file: GgufFile, file_type: int | None) -> dict[str, Any]:
     """All keys of a file for one made of it, untouched but for what its types are called, and that it was in parts."""
-    file = GgufFile(path)
     kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}
     kept.pop("general.file_type", None)
     changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -23,6 +23,9 @@ from bitwright.errors import VerificationError
 from bitwright.llamacpp.container import FLOATS, SCALARS, GgufFile, Typed, Types
 from bitwright.threads import each
 
+if TYPE_CHECKING:
+    from bitwright.llamacpp.names import Names  # knows transformers, which files made by name do without
+
 NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 
@@ -30,29 +33,15 @@ FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 @dataclass(frozen=True)
 class Piece:
     """One tensor of the file. parameter: transformers' name; source: its tensor in the shards; kind: llama.cpp's type, None
-    for float; experts: how many matrices lie in it, one above the other; 0: it is one."""
+    for float."""
 
     parameter: str
     source: str
     kind: Types | None
-    experts: int = 0
-
-
-class Naming(Protocol):
-    """How parameters are called in a file of llama.cpp's, and what their tensors become there: `Names`, or nothing new."""
-
-    def of(self, parameter: str) -> str:
-        """Its name there."""
-
-    def rows(self, parameter: str, N: int) -> Tensor | None:
-        """Where each of N rows is taken from; None: they stay."""
-
-    def written(self, parameter: str, tensor: Tensor) -> Tensor:
-        """A float tensor as it is there."""
 
 
 def write(
-    file: Path, keys: Mapping[str, Any], pieces: list[Piece], shards: list[Path], names: Naming,
+    file: Path, keys: Mapping[str, Any], pieces: list[Piece], shards: list[Path], names: "Names",
     computed: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Write the file and compare what lies in it. VerificationError names the first tensor that differs.
@@ -101,12 +90,11 @@ def place(name: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
-def _written(names: Naming, piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
+def _written(names: "Names", piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
     """A tensor's type and values as the file has them: blocks with their rows turned, or floats as llama.cpp has them."""
     if piece.kind is not None:
         rows = names.rows(piece.parameter, len(tensor))
-        tensor = tensor if rows is None else tensor[rows]
-        return piece.kind, tensor.unflatten(0, (piece.experts, -1)) if piece.experts else tensor
+        return piece.kind, tensor if rows is None else tensor[rows]
     tensor = names.written(piece.parameter, tensor).contiguous()
     return FLOAT_TYPES[tensor.dtype], tensor
 
