@@ -82,7 +82,7 @@ void encode(const Format &f, Matrix w, Matrix scale, std::optional<Matrix> zero,
     shaped(codes, N, K, "codes must be [N, K]");
     require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
     if (zero) shaped(*zero, N, G, "zero must be [N, G]");
-    Encode a{w.data(), scale.data(), data_of(zero), bytes_of(codes), (ptrdiff_t)K, g};
+    Encode a{w.data(), scale.data(), data_of(zero), bytes_of(codes), (ptrdiff_t)K, g, nullptr, nullptr, nullptr};
     nb::gil_scoped_release unlocked;
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->encode(f, a, first, last); });
 }

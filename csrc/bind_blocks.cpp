@@ -8,14 +8,6 @@ using namespace bitwright;
 
 namespace {
 
-// Rows of bfloat16 as float32.
-void widen(const uint16_t *from, float *to, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        std::memcpy(to + i, &bits, 4);
-    }
-}
-
 // Scales searched, codes under them, and what they lose: a few rows after the other, while they are in the cache.
 void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector factor, ptrdiff_t g, Out scale,
                 std::optional<Out> zero, CodeArray codes, Out sums, int threads) {
@@ -37,37 +29,37 @@ void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector 
         for (ptrdiff_t at = first; at < last; at += MOST_LANES) {
             ptrdiff_t n = last - at < MOST_LANES ? last - at : MOST_LANES;
             const float *rows = (const float *)w.data() + at * K;
-            if (half) widen((const uint16_t *)w.data() + at * K, some, n * K), rows = some;
+            if (half) chosen->widen((const uint16_t *)w.data() + at * K, some, n * K), rows = some;
             float *s = scale.data() + at * G, *z = zero ? zero->data() + at * G : nullptr, *lost = sums.data() + at;
             Search search{rows, weight.data(), shrink.data(), factor.data(), s, z, (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
             chosen->search(f, search, room.data(), 0, n);
-            chosen->encode(f, {rows, s, z, all + at * K, (ptrdiff_t)K, g}, 0, n);
-            chosen->missed(f, {rows, weight.data(), all + at * K, s, z, lost, lost + N, (ptrdiff_t)K, g}, 0, n);
+            chosen->encode(f, {rows, s, z, all + at * K, (ptrdiff_t)K, g, weight.data(), lost, lost + N}, 0, n);
         }
     });
 }
 
 using Octets = nb::ndarray<uint8_t, nb::ndim<2>, nb::device::cpu>;  // rows may lie apart
 
-void put_side_by_side(Octets numbers, Octets bytes, int bits) {
-    size_t rows = bytes.shape(0), n = bytes.shape(1), runs = n ? numbers.shape(1) / n : 0;
-    require(bits > 0 && runs * bits <= 8 && n % 8 == 0, "runs of whole eights, and no more than 8 bits side by side");
-    shaped(numbers, rows, runs * n, "numbers must be [rows, runs · n]");
-    require(numbers.stride(1) == 1 && bytes.stride(1) == 1 && numbers.stride(0) == (int64_t)(runs * n) &&
-            bytes.stride(0) == (int64_t)n, "both must be contiguous");
-    nb::gil_scoped_release unlocked;
-    (n == 16 ? put_beside<16> : n == 32 ? put_beside<32> : put_beside<>)(numbers.data(), bytes.data(), rows, (int)runs, n, bits);
+// Numbers of a few bits, and bytes in stretches of n that hold them side by side.
+void check_beside(Octets &numbers, Octets &bytes, size_t n, int bits) {
+    size_t m = bytes.shape(1);
+    require((bits == 1 || bits == 2 || bits == 4) && n > 0 && n % 8 == 0 && m % n == 0, "stretches of whole eights");
+    shaped(numbers, bytes.shape(0), m * 8 / bits, "numbers must be [rows, 8 / bits of each byte]");
+    require(numbers.stride(1) == 1 && bytes.stride(1) == 1 && numbers.stride(0) == (int64_t)(m * 8 / bits),
+            "rows must be contiguous, numbers altogether");
 }
 
-void take_side_by_side(Octets bytes, Octets numbers, size_t n, int bits) {
-    size_t rows = bytes.shape(0), m = bytes.shape(1);
-    require((bits == 1 || bits == 2 || bits == 4) && n > 0 && n % 8 == 0 && m % n == 0, "stretches of whole eights");
-    shaped(numbers, rows, m * 8 / bits, "numbers must be [rows, 8 / bits of each byte]");
-    require(bytes.stride(1) == 1 && numbers.stride(1) == 1 && numbers.stride(0) == (int64_t)(m * 8 / bits),
-            "rows must be contiguous");
+void put_side_by_side(Octets numbers, Octets bytes, size_t n, int bits, int turn) {
+    check_beside(numbers, bytes, n, bits);
     nb::gil_scoped_release unlocked;
-    (n == 16 ? take_apart<16> : n == 32 ? take_apart<32> : take_apart<>)(bytes.data(), bytes.stride(0), numbers.data(), rows, m, n,
-                                                                        bits);
+    put_beside(numbers.data(), bytes.data(), bytes.stride(0), bytes.shape(0), bytes.shape(1), n, bits, (uint8_t)turn);
+}
+
+void take_side_by_side(Octets bytes, Octets numbers, size_t n, int bits, int less) {
+    check_beside(numbers, bytes, n, bits);
+    require(less >= 0 && less <= 128, "less must be 0 to 128");
+    nb::gil_scoped_release unlocked;
+    take_apart(bytes.data(), bytes.stride(0), numbers.data(), bytes.shape(0), bytes.shape(1), n, bits, (uint8_t)less);
 }
 
 void put_rows(Octets from, Octets to) {
@@ -87,9 +79,11 @@ void bind_blocks(nb::module_ &m) {
     m.def("round_rows", &round_rows, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
           "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "sums"_a.noconvert(), "threads"_a);
-    m.def("put_side_by_side", &put_side_by_side, "numbers"_a.noconvert(), "bytes"_a.noconvert(), "bits"_a);
+    m.def("put_side_by_side", &put_side_by_side, "numbers"_a.noconvert(), "bytes"_a.noconvert(), "n"_a, "bits"_a,
+          "turn"_a);
     m.def("put_rows", &put_rows, "rows"_a.noconvert(), "place"_a.noconvert());
-    m.def("take_side_by_side", &take_side_by_side, "bytes"_a.noconvert(), "numbers"_a.noconvert(), "n"_a, "bits"_a);
+    m.def("take_side_by_side", &take_side_by_side, "bytes"_a.noconvert(), "numbers"_a.noconvert(), "n"_a, "bits"_a,
+          "less"_a);
 }
 
 }  // namespace bitwright

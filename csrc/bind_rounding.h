@@ -25,6 +25,6 @@ const float *data_of(std::optional<Array> &array) {
 }
 
 // For a group of g weights in MOST_LANES rows.
-inline size_t room_of_group(ptrdiff_t g) { return (2 * MOST_LANES + 1) * g; }
+inline size_t room_of_group(ptrdiff_t g) { return (MOST_LANES + 1) * g; }
 
 }  // namespace bitwright

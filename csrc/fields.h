@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace bitwright {
 
@@ -12,34 +13,57 @@ inline uint64_t eight(const uint8_t *at) {
     return x;
 }
 
-// Rows of `runs` runs of n numbers each -> rows of n bytes: byte i holds the lowest bits of the i-th number of each run, the
-// first run lowest. n is a multiple of 8. N: it again, where the compiler is to know it; 0 otherwise.
-template <int N = 0>
-inline void put_beside(const uint8_t *numbers, uint8_t *bytes, ptrdiff_t rows, int runs, ptrdiff_t n, int bits) {
-    const uint64_t mask = ((1u << bits) - 1) * 0x0101010101010101u;
-    if (N) n = N;
-    for (ptrdiff_t row = 0; row < rows; row++, numbers += runs * n, bytes += n)
-        for (ptrdiff_t i = 0; i < n; i += 8) {
-            uint64_t all = eight(numbers + i) & mask;
-            for (int run = 1; run < runs; run++) all |= (eight(numbers + run * n + i) & mask) << (bits * run);
-            std::memcpy(bytes + i, &all, 8);
-        }
+// body(n, bits) with those as constants where they are common ones: a stretch of 0 stands for any other.
+template <class Body>
+inline void with_constants(ptrdiff_t n, int bits, const Body &body) {
+    auto with_bits = [&](auto stretch) {
+        if (bits == 4) body(stretch, std::integral_constant<int, 4>{});
+        if (bits == 2) body(stretch, std::integral_constant<int, 2>{});
+        if (bits == 1) body(stretch, std::integral_constant<int, 1>{});
+    };
+    if (n == 16) with_bits(std::integral_constant<int, 16>{});
+    else if (n == 32) with_bits(std::integral_constant<int, 32>{});
+    else with_bits(std::integral_constant<int, 0>{});
 }
 
-// The other way: rows of m bytes, `apart` bytes from row to row, hold stretches of n bytes; of each stretch all lowest numbers
-// come first, then all above them. Rows of m · 8 / bits numbers.
-template <int N = 0>
-inline void take_apart(const uint8_t *bytes, ptrdiff_t apart, uint8_t *numbers, ptrdiff_t rows, ptrdiff_t m, ptrdiff_t n,
-                       int bits) {
-    const uint64_t mask = ((1u << bits) - 1) * 0x0101010101010101u;
-    if (N) n = N;
-    for (ptrdiff_t row = 0; row < rows; row++, bytes += apart)
-        for (ptrdiff_t stretch = 0; stretch < m; stretch += n)
-            for (int shift = 0; shift < 8; shift += bits, numbers += n)
-                for (ptrdiff_t i = 0; i < n; i += 8) {
-                    uint64_t some = eight(bytes + stretch + i) >> shift & mask;
-                    std::memcpy(numbers + i, &some, 8);
+constexpr uint64_t EACH_BYTE = 0x0101010101010101u;
+
+// Rows of m · 8 / bits numbers -> rows of m bytes, `apart` bytes from row to row, in stretches of n, a multiple of 8: the first
+// n numbers of a stretch are the lowest bits of its bytes, the next n stand above them. Only a number's lowest bits are taken,
+// of which those set in `turn` are turned over.
+inline void put_beside(const uint8_t *numbers, uint8_t *bytes, ptrdiff_t apart, ptrdiff_t rows, ptrdiff_t m, ptrdiff_t n, int bits,
+                       uint8_t turn) {
+    with_constants(n, bits, [=](auto stretch, auto width) {
+        const uint64_t mask = ((1u << width) - 1) * EACH_BYTE, turned = turn * EACH_BYTE;
+        const ptrdiff_t step = stretch ? stretch : n;
+        const uint8_t *from = numbers;
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (uint8_t *to = bytes + row * apart, *end = to + m; to < end; to += step, from += step * (8 / width))
+                for (ptrdiff_t i = 0; i < step; i += 8) {
+                    uint64_t all = 0;
+                    for (int run = 0; run < 8 / width; run++)
+                        all |= ((eight(from + run * step + i) ^ turned) & mask) << (width * run);
+                    std::memcpy(to + i, &all, 8);
                 }
+    });
+}
+
+// The other way; `less` is taken from each number, modulo 256.
+inline void take_apart(const uint8_t *bytes, ptrdiff_t apart, uint8_t *numbers, ptrdiff_t rows, ptrdiff_t m, ptrdiff_t n, int bits,
+                       uint8_t less) {
+    with_constants(n, bits, [=](auto stretch, auto width) {
+        const uint64_t mask = ((1u << width) - 1) * EACH_BYTE, top = 128 * EACH_BYTE, minus = less * EACH_BYTE;
+        const ptrdiff_t step = stretch ? stretch : n;
+        uint8_t *to = numbers;
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (const uint8_t *from = bytes + row * apart, *end = from + m; from < end; from += step)
+                for (int shift = 0; shift < 8; shift += width, to += step)
+                    for (ptrdiff_t i = 0; i < step; i += 8) {
+                        uint64_t some = eight(from + i) >> shift & mask;
+                        some = ((some | top) - minus) ^ top;  // no byte borrows from the next: less is at most 128
+                        std::memcpy(to + i, &some, 8);
+                    }
+    });
 }
 
 // Rows of n bytes from where they lie so far apart to where they will: numbers of a few bytes at once, not one call a row.

@@ -57,6 +57,8 @@ struct Encode {
     const float *scale, *zero;  // [N, G]; zero null if the format has none
     int8_t *codes;          // [N, K] out
     ptrdiff_t K, g;
+    const float *weight;    // [K] importance, and as in `Missed`, or all three null
+    float *lost, *whole;
 };
 
 // What each row's rounding loses, and what there was to lose; loss.py.
@@ -237,6 +239,7 @@ struct Kernels {
     void (*refine)(const Format &, const Refine &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*encode)(const Format &, const Encode &, ptrdiff_t first, ptrdiff_t last);
     void (*missed)(const Format &, const Missed &, ptrdiff_t first, ptrdiff_t last);
+    void (*widen)(const uint16_t *from, float *to, ptrdiff_t n);  // bfloat16 as float32
     void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);

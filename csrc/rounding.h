@@ -9,6 +9,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 constexpr float TINY = 1.17549435e-38f, HUGE_F32 = 3.40282347e38f;
 
@@ -23,6 +25,40 @@ static inline float safe(float scale) { return scale == 0 ? 1.0f : scale; }
 static inline Vec safe(Vec scale) { return scale == 0 ? all(1) : scale; }
 static inline bool same_sign(float x, float y) { return (x > 0 && y > 0) || (x < 0 && y < 0); }
 static inline Ints same_sign(Vec x, Vec y) { return ((x > 0) & (y > 0)) | ((x < 0) & (y < 0)); }
+
+// The first `wide` of LANES numbers to and from memory; the others are 0.
+static inline Vec some(const float *x, int wide) {
+    if (wide == LANES) return load(x);
+    Vec v{};
+    for (int l = 0; l < wide; l++) v[l] = x[l];
+    return v;
+}
+
+static inline void put(float *to, Vec x, int wide) {
+    if (wide == LANES) return store(to, x);
+    for (int l = 0; l < wide; l++) to[l] = x[l];
+}
+
+// The same for numbers that lie in memory as bfloat16.
+static inline Vec some(const uint16_t *x, int wide) {
+    Halves h{};
+    if (wide == LANES) {
+        h = *(const LooseHalves *)x;
+    } else {
+        for (int l = 0; l < wide; l++) h[l] = x[l];
+    }
+    return (Vec)(__builtin_convertvector(h, Words) << 16);
+}
+
+static inline void put(uint16_t *to, Vec x, int wide) {
+    Words u = (Words)x;
+    Halves h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves);
+    if (wide == LANES) {
+        *(LooseHalves *)to = h;
+    } else {
+        for (int l = 0; l < wide; l++) to[l] = h[l];
+    }
+}
 
 // Nearest integers, ties to even, for |x| < 2^22.
 template <class T>

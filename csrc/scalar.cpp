@@ -19,7 +19,7 @@ constexpr int LANES = 4;
 #include "between.h"
 #include "recurrent.h"
 }
-extern const Kernels scalar_kernels{"scalar", search, refine, encode, missed, visit, sweep, tune, round_inputs, multiply,
-                                   dense, attend, halve, gate, enter_codes, round_samples, place_codes, multiply_codes,
-                                   pool_codes, add_codes, gates};
+extern const Kernels scalar_kernels{"scalar", search, refine, encode, missed, widen, visit, sweep, tune, round_inputs,
+                                    multiply, dense, attend, halve, gate, enter_codes, round_samples, place_codes,
+                                    multiply_codes, pool_codes, add_codes, gates};
 }  // namespace bitwright

@@ -21,10 +21,9 @@ struct Kind {
     static constexpr int value = kind;
 };
 
-// One group of g weights in LANES rows: weights v and the values c of their codes, each [g, LANES]; importance u [g].
-// low, high: the range of each row, with 0 in it.
+// One group of g weights v [g, LANES] in LANES rows; importance u [g]; low, high: the range of each row, with 0 in it.
 struct Group {
-    float *v, *c, *u;
+    float *v, *u;
     int g;
     Vec low, high, mean, total_uv, total_u;
 };
@@ -74,51 +73,53 @@ static void from_range(const Format &f, Group &p, float shrink, float factor, Ve
     zero = zero > last ? last : zero;
 }
 
-// Sums over a group that least squares needs: of u c², u c w, u c.
+// Sums over a group: of u (v - decoded)², and what least squares needs, u c², u c v, u c for the codes' values c.
 struct Moments {
-    Vec cc, cv, c1;
-    INLINE Moments operator+(const Moments &o) const { return {cc + o.cc, cv + o.cv, c1 + o.c1}; }
+    Vec error, cc, cv, c1;
+    INLINE Moments operator+(const Moments &o) const { return {error + o.error, cc + o.cc, cv + o.cv, c1 + o.c1}; }
 };
 
-// The moments of the codes' values in c.
+// Those of the codes under a scale and zero.
 template <int kind>
-static Moments moments_of(Group &p, Vec zero) {
+static Moments moments_of(const Format &f, Group &p, Vec scale, Vec zero) {
+    Vec inverse = 1 / safe(scale);
     return folded(p, [&](int i) EACH {
-        Vec c = kind == ASYM ? load(p.c + i * LANES) - zero : load(p.c + i * LANES), uc = p.u[i] * c;
-        return Moments{uc * c, uc * load(p.v + i * LANES), uc};
+        Vec v = load(p.v + i * LANES), decoded, c = round_by<kind>(f, v, scale, inverse, zero, decoded), e = v - decoded;
+        c = kind == ASYM ? c - zero : c;
+        Vec uc = p.u[i] * c;
+        return Moments{e * e * p.u[i], uc * c, uc * v, uc};
     });
 }
 
-// Replace scale and zero by those of least Σ u (v - decoded)² for the codes' values in c; keep them where there are none.
-template <int kind>
-static void least_squares(Group &p, Vec &scale, Vec &zero) {
-    auto [cc, cv, c1] = moments_of<kind>(p, zero);
-    if constexpr (kind != MIN) {
-        Vec solved = cv / safe(cc);
-        scale = same_sign(solved, scale) & finite(solved) ? solved : scale;
-        return;
-    }
-    Vec n = p.total_u, v1 = p.total_uv;
-    Vec det = n * cc - c1 * c1;
-    Vec solved = (n * cv - c1 * v1) / safe(det);
-    Vec low = (v1 - solved * c1) / safe(n);
-    low = low > 0 ? Vec{} : low;
-    solved = low == 0 ? cv / safe(cc) : solved;
-    Ints good = (det > 0) & (solved > 0) & finite(solved) & finite(low);
-    scale = good ? solved : scale;
-    zero = good ? low : zero;
-}
-
-// The squared error under a scale and zero; leaves the codes' values in c.
+// The error alone.
 template <int kind>
 static Vec error_of(const Format &f, Group &p, Vec scale, Vec zero) {
     Vec inverse = 1 / safe(scale);
     return folded(p, [&](int i) EACH {
         Vec v = load(p.v + i * LANES), decoded;
-        store(p.c + i * LANES, round_by<kind>(f, v, scale, inverse, zero, decoded));
+        round_by<kind>(f, v, scale, inverse, zero, decoded);
         Vec e = v - decoded;
         return e * e * p.u[i];
     });
+}
+
+// Replace scale and zero by those of least Σ u (v - decoded)² for the codes of these moments; keep them where there are none.
+template <int kind>
+static void least_squares(const Group &p, const Moments &m, Vec &scale, Vec &zero) {
+    if constexpr (kind != MIN) {
+        Vec solved = m.cv / safe(m.cc);
+        scale = same_sign(solved, scale) & finite(solved) ? solved : scale;
+        return;
+    }
+    Vec n = p.total_u, v1 = p.total_uv;
+    Vec det = n * m.cc - m.c1 * m.c1;
+    Vec solved = (n * m.cv - m.c1 * v1) / safe(det);
+    Vec low = (v1 - solved * m.c1) / safe(n);
+    low = low > 0 ? Vec{} : low;
+    solved = low == 0 ? m.cv / safe(m.cc) : solved;
+    Ints good = (det > 0) & (solved > 0) & finite(solved) & finite(low);
+    scale = good ? solved : scale;
+    zero = good ? low : zero;
 }
 
 // What has lost least so far, in each row.
@@ -189,22 +190,26 @@ static Vec measure(const Format &f, Group &p) {
 template <int kind>
 static Best search_group(const Format &f, const Search &a, Group &p) {
     Best best{};
+    auto as_stored = [&](Vec &scale, Vec &zero) EACH {
+        scale = stored_scale(scale, f.encoding);
+        if (kind == MIN) zero = stored(zero, f.encoding, false);
+    };
     for (ptrdiff_t step = 0; step < a.steps; step++) {
         Vec scale{}, zero{};
         from_range(f, p, a.shrink[step], a.factor[step], scale, zero);
-        for (int again = 0; again < 2; again++) {
-            scale = stored_scale(scale, f.encoding);
-            if (kind == MIN) zero = stored(zero, f.encoding, false);
-            best.meet(error_of<kind>(f, p, scale, zero), scale, zero, step == 0 && again == 0);
-            if (again == 0) least_squares<kind>(p, scale, zero);
-        }
+        as_stored(scale, zero);
+        Moments m = moments_of<kind>(f, p, scale, zero);
+        best.meet(m.error, scale, zero, step == 0);
+        least_squares<kind>(p, m, scale, zero);
+        as_stored(scale, zero);
+        best.meet(error_of<kind>(f, p, scale, zero), scale, zero, false);
     }
     return best;
 }
 
 static Group group_in(float *scratch, ptrdiff_t g) {
     Group p{};
-    p.v = scratch, p.c = scratch + g * LANES, p.u = scratch + 2 * g * LANES;
+    p.v = scratch, p.u = scratch + g * LANES;
     return p;
 }
 

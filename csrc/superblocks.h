@@ -56,8 +56,7 @@ static void solve_outer(const Format &f, Superblock &b, Vec &outer, Vec &outer_z
     Vec own[MOST_GROUPS], other[MOST_GROUPS];
     Moments m[MOST_GROUPS];
     for (int j = 0; j < b.count; j++) {
-        error_of<kind>(f, b.group[j], b.scale[j], b.zero[j]);
-        m[j] = moments_of<kind>(b.group[j], b.zero[j]);
+        m[j] = moments_of<kind>(f, b.group[j], b.scale[j], b.zero[j]);
         own[j] = integer_of(b.scale[j], b.outer), other[j] = integer_of(-b.zero[j], b.outer_zero);
     }
     Vec aa = over_groups(b, [&](int j) EACH { return own[j] * own[j] * m[j].cc; });
@@ -135,8 +134,7 @@ static void refine(const Format &f, const Refine &a, float *scratch, ptrdiff_t f
     Superblock b{};
     for (int j = 0; j < SUPERBLOCK / a.g; j++) {
         Group &p = b.group[j];
-        p.v = scratch + j * a.g * LANES, p.c = p.v + SUPERBLOCK * LANES;
-        p.u = scratch + 2 * SUPERBLOCK * LANES + j * a.g;
+        p.v = scratch + j * a.g * LANES, p.u = scratch + SUPERBLOCK * LANES + j * a.g;
     }
     by_kind(f, [&](auto kind) {
         for (ptrdiff_t at = first; at < last; at += LANES)

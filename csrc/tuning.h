@@ -1,42 +1,5 @@
 // AutoRound's step on one matrix: each group on its own, in rows as they lie in memory. Included behind search.h.
 
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-// The first `wide` of LANES numbers to and from memory; the others are 0.
-static inline Vec some(const float *x, int wide) {
-    if (wide == LANES) return load(x);
-    Vec v{};
-    for (int l = 0; l < wide; l++) v[l] = x[l];
-    return v;
-}
-
-static inline void put(float *to, Vec x, int wide) {
-    if (wide == LANES) return store(to, x);
-    for (int l = 0; l < wide; l++) to[l] = x[l];
-}
-
-// The same for numbers that lie in memory as bfloat16.
-static inline Vec some(const uint16_t *x, int wide) {
-    Halves h{};
-    if (wide == LANES) {
-        h = *(const LooseHalves *)x;
-    } else {
-        for (int l = 0; l < wide; l++) h[l] = x[l];
-    }
-    return (Vec)(__builtin_convertvector(h, Words) << 16);
-}
-
-static inline void put(uint16_t *to, Vec x, int wide) {
-    Words u = (Words)x;
-    Halves h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves);
-    if (wide == LANES) {
-        *(LooseHalves *)to = h;
-    } else {
-        for (int l = 0; l < wide; l++) to[l] = h[l];
-    }
-}
-
 static inline Vec root(Vec x) {
     Vec r;
     for (int l = 0; l < LANES; l++) r[l] = __builtin_sqrtf(x[l]);

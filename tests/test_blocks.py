@@ -101,20 +101,19 @@ def test_shapes_are_checked() -> None:
         return torch.zeros(shape, dtype=torch.uint8)
 
     assert native is not None
-    native.put_side_by_side(bytes_of(3, 32), bytes_of(3, 16), 4)
-    native.take_side_by_side(bytes_of(3, 18)[:, 2:], bytes_of(3, 32), 16, 4)
+    native.put_side_by_side(bytes_of(3, 32), bytes_of(3, 18)[:, 2:], 16, 4, 8)
+    native.take_side_by_side(bytes_of(3, 18)[:, 2:], bytes_of(3, 32), 16, 4, 8)
     native.put_rows(bytes_of(3, 4), bytes_of(3, 8)[:, 4:])
-    for numbers, out, bits in [
-        ((3, 33), (3, 16), 4),
-        ((2, 32), (3, 16), 4),
-        ((3, 32), (3, 16), 5),
-        ((3, 24), (3, 12), 4),
-    ]:
+    for packed, out, n, bits in [((3, 16), (3, 31), 16, 4), ((3, 16), (2, 32), 16, 4), ((3, 16), (3, 32), 12, 4),
+                                 ((3, 16), (3, 32), 16, 3), ((3, 16), (3, 32), 0, 4)]:  # fmt: skip
         with pytest.raises(ValueError, match=r"must be|whole eights"):
-            native.put_side_by_side(bytes_of(*numbers), bytes_of(*out), bits)
-    for packed, out, n, bits in [((3, 16), (3, 31), 16, 4), ((3, 16), (3, 32), 12, 4), ((3, 16), (3, 32), 16, 3)]:
+            native.take_side_by_side(bytes_of(*packed), bytes_of(*out), n, bits, 0)
         with pytest.raises(ValueError, match=r"must be|whole eights"):
-            native.take_side_by_side(bytes_of(*packed), bytes_of(*out), n, bits)
+            native.put_side_by_side(bytes_of(*out), bytes_of(*packed), n, bits, 0)
+    with pytest.raises(ValueError, match="less must be"):
+        native.take_side_by_side(bytes_of(3, 16), bytes_of(3, 32), 16, 4, 129)
+    with pytest.raises(ValueError, match="altogether"):
+        native.put_side_by_side(bytes_of(3, 33)[:, 1:], bytes_of(3, 16), 16, 4, 0)
     with pytest.raises(ValueError, match="one shape"):
         native.put_rows(bytes_of(3, 4), bytes_of(3, 5))
     with pytest.raises(ValueError, match="K entries"):

@@ -161,24 +161,23 @@ def test_a_run_that_was_cut_off_goes_on(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written and noted is not made again; what was written and not noted is."""
-    out, made = tmp_path / "a.gguf", byrows._make
+    out, made = tmp_path / "a.gguf", byrows._make_rows
     quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
 
-    def cut(plan: Any, members: Any, *rest: Any) -> Any:
-        if members[0].block == 5:
-            making = rest[0]
-            making.put(members[0].source, torch.zeros(1, dtype=torch.uint8))
+    def cut(file: Any, making: export.Making, t: Any, *rest: Any) -> Any:
+        if t.block == 5:
+            making.put(t.source, torch.zeros(1, dtype=torch.uint8))
             raise KeyboardInterrupt
-        return made(plan, members, *rest)
+        return made(file, making, t, *rest)
 
-    monkeypatch.setattr(byrows, "_make", cut)
+    monkeypatch.setattr(byrows, "_make_rows", cut)
     with pytest.raises(KeyboardInterrupt):
         quantize(files[1], out, scheme="q4_0", method="search", calib="none")
     assert not out.exists()
-    again = []
-    monkeypatch.setattr(byrows, "_make", lambda plan, members, *rest: again.append(1) or made(plan, members, *rest))
+    again = set()
+    monkeypatch.setattr(byrows, "_make_rows", lambda *args: again.add(args[2].block) or made(*args))
     quantize(files[1], out, scheme="q4_0", method="search", calib="none")
-    assert len(again) == 4  # blocks 5 to 7, and what is outside
+    assert again == {5, 6, 7, None}
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "a.gguf.partial").exists()
 

@@ -4,9 +4,9 @@ The file is there from the beginning, with room for everything. What a crash lea
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from bitwright.memory import keep_memory, peak_rss_bytes
 from bitwright.planned import Planned
 from bitwright.qtensor import rows
 from bitwright.result import Progress, Result
-from bitwright.threads import alone, each
+from bitwright.threads import ahead, alone
 from bitwright.version import __version__
 from bitwright.workplace import Workplace
 
@@ -52,17 +52,22 @@ def run_by_name(
     try:
         with export.Making(made, plan.keys, plan.described) as making, alone(1) as clerk:
 
-            def commit(index: int, entries: list[Entry]) -> None:
+            def commit(index: int, parts: list[list[Part]]) -> list[Entry]:
+                entries = [
+                    _entry(t, its, importance.get(t.source)) for t, its in zip(shards[index], parts, strict=True)
+                ]
                 making.flush()
                 place.note(index, entries)
+                return entries
 
             noted = []  # in order: there is one clerk, who waits for the disk while the next block is rounded
-            for index in range(first, len(shards)):
-                progress("block", index, len(shards))
-                ledger += (entries := _make(plan, shards[index], making, importance))
-                noted.append(clerk.submit(commit, index, entries))
+            jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
+            with ahead(lambda job: _make_rows(plan.file, making, *job, importance.get(job[0].source)), jobs) as parts:
+                for index in range(first, len(shards)):
+                    progress("block", index, len(shards))
+                    noted.append(clerk.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
             for one in noted:
-                one.result()
+                ledger += one.result()
     except CheckpointError:
         place.abandon()  # the source must be replaced: nothing here can be resumed
         raise
@@ -71,22 +76,6 @@ def run_by_name(
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
-
-
-def _make(
-    plan: NamePlan, members: list[Planned], making: export.Making, importance: Mapping[str, Tensor]
-) -> list[Entry]:
-    """Some tensors from the source to the file."""
-    jobs = [(t, first) for t in members for first in range(0, _height(t), _step(t))]
-
-    def one(job: tuple[Planned, int]) -> Part:
-        t, first = job
-        return _make_rows(plan.file, making, t, first, importance.get(t.source))
-
-    found: dict[str, list[Part]] = defaultdict(list)
-    for (t, _), part in zip(jobs, each(one, jobs), strict=True):
-        found[t.source].append(part)
-    return [_entry(t, found[t.source], importance.get(t.source)) for t in members]
 
 
 class Part(NamedTuple):
@@ -109,6 +98,11 @@ def _height(t: Planned) -> int:
 def _step(t: Planned) -> int:
     """Rows taken at a time."""
     return max(1, SLAB // t.shape[-1])
+
+
+def _parts_of(t: Planned, parts: Iterator[Part]) -> list[Part]:
+    """All of a tensor's, which come next."""
+    return list(islice(parts, -(-_height(t) // _step(t))))
 
 
 def _inputs(t: Planned, importance: Tensor | None) -> Inputs:

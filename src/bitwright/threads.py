@@ -33,3 +33,15 @@ def each(f: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [f(item) for item in known]
     with alone(threads) as pool:
         return list(pool.map(f, known))
+
+
+@contextmanager
+def ahead(f: Callable[[T], R], items: Iterable[T]) -> Iterator[Iterator[R]]:
+    """What `each` makes of them, one after the other, while the next are computed. When it is left, nothing more is begun."""
+    with alone(torch.get_num_threads()) as pool:
+        begun = [pool.submit(f, item) for item in items]
+        try:
+            yield (one.result() for one in begun)
+        finally:
+            for one in begun:
+                one.cancel()

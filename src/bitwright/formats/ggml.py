@@ -4,7 +4,7 @@ A block type is a row of `TYPES`: the Scheme whose numbers it holds, the weights
 the codes and stored integers of blocks into bytes. Reading back is not done here: the gguf package's `dequantize`, which
 shares nothing with this file, is what every written tensor is checked against.
 
-In every type a block's 128 (or 32) weights are cut in runs, and byte i holds the i-th weight of each run side by side.
+A block is fields of bytes one after the other; those with codes hold numbers of a few bits side by side (`Bits`).
 """
 
 from collections.abc import Callable
@@ -47,22 +47,55 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Numbers [B, n] uint8 of which the lowest few bits lie side by side in bytes: the first `run` of them lowest in `run`
+    bytes, the next above, and so on until those are full.
+
+    turn: bits that are turned over first.
+    """
+
+    numbers: Tensor
+    run: int
+    bits: int
+    turn: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the bytes."""
+        return self.numbers.shape[0], self.numbers.shape[1] * self.bits // 8
+
+    def put(self, place: Tensor) -> None:
+        """Write them into bytes [B, n · bits / 8]."""
+        if native is not None and self.run % 8 == 0:
+            native.put_side_by_side(self.numbers, place, self.run, self.bits, self.turn)
+            return
+        parts = ((self.numbers ^ self.turn) & ((1 << self.bits) - 1)).unflatten(-1, (-1, 8 // self.bits, self.run))
+        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8)[:, None]
+        place.copy_((parts << shifts).sum(-2, dtype=torch.uint8).flatten(1))
+
+
+Field = Tensor | Bits  # of blocks: bytes [B, n]
+
+
+@dataclass(frozen=True)
 class BlockType:
-    """A row of the table. name: llama.cpp's; size, bytes: weights and bytes of a block; pack: blocks -> [B, bytes]."""
+    """A row of the table. name: llama.cpp's; size, bytes: weights and bytes of a block; fields: of blocks, in their order."""
 
     name: str
     scheme: Scheme
     size: int
     bytes: int
-    pack: Callable[[Blocks], Tensor]
+    fields: Callable[[Blocks], tuple[Field, ...]]
 
 
 def encode(q: QTensor, kind: BlockType) -> Tensor:
     """The bytes of a matrix [N, K / size · bytes] uint8; K is a multiple of the block's size."""
     N, K = q.codes.shape
-    step = max(1, CACHED // K)
-    packed = [kind.pack(_blocks(q, kind, slice(at, at + step))) for at in range(0, N, step)]
-    return (torch.cat(packed) if len(packed) > 1 else packed[0]).view(N, K // kind.size * kind.bytes)
+    found, step = torch.empty(N, K // kind.size, kind.bytes, dtype=torch.uint8), max(1, CACHED // K)
+    for at in range(0, N, step):
+        here = slice(at, at + step)
+        beside(kind.fields(_blocks(q, kind, here)), found[here].flatten(0, 1))
+    return found.flatten(1)
 
 
 def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
@@ -91,68 +124,65 @@ def half(x: Tensor) -> Tensor:
     return x.half()[:, None].view(torch.uint8)
 
 
-def side_by_side(codes: Tensor, runs: int, bits: int) -> Tensor:
-    """[..., runs · n] -> [..., n]: of the weights at one place of each run the `bits` lowest bits, the first run lowest."""
-    n = codes.shape[-1] // runs
-    if native is not None and n % 8 == 0:
-        out = torch.empty(*codes.shape[:-1], n, dtype=torch.uint8)
-        native.put_side_by_side(codes.reshape(-1, runs * n), out.view(-1, n), bits)
-        return out
-    parts = (codes & ((1 << bits) - 1)).unflatten(-1, (runs, n))
-    return (parts << torch.arange(0, runs * bits, bits, dtype=torch.uint8)[:, None]).sum(-2, dtype=torch.uint8)
+def beside(fields: tuple[Field, ...], out: Tensor) -> None:
+    """Fields of B blocks, one after the other, into out [B, bytes]."""
+    at = 0
+    for field in fields:
+        place = out[:, at : (at := at + field.shape[1])]
+        if isinstance(field, Bits):
+            field.put(place)
+        elif native is not None:
+            native.put_rows(field, place)
+        else:
+            place.copy_(field)
 
 
-def beside(*parts: Tensor) -> Tensor:
-    """Bytes [B, n] of several, one after the other."""
-    if native is None:
-        return torch.cat(parts, 1)
-    out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts), dtype=torch.uint8)
-    for part, place in zip(parts, out.split([part.shape[1] for part in parts], 1), strict=True):
-        native.put_rows(part, place)
-    return out
+def nibbles(codes: Tensor, run: int = 16, turn: int = 0) -> Bits:
+    """4 low bits of each 2 · run weights: [B, n] -> [B, n / 2]."""
+    return Bits(codes, run, 4, turn)
 
 
-def halves(codes: Tensor) -> Tensor:
-    """[B, 256] -> [B, 2, 128]."""
-    return codes.view(len(codes), 2, 128)
+def pairs(codes: Tensor) -> Bits:
+    """2 low bits of each 128 weights."""
+    return Bits(codes, 32, 2)
 
 
-def nibbles(codes: Tensor) -> Tensor:
-    """4 low bits of each 32 weights, the first sixteen lowest: [B, n] -> [B, n / 2]."""
-    return side_by_side(codes.unflatten(-1, (-1, 32)), 2, 4).flatten(1)
+def singles(codes: Tensor) -> Bits:
+    """The lowest bit of each 256 weights."""
+    return Bits(codes, 32, 1)
 
 
-def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+def six_bits(scales: Tensor, minima: Tensor) -> tuple[Field, ...]:
     """The 8 scales and 8 minima of Q4_K and Q5_K in 12 bytes."""
     s, m = scales.to(torch.uint8), minima.to(torch.uint8)
     first = s[:, :4] | (s[:, 4:] >> 4) << 6
     second = m[:, :4] | (m[:, 4:] >> 4) << 6
-    return beside(first, second, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4)
+    return first, second, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4
 
 
-def signed_six_bits(scales: Tensor) -> Tensor:
+def signed_six_bits(scales: Tensor) -> tuple[Field, ...]:
     """The 16 scales of Q3_K in 12 bytes: 16 low halves, then their two high bits."""
     s = (scales + 32).to(torch.uint8)
-    return beside(side_by_side(s, 2, 4), side_by_side(s >> 4, 4, 2))
+    return Bits(s, 8, 4), Bits(s >> 4, 4, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- types
 
 
-def _q8_0(b: Blocks) -> Tensor:
-    return beside(half(b.scale), b.stored)
+def _q8_0(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), b.stored
 
 
-def _q4_0(b: Blocks) -> Tensor:
-    return beside(half(b.scale), nibbles(b.stored) ^ 0x88)  # 8 more, in both halves of a byte
+def _q4_0(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), nibbles(b.stored, turn=8)  # the same as 8 more
 
 
-def _iq4_nl(b: Blocks) -> Tensor:
-    return beside(half(b.scale), nibbles(b.stored))
+def _iq4_nl(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), nibbles(b.stored)
 
 
-def _q4_1(b: Blocks) -> Tensor:
-    return beside(half(b.scale), half(-b.minimum), nibbles(b.codes))
+def _q4_1(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), half(-b.minimum), nibbles(b.codes)
 
 
 def _fifth_bits(codes: Tensor) -> Tensor:
@@ -161,61 +191,52 @@ def _fifth_bits(codes: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
-def _q5_0(b: Blocks) -> Tensor:
-    return beside(half(b.scale), _fifth_bits(b.codes), nibbles(b.codes))
+def _q5_0(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), _fifth_bits(b.codes), nibbles(b.codes)
 
 
-def _q5_1(b: Blocks) -> Tensor:
-    return beside(half(b.scale), half(-b.minimum), _fifth_bits(b.codes), nibbles(b.codes))
+def _q5_1(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), half(-b.minimum), _fifth_bits(b.codes), nibbles(b.codes)
 
 
-def _q2_k(b: Blocks) -> Tensor:
+def _q2_k(b: Blocks) -> tuple[Field, ...]:
     scales = b.scales.to(torch.uint8) | b.minima.to(torch.uint8) << 4
-    return beside(scales, side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale), half(b.minimum))
+    return scales, pairs(b.codes), half(b.scale), half(b.minimum)
 
 
-def _q3_k(b: Blocks) -> Tensor:
-    high = side_by_side(b.codes >> 2, 8, 1)
-    low = side_by_side(halves(b.codes), 4, 2).flatten(1)
-    return beside(high, low, signed_six_bits(b.scales), half(b.scale))
+def _q3_k(b: Blocks) -> tuple[Field, ...]:
+    return singles(b.codes >> 2), pairs(b.codes), *signed_six_bits(b.scales), half(b.scale)
 
 
-def _by_64(codes: Tensor) -> Tensor:
-    """4 low bits of each 64 weights, the first 32 lowest: [B, 256] -> [B, 128]."""
-    return side_by_side(codes.view(-1, 4, 64), 2, 4).flatten(1)
+def _q4_k(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), half(b.minimum), *six_bits(b.scales, b.minima), nibbles(b.codes, 32)
 
 
-def _q4_k(b: Blocks) -> Tensor:
-    return beside(half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), _by_64(b.codes))
+def _q5_k(b: Blocks) -> tuple[Field, ...]:
+    high = singles(b.codes >> 4)
+    return half(b.scale), half(b.minimum), *six_bits(b.scales, b.minima), high, nibbles(b.codes, 32)
 
 
-def _q5_k(b: Blocks) -> Tensor:
-    high = side_by_side(b.codes >> 4, 8, 1)
-    return beside(half(b.scale), half(b.minimum), six_bits(b.scales, b.minima), high, _by_64(b.codes))
+def _q6_k(b: Blocks) -> tuple[Field, ...]:
+    scales = b.scales.to(torch.int8).view(torch.uint8)
+    return nibbles(b.codes, 64), pairs(b.codes >> 4), scales, half(b.scale)
 
 
-def _q6_k(b: Blocks) -> Tensor:
-    low = side_by_side(halves(b.codes), 2, 4).flatten(1)
-    high = side_by_side(halves(b.codes >> 4), 4, 2).flatten(1)
-    return beside(low, high, b.scales.to(torch.int8).view(torch.uint8), half(b.scale))
-
-
-def _iq4_xs(b: Blocks) -> Tensor:
+def _iq4_xs(b: Blocks) -> tuple[Field, ...]:
     s = (b.scales + 32).to(torch.uint8)
     low = (s & 15).view(-1, 4, 2)
     high = (s >> 4).view(-1, 2, 4)
     first = high[..., 0] | high[..., 1] << 2 | high[..., 2] << 4 | high[..., 3] << 6
-    return beside(half(b.scale), first, low[..., 0] | low[..., 1] << 4, nibbles(b.codes))
+    return half(b.scale), first, low[..., 0] | low[..., 1] << 4, nibbles(b.codes)
 
 
-def _tq2_0(b: Blocks) -> Tensor:
-    return beside(side_by_side(halves(b.codes), 4, 2).flatten(1), half(b.scale))
+def _tq2_0(b: Blocks) -> tuple[Field, ...]:
+    return pairs(b.codes), half(b.scale)
 
 
-def _tq1_0(b: Blocks) -> Tensor:
+def _tq1_0(b: Blocks) -> tuple[Field, ...]:
     """Five ternary digits a byte, the first the highest, as a fraction of 256 rounded up."""
-    parts = [_digits(b.codes[:, :160], 5), _digits(b.codes[:, 160:240], 5), _digits(b.codes[:, 240:], 4)]
-    return beside(*parts, half(b.scale))
+    return _digits(b.codes[:, :160], 5), _digits(b.codes[:, 160:240], 5), _digits(b.codes[:, 240:], 4), half(b.scale)
 
 
 def _digits(codes: Tensor, runs: int) -> Tensor:
@@ -226,13 +247,15 @@ def _digits(codes: Tensor, runs: int) -> Tensor:
     return ((number * 256 + 242) // 243).to(torch.uint8)
 
 
-def _mxfp4(b: Blocks) -> Tensor:
+def _mxfp4(b: Blocks) -> tuple[Field, ...]:
     exponent = torch.frexp(b.scale).exponent - 1 + 127
-    return beside(torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes))
+    return torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes)
 
 
-def _type(name: str, size: int, size_in_bytes: int, pack: Callable[[Blocks], Tensor], scheme: str = "") -> BlockType:
-    return BlockType(name, Scheme.parse(scheme or name), size, size_in_bytes, pack)
+def _type(
+    name: str, size: int, size_in_bytes: int, fields: Callable[[Blocks], tuple[Field, ...]], scheme: str = ""
+) -> BlockType:
+    return BlockType(name, Scheme.parse(scheme or name), size, size_in_bytes, fields)
 
 
 TYPES = {

@@ -28,19 +28,19 @@ def codes_of(kind: str, rows: Tensor) -> Tensor:
     return torch.from_numpy(codes).view(code_dtype(TYPES[kind].scheme))
 
 
-def _apart(packed: Bytes, bits: int, run: int) -> Bytes:
-    """[B, n] bytes -> [B, 8 n / bits] numbers: of each `run` bytes all those in the lowest bits, then all above."""
+def _apart(packed: Bytes, bits: int, run: int, less: int = 0) -> Bytes:
+    """[B, n] bytes -> [B, 8 n / bits] numbers, less that many: of each `run` bytes all in the lowest bits, then all above."""
     if native is not None:
         found = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
-        native.take_side_by_side(torch.from_numpy(packed), torch.from_numpy(found), run, bits)
+        native.take_side_by_side(torch.from_numpy(packed), torch.from_numpy(found), run, bits, less)
         return found
     stretches = packed.reshape(len(packed), -1, 1, run)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return ((stretches >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
+    return ((stretches >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(packed), -1) - np.uint8(less)
 
 
-def _nibbles(start: int, run: int = 16, stop: int | None = None) -> Callable[[Bytes], Bytes]:
-    return lambda b: _apart(b[:, start:stop], 4, run)
+def _nibbles(start: int, run: int = 16, *, less: int = 0) -> Callable[[Bytes], Bytes]:
+    return lambda b: _apart(b[:, start:], 4, run, less)
 
 
 def _pairs(start: int) -> Callable[[Bytes], Bytes]:
@@ -85,9 +85,9 @@ def _tq1_0(b: Bytes) -> Bytes:
     return np.concatenate(parts, 1)
 
 
-# How codes are read, and which of them stands for 0.
+# How codes are read, and which of them, if the reader knows it not, stands for 0.
 READERS: dict[str, tuple[Callable[[Bytes], Bytes], int]] = {
-    "Q8_0": (lambda b: b[:, 2:].copy(), 0), "Q4_0": (_nibbles(2), 8), "Q4_1": (_nibbles(4), 0), "Q5_0": (_fifth(2), 16),
+    "Q8_0": (lambda b: b[:, 2:].copy(), 0), "Q4_0": (_nibbles(2, less=8), 0), "Q4_1": (_nibbles(4), 0), "Q5_0": (_fifth(2), 16),
     "Q5_1": (_fifth(4), 0), "Q2_K": (_pairs(16), 0), "Q3_K": (_q3_k, 4), "Q4_K": (_nibbles(16, 32), 0), "Q5_K": (_q5_k, 0),
     "Q6_K": (_q6_k, 32), "IQ4_NL": (_nibbles(2), 0), "IQ4_XS": (_nibbles(8), 0), "TQ1_0": (_tq1_0, 1),
     "TQ2_0": (_pairs(0), 1), "MXFP4": (_nibbles(1), 0),

@@ -36,7 +36,7 @@ def scales_of(kind: str, rows: Tensor, where: str) -> tuple[Scheme, Scales]:
 
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The f16 at a byte of each block: [B, 1] float32."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return blocks.view(torch.float16)[:, at // 2, None].float()
 
 
 def _one(at: int) -> Callable[[Tensor], Table]:

@@ -171,6 +171,10 @@ def _key_bytes(name: str, value: Any) -> int:
     head = 8 + len(name.encode()) + 4
     if isinstance(plain, list | np.ndarray):
         inner = value.inner if isinstance(value, Typed) else None
+        if inner in SCALARS:
+            return head + 12 + len(plain) * struct.calcsize(SCALARS[inner])
+        if isinstance(plain, list) and all(isinstance(item, str) for item in plain):
+            return head + 12 + 8 * len(plain) + len("".join(plain).encode("utf-8", errors="surrogateescape"))
         return head + 12 + sum(_value_bytes(item, inner) for item in plain)
     return head + _value_bytes(plain, kind)
 
