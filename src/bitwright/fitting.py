@@ -97,5 +97,7 @@ def rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) ->
 def rtn_lost(w: Tensor, scheme: Scheme, metric: Tensor | None) -> Tensor:
     """The energy of each row's error, rounded to nearest."""
     w = w.float()
-    missing = w - decode(rtn(w, None, scheme).q)
-    return energy(missing if metric is None else missing.to(metric.dtype), metric)
+    q = rtn(w, None, scheme).q
+    if metric is None or metric.ndim == 1:
+        return missed(w, q, metric)[0]
+    return energy((w - decode(q)).to(metric.dtype), metric)
