@@ -29,9 +29,10 @@ import bitwright
 from bitwright.cli import app
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.llamacpp import positions
-from bitwright.llamacpp.architecture import ARCHITECTURES, config_of, keys_of, not_kept
+from bitwright.llamacpp.architecture import config_of, keys_of, not_kept
 from bitwright.llamacpp.artefact import read_config, read_tokenizer
 from bitwright.llamacpp.container import GgufFile
+from bitwright.llamacpp.table import ARCHITECTURES
 from bitwright.llamacpp.vocabulary import tokenizer_of
 from conftest import ENCODERS, TEXT, make_checkpoint, save_unigram
 

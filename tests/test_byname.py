@@ -143,7 +143,7 @@ def test_what_needs_a_model_is_refused(files: tuple[Path, Path], tmp_path: Path)
     again = run("quantize", str(tmp_path / "a.gguf"), str(tmp_path / "x.gguf"), fine=(2,))
     assert "already quantized" in again["error"]
     judged = run("eval", str(files[1]), "--text", "stdlib-heldout", fine=(2,))
-    assert "architecture 'lemma' is not read here" in judged["error"] and "architecture.py" in judged["remedy"]
+    assert "architecture 'lemma' is not read here" in judged["error"] and "llamacpp/table.py" in judged["remedy"]
     assert [path for path in tmp_path.iterdir() if path.name.startswith("x")] == []
 
 

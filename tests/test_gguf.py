@@ -31,11 +31,12 @@ from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
 from bitwright.ledger import from_jsonl
 from bitwright.llamacpp import positions
-from bitwright.llamacpp.architecture import ARCHITECTURES, config_of, keys_of
+from bitwright.llamacpp.architecture import config_of, keys_of
 from bitwright.llamacpp.artefact import GgufArtefact, read_tokenizer
 from bitwright.llamacpp.container import GgufFile
 from bitwright.llamacpp.mixes import MIXES, Place, type_in
 from bitwright.llamacpp.names import Names
+from bitwright.llamacpp.table import ARCHITECTURES
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
 from bitwright.qtensor import QTensor

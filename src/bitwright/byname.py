@@ -136,7 +136,7 @@ def plan_by_name(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: 
     if recipe.kv_cache is not None or recipe.temper is not None or any(rule.transforms for rule in recipe.active):
         message = f"transforms, caches and temper need a model that can be run: architecture {architecture!r} is not known here"
         raise RecipeError(message, where=str(source), remedy="leave them out")
-    chooser = _Chooser(file, recipe if weighted else recipe.without_text(), weighted=weighted)
+    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted)
     tensors = tuple(chooser.decide(name) for name in file.tensors)
     if not any(t.layer for t in tensors):
         raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")

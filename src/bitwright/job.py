@@ -11,6 +11,7 @@ from bitwright.byrows import run_by_name
 from bitwright.formats import chosen
 from bitwright.llamacpp.container import GgufFile, is_gguf
 from bitwright.llamacpp.imatrix import is_imatrix
+from bitwright.llamacpp.table import named
 from bitwright.recipe import Recipe
 from bitwright.result import Progress, Result
 from bitwright.workplace import check_out
@@ -35,7 +36,7 @@ def planned(
     if is_gguf(model):
         file, weighted = GgufFile(model), is_imatrix(calib)
         alone = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not alone) and _is_unknown(file)
+        unknown = (weighted or not alone) and named(file.key("general.architecture", str)) is None
         if alone or unknown:
             return plan_by_name(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.preflight import preflight
@@ -49,13 +50,6 @@ def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str)
         rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
     )
     return (calib == "none" or is_imatrix(calib)) and format == "gguf" and alone and not (recipe or rules.kv_cache)
-
-
-def _is_unknown(file: GgufFile) -> bool:
-    """Whether it is of an architecture that cannot be run here."""
-    from bitwright.llamacpp.architecture import named
-
-    return named(file.key("general.architecture", str)) is None
 
 
 def carried_out(

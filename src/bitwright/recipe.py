@@ -48,7 +48,8 @@ from bitwright.ranges import RANGES
 from bitwright.scheme import TENSOR, TOKEN, Scheme
 
 KEEP = "keep"
-QUICK = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # what llama-quantize rounds to nearest where there is no matrix
+# What llama-quantize rounds to nearest where there is no importance; the first of them even where there is.
+QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SUPPLIED = ("cross", "pruned")  # keywords of methods that the pipeline fills in
 
 
@@ -202,14 +203,14 @@ class Recipe:
         cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
         return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)), temper=content.get("temper"))
 
-    def without_text(self) -> "Recipe":
-        """The same where there is no calibration text: scales are searched by the plain squared error.
+    def without_text(self, *, weighted: bool = False) -> "Recipe":
+        """The same where there is no calibration text: scales are searched by the plain squared error, if not by importance.
 
         In two steps for types that llama-quantize rounds to nearest then: they find all but 3 % of what eight find.
         """
-        plain = {"objective": "mse"}
+        plain, quick = ({}, QUICK[:1]) if weighted else ({"objective": "mse"}, QUICK)
         rules = [
-            replace(rule, options=plain | ({"steps": 2} if rule.mix in QUICK else {}) | rule.options)
+            replace(rule, options=plain | ({"steps": 2} if rule.mix in quick else {}) | rule.options)
             if rule.method == "search"
             else rule
             for rule in self.rules

@@ -1,13 +1,12 @@
-"""The architectures that transformers and llama.cpp both know: how the config of one becomes the keys of the other.
+"""Configs of transformers as keys of llama.cpp, and back, by the rows of table.py.
 
-A table row says which config attribute is which key; it is read in both directions. What llama.cpp has fixed in its
-code, and no key can change, stands in tables of its own: written only if the config agrees, and put into the config
-that is read. Source: llama.cpp's converter (conversion/*.py) and its models (src/models/*.cpp).
+What llama.cpp has fixed in its code, and no key can change, stands in tables of its own: written only if the config
+agrees, and put into the config that is read. Source: llama.cpp's converter (conversion/*.py) and its models
+(src/models/*.cpp).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -18,74 +17,11 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.families import first_position
 from bitwright.llamacpp import positions
 from bitwright.llamacpp.positions import head_dim_of
+from bitwright.llamacpp.table import ARCHITECTURES, Architecture, named
 
 Keys = dict[str, Any]
 
-SHAPE = (
-    ("max_position_embeddings", "context_length"), ("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"),
-    ("intermediate_size", "feed_forward_length"), ("num_attention_heads", "attention.head_count"),
-)  # fmt: skip
-GROUPED = (*SHAPE, ("num_key_value_heads", "attention.head_count_kv"))
-RMS = (("rms_norm_eps", "attention.layer_norm_rms_epsilon"),)
-HEADS = (("head_dim", "attention.key_length"), ("head_dim", "attention.value_length"))
-LLAMA = (*GROUPED, *RMS, *HEADS, ("vocab_size", "vocab_size"))
-SLIDING = (("sliding_window", "attention.sliding_window"),)
-GEMMA = (*GROUPED, *RMS, *HEADS)
-SOFT_CAPS = (
-    ("attn_logit_softcapping", "attn_logit_softcapping"),
-    ("final_logit_softcapping", "final_logit_softcapping"),
-)
-GPT2 = (
-    ("n_positions", "context_length"), ("n_embd", "embedding_length"), ("n_layer", "block_count"),
-    ("n_head", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
-)  # fmt: skip
-NORM = (("layer_norm_eps", "attention.layer_norm_epsilon"),)
-DISTILLED = (
-    ("max_position_embeddings", "context_length"), ("dim", "embedding_length"), ("n_layers", "block_count"),
-    ("hidden_dim", "feed_forward_length"), ("n_heads", "attention.head_count"),
-)  # fmt: skip
 DISTILLED_EPSILON = 1e-12  # of DistilBERT's norms, in its code
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A row of the table. `kind`: transformers' model_type; `name`: llama.cpp's architecture.
-
-    keys     (config attribute, key without the architecture's prefix), both ways
-    rotary   whether positions are rotary; pairs: whether q's and k's rows are turned, so that pairs are neighbours
-    shifted  whether norms are stored as 1 + w
-    causal   whether it predicts the next token; else it is an encoder, of which llama.cpp gives the last hidden state
-    """
-
-    kind: str
-    name: str
-    keys: tuple[tuple[str, str], ...]
-    rotary: bool = True
-    pairs: bool = False
-    shifted: bool = False
-    causal: bool = True
-
-
-ARCHITECTURES = {
-    row.kind: row
-    for row in (
-        Architecture("llama", "llama", LLAMA, pairs=True),
-        Architecture("mistral", "llama", LLAMA, pairs=True),
-        Architecture("qwen2", "qwen2", (*GROUPED, *RMS)),
-        Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS)),
-        Architecture("phi3", "phi3", (*GROUPED, *RMS, *SLIDING)),
-        Architecture("gemma", "gemma", GEMMA, shifted=True),
-        Architecture("gemma2", "gemma2", (*GEMMA, *SOFT_CAPS, *SLIDING), shifted=True),
-        Architecture("gemma3_text", "gemma3", (*GEMMA, SOFT_CAPS[1], *SLIDING), shifted=True),
-        Architecture("gpt2", "gpt2", GPT2, rotary=False),
-        Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
-        *(
-            Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False)
-            for kind in ("bert", "roberta", "xlm-roberta")
-        ),
-        Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),
-    )
-}
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 # What a model's code has, whatever its file says.
@@ -113,7 +49,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         message = f"models of type {config.model_type!r} cannot be written as GGUF here"
         remedy = (
-            f"known: {known}; another needs its keys and tensor names in llamacpp/architecture.py; or convert it by "
+            f"known: {known}; another needs its keys and tensor names in llamacpp/table.py; or convert it by "
             "llama.cpp's own converter, and give that file"
         )
         raise FormatError(message, remedy=remedy)
@@ -183,7 +119,7 @@ def config_of(
         row = _distilled(keys, where)
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
-        remedy = f"known: {known}; another needs its keys and tensor names in llamacpp/architecture.py"
+        remedy = f"known: {known}; another needs its keys and tensor names in llamacpp/table.py"
         message = f"architecture {keys.get('general.architecture')!r} is not read here"
         raise CheckpointError(message, where=where, remedy=remedy)
     values = {a: _plain(keys[f"{row.name}.{key}"]) for a, key in row.keys if f"{row.name}.{key}" in keys}
@@ -217,11 +153,6 @@ def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:
             message, where=where, remedy="such a model needs a class of transformers that computes it"
         )
     return ARCHITECTURES["distilbert"]
-
-
-def named(name: object) -> Architecture | None:
-    """The first row of llama.cpp's architecture of that name; None if there is none."""
-    return next((row for row in ARCHITECTURES.values() if row.name == name), None)
 
 
 def _implied(
