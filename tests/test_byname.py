@@ -189,7 +189,7 @@ def test_a_disk_that_gives_back_something_else(
 
     def flipped(self: export.Making, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         tensor = tensor.clone()
-        tensor.view(-1)[0] ^= name == "blk.3.ffn_up.weight"
+        tensor.view(torch.uint8).view(-1)[0] ^= name == "blk.3.ffn_up.weight"
         whole(self, name, tensor, first)
 
     monkeypatch.setattr(export.Making, "put", flipped)

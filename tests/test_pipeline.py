@@ -16,6 +16,7 @@ from bitwright import evaluate, quantize
 from bitwright.artefact import Artefact
 from bitwright.ledger import from_jsonl
 from bitwright.models import Skeleton, read_config
+from bitwright.workplace import ledger_beside
 from conftest import FAMILIES, make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
@@ -119,33 +120,38 @@ def test_quantized_blocks_feed_the_next(llama: Path, text: str, tmp_path: Path) 
 
 def command(model: Path, out: Path, text: str, *more: str) -> list[str]:
     start = [sys.executable, "-m", "bitwright", "quantize", str(model), str(out), "--calib", text, "--json"]
-    return [*start, "--scheme", "int3-g32-asym", "--samples", "8", "--seqlen", "32", *more]
+    scheme = "q8_0" if out.suffix == ".gguf" else "int3-g32-asym"
+    return [*start, "--scheme", scheme, "--samples", "8", "--seqlen", "32", *more]
 
 
-def comparable(folder: Path) -> dict[str, object]:
+def comparable(out: Path) -> dict[str, object]:
     """All files of a result, the ledger's clock readings aside."""
-    files: dict[str, object] = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    lines = (folder / "ledger.jsonl").read_text().splitlines()
+    whole = {"model.gguf": out} if out.is_file() else {file.name: file for file in sorted(out.iterdir())}
+    files: dict[str, object] = {name: file.read_bytes() for name, file in whole.items()}
+    lines = (ledger_beside(out) if out.is_file() else out / "ledger.jsonl").read_text().splitlines()
     files["ledger.jsonl"] = [{**json.loads(line), "seconds": 0} for line in lines]
     return files
 
 
-def test_kill_and_resume_gives_the_same_bytes(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["", ".gguf"])
+def test_kill_and_resume_gives_the_same_bytes(text: str, tmp_path: Path, suffix: str) -> None:
     model = make_checkpoint(tmp_path / "model", num_hidden_layers=8)
-    subprocess.run(command(model, tmp_path / "whole", text), check=True, capture_output=True)
-    out = tmp_path / "killed"
-    partial = tmp_path / "killed.partial"
+    whole, out = tmp_path / f"whole{suffix}", tmp_path / f"killed{suffix}"
+    subprocess.run(command(model, whole, text), check=True, capture_output=True)
+    partial = tmp_path / f"killed{suffix}.partial"
     for shards in (1, 4):  # killed as soon as so many blocks are committed
         process = subprocess.Popen(command(model, out, text), stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(partial.glob("model-*"))) < shards:
+        while process.poll() is None and len(list(partial.glob("ledger-*"))) < shards:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not out.exists() and partial.is_dir()
-    kept = (partial / "model-00001-of-00009.safetensors").stat().st_mtime_ns
+        assert not suffix or [file.name for file in partial.glob("model*")] == ["model.gguf"]
+    first = (partial / "ledger-00000.jsonl").read_text()  # with the seconds that the block took
     other = subprocess.run(command(model, out, text, "--seed", "1"), capture_output=True, text=True, check=False)
     assert other.returncode == 2 and "--restart" in json.loads(other.stdout)["remedy"]
     subprocess.run(command(model, out, text), check=True, capture_output=True)
-    assert (out / "model-00001-of-00009.safetensors").stat().st_mtime_ns == kept, "the first block was done again"
-    assert comparable(out) == comparable(tmp_path / "whole")
+    ledger = ledger_beside(out) if suffix else out / "ledger.jsonl"
+    assert ledger.read_text().startswith(first), "the first block was done again"
+    assert comparable(out) == comparable(whole)
     assert not partial.exists()

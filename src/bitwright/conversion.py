@@ -10,12 +10,11 @@ from bitwright.checkpoint import Checkpoint, disk_errors
 from bitwright.decisions import unknown
 from bitwright.errors import FormatError
 from bitwright.formats import chosen
-from bitwright.llamacpp import export
 from bitwright.llamacpp.container import is_gguf
 from bitwright.llamacpp.metadata import metadata
-from bitwright.llamacpp.names import Names, is_unused
-from bitwright.llamacpp.positions import tensors_of
+from bitwright.llamacpp.names import is_unused
 from bitwright.models import COMPUTED, Skeleton, quantization_of, read_config
+from bitwright.onefile import Member, OneFile
 from bitwright.repacking import repack
 from bitwright.workplace import check_out
 
@@ -38,14 +37,18 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
     names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
-    pieces = [export.Piece(parameter, source, None) for parameter, source in names.items() if parameter not in tied]
+    infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
+    members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
     keys = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    export.write(unfinished, keys, pieces, files, Names(skeleton.config), tensors_of(skeleton.config))
+    unfinished.unlink(missing_ok=True)
+    with OneFile(unfinished, keys, skeleton.config, members) as file:
+        for parameter in infos:
+            file.put_floats(parameter, checkpoint.read(names[parameter]))
+        file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(pieces), "notes": notes}
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": notes}
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,10 @@ from bitwright.formats.format import FLOAT_NAMES
 from bitwright.importance import Importance
 from bitwright.kv import KvCache, KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
-from bitwright.llamacpp import export
-from bitwright.llamacpp.container import type_named
 from bitwright.llamacpp.imatrix import is_imatrix
-from bitwright.llamacpp.names import Names
-from bitwright.llamacpp.positions import tensors_of
 from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
+from bitwright.onefile import Member, OneFile
 from bitwright.outside import begin_rounded, quantize_ends
 from bitwright.preflight import Plan
 from bitwright.result import Progress, Result
@@ -81,17 +79,18 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens, progress)
         notes += known.notes
-    twice = 2 if plan.format.one_file else 1  # its shards lie beside the file that is made of them
-    place = Workplace(out, _manifest(plan, tokens, known), needed=twice * plan.bytes, resume=resume)
+    place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
     try:
-        ledger = _quantize_blocks(plan, place, tokens, known, progress)
+        with _file_of(plan, place) as file:
+            ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
     except CheckpointError:
         place.abandon()  # the source must be replaced: nothing here can be resumed
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
     if plan.format.one_file:
-        written = _assemble(plan, place, ledger)
+        written = _made(place).stat().st_size
+        place.finish_file(_made(place), ledger)
     else:
         written = _describe(plan, place)
         place.finish(plan.source, ledger)
@@ -141,12 +140,26 @@ def _manifest(plan: Plan, tokens: Tensor | None, known: Store | Importance | Non
     }
 
 
+def _made(place: Workplace) -> Path:
+    """The file that becomes OUT, where that is one."""
+    return place.path / "model.gguf"
+
+
+def _file_of(plan: Plan, place: Workplace) -> AbstractContextManager[OneFile | None]:
+    """It, begun or gone on with; None for a format of many files."""
+    if not plan.format.one_file:
+        return nullcontext()
+    members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
+    return OneFile(_made(place), plan.file_keys, plan.skeleton.config, members)
+
+
 def _quantize_blocks(
-    plan: Plan, place: Workplace, tokens: Tensor | None, store: Store | Importance | None, progress: Progress
-) -> list[Entry]:
+    plan: Plan, place: Workplace, file: OneFile | None, tokens: Tensor | None, store: Store | Importance | None,
+    progress: Progress,
+) -> list[Entry]:  # fmt: skip
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
-    first = place.committed([plan.shard_name(i) for i in range(depth + 1)])
+    first = place.noted(depth + 1)
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     streams = None
     if tokens is not None and store is None and first < depth + plan.calibrates_ends:
@@ -157,7 +170,7 @@ def _quantize_blocks(
         written: Future[None] | None = None
         for index in range(first, depth + 1):
             progress("block", index, depth + 1)
-            entries, commit = _quantize_shard(plan, place, index, streams or store, config, tokens)
+            entries, commit = _quantize_shard(plan, place, file, index, streams or store, config, tokens)
             ledger += entries
             if written is not None:
                 written.result()
@@ -178,6 +191,7 @@ def _saved(plan: Plan, place: Workplace, first: int) -> dict[str, Callable[[], T
 def _quantize_shard(
     plan: Plan,
     place: Workplace,
+    file: OneFile | None,
     index: int,
     source: Streams | Store | Importance | None,
     config: dict[str, Any],
@@ -199,15 +213,28 @@ def _quantize_shard(
         assert intake.scales is not None
         tensors[name] = intake.scales.scale.reshape(shape).to(dtype)
         entries.append(added_entry(name, tensors[name], f"what keys and values are kept in: {intake.scheme}"))
-    verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, dict(tensors))
     weights.clear()
     saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_ends else None
 
-    def commit() -> None:
-        stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
-        place.commit(index, plan.shard_name(index), stored, entries, saved, verify)
+    def put() -> None:
+        if file is None:
+            stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            place.put_shard(plan.shard_name(index), stored, verify)
+        else:
+            _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
 
-    return entries, commit
+    return entries, partial(place.commit, index, put, entries, saved)
+
+
+def _put_in_file(file: OneFile, kept: dict[str, Tensor], done: list[Rounded]) -> None:
+    """A shard's tensors by their parameters' names, down to the disk."""
+    for parameter, tensor in kept.items():
+        file.put_floats(parameter, tensor)
+    for r in done:
+        assert r.planned.layer is not None
+        file.put_rounded(r.planned.parameter, r.planned.layer, r.q)
+    file.flush()
 
 
 def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
@@ -274,22 +301,6 @@ def _carry(
             for b, batch in enumerate(streams.given):
                 streams.given[b] = skeleton.run(index, batch)
     return done
-
-
-def _assemble(plan: Plan, place: Workplace, ledger: list[Entry]) -> int:
-    """All shards in one GGUF file, in OUT's place; its bytes."""
-    pieces = []
-    for t in plan.tensors:
-        if t.action != LEFT_OUT:
-            kind = None if t.layer is None else type_named(t.layer.container)
-            pieces.append(export.Piece(t.parameter, t.source, kind))
-    shards = [place.path / plan.shard_name(i) for i in range(len(plan.skeleton) + 1)]
-    file = place.path / "model.gguf"
-    config = plan.skeleton.config
-    export.write(file, plan.file_keys, pieces, shards, Names(config), tensors_of(config))
-    written = file.stat().st_size
-    place.finish_file(file, ledger)
-    return written
 
 
 def _describe(plan: Plan, place: Workplace) -> int:

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
             meant = {p.layer.name: p.q for p in shard.packed}
             config = format_.config([p.layer for p in shard.packed], []) if meant else {}
             tensors = shard.tensors(format_)
-            place.commit(index, name, tensors, shard.entries, None, Verification(format_, config, meant, shard.floats))
+            verify = Verification(format_, config, meant, shard.floats)
+            place.commit(index, partial(place.put_shard, name, tensors, verify), shard.entries, None)
             weight_map |= dict.fromkeys(tensors, name)
         if not layers:
             remedy = "give a quantized one; `bitwright quantize` rounds a float one"

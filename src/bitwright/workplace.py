@@ -2,12 +2,13 @@
 
 manifest.json              what this work belongs to; other work is never resumed
 hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
-ledger-00002.jsonl         what happened to the tensors of shard 2
-model-00003-of-…           shard 2 itself: read back, compared, then renamed into place, which commits it
+model-00003-of-…           shard 2: read back, compared, then renamed into place; or model.gguf, all shards to be
+ledger-00002.jsonl         what happened to the tensors of shard 2: once it is there, that is done
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,17 @@ class Workplace:
     def _hidden(self, index: int) -> Path:
         return self.path / f"hidden-{index:05d}.safetensors"
 
-    def committed(self, names: list[str]) -> int:
-        """How many of the shards, in order, are done."""
-        return _leading([self.path / name for name in names])
-
     def noted(self, count: int) -> int:
-        """How many shares of a single file, of so many and in order, are done."""
-        return _leading([self._ledger(index) for index in range(count)])
+        """How many shares of the work, of so many and in order, are done."""
+        there = [self._ledger(index).is_file() for index in range(count)]
+        return there.index(False) if False in there else count
 
     def note(self, index: int, entries: list[Entry]) -> None:
-        """Record a share; where it lies in a single file, verified, this makes it count."""
+        """Record a share that lies on the disk, verified: this makes it count."""
         write_file(self._ledger(index), to_jsonl(entries).encode())
 
     def ledger(self, index: int) -> list[Entry]:
-        """What happened to the tensors of a committed shard."""
+        """What happened to the tensors of a share that is done."""
         return from_jsonl(self._ledger(index))
 
     def hidden(self, index: int, stream: str) -> Tensor:
@@ -93,19 +91,22 @@ class Workplace:
         return Checkpoint(self.path, only=self._hidden(index)).read(stream)
 
     def commit(
-        self, index: int, name: str, tensors: dict[str, Tensor], entries: list[Entry], hidden: dict[str, Tensor] | None,
-        verify: "Verification",
-    ) -> None:  # fmt: skip
-        """Write a shard, read it back, compare, and only then make it count."""
+        self, index: int, put: Callable[[], None], entries: list[Entry], hidden: dict[str, Tensor] | None
+    ) -> None:
+        """Put a share where it belongs, verified, and only then make it count. hidden: what the next one will be given."""
         if hidden is not None:
             write_shard(self._hidden(index + 1), hidden)
+        put()
         self.note(index, entries)
+        self._hidden(index).unlink(missing_ok=True)
+
+    def put_shard(self, name: str, tensors: dict[str, Tensor], verify: "Verification") -> None:
+        """Write a shard, read it back, compare, and only then give it its name."""
         unverified = self.path / "unverified.safetensors"
         write_shard(unverified, tensors)
         verify.check(Checkpoint(self.path, only=unverified))
         with disk_errors(unverified):
             unverified.replace(self.path / name)
-        self._hidden(index).unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """One of OUT's JSON files."""
@@ -132,12 +133,6 @@ class Workplace:
     def abandon(self) -> None:
         """Remove work that can never be finished."""
         shutil.rmtree(self.path)
-
-
-def _leading(files: list[Path]) -> int:
-    """How many are there, before the first that is not."""
-    there = [file.is_file() for file in files]
-    return there.index(False) if False in there else len(there)
 
 
 class Verification:

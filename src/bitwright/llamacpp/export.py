@@ -1,83 +1,30 @@
-"""A finished run's shards put together as one GGUF file: keys, tensors in llama.cpp's names and order of rows, verified.
+"""A GGUF file in the making: keys, tensors in llama.cpp's order, and what is put into it read back and compared.
 
-The file is begun with its keys, its table and room for all bytes, by the gguf package; each tensor is put in its place
-when it is there. Blocks of a finished run are moved, never changed: what the pipeline has verified, number by number, is
-copied row by row, and the bytes are compared once more.
+The file is begun with its keys, its table and room for all bytes, by the gguf package; tensors are put in their places in any
+order, whole or some rows at a time, so nothing lies on the disk twice. Nothing counts as done before it has been read there.
 """
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.checkpoint import Checkpoint, disk_errors
+from bitwright.checkpoint import disk_errors
 from bitwright.errors import VerificationError
-from bitwright.llamacpp.container import FLOATS, SCALARS, GgufFile, Typed, Types
-from bitwright.threads import each
-
-if TYPE_CHECKING:
-    from bitwright.llamacpp.names import Names  # knows transformers, which files made by name do without
+from bitwright.formats.format import Layer, differing
+from bitwright.formats.ggml import encode
+from bitwright.formats.gguf import kind_of, reads_back
+from bitwright.llamacpp.container import FLOATS, SCALARS, GgufFile, Typed, Types, decoded, type_named
+from bitwright.qtensor import QTensor, rows
 
 NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of the file. parameter: transformers' name; source: its tensor in the shards; kind: llama.cpp's type, None
-    for float."""
-
-    parameter: str
-    source: str
-    kind: Types | None
-
-
-def write(
-    file: Path, keys: Mapping[str, Any], pieces: list[Piece], shards: list[Path], names: "Names",
-    computed: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """Write the file and compare what lies in it. VerificationError names the first tensor that differs.
-
-    computed: tensors in float32 that are no parameters, by their names in the file.
-    """
-    order = sorted(pieces, key=lambda piece: place(names.of(piece.parameter)))
-    opened = [Checkpoint(shard.parent, only=shard) for shard in shards]
-    stored = {name: checkpoint for checkpoint in opened for name in checkpoint.tensors}
-
-    def made(piece: Piece, read: Callable[[Checkpoint, str], Tensor] = Checkpoint.read) -> tuple[str, Types, Tensor]:
-        return names.of(piece.parameter), *_written(names, piece, read(stored[piece.source], piece.source))
-
-    more = [(name, Types.F32, tensor) for name, tensor in computed.items()]
-    file.unlink(missing_ok=True)
-    with Making(file, keys, [*(made(piece, _described) for piece in order), *more]) as making:
-        for name, _, tensor in chain(map(made, order), more):
-            making.put(name, tensor)
-    for wrong in each(lambda piece: _wrong(making.file, *made(piece)), order) + [
-        _wrong(making.file, *one) for one in more
-    ]:
-        if wrong:
-            raise VerificationError("the tensor on disk is not the one that was meant", where=f"{file.name}: {wrong}")
-
-
-def _wrong(written: GgufFile, name: str, kind: Types, tensor: Tensor) -> str:
-    """The tensor's name if the file does not have it just so, else nothing."""
-    found = written.tensors.get(name)
-    same = found is not None and found.type == kind and np.array_equal(written.raw(name), _bytes(tensor))
-    return "" if same else name
-
-
-def _described(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor's type and shape, without its numbers."""
-    info = checkpoint.tensors[name]
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -88,15 +35,6 @@ def place(name: str) -> tuple[int, str]:
     """What is outside the blocks comes first, then block by block."""
     parts = name.split(".")
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
-
-
-def _written(names: "Names", piece: Piece, tensor: Tensor) -> tuple[Types, Tensor]:
-    """A tensor's type and values as the file has them: blocks with their rows turned, or floats as llama.cpp has them."""
-    if piece.kind is not None:
-        rows = names.rows(piece.parameter, len(tensor))
-        return piece.kind, tensor if rows is None else tensor[rows]
-    tensor = names.written(piece.parameter, tensor).contiguous()
-    return FLOAT_TYPES[tensor.dtype], tensor
 
 
 class Making:
@@ -124,6 +62,28 @@ class Making:
                 count = os.pwrite(self._stream.fileno(), left, at)
                 left, at = left[count:], at + count
 
+    def put_floats(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Write a tensor of floats, or its rows from `first` on. VerificationError if it does not read back."""
+        self.put(name, tensor, first)
+        meant = _bytes(tensor)
+        count = len(meant) // self.file.tensors[name].row_bytes
+        _check(np.array_equal(self.file.rows(name, first, first + count).reshape(-1), meant), name)
+
+    def put_rounded(self, name: str, layer: Layer, q: QTensor, first: int = 0) -> None:
+        """Write a quantized matrix, or its rows from `first` on, in the layer's block type.
+
+        VerificationError if they do not read back: by readers of our own, the first row by the gguf package too; all of them
+        by that where those are not of one mind.
+        """
+        kind = kind_of(layer)
+        self.put(name, encode(q, kind), first)
+        found = torch.from_numpy(self.file.rows(name, first, first + len(q.codes)))
+        alike = reads_back(kind.name, found, q)
+        if first == 0 or not alike:
+            some = found[:1] if alike else found
+            read = torch.from_numpy(decoded(some.numpy(), type_named(kind.name), name))
+            _check(differing(read, rows(q, 0, len(some))) == 0, name)
+
     def flush(self) -> None:
         """Come back when all that was put is on the disk."""
         with disk_errors(self.file.path):
@@ -134,6 +94,12 @@ class Making:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
+
+
+def _check(alike: bool, name: str) -> None:
+    """VerificationError if a tensor does not read back as it was meant."""
+    if not alike:
+        raise VerificationError("what lies on the disk is not what was meant", where=name)
 
 
 def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types, Tensor]]) -> None:
