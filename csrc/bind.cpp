@@ -41,7 +41,7 @@ Format make_format(int zero, int encoding, float lo, float hi, float first, floa
     return f;
 }
 
-void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector factor, ptrdiff_t g, Out scale,
+void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector factor, bool quick, ptrdiff_t g, Out scale,
             std::optional<Out> zero, int threads) {
     size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
     require(g > 0 && weight.shape(0) == K, "weight must have K entries");
@@ -50,7 +50,7 @@ void search(const Format &f, Matrix w, Vector weight, Vector shrink, Vector fact
     require(zero.has_value() == (f.zero != SYM), "zero goes with formats that have one");
     if (zero) shaped(*zero, N, G, "zero must be [N, G]");
     Search a{w.data(), weight.data(), shrink.data(), factor.data(), scale.data(), zero ? zero->data() : nullptr,
-             (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
+             (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0), quick};
     nb::gil_scoped_release unlocked;
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
         chosen->search(f, a, scratch(room_of_group(g)).data(), first, last);
@@ -195,7 +195,7 @@ NB_MODULE(_native, m) {
         .def(nb::new_(&make_format), "zero"_a, "encoding"_a, "lo"_a, "hi"_a, "first"_a, "reach"_a, "turned"_a, "level"_a, "code"_a);
     // Nothing is converted on the way in: a converted copy would swallow what is written to it.
     m.def("search", &search, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
-          "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
+          "factor"_a.noconvert(), "quick"_a, "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "threads"_a);
     m.def("refine", &refine, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "move"_a.noconvert(),
           "scale"_a.noconvert(), "zero"_a.noconvert().none(), "outer"_a.noconvert(), "outer_zero"_a.noconvert().none(),
           "low"_a, "high"_a, "g"_a, "rounds"_a, "threads"_a);

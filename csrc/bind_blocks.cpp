@@ -9,7 +9,7 @@ using namespace bitwright;
 namespace {
 
 // Scales searched, codes under them, and what they lose: a few rows after the other, while they are in the cache.
-void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector factor, ptrdiff_t g, Out scale,
+void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector factor, bool quick, ptrdiff_t g, Out scale,
                 std::optional<Out> zero, CodeArray codes, Out sums, int threads) {
     size_t N = w.shape(0), K = w.shape(1), G = g > 0 ? (K + g - 1) / g : 0;
     require(g > 0 && (g % MOST_LANES == 0 || (size_t)g == K), "groups must be of whole vectors, or of whole rows");
@@ -31,7 +31,7 @@ void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector 
             const float *rows = (const float *)w.data() + at * K;
             if (half) chosen->widen((const uint16_t *)w.data() + at * K, some, n * K), rows = some;
             float *s = scale.data() + at * G, *z = zero ? zero->data() + at * G : nullptr, *lost = sums.data() + at;
-            Search search{rows, weight.data(), shrink.data(), factor.data(), s, z, (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0)};
+            Search search{rows, weight.data(), shrink.data(), factor.data(), s, z, (ptrdiff_t)K, g, (ptrdiff_t)shrink.shape(0), quick};
             chosen->search(f, search, room.data(), 0, n);
             chosen->encode(f, {rows, s, z, all + at * K, (ptrdiff_t)K, g, weight.data(), lost, lost + N}, 0, n);
         }
@@ -77,7 +77,7 @@ namespace bitwright {
 void bind_blocks(nb::module_ &m) {
     using namespace nb::literals;
     m.def("round_rows", &round_rows, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
-          "factor"_a.noconvert(), "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
+          "factor"_a.noconvert(), "quick"_a, "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "sums"_a.noconvert(), "threads"_a);
     m.def("put_side_by_side", &put_side_by_side, "numbers"_a.noconvert(), "bytes"_a.noconvert(), "n"_a, "bits"_a,
           "turn"_a);

@@ -38,6 +38,7 @@ struct Search {
     const float *factor;    // [steps] shrink / reach; with an offset, factors on the part above 0
     float *scale, *zero;    // [N, G] out; zero null if the format has none
     ptrdiff_t K, g, steps;
+    bool quick;             // without a second rounding, under the scale of least squares
 };
 
 // Better integers and f16s for the scales of super-blocks of 256; methods/superblocks.py.

@@ -25,7 +25,7 @@ struct Kind {
 struct Group {
     float *v, *u;
     int g;
-    Vec low, high, mean, total_uv, total_u;
+    Vec low, high, mean, total_uvv, total_uv, total_u;
 };
 
 // Sum in halves of term(0) to term(n - 1): the first half is added to the second, the first quarter of that to its second.
@@ -79,15 +79,15 @@ struct Moments {
     INLINE Moments operator+(const Moments &o) const { return {error + o.error, cc + o.cc, cv + o.cv, c1 + o.c1}; }
 };
 
-// Those of the codes under a scale and zero.
-template <int kind>
+// Those of the codes under a scale and zero; the first if it is wanted.
+template <int kind, bool error>
 static Moments moments_of(const Format &f, Group &p, Vec scale, Vec zero) {
     Vec inverse = 1 / safe(scale);
     return folded(p, [&](int i) EACH {
         Vec v = load(p.v + i * LANES), decoded, c = round_by<kind>(f, v, scale, inverse, zero, decoded), e = v - decoded;
         c = kind == ASYM ? c - zero : c;
         Vec uc = p.u[i] * c;
-        return Moments{e * e * p.u[i], uc * c, uc * v, uc};
+        return Moments{error ? e * e * p.u[i] : Vec{}, uc * c, uc * v, uc};
     });
 }
 
@@ -120,6 +120,13 @@ static void least_squares(const Group &p, const Moments &m, Vec &scale, Vec &zer
     Ints good = (det > 0) & (solved > 0) & finite(solved) & finite(low);
     scale = good ? solved : scale;
     zero = good ? low : zero;
+}
+
+// The error of the codes of these moments under another scale and zero.
+template <int kind>
+static Vec error_by(const Group &p, const Moments &m, Vec scale, Vec zero) {
+    Vec lost = p.total_uvv + scale * (scale * m.cc - 2 * m.cv);
+    return kind == MIN ? lost + zero * (zero * p.total_u - 2 * p.total_uv + 2 * scale * m.c1) : lost;
 }
 
 // What has lost least so far, in each row.
@@ -169,7 +176,7 @@ static void read_group(Group &p, const float *w, const float *weight, ptrdiff_t 
 }
 
 // What the search wants to know of a group beforehand. Gives 0, or NaN for a row with a weight that is not finite.
-static Vec measure(const Format &f, Group &p) {
+static Vec measure(const Format &f, Group &p, bool energy) {
     Vec check{};
     p.low = p.high = Vec{};
     for (int i = 0; i < p.g; i++) {
@@ -180,6 +187,7 @@ static Vec measure(const Format &f, Group &p) {
     }
     auto v = [&](int i) EACH { return load(p.v + i * LANES); };
     if (f.reach == 0 && f.zero == SYM) p.mean = folded(p, [&](int i) EACH { return magnitude(v(i)); }) / (float)p.g;
+    if (energy) p.total_uvv = folded(p, [&](int i) EACH { return p.u[i] * v(i) * v(i); });
     if (f.zero == MIN) {
         p.total_u = folded(p, [&](int i) EACH { return all(p.u[i]); });
         p.total_uv = folded(p, [&](int i) EACH { return p.u[i] * v(i); });
@@ -187,7 +195,8 @@ static Vec measure(const Format &f, Group &p) {
     return check;
 }
 
-template <int kind>
+// quick: ranges are compared by what their codes lose under the scale of least squares; nothing is rounded again.
+template <int kind, bool quick>
 static Best search_group(const Format &f, const Search &a, Group &p) {
     Best best{};
     auto as_stored = [&](Vec &scale, Vec &zero) EACH {
@@ -198,11 +207,12 @@ static Best search_group(const Format &f, const Search &a, Group &p) {
         Vec scale{}, zero{};
         from_range(f, p, a.shrink[step], a.factor[step], scale, zero);
         as_stored(scale, zero);
-        Moments m = moments_of<kind>(f, p, scale, zero);
-        best.meet(m.error, scale, zero, step == 0);
+        Moments m = moments_of<kind, !quick>(f, p, scale, zero);
+        if (!quick) best.meet(m.error, scale, zero, step == 0);
         least_squares<kind>(p, m, scale, zero);
         as_stored(scale, zero);
-        best.meet(error_of<kind>(f, p, scale, zero), scale, zero, false);
+        Vec error = quick ? error_by<kind>(p, m, scale, zero) : error_of<kind>(f, p, scale, zero);
+        best.meet(error, scale, zero, quick && step == 0);
     }
     return best;
 }
@@ -243,8 +253,8 @@ static void search(const Format &f, const Search &a, float *scratch, ptrdiff_t f
     ptrdiff_t G = (a.K + a.g - 1) / a.g;
     by_kind(f, [&](auto kind) {
         each_group(a, scratch, first, last, [&](Group &p, ptrdiff_t at, int wide, ptrdiff_t group) {
-            Vec check = measure(f, p);
-            Best best = search_group<kind.value>(f, a, p);
+            Vec check = measure(f, p, a.quick);
+            Best best = a.quick ? search_group<kind.value, true>(f, a, p) : search_group<kind.value, false>(f, a, p);
             for (int l = 0; l < wide; l++) {
                 a.scale[(at + l) * G + group] = best.scale[l] + check[l];
                 if (a.zero) a.zero[(at + l) * G + group] = best.zero[l];

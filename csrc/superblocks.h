@@ -56,7 +56,7 @@ static void solve_outer(const Format &f, Superblock &b, Vec &outer, Vec &outer_z
     Vec own[MOST_GROUPS], other[MOST_GROUPS];
     Moments m[MOST_GROUPS];
     for (int j = 0; j < b.count; j++) {
-        m[j] = moments_of<kind>(f, b.group[j], b.scale[j], b.zero[j]);
+        m[j] = moments_of<kind, false>(f, b.group[j], b.scale[j], b.zero[j]);
         own[j] = integer_of(b.scale[j], b.outer), other[j] = integer_of(-b.zero[j], b.outer_zero);
     }
     Vec aa = over_groups(b, [&](int j) EACH { return own[j] * own[j] * m[j].cc; });
@@ -113,7 +113,7 @@ static void refine_block(const Format &f, const Refine &a, Superblock &b, ptrdif
     b.whole = (int)(SUPERBLOCK / a.g), b.count = (int)(G - first < b.whole ? G - first : b.whole);
     for (int j = 0; j < b.count; j++) {
         read_group(b.group[j], a.w, a.weight, a.K, at, wide, begin + j * a.g, a.g);
-        measure(f, b.group[j]);
+        measure(f, b.group[j], false);
         b.scale[j] = column(a.scale, at, wide, G, first + j), b.zero[j] = column(a.zero, at, wide, G, first + j);
     }
     b.outer = column(a.outer, at, wide, S, s), b.outer_zero = column(a.outer_zero, at, wide, S, s);

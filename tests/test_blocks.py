@@ -1,5 +1,7 @@
 """From floats to llama.cpp's blocks in native code: rounding in one go, quotients without dividing, bits side by side."""
 
+import importlib
+
 import gguf
 import numpy as np
 import pytest
@@ -27,13 +29,25 @@ IN_ONE_GO = [text for text in SCHEMES if Scheme.parse(text).scale in ONE_LEVEL]
 def test_a_search_in_one_go_gives_the_same_bits(isa: str, text: str, N: int, K: int, dtype: torch.dtype) -> None:
     scheme, w = Scheme.parse(text), weights(N, K).to(dtype)
     importance = torch.rand(K, generator=torch.Generator().manual_seed(1))
-    for known in (None, importance):
-        found = search(w, known, scheme)
-        expected = in_torch(lambda known=known: search(w.float(), known, scheme))
+    for known, steps in [(None, 8), (importance, 8), (None, 2), (importance, 2)]:
+        found = search(w, known, scheme, steps=steps)
+        expected = in_torch(lambda known=known, steps=steps: search(w.float(), known, scheme, steps=steps))
         assert same(found.q, expected.q) and expected.missed is None and found.missed is not None
         missing = w.float() - decode(found.q)
         torch.testing.assert_close(found.missed[0], energy(missing, known), rtol=1e-5, atol=1e-30)
         torch.testing.assert_close(found.missed[1], energy(w.float(), known), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("text", ["q4_0", "q8_0", "q4_1", "q5_0", "int4-g32-asym"])
+def test_a_quick_search_finds_almost_as_much(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never less than round to nearest; of the ranges that it tries all but a hundredth of what rounding again finds."""
+    scheme, w = Scheme.parse(text), weights(64, 1024).bfloat16().float()
+    lost = [
+        energy(w - decode(q), None).view(-1).sum() for q in (search(w, None, scheme, steps=2).q, rtn(w, None, scheme).q)
+    ]
+    monkeypatch.setattr(importlib.import_module("bitwright.methods.search"), "QUICK", 0)
+    slowly = energy(w - decode(search(w, None, scheme, steps=2).q), None).sum()
+    assert lost[0] < 0.95 * lost[1] and slowly * 0.999 < lost[0] < slowly * 1.01
 
 
 @needs_native

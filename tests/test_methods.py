@@ -187,7 +187,12 @@ def test_scale_and_minimum_solve_least_squares(shift: float) -> None:
     weight = torch.rand(1, 2, 16, generator=torch.Generator().manual_seed(6)) + 0.1
     start = fit(v.flatten(1), scheme)
     codes = encode(v.flatten(1), start, scheme).codes.reshape(v.shape).float()
-    scale, low = importlib.import_module("bitwright.methods.search")._least_squares(v, codes, weight, start, scheme)
+    module = importlib.import_module("bitwright.methods.search")
+    moments = module._moments(v, codes, weight, start, scheme)
+    scale, low = module._least_squares(moments, start, scheme)
+    lost = module._lost_by(moments, Scales(scale, low), scheme)
+    again = (weight * (v - codes * scale[..., None] - low[..., None]).square()).sum(-1)
+    assert ((lost - again).abs() < 1e-6 * moments.vv).all()
     assert (low <= 0).all()
     for n in range(3):
         for g in range(2):

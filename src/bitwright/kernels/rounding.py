@@ -54,18 +54,18 @@ def _format(scheme: Scheme) -> object:
 
 
 def search(
-    w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[tuple[float, float]]
+    w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[tuple[float, float]], *, quick: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Scales (and zeros) [N, G] of least weighted squared error, as `methods.search` finds them, by itself rounded.
 
-    w [N, K], importance [K]; shrinks: factors on the range below and above 0, tried in turn. A group with a weight that
-    is not finite gets the scale NaN.
+    w [N, K], importance [K]; shrinks: factors on the range below and above 0, tried in turn, or quickly. A group with a weight
+    that is not finite gets the scale NaN.
     """
     assert native is not None
     scale, zero = _no_scales(w, scheme)
     native.search(
-        _format(scheme), w.contiguous(), importance.contiguous(), *_ranges(scheme, shrinks), scheme.group_length(w.shape[1]),
-        scale, zero, torch.get_num_threads(),
+        _format(scheme), w.contiguous(), importance.contiguous(), *_ranges(scheme, shrinks), quick,
+        scheme.group_length(w.shape[1]), scale, zero, torch.get_num_threads(),
     )  # fmt: skip
     return scale, zero
 
@@ -83,7 +83,7 @@ def _ranges(scheme: Scheme, shrinks: list[tuple[float, float]]) -> tuple[Tensor,
 
 
 def searched(
-    w: Tensor, importance: Tensor | None, scheme: Scheme, shrinks: list[tuple[float, float]]
+    w: Tensor, importance: Tensor | None, scheme: Scheme, shrinks: list[tuple[float, float]], *, quick: bool = False
 ) -> tuple[QTensor, Tensor, Tensor]:
     """`search`, `encode` under what it finds, and `missed`, in one go: for encodings of one level.
 
@@ -95,8 +95,8 @@ def searched(
     scale, zero = _no_scales(w, scheme)
     codes, sums = torch.empty(w.shape, dtype=code_dtype(scheme)), torch.empty(2, len(w))
     native.round_rows(
-        _format(scheme), w, weight, *_ranges(scheme, shrinks), scheme.group_length(w.shape[1]), scale, zero, codes, sums,
-        torch.get_num_threads(),
+        _format(scheme), w, weight, *_ranges(scheme, shrinks), quick, scheme.group_length(w.shape[1]), scale, zero, codes,
+        sums, torch.get_num_threads(),
     )  # fmt: skip
     return QTensor(codes, Scales(scale, zero), scheme, tuple(w.shape)), sums[0].double(), sums[1].double()
 

@@ -4,12 +4,14 @@ For every group, the range [min, max] is narrowed (or its two ends are moved) in
 step gives, the scale (and minimum) is solved for by least squares; the candidate with the smallest weighted squared error
 wins. Clipping an outlier buys finer steps for everyone else. The weights of the error are 1 ("mse"), the Gram's diagonal
 ("weighted": the mean squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
+With two steps at most, quickly: candidates are told apart by what the range's own codes lose under the solved scale, which
+follows from the sums that solved it, and only the winner is rounded again; a second level's integers are tried once.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +31,12 @@ from bitwright.codec import (
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.outcome import Outcome
-from bitwright.methods.superblocks import Best, refine
+from bitwright.methods.superblocks import ROUNDS, Best, refine
 from bitwright.qtensor import Scales, map_rows
 from bitwright.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
+QUICK = 2  # steps at most
 ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
 SUPERBLOCKS = ("k8", "k6", "k4")  # integers under a common f16
 SECOND = {4: 0.93, 5: 1.06, 6: 1.03, 8: 1.01}  # beside the range as it is, by bits: where one more finds most
@@ -63,7 +66,9 @@ def search(
     known = gram if objective == "weighted" else None
     importance = None if known is None else (known if known.ndim == 1 else known.diagonal()).clamp(min=0)
     if w.ndim == 2 and scheme.scale in ONE_LEVEL and rounding.handles(scheme, w):
-        q, lost, whole = rounding.searched(w, importance, scheme, _shrinks(scheme, steps, nearest=True))
+        q, lost, whole = rounding.searched(
+            w, importance, scheme, _shrinks(scheme, steps, nearest=True), quick=steps <= QUICK
+        )
         if not bool(lost.sum().isfinite()):
             snap(q.scales.scale, None, scheme)  # SchemeError for a weight that is not
         return Outcome(q, missed=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
@@ -99,7 +104,8 @@ def best_scales(
     if outer is None and scheme.scale == "e4m3":
         outer = fit(w, scheme).outer  # the second level belongs to the whole tensor: from the extremes
     chunks = w.split(max(1, CHUNK // w.shape[1])) if scheme.group != TENSOR else [w]
-    parts = [_best_raw(chunk, scheme, importance, _shrinks(scheme, steps, nearest=nearest)) for chunk in chunks]
+    shrinks, quick = _shrinks(scheme, steps, nearest=nearest), steps <= QUICK
+    parts = [_best_raw(chunk, scheme, importance, shrinks, quick) for chunk in chunks]
     scale = torch.cat([part[0] for part in parts])
     zero = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
     found = snap(scale, zero, scheme, outer=outer)
@@ -108,7 +114,7 @@ def best_scales(
     if scheme.scale in SUPERBLOCKS:
         weight = torch.ones_like(w[0]) if importance is None else importance.float()
         refined = [
-            refine(chunk, scheme, weight, part)
+            refine(chunk, scheme, weight, part, rounds=0 if quick else ROUNDS)
             for chunk, part in zip(chunks, _split(found, scheme, chunks), strict=True)
         ]
         return map_rows(lambda *parts: torch.cat(parts), scheme, *refined)
@@ -132,25 +138,34 @@ def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scale
 
 
 def _best_raw(
-    w: Tensor, scheme: Scheme, importance: Tensor | None, shrinks: list[tuple[float, float]]
+    w: Tensor, scheme: Scheme, importance: Tensor | None, shrinks: list[tuple[float, float]], quick: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
     one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
     weight = torch.ones_like(w[0]) if importance is None else importance.float()
     if rounding.handles(scheme, w):
-        return rounding.search(w, weight, one_level, shrinks)
+        return rounding.search(w, weight, one_level, shrinks, quick=quick)
     v = group_view(w, scheme)
     weight = group_view(weight[None].expand_as(w) if scheme.group == TENSOR else weight[None], scheme)
     best = Best()
     for shrink, above in shrinks:
-        raw = raw_scales(v, w.shape[1], scheme, shrink, above)
-        for _ in range(2):  # as the range gives it, then as least squares would have it for those codes
-            s = snap(*raw, one_level)
-            zero = None if s.zero is None else s.zero[..., None]
-            codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True)
-            best.meet(folded((v - decoded).square_() * weight), s)
-            raw = _least_squares(v, codes, weight, s, scheme)
+        s = snap(*raw_scales(v, w.shape[1], scheme, shrink, above), one_level)
+        codes, lost = _rounded(v, weight, s, scheme)
+        m = _moments(v, codes, weight, s, scheme)
+        solved = snap(*_least_squares(m, s, scheme), one_level)
+        if quick:
+            best.meet(_lost_by(m, solved, scheme), solved)
+            continue
+        best.meet(lost, s)
+        best.meet(_rounded(v, weight, solved, scheme)[1], solved)
     return best.scale, best.zero
+
+
+def _rounded(v: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The codes of groups v [N, G, g] under a scale and zero, and what they lose [N, G]."""
+    zero = None if s.zero is None else s.zero[..., None]
+    codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True)
+    return codes, folded((v - decoded).square_() * weight)
 
 
 def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple[float, float]]:
@@ -193,22 +208,46 @@ def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
     return [(1.0, 1.0), *product(ends, repeat=2)]
 
 
-def _least_squares(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """The scale (and minimum) that minimises Σ weight · (v − decoded)² for codes that are fixed."""
+class Moments(NamedTuple):
+    """Sums over each group, [N, G]: of u c², u c v, u v² for weights v, their importance u and their codes' values c; where
+    there is a minimum of u, u c, u v too."""
+
+    cc: Tensor
+    cv: Tensor
+    vv: Tensor
+    u: Tensor
+    c: Tensor
+    v: Tensor
+
+
+def _moments(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> Moments:
+    """Those of codes [N, G, g] whose zero is that of s."""
     c = values(codes, scheme)
     if scheme.zero == "asym" or scheme.zero == "asym1":
         assert s.zero is not None
         c = c - s.zero[..., None]
-    wc = weight * c
-    cc, cv = folded(wc * c), folded(wc * v)
+    wc, wv = weight * c, weight * v
+    return Moments(folded(wc * c), folded(wc * v), folded(wv * v), folded(weight), folded(wc), folded(wv))
+
+
+def _least_squares(m: Moments, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """The scale (and minimum) that minimises Σ u · (v − decoded)² for codes that are fixed; s where there is none."""
     if scheme.zero != "min":
-        solved = cv / safe(cc)
+        solved = m.cv / safe(m.cc)
         return torch.where(same_sign(solved, s.scale) & solved.isfinite(), solved, s.scale), s.zero
-    n, c1, v1 = folded(weight), folded(wc), folded(weight * v)
-    det = n * cc - c1 * c1
-    scale = (n * cv - c1 * v1) / safe(det)
-    low = ((v1 - scale * c1) / safe(n)).clamp(max=0)
-    scale = torch.where(low == 0, cv / safe(cc), scale)
+    det = m.u * m.cc - m.c * m.c
+    scale = (m.u * m.cv - m.c * m.v) / safe(det)
+    low = ((m.v - scale * m.c) / safe(m.u)).clamp(max=0)
+    scale = torch.where(low == 0, m.cv / safe(m.cc), scale)
     good = (det > 0) & (scale > 0) & scale.isfinite() & low.isfinite()
     assert s.zero is not None
     return torch.where(good, scale, s.scale), torch.where(good, low, s.zero)
+
+
+def _lost_by(m: Moments, s: Scales, scheme: Scheme) -> Tensor:
+    """Σ u · (v − decoded)² of those codes under another scale (and minimum)."""
+    lost = m.vv + s.scale * (s.scale * m.cc - 2 * m.cv)
+    if scheme.zero != "min":
+        return lost
+    assert s.zero is not None
+    return lost + s.zero * (s.zero * m.u - 2 * m.v + 2 * s.scale * m.c)
