@@ -3,11 +3,11 @@
 Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
 """
 
-import atexit
 import gc
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -273,8 +273,13 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads only wait, busily
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    gc.set_threshold(
-        100_000
-    )  # importing torch and transformers makes a million objects that stay: do not count them often
-    atexit.register(gc.freeze)  # nor count them once more at the end
-    sys.exit(app())
+    # Importing torch and transformers makes a million objects that stay: do not count them often, nor take them apart at
+    # the end, which takes as long as a small command.
+    gc.set_threshold(100_000)
+    try:
+        app()
+    except SystemExit as end:
+        with suppress(OSError):  # nobody may be listening any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
