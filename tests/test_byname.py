@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.cli import app
 from bitwright.errors import VerificationError
 from bitwright.llamacpp import export, imatrix
 from bitwright.llamacpp.container import GgufFile
+from bitwright.threads import ahead
 from conftest import make_checkpoint
 
 PLAIN = ["--method", "search", "--calib", "none"]
@@ -180,6 +182,15 @@ def test_a_run_that_was_cut_off_goes_on(
     assert again == {5, 6, 7, None}
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "a.gguf.partial").exists()
+
+
+def test_nothing_more_is_begun_when_a_loop_is_left() -> None:
+    seen: list[int] = []
+    with ahead(lambda i: seen.append(i) or time.sleep(0.01) or i, range(200)) as found:
+        assert [next(found), next(found)] == [0, 1]
+    assert len(seen) < 50
+    with ahead(str, range(50)) as found:
+        assert list(found) == [str(i) for i in range(50)]
 
 
 def test_a_disk_that_gives_back_something_else(

@@ -4,6 +4,7 @@ Torch shares out every operation by itself, and waits for the slower thread afte
 nothing of each other it is faster to give each thread its own.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,9 +40,9 @@ def each(f: Callable[[T], R], items: Iterable[T]) -> list[R]:
 def ahead(f: Callable[[T], R], items: Iterable[T]) -> Iterator[Iterator[R]]:
     """What `each` makes of them, one after the other, while the next are computed. When it is left, nothing more is begun."""
     with alone(torch.get_num_threads()) as pool:
-        begun = [pool.submit(f, item) for item in items]
+        begun = deque(pool.submit(f, item) for item in items)  # a result that was taken is not kept
         try:
-            yield (one.result() for one in begun)
+            yield (begun.popleft().result() for _ in range(len(begun)))
         finally:
             for one in begun:
                 one.cancel()
