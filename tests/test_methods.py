@@ -188,11 +188,11 @@ def test_scale_and_minimum_solve_least_squares(shift: float) -> None:
     start = fit(v.flatten(1), scheme)
     codes = encode(v.flatten(1), start, scheme).codes.reshape(v.shape).float()
     module = importlib.import_module("bitwright.methods.search")
-    moments = module._moments(v, codes, weight, start, scheme)
-    scale, low = module._least_squares(moments, start, scheme)
-    lost = module._lost_by(moments, Scales(scale, low), scheme)
+    moments, totals = module._moments(v, codes, weight, start, scheme), module._totals(v, weight)
+    scale, low = module._least_squares(moments, totals, start, scheme)
+    lost = module._lost_by(moments, totals, Scales(scale, low), scheme)
     again = (weight * (v - codes * scale[..., None] - low[..., None]).square()).sum(-1)
-    assert ((lost - again).abs() < 1e-6 * moments.vv).all()
+    assert ((lost - again).abs() < 1e-6 * totals.vv).all()
     assert (low <= 0).all()
     for n in range(3):
         for g in range(2):

@@ -2,7 +2,7 @@
 
 manifest.json              what this work belongs to; other work is never resumed
 hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
-model-00003-of-…           shard 2: read back, compared, then renamed into place; or model.gguf, all shards to be
+model-00003-of-…           shard 2: read back, compared, then renamed into place; or model.gguf, where all go
 ledger-00002.jsonl         what happened to the tensors of shard 2: once it is there, that is done
 """
 
@@ -19,9 +19,8 @@ from bitwright.checkpoint import PICKLES, Checkpoint, disk_errors, write_file, w
 from bitwright.errors import OutputError, VerificationError
 from bitwright.formats import Format
 from bitwright.ledger import Entry, from_jsonl, to_jsonl
-from bitwright.qtensor import QTensor, rows
+from bitwright.qtensor import QTensor
 
-CACHED = 1 << 20  # weights read back and compared at a time, where rows can be taken apart
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
 
@@ -152,17 +151,9 @@ class Verification:
         for module, q in self.meant.items():
             found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
-            step = max(1, CACHED // q.codes.shape[1]) if self.format.by_rows else len(q.codes)
-            N = len(q.codes)
-            wrong = sum(self._wrong(module, q, parts, at, min(at + step, N)) for at in range(0, N, step))
+            wrong = self.format.wrong(self.config, module, parts, q)
             if wrong:
                 raise VerificationError(f"{wrong} weights on disk are not those that were meant", where=module)
-
-    def _wrong(self, module: str, q: QTensor, parts: dict[str, Tensor], start: int, stop: int) -> int:
-        """How many weights of these rows do not read back as meant."""
-        if stop - start < len(q.codes):
-            q, parts = rows(q, start, stop), {suffix: part[start:stop] for suffix, part in parts.items()}
-        return self.format.wrong(self.config, module, parts, q)
 
 
 def copy_companions(source: Path, to: Path) -> None:

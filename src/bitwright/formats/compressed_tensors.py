@@ -32,7 +32,6 @@ class CompressedTensors:
     method = "compressed-tensors"
     kv_cache = True
     outside = False
-    by_rows = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

@@ -1,8 +1,8 @@
 """llama.cpp's block types: how codes and scales of 32 or 256 weights lie in bytes. Source: ggml-common.h, ggml-quants.c.
 
-A block type is a row of `TYPES`: the Scheme whose numbers it holds, the weights in a block, and one function that turns
-the codes and stored integers of blocks into bytes. Reading back is not done here: the gguf package's `dequantize`, which
-shares nothing with this file, is what every written tensor is checked against.
+A block type is a row of `TYPES`: the Scheme whose numbers it holds, the weights in a block, and one function that makes
+its fields of the codes and stored integers of blocks. Reading back is not done here: every written tensor is checked by
+ggml_codes.py and ggml_scales.py, and by the gguf package's `dequantize`, which share no packing with this file.
 
 A block is fields of bytes one after the other; those with codes hold numbers of a few bits side by side (`Bits`).
 """

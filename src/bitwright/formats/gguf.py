@@ -54,7 +54,6 @@ class Gguf:
     method = "gguf"
     kv_cache = False
     outside = True
-    by_rows = True
     one_file = True
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

@@ -31,7 +31,6 @@ class Gptq:
     method = "gptq"
     kv_cache = False
     outside = False
-    by_rows = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

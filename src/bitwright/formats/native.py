@@ -58,7 +58,6 @@ class Native:
     method = "bitwright"
     kv_cache = True
     outside = False
-    by_rows = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

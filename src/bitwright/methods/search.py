@@ -147,14 +147,14 @@ def _best_raw(
         return rounding.search(w, weight, one_level, shrinks, quick=quick)
     v = group_view(w, scheme)
     weight = group_view(weight[None].expand_as(w) if scheme.group == TENSOR else weight[None], scheme)
-    best = Best()
+    best, totals = Best(), _totals(v, weight)
     for shrink, above in shrinks:
         s = snap(*raw_scales(v, w.shape[1], scheme, shrink, above), one_level)
         codes, lost = _rounded(v, weight, s, scheme)
         m = _moments(v, codes, weight, s, scheme)
-        solved = snap(*_least_squares(m, s, scheme), one_level)
+        solved = snap(*_least_squares(m, totals, s, scheme), one_level)
         if quick:
-            best.meet(_lost_by(m, solved, scheme), solved)
+            best.meet(_lost_by(m, totals, solved, scheme), solved)
             continue
         best.meet(lost, s)
         best.meet(_rounded(v, weight, solved, scheme)[1], solved)
@@ -208,16 +208,26 @@ def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
     return [(1.0, 1.0), *product(ends, repeat=2)]
 
 
+class Totals(NamedTuple):
+    """Sums over each group, [N, G], whatever the codes: of u v², u, u v for weights v and their importance u."""
+
+    vv: Tensor
+    u: Tensor
+    v: Tensor
+
+
+def _totals(v: Tensor, weight: Tensor) -> Totals:
+    """Those of groups v [N, G, g]."""
+    wv = weight * v
+    return Totals(folded(wv * v), folded(weight), folded(wv))
+
+
 class Moments(NamedTuple):
-    """Sums over each group, [N, G]: of u c², u c v, u v² for weights v, their importance u and their codes' values c; where
-    there is a minimum of u, u c, u v too."""
+    """Sums over each group, [N, G]: of u c², u c v, u c for the values c of codes."""
 
     cc: Tensor
     cv: Tensor
-    vv: Tensor
-    u: Tensor
     c: Tensor
-    v: Tensor
 
 
 def _moments(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> Moments:
@@ -226,28 +236,28 @@ def _moments(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme
     if scheme.zero == "asym" or scheme.zero == "asym1":
         assert s.zero is not None
         c = c - s.zero[..., None]
-    wc, wv = weight * c, weight * v
-    return Moments(folded(wc * c), folded(wc * v), folded(wv * v), folded(weight), folded(wc), folded(wv))
+    wc = weight * c
+    return Moments(folded(wc * c), folded(wc * v), folded(wc))
 
 
-def _least_squares(m: Moments, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def _least_squares(m: Moments, t: Totals, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """The scale (and minimum) that minimises Σ u · (v − decoded)² for codes that are fixed; s where there is none."""
     if scheme.zero != "min":
         solved = m.cv / safe(m.cc)
         return torch.where(same_sign(solved, s.scale) & solved.isfinite(), solved, s.scale), s.zero
-    det = m.u * m.cc - m.c * m.c
-    scale = (m.u * m.cv - m.c * m.v) / safe(det)
-    low = ((m.v - scale * m.c) / safe(m.u)).clamp(max=0)
+    det = t.u * m.cc - m.c * m.c
+    scale = (t.u * m.cv - m.c * t.v) / safe(det)
+    low = ((t.v - scale * m.c) / safe(t.u)).clamp(max=0)
     scale = torch.where(low == 0, m.cv / safe(m.cc), scale)
     good = (det > 0) & (scale > 0) & scale.isfinite() & low.isfinite()
     assert s.zero is not None
     return torch.where(good, scale, s.scale), torch.where(good, low, s.zero)
 
 
-def _lost_by(m: Moments, s: Scales, scheme: Scheme) -> Tensor:
+def _lost_by(m: Moments, t: Totals, s: Scales, scheme: Scheme) -> Tensor:
     """Σ u · (v − decoded)² of those codes under another scale (and minimum)."""
-    lost = m.vv + s.scale * (s.scale * m.cc - 2 * m.cv)
+    lost = t.vv + s.scale * (s.scale * m.cc - 2 * m.cv)
     if scheme.zero != "min":
         return lost
     assert s.zero is not None
-    return lost + s.zero * (s.zero * m.u - 2 * m.v + 2 * s.scale * m.c)
+    return lost + s.zero * (s.zero * t.u - 2 * t.v + 2 * s.scale * m.c)
