@@ -244,7 +244,7 @@ def test_some_matrices_are_tuned_and_others_stay(llama: Path, text: str, tmp_pat
 def test_few_windows_or_an_odd_number(llama: Path, text: str, tmp_path: Path, samples: int) -> None:
     recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 4, fast = false }"))
     done = quantize(llama, tmp_path / "out", calib=text, recipe=recipe, samples=samples, seqlen=32)
-    assert not done.fallbacks
+    assert bool(done.fallbacks) == (samples == 1)  # 32 tokens are too few to beat a search of scales, and it is said
 
 
 def test_gpt2_whose_matrices_lie_the_other_way_round(text: str, tmp_path: Path) -> None:

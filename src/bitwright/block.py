@@ -1,9 +1,8 @@
-"""One block: watch its inputs, round its matrices, record what it cost."""
+"""Quantize the matrices of a block that share an input, and record what it cost."""
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from bitwright.codec import decode
 from bitwright.errors import BitwrightError, CalibrationError
-from bitwright.fitting import fitted, metric_of, rtn_loss
-from bitwright.inputs import Gathering, Inputs
+from bitwright.fitting import Fit, fit_by, fitted
+from bitwright.guard import judge
+from bitwright.inputs import Inputs
 from bitwright.intake import Intake
-from bitwright.kv import KvCache
 from bitwright.ledger import ADDED, KEPT, Entry
 from bitwright.loss import energy, ratio
 from bitwright.methods import BLOCKWISE, Outcome
-from bitwright.models import Skeleton, matrix_of
+from bitwright.models import matrix_of
 from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.qtensor import QTensor, rows
@@ -39,6 +38,15 @@ class Rounded:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Relative losses of a matrix: by what was taken, and by a sample of the rows of round to nearest and of a search."""
+
+    own: float
+    rtn: float
+    search: float | None
+
+
+@dataclass(frozen=True)
 class Origin:
     """What the ledger says of a block's statistics and transforms.
 
@@ -48,83 +56,6 @@ class Origin:
 
     statistics: str = "sequential"
     transforms: Mapping[str, str] = field(default_factory=dict)
-
-
-class Enough(Exception):  # noqa: N818
-    """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
-
-
-class _Watch:
-    """Sees what each module of a block is handed, in the float model's run of a batch and then in the quantized one's."""
-
-    def __init__(self, modules: int, *, detailed: bool, expected: int) -> None:
-        self.modules, self.detailed, self.expected = modules, detailed, expected
-        self.gatherings: dict[str, Gathering] = {}  # by the first of those that are handed the same tensor
-        self.seen: dict[str, Tensor] = {}  # in the order of the forward
-        self.floats: dict[str, Tensor] = {}
-        self.comparing = False
-
-    def __call__(self, name: str, x: Tensor) -> None:
-        """Module `name` is handed x."""
-        if self.comparing:
-            self.floats[name] = x
-            return
-        if name not in self.seen:  # the first batch tells who shares
-            leader = next((other for other, tensor in self.seen.items() if tensor is x), name)
-            self.seen[name] = x
-            if leader == name:
-                self.gatherings[name] = Gathering.of(x, detailed=self.detailed, expected=self.expected)
-            self.gatherings[leader].names.append(name)
-        if name in self.gatherings:
-            self.gatherings[name].update(x, self.floats.pop(name, None))
-        if len(self.seen) == self.modules and name == next(reversed(self.seen)):
-            raise Enough
-
-    def forget(self) -> None:
-        """Let a batch's activations go."""
-        self.seen = dict.fromkeys(self.seen, torch.empty(0))
-        self.floats.clear()
-
-
-def observe(
-    skeleton: Skeleton,
-    index: int,
-    hidden: list[Tensor],
-    wanted: Collection[str],
-    original: list[Tensor] | None = None,
-    *,
-    detailed: bool = False,
-    cache: KvCache | None = None,
-) -> list[Inputs]:
-    """Run block `index` on all batches; modules that are handed the very same tensor share their statistics.
-
-    original: the float model's activations for the same tokens, if they are to be compared; moved on through the block.
-    detailed: ranges, a sample and a histogram beside the Gram. cache: is handed the block's keys and values.
-    """
-    modules = {name: module for name, module in skeleton.linears(index).items() if name in wanted}
-    expected = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
-    watch = _Watch(len(modules), detailed=detailed, expected=expected)
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: watch(n, args[0])) for n, m in modules.items()]
-    try:
-        for b, batch in enumerate(hidden):
-            if original is not None:
-                watch.comparing = True
-                original[b] = skeleton.run(index, original[b])
-                watch.comparing = False
-            with suppress(Enough), skeleton.caching(cache):
-                skeleton.run(index, batch)
-            _all_seen(modules.keys() - watch.seen.keys())
-            watch.forget()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [gathering.value() for gathering in watch.gatherings.values()]
-
-
-def _all_seen(unseen: set[str]) -> None:
-    if unseen:
-        remedy = 'a recipe rule that keeps it, or gives it method = "rtn" in a run without calibration'
-        raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
 
 
 def quantize_together(
@@ -153,23 +84,34 @@ def _quantize_pile(
         error.where = error.where or pile[0].parameter
         raise
     seconds = (time.monotonic() - begun) / w.numel()
-    metric = metric_of(plan.skeleton.dtype, inputs)
     done, at = [], 0
     for t, matrix in zip(pile, matrices, strict=True):
         here = slice(at, at + len(matrix))
         at += len(matrix)
         q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
         t = _with_outliers(t, q)
-        assert t.layer is not None and t.rule is not None
-        mine, whole = ratio(fit.lost[here], fit.whole[here]), fit.whole[here]
-        losses = (
-            mine,
-            mine if t.rule.name == "rtn" else rtn_loss(matrix, t.layer.scheme, whole, metric),
-        )
+        own = Fit(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
+        taken, method, losses = _better(plan, t, matrix, inputs, own)
+        loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
         spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, replace(fit.outcome, q=q), losses, inputs.tokens, spent, origin)
-        done.append(Rounded(t, q, entry, inputs.gram if t.rule.method in BLOCKWISE else None, intake))
+        entry = _entry(plan, t, taken.outcome, method, loss, inputs.tokens, spent, origin)
+        assert t.rule is not None
+        gram = inputs.gram if t.rule.method in BLOCKWISE else None
+        done.append(Rounded(t, taken.outcome.q, entry, gram, intake))
     return done
+
+
+def _better(plan: Plan, t: Planned, matrix: Tensor, inputs: Inputs, fit: Fit) -> tuple[Fit, str, dict[str, float]]:
+    """The rule's method or a plainer one that loses less; which it is, and what each loses by a sample of the rows."""
+    assert t.rule is not None
+    asked, dtype = t.rule.method, plan.skeleton.dtype
+    judged = judge(dtype, t, matrix, fit.outcome.q, inputs)
+    if judged.best == asked:
+        return fit, asked, judged.losses
+    better = fit_by(judged.best, dtype, t, matrix, inputs)
+    first, second = (f"{name} loses {judged.losses[name]:.3g}" for name in (asked, judged.best))
+    why = f"{asked} -> {judged.best}: on the same statistics {first} of the output, {second}"
+    return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
 
 
 def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
@@ -214,15 +156,16 @@ def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
 
 
 def _entry(
-    plan: Plan, t: Planned, outcome: Outcome, losses: tuple[float, float], tokens: int, seconds: float, origin: Origin
+    plan: Plan, t: Planned, outcome: Outcome, method: str, loss: Losses, tokens: int, seconds: float, origin: Origin
 ) -> Entry:
-    """The ledger entry of a quantized matrix."""
+    """The ledger entry of a matrix quantized by `method`."""
     assert t.layer is not None and t.rule is not None
     dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
     return Entry(
-        t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), t.rule.method, *losses, outcome.damping,
+        t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), method, loss.own, loss.rtn, outcome.damping,
         tokens, seconds, fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
         origin.transforms.get(t.layer.name, ""), origin.statistics if tokens else "", t.layer.outliers,
+        loss.search, arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
     )  # fmt: skip
 
 

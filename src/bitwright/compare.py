@@ -238,7 +238,7 @@ def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings,
     served = [c for c in contests if c.statistics(shared, settings) == shared]
     if served:
         plan = served[0].plan
-        tokens, _ = calibration_tokens(plan, settings.calib, settings.seed)
+        tokens = calibration_tokens(plan, settings.calib, settings.seed)[0].seen
         taken = one_shot(plan, shared, tokens, lambda _, done, __: meter.part("statistics of the float model", done))
         notes += taken.notes
         return_memory()

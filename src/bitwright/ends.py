@@ -14,9 +14,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from bitwright.block import Enough
 from bitwright.inputs import Gathering, Inputs
 from bitwright.models import Skeleton
+from bitwright.observe import Enough
 from bitwright.statistics import Gram
 
 TOKENS = 16384  # are enough for a derivative

@@ -9,7 +9,7 @@ from torch import Tensor
 from bitwright.codec import decode
 from bitwright.inputs import Inputs
 from bitwright.kernels.rounding import missed
-from bitwright.loss import energy, ratio
+from bitwright.loss import energy
 from bitwright.methods import ASYMMETRIC, CALIBRATED, METHODS, Outcome, Outlier, rtn
 from bitwright.planned import Planned
 from bitwright.qtensor import Outliers, QTensor, rows, stacked
@@ -47,6 +47,12 @@ def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
 
 
+def fit_by(method: str, dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    """As `fitted`, by another method than the rule's, without options."""
+    assert t.rule is not None
+    return fitted(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
+
+
 def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
     if metric is None or not inputs.correlated:
@@ -77,21 +83,20 @@ def _outcome(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Outco
     options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
     separate = rule.transform(Outlier)
     if not isinstance(separate, Outlier):
-        options |= {"cross": inputs.cross} if rule.method in ASYMMETRIC else {}
+        options |= _compared(inputs) if rule.method in ASYMMETRIC else {}
         return METHODS[rule.method](w, inputs.gram, layer.scheme, **(options | rule.options))
     assert inputs.mean is not None  # details are gathered where a rule has such a transform
     columns = separate.columns(w, inputs.peak, inputs.mean)
     rest = inputs.without(columns)
-    options |= {"cross": rest.cross} if rule.method in ASYMMETRIC else {}
+    options |= _compared(rest) if rule.method in ASYMMETRIC else {}
     outcome = METHODS[rule.method](w.index_fill(1, columns, 0), rest.gram, layer.scheme, **(options | rule.options))
     kept = w[:, columns].to(t.dtype).float()
     return replace(outcome, q=replace(outcome.q, outliers=Outliers(columns, kept)))
 
 
-def rtn_loss(w: Tensor, scheme: Scheme, whole: Tensor, metric: Tensor | None) -> float:
-    """What round to nearest would lose, by a sample of the rows: it is there for comparison."""
-    some = slice(None, None, max(1, len(w) // SAMPLED_ROWS))
-    return ratio(rtn_lost(w[some], scheme, metric), whole[some])
+def _compared(inputs: Inputs) -> dict[str, Any]:
+    """What is known of the float model beside the quantized one, as the methods of `ASYMMETRIC` take it."""
+    return {"drift": inputs.drift, "residual": inputs.residual}
 
 
 def rtn_lost(w: Tensor, scheme: Scheme, metric: Tensor | None) -> Tensor:

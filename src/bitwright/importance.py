@@ -65,7 +65,7 @@ def write_importance(
     """
     check_out(out)
     plan = preflight(model, Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
-    tokens, _ = calibration_tokens(plan, calib, seed)
+    tokens = calibration_tokens(plan, calib, seed)[0].seen
     names, found = Names(plan.skeleton.config), dict[str, Tensor]()
     folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.absolute().parent))
     try:

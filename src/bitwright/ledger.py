@@ -12,10 +12,17 @@ QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. `loss` and `loss_rtn` (by a sample of the rows) are relative output energies; `bytes` what the file
-    holds of it; `activations` the scheme that the engine rounds its inputs to; `transforms` what was done to it before
-    rounding; `statistics` whether its inputs were those of the float model ("one-shot") or came from the quantized blocks
-    before ("sequential"); `outliers` how many of its input channels stay in float.
+    """One tensor.
+
+    loss, loss_rtn, loss_search      relative output energies: of what was taken, and, by a sample of the rows, of round to
+                                     nearest and of a search of scales
+    block_error, block_error_search  relative error of its block's output on held-out windows: by the methods asked for, and
+                                     by a search of scales
+    statistics    whether its inputs were those of the float model ("one-shot") or came from the quantized blocks before
+                  ("sequential"); arithmetic: the type that they were computed in, on which the last digits depend
+    bytes         what the file holds of it
+    activations   the scheme that the engine rounds its inputs to; transforms: what was done to it before rounding
+    outliers      how many of its input channels stay in float
     """
 
     name: str
@@ -36,6 +43,10 @@ class Entry:
     transforms: str = ""
     statistics: str = ""
     outliers: int = 0
+    loss_search: float | None = None
+    block_error: float | None = None
+    block_error_search: float | None = None
+    arithmetic: str = ""
 
 
 def to_jsonl(entries: Iterable[Entry]) -> str:

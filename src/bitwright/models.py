@@ -322,6 +322,11 @@ def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def as_source(skeleton: Skeleton, name: str, matrix: Tensor) -> Tensor:
+    """A matrix [N, K] the way round that module `name` wants it, in the type that the skeleton computes in."""
+    return matrix_of(skeleton.model.get_submodule(name), matrix).to(skeleton.dtype)
+
+
 def best_dtype() -> torch.dtype:
     """What calibration computes in: bfloat16 where the processor multiplies it natively, else float32."""
     fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

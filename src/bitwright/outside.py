@@ -19,11 +19,11 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models import TOKENS_PER_BATCH
 from bitwright.planned import Planned
 from bitwright.preflight import Plan
-from bitwright.streams import Streams, read_block
+from bitwright.streams import CalibrationTokens, Streams, read_block
 from bitwright.temper import tempered
 
 
-def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
+def begin_rounded(plan: Plan, streams: Streams, tokens: CalibrationTokens) -> None:
     """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
 
     Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
@@ -37,14 +37,15 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Tensor) -> None:
         return
     weights = read_block(plan, len(skeleton))
     base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
-    inputs = _looked_up(plan, base, tokens)
+    inputs = _looked_up(plan, base, tokens.seen)
     skeleton.load(base | {t.parameter: decode(_rounded(plan, t, weights, inputs).q)})
-    streams.given = [skeleton.embed(part) for part in batches(tokens, len(streams.given[0]) * tokens.shape[1])]
+    for stream, ids in ((streams.given, tokens.seen), (streams.held, tokens.held_out)):
+        stream[:] = [skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH) if len(part)]
     skeleton.unload_outside()
 
 
 def quantize_ends(
-    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor | None
+    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: CalibrationTokens | None
 ) -> list[Rounded]:
     """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
 
@@ -53,12 +54,12 @@ def quantize_ends(
     """
     known: dict[str, Inputs] = {}
     if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
-        known = _observe(plan, weights, streams, tokens)
+        known = _observe(plan, weights, streams, tokens.seen)
     done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
     budget = plan.recipe.temper
     if budget is not None and streams is not None and streams.original is not None and tokens is not None:
         decoded = {r.planned.parameter: decode(r.q) for r in done}
-        weights |= tempered(plan.skeleton, weights, decoded, (streams.given, streams.original), tokens, budget)
+        weights |= tempered(plan.skeleton, weights, decoded, (streams.given, streams.original), tokens.seen, budget)
     return done
 
 

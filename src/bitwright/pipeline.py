@@ -20,21 +20,23 @@ from torch import Tensor
 
 from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.checkpoint import INDEX, Checkpoint
-from bitwright.codec import decode
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.importance import Importance
-from bitwright.kv import KvCache, KvRounding, rounding, scales_of
+from bitwright.kv import KvRounding, rounding, scales_of
 from bitwright.ledger import LEFT_OUT, Entry, check_complete
 from bitwright.llamacpp.imatrix import is_imatrix
 from bitwright.memory import peak_rss_bytes, return_memory
 from bitwright.methods import ASYMMETRIC
 from bitwright.onefile import Member, OneFile
 from bitwright.outside import begin_rounded, quantize_ends
+from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.result import Progress, Result
+from bitwright.sequential import quantize_in_order
 from bitwright.store import BlockStatistics, Store
 from bitwright.streams import (
+    CalibrationTokens,
     Streams,
     calibration_tokens,
     check_rotation,
@@ -46,7 +48,6 @@ from bitwright.streams import (
 )
 from bitwright.threads import alone
 from bitwright.transform import fold_scales
-from bitwright.tuning import as_source, tune_block
 from bitwright.version import __version__
 from bitwright.workplace import Verification, Workplace, check_out
 
@@ -77,7 +78,7 @@ def run(
     check_rotation(plan)
     if store is not None and tokens is not None:
         check_one_shot(plan)
-        known = one_shot(plan, store, tokens, progress)
+        known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
     place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
     try:
@@ -121,7 +122,7 @@ def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def _manifest(plan: Plan, tokens: Tensor | None, known: Store | Importance | None) -> dict[str, Any]:
+def _manifest(plan: Plan, tokens: CalibrationTokens | None, known: Store | Importance | None) -> dict[str, Any]:
     """What unfinished work belongs to: the same source, recipe, calibration and code."""
     return {
         "statistics": "one-shot" if isinstance(known, Store) else "sequential",
@@ -135,8 +136,10 @@ def _manifest(plan: Plan, tokens: Tensor | None, known: Store | Importance | Non
         "temper": plan.recipe.temper,
         "format": plan.format.name,
         "dtype": str(plan.skeleton.dtype),
-        "calibration": None if tokens is None else digest(tokens.numpy().tobytes()),
-        "samples": None if tokens is None else list(tokens.shape),
+        "calibration": None
+        if tokens is None
+        else [digest(t.numpy().tobytes()) for t in (tokens.seen, tokens.held_out)],
+        "samples": None if tokens is None else list(tokens.seen.shape),
     }
 
 
@@ -154,7 +157,7 @@ def _file_of(plan: Plan, place: Workplace) -> AbstractContextManager[OneFile | N
 
 
 def _quantize_blocks(
-    plan: Plan, place: Workplace, file: OneFile | None, tokens: Tensor | None, store: Store | Importance | None,
+    plan: Plan, place: Workplace, file: OneFile | None, tokens: CalibrationTokens | None, store: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:  # fmt: skip
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
@@ -163,7 +166,7 @@ def _quantize_blocks(
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     streams = None
     if tokens is not None and store is None and first < depth + plan.calibrates_ends:
-        streams = first_streams(plan, tokens, _saved(plan, place, first) if first else None)
+        streams = first_streams(plan, tokens, place.hidden(first) if first else None)
         if first == 0:
             begin_rounded(plan, streams, tokens)
     with alone(1) as clerk:  # encodes, writes and verifies a shard while the next is rounded
@@ -182,12 +185,6 @@ def _quantize_blocks(
     return ledger
 
 
-def _saved(plan: Plan, place: Workplace, first: int) -> dict[str, Callable[[], Tensor]]:
-    """How to read what the run that is resumed had saved of each stream."""
-    names = ("given", "original") if plan.recipe.needs_original else ("given",)
-    return {name: partial(place.hidden, first, name) for name in names}
-
-
 def _quantize_shard(
     plan: Plan,
     place: Workplace,
@@ -195,7 +192,7 @@ def _quantize_shard(
     index: int,
     source: Streams | Store | Importance | None,
     config: dict[str, Any],
-    tokens: Tensor | None,
+    tokens: CalibrationTokens | None,
 ) -> tuple[list[Entry], Callable[[], None]]:
     """Read and round one shard; streams move on to the next block. What is left: to write, verify and commit it."""
     depth, members = len(plan.skeleton), plan.shard(index)
@@ -256,24 +253,36 @@ def _quantize_block(
     if source is None or isinstance(source, Importance):
         known_of = Importance().inputs if source is None else source.inputs
         return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
-    skeleton = plan.skeleton
-    if isinstance(source, Streams):
-        skeleton.load(weights)
-        known = look(plan, index, layers, source, everything=False)
-    else:
+    skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+    if isinstance(source, Store):
         known = source.read(index)
-    transformed = fold_scales(layers, weights, known.inputs, known.folds, skeleton.linears(index))
-    weights |= transformed.weights
-    origin = Origin("sequential" if isinstance(source, Streams) else "one-shot", transformed.done)
+        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        weights |= transformed.weights
+        return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
+            plan, known
+        )
+    skeleton.load(weights)
+    kv, done = None, dict[str, str]()
+    if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
+        known = look(plan, index, layers, source.given, everything=False)
+        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        weights |= transformed.weights
+        skeleton.load(transformed.weights)
+        kv, done = _kv_rounding(plan, known), transformed.done
+    rounded = quantize_in_order(plan, index, layers, weights, source, kv, Origin("sequential", done))
+    skeleton.unload(index)
+    return rounded, kv
+
+
+def _quantize_known(
+    plan: Plan, layers: dict[str, Planned], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
+) -> list[Rounded]:
+    """Round matrices whose inputs are all known beforehand; the statistics of each are given back when they have served."""
     done: list[Rounded] = []
-    while known.inputs:  # the statistics of each are given back as soon as they have served
+    while known.inputs:
         one = known.inputs.pop(0)
         done += quantize_together(plan, [layers[name] for name in one.names if name in layers], weights, one, origin)
-    kv = _kv_rounding(plan, known)
-    if isinstance(source, Streams):
-        done = _carry(plan, index, done, weights, source, kv)
-        skeleton.unload(index)
-    return done, kv
+    return done
 
 
 def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
@@ -284,23 +293,6 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
     stored = scheme.with_scale(FLOAT_NAMES[dtype])
     return rounding(stored, scales_of(known.kv, stored, plan.recipe.kv_observer))
-
-
-def _carry(
-    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], streams: Streams, kv: KvRounding | None
-) -> list[Rounded]:
-    """Tune the block if that is asked for, then run it as rounded: what it gives is what the next one is given."""
-    skeleton = plan.skeleton
-    skeleton.load(weights)
-    if streams.original is not None:
-        done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
-    if index + 1 < len(skeleton) + plan.calibrates_ends:
-        skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q).to(r.planned.dtype)) for r in done})
-        intakes = {r.planned.layer.name: r.intake for r in done if r.planned.layer is not None}
-        with skeleton.taking_in(intakes), skeleton.caching(KvCache(rounding=kv) if kv else None):
-            for b, batch in enumerate(streams.given):
-                streams.given[b] = skeleton.run(index, batch)
-    return done
 
 
 def _describe(plan: Plan, place: Workplace) -> int:

@@ -78,11 +78,13 @@ def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scale
     return Scales(scale, one("zero", grouped), one("outer", blocked), one("outer_zero", blocked))
 
 
-def rows(q: QTensor, start: int, stop: int) -> QTensor:
-    """Rows start..stop of a matrix: undoes stacking."""
-    scales = map_rows(lambda t: t[start:stop], q.scheme, q.scales)
-    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[start:stop])
-    return QTensor(q.codes[start:stop], scales, q.scheme, (stop - start, q.codes.shape[1]), kept, q.order)
+def rows(q: QTensor, start: int, stop: int, step: int = 1) -> QTensor:
+    """Rows start..stop of a matrix, or every step-th of them: undoes stacking."""
+    here = slice(start, stop, step)
+    scales = map_rows(lambda t: t[here], q.scheme, q.scales)
+    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[here])
+    codes = q.codes[here]
+    return QTensor(codes, scales, q.scheme, (len(codes), q.codes.shape[1]), kept, q.order)
 
 
 def reordered(q: QTensor, order: Tensor) -> QTensor:

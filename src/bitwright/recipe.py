@@ -50,7 +50,7 @@ from bitwright.scheme import TENSOR, TOKEN, Scheme
 KEEP = "keep"
 # What llama-quantize rounds to nearest where there is no importance; the first of them even where there is.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-SUPPLIED = ("cross", "pruned")  # keywords of methods that the pipeline fills in
+SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipeline fills in
 
 
 @dataclass(frozen=True)

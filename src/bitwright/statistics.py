@@ -54,21 +54,21 @@ class Gram:
 
 
 class Cross:
-    """Streaming X₀ᵀX / T, float32 [K, K]: two views of the same tokens. Added up as in `Gram`; not symmetric."""
+    """Streaming AᵀX / T, float32 [M, K]: how another quantity goes along with an input. Added up as in `Gram`."""
 
-    def __init__(self, K: int, device: torch.device | None = None) -> None:
-        self.total = torch.zeros(K, K, device=device)
+    def __init__(self, M: int, K: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(M, K, device=device)
         self.tokens = 0
 
-    def update(self, original: Tensor, x: Tensor) -> None:
-        """original, x [..., K]: one more batch, the same tokens in both."""
-        pairs = [t.detach().reshape(-1, t.shape[-1]) for t in (original, x)]
-        if original.dtype != torch.bfloat16:
-            pairs = [t.float() for t in pairs]
-        for a, b in zip(*(t.split(CHUNK) for t in pairs), strict=True):
+    def update(self, a: Tensor, x: Tensor) -> None:
+        """a [..., M], x [..., K]: one more batch, the same tokens in both; computed in the type of x."""
+        a, x = (t.detach().reshape(-1, t.shape[-1]) for t in (a, x))
+        for left, right in zip(a.split(CHUNK), x.split(CHUNK), strict=True):
+            right = right if right.dtype == torch.bfloat16 else right.float()
+            left = left.to(right.dtype)
             for start in range(0, len(self.total), PANEL):
-                self.total[start : start + PANEL].add_(a[:, start : start + PANEL].T @ b)
-        self.tokens += len(pairs[0])
+                self.total[start : start + PANEL].add_(left[:, start : start + PANEL].T @ right)
+        self.tokens += len(x)
 
     def merge(self, other: "Cross") -> None:
         """Add what another stream has seen."""
@@ -76,7 +76,7 @@ class Cross:
         self.tokens += other.tokens
 
     def value(self) -> Tensor:
-        """The matrix [K, K]; zeros before the first token. Takes the memory of the running sum."""
+        """The matrix [M, K]; zeros before the first token. Takes the memory of the running sum."""
         mean, self.tokens = self.total.div_(max(1, self.tokens)), min(1, self.tokens)
         return mean
 

@@ -1,15 +1,14 @@
 """The calibration tokens on their way through the blocks, and the statistics that are taken of them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.block import observe
 from bitwright.calibration import batches, load_tokenizer, sample
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
@@ -18,7 +17,8 @@ from bitwright.intake import Intake
 from bitwright.kv import KvCache
 from bitwright.ledger import LEFT_OUT
 from bitwright.llamacpp.artefact import GgufSource
-from bitwright.models import TOKENS_PER_BATCH
+from bitwright.models import TOKENS_PER_BATCH, Skeleton
+from bitwright.observe import BlockRun, groups_of, observe
 from bitwright.planned import Planned
 from bitwright.preflight import Plan
 from bitwright.ranges import Histogram
@@ -27,23 +27,34 @@ from bitwright.store import BlockStatistics, Store, code_version
 from bitwright.threads import each
 
 
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """seen [S, T]: token ids that statistics are taken of; held_out [H, T]: those that only judge what was made of them."""
+
+    seen: Tensor
+    held_out: Tensor
+
+
 @dataclass
 class Streams:
     """What the next block is given, in batches [B, T, H].
 
     given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
+    held, held_original: both for the windows that are held out.
     """
 
     given: list[Tensor]
-    original: list[Tensor] | None = None
+    original: list[Tensor] | None
+    held: list[Tensor]
+    held_original: list[Tensor]
 
     def whole(self) -> dict[str, Tensor]:
-        """Each stream in one piece [S, T, H]."""
-        parts = {"given": self.given, "original": self.original}
-        return {name: torch.cat(batches) for name, batches in parts.items() if batches is not None}
+        """Each stream in one piece [S, T, H]; those that are empty left out."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: torch.cat(batches) for name, batches in parts.items() if batches}
 
 
-def first_streams(plan: Plan, tokens: Tensor, saved: Mapping[str, Callable[[], Tensor]] | None) -> Streams:
+def first_streams(plan: Plan, tokens: CalibrationTokens, saved: Mapping[str, Tensor] | None) -> Streams:
     """What the first block to be done is given: from the embeddings, or as saved by the run that is resumed.
 
     The outer parameters are loaded for a while, so that the skeleton knows how its blocks are called.
@@ -53,60 +64,71 @@ def first_streams(plan: Plan, tokens: Tensor, saved: Mapping[str, Callable[[], T
     base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
     weights = {name: read_finite(plan.checkpoint, sources[name]) for name in base}
     skeleton.load(weights if plan.rotation is None else plan.rotation.outside(weights))
-    parts, tuned = batches(tokens, TOKENS_PER_BATCH), plan.recipe.windows_at_once
-    steps = list(tokens.split(tuned)) if tuned else []
-    for ids in {len(ids): ids for ids in [tokens[:1], *steps]}.values():
+    tuned = plan.recipe.windows_at_once
+    steps = list(tokens.seen.split(tuned)) if tuned else []
+    for ids in {len(ids): ids for ids in [tokens.seen[:1], *steps]}.values():
         skeleton.embed(ids)
+    seen, held_out = (batches(ids, TOKENS_PER_BATCH) for ids in (tokens.seen, tokens.held_out))
+    given, held = ([skeleton.embed(ids) for ids in parts if len(ids)] for parts in (seen, held_out))
     if saved is None:
-        given = [skeleton.embed(ids) for ids in parts]
-        streams = Streams(given, list(given) if plan.recipe.needs_original else None)
+        streams = Streams(given, list(given) if plan.recipe.needs_original else None, held, list(held))
     else:
-        for ids in {len(ids): ids for ids in parts}.values():
-            skeleton.embed(ids)
-        streams = Streams(**{name: list(read().split(len(parts[0]))) for name, read in saved.items()})
+        parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
+        streams = Streams(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original", []))
     skeleton.unload_outside()
     return streams
 
 
-def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
-    """[S, T] token ids, and a note if there are fewer than asked for."""
+def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[CalibrationTokens, tuple[str, ...]]:
+    """The tokens, and a note if there are fewer than asked for."""
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
         remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
         raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
-    tokenizer = load_tokenizer(plan.source)
-    tokens = sample(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
+    tokenizer, more = load_tokenizer(plan.source), held_out_windows(plan.samples)
+    samples = plan.samples + more
+    tokens = sample(tokenizer, calib, samples=samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
     notes = plan.notes
     if len(tokens) < plan.samples:
         notes += (f"the text gives {len(tokens)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
-    return tokens, notes
+    seen = min(plan.samples, len(tokens) - min(more, len(tokens) // 8))
+    return CalibrationTokens(tokens[:seen], tokens[seen:]), notes
+
+
+def held_out_windows(samples: int) -> int:
+    """How many windows are held out beside so many that are calibrated on."""
+    return min(8, max(2, samples // 16))
 
 
 def check_rotation(plan: Plan) -> None:
-    """RecipeError if the model's first block does not commute with the plan's rotation."""
+    """RecipeError if the model's first block does not commute with the plan's rotation, proved in float32.
+
+    In bfloat16 a rotated block differs from the plain one by some percent, as any two orders of its sums do.
+    """
     if plan.rotation is None:
         return
-    skeleton = plan.skeleton
+    skeleton = Skeleton(plan.skeleton.config, torch.float32)
     ids = torch.arange(min(64, plan.seqlen))[None] % skeleton.config.get_text_config().vocab_size
-    plain = replace(plan, rotation=None)
-    streams = first_streams(plain, ids, None)
+    plain = replace(plan, rotation=None, skeleton=skeleton)
+    streams = first_streams(plain, CalibrationTokens(ids, ids[:0]), None)
     plan.rotation.check(skeleton, read_block(plain, 0), streams.given[0])
 
 
 def look(
-    plan: Plan, index: int, layers: Mapping[str, Planned], streams: Streams, *, everything: bool
+    plan: Plan, index: int, layers: Mapping[str, Planned], given: list[Tensor], *, everything: bool
 ) -> BlockStatistics:
-    """The statistics of block `index`, whose float weights are loaded; the original stream moves on.
+    """The statistics of all inputs of block `index`, whose float weights are loaded, and where it takes channel scales.
 
     everything: what any method may ask for, rather than what this plan's methods do.
     """
     recipe, skeleton = plan.recipe, plan.skeleton
     cache = KvCache((Histogram(), Histogram())) if everything or recipe.kv_cache else None
+    run = BlockRun(skeleton, index, intakes=rotations(layers), cache=cache)
     with skeleton.taking_in(rotations(layers)):
-        folds = find_folds(skeleton, index, streams.given[0][:1]) if everything or recipe.needs_folds else []
-        detailed = everything or recipe.needs_details
-        inputs = observe(skeleton, index, streams.given, layers, streams.original, detailed=detailed, cache=cache)
+        folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
+    groups = groups_of(BlockRun(skeleton, index, intakes=rotations(layers)), given[0][:1], layers)
+    inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
     heard = cache.listening if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
@@ -130,12 +152,13 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     first = next((i for i in range(depth) if not store.has(i)), depth)
     if first == depth:
         return store
-    streams = first_streams(plan, tokens, {"given": lambda: store.hidden(first)} if first else None)
+    only = CalibrationTokens(tokens, tokens[:0])
+    streams = first_streams(plan, only, {"given": store.hidden(first)} if first else None)
     for index in range(first, depth):
         progress("statistics", index, depth)
         layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         plan.skeleton.load(read_block(plan, index))
-        statistics = look(plan, index, layers, streams, everything=True)
+        statistics = look(plan, index, layers, streams.given, everything=True)
         if index + 1 < depth:
             with plan.skeleton.taking_in(rotations(layers)):
                 streams.given = [plan.skeleton.run(index, batch) for batch in streams.given]

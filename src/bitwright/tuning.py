@@ -8,7 +8,7 @@ from torch import Tensor
 from bitwright.block import Rounded, float_matrix, relative_loss
 from bitwright.codec import decode
 from bitwright.methods.autoround import Options, tune
-from bitwright.models import matrix_of
+from bitwright.models import as_source
 from bitwright.preflight import Plan
 
 
@@ -27,13 +27,13 @@ def tune_block(
         return done
     begun = time.monotonic()
     skeleton = plan.skeleton
-    skeleton.load({r.planned.parameter: as_source(plan, r, decode(r.q)) for r in done})
+    skeleton.load({r.planned.parameter: as_source(skeleton, _name(r), decode(r.q)) for r in done})
     first = next(iter(chosen.values()))
     assert first.planned.rule is not None
     how = Options.of(first.planned.rule.options)
 
     def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
-        sources = {name: as_source(plan, chosen[name], matrix) for name, matrix in matrices.items()}
+        sources = {name: as_source(skeleton, _name(chosen[name]), matrix) for name, matrix in matrices.items()}
         return skeleton.run_with(index, x, sources)
 
     floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
@@ -50,7 +50,7 @@ def tune_block(
     return tuned
 
 
-def as_source(plan: Plan, r: Rounded, matrix: Tensor) -> Tensor:
-    """A matrix [N, K] the way round its module wants it, in the type that it is computed in."""
+def _name(r: Rounded) -> str:
+    """The module's."""
     assert r.planned.layer is not None
-    return matrix_of(plan.skeleton.model.get_submodule(r.planned.layer.name), matrix).to(plan.skeleton.dtype)
+    return r.planned.layer.name

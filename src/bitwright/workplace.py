@@ -85,9 +85,10 @@ class Workplace:
         """What happened to the tensors of a share that is done."""
         return from_jsonl(self._ledger(index))
 
-    def hidden(self, index: int, stream: str) -> Tensor:
-        """A stream of activations saved for block `index`, [S, T, H]."""
-        return Checkpoint(self.path, only=self._hidden(index)).read(stream)
+    def hidden(self, index: int) -> dict[str, Tensor]:
+        """The streams of activations saved for block `index`, [S, T, H] each, by name."""
+        saved = Checkpoint(self.path, only=self._hidden(index))
+        return {name: saved.read(name) for name in saved.tensors}
 
     def commit(
         self, index: int, put: Callable[[], None], entries: list[Entry], hidden: dict[str, Tensor] | None

@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[..., Outcome]] = {
 }
 CALIBRATED = ("obq", "gptq", "gptaq", "autoround")  # cannot do without a Gram; all of them have the option `fast`
 BLOCKWISE = ("autoround",)  # go on to tune a whole block
-ASYMMETRIC = ("gptaq", "autoround")  # also look at the float model's activations; have the option `cross`
+ASYMMETRIC = ("gptaq", "autoround")  # also look at the float model's activations; have `drift` and `residual`
 
 Transform = Rotate | Awq | Smooth | Outlier
 TRANSFORMS: dict[str, type[Transform]] = {"rotate": Rotate, "awq": Awq, "smooth": Smooth, "outlier": Outlier}

@@ -68,18 +68,19 @@ def autoround(
     lr: float | None = Options.lr,
     scale_lr: float = Options.scale_lr,
     seed: int = Options.seed,
-    cross: Tensor | None = None,
+    drift: Tensor | None = None,
+    residual: Tensor | None = None,
     fast: bool = False,
 ) -> Outcome:
     """Where tuning starts: GPTAQ's result. `tune` does the rest, on a block.
 
-    w, gram, cross as for `gptaq`; the other options are those of `Options`. Raises RecipeError for a grid that is not of
-    integers.
+    w, gram, drift, residual as for `gptaq`; the other options are those of `Options`. Raises RecipeError for a grid that is
+    not of integers.
     """
     Options(iterations, windows, lr, scale_lr, seed)
     if scheme.levels.levels is not None:
         raise RecipeError(f"autoround tunes integer codes, not {scheme.grid}", remedy="int2 to int8, or method gptaq")
-    return gptaq(w, gram, scheme, cross=cross, fast=fast)
+    return gptaq(w, gram, scheme, drift=drift, residual=residual, fast=fast)
 
 
 def tune(

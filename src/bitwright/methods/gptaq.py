@@ -1,13 +1,15 @@
 """GPTAQ: GPTQ whose target is what the float model computes, on inputs that are no longer the float model's.
 
 The blocks before a matrix are quantized, so its inputs X differ from the float model's X₀; what is wanted of it is X₀ wᵀ.
-The float matrix that comes nearest to that on X, by least squares, is
+And where its output is added to a residual stream R that is no longer the float model's R₀, what is wanted of the sum is
+R₀ + X₀ wᵀ. The float matrix that comes nearest to that on X, by least squares, is
 
-    v = w + w (X₀ᵀX − XᵀX) (XᵀX + λ I)⁻¹
+    v = w + (w (X₀ − X)ᵀX + (R₀ − R)ᵀX) (XᵀX + λ I)⁻¹
 
-and rounding v against the Gram of X minimises ‖X ŵᵀ − X₀ wᵀ‖² just as rounding w minimises ‖X (ŵ − w)ᵀ‖². Li et al. 2025
-(arXiv:2504.02692) fold the same correction into GPTQ's columns one by one; here it is made beforehand, exactly, and
-any method can follow. λ keeps few calibration tokens from being fitted.
+and rounding v against the Gram of X minimises ‖R + X ŵᵀ − R₀ − X₀ wᵀ‖² just as rounding w minimises ‖X (ŵ − w)ᵀ‖². Li et
+al. 2025 (arXiv:2504.02692) fold the first correction into GPTQ's columns one by one; here both are made beforehand, exactly,
+and any method can follow. λ keeps few calibration tokens from being fitted. The statistics must be those of an input
+behind matrices that are quantized already: see observe.py.
 """
 
 import torch
@@ -24,7 +26,8 @@ def gptaq(
     gram: Tensor | None,
     scheme: Scheme,
     *,
-    cross: Tensor | None = None,
+    drift: Tensor | None = None,
+    residual: Tensor | None = None,
     damping: float = 0.01,
     correction_damping: float = 1.0,
     sweeps: int | None = None,
@@ -33,15 +36,16 @@ def gptaq(
     """Round w so that its outputs on X come near to the float model's on X₀.
 
     w, gram             as for `gptq`; gram is that of X
-    cross               [K, K] = X₀ᵀX / T; None: X is X₀, and this is `gptq`
+    drift               [K, K] = (X₀ − X)ᵀX / T; None: X is X₀, and this is `gptq`
+    residual            [N, K] = (R₀ − R)ᵀX / T; None: R is R₀, or the output is added to no residual stream
     correction_damping  λ as a share of the Gram's mean diagonal
     damping, sweeps, fast  as for `gptq`
     """
-    target = w if cross is None or gram is None else corrected(w, gram, cross, correction_damping)
+    target = w if drift is None or gram is None else corrected(w, gram, drift, correction_damping, residual)
     return gptq(target, gram, scheme, damping=damping, sweeps=sweeps, fast=fast)
 
 
-def corrected(w: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+def corrected(w: Tensor, gram: Tensor, drift: Tensor, damping: float, residual: Tensor | None = None) -> Tensor:
     """v [N, K] of the module's text; w itself if the damped Gram has no Cholesky factor."""
     if not damping > 0:
         raise RecipeError(f"correction_damping {damping} must be above 0", remedy="such as 1")
@@ -51,5 +55,5 @@ def corrected(w: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(H)
     if failed:
         return w
-    missing = matrix @ (cross - gram)
+    missing = matrix @ drift if residual is None else torch.addmm(residual, matrix, drift)
     return (matrix + torch.cholesky_solve(missing.T, factor).T).reshape(w.shape)

@@ -1,0 +1,96 @@
+"""A block quantized in the order of its forward: observe an input, quantize the matrices that read it, go on behind them.
+
+Every statistic is that of what the quantized model will really hand to a matrix, within the block too ("true sequential"
+in GPTQ's code). One pass over the calibration tokens an input, up to that input; memory is one input's statistics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.block import Origin, Rounded, quantize_together
+from bitwright.codec import decode
+from bitwright.guard import BETTER_BLOCK, PLAINER, block_error
+from bitwright.kv import KvCache, KvRounding
+from bitwright.models import Skeleton, as_source
+from bitwright.observe import BlockRun, FloatStream, groups_of, observe
+from bitwright.planned import Planned
+from bitwright.preflight import Plan
+from bitwright.streams import Streams, rotations
+from bitwright.tuning import tune_block
+
+
+def quantize_in_order(
+    plan: Plan, index: int, layers: Mapping[str, Planned], weights: dict[str, Tensor], streams: Streams,
+    kv: KvRounding | None, origin: Origin,
+) -> list[Rounded]:  # fmt: skip
+    """Quantize the matrices `layers` of block `index`, whose float weights the skeleton holds; move the streams on.
+
+    The float model's stream, where there is one, goes through the float weights; the other through what is quantized.
+    """
+    skeleton, turned = plan.skeleton, rotations(layers)
+    cache = KvCache(rounding=kv) if kv else None
+    floats = BlockRun(skeleton, index, intakes=turned)
+    run, plain = (BlockRun(skeleton, index, intakes=dict(turned), cache=cache) for _ in range(2))
+    groups = groups_of(floats, streams.given[0][:1], layers)
+    original = None if streams.original is None else FloatStream(floats, streams.original, groups)
+    done, searched = list[Rounded](), list[Rounded]()
+    for group in groups:
+        (inputs,) = observe(run, streams.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
+        members = [layers[name] for name in group.names]
+        new = quantize_together(plan, members, weights, inputs, origin)
+        take(run, skeleton, new)
+        done += new
+        searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+    if original is not None and streams.original is not None:
+        original.move_on()
+        done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
+        skeleton.load(weights)
+        take(run, skeleton, done)
+    take(plain, skeleton, searched)
+    streams.held_original[:] = [floats(batch) for batch in streams.held_original]
+    done, run = better((done, run), (searched, plain), streams)
+    if index + 1 < len(skeleton) + plan.calibrates_ends:
+        streams.given[:] = [run(batch) for batch in streams.given]
+        streams.held[:] = [run(batch) for batch in streams.held]
+    return done
+
+
+def by_search(t: Planned) -> Planned:
+    """The same matrix by a search of scales, or as it was planned by a method that is no better than that."""
+    assert t.rule is not None
+    return t if t.rule.method in PLAINER else replace(t, rule=replace(t.rule, method="search", options={}))
+
+
+def take(run: BlockRun, skeleton: Skeleton, new: list[Rounded]) -> None:
+    """Let a block be run on these matrices as the file will hold them, their inputs as the engine will hand them on."""
+    for r in new:
+        assert r.planned.layer is not None
+        matrix = decode(r.q).to(r.planned.dtype)
+        run.weights[r.planned.parameter] = as_source(skeleton, r.planned.layer.name, matrix)
+        run.intakes = {**run.intakes, r.planned.layer.name: r.intake}
+
+
+def better(
+    asked: tuple[list[Rounded], BlockRun], plainer: tuple[list[Rounded], BlockRun], streams: Streams
+) -> tuple[list[Rounded], BlockRun]:
+    """The block by the methods asked for, or by a search of scales if its output on held-out windows is nearer to the float
+    model's.
+    """
+    (done, run), (searched, plain) = asked, plainer
+    error, error_search = (block_error(one, streams.held, streams.held_original) for one in (run, plain))
+    if error_search < BETTER_BLOCK * error:
+        why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
+        done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
+        run = plain
+    marked = [replace(r, entry=replace(r.entry, block_error=error, block_error_search=error_search)) for r in done]
+    return marked, run
+
+
+def _instead(old: Rounded, new: Rounded, why: str) -> Rounded:
+    """A matrix by search instead of what was asked for."""
+    if old.entry.method == new.entry.method:
+        return old
+    return replace(new, entry=replace(new.entry, fallback=f"{old.entry.method} -> {new.entry.method}: {why}"))
