@@ -3,12 +3,14 @@
     bench/peers/install.sh llmcompressor
     bench/peers/envs/llmcompressor/bin/python bench/peers/llmcompressor_gptq.py MODEL OUT --tokens TOKENS.safetensors
         [--bits 4] [--group 128 | channel] [--asym | --sym] [--dtype auto | float32] [--method gptq | awq | rtn]
+        [--activations int8-token]
 
 TOKENS.safetensors holds one int64 tensor "input_ids" [samples, seqlen]; every window is used whole. All Linear layers
 but lm_head are quantized to integers with one scale (and zero point) per group or row, and the checkpoint is saved
 pack-quantized to OUT with the tokenizer. Whatever is not named here is llm-compressor's default (GPTQ: blocks of 128,
 dampening 0.01, static activation order; AWQ: its own mappings for the architecture, 20 exponents, both activations and
 weights in the scales, then rounding to nearest; one window per batch). `rtn` rounds to nearest without calibration.
+With --activations every layer's inputs are rounded too, token by token as they come, and OUT is int-quantized.
 
 What it prints is described in peer.py.
 """
@@ -38,12 +40,13 @@ def calibration_set(path: Path) -> "Dataset":
     return Dataset.from_dict({"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
 
 
-def scheme(bits: int, group: int, symmetric: bool) -> "QuantizationScheme":
-    """Integer weights of every Linear, one scale per group, or per row for a group of -1."""
+def scheme(bits: int, group: int, symmetric: bool, inputs: bool) -> "QuantizationScheme":
+    """Integer weights of every Linear, one scale per group, or per row for a group of -1; inputs: rounded to int8 too."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
 
     weights = QuantizationArgs(num_bits=bits, type=QuantizationType.INT, group_size=group, symmetric=symmetric)
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    by_token = QuantizationArgs(num_bits=8, type=QuantizationType.INT, strategy="token", symmetric=True, dynamic=True)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=by_token if inputs else None)
 
 
 def recipe(method: str, weights: "QuantizationScheme") -> list["Modifier"]:
@@ -73,7 +76,7 @@ def quantize(args: Namespace) -> None:
             model=str(args.model),
             tokenizer=str(args.model),
             precision=args.dtype,
-            recipe=recipe(args.method, scheme(args.bits, args.group, args.symmetric)),
+            recipe=recipe(args.method, scheme(args.bits, args.group, args.symmetric, args.activations is not None)),
             output_dir=str(args.out),
             **data,
         )
@@ -82,6 +85,7 @@ def quantize(args: Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, bits=range(1, 9))
     parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
+    parser.add_argument("--activations", choices=("int8-token",))
     args = parser.parse_args()
     if args.method != "rtn" and args.tokens is None:
         parser.error(f"{args.method} needs --tokens")
