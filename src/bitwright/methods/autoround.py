@@ -3,7 +3,8 @@
 After Cheng et al. 2023 (SignRound, arXiv:2309.05516). Every weight gets an offset V in [−½, ½] before rounding and every
 group a stretch of its scale; gradients pass straight through the rounding, and are followed in steps of one size, that
 shrinks to nothing. What is minimised is the squared difference between the rounded block's output and the float
-block's, each on the inputs that it would really get; so a block also makes up for what the blocks before it lost.
+block's, each on the inputs that it would really get, as a share of the float one token by token; so a block also makes up
+for what the blocks before it lost.
 
 Three things are done otherwise than in the paper. Not the sign of a gradient is followed but the gradient over its own
 root mean square: steps of the same size on average, and less noise where a sign means nothing. The start is GPTAQ's
@@ -102,15 +103,24 @@ def tune(
         return start
     how = replace(how, windows=min(how.windows, len(inputs)))
     knobs = {name: knobs_of(weights[name], q, inputs.dtype) for name, q in start.items()}
+    sizes = _sizes(targets)
     for step, some in enumerate(_draws(len(inputs), how)):
         missed = forward({name: k.decoded for name, k in knobs.items()}, inputs[some]) - targets[some]
-        gradients = torch.autograd.grad(missed.float().square().mean(), [k.decoded for k in knobs.values()])
+        error = (missed.float() / sizes[some]).square().mean()
+        gradients = torch.autograd.grad(error, [k.decoded for k in knobs.values()])
         left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # a young running mean is too small
         for k, gradient in zip(knobs.values(), gradients, strict=True):
             move(k, gradient, rate=left * (how.lr or WALK / how.iterations**0.5), scale_rate=left * how.scale_lr)
     end = {name: result(knobs[name], q) for name, q in start.items()}
     before, after = (_error(forward, inputs, targets, q, how.windows) for q in (start, end))
     return end if after < before else start
+
+
+def _sizes(targets: Tensor) -> Tensor:
+    """The root mean square of each token [S, T, 1]: what reads a block's output is a norm, so an error counts by its share of
+    it, and a token with a massive activation (arXiv:2402.17762) as any other.
+    """
+    return targets.float().square().mean(-1, keepdim=True).sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _draws(windows: int, how: Options) -> Iterator[Tensor]:
@@ -130,7 +140,8 @@ def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTens
     decoded = {name: decode(replace(one, shape=tuple(one.codes.shape))).to(inputs.dtype) for name, one in q.items()}
     parts = zip(inputs.split(windows), targets.split(windows), strict=True)
     judged = islice(parts, 0, None, max(1, len(inputs) // JUDGED))
-    return sum(float((forward(decoded, x) - y).float().square().sum(dtype=torch.float64)) for x, y in judged)
+    shares = ((forward(decoded, x) - y).float() / _sizes(y) for x, y in judged)
+    return sum(float(share.square().sum(dtype=torch.float64)) for share in shares)
 
 
 def knobs_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> Knobs:
