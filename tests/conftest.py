@@ -234,6 +234,14 @@ def in_blocks(source: Path, out: Path, kind: str) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BITWRIGHT_TEST_DTYPE=bfloat16: calibration computes as on a processor that has it. See `make processors`."""
+    wanted = os.environ.get("BITWRIGHT_TEST_DTYPE")
+    if wanted:
+        monkeypatch.setattr("bitwright.preflight.best_dtype", lambda: getattr(torch, wanted))
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this CPU has, in turn in force."""

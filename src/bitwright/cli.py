@@ -29,7 +29,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="rtn, search, hqq, obq, gptq, gptaq or autoround, behind transforms where wanted: awq+gptq. "
-        "By default gptq; for GGUF gptaq."
+        "By default gptaq; with --store gptq."
     ),
 ]
 Activations = Annotated[

@@ -328,9 +328,13 @@ def as_source(skeleton: Skeleton, name: str, matrix: Tensor) -> Tensor:
 
 
 def best_dtype() -> torch.dtype:
-    """What calibration computes in: bfloat16 where the processor multiplies it natively, else float32."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    """What calibration computes in: bfloat16 where the processor multiplies it natively, else float32.
+
+    Where ATEN_CPU_CAPABILITY holds torch to older instructions, float32 too: as the processor that it imitates.
+    """
+    held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.cuda.is_available() or (fast and not held_back) else torch.float32
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from bitwright.llamacpp.metadata import metadata
 from bitwright.llamacpp.names import Names, is_unused
 from bitwright.llamacpp.positions import tensors_of
 from bitwright.models import Skeleton, best_dtype, quantization_of, read_config
+from bitwright.observe import KEPT_BYTES
 from bitwright.planned import Planned
 from bitwright.recipe import Recipe
 from bitwright.rotation import Rotation
@@ -176,11 +177,19 @@ class Plan:
                 spec_bytes({t.source: (t.dtype, t.shape) for t in self.shard(i)}) for i in (0, len(self.skeleton))
             )
             return PROCESS_BYTES + read + written + (max(block, largest) if by_rows else block * 4 + largest * 24)
+        tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
-        activations = 2 * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize // 2
-        grams = sum(4 * K * K for K in {K for _, K in widths}) + 2 * 4 * max((K * K for _, K in widths), default=0)
+        streams = 2 if self.recipe.needs_original else 1
+        inputs = 2 * hidden + sum({K for _, K in widths})  # attention's and the MLP's, and what each ends with
+        kept = min(KEPT_BYTES, tokens * size * inputs) if streams == 2 else 0
+        activations = 2 * streams * tokens * hidden * size + kept  # and as they are saved for a resumption
+        square = 4 * max((K * K for _, K in widths), default=0)
+        statistics = square * (5 if streams == 2 else 4)  # a Gram, a drift; H and its factor, a copy
+        if self.recipe.needs_folds or self.recipe.kv_cache is not None:
+            statistics = max(statistics, sum(4 * K * K for K in {K for _, K in widths}) + 2 * square)
         floats = spec_bytes({t.source: (t.dtype, t.shape) for t in outside})
-        at_work = max(floats + activations, activations + block * 5 + grams + largest * 30)
+        weights = block * (2 * size + 2)  # in float, as quantized; codes, and those of the search beside them
+        at_work = max(floats + activations, activations + weights + statistics + largest * 30)
         return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
 
     def _in_writing(self, members: list[Planned]) -> int:

@@ -7,7 +7,6 @@ in GPTQ's code). One pass over the calibration tokens an input, up to that input
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from bitwright.block import Origin, Rounded, quantize_together
@@ -37,24 +36,28 @@ def quantize_in_order(
     groups = groups_of(floats, streams.given[0][:1], layers)
     original = None if streams.original is None else FloatStream(floats, streams.original, groups)
     done, searched = list[Rounded](), list[Rounded]()
+    guarded = bool(streams.held) and any(by_search(t) is not t for t in layers.values())
     for group in groups:
         (inputs,) = observe(run, streams.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
         members = [layers[name] for name in group.names]
         new = quantize_together(plan, members, weights, inputs, origin)
         take(run, skeleton, new)
         done += new
-        searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+        if guarded:
+            searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
     if original is not None and streams.original is not None:
         original.move_on()
-        done = tune_block(plan, index, done, weights, torch.cat(streams.given), torch.cat(streams.original))
+        done = tune_block(plan, index, done, weights, streams.given, streams.original)
         skeleton.load(weights)
         take(run, skeleton, done)
-    take(plain, skeleton, searched)
-    streams.held_original[:] = [floats(batch) for batch in streams.held_original]
-    done, run = better((done, run), (searched, plain), streams)
+    wanted = [floats(batch) for batch in (streams.held if streams.held_original is None else streams.held_original)]
+    if guarded:
+        take(plain, skeleton, searched)
+        done, run = better((done, run), (searched, plain), streams.held, wanted)
     if index + 1 < len(skeleton) + plan.calibrates_ends:
         streams.given[:] = [run(batch) for batch in streams.given]
         streams.held[:] = [run(batch) for batch in streams.held]
+        streams.held_original = wanted if streams.held_original is not None else None
     return done
 
 
@@ -74,13 +77,18 @@ def take(run: BlockRun, skeleton: Skeleton, new: list[Rounded]) -> None:
 
 
 def better(
-    asked: tuple[list[Rounded], BlockRun], plainer: tuple[list[Rounded], BlockRun], streams: Streams
+    asked: tuple[list[Rounded], BlockRun],
+    plainer: tuple[list[Rounded], BlockRun],
+    held: list[Tensor],
+    wanted: list[Tensor],
 ) -> tuple[list[Rounded], BlockRun]:
-    """The block by the methods asked for, or by a search of scales if its output on held-out windows is nearer to the float
-    model's.
+    """The block by the methods asked for, or by a search of scales if that comes nearer to what is wanted of it.
+
+    held: what the block is given for windows that no method saw; wanted: what the float block makes of that or, where methods
+    aim at the float model, of what the float model gives it.
     """
     (done, run), (searched, plain) = asked, plainer
-    error, error_search = (block_error(one, streams.held, streams.held_original) for one in (run, plain))
+    error, error_search = (block_error(one, held, wanted) for one in (run, plain))
     if error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]

@@ -40,13 +40,13 @@ class Streams:
     """What the next block is given, in batches [B, T, H].
 
     given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
-    held, held_original: both for the windows that are held out.
+    held, held_original: the same of the windows that are held out.
     """
 
     given: list[Tensor]
     original: list[Tensor] | None
     held: list[Tensor]
-    held_original: list[Tensor]
+    held_original: list[Tensor] | None
 
     def whole(self) -> dict[str, Tensor]:
         """Each stream in one piece [S, T, H]; those that are empty left out."""
@@ -71,10 +71,12 @@ def first_streams(plan: Plan, tokens: CalibrationTokens, saved: Mapping[str, Ten
     seen, held_out = (batches(ids, TOKENS_PER_BATCH) for ids in (tokens.seen, tokens.held_out))
     given, held = ([skeleton.embed(ids) for ids in parts if len(ids)] for parts in (seen, held_out))
     if saved is None:
-        streams = Streams(given, list(given) if plan.recipe.needs_original else None, held, list(held))
+        streams = Streams(given, None, held, None)
+        if plan.recipe.needs_original:
+            streams = Streams(given, list(given), held, list(held))
     else:
         parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
-        streams = Streams(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original", []))
+        streams = Streams(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return streams
 

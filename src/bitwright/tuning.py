@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from bitwright.block import Rounded, float_matrix, relative_loss
@@ -13,12 +14,12 @@ from bitwright.preflight import Plan
 
 
 def tune_block(
-    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], inputs: Tensor, targets: Tensor
+    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], inputs: list[Tensor], targets: list[Tensor]
 ) -> list[Rounded]:
     """Block `index` with better codes for its matrices of method autoround; the others stay as they are.
 
-    done: all its matrices, rounded; weights: the float ones by parameter name; inputs [S, T, H] as the quantized blocks
-    before give them; targets [S, T, H]: what the float block made of the float model's activations.
+    done: all its matrices, rounded; weights: the float ones by parameter name; inputs, in batches [B, T, H], as the
+    quantized blocks before give them; targets: what the float block made of the float model's activations.
     """
     chosen = {
         r.planned.parameter: r for r in done if r.planned.rule is not None and r.planned.rule.method == "autoround"
@@ -37,7 +38,7 @@ def tune_block(
         return skeleton.run_with(index, x, sources)
 
     floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
-    found = tune(forward, inputs, targets, floats, {name: r.q for name, r in chosen.items()}, how)
+    found = tune(forward, torch.cat(inputs), torch.cat(targets), floats, {name: r.q for name, r in chosen.items()}, how)
     seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
     tuned = []
     for r in done:

@@ -14,8 +14,8 @@ from bitwright.formats.native import Native
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
 READERS: tuple[Reader, ...] = (*FORMATS.values(), Awq(), BitsAndBytes())
 
-DEFAULTS = {"gguf": ("q4_k_m", "gptaq")}  # scheme and method where none is asked for
-OTHERWISE = ("int4-g128", "gptq")
+SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
+SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/LOG.md for the method
 
 
 def chosen(
@@ -32,8 +32,7 @@ def chosen(
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"
         raise FormatError(f"OUT is named {out.name!r}, the format is {name}", where=str(out), remedy=remedy)
-    usual = DEFAULTS.get(name, OTHERWISE)
-    return name, scheme or usual[0], method or (OTHERWISE[1] if one_shot else usual[1])
+    return name, scheme or SCHEMES.get(name, SCHEME), method or (ONE_SHOT if one_shot else METHOD)
 
 
 __all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen"]
