@@ -11,13 +11,13 @@ from bitwright.block import observe
 from bitwright.calibration import load_tokenizer, windows
 from bitwright.codec import decode
 from bitwright.errors import RecipeError
-from bitwright.evaluation import Walk
 from bitwright.loss import loss
 from bitwright.methods import gptaq, gptq
 from bitwright.methods.gptaq import corrected
 from bitwright.recipe import Rule
 from bitwright.scheme import Scheme
 from bitwright.statistics import CHUNK, Cross
+from bitwright.walk import Walk
 
 
 def problem(T: int = 400, N: int = 16, K: int = 64) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,8 @@ from bitwright.api import evaluate, quantize
 from bitwright.checkpoint import Checkpoint
 from bitwright.cli import app
 from bitwright.errors import CheckpointError, OutputError, RecipeError
-from bitwright.evaluation import Walk
 from bitwright.reference import TOP, Predictions
+from bitwright.walk import Walk
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
