@@ -152,7 +152,21 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="The original, to measure KL and top-1 agreement against.")
     ] = None,
-    text: Text = "stdlib-heldout",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to judge on: a UTF-8 file, or stdlib-heldout; give the option again for more texts.",
+            show_default="stdlib-heldout",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+            "assistant.",
+        ),
+    ] = False,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     tokens: Tokens = None,
     predictions: Annotated[
@@ -163,14 +177,16 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
+    """Perplexity on texts and, with --reference, KL divergence and top-1 agreement."""
     with reporting(as_json):
         from bitwright.evaluation import evaluate as judge
 
         found = judge(
-            model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions, engine=engine
-        )
-        show(found.as_dict(), as_json, "Evaluation")
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, chat=chat,
+        )  # fmt: skip
+        whole = [one.as_dict() for one in found]
+        show(whole[0] if len(whole) == 1 else {"texts": whole}, as_json, "Evaluation")
 
 
 @app.command()
