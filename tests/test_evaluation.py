@@ -1,4 +1,4 @@
-"""eval: its numbers by definition from transformers' own logits, several texts at once, conversations, refusals."""
+"""eval: its numbers by definition from transformers' own logits, several texts at once, conversations, refusals, words."""
 
 import json
 import shutil
@@ -21,6 +21,7 @@ from bitwright.chat_text import chat_windows, conversations
 from bitwright.cli import app
 from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation import Evaluation
+from bitwright.verdict import ALONE, BANDS, band, short_name, verdict
 from bitwright.walk import Walk, float_perplexity
 from conftest import make_checkpoint, save_tokenizer
 
@@ -375,3 +376,66 @@ def test_a_tokenizer_whose_ids_do_not_fit(opening: bool, text: str, tmp_path: Pa
     error = refused(model, "--text", text)
     assert f"the model's vocabulary ends at {size - 1}" in error["error"]
     assert error["where"] == str(model) and "tokenizer" in error["remedy"]
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def test_bands() -> None:
+    assert [words for _, words in BANDS] == ["practically lossless", "very good", "good", "a noticeable loss", "poor"]
+    found = [band(kl) for kl in (0, 0.0099, 0.01, 0.049, 0.05, 0.149, 0.15, 0.49, 0.5, 3, float("inf"), float("nan"))]
+    assert [found[i] for i in range(0, 10, 2)] == [words for _, words in BANDS]
+    assert [found[i] for i in range(1, 10, 2)] == [words for _, words in BANDS]
+    assert found[10:] == ["poor", "poor"]
+
+
+def test_names_are_short() -> None:
+    assert short_name("/a/b/wiki.txt") == "wiki.txt"
+    assert short_name("a-very-long-name-of-a-text-file.txt", 16) == "a-very-…file.txt"
+
+
+def numbers(**changes: Any) -> Evaluation:
+    known: dict[str, Any] = {
+        "text": "/some/where/wiki.txt", "tokens": 12240, "perplexity": 10.912, "perplexity_stderr": 0.61,
+        "reference_perplexity": 10.801, "reference_perplexity_stderr": 0.6, "perplexity_ratio": 1.0103,
+        "perplexity_ratio_stderr": 0.0009, "kl_mean": 0.0123, "kl_stderr": 0.0002, "kl_median": 0.01, "kl_p99": 0.2,
+        "kl_p999": 0.5, "top1": 0.93, "bits_per_weight": 4.4, "seconds": 3.0,
+    }  # fmt: skip
+    return Evaluation(**known | changes)
+
+
+def test_what_is_said() -> None:
+    line, scale = verdict([numbers()])
+    assert line == (
+        "wiki.txt, 12,240 tokens: very good. Mean KL 0.01230 ± 0.00020 nats a token; perplexity 10.91 ± 0.61, "
+        "the reference's 10.80 ± 0.60 (ratio 1.0103 ± 0.0009)."
+    )
+    assert all(f"below {below:g} {words}" in scale for below, words in BANDS[:-1]) and "poor" in scale
+    one_window = numbers(kl_stderr=float("nan"), perplexity_stderr=float("nan"))
+    assert "Mean KL 0.01230 nats" in verdict([one_window])[0] and "perplexity 10.91, the" in verdict([one_window])[0]
+    assert len(verdict([numbers(), numbers(kl_mean=0.6)])) == 3 and ": poor." in verdict([numbers(kl_mean=0.6)])[0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_eighty_columns_break_no_words(
+    several: bool, beside: bool, pair: tuple[Path, Path], texts: list[str], tmp_path: Path
+) -> None:
+    long = tmp_path / "a-name-of-a-text-that-is-longer-than-any-column-of-the-table.txt"
+    shutil.copy(texts[0], long)
+    names = [str(long), *(texts[1:] if several else [])]
+    how = [*(["--reference", str(pair[1])] if beside else []), "--seqlen", "32"]
+    found = evaluate(pair[0], text=names, reference=pair[1] if beside else None, seqlen=32)
+    shown = run(str(pair[0]), *(part for name in names for part in ("--text", name)), *how)
+    assert max(map(len, shown.splitlines())) <= 80
+    words = shown.split()
+    wanted = [*" ".join(verdict(found)).split(), "perplexity"]
+    if several:
+        wanted += [short_name(name, 16) for name in names]
+    else:
+        wanted += [
+            short_name(names[0], 60),
+            *(k for k, v in found[0].as_dict().items() if v is not None and k != "text"),
+        ]
+    assert [word for word in wanted if word not in words] == []
+    assert (ALONE in " ".join(words)) == (not beside)
