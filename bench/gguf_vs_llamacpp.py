@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 from bitwright.calibration import batches, load_tokenizer, windows
-from bitwright.evaluation import Walk
 from bitwright.llamacpp.container import GgufFile
 from bitwright.llamacpp.engine import ENGINE
 from bitwright.models import TOKENS_PER_BATCH, read_config
+from bitwright.walk import Walk
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
 MIXES = "Q2_K,Q3_K_S,Q3_K_M,Q4_0,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_M,Q6_K"

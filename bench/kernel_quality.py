@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.measure import BITWRIGHT, SHARED, run, table
 from bitwright.calibration import load_tokenizer
-from bitwright.evaluation import Walk
 from bitwright.loading import load
+from bitwright.walk import Walk
 
 WINDOW = 256
 

@@ -16,11 +16,11 @@ from bitwright.calibration import load_tokenizer, windows
 from bitwright.cli import app
 from bitwright.conversion import convert
 from bitwright.errors import InputError
-from bitwright.evaluation import Walk
 from bitwright.families import model_of
 from bitwright.llamacpp.container import Types
 from bitwright.llamacpp.engine import inputs_of
 from bitwright.models import read_config
+from bitwright.walk import Walk
 from conftest import make_checkpoint
 
 

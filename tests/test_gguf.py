@@ -394,7 +394,7 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
     """The same logits from our reader and from transformers' own, which dequantizes by the gguf package."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from bitwright.evaluation import Walk
+    from bitwright.walk import Walk
 
     source = make_checkpoint(tmp_path / "source", kind)
     out = tmp_path / "a.gguf"
@@ -659,7 +659,7 @@ def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path
     """Keys that make no sense to a model or a tokenizer: an error of ours, and nothing built of what they claim."""
     import random
 
-    from bitwright.evaluation import Walk
+    from bitwright.walk import Walk
 
     source, file = make_checkpoint(tmp_path / "source", kind), tmp_path / "a.gguf"
     run("convert", str(source), str(file))

@@ -10,7 +10,6 @@ from bitwright.api import evaluate, quantize
 from bitwright.calibration import load_tokenizer, windows
 from bitwright.codec import decode
 from bitwright.errors import RecipeError
-from bitwright.evaluation import Walk
 from bitwright.inputs import Gathering
 from bitwright.loss import loss
 from bitwright.methods import gptaq, gptq
@@ -19,6 +18,7 @@ from bitwright.observe import BlockRun, FloatStream, Group, groups_of, observe
 from bitwright.recipe import Rule
 from bitwright.scheme import Scheme
 from bitwright.statistics import CHUNK, Cross
+from bitwright.walk import Walk
 from conftest import make_checkpoint
 
 

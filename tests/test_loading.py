@@ -22,7 +22,6 @@ from bitwright.codec import decode
 from bitwright.conversion import convert
 from bitwright.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
 from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
-from bitwright.evaluation import Walk
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.generation import pieces
@@ -33,6 +32,7 @@ from bitwright.nn.lookup import Lookup
 from bitwright.nn.qlinear import QLinear
 from bitwright.qtensor import Outliers, Scales
 from bitwright.scheme import Scheme
+from bitwright.walk import Walk
 from conftest import FAMILIES, ISAS, in_blocks, make_checkpoint
 
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 1, 2, 90, 33]])

@@ -14,7 +14,6 @@ from bitwright.artefact import open_artefact
 from bitwright.cli import app
 from bitwright.codec import decode, encode, fit
 from bitwright.errors import FormatError
-from bitwright.evaluation import Walk
 from bitwright.formats import FORMATS
 from bitwright.formats.ggml import TYPES
 from bitwright.formats.ggml_scales import READ_ONLY
@@ -22,6 +21,7 @@ from bitwright.methods.search import search
 from bitwright.models import Skeleton, read_config
 from bitwright.repacking import expressed, packed
 from bitwright.scheme import Scheme
+from bitwright.walk import Walk
 from conftest import in_blocks, make_checkpoint
 
 # What each of llama.cpp's types becomes, by format; what is not listed is refused.

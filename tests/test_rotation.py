@@ -80,7 +80,7 @@ def test_a_rotated_model_is_the_same_model(family: str, online: bool, text: str,
 
 def _parameters(out: Path, source: Path) -> float:
     """How many more parameters `out` has than its source: an untied head counts twice there."""
-    from bitwright.evaluation import Walk
+    from bitwright.walk import Walk
 
     counts = [sum(p.numel() for p in Walk(folder).skeleton.model.parameters()) for folder in (out, source)]
     return counts[0] / counts[1]

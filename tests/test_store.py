@@ -12,8 +12,8 @@ from bitwright.api import evaluate, quantize
 from bitwright.checkpoint import Checkpoint
 from bitwright.cli import app
 from bitwright.errors import CheckpointError, OutputError, RecipeError
-from bitwright.evaluation import Walk
 from bitwright.reference import TOP, Predictions
+from bitwright.walk import Walk
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
@@ -168,9 +168,11 @@ def test_the_rest_of_the_vocabulary_counts_as_one_event(tmp_path: Path) -> None:
     log_p = (3 * torch.randn(20, 2 * TOP, generator=g)).log_softmax(-1)
     log_q = (log_p + 0.3 * torch.randn(20, 2 * TOP, generator=g)).log_softmax(-1)
     kept = Predictions(tmp_path, "ab" * 32)
-    kept.write(0, log_p)
+    nll = torch.rand(20, generator=g)
+    kept.write(0, log_p, nll)
     kept.finish(20)
-    found, same = kept.against(0, log_q)
+    compared = kept.against(0, log_q)
+    found, same = compared.kl, compared.same
     p, q = log_p.double().exp(), log_q.double().exp()
     order = p.argsort(descending=True)[:, :TOP]
     top_p, top_q = p.gather(1, order), q.gather(1, order)
@@ -179,7 +181,7 @@ def test_the_rest_of_the_vocabulary_counts_as_one_event(tmp_path: Path) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
     exact = (p * (p / q).log()).sum(1)
     assert (found <= exact + 1e-5).all() and found.mean() > 0.8 * exact.mean()
-    assert torch.equal(same, log_p.argmax(1) == log_q.argmax(1))
+    assert torch.equal(same, log_p.argmax(1) == log_q.argmax(1)) and torch.equal(compared.nll, nll)
     with pytest.raises(CheckpointError, match="20 predictions for 19 tokens"):
         kept.against(0, log_q[:19])
 

@@ -1,6 +1,7 @@
 """The Python API: the command line's functions, one for a single tensor, and those for any module."""
 
 from pathlib import Path
+from typing import overload
 
 from torch import Tensor
 
@@ -72,6 +73,7 @@ def quantize(
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 
+@overload
 def evaluate(
     model: str | Path,
     *,
@@ -81,13 +83,44 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
-) -> Evaluation:
+    chat: bool = False,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: str | Path,
+    *,
+    text: list[str] | tuple[str, ...],
+    reference: str | Path | None = None,
+    seqlen: int = 256,
+    tokens: int | None = None,
+    predictions: str | Path | None = None,
+    engine: str | None = None,
+    chat: bool = False,
+) -> list[Evaluation]: ...
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str | list[str] | tuple[str, ...],
+    reference: str | Path | None = None,
+    seqlen: int = 256,
+    tokens: int | None = None,
+    predictions: str | Path | None = None,
+    engine: str | None = None,
+    chat: bool = False,
+) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
 
-    predictions: a directory to keep what the reference predicts in, for other evaluations on the same text.
+    text: a UTF-8 file or a built-in text by name; of several, in a list, each is judged for itself, in one walk.
+    predictions: a directory to keep what the reference predicts in, for other evaluations on the same texts.
     engine: "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float.
+    chat: the texts are conversations, in the model's chat template; paragraphs in turn, or a .jsonl file of messages.
     """
-    return _evaluate(
-        Path(model), reference=Path(reference) if reference else None, text=text, seqlen=seqlen, tokens=tokens,
-        predictions=Path(predictions) if predictions else None, engine=engine,
+    found = _evaluate(
+        Path(model), reference=Path(reference) if reference else None, texts=[text] if isinstance(text, str) else text,
+        seqlen=seqlen, tokens=tokens, predictions=Path(predictions) if predictions else None, engine=engine, chat=chat,
     )  # fmt: skip
+    return found[0] if isinstance(text, str) else found

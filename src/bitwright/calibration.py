@@ -43,15 +43,15 @@ def read_text(source: str) -> str:
     return text
 
 
-def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int) -> Tensor:
-    """All whole, non-overlapping windows of a text, in order: token ids [W, seqlen].
+def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None) -> Tensor:
+    """All whole, non-overlapping windows of a text, or the first so many, in order: token ids [W, seqlen].
 
     A tokenizer that begins every text with a token of its own (BOS) has it at the start of every window, since the
     model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
     do not fit the model's vocabulary.
     """
     pieces = _pieces(read_text(source), 1 << 18)
-    return _cut(tokenizer, pieces, None, source=source, seqlen=seqlen, vocabulary=vocabulary)
+    return _cut(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
 
 
 def sample(tokenizer: Any, source: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
@@ -68,7 +68,7 @@ def sample(tokenizer: Any, source: str, *, samples: int, seqlen: int, vocabulary
 def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int) -> Tensor:
     """Tokenize pieces of text until there are enough windows, and cut them."""
     tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
-    start = _opening(tokenizer)
+    start = opening(tokenizer)
     length = seqlen - len(start)
     ids: list[int] = []
     for piece in pieces:
@@ -77,16 +77,25 @@ def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, se
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     count = min(len(ids) // length if length > 0 else 0, len(ids) if most is None else most)
     if count == 0:
-        message = f"{len(ids)} tokens are shorter than one window of {seqlen}"
-        raise CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
+        raise too_short(len(ids), seqlen, source)
     body = torch.tensor(ids[: count * length]).view(count, length)
-    if int(body.max()) >= vocabulary:
-        raise CalibrationError(
-            f"the tokenizer makes id {int(body.max())}, the model's vocabulary ends at {vocabulary - 1}",
-            where=source,
-            remedy="tokenizer and weights must belong together",
-        )
-    return torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
+    found = torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
+    check_ids(tokenizer, found, vocabulary)
+    return found
+
+
+def too_short(tokens: int, seqlen: int, source: str) -> CalibrationError:
+    """What to say of a text of so many tokens, which fill no window."""
+    message = f"{tokens} tokens are shorter than one window of {seqlen}"
+    return CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
+
+
+def check_ids(tokenizer: Any, ids: Tensor, vocabulary: int) -> None:
+    """CalibrationError if a tokenizer's ids [W, T] do not fit the model's vocabulary."""
+    if int(ids.max()) >= vocabulary:
+        message = f"the tokenizer makes id {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}"
+        remedy = "copy the tokenizer files that belong to these weights"
+        raise CalibrationError(message, where=str(tokenizer.name_or_path or "tokenizer"), remedy=remedy)
 
 
 def _pieces(text: str, size: int) -> list[str]:
@@ -104,7 +113,7 @@ def _pieces(text: str, size: int) -> list[str]:
     return pieces
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

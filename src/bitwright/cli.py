@@ -17,6 +17,7 @@ from bitwright.running import bench, chat, generate
 from bitwright.terminal import AsJson, console, errors, plain, progress_bar, reporting, show
 
 if TYPE_CHECKING:
+    from bitwright.evaluation import Evaluation
     from bitwright.result import Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -152,7 +153,21 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="The original, to measure KL and top-1 agreement against.")
     ] = None,
-    text: Text = "stdlib-heldout",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to judge on: a UTF-8 file, or stdlib-heldout; give the option again for more texts.",
+            show_default="stdlib-heldout",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+            "assistant.",
+        ),
+    ] = False,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     tokens: Tokens = None,
     predictions: Annotated[
@@ -163,14 +178,34 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on a text and, with --reference, KL divergence and top-1 agreement."""
+    """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
         from bitwright.evaluation import evaluate as judge
 
         found = judge(
-            model, reference=reference, text=text, seqlen=seqlen, tokens=tokens, predictions=predictions, engine=engine
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, chat=chat,
+        )  # fmt: skip
+        _print_evaluations(found, as_json)
+
+
+def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
+    """One text's numbers, or a table of several; what they mean, unless it is for a program to read."""
+    from bitwright.report import evaluation_table
+    from bitwright.verdict import short_name, verdict
+
+    whole = [one.as_dict() for one in found]
+    if as_json:
+        show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
+        return
+    if len(whole) == 1:
+        show(
+            {k: v for k, v in whole[0].items() if k != "text"}, False, f"Evaluation on {short_name(found[0].text, 60)}"
         )
-        show(found.as_dict(), as_json, "Evaluation")
+    else:
+        console.print(evaluation_table(found))
+    for line in verdict(found):
+        console.print(plain(line), highlight=False)
 
 
 @app.command()

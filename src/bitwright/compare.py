@@ -259,10 +259,11 @@ def _original(model: Path, settings: Settings) -> Original:
 
 def _judged(folder: Path, reference: Path | None, predictions: Path | None, settings: Settings) -> dict[str, Any]:
     """An evaluation as plain data."""
-    return evaluate(
-        folder, reference=reference, text=settings.text, seqlen=settings.eval_seqlen, tokens=settings.tokens,
+    (found,) = evaluate(
+        folder, reference=reference, texts=[settings.text], seqlen=settings.eval_seqlen, tokens=settings.tokens,
         predictions=predictions,
-    ).as_dict()  # fmt: skip
+    )  # fmt: skip
+    return found.as_dict()
 
 
 def _candidate(

@@ -1,11 +1,13 @@
 """What the float model predicts of a text, on disk, so that many candidates can be judged without it.
 
-For each token the `TOP` most likely next ones with their log-probabilities, and what is left for all others together.
+For each token the `TOP` most likely next ones with their log-probabilities, and what is left for all others together;
+and −log p of the one that came, for the float model's own perplexity.
 KL(p ‖ q) over these TOP + 1 events is a lower bound of that over the vocabulary (merging events never adds divergence), and
 misses what p and q differ by among unlikely tokens: see docs/LOG.md for how little that is.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +17,15 @@ from bitwright.checkpoint import Checkpoint, disk_errors, write_file, write_shar
 from bitwright.errors import CheckpointError
 
 TOP = 512
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a reference makes of some tokens [n]: KL(reference ‖ model) in nats, whether the top 1 agrees, its own −log p."""
+
+    kl: Tensor
+    same: Tensor
+    nll: Tensor
 
 
 class Predictions:
@@ -34,18 +45,18 @@ class Predictions:
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, begin: int, log_p: Tensor) -> None:
-        """Keep what is predicted for the tokens from number `begin` on; log_p [n, V]."""
+    def write(self, begin: int, log_p: Tensor, nll: Tensor) -> None:
+        """Keep what is predicted for the tokens from number `begin` on, log_p [n, V], and −log p of what came, nll [n]."""
         top = log_p.topk(min(TOP, log_p.shape[1]), dim=-1)
-        tensors = {"log_p": top.values.to(torch.float32), "token": top.indices.to(torch.int32)}
+        tensors = {"log_p": top.values.to(torch.float32), "token": top.indices.to(torch.int32), "nll": nll}
         write_shard(self._piece(begin), tensors)
 
     def finish(self, tokens: int) -> None:
         """All pieces are written."""
         write_file(self.folder / f"{self.stem}.json", json.dumps({"tokens": tokens, "top": TOP}).encode())
 
-    def against(self, begin: int, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(p ‖ q) [n] in nats and whether the top 1 agrees [n], for the piece that begins at `begin`; log_q [n, V].
+    def against(self, begin: int, log_q: Tensor) -> Compared:
+        """The reference beside log_q [n, V], for the piece that begins at `begin`.
 
         CheckpointError for a piece that is missing, damaged or of another length.
         """
@@ -58,7 +69,7 @@ class Predictions:
         if log_p.shape[1] < log_q.shape[1]:
             rest_p, rest_q = (_rest(t) for t in (log_p, log_q_top))
             kl += rest_p * (rest_p / rest_q).log()
-        return kl.clamp(min=0), token[:, 0] == log_q.argmax(-1)
+        return Compared(kl.clamp(min=0), token[:, 0] == log_q.argmax(-1), piece.read("nll"))
 
     def _piece(self, begin: int) -> Path:
         return self.folder / f"{self.stem}-{begin:09d}.safetensors"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bitwright.evaluation import Evaluation
 from bitwright.ledger import QUANTIZED, Entry
 from bitwright.page import Candidate, Original, pareto, winner
+from bitwright.verdict import short_name, with_error
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -66,6 +68,24 @@ def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Tab
              f"{c.seconds:.1f}", mark)
         )  # fmt: skip
     return table("KL to the original in nats a token; * statistics block by block", header, rows)
+
+
+def evaluation_table(found: Sequence[Evaluation]) -> Table:
+    """A row for each text: perplexity, and beside a reference its ratio to that one's, KL's mean and quantiles, top-1."""
+    names = [short_name(one.text, 16) for one in found]
+    if any(one.kl_mean is None for one in found):
+        rows = [
+            (name, f"{one.tokens:,}", with_error(one.perplexity, one.perplexity_stderr, 2))
+            for name, one in zip(names, found, strict=True)
+        ]
+        return table("Evaluation", ("text", "tokens", "perplexity"), rows)
+    beside = [
+        (name, f"{one.perplexity:,.2f}", with_error(one.perplexity_ratio, None, 4), with_error(one.kl_mean, None, 5),
+         with_error(one.kl_p99, None, 4), with_error(one.kl_p999, None, 4), f"{100 * (one.top1 or 0):.1f} %")
+        for name, one in zip(names, found, strict=True)
+    ]  # fmt: skip
+    header = ("text", "perplexity", "ratio", "KL", "99 %", "99.9 %", "top-1")
+    return table("Beside the reference: KL's mean and quantiles in nats a token", header, beside)
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -58,8 +58,9 @@ def show(content: dict[str, Any], as_json: bool, title: str) -> None:
     if as_json:
         print(json.dumps(content))
         return
-    console.print(f"[bold]{title}[/]")
+    console.print(f"[bold]{plain(title)}[/]")
+    width = max(18, *map(len, content))
     for key, value in content.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
         if value not in (None, [], ()):
-            console.print(f"  {key:<18} {plain(shown)}", highlight=False)
+            console.print(f"  {key:<{width}} {plain(shown)}", highlight=False)
