@@ -78,10 +78,9 @@ class Material:
         if not out.exists():
             print(f"{out.name}: {_alike(source, windows, text)}", file=sys.stderr, flush=True)
             half = out.with_suffix(".unfinished")
-            chunks = ["-c", str(seqlen), "--chunks", str(samples), "--parse-special", *THREADS]
-            tool(
-                "llama-imatrix", "-m", str(source), "-f", str(text), "-o", str(half), "--output-format", "gguf", *chunks
-            )
+            chunks = ["-c", str(seqlen), "-b", str(seqlen), "--chunks", str(samples), "--parse-special", *THREADS]
+            how = ["--output-format", "gguf", "--no-ppl", *chunks]
+            tool("llama-imatrix", "-m", str(source), "-f", str(text), "-o", str(half), *how)
             half.rename(out)
         return out
 
