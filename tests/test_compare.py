@@ -65,7 +65,7 @@ def test_sequential_candidates_are_those_of_quantize(llama: Path, text: str, tmp
         llama, tmp_path / "out", schemes=["int4-g32"], methods=["gptq"], settings=settings(text, sequential=True)
     )
     assert done.candidates[0].statistics == "sequential"
-    quantize(llama, tmp_path / "alone", scheme="int4-g32", calib=text, samples=8, seqlen=32)
+    quantize(llama, tmp_path / "alone", scheme="int4-g32", method="gptq", calib=text, samples=8, seqlen=32)
     assert weights(tmp_path / "alone") == weights(tmp_path / "out/int4-g32-gptq")
 
 

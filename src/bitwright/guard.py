@@ -26,6 +26,8 @@ ROWS = 64  # of a matrix, at least, that tell what a method loses
 BETTER = 0.99  # of a method's loss is what a plainer one's must be below: a sample of the rows tells it
 BETTER_BLOCK = 0.95  # of a block's error: a few windows tell it, and at 8 bits most of it came in with the inputs
 
+NEGLIGIBLE = 1e-5  # a block's error that no one need be told of: outputs are right to three digits
+
 
 @dataclass(frozen=True)
 class Judgement:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.block import Origin, Rounded, quantize_together
 from bitwright.codec import decode
-from bitwright.guard import BETTER_BLOCK, PLAINER, block_error
+from bitwright.guard import BETTER_BLOCK, NEGLIGIBLE, PLAINER, block_error
 from bitwright.kv import KvCache, KvRounding
 from bitwright.models import Skeleton, as_source
 from bitwright.observe import BlockRun, FloatStream, groups_of, observe
@@ -89,7 +89,7 @@ def better(
     """
     (done, run), (searched, plain) = asked, plainer
     error, error_search = (block_error(one, held, wanted) for one in (run, plain))
-    if error_search < BETTER_BLOCK * error:
+    if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
         run = plain
