@@ -1,5 +1,7 @@
 """Text -> token windows [S, T], seeded, no padding: every token that a statistic sees is a real one."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,25 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.general_text import cut_at_lines, general_pieces, plain_text
 from bitwright.llamacpp.artefact import read_tokenizer
 from bitwright.llamacpp.container import is_gguf
+from bitwright.mix import texts_of, windows_of
 from bitwright.stdlib_text import CALIBRATION, HELD_OUT, module_text
 
-BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that every machine with Python has
+BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
+    "general": plain_text,
+    "stdlib": lambda: module_text(CALIBRATION),
+    "stdlib-heldout": lambda: module_text(HELD_OUT),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Token ids [S, T], and what there is to say of the texts that they are from."""
+
+    tokens: Tensor
+    notes: tuple[str, ...] = ()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -29,7 +45,7 @@ def load_tokenizer(folder: Path) -> Any:
 def read_text(source: str) -> str:
     """A text file, or a built-in text by name. CalibrationError if it is missing, not text, or empty."""
     if source in BUILT_IN:
-        return module_text(BUILT_IN[source])
+        return BUILT_IN[source]()
     file = Path(source)
     try:
         text = file.read_text(encoding="utf-8")
@@ -50,19 +66,43 @@ def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int) -> Ten
     model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
     do not fit the model's vocabulary.
     """
-    pieces = _pieces(read_text(source), 1 << 18)
+    pieces = cut_at_lines(
+        read_text(source), 1 << 18
+    )  # a long text at once would take a hundred bytes of memory a token
     return _cut(tokenizer, pieces, None, source=source, seqlen=seqlen, vocabulary=vocabulary)
 
 
-def sample(tokenizer: Any, source: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
-    """Up to `samples` windows from places of the text that a seed of their own picks [S, seqlen]; else as `windows`.
+def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Drawn:
+    """Up to `samples` windows of a text, or of several by their shares, evenly mixed; a note for each that is too short.
 
-    Only about as much text is tokenized as is needed, whatever its length.
+    Each text gives windows from places that a seed of its own picks; else as `windows`. Only about as much text is tokenized
+    as is needed, whatever its length. calib: as `mix.texts_of` reads it. CalibrationError as of that and of `windows`.
     """
-    pieces = _pieces(read_text(source), 4 * seqlen)
+    texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
+    for i, (text, count) in enumerate(zip(texts, windows_of(texts, samples, calib), strict=True)):
+        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, seed)
+        found = _cut(tokenizer, pieces, count, source=text.name, seqlen=seqlen, vocabulary=vocabulary)
+        if len(found) < count:
+            which = f"text {text.name!r}" if len(texts) > 1 else "text"
+            more += (f"the {which} gives {len(found)} calibration windows of {seqlen} tokens, not {count}",)
+        parts += [((k + 0.5) / len(found), i, window) for k, window in enumerate(found)]
+        notes += more
+    parts.sort(key=lambda part: part[:2])
+    return Drawn(torch.stack([window for *_, window in parts]), notes)
+
+
+def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
+    """The windows of `draw` [S, T]."""
+    return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).tokens
+
+
+def _shuffled(tokenizer: Any, source: str, size: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+    """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
+    if source == "general":
+        return general_pieces(tokenizer, size, seed)
+    pieces = cut_at_lines(read_text(source), size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = [pieces[i] for i in order]
-    return _cut(tokenizer, shuffled, samples, source=source, seqlen=seqlen, vocabulary=vocabulary)
+    return [pieces[i] for i in order], ()
 
 
 def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int) -> Tensor:
@@ -87,21 +127,6 @@ def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, se
             remedy="tokenizer and weights must belong together",
         )
     return torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
-
-
-def _pieces(text: str, size: int) -> list[str]:
-    """The text in pieces of about so many characters, cut behind a line's end where there is one.
-
-    Tokenizing a long text at once would take a hundred bytes of memory a token.
-    """
-    pieces, at = [], 0
-    while at < len(text):
-        end = min(at + size, len(text))
-        if end < len(text):
-            end = next((cut + 1 for mark in ("\n", " ") if (cut := text.rfind(mark, at, end)) >= at), end)
-        pieces.append(text[at:end])
-        at = end
-    return pieces
 
 
 def _opening(tokenizer: Any) -> list[int]:

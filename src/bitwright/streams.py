@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.block import observe
-from bitwright.calibration import batches, load_tokenizer, sample
+from bitwright.calibration import batches, draw, load_tokenizer
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.folds import find_folds
@@ -69,18 +69,15 @@ def first_streams(plan: Plan, tokens: Tensor, saved: Mapping[str, Callable[[], T
 
 
 def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[Tensor, tuple[str, ...]]:
-    """[S, T] token ids, and a note if there are fewer than asked for."""
+    """[S, T] token ids of a text or several (see `mix`), and a note if there are fewer than asked for."""
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
         remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
         raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(plan.source)
-    tokens = sample(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
-    notes = plan.notes
-    if len(tokens) < plan.samples:
-        notes += (f"the text gives {len(tokens)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
-    return tokens, notes
+    drawn = draw(tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
+    return drawn.tokens, plan.notes + drawn.notes
 
 
 def check_rotation(plan: Plan) -> None:
