@@ -52,7 +52,7 @@ def quantize(
     observer: str = "mse",
     kv_cache: str | None = None,
     recipe: str | Path | None = None,
-    calib: str = "stdlib",
+    calib: str = "general",
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,

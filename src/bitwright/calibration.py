@@ -1,5 +1,8 @@
 """Text -> token windows [S, T], seeded, no padding: every token that a statistic sees is a real one."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +11,28 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.general_text import cut_at_lines, general_pieces, plain_text
 from bitwright.llamacpp.artefact import read_tokenizer
 from bitwright.llamacpp.container import is_gguf
+from bitwright.mix import texts_of, windows_of
 from bitwright.stdlib_text import CALIBRATION, HELD_OUT, module_text
 
-BUILT_IN = {"stdlib": CALIBRATION, "stdlib-heldout": HELD_OUT}  # text that every machine with Python has
+BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
+    "general": plain_text,
+    "stdlib": lambda: module_text(CALIBRATION),
+    "stdlib-heldout": lambda: module_text(HELD_OUT),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Token ids: seen [S, T], of which statistics are taken, held_out [H, T], which only judge what was made of them; and
+    what there is to say of the texts that they are from.
+    """
+
+    seen: Tensor
+    held_out: Tensor
+    notes: tuple[str, ...] = ()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -29,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
 def read_text(source: str) -> str:
     """A text file, or a built-in text by name. CalibrationError if it is missing, not text, or empty."""
     if source in BUILT_IN:
-        return module_text(BUILT_IN[source])
+        return BUILT_IN[source]()
     file = Path(source)
     try:
         text = file.read_text(encoding="utf-8")
@@ -50,22 +70,51 @@ def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: 
     model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
     do not fit the model's vocabulary.
     """
-    pieces = _pieces(read_text(source), 1 << 18)
-    return _cut(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
+    pieces = cut_at_lines(read_text(source), 1 << 18)  # at once it would take a hundred bytes of memory a token
+    return cut_windows(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
 
 
-def sample(tokenizer: Any, source: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
-    """Up to `samples` windows from places of the text that a seed of their own picks [S, seqlen]; else as `windows`.
+def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int, spare: int = 0) -> Drawn:
+    """Up to `samples` windows of a text, or of several by their shares, evenly mixed; a note for each that is too short.
 
-    Only about as much text is tokenized as is needed, whatever its length.
+    Each text gives windows from places that a seed of its own picks; else as `windows`. Only about as much text is tokenized
+    as is needed, whatever its length. calib: as `mix.texts_of` reads it. spare: about so many windows more are held out; of a
+    text that is too short an eighth. CalibrationError as of `texts_of` and of `windows`.
     """
-    pieces = _pieces(read_text(source), 4 * seqlen)
+    texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
+    held_out: list[Tensor] = []
+    for i, (text, count) in enumerate(zip(texts, windows_of(texts, samples, calib), strict=True)):
+        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, seed)
+        extra = ceil(text.share * spare)
+        found = cut_windows(tokenizer, pieces, count + extra, source=text.name, seqlen=seqlen, vocabulary=vocabulary)
+        if len(found) < count:
+            which = f"text {text.name!r}" if len(texts) > 1 else "text"
+            more += (f"the {which} gives {len(found)} calibration windows of {seqlen} tokens, not {count}",)
+        seen = min(count, len(found) - min(extra, len(found) // 8))
+        parts += [((k + 0.5) / seen, i, window) for k, window in enumerate(found[:seen])]
+        held_out.append(found[seen : seen + extra])
+        notes += more
+    parts.sort(key=lambda part: part[:2])
+    return Drawn(torch.stack([window for *_, window in parts]), torch.cat(held_out), notes)
+
+
+def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
+    """The windows of `draw` [S, T]."""
+    return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).seen
+
+
+def _shuffled(tokenizer: Any, source: str, size: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+    """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
+    if source == "general":
+        return general_pieces(tokenizer, size, seed)
+    pieces = cut_at_lines(read_text(source), size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = [pieces[i] for i in order]
-    return _cut(tokenizer, shuffled, samples, source=source, seqlen=seqlen, vocabulary=vocabulary)
+    return [pieces[i] for i in order], ()
 
 
-def _cut(tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int) -> Tensor:
+def cut_windows(
+    tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int
+) -> Tensor:
     """Tokenize pieces of text until there are enough windows, and cut them."""
     tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
     start = opening(tokenizer)
@@ -96,21 +145,6 @@ def check_ids(tokenizer: Any, ids: Tensor, vocabulary: int) -> None:
         message = f"the tokenizer makes id {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}"
         remedy = "copy the tokenizer files that belong to these weights"
         raise CalibrationError(message, where=str(tokenizer.name_or_path or "tokenizer"), remedy=remedy)
-
-
-def _pieces(text: str, size: int) -> list[str]:
-    """The text in pieces of about so many characters, cut behind a line's end where there is one.
-
-    Tokenizing a long text at once would take a hundred bytes of memory a token.
-    """
-    pieces, at = [], 0
-    while at < len(text):
-        end = min(at + size, len(text))
-        if end < len(text):
-            end = next((cut + 1 for mark in ("\n", " ") if (cut := text.rfind(mark, at, end)) >= at), end)
-        pieces.append(text[at:end])
-        at = end
-    return pieces
 
 
 def opening(tokenizer: Any) -> list[int]:

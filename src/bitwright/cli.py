@@ -43,7 +43,8 @@ Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, pe
 Calib = Annotated[
     str,
     typer.Option(
-        help="Calibration text: a UTF-8 file, stdlib (Python's own sources), or none; or llama.cpp's imatrix file."
+        help="Calibration text: general (prose, dialogues, code; it comes with bitwright), stdlib (Python's own sources) or a "
+        "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
@@ -70,7 +71,7 @@ def quantize(
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
-    calib: Calib = "stdlib",
+    calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
@@ -108,7 +109,7 @@ def compare(
     format: Annotated[str | None, typer.Option(help="File format; the first that can hold a candidate.")] = None,
     activations: Activations = None,
     observer: Observer = "mse",
-    calib: Calib = "stdlib",
+    calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
@@ -249,7 +250,7 @@ def demo(as_json: AsJson = False) -> None:
 def imatrix(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Importance matrix to make, for llama-quantize --imatrix.")],
-    calib: Calib = "stdlib",
+    calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,

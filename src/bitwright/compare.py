@@ -21,6 +21,7 @@ from bitwright.evaluation import evaluate
 from bitwright.ledger import Entry
 from bitwright.memory import forget_peak, peak_since, return_memory
 from bitwright.methods import split_method
+from bitwright.mix import texts_of
 from bitwright.page import Candidate, Original, page
 from bitwright.pipeline import run
 from bitwright.preflight import Plan, preflight
@@ -44,7 +45,7 @@ class Settings:
     keep                          keep what was written; else each candidate is removed once it is judged
     """
 
-    calib: str = "stdlib"
+    calib: str = "general"
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -128,6 +129,7 @@ def compare(
     """
     begun = time.monotonic()
     check_out(out)
+    texts_of(settings.calib)
     contests, refused = _contests(model, schemes, methods, settings)
     work = _workplace(out, contests, settings, resume=resume)
     shared = store or work / "statistics"
@@ -238,7 +240,7 @@ def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings,
     served = [c for c in contests if c.statistics(shared, settings) == shared]
     if served:
         plan = served[0].plan
-        tokens = calibration_tokens(plan, settings.calib, settings.seed)[0].seen
+        tokens = calibration_tokens(plan, settings.calib, settings.seed).seen
         taken = one_shot(plan, shared, tokens, lambda _, done, __: meter.part("statistics of the float model", done))
         notes += taken.notes
         return_memory()

@@ -13,6 +13,7 @@ from bitwright.inputs import Inputs
 from bitwright.llamacpp import imatrix
 from bitwright.llamacpp.names import Names
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.mix import texts_of
 from bitwright.planned import Planned
 from bitwright.preflight import Plan, preflight
 from bitwright.recipe import Recipe
@@ -65,7 +66,7 @@ def write_importance(
     """
     check_out(out)
     plan = preflight(model, Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
-    tokens = calibration_tokens(plan, calib, seed)[0].seen
+    tokens = calibration_tokens(plan, calib, seed).seen
     names, found = Names(plan.skeleton.config), dict[str, Tensor]()
     folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.absolute().parent))
     try:
@@ -76,5 +77,11 @@ def write_importance(
                 found |= {names.of(f"{name}.weight"): inputs.gram.diagonal() for name in inputs.names}
     finally:
         shutil.rmtree(folder)
-    imatrix.write(out, found, tokens=tokens.numel(), seqlen=tokens.shape[1], text=Path(calib).name)
+    imatrix.write(
+        out,
+        found,
+        tokens=tokens.numel(),
+        seqlen=tokens.shape[1],
+        text=", ".join(Path(text.name).name for text in texts_of(calib)),
+    )
     return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(found), "tokens": tokens.numel()}

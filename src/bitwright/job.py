@@ -12,6 +12,7 @@ from bitwright.formats import chosen
 from bitwright.llamacpp.container import GgufFile, is_gguf
 from bitwright.llamacpp.imatrix import is_imatrix
 from bitwright.llamacpp.table import named
+from bitwright.mix import texts_of
 from bitwright.recipe import Recipe
 from bitwright.result import Progress, Result
 from bitwright.workplace import check_out
@@ -28,6 +29,7 @@ def planned(
 ) -> "Plan | NamePlan":  # fmt: skip
     """What will be done. Raises the InputError of whatever would stop it."""
     check_out(out)
+    texts_of(calib)  # what it says is checked here, before any work
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.block import Origin, Rounded, quantize_together
-from bitwright.calibration import batches
+from bitwright.calibration import Drawn, batches
 from bitwright.codec import decode
 from bitwright.ends import TOKENS, observe_embedding, observe_head, of_both
 from bitwright.inputs import Inputs
@@ -19,11 +19,11 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models import TOKENS_PER_BATCH
 from bitwright.planned import Planned
 from bitwright.preflight import Plan
-from bitwright.streams import CalibrationTokens, Streams, read_block
+from bitwright.streams import Streams, read_block
 from bitwright.temper import tempered
 
 
-def begin_rounded(plan: Plan, streams: Streams, tokens: CalibrationTokens) -> None:
+def begin_rounded(plan: Plan, streams: Streams, tokens: Drawn) -> None:
     """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
 
     Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
@@ -45,7 +45,7 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: CalibrationTokens) -> No
 
 
 def quantize_ends(
-    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: CalibrationTokens | None
+    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Drawn | None
 ) -> list[Rounded]:
     """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
 

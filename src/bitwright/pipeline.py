@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_together
+from bitwright.calibration import Drawn
 from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
@@ -36,7 +37,6 @@ from bitwright.result import Progress, Result
 from bitwright.sequential import quantize_in_order
 from bitwright.store import BlockStatistics, Store
 from bitwright.streams import (
-    CalibrationTokens,
     Streams,
     calibration_tokens,
     check_rotation,
@@ -74,7 +74,8 @@ def run(
     check_out(out)
     known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
     taken = plan.calibrated and known is None
-    tokens, notes = calibration_tokens(plan, calib, seed) if taken else (None, plan.notes)
+    tokens = calibration_tokens(plan, calib, seed) if taken else None
+    notes = plan.notes if tokens is None else tokens.notes
     check_rotation(plan)
     if store is not None and tokens is not None:
         check_one_shot(plan)
@@ -122,7 +123,7 @@ def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def _manifest(plan: Plan, tokens: CalibrationTokens | None, known: Store | Importance | None) -> dict[str, Any]:
+def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None) -> dict[str, Any]:
     """What unfinished work belongs to: the same source, recipe, calibration and code."""
     return {
         "statistics": "one-shot" if isinstance(known, Store) else "sequential",
@@ -157,7 +158,7 @@ def _file_of(plan: Plan, place: Workplace) -> AbstractContextManager[OneFile | N
 
 
 def _quantize_blocks(
-    plan: Plan, place: Workplace, file: OneFile | None, tokens: CalibrationTokens | None, store: Store | Importance | None,
+    plan: Plan, place: Workplace, file: OneFile | None, tokens: Drawn | None, store: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:  # fmt: skip
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
@@ -192,7 +193,7 @@ def _quantize_shard(
     index: int,
     source: Streams | Store | Importance | None,
     config: dict[str, Any],
-    tokens: CalibrationTokens | None,
+    tokens: Drawn | None,
 ) -> tuple[list[Entry], Callable[[], None]]:
     """Read and round one shard; streams move on to the next block. What is left: to write, verify and commit it."""
     depth, members = len(plan.skeleton), plan.shard(index)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration import batches, load_tokenizer, sample
+from bitwright.calibration import Drawn, batches, draw, load_tokenizer
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.folds import find_folds
@@ -25,14 +25,6 @@ from bitwright.ranges import Histogram
 from bitwright.result import Progress
 from bitwright.store import BlockStatistics, Store, code_version
 from bitwright.threads import each
-
-
-@dataclass(frozen=True)
-class CalibrationTokens:
-    """seen [S, T]: token ids that statistics are taken of; held_out [H, T]: those that only judge what was made of them."""
-
-    seen: Tensor
-    held_out: Tensor
 
 
 @dataclass
@@ -54,7 +46,7 @@ class Streams:
         return {name: torch.cat(batches) for name, batches in parts.items() if batches}
 
 
-def first_streams(plan: Plan, tokens: CalibrationTokens, saved: Mapping[str, Tensor] | None) -> Streams:
+def first_streams(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> Streams:
     """What the first block to be done is given: from the embeddings, or as saved by the run that is resumed.
 
     The outer parameters are loaded for a while, so that the skeleton knows how its blocks are called.
@@ -81,21 +73,18 @@ def first_streams(plan: Plan, tokens: CalibrationTokens, saved: Mapping[str, Ten
     return streams
 
 
-def calibration_tokens(plan: Plan, calib: str, seed: int) -> tuple[CalibrationTokens, tuple[str, ...]]:
-    """The tokens, and a note if there are fewer than asked for."""
+def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
+    """Of a text or several (see `mix`); notes: those of the plan, and on a text that gives fewer windows than asked for."""
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
         remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
         raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
-    tokenizer, more = load_tokenizer(plan.source), held_out_windows(plan.samples)
-    samples = plan.samples + more
-    tokens = sample(tokenizer, calib, samples=samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed)
-    notes = plan.notes
-    if len(tokens) < plan.samples:
-        notes += (f"the text gives {len(tokens)} calibration windows of {plan.seqlen} tokens, not {plan.samples}",)
-    seen = min(plan.samples, len(tokens) - min(more, len(tokens) // 8))
-    return CalibrationTokens(tokens[:seen], tokens[seen:]), notes
+    tokenizer, spare = load_tokenizer(plan.source), held_out_windows(plan.samples)
+    drawn = draw(
+        tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed, spare=spare
+    )
+    return replace(drawn, notes=plan.notes + drawn.notes)
 
 
 def held_out_windows(samples: int) -> int:
@@ -113,7 +102,7 @@ def check_rotation(plan: Plan) -> None:
     skeleton = Skeleton(plan.skeleton.config, torch.float32)
     ids = torch.arange(min(64, plan.seqlen))[None] % skeleton.config.get_text_config().vocab_size
     plain = replace(plan, rotation=None, skeleton=skeleton)
-    streams = first_streams(plain, CalibrationTokens(ids, ids[:0]), None)
+    streams = first_streams(plain, Drawn(ids, ids[:0]), None)
     plan.rotation.check(skeleton, read_block(plain, 0), streams.given[0])
 
 
@@ -154,7 +143,7 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     first = next((i for i in range(depth) if not store.has(i)), depth)
     if first == depth:
         return store
-    only = CalibrationTokens(tokens, tokens[:0])
+    only = Drawn(tokens, tokens[:0])
     streams = first_streams(plan, only, {"given": store.hidden(first)} if first else None)
     for index in range(first, depth):
         progress("statistics", index, depth)
