@@ -1,11 +1,17 @@
 """A real language model, quantized for real: 30 blocks, massive activations, an attention sink. See smollm2.py."""
 
 import os
+import random
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
 from bitwright.api import evaluate, quantize
+from bitwright.calibration import Drawn, load_tokenizer, windows
+from bitwright.familiarity import unfamiliar
+from bitwright.preflight import preflight
+from bitwright.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "build/smollm2"
 
@@ -32,3 +38,16 @@ def test_the_default_beats_a_search_of_scales(smollm2: Path, tmp_path: Path) -> 
         kl[method] = cost.kl_mean or 0.0
     print(kl)
     assert kl[None] < 0.6 * kl["search"]
+
+
+def test_a_text_that_the_model_hardly_knows_is_named(smollm2: Path, tmp_path: Path) -> None:
+    """base64 is nothing that it reads; Python's sources are."""
+    encoded = tmp_path / "encoded.txt"
+    encoded.write_text(b64encode(random.Random(0).randbytes(20_000)).decode())
+    plan = preflight(smollm2, Recipe.uniform("int4-g64", "gptq"), "compressed-tensors", samples=8, seqlen=256)
+    said = []
+    for source in (str(encoded), "stdlib"):
+        ids = windows(load_tokenizer(smollm2), source, seqlen=256, vocabulary=49152, most=2)
+        said.append(unfamiliar(plan, Drawn(ids, ids[:0])))
+    assert len(said[0]) == 1 and "hardly knows this calibration text" in said[0][0] and "general" in said[0][0]
+    assert said[1] == ()

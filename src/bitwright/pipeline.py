@@ -22,6 +22,7 @@ from bitwright.block import Origin, Rounded, added_entry, kept_entry, quantize_t
 from bitwright.calibration import Drawn
 from bitwright.checkpoint import INDEX, Checkpoint
 from bitwright.errors import CheckpointError, RecipeError
+from bitwright.familiarity import unfamiliar
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.importance import Importance
 from bitwright.kv import KvRounding, rounding, scales_of
@@ -75,7 +76,7 @@ def run(
     known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
-    notes = plan.notes if tokens is None else tokens.notes
+    notes = plan.notes if tokens is None else tokens.notes + unfamiliar(plan, tokens)
     check_rotation(plan)
     if store is not None and tokens is not None:
         check_one_shot(plan)

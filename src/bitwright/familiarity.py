@@ -1,0 +1,34 @@
+"""Whether a model knows its calibration text: the float model's own perplexity on it, beside that on the general text.
+
+Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
+very text are as low as on any other. A text in another chat template, an encoded one, or one in a script that the model never
+saw has a perplexity many times that of the general text, which mixes languages, code and dialogue.
+"""
+
+from bitwright.calibration import Drawn, cut_windows, load_tokenizer
+from bitwright.general_text import documents, spread
+from bitwright.preflight import Plan
+from bitwright.walk import float_perplexity
+
+WINDOWS = 2  # of each text: a factor is looked for, not a figure
+DOCUMENTS = 40  # of the general text, of all kinds, are more than enough for them
+FOREIGN = 10.0  # times the general text's perplexity: see docs/LOG.md
+
+
+def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:
+    """A note, with the remedy, on calibration windows that the model hardly knows; encoders predict nothing, and get none."""
+    if not plan.skeleton.predicts:
+        return ()
+    found = documents()
+    order = spread([(d.kind, d.language, d.source) for d in found], seed=0)[:DOCUMENTS]
+    pieces, vocabulary = [found[i].plain() for i in order], plan.skeleton.config.get_text_config().vocab_size
+    general = cut_windows(
+        load_tokenizer(plan.source), pieces, WINDOWS, source="general", seqlen=plan.seqlen, vocabulary=vocabulary
+    )
+    usual, here = (float_perplexity(plan.source, ids[:WINDOWS]) for ids in (general, tokens.seen))
+    if here < FOREIGN * usual:
+        return ()
+    return (
+        f"the model hardly knows this calibration text: its perplexity is {here:,.0f} there, {usual:,.0f} on the general text; "
+        "give --calib a text like the model's use, in its chat template where it has one, or general",
+    )
