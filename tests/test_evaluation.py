@@ -21,6 +21,8 @@ from bitwright.chat_text import chat_windows, conversations
 from bitwright.cli import app
 from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation import Evaluation
+from bitwright.report import evaluation_table
+from bitwright.terminal import console
 from bitwright.verdict import ALONE, BANDS, band, short_name, verdict
 from bitwright.walk import Walk, float_perplexity
 from conftest import make_checkpoint, save_tokenizer
@@ -414,6 +416,16 @@ def test_what_is_said() -> None:
     one_window = numbers(kl_stderr=float("nan"), perplexity_stderr=float("nan"))
     assert "Mean KL 0.01230 nats" in verdict([one_window])[0] and "perplexity 10.91, the" in verdict([one_window])[0]
     assert len(verdict([numbers(), numbers(kl_mean=0.6)])) == 3 and ": poor." in verdict([numbers(kl_mean=0.6)])[0]
+
+
+def test_a_broken_model_breaks_no_words_either() -> None:
+    broken = numbers(
+        perplexity=3.2e23, perplexity_stderr=float("nan"), perplexity_ratio=3.1e22, kl_mean=41.5, kl_p999=99.5
+    )
+    with console.capture() as shown:
+        console.print(evaluation_table([broken, numbers(perplexity=float("inf"), perplexity_ratio=float("inf"))]))
+    row = next(line.split() for line in shown.get().splitlines() if "e+23" in line)
+    assert row == ["wiki.txt", "3.20e+23", "3.10e+22", "41.50000", "0.2000", "99.5000", "93.0", "%"]
 
 
 @pytest.mark.parametrize("several", [False, True])

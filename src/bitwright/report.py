@@ -80,7 +80,7 @@ def evaluation_table(found: Sequence[Evaluation]) -> Table:
         ]
         return table("Evaluation", ("text", "tokens", "perplexity"), rows)
     beside = [
-        (name, f"{one.perplexity:,.2f}", with_error(one.perplexity_ratio, None, 4), with_error(one.kl_mean, None, 5),
+        (name, with_error(one.perplexity, None, 2), with_error(one.perplexity_ratio, None, 4), with_error(one.kl_mean, None, 5),
          with_error(one.kl_p99, None, 4), with_error(one.kl_p999, None, 4), f"{100 * (one.top1 or 0):.1f} %")
         for name, one in zip(names, found, strict=True)
     ]  # fmt: skip

@@ -46,8 +46,14 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
     """A number and its standard error, if it has one."""
     if value is None:
         return "–"
-    known = error is not None and math.isfinite(error)
-    return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if known else "")
+    if error is None or not math.isfinite(error):
+        return _written(value, digits)
+    return f"{_written(value, digits)} ± {_written(error, digits)}"
+
+
+def _written(number: float, digits: int) -> str:
+    """A broken model's perplexity may have any size."""
+    return f"{number:,.{digits}f}" if abs(number) < 1e6 else f"{number:.2e}"
 
 
 def short_name(text: str, most: int = 24) -> str:
