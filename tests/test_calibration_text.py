@@ -233,7 +233,7 @@ def test_a_text_that_is_too_short_for_its_share_is_noted(two: tuple[str, str], t
     tokenizer = load_tokenizer(MODEL)
     drawn = draw(tokenizer, f"{two[0]},{short}", samples=40, seqlen=16, **LIMIT)
     (note,) = drawn.notes
-    assert str(short) in note and "not 20" in note and 20 < len(drawn.tokens) < 40
+    assert str(short) in note and "not 20" in note and 20 < len(drawn.seen) < 40
     (note,) = draw(tokenizer, str(short), samples=40, seqlen=16, **LIMIT).notes
     assert note.startswith("the text gives") and "not 40" in note
     with pytest.raises(CalibrationError, match="shorter than one window"):

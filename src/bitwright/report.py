@@ -2,14 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bitwright.evaluation import Evaluation
 from bitwright.ledger import QUANTIZED, Entry
 from bitwright.page import Candidate, Original, pareto, winner
 from bitwright.verdict import short_name, with_error
+
+if TYPE_CHECKING:
+    from bitwright.evaluation import Evaluation
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -70,7 +73,7 @@ def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Tab
     return table("KL to the original in nats a token; * statistics block by block", header, rows)
 
 
-def evaluation_table(found: Sequence[Evaluation]) -> Table:
+def evaluation_table(found: "Sequence[Evaluation]") -> Table:
     """A row for each text: perplexity, and beside a reference its ratio to that one's, KL's mean and quantiles, top-1."""
     names = [short_name(one.text, 16) for one in found]
     if any(one.kl_mean is None for one in found):

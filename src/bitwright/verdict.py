@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitwright.evaluation import Evaluation
+if TYPE_CHECKING:
+    from bitwright.evaluation import Evaluation
+
 
 # Mean KL below so many nats a token, and what that means for a model's use.
 BANDS = (
@@ -22,7 +25,7 @@ def band(kl: float) -> str:
     return next((words for below, words in BANDS if kl < below), BANDS[-1][1])
 
 
-def verdict(found: Sequence[Evaluation]) -> list[str]:
+def verdict(found: "Sequence[Evaluation]") -> list[str]:
     """Sentences about texts that were judged together: one for each and how to read them, if there was a reference."""
     if any(one.kl_mean is None for one in found):
         return [ALONE]
@@ -31,7 +34,7 @@ def verdict(found: Sequence[Evaluation]) -> list[str]:
     return [*(_sentence(one, one.kl_mean) for one in found if one.kl_mean is not None), scale]
 
 
-def _sentence(one: Evaluation, kl: float) -> str:
+def _sentence(one: "Evaluation", kl: float) -> str:
     """One text's outcome."""
     own = with_error(one.perplexity, one.perplexity_stderr, 2)
     theirs = with_error(one.reference_perplexity, one.reference_perplexity_stderr, 2)
