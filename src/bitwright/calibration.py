@@ -66,9 +66,7 @@ def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int) -> Ten
     model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
     do not fit the model's vocabulary.
     """
-    pieces = cut_at_lines(
-        read_text(source), 1 << 18
-    )  # a long text at once would take a hundred bytes of memory a token
+    pieces = cut_at_lines(read_text(source), 1 << 18)  # all at once would take a hundred bytes of memory a token
     return _cut(tokenizer, pieces, None, source=source, seqlen=seqlen, vocabulary=vocabulary)
 
 
@@ -80,7 +78,7 @@ def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: i
     """
     texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
     for i, (text, count) in enumerate(zip(texts, windows_of(texts, samples, calib), strict=True)):
-        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, seed)
+        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, vocabulary, seed)
         found = _cut(tokenizer, pieces, count, source=text.name, seqlen=seqlen, vocabulary=vocabulary)
         if len(found) < count:
             which = f"text {text.name!r}" if len(texts) > 1 else "text"
@@ -96,10 +94,10 @@ def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary:
     return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).tokens
 
 
-def _shuffled(tokenizer: Any, source: str, size: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
     """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
     if source == "general":
-        return general_pieces(tokenizer, size, seed)
+        return general_pieces(tokenizer, size=size, vocabulary=vocabulary, seed=seed)
     pieces = cut_at_lines(read_text(source), size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pieces[i] for i in order], ()
