@@ -112,11 +112,17 @@ def test_every_window_begins_with_the_one_opening_token() -> None:
 )
 def test_without_a_template_that_serves_dialogues_are_paragraphs(template: str | None) -> None:
     tokenizer = chat_tokenizer(template)
-    pieces, notes = general_pieces(tokenizer, 1 << 20, 0)
+    pieces, notes = general_pieces(tokenizer, size=1 << 20, vocabulary=1 << 20, seed=0)
     assert notes == ((NO_TEMPLATE,) if template else ())
     dialogue = next(d for d in documents() if d.turns)
     (_, question), (_, answer), *_ = dialogue.turns
     assert any(piece.startswith(f"User: {question}\n\nAssistant: {answer}\n\n") for piece in pieces)
+
+
+def test_a_template_of_tokens_that_the_model_lacks_is_passed_over() -> None:
+    drawn = draw(chat_tokenizer(), "general", samples=24, seqlen=512, vocabulary=257, seed=0)
+    assert drawn.notes == (NO_TEMPLATE,) and int(drawn.seen.max()) == 256
+    assert draw(chat_tokenizer(), "general", samples=24, seqlen=512, vocabulary=259, seed=0).notes == ()
 
 
 def test_few_windows_span_kinds_and_languages() -> None:

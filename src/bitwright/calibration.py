@@ -84,7 +84,7 @@ def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: i
     texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
     held_out: list[Tensor] = []
     for i, (text, count) in enumerate(zip(texts, windows_of(texts, samples, calib), strict=True)):
-        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, seed)
+        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, vocabulary, seed)
         extra = ceil(text.share * spare)
         found = cut_windows(tokenizer, pieces, count + extra, source=text.name, seqlen=seqlen, vocabulary=vocabulary)
         if len(found) < count:
@@ -103,10 +103,10 @@ def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary:
     return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).seen
 
 
-def _shuffled(tokenizer: Any, source: str, size: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
     """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
     if source == "general":
-        return general_pieces(tokenizer, size, seed)
+        return general_pieces(tokenizer, size=size, vocabulary=vocabulary, seed=seed)
     pieces = cut_at_lines(read_text(source), size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pieces[i] for i in order], ()

@@ -240,9 +240,11 @@ def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings,
     served = [c for c in contests if c.statistics(shared, settings) == shared]
     if served:
         plan = served[0].plan
-        tokens = calibration_tokens(plan, settings.calib, settings.seed).seen
-        taken = one_shot(plan, shared, tokens, lambda _, done, __: meter.part("statistics of the float model", done))
-        notes += taken.notes
+        drawn = calibration_tokens(plan, settings.calib, settings.seed)
+        taken = one_shot(
+            plan, shared, drawn.seen, lambda _, done, __: meter.part("statistics of the float model", done)
+        )
+        notes += [*drawn.notes[len(plan.notes) :], *taken.notes]
         return_memory()
     meter.next(len(contests[0].plan.skeleton))
     return notes

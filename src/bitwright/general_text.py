@@ -62,10 +62,10 @@ def plain_text() -> str:
     return "".join(found[i].plain() for i in spread([_keys(d) for d in found], seed=0))
 
 
-def general_pieces(tokenizer: Any, size: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+def general_pieces(tokenizer: Any, *, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
     """The text in pieces of at most about `size` characters, in an order that a seed picks, every kind and language
-    everywhere; and a note where the tokenizer has a chat template that is of no use."""
-    chats = _chats(tokenizer)
+    everywhere; and a note where the tokenizer has a chat template that is of no use, given the model's vocabulary."""
+    chats = _chats(tokenizer, vocabulary)
     pieces, keys = list[str](), list[tuple[str, ...]]()
     for document in documents():
         cut = cut_at_lines(document.chat(tokenizer) if chats else document.plain(), size)
@@ -115,8 +115,8 @@ def cut_at_lines(text: str, size: int) -> list[str]:
     return pieces
 
 
-def _chats(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template that renders four turns of text, nothing left out."""
+def _chats(tokenizer: Any, vocabulary: int) -> bool:
+    """Whether the tokenizer has a chat template that renders four turns of text, nothing left out, in the model's tokens."""
     if not tokenizer.chat_template:
         return False
     try:
@@ -127,7 +127,8 @@ def _chats(tokenizer: Any) -> bool:
         TypeError,
     ):  # refuses roles or plain strings; several templates, none the default
         return False
-    return all(turn["content"] in text for turn in PROBE)
+    known = max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0) < vocabulary
+    return known and all(turn["content"] in text for turn in PROBE)
 
 
 def _rendered(tokenizer: Any, turns: Turns) -> str:
