@@ -14,7 +14,7 @@ from bitwright.inputs import Gathering
 from bitwright.loss import loss
 from bitwright.methods import gptaq, gptq
 from bitwright.methods.gptaq import corrected
-from bitwright.observe import BlockRun, FloatStream, Group, groups_of, observe
+from bitwright.observe import BlockRun, FloatStream, Group, _towards, groups_of, observe
 from bitwright.recipe import Rule
 from bitwright.scheme import Scheme
 from bitwright.statistics import CHUNK, Cross
@@ -183,15 +183,37 @@ def test_a_float_stream_is_the_same_kept_or_computed_anew(
     assert all(torch.equal(run(before), after) for before, after in zip(batches, stream.batches, strict=True))
 
 
-@pytest.mark.parametrize(("family", "adds"), [("gpt2", 2), ("gpt_neox", 2), ("phi", 2), ("gemma", 2), ("gemma2", 0)])
-def test_what_is_added_to_the_residual_stream_is_found(family: str, adds: int, text: str, tmp_path: Path) -> None:
-    """Also side by side (GPT-NeoX, Phi); behind norms of their own (Gemma 2) outputs are not added as they are."""
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "gemma", "gemma2", "gemma3_text"])
+def test_what_is_added_to_the_residual_stream_is_found(family: str, tmp_path: Path) -> None:
+    """Also side by side (GPT-NeoX, Phi), and behind norms of their own (Gemma 2 and 3)."""
     walk = Walk(make_checkpoint(tmp_path / "model", family, torch.float32))
     walk.load(walk.skeleton.outer_names())
     hidden = walk.skeleton.embed(torch.arange(32)[None])
     walk.load(walk.skeleton.state_names(0))
     groups: list[Group] = groups_of(BlockRun(walk.skeleton, 0), hidden, list(walk.skeleton.linears(0)))
-    assert sum(group.behind is not None for group in groups) == adds
+    added = [group for group in groups if group.behind is not None]
+    assert [len(group.behind or ()) for group in added] == [0, 1]
+    assert all(bool(group.norm) == (family in ("gemma2", "gemma3_text")) for group in added)
+
+
+def test_behind_a_norm_the_stream_is_brought_back_too(text: str, tmp_path: Path) -> None:
+    """What o_proj is to give, through the norm behind it, makes the quantized model's stream the float one's."""
+    walk = Walk(make_checkpoint(tmp_path / "model", "gemma2", torch.float32))
+    ids = windows(load_tokenizer(walk.folder), text, seqlen=32, vocabulary=257)[:4]
+    walk.load(walk.skeleton.outer_names())
+    given = walk.skeleton.embed(ids)
+    walk.load(walk.skeleton.state_names(0))
+    run = BlockRun(walk.skeleton, 0)
+    group = groups_of(run, given, list(walk.skeleton.linears(0)))[1]
+    name, original = group.names[0], given + 0.05 * torch.randn_like(given)
+    mine, theirs = (run.record(h, [name], [group.norm]) for h in (given, original))
+    ahead, _ = _towards(walk.skeleton, group, mine.inputs[name], given, (original, theirs.inputs[name]))
+    assert ahead is not None
+    meant = original + theirs.outputs[group.norm]
+    module, norm = (walk.skeleton.model.get_submodule(n) for n in (name, group.norm))
+    wanted = module(theirs.inputs[name]) + ahead
+    slope = norm(module(mine.inputs[name])) / module(mine.inputs[name])
+    torch.testing.assert_close(given + wanted * slope, meant, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_comes_nearer_to_the_original(llama: Path, text: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from bitwright.kv import KvCache
 from bitwright.models import Skeleton, matrix_of
 
 SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
+REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for
 KEPT_BYTES = 512 << 20  # of the float model's activations in a block; where there are more, they are computed anew
 
 
@@ -34,11 +35,12 @@ class Group:
     """Modules that are handed the very same tensor, by full name.
 
     behind: where the output is added to the residual stream, the modules of the block whose outputs have been added to it
-    before; None: it goes elsewhere.
+    before; None: it goes elsewhere. norm: a root mean square norm that the output passes before it is added (Gemma), or "".
     """
 
     names: tuple[str, ...]
     behind: tuple[str, ...] | None = None
+    norm: str = ""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class BlockRun:
         self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
     ) -> "Recorded":
         """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed."""
-        seen, modules = Recorded({}, {}), self.skeleton.linears(self.index)
+        seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
         wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
 
         def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -74,9 +76,9 @@ class BlockRun:
                 raise Enough
 
         hooks = [
-            modules[name].register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
+            module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
             if into is seen.inputs
-            else modules[name].register_forward_hook(lambda _, __, out, n=name: keep(seen.outputs, n, out))
+            else module(name).register_forward_hook(lambda _, __, out, n=name: keep(seen.outputs, n, out))
             for into, name in wanted
         ]
         try:
@@ -114,17 +116,27 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
 
     BitwrightError for a module that is not reached.
     """
-    linears = run.skeleton.linears(run.index)
-    modules = [name for name in linears if name in wanted]
-    seen = run.record(window, modules, linears, whole=True)
+    linears, norms = list(run.skeleton.linears(run.index)), _norms(run)
+    seen = run.record(window, [*(n for n in linears if n in wanted), *norms], [*linears, *norms], whole=True)
     readers: dict[int, list[str]] = {}
-    for name, tensor in seen.inputs.items():
-        readers.setdefault(id(tensor), []).append(name)
-    writers = _writers(window, seen)
-    return [Group(tuple(names), _behind(names, writers)) for names in readers.values()]
+    for name in linears:
+        if name in wanted:
+            readers.setdefault(id(seen.inputs[name]), []).append(name)
+    order = {name: at for at, name in enumerate(seen.inputs)}
+    written = _written(window, seen)
+    groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
+    return sorted(groups, key=lambda group: order[group.names[0]])
 
 
-def _writers(window: Tensor, seen: Recorded) -> tuple[str, ...]:
+def _norms(run: BlockRun) -> list[str]:
+    """The block's modules with one weight vector."""
+    named = run.skeleton.blocks[run.index].named_modules()
+    prefix = f"{run.skeleton.block_prefix}.{run.index}."
+    vectors = ((name, dict(module.named_parameters(recurse=False)).get("weight")) for name, module in named if name)
+    return [prefix + name for name, weight in vectors if weight is not None and weight.ndim == 1]
+
+
+def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
     """The modules whose outputs, added to what the block is given, are what it gives; none if there are no such modules."""
     assert seen.out is not None
     written = seen.out.float() - window.float()
@@ -137,8 +149,33 @@ def _writers(window: Tensor, seen: Recorded) -> tuple[str, ...]:
     return ()
 
 
-def _behind(names: Sequence[str], writers: tuple[str, ...]) -> tuple[str, ...] | None:
-    return writers[: writers.index(names[0])] if len(names) == 1 and names[0] in writers else None
+def _group(
+    run: BlockRun, names: tuple[str, ...], written: tuple[str, ...], norms: Sequence[str], seen: Recorded
+) -> Group:
+    """Whether and how the output of a group of one reaches the residual stream."""
+    if len(names) > 1:
+        return Group(names)
+    out = seen.outputs[names[0]]
+    if names[0] in written:
+        return Group(names, written[: written.index(names[0])])
+    norm = next((n for n in norms if n in written and seen.inputs[n] is out), "")
+    if not norm:
+        return Group(names)
+    meant = out.float() * _slope(run.skeleton, norm, out.float())
+    moved = float((seen.outputs[norm].float() - meant).norm())
+    same = moved < SAME * float(meant.norm())  # no mean is taken away, nothing is added
+    return Group(names, written[: written.index(norm)], norm) if same else Group(names)
+
+
+def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
+    """γ / rms(out), what a root mean square norm multiplies out [..., H] by, float32: as it does, its epsilon included."""
+    module = skeleton.model.get_submodule(norm)
+    dtype, tiny = module.get_parameter("weight").dtype, torch.finfo(torch.float32).tiny
+    with torch.no_grad():
+        gamma = module(torch.ones(1, out.shape[-1], dtype=dtype, device=out.device)).float()
+        scaled = gamma * out
+        times = (module(out.to(dtype)).float() * scaled).sum(-1, keepdim=True)
+    return gamma * (times / scaled.square().sum(-1, keepdim=True).clamp(min=tiny))
 
 
 class FloatStream:
@@ -200,23 +237,45 @@ def observe(
             if b == 0:
                 gatherings[name] = Gathering.of(x, detailed=detailed, expected=expected)
                 gatherings[name].names += group.names
-            original, ahead, counting = None, None, None
-            if floats is not None:
-                other = floats.of(b, group)
-                original = other.inputs[name]
-                if group.behind is not None:
-                    ahead = other.residual(floats.batches[b], group) - seen.residual(batch, group)
-            if by_residual and group.behind is not None:
-                after = seen.residual(batch, group) + _product(run.skeleton, name, x)
-                counting = 1 / after.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            gatherings[name].update(x, original, ahead, counting)
+            other = None if floats is None else floats.of(b, group)
+            ahead, counting = None, None
+            if group.behind is not None and (other is not None or by_residual):
+                stream = None if other is None or floats is None else other.residual(floats.batches[b], group)
+                pair = None if other is None or stream is None else (stream, other.inputs[name])
+                ahead, counting = _towards(run.skeleton, group, x, seen.residual(batch, group), pair)
+            original = None if other is None else other.inputs[name]
+            gatherings[name].update(x, original, ahead, counting if by_residual else None)
     return [gathering.value() for gathering in gatherings.values()]
 
 
+def _towards(
+    skeleton: Skeleton, group: Group, x: Tensor, stream: Tensor, float_pair: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, Tensor]:
+    """What the output is to make up for [B, T, N], beside its own float value; how much each token's error counts [B, T].
+
+    x: the input; stream: what the output will be added to; float_pair: both of the float model's, the stream first.
+    """
+    name = group.names[0]
+    out = _product(skeleton, name, x)
+    slope = _slope(skeleton, group.norm, out) if group.norm else torch.ones(())
+    counting = 1 / (stream + out * slope).square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    if group.norm:
+        counting = counting / out.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    if float_pair is None:
+        return None, counting
+    if not group.norm:
+        return float_pair[0] - stream, counting
+    meant = _product(skeleton, name, float_pair[1])
+    ahead = (float_pair[0] + meant * _slope(skeleton, group.norm, meant) - stream) / slope - meant
+    reached = slope.abs() > REACHED * slope.abs().amax(-1, keepdim=True)
+    return ahead.where(reached, torch.zeros(())), counting
+
+
 def _product(skeleton: Skeleton, name: str, x: Tensor) -> Tensor:
-    """What module `name` makes of x [..., K] on the weight that the skeleton holds [..., N], less its bias; float32."""
+    """What module `name` makes of x [..., K] on the weight that the skeleton holds [..., N], float32."""
     module = skeleton.model.get_submodule(name)
-    return functional.linear(x, matrix_of(module, module.get_parameter("weight"))).float()
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    return functional.linear(x, matrix_of(module, module.get_parameter("weight")), bias).float()
 
 
 def _shape(module: torch.nn.Module) -> torch.Size:
