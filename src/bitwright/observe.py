@@ -66,7 +66,10 @@ class BlockRun:
     def record(
         self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
     ) -> "Recorded":
-        """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed."""
+        """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed.
+
+        A module that is not reached is missing from what is given back.
+        """
         seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
         wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
 
@@ -87,7 +90,6 @@ class BlockRun:
         finally:
             for hook in hooks:
                 hook.remove()
-        _all_seen({name for into, name in wanted if name not in into})
         return seen
 
 
@@ -118,6 +120,7 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
     """
     linears, norms = list(run.skeleton.linears(run.index)), _norms(run)
     seen = run.record(window, [*(n for n in linears if n in wanted), *norms], [*linears, *norms], whole=True)
+    _all_seen(set(wanted) - seen.inputs.keys())
     readers: dict[int, list[str]] = {}
     for name in linears:
         if name in wanted:
@@ -231,6 +234,7 @@ def observe(
         seen = run.record(
             batch, [group.names[0] for group in groups], {n for group in groups for n in group.behind or ()}
         )
+        _all_seen({group.names[0] for group in groups} - seen.inputs.keys())
         for group in groups:
             name = group.names[0]
             x = seen.inputs.pop(name)
