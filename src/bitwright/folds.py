@@ -130,7 +130,7 @@ def _listen(skeleton: Skeleton, index: int, hidden: Tensor) -> tuple[_Heard, Ten
     for name, module in _named(skeleton, index):
         if name in linears:
             hooks.append(module.register_forward_pre_hook(lambda _, args, n=name: heard.read.update({n: args[0]})))
-        elif _is_norm(module):
+        elif is_norm(module):
             hooks.append(module.register_forward_hook(lambda _, __, out, n=name: heard.gave.update({n: out})))
     try:
         plain = skeleton.run(index, hidden)
@@ -146,7 +146,8 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
     return ((f"{prefix}.{name}", module) for name, module in skeleton.blocks[index].named_modules() if name)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has one weight vector of its own."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     return weight is not None and weight.ndim == 1
 

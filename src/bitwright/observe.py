@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.errors import BitwrightError
+from bitwright.folds import is_norm
 from bitwright.inputs import Gathering, Inputs
 from bitwright.intake import Intake
 from bitwright.kv import KvCache
@@ -133,10 +134,8 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
 
 def _norms(run: BlockRun) -> list[str]:
     """The block's modules with one weight vector."""
-    named = run.skeleton.blocks[run.index].named_modules()
-    prefix = f"{run.skeleton.block_prefix}.{run.index}."
-    vectors = ((name, dict(module.named_parameters(recurse=False)).get("weight")) for name, module in named if name)
-    return [prefix + name for name, weight in vectors if weight is not None and weight.ndim == 1]
+    prefix, named = f"{run.skeleton.block_prefix}.{run.index}.", run.skeleton.blocks[run.index].named_modules()
+    return [prefix + name for name, module in named if name and is_norm(module)]
 
 
 def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
