@@ -134,13 +134,19 @@ def test_tokens_count_as_they_are_told_to() -> None:
         torch.testing.assert_close(product, left.T @ weighted / 400, rtol=1e-4, atol=1e-5)
 
 
-def test_observing_both_streams(llama: Path, text: str) -> None:
-    """With the same activations in both streams nothing has drifted; with others, that is what the statistics say."""
-    walk = Walk(llama)
-    ids = windows(load_tokenizer(llama), text, seqlen=32, vocabulary=walk.skeleton.config.vocab_size)[:8]
+def at_first_block(model: Path, text: str) -> tuple[Walk, list[Tensor]]:
+    """A model with its first block loaded, and what that is given for 8 windows, in two batches."""
+    walk = Walk(model)
+    ids = windows(load_tokenizer(model), text, seqlen=32, vocabulary=walk.skeleton.config.vocab_size)[:8]
     walk.load(walk.skeleton.outer_names())
     batches = [walk.skeleton.embed(part) for part in ids.split(4)]
     walk.load(walk.skeleton.state_names(0))
+    return walk, batches
+
+
+def test_observing_both_streams(llama: Path, text: str) -> None:
+    """With the same activations in both streams nothing has drifted; with others, that is what the statistics say."""
+    walk, batches = at_first_block(llama, text)
     run = BlockRun(walk.skeleton, 0)
     groups = groups_of(run, batches[0], list(walk.skeleton.linears(0)))
     assert [len(group.names) for group in groups] == [3, 1, 2, 1]
@@ -167,11 +173,7 @@ def test_a_float_stream_is_the_same_kept_or_computed_anew(
     kept: int, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitwright.observe.KEPT_BYTES", kept)
-    walk = Walk(llama)
-    ids = windows(load_tokenizer(llama), text, seqlen=32, vocabulary=walk.skeleton.config.vocab_size)[:8]
-    walk.load(walk.skeleton.outer_names())
-    batches = [walk.skeleton.embed(part) for part in ids.split(4)]
-    walk.load(walk.skeleton.state_names(0))
+    walk, batches = at_first_block(llama, text)
     run = BlockRun(walk.skeleton, 0)
     groups = groups_of(run, batches[0], list(walk.skeleton.linears(0)))
     stream = FloatStream(run, list(batches), groups)

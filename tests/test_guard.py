@@ -78,6 +78,17 @@ def test_a_method_that_only_fits_its_tokens_is_caught_at_the_block(
         assert e.block_error > 10 * e.block_error_search
 
 
+def test_a_replacement_does_not_hide_another_fallback(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that do not fill q4_k's blocks get another type: that is still said where the block is replaced."""
+    monkeypatch.setitem(METHODS, "gptq", fitted_to_what_it_saw)
+    out = tmp_path / "out.gguf"
+    done = quantize(llama, out, scheme="q4_k_m", method="gptq", calib=text, samples=1, seqlen=32)
+    replaced = [fallback for fallback in done.fallbacks if "on windows that it did not see" in fallback]
+    assert replaced and all("do not fill its blocks" in fallback for fallback in replaced)
+
+
 def test_broken_tuning_is_caught_at_the_block(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

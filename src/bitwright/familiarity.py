@@ -1,12 +1,13 @@
 """Whether a model knows its calibration text: the float model's own perplexity on it, beside that on the general text.
 
 Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
-very text are as low as on any other. A text in another chat template, an encoded one, or one in a script that the model never
-saw has a perplexity many times that of the general text, which mixes languages, code and dialogue.
+very text are as low as on any other. An encoded text, or words in no order, have a perplexity many times that of the general
+text, which mixes languages, code and dialogue. Not so a script that the model never learnt: the bytes of one character
+foretell each other (docs/LOG.md).
 """
 
 from bitwright.calibration import Drawn, cut_windows, load_tokenizer
-from bitwright.general_text import documents, spread
+from bitwright.general_text import mixed_documents
 from bitwright.preflight import Plan
 from bitwright.walk import float_perplexity
 
@@ -19,9 +20,10 @@ def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:
     """A note, with the remedy, on calibration windows that the model hardly knows; encoders predict nothing, and get none."""
     if not plan.skeleton.predicts:
         return ()
-    found = documents()
-    order = spread([(d.kind, d.language, d.source) for d in found], seed=0)[:DOCUMENTS]
-    pieces, vocabulary = [found[i].plain() for i in order], plan.skeleton.config.get_text_config().vocab_size
+    pieces, vocabulary = (
+        [d.plain() for d in mixed_documents()[:DOCUMENTS]],
+        plan.skeleton.config.get_text_config().vocab_size,
+    )
     general = cut_windows(
         load_tokenizer(plan.source), pieces, WINDOWS, source="general", seqlen=plan.seqlen, vocabulary=vocabulary
     )

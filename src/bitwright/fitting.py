@@ -18,7 +18,7 @@ from bitwright.threads import each
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
 SLAB = 1 << 21  # weights rounded at a time: enough to be worth a call, in little memory
-SAMPLED_ROWS = 64  # at least so many tell what round to nearest would lose
+SAMPLED_ROWS = 64  # at least so many tell what a method loses
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,15 @@ def _document(d: dict[str, Any]) -> Document:
     return Document(d["kind"], d["language"], d["source"], d.get("text", ""), turns)
 
 
+def mixed_documents() -> list[Document]:
+    """All documents, kinds and languages mixed."""
+    found = documents()
+    return [found[i] for i in spread([_keys(d) for d in found], seed=0)]
+
+
 def plain_text() -> str:
     """All words, kinds and languages mixed."""
-    found = documents()
-    return "".join(found[i].plain() for i in spread([_keys(d) for d in found], seed=0))
+    return "".join(document.plain() for document in mixed_documents())
 
 
 def general_pieces(tokenizer: Any, *, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codec import decode
-from bitwright.fitting import fit_by, metric_of
+from bitwright.fitting import SAMPLED_ROWS, fit_by, metric_of
 from bitwright.inputs import Inputs
 from bitwright.loss import energy, ratio
 from bitwright.methods import ASYMMETRIC
@@ -22,10 +22,8 @@ from bitwright.qtensor import QTensor, rows
 
 PLAINER: dict[str, tuple[str, ...]] = {"rtn": (), "search": ("rtn",)}  # what a method is held against
 BOTH = ("rtn", "search")  # what every other one is
-ROWS = 64  # of a matrix, at least, that tell what a method loses
 BETTER = 0.99  # of a method's loss is what a plainer one's must be below: a sample of the rows tells it
 BETTER_BLOCK = 0.95  # of a block's error: a few windows tell it, and at 8 bits most of it came in with the inputs
-
 NEGLIGIBLE = 1e-5  # a block's error that no one need be told of: outputs are right to three digits
 
 
@@ -44,7 +42,7 @@ def judge(dtype: torch.dtype, t: Planned, w: Tensor, q: QTensor, inputs: Inputs)
     """
     assert t.rule is not None
     method = t.rule.method
-    step = max(1, len(w) // ROWS)
+    step = max(1, len(w) // SAMPLED_ROWS)
     some, metric = w[::step].float(), metric_of(dtype, inputs)
     tried = {method: rows(q, 0, len(w), step)}
     tried |= {name: fit_by(name, dtype, t, some, inputs).outcome.q for name in PLAINER.get(method, BOTH)}

@@ -76,7 +76,9 @@ def run(
     known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
-    notes = plan.notes if tokens is None else tokens.notes + unfamiliar(plan, tokens)
+    notes = plan.notes if tokens is None else tokens.notes
+    if tokens is not None and calib != "general":  # what the text is compared with
+        notes += unfamiliar(plan, tokens)
     check_rotation(plan)
     if store is not None and tokens is not None:
         check_one_shot(plan)

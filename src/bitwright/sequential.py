@@ -47,9 +47,11 @@ def quantize_in_order(
             searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
     if original is not None and streams.original is not None:
         original.move_on()
-        done = tune_block(plan, index, done, weights, streams.given, streams.original)
-        skeleton.load(weights)
-        take(run, skeleton, done)
+        tuned = tune_block(plan, index, done, weights, streams.given, streams.original)
+        if tuned is not done:  # it has had the block's own weights
+            done = tuned
+            skeleton.load(weights)
+            take(run, skeleton, done)
     wanted = [floats(batch) for batch in (streams.held if streams.held_original is None else streams.held_original)]
     if guarded:
         take(plain, skeleton, searched)
@@ -101,4 +103,5 @@ def _instead(old: Rounded, new: Rounded, why: str) -> Rounded:
     """A matrix by search instead of what was asked for."""
     if old.entry.method == new.entry.method:
         return old
-    return replace(new, entry=replace(new.entry, fallback=f"{old.entry.method} -> {new.entry.method}: {why}"))
+    why = f"{old.entry.method} -> {new.entry.method}: {why}"
+    return replace(new, entry=replace(new.entry, fallback="; ".join(filter(None, (new.entry.fallback, why)))))

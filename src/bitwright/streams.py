@@ -115,10 +115,11 @@ def look(
     """
     recipe, skeleton = plan.recipe, plan.skeleton
     cache = KvCache((Histogram(), Histogram())) if everything or recipe.kv_cache else None
-    run = BlockRun(skeleton, index, intakes=rotations(layers), cache=cache)
-    with skeleton.taking_in(rotations(layers)):
+    turned = rotations(layers)
+    run = BlockRun(skeleton, index, intakes=turned, cache=cache)
+    with skeleton.taking_in(turned):
         folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
-    groups = groups_of(BlockRun(skeleton, index, intakes=rotations(layers)), given[0][:1], layers)
+    groups = groups_of(BlockRun(skeleton, index, intakes=turned), given[0][:1], layers)
     inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
     heard = cache.listening if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
