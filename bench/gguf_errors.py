@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.gguf_vs_llamacpp import prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
-from bitwright.llamacpp.artefact import GgufArtefact
-from bitwright.llamacpp.imatrix import read
+from bitwright.gguf.imatrix import read
+from bitwright.models.gguf_source import GgufArtefact
 
 TYPES = "Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,TQ2_0"
 

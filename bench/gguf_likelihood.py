@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bench.gguf_vs_llamacpp import MIXES, WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
-from bitwright.calibration import batches
-from bitwright.models import TOKENS_PER_BATCH
-from bitwright.walk import Walk
+from bitwright.calibration.windows import batches
+from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.models.walk import Walk
 
 
 def compared(walk: Walk, file: Path, hidden: list[Tensor], ids: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bench.gguf_vs_llamacpp import WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
-from bitwright.llamacpp.engine import ENGINE
-from bitwright.walk import Walk
+from bitwright.gguf.input_rounding import ENGINE
+from bitwright.models.walk import Walk
 
 
 def log_p(file: Path, ids: Tensor, engine: str | None, nudge: float = 0.0) -> Tensor:

@@ -24,11 +24,11 @@ from torch import Tensor
 import bitwright
 from bench.gguf_vs_llamacpp import WINDOW, judged_by_llama, judged_windows, llama_perplexity, losses, prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
-from bitwright.llamacpp.container import GgufFile
-from bitwright.nn.dense import Dense
-from bitwright.nn.qlinear import QLinear
-from bitwright.speed import bytes_per_token
-from bitwright.walk import Walk
+from bitwright.gguf.reader import GgufFile
+from bitwright.inference.dense import Dense
+from bitwright.inference.qlinear import QLinear
+from bitwright.inference.speed import bytes_per_token
+from bitwright.models.walk import Walk
 
 TYPES = (
     "F32,F16,BF16,Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q2_K_S,Q3_K_S,Q3_K_M,Q3_K_L,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,"

@@ -19,8 +19,8 @@ import torch
 
 from bench.gguf_vs_llamacpp import tool
 from bench.measure import BITWRIGHT, OUT, run, table
-from bitwright.llamacpp import imatrix
-from bitwright.llamacpp.container import GgufFile
+from bitwright.gguf import imatrix
+from bitwright.gguf.reader import GgufFile
 
 
 def random_importance(source: Path, file: Path) -> None:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
-from bitwright.calibration import batches, load_tokenizer, windows
-from bitwright.llamacpp.container import GgufFile
-from bitwright.llamacpp.engine import ENGINE
-from bitwright.models import TOKENS_PER_BATCH, read_config
-from bitwright.walk import Walk
+from bitwright.calibration.windows import batches, load_tokenizer, windows
+from bitwright.gguf.input_rounding import ENGINE
+from bitwright.gguf.reader import GgufFile
+from bitwright.models.skeleton import TOKENS_PER_BATCH, read_config
+from bitwright.models.walk import Walk
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
 MIXES = "Q2_K,Q3_K_S,Q3_K_M,Q4_0,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_M,Q6_K"

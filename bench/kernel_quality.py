@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bench.measure import BITWRIGHT, SHARED, run, table
-from bitwright.calibration import load_tokenizer
-from bitwright.loading import load
-from bitwright.walk import Walk
+from bitwright.calibration.windows import load_tokenizer
+from bitwright.inference.loading import load
+from bitwright.models.walk import Walk
 
 WINDOW = 256
 

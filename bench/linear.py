@@ -25,7 +25,7 @@ from bench.measure import table
 from bitwright.kernels import native
 from bitwright.kernels.matmul import Packed, matrix_of, pack
 from bitwright.methods.rtn import rtn
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 
 N, K, COPIES, SECONDS = 8192, 2048, 12, 0.5
 COUNTS = (1, 16, 512)

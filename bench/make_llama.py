@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bitwright.checkpoint import INDEX, write_shard
-from bitwright.demo import MODEL
+from bitwright.cli.demo import MODEL
+from bitwright.files.checkpoint import INDEX, write_shard
 
 SIZES = {
     "29m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bitwright.checkpoint import Checkpoint, write_shard
+from bitwright.files.checkpoint import Checkpoint, write_shard
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

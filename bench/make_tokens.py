@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.calibration import load_tokenizer, sample
-from bitwright.checkpoint import write_shard
+from bitwright.calibration.windows import load_tokenizer, sample
+from bitwright.files.checkpoint import write_shard
 
 
 def as_text(tokenizer: Any, ids: Tensor) -> str:

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bitwright.stdlib_text import HELD_OUT, module_text, training_text
+from bitwright.calibration.stdlib_text import HELD_OUT, module_text, training_text
 
 VOCAB, SEQLEN, BATCH = 2048, 256, 32
 EOS = "<|endoftext|>"

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from bench.gguf_vs_llamacpp import tokenized
 from bench.measure import OUT, SHARED, table
-from bitwright.conversion import convert
-from bitwright.llamacpp.artefact import read_tokenizer
+from bitwright.models.gguf_source import read_tokenizer
+from bitwright.pipeline.conversion import convert
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 NAMES = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}

@@ -84,7 +84,7 @@ struct Visit {
     ptrdiff_t n, N;
 };
 
-// One pass of coordinate descent over whole groups; methods/descend.py.
+// One pass of coordinate descent over whole groups; methods/coordinate_descent.py.
 struct Sweep {
     float *decoded;         // [n, N] in and out
     float *pull;            // [n, N] in and out: H E'

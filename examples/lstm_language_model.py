@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bitwright
-from bitwright.stdlib_text import CALIBRATION, stdlib
+from bitwright.calibration.stdlib_text import CALIBRATION, stdlib
 
 
 class LanguageModel(nn.Module):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bitwright.gguf.reader import GgufFile
 from bitwright.kernels import native
-from bitwright.llamacpp.container import GgufFile
 from bitwright.nn import native as layers_in_native_code
 
 ISAS = [] if native is None else native.names()
@@ -239,7 +239,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """BITWRIGHT_TEST_DTYPE=bfloat16: calibration computes as on a processor that has it. See `make processors`."""
     wanted = os.environ.get("BITWRIGHT_TEST_DTYPE")
     if wanted:
-        monkeypatch.setattr("bitwright.preflight.best_dtype", lambda: getattr(torch, wanted))
+        monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda: getattr(torch, wanted))
 
 
 @pytest.fixture(params=ISAS)

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
-from bitwright.artefact import Artefact
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.cli import app
-from bitwright.codec import decode, encode, fit, rounded
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.cli.app import app
 from bitwright.errors import FormatError, RecipeError, SchemeError
 from bitwright.formats import FORMATS, Layer
-from bitwright.intake import Intake
-from bitwright.ledger import from_jsonl
-from bitwright.recipe import Recipe, Rule
-from bitwright.scheme import Scheme
+from bitwright.models.source import Artefact
+from bitwright.numerics.codec import decode, encode, fit, rounded
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.ledger import from_jsonl
+from bitwright.plan.recipe import Recipe, Rule
 
 CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
 INT8, FP8 = Scheme.parse("int8-token"), Scheme.parse("fp8-token")

@@ -26,14 +26,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 import bitwright
-from bitwright.cli import app
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError
-from bitwright.llamacpp import positions
-from bitwright.llamacpp.architecture import config_of, keys_of, not_kept
-from bitwright.llamacpp.artefact import read_config, read_tokenizer
-from bitwright.llamacpp.container import GgufFile
-from bitwright.llamacpp.table import ARCHITECTURES
-from bitwright.llamacpp.vocabulary import tokenizer_of
+from bitwright.gguf import rope
+from bitwright.gguf.architectures import ARCHITECTURES
+from bitwright.gguf.config_keys import config_of, keys_of, not_kept
+from bitwright.gguf.reader import GgufFile
+from bitwright.gguf.tokenizer import tokenizer_of
+from bitwright.models.gguf_source import read_config, read_tokenizer
 from conftest import ENCODERS, TEXT, make_checkpoint, save_unigram
 
 TOOLS = Path(__file__).parents[1] / "bench/peers/envs/llamacpp/build/bin"
@@ -189,7 +189,7 @@ def test_factors_must_fit_the_heads() -> None:
     config = AutoConfig.for_model("phi3", hidden_size=64, num_attention_heads=4, pad_token_id=0, **LONGROPE)
     config.hidden_size = 128
     with pytest.raises(FormatError, match="8 factors for 16 frequencies"):
-        positions.tensors_of(config)
+        rope.tensors_of(config)
 
 
 def test_large_gemmas_scale_their_scores_by_width() -> None:

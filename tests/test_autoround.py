@@ -7,17 +7,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import bitwright.tuning
+import bitwright.pipeline.tune_block
 from bitwright.api import evaluate, quantize
-from bitwright.codec import code_range, decode, encode, group_view, is_signed
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import Knobs
-from bitwright.ledger import from_jsonl
 from bitwright.methods import gptq, rtn
 from bitwright.methods.autoround import MEMORY, Options, _slopes, autoround, knobs_of, move, result, tune
-from bitwright.recipe import Recipe, Rule
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import code_range, decode, encode, group_view, is_signed
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.ledger import from_jsonl
+from bitwright.plan.recipe import Recipe, Rule
 from conftest import make_checkpoint
 
 SCHEMES = ["int4-g32", "int3-g64-asym", "int2-g32-asym1", "int4-g32-min", "int8-channel", "q4_k", "ternary-channel"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bitwright.cli import app
+from bitwright.cli.app import app
 from conftest import make_checkpoint
 
 Spoil = Callable[[Path], None]

@@ -8,15 +8,15 @@ import pytest
 import torch
 from gguf.quants import quantize as by_the_package
 
-from bitwright.codec import decode, encode
 from bitwright.formats import ggml, ggml_codes
 from bitwright.formats.ggml import TYPES
 from bitwright.kernels import native, rounding
-from bitwright.loss import energy
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import ONE_LEVEL, search
-from bitwright.qtensor import Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode
+from bitwright.numerics.loss import energy
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
 from test_kernels import SCHEMES, in_torch, same, weights
 
 needs_native = pytest.mark.skipif(native is None, reason="the extension was not built")

@@ -14,12 +14,14 @@ import torch
 from gguf.quants import dequantize
 from typer.testing import CliRunner
 
-from bitwright import byrows, quantize
-from bitwright.cli import app
+from bitwright import quantize
+from bitwright.cli.app import app
 from bitwright.errors import VerificationError
-from bitwright.llamacpp import export, imatrix
-from bitwright.llamacpp.container import GgufFile
-from bitwright.threads import ahead
+from bitwright.formats import gguf_writer
+from bitwright.gguf import imatrix
+from bitwright.gguf.reader import GgufFile
+from bitwright.pipeline import gguf_rows as byrows
+from bitwright.system.threads import ahead
 from conftest import make_checkpoint
 
 PLAIN = ["--method", "search", "--calib", "none"]
@@ -145,7 +147,7 @@ def test_what_needs_a_model_is_refused(files: tuple[Path, Path], tmp_path: Path)
     again = run("quantize", str(tmp_path / "a.gguf"), str(tmp_path / "x.gguf"), fine=(2,))
     assert "already quantized" in again["error"]
     judged = run("eval", str(files[1]), "--text", "stdlib-heldout", fine=(2,))
-    assert "architecture 'lemma' is not read here" in judged["error"] and "llamacpp/table.py" in judged["remedy"]
+    assert "architecture 'lemma' is not read here" in judged["error"] and "gguf/architectures.py" in judged["remedy"]
     assert [path for path in tmp_path.iterdir() if path.name.startswith("x")] == []
 
 
@@ -166,7 +168,7 @@ def test_a_run_that_was_cut_off_goes_on(
     out, made = tmp_path / "a.gguf", byrows._make_rows
     quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
 
-    def cut(file: Any, making: export.Making, t: Any, *rest: Any) -> Any:
+    def cut(file: Any, making: gguf_writer.Making, t: Any, *rest: Any) -> Any:
         if t.block == 5:
             making.put(t.source, torch.zeros(1, dtype=torch.uint8))
             raise KeyboardInterrupt
@@ -196,14 +198,14 @@ def test_nothing_more_is_begun_when_a_loop_is_left() -> None:
 def test_a_disk_that_gives_back_something_else(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = export.Making.put
+    whole = gguf_writer.Making.put
 
-    def flipped(self: export.Making, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+    def flipped(self: gguf_writer.Making, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         tensor = tensor.clone()
         tensor.view(torch.uint8).view(-1)[0] ^= name == "blk.3.ffn_up.weight"
         whole(self, name, tensor, first)
 
-    monkeypatch.setattr(export.Making, "put", flipped)
+    monkeypatch.setattr(gguf_writer.Making, "put", flipped)
     with pytest.raises(VerificationError) as found:
         quantize(files[0], tmp_path / "a.gguf", scheme="q4_0", method="search", calib="none")
     assert found.value.where == "blk.3.ffn_up.weight" and not (tmp_path / "a.gguf").exists()
@@ -212,7 +214,7 @@ def test_a_disk_that_gives_back_something_else(
 def test_nothing_that_knows_models_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
     """A second and more: as long as a small model takes."""
     script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom bitwright.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom bitwright.cli.app import app\n"
         f"done = CliRunner().invoke(app, {['quantize', str(files[0]), str(tmp_path / 'a.gguf'), *PLAIN]!r})\n"
         "assert done.exit_code == 0 and 'transformers' not in sys.modules, done.output"
     )

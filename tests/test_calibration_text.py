@@ -12,12 +12,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from bitwright.calibration import draw, load_tokenizer, read_text, sample, windows
-from bitwright.cli import app
-from bitwright.demo import MODEL
+from bitwright.calibration.general_text import (
+    FILE,
+    NO_TEMPLATE,
+    Document,
+    cut_at_lines,
+    documents,
+    general_pieces,
+    spread,
+)
+from bitwright.calibration.text_mix import texts_of, windows_of
+from bitwright.calibration.windows import draw, load_tokenizer, read_text, sample, windows
+from bitwright.cli.app import app
+from bitwright.cli.demo import MODEL
 from bitwright.errors import CalibrationError
-from bitwright.general_text import FILE, NO_TEMPLATE, Document, cut_at_lines, documents, general_pieces, spread
-from bitwright.mix import texts_of, windows_of
 from conftest import SHARED
 
 CHATML = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

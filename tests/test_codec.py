@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import (
+from bitwright.errors import SchemeError
+from bitwright.numerics.codec import (
     choose,
     code_dtype,
     code_range,
@@ -27,10 +28,9 @@ from bitwright.codec import (
     spread,
     values,
 )
-from bitwright.errors import SchemeError
-from bitwright.loss import loss
-from bitwright.qtensor import QTensor, Scales, reshaped, rows
-from bitwright.scheme import GRIDS, PRESETS, Scheme
+from bitwright.numerics.loss import loss
+from bitwright.numerics.qtensor import QTensor, Scales, reshaped, rows
+from bitwright.numerics.scheme import GRIDS, PRESETS, Scheme
 
 FAMILIES = (
     *PRESETS, "int4-g128", "int3-g64-asym", "int2-g32-asym", "int4-g32-asym1-bf16", "int8-channel", "int8-channel-asym-f32",

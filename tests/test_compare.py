@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bitwright import compare as compare_module
 from bitwright.api import evaluate, quantize
-from bitwright.cli import app
-from bitwright.compare import Settings, compare
+from bitwright.cli.app import app
 from bitwright.errors import OutputError, RecipeError, SchemeError
-from bitwright.ledger import from_jsonl
+from bitwright.evaluation import compare as compare_module
+from bitwright.evaluation.compare import Settings, compare
+from bitwright.pipeline.ledger import from_jsonl
 from conftest import make_checkpoint
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bitwright import demo as module
-from bitwright.stdlib_text import HELD_OUT, is_held_out, module_text, training_text
+from bitwright.calibration.stdlib_text import HELD_OUT, is_held_out, module_text, training_text
+from bitwright.cli import demo as module
 
 
 def test_the_demo_shows_gptq_ahead_of_rtn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.calibration import load_tokenizer, sample
-from bitwright.checkpoint import Checkpoint
-from bitwright.codec import decode
-from bitwright.ends import HEAD_SHARE, observe_embedding, observe_head, of_both
-from bitwright.inputs import Inputs
+from bitwright.calibration.embedding_statistics import HEAD_SHARE, observe_embedding, observe_head, of_both
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.windows import load_tokenizer, sample
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
-from bitwright.models import Skeleton, read_config
-from bitwright.scheme import Scheme
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.numerics.codec import decode
+from bitwright.numerics.scheme import Scheme
 from conftest import make_checkpoint
 
 

@@ -11,16 +11,16 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
-from bitwright.artefact import open_artefact
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.cli import app
-from bitwright.conversion import convert
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.cli.app import app
 from bitwright.errors import InputError
-from bitwright.families import model_of
-from bitwright.llamacpp.container import Types
-from bitwright.llamacpp.engine import inputs_of
-from bitwright.models import read_config
-from bitwright.walk import Walk
+from bitwright.gguf.input_rounding import inputs_of
+from bitwright.gguf.reader import Types
+from bitwright.models.families import model_of
+from bitwright.models.skeleton import read_config
+from bitwright.models.source import open_artefact
+from bitwright.models.walk import Walk
+from bitwright.pipeline.conversion import convert
 from conftest import make_checkpoint
 
 

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.chat_text import chat_windows, conversations
-from bitwright.cli import app
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.cli.app import app
+from bitwright.cli.console import console
 from bitwright.errors import CalibrationError, InputError
-from bitwright.evaluation import Evaluation
-from bitwright.report import evaluation_table
-from bitwright.terminal import console
-from bitwright.verdict import ALONE, BANDS, band, short_name, verdict
-from bitwright.walk import Walk, float_perplexity
+from bitwright.evaluation.chat_text import chat_windows, conversations
+from bitwright.evaluation.evaluate import Evaluation
+from bitwright.evaluation.report import evaluation_table
+from bitwright.evaluation.verdict import ALONE, BANDS, band, short_name, verdict
+from bitwright.models.walk import Walk, float_perplexity
 from conftest import make_checkpoint, save_tokenizer
 
 SPECIAL = ["<bos>", "<turn>", "<end>"]

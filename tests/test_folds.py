@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitwright.folds import Fold, applied, find_folds
-from bitwright.models import matrix_of
-from bitwright.walk import Walk
+from bitwright.models.skeleton import matrix_of
+from bitwright.models.walk import Walk
+from bitwright.transforms.folds import Fold, applied, find_folds
 from conftest import FAMILIES, make_checkpoint
 
 # Family -> producer (leaf), readers (leaves) of a block's folds.

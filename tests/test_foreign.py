@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitwright import load
-from bitwright.codec import decode
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.formats.awq import Awq
 from bitwright.formats.bitsandbytes import STATE, BitsAndBytes
+from bitwright.inference.qlinear import QLinear
 from bitwright.methods.rtn import rtn
-from bitwright.nn.qlinear import QLinear
-from bitwright.scheme import GRIDS, Scheme
-from bitwright.walk import Walk
+from bitwright.models.walk import Walk
+from bitwright.numerics.codec import decode
+from bitwright.numerics.scheme import GRIDS, Scheme
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -5,11 +5,11 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
-from bitwright.codec import decode, encode, fit
 from bitwright.errors import FormatError
 from bitwright.formats import FORMATS, Layer
-from bitwright.qtensor import QTensor
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode, fit
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
 
 CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

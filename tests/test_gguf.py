@@ -20,27 +20,27 @@ from torch import Tensor
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from bitwright.cli import app
-from bitwright.codec import code_range, decode, spread
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, InputError
-from bitwright.families import model_of, positions_of
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml import TYPES, encode
 from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
-from bitwright.ledger import from_jsonl
-from bitwright.llamacpp import positions
-from bitwright.llamacpp.architecture import config_of, keys_of
-from bitwright.llamacpp.artefact import GgufArtefact, read_tokenizer
-from bitwright.llamacpp.container import GgufFile
-from bitwright.llamacpp.mixes import MIXES, Place, type_in
-from bitwright.llamacpp.names import Names
-from bitwright.llamacpp.table import ARCHITECTURES
+from bitwright.gguf import rope
+from bitwright.gguf.architectures import ARCHITECTURES
+from bitwright.gguf.config_keys import config_of, keys_of
+from bitwright.gguf.file_types import MIXES, Place, type_in
+from bitwright.gguf.reader import GgufFile
+from bitwright.gguf.tensor_names import Names
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
-from bitwright.qtensor import QTensor
-from bitwright.scheme import Scheme
+from bitwright.models.families import model_of, positions_of
+from bitwright.models.gguf_source import GgufArtefact, read_tokenizer
+from bitwright.numerics.codec import code_range, decode, spread
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.ledger import from_jsonl
 from conftest import carry_keys, make_checkpoint, random_blocks
 
 GGUF = FORMATS["gguf"]
@@ -343,13 +343,13 @@ def test_rows_are_turned_and_turned_back() -> None:
 def test_llama3_s_factors() -> None:
     """The bounds of its rule: short waves as they were, long ones divided by the factor."""
     config = small_config("llama")
-    assert positions.tensors_of(config) == {}
+    assert rope.tensors_of(config) == {}
     config.rope_parameters = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     config.head_dim = 128
-    factors = positions.tensors_of(config)[positions.FACTORS]
+    factors = rope.tensors_of(config)[rope.FACTORS]
     assert factors[0] == 1 and factors[-1] == 32 and bool((factors.diff() >= 0).all())
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -373,7 +373,7 @@ def test_tokenizers_that_cannot_be_written_are_refused(change: str, tmp_path: Pa
         }
     else:
         content["added_tokens"].append({"id": 10**6, "content": "<far>", "special": True})
-    from bitwright.llamacpp.vocabulary import keys_of as vocabulary_keys
+    from bitwright.gguf.tokenizer import keys_of as vocabulary_keys
 
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"type 'WordPiece'|unknown pre-tokenizer|an id 1000000"):
@@ -394,7 +394,7 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
     """The same logits from our reader and from transformers' own, which dequantizes by the gguf package."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from bitwright.walk import Walk
+    from bitwright.models.walk import Walk
 
     source = make_checkpoint(tmp_path / "source", kind)
     out = tmp_path / "a.gguf"
@@ -423,7 +423,7 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_the_main_job(tmp_path: Path, method: str) -> None:
-    from bitwright.demo import MODEL
+    from bitwright.cli.demo import MODEL
 
     out = tmp_path / "a.gguf"
     how = ["--scheme", "q4_k_m", "--method", method, "--samples", "8", "--seqlen", "64"]
@@ -440,7 +440,7 @@ def test_the_main_job(tmp_path: Path, method: str) -> None:
     )
     assert judged["kl_mean"] < (0.1 if method == "gptq" else 0.3)
     tokenizer = read_tokenizer(out)
-    from bitwright.calibration import load_tokenizer
+    from bitwright.calibration.windows import load_tokenizer
 
     text = "def f(x):\n    return x ** 2  # größer 123 \t\n\n"
     assert tokenizer(text)["input_ids"] == load_tokenizer(MODEL)(text)["input_ids"]
@@ -486,7 +486,7 @@ def test_a_checkpoint_of_the_bare_model_makes_the_same_file(tmp_path: Path) -> N
 
 
 def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
-    from bitwright.demo import MODEL
+    from bitwright.cli.demo import MODEL
 
     found = run(
         "quantize", str(MODEL), str(tmp_path / "a.gguf"), "--scheme", "q5_k", "--method", "search", "--calib", "none"
@@ -508,7 +508,7 @@ def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
 
 
 def test_pure_gives_one_type_and_a_rule_another(tmp_path: Path) -> None:
-    from bitwright.demo import MODEL
+    from bitwright.cli.demo import MODEL
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('pure = true\n[[rule]]\nmatch = "*down_proj"\nscheme = "q6_k"\n')
@@ -522,7 +522,7 @@ def test_pure_gives_one_type_and_a_rule_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "IQ4_NL", "IQ4_XS"])
 def test_pure_types_without_a_scheme_of_their_own(name: str, tmp_path: Path) -> None:
     """TQ1_0 and TQ2_0 hold the same numbers: which of them it is, the container says."""
-    from bitwright.demo import MODEL
+    from bitwright.cli.demo import MODEL
 
     out = tmp_path / "a.gguf"
     how = ["--scheme", name.lower(), "--pure", "--method", "search", "--calib", "none"]
@@ -642,7 +642,7 @@ def of_type(kind: int) -> Callable[[bytes], bytes]:
 def test_a_model_s_file_that_lacks_something_is_refused(
     change: Callable[[bytes], bytes], says: str, tmp_path: Path, text: str
 ) -> None:
-    from bitwright.demo import MODEL
+    from bitwright.cli.demo import MODEL
 
     whole, bad = tmp_path / "whole.gguf", tmp_path / "bad.gguf"
     run("convert", str(MODEL), str(whole))
@@ -659,7 +659,7 @@ def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path
     """Keys that make no sense to a model or a tokenizer: an error of ours, and nothing built of what they claim."""
     import random
 
-    from bitwright.walk import Walk
+    from bitwright.models.walk import Walk
 
     source, file = make_checkpoint(tmp_path / "source", kind), tmp_path / "a.gguf"
     run("convert", str(source), str(file))
@@ -683,7 +683,7 @@ def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path
 
 def test_an_importance_matrix_there_and_back(tmp_path: Path, llama: Path, text: str) -> None:
     """Written, read, used: as the same text would have been by a search with one-shot statistics."""
-    from bitwright.llamacpp import imatrix
+    from bitwright.gguf import imatrix
 
     file = tmp_path / "m.gguf"
     made = run("imatrix", str(llama), str(file), "--calib", text, "--samples", "8", "--seqlen", "32")
@@ -703,7 +703,7 @@ def test_an_importance_matrix_there_and_back(tmp_path: Path, llama: Path, text: 
 
 def test_older_importance_matrices_and_damaged_ones(tmp_path: Path) -> None:
     from bitwright.errors import CalibrationError
-    from bitwright.llamacpp import imatrix
+    from bitwright.gguf import imatrix
 
     name = b"blk.0.attn_q.weight"
     entry = struct.pack("<i", len(name)) + name + struct.pack("<ii4f", 2, 4, 2.0, 4.0, 6.0, 8.0)

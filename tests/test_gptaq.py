@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from bitwright.api import evaluate, quantize
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.codec import decode
+from bitwright.calibration.input_statistics import Gathering
+from bitwright.calibration.observe import BlockRun, FloatStream, Group, _towards, groups_of, observe
+from bitwright.calibration.statistics import CHUNK, Cross
+from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.errors import RecipeError
-from bitwright.inputs import Gathering
-from bitwright.loss import loss
 from bitwright.methods import gptaq, gptq
 from bitwright.methods.gptaq import corrected
-from bitwright.observe import BlockRun, FloatStream, Group, _towards, groups_of, observe
-from bitwright.recipe import Rule
-from bitwright.scheme import Scheme
-from bitwright.statistics import CHUNK, Cross
-from bitwright.walk import Walk
+from bitwright.models.walk import Walk
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import loss
+from bitwright.numerics.scheme import Scheme
+from bitwright.plan.recipe import Rule
 from conftest import make_checkpoint
 
 
@@ -172,7 +172,7 @@ def test_observing_both_streams(llama: Path, text: str) -> None:
 def test_a_float_stream_is_the_same_kept_or_computed_anew(
     kept: int, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.observe.KEPT_BYTES", kept)
+    monkeypatch.setattr("bitwright.calibration.observe.KEPT_BYTES", kept)
     walk, batches = at_first_block(llama, text)
     run = BlockRun(walk.skeleton, 0)
     groups = groups_of(run, batches[0], list(walk.skeleton.linears(0)))

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode, encode, spread, values
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.loss import loss
 from bitwright.methods.gptq import DAMPINGS, Factor, How, _round_columns, factorize, gptq, pick_rows, visiting_order
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
-from bitwright.qtensor import QTensor, Scales, rows
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import code_dtype, code_range, decode, encode, spread, values
+from bitwright.numerics.loss import loss
+from bitwright.numerics.qtensor import QTensor, Scales, rows
+from bitwright.numerics.scheme import Scheme
 from test_codec import FAMILIES, assert_representable, assert_same, one_thread, random_weight
 
 __all__ = ["one_thread"]  # a fixture that every test here uses

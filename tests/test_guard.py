@@ -10,16 +10,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
-from bitwright.cli import app
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.cli.app import app
 from bitwright.formats import Layer
-from bitwright.guard import block_error, judge
-from bitwright.inputs import Inputs
-from bitwright.ledger import Entry
 from bitwright.methods import METHODS, Outcome, gptaq, gptq, rtn, search
-from bitwright.planned import Planned
-from bitwright.qtensor import QTensor
-from bitwright.recipe import Rule
-from bitwright.scheme import Scheme
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.guard import block_error, judge
+from bitwright.pipeline.ledger import Entry
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.recipe import Rule
 from conftest import make_checkpoint
 
 SMALL: dict[str, Any] = {"samples": 8, "seqlen": 32}
@@ -96,7 +96,7 @@ def test_broken_tuning_is_caught_at_the_block(
         start: dict[str, QTensor] = arguments[4]
         return {name: QTensor(q.codes.flip(1), q.scales, q.scheme, q.shape) for name, q in start.items()}
 
-    monkeypatch.setattr("bitwright.tuning.tune", broken)
+    monkeypatch.setattr("bitwright.pipeline.tune_block.tune", broken)
     done = quantize(llama, tmp_path / "out", scheme="int4-g32", method="autoround", calib=text, **SMALL)
     assert {e.method for e in quantized(done.ledger)} == {"search"}
     assert len(done.fallbacks) == 3 * 7

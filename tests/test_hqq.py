@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, encode, fit
 from bitwright.errors import RecipeError
 from bitwright.methods.hqq import hqq
 from bitwright.methods.rtn import rtn
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode, fit
+from bitwright.numerics.scheme import Scheme
 
 SCHEMES = ["int4-g64-min", "int3-g32-min-bf16", "int2-g32-min-f32", "q4_1", "q4_k"]
 

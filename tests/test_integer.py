@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitwright
-from bitwright.codec import decode
 from bitwright.errors import NumericsError, RecipeError, SchemeError
 from bitwright.nn.attention import IntegerAttention
 from bitwright.nn.dynamic import quantized
 from bitwright.nn.integer import MOST_INPUTS, IntegerWeight, convolution, depthwise, integer_weight, product
 from bitwright.nn.layers import DynamicProduct, matrix, window_of
 from bitwright.nn.recurrent import IntegerRecurrent
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode
+from bitwright.numerics.scheme import Scheme
 
 MATMULS = (
     "mm",

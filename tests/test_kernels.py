@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from bitwright import kernels
-from bitwright.codec import decode, encode, fit, folded
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import Knobs
-from bitwright.loss import energy, loss
 from bitwright.methods.autoround import knobs_of, move
-from bitwright.methods.descend import descend
+from bitwright.methods.coordinate_descent import descend
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
-from bitwright.qtensor import QTensor
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode, fit, folded
+from bitwright.numerics.loss import energy, loss
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
 from conftest import ISAS
 
 T = TypeVar("T")
@@ -197,7 +197,7 @@ def test_a_forked_child_can_round() -> None:
     code = """
 import os, torch
 from bitwright.methods.search import best_scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 torch.set_num_threads(2)
 w = torch.randn(300, 512)
 expected = best_scales(w, Scheme.parse("int4-g32"), None).scale

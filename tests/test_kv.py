@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
-from bitwright.artefact import Artefact
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.cli import app
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.kv import KvCache, read_rounding
-from bitwright.recipe import Recipe
+from bitwright.models.kv_cache import KvCache, read_rounding
+from bitwright.models.source import Artefact
+from bitwright.plan.recipe import Recipe
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}

@@ -16,23 +16,23 @@ from transformers import AutoModelForCausalLM, pipeline
 from typer.testing import CliRunner
 
 from bitwright import kernels, load, quantize
-from bitwright.calibration import load_tokenizer
-from bitwright.cli import app
-from bitwright.codec import decode
-from bitwright.conversion import convert
-from bitwright.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
+from bitwright.calibration.windows import load_tokenizer
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml_scales import READ_ONLY
-from bitwright.generation import pieces
-from bitwright.intake import Intake
+from bitwright.inference.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
+from bitwright.inference.dense import Dense
+from bitwright.inference.generation import pieces
+from bitwright.inference.lookup import Lookup
+from bitwright.inference.qlinear import QLinear
 from bitwright.methods.rtn import rtn
-from bitwright.nn.dense import Dense
-from bitwright.nn.lookup import Lookup
-from bitwright.nn.qlinear import QLinear
-from bitwright.qtensor import Outliers, Scales
-from bitwright.scheme import Scheme
-from bitwright.walk import Walk
+from bitwright.models.walk import Walk
+from bitwright.numerics.codec import decode
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import Outliers, Scales
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.conversion import convert
 from conftest import FAMILIES, ISAS, in_blocks, make_checkpoint
 
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 1, 2, 90, 33]])
@@ -139,7 +139,7 @@ def test_outliers_at_run_time(llama: Path, text: str, tmp_path: Path) -> None:
 def test_native_steps_are_the_modules_own(
     family: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.decoding.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("bitwright.inference.decoding.TOKENS_AT_ONCE", at_once)
     window = {"sliding_window": 5} if family == "mistral" else {}
     model = load(make_checkpoint(tmp_path / "m", family, **window), scheme="int4-g32")
     fast, slow = decoder_of(model, 32), ModuleDecoder(model)
@@ -423,7 +423,7 @@ def test_chat_remembers_and_ends(llama: Path) -> None:
 
 
 def test_bench_says_how_fast(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitwright.speed.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("bitwright.inference.speed.PROBE_BYTES", 1 << 20)
     done = cli("bench", str(llama), "--prompt", "8", "--decode", "3", "--repeat", "1", "--json")
     found = json.loads(done.stdout)
     assert {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token", "peak_rss_bytes"} <= set(

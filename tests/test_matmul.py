@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright import kernels
-from bitwright.codec import decode
 from bitwright.errors import KernelError
 from bitwright.kernels import matmul
 from bitwright.kernels.matmul import Packed, decoded, matrix_of, pack, product
 from bitwright.methods.rtn import rtn
-from bitwright.qtensor import QTensor
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
 from conftest import ISAS
 
 native = kernels.native

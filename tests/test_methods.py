@@ -11,17 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode, encode, fit, group_view, scale_range, snap, spread, values
 from bitwright.errors import RecipeError, SchemeError
-from bitwright.loss import loss
 from bitwright.methods import CALIBRATED, METHODS
-from bitwright.methods.descend import descend
+from bitwright.methods.coordinate_descent import descend
 from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
-from bitwright.qtensor import QTensor, Scales, rows
-from bitwright.scheme import SCALE_BITS, ZEROS, Scheme
+from bitwright.numerics.codec import (
+    code_dtype,
+    code_range,
+    decode,
+    encode,
+    fit,
+    group_view,
+    scale_range,
+    snap,
+    spread,
+    values,
+)
+from bitwright.numerics.loss import loss
+from bitwright.numerics.qtensor import QTensor, Scales, rows
+from bitwright.numerics.scheme import SCALE_BITS, ZEROS, Scheme
 from test_codec import FAMILIES, assert_representable, assert_same, one_thread, random_weight
 
 __all__ = ["one_thread"]  # a fixture that every test here uses

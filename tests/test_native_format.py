@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bitwright
-from bitwright import codec
-from bitwright.artefact import MARKERS, Artefact
-from bitwright.checkpoint import Checkpoint, write_shard
 from bitwright.errors import CheckpointError, FormatError, InputError, SchemeError
+from bitwright.files.checkpoint import Checkpoint, write_shard
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.native_reader import dynamic_type, minifloat
-from bitwright.intake import Intake
-from bitwright.ledger import from_jsonl
-from bitwright.qtensor import Outliers, QTensor, Scales
-from bitwright.scheme import GRIDS, GROUPS, SCALE_BITS, ZEROS, Scheme
+from bitwright.models.source import MARKERS, Artefact
+from bitwright.numerics import codec
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import Outliers, QTensor, Scales
+from bitwright.numerics.scheme import GRIDS, GROUPS, SCALE_BITS, ZEROS, Scheme
+from bitwright.pipeline.ledger import from_jsonl
 from conftest import make_checkpoint
 
 NATIVE = FORMATS["bitwright"]

@@ -19,7 +19,7 @@ from bitwright.nn.integer import IntegerWeight, Window
 from bitwright.nn.layers import DynamicProduct, IntegerProduct, Source, StaticProduct
 from bitwright.nn.native import handles, packed
 from bitwright.nn.static import Quantize, StaticAdd, StaticMax, Table
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(native is None, reason="the extension was not built")
 TOKEN_ASYM = Scheme.parse("int8-token-asym")

@@ -10,12 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 import bitwright
-from bitwright.cli import app
+from bitwright.cli.app import app
 from bitwright.errors import BitwrightError, RecipeError
 from bitwright.formats import Layer
 from bitwright.formats.compressed_tensors import CompressedTensors
-from bitwright.ledger import Entry, check_complete, from_jsonl
-from bitwright.qtensor import QTensor, Scales
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.pipeline.ledger import Entry, check_complete, from_jsonl
 
 ARGUMENTS = ["--scheme", "int4-g32", "--samples", "4", "--seqlen", "32", "--json"]
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, spread
 from bitwright.errors import NumericsError, RecipeError, SchemeError
-from bitwright.loss import loss
 from bitwright.methods import gptq
 from bitwright.methods.gptq import visiting_order
 from bitwright.methods.obq import Inverses, _rounded, inverse_hessian, obq, without
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, spread
+from bitwright.numerics.loss import loss
+from bitwright.numerics.scheme import Scheme
 
 
 def problem(N: int = 12, K: int = 64, T: int = 500) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.errors import SchemeError
-from bitwright.packing import pack, unpack, words
+from bitwright.numerics.packing import pack, unpack, words
 
 BITS = range(1, 9)
 COUNTS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 65, 101)

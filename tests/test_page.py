@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bitwright.errors import InputError, NumericsError
-from bitwright.page import (
+from bitwright.evaluation.page import (
     Axis,
     Candidate,
     Original,

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitwright import evaluate, quantize
-from bitwright.artefact import Artefact
-from bitwright.ledger import from_jsonl
-from bitwright.models import Skeleton, read_config
-from bitwright.workplace import ledger_beside
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import Artefact
+from bitwright.pipeline.ledger import from_jsonl
+from bitwright.pipeline.work_in_progress import ledger_beside
 from conftest import FAMILIES, make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from bitwright import products
-from bitwright.codec import decode
-from bitwright.loss import loss
 from bitwright.methods import gptq
-from bitwright.products import add_product
-from bitwright.scheme import Scheme
+from bitwright.numerics import matmul as products
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import loss
+from bitwright.numerics.matmul import add_product
+from bitwright.numerics.scheme import Scheme
 
 
 def matrices(M: int, L: int, N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

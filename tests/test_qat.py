@@ -9,12 +9,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import bitwright
-from bitwright.codec import rounded
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.nn.fake import FakeWeight, StraightThrough, fake
 from bitwright.nn.layers import StaticProduct
-from bitwright.qtensor import Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import rounded
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
 from bitwright.train.distill import distillation_loss
 from bitwright.train.qat import freeze
 from test_integer import Products, relative

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from bitwright import ranges
-from bitwright.codec import decode, encode, fit
+from bitwright.calibration import ranges
+from bitwright.calibration.ranges import BINS, RANGES, Histogram, bin_of, bin_values, quantiles, static_scales
 from bitwright.errors import CalibrationError, CheckpointError, NumericsError, RecipeError, SchemeError
-from bitwright.ranges import BINS, RANGES, Histogram, bin_of, bin_values, quantiles, static_scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode, fit
+from bitwright.numerics.scheme import Scheme
 
 BIN = 2**-9  # a bin's width, relative to the values in it
 INT8, ASYM, FP8 = (Scheme.parse(text) for text in ("int8-tensor-f32", "int8-tensor-asym-f32", "fp8-tensor"))

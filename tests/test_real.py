@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from bitwright.api import evaluate, quantize
-from bitwright.calibration import Drawn, load_tokenizer, windows
-from bitwright.familiarity import unfamiliar
-from bitwright.preflight import preflight
-from bitwright.recipe import Recipe
+from bitwright.calibration.windows import Drawn, load_tokenizer, windows
+from bitwright.pipeline.familiarity import unfamiliar
+from bitwright.plan.preflight import preflight
+from bitwright.plan.recipe import Recipe
 
 BOUND = 0.65  # of KL here: a search of scales gives 0.84, GPTAQ 0.48; observed all at once it gave more than a search
 FOLDER = Path(__file__).parents[1] / "build/smollm2"

@@ -10,18 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from bitwright.artefact import open_artefact
-from bitwright.cli import app
-from bitwright.codec import decode, encode, fit
+from bitwright.cli.app import app
 from bitwright.errors import FormatError
 from bitwright.formats import FORMATS
 from bitwright.formats.ggml import TYPES
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.methods.search import search
-from bitwright.models import Skeleton, read_config
-from bitwright.repacking import expressed, packed
-from bitwright.scheme import Scheme
-from bitwright.walk import Walk
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import open_artefact
+from bitwright.models.walk import Walk
+from bitwright.numerics.codec import decode, encode, fit
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.repacking import expressed, packed
 from conftest import in_blocks, make_checkpoint
 
 # What each of llama.cpp's types becomes, by format; what is not listed is refused.

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from bitwright.api import evaluate, quantize
-from bitwright.codec import decode, encode, fit
 from bitwright.errors import FormatError, RecipeError, SchemeError
-from bitwright.hadamard import block_of, hadamard, random_signs, rotated
 from bitwright.methods import Awq, Rotate
-from bitwright.pipeline import run
-from bitwright.preflight import preflight
-from bitwright.recipe import Recipe, Rule
-from bitwright.rotation import ROTATABLE, Rotation
-from bitwright.scheme import Scheme
-from bitwright.streams import check_rotation
+from bitwright.numerics.codec import decode, encode, fit
+from bitwright.numerics.hadamard import block_of, hadamard, random_signs, rotated
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.calibration_pass import check_rotation
+from bitwright.pipeline.run import run
+from bitwright.plan.preflight import preflight
+from bitwright.plan.recipe import Recipe, Rule
+from bitwright.transforms.rotation import ROTATABLE, Rotation
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
@@ -80,7 +80,7 @@ def test_a_rotated_model_is_the_same_model(family: str, online: bool, text: str,
 
 def _parameters(out: Path, source: Path) -> float:
     """How many more parameters `out` has than its source: an untied head counts twice there."""
-    from bitwright.walk import Walk
+    from bitwright.models.walk import Walk
 
     counts = [sum(p.numel() for p in Walk(folder).skeleton.model.parameters()) for folder in (out, source)]
     return counts[0] / counts[1]
@@ -136,7 +136,7 @@ def test_an_online_rotation_needs_a_format_that_can_say_so(llama: Path) -> None:
 @pytest.mark.parametrize("family", list(ROTATABLE))
 def test_the_proof_does_not_hang_on_the_processor(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with bfloat16 calibrates in it; the proof is made in float32 all the same."""
-    monkeypatch.setattr("bitwright.preflight.best_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda: torch.bfloat16)
     source = make_checkpoint(tmp_path / "model", family, torch.bfloat16)
     plan = preflight(source, Recipe.uniform("int8-channel", "rotate+gptq"), "compressed-tensors")
     assert plan.skeleton.dtype == torch.bfloat16

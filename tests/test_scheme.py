@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright import errors
-from bitwright.codec import fit
 from bitwright.errors import BitwrightError, InputError, NumericsError, SchemeError, VerificationError
-from bitwright.scheme import GRIDS, GROUPS, PRESETS, SCALE_BITS, ZEROS, Scheme
+from bitwright.numerics.codec import fit
+from bitwright.numerics.scheme import GRIDS, GROUPS, PRESETS, SCALE_BITS, ZEROS, Scheme
 
 ALL_GROUPS = (*GROUPS, "channel", "tensor")
 COMBINATIONS = list(itertools.product(GRIDS, ALL_GROUPS, ZEROS, SCALE_BITS))
@@ -283,6 +283,6 @@ def test_the_tree_of_errors() -> None:
 
 @pytest.mark.parametrize("name", ["scheme", "packing", "codec"])
 def test_doctests(name: str) -> None:
-    failures, tried = doctest.testmod(importlib.import_module(f"bitwright.{name}"))
+    failures, tried = doctest.testmod(importlib.import_module(f"bitwright.numerics.{name}"))
     assert tried > 0
     assert failures == 0

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.loss import energy, loss
 from bitwright.methods.obq import Inverses, inverse_hessian, obq, without
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import energy, loss
+from bitwright.numerics.scheme import Scheme
 from bitwright.sparsity import PRUNERS, magnitude, prune, wanda
 from bitwright.sparsity.obs import Trace, cheapest, saliency, traced
 

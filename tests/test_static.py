@@ -15,7 +15,7 @@ from bitwright.nn.fake import Edge, FakeWeight
 from bitwright.nn.layers import DynamicProduct, StaticProduct
 from bitwright.nn.prepare import Prepared
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 from test_integer import Products, random_int8, relative
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from bitwright import statistics
-from bitwright.codec import decode
-from bitwright.loss import loss
+from bitwright.calibration import statistics
+from bitwright.calibration.statistics import Gram, Range
 from bitwright.methods import gptq
-from bitwright.scheme import Scheme
-from bitwright.statistics import Gram, Range
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import loss
+from bitwright.numerics.scheme import Scheme
 
 
 def inputs(T: int, K: int, seed: int = 0) -> torch.Tensor:

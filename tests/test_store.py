@@ -7,13 +7,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bitwright import store as store_module
 from bitwright.api import evaluate, quantize
-from bitwright.checkpoint import Checkpoint
-from bitwright.cli import app
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, OutputError, RecipeError
-from bitwright.reference import TOP, Predictions
-from bitwright.walk import Walk
+from bitwright.evaluation.reference import TOP, Predictions
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.models.walk import Walk
+from bitwright.pipeline import statistics_store as store_module
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
@@ -64,7 +64,7 @@ def test_a_changed_key_is_recomputed_and_said(
         file = model / "tokenizer_config.json"
         file.write_text(file.read_text() + "\n")
     else:
-        monkeypatch.setattr("bitwright.streams.code_version", lambda: "other")
+        monkeypatch.setattr("bitwright.pipeline.calibration_pass.code_version", lambda: "other")
     done = quantize(model, tmp_path / "b", scheme="int4-g32", calib=calib, store=kept, **SMALL)
     assert any("taken again" in note and change in note for note in done.notes)
     assert all(files(kept)[name] != at for name, at in taken.items() if name.startswith("block"))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bitwright.api import quantize
-from bitwright.checkpoint import Checkpoint
 from bitwright.errors import FormatError, RecipeError
-from bitwright.llamacpp.container import GgufFile
-from bitwright.models import Skeleton, read_config
-from bitwright.recipe import Recipe
-from bitwright.temper import STEP, Three, factor, tempered
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.gguf.reader import GgufFile
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.plan.recipe import Recipe
+from bitwright.transforms.output_temperature import STEP, Three, factor, tempered
 from conftest import make_checkpoint
 
 NORM = "model.norm.weight"

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.codec import decode, encode, fit, rounded
+from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.errors import CalibrationError, RecipeError
-from bitwright.inputs import Gathering, Inputs
-from bitwright.intake import Intake
-from bitwright.loss import loss
 from bitwright.methods import split_method
 from bitwright.methods.awq import Awq
 from bitwright.methods.outlier import Outlier
 from bitwright.methods.scaling import Reader
 from bitwright.methods.smooth import Smooth, reach_of
-from bitwright.qtensor import Outliers, QTensor, rows
-from bitwright.recipe import Recipe, Rule
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode, encode, fit, rounded
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.loss import loss
+from bitwright.numerics.qtensor import Outliers, QTensor, rows
+from bitwright.numerics.scheme import Scheme
+from bitwright.plan.recipe import Recipe, Rule
 
 INT3, INT8, TOKEN = Scheme.parse("int3-g32-asym"), Scheme.parse("int8-channel"), Scheme.parse("int8-token")
 K = 96

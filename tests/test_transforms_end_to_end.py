@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
-from bitwright.artefact import Artefact
-from bitwright.calibration import load_tokenizer, windows
-from bitwright.cli import app
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.cli.app import app
 from bitwright.errors import CalibrationError, RecipeError
-from bitwright.preflight import preflight
-from bitwright.recipe import Recipe
+from bitwright.models.source import Artefact
+from bitwright.plan.preflight import preflight
+from bitwright.plan.recipe import Recipe
 from conftest import FAMILIES, make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}

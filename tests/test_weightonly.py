@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import bitwright
-from bitwright.codec import decode
 from bitwright.errors import CalibrationError, RecipeError, SchemeError
 from bitwright.methods import rtn
 from bitwright.nn.weightonly import PackedLinear
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import decode
+from bitwright.numerics.scheme import Scheme
 from test_integer import relative
 
 

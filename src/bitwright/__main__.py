@@ -1,5 +1,5 @@
 """`python -m bitwright`."""
 
-from bitwright.cli import main
+from bitwright.cli.app import main
 
 main()

@@ -6,21 +6,21 @@ from typing import overload
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.evaluation import Evaluation
-from bitwright.evaluation import evaluate as _evaluate
-from bitwright.job import carried_out, planned
-from bitwright.loading import load
+from bitwright.evaluation.evaluate import Evaluation
+from bitwright.evaluation.evaluate import evaluate as _evaluate
+from bitwright.inference.loading import load
 from bitwright.methods import METHODS
 from bitwright.nn.convert import convert
 from bitwright.nn.dynamic import quantize_dynamic
 from bitwright.nn.inventory import layers
+from bitwright.nn.onnx_export import export_onnx
 from bitwright.nn.prepare import calibrate, prepare
 from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
-from bitwright.onnx_export import export_onnx
-from bitwright.qtensor import QTensor
-from bitwright.result import Progress, Result
-from bitwright.scheme import Scheme
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.quantize import carried_out, planned
+from bitwright.pipeline.result import Progress, Result
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 

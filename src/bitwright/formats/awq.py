@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
-from bitwright.intake import Intake
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import Scheme
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each 4 bits of a word belong to
 

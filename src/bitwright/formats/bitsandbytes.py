@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
-from bitwright.intake import Intake
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import GRIDS, GROUPS, Scheme
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import GRIDS, GROUPS, Scheme
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import FLOAT_NAMES, Layer, Read, Spec, differing, recovered, refuse_decomposed
-from bitwright.intake import Intake
-from bitwright.packing import pack, unpack, words
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import TENSOR, TOKEN, Scheme, Zero
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.packing import pack, unpack, words
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme, Zero
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"

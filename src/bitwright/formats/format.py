@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, decode, encode
 from bitwright.errors import FormatError
-from bitwright.intake import Intake
-from bitwright.qtensor import Outliers, QTensor, Scales, rows
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import code_dtype, decode, encode
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
+from bitwright.numerics.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 Read = Callable[[str], Tensor | None]

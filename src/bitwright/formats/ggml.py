@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitwright.codec import integers_of
 from bitwright.kernels import native
-from bitwright.qtensor import QTensor
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import integers_of
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
 
 CACHED = 1 << 20  # weights packed at a time
 

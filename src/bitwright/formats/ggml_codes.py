@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype
 from bitwright.formats.ggml import TYPES
 from bitwright.kernels import native
+from bitwright.numerics.codec import code_dtype
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.ggml import TYPES
-from bitwright.qtensor import Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
 
 # Scales [B, groups of a block], minima where a type has them; and the f16s [B, 1] that the two stand under, if they do.
 Table = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]

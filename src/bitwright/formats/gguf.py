@@ -1,4 +1,4 @@
-"""GGUF: llama.cpp's block types, a tensor each, named `NAME.weight` until the file is put together (llamacpp/export.py).
+"""GGUF: llama.cpp's block types, a tensor each, named `NAME.weight` until the file is put together (formats/gguf_writer.py).
 
 weight  uint8 [N, K / block · bytes]: the blocks of each row, see ggml.py
 """
@@ -15,10 +15,10 @@ from bitwright.formats.format import Layer, Read, Spec, differing, recovered, re
 from bitwright.formats.ggml import TYPES, BlockType, encode
 from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import scales_of
-from bitwright.intake import Intake
-from bitwright.llamacpp.container import decoded, type_named
-from bitwright.llamacpp.mixes import FALLBACKS
-from bitwright.qtensor import QTensor, Scales
+from bitwright.gguf.file_types import FALLBACKS
+from bitwright.gguf.reader import decoded, type_named
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import QTensor, Scales
 
 
 def kind_of(layer: Layer) -> BlockType:

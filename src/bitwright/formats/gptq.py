@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Layer, Read, Spec, differing, recovered, refuse_decomposed
-from bitwright.intake import Intake
-from bitwright.packing import pack
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import Scheme, Zero
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.packing import pack
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import Scheme, Zero
 
 BITS = (2, 3, 4, 8)
 STORED: dict[str, Zero] = {"asym": "asym1", "signed": "sym"}  # as the format has it

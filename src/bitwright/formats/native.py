@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.codec import dynamic_map, integers_of, is_signed
 from bitwright.formats.format import Layer, Read, Spec, differing, recovered
 from bitwright.formats.native_reader import (
     FLOATS,
@@ -43,10 +42,11 @@ from bitwright.formats.native_reader import (
     scales_of,
     static_range,
 )
-from bitwright.intake import Intake
-from bitwright.packing import pack, words
-from bitwright.qtensor import Outliers, QTensor, Scales
-from bitwright.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
+from bitwright.numerics.codec import dynamic_map, integers_of, is_signed
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.packing import pack, words
+from bitwright.numerics.qtensor import Outliers, QTensor, Scales
+from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
 
 ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
 

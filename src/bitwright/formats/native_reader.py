@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bitwright.errors import FormatError, SchemeError
 from bitwright.formats.format import Read
-from bitwright.qtensor import Scales
-from bitwright.scheme import GRIDS, TENSOR, TOKEN, Scheme
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import GRIDS, TENSOR, TOKEN, Scheme
 
 VERSION = 1
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -18,11 +18,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode
 from bitwright.errors import KernelError
 from bitwright.kernels import native
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import CHANNEL, TENSOR, Scheme
+from bitwright.numerics.codec import code_dtype, code_range, decode
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
 
 PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
 WEIGHTS_AT_ONCE = 1 << 22  # packed in one go; decoded, where torch multiplies

@@ -1,7 +1,7 @@
 """Rounding in native code: codes, the scale search and its second level, GPTQ's visit of columns, a sweep of coordinate
 descent, AutoRound's step.
 
-Each function does what its torch twin does (codec.py, methods/search.py, superblocks.py, gptq.py, descend.py,
+Each function does what its torch twin does (codec.py, methods/search.py, superblocks.py, gptq.py, coordinate_descent.py,
 autoround.py), in place of it where `handles` says so. All give the same bits as their twins but the sweep: that adds up
 in another order, so its codes may differ where two are equally good.
 """
@@ -12,12 +12,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode
-from bitwright.codec import encode as in_torch
 from bitwright.kernels import native
-from bitwright.loss import energy
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import TENSOR, Scheme
+from bitwright.numerics.codec import code_dtype, code_range, decode
+from bitwright.numerics.codec import encode as in_torch
+from bitwright.numerics.loss import energy
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import TENSOR, Scheme
 
 ENCODINGS = ("f32", "f16", "bf16", "e8m0")  # by the extension's numbers; all others are searched as f32
 WIDEST = 16  # levels of a codebook

@@ -19,7 +19,7 @@ from bitwright.methods.rotate import Rotate
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
 from bitwright.methods.smooth import Smooth
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 
 METHODS: dict[str, Callable[..., Outcome]] = {
     "rtn": rtn,

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, code_range, decode, folded, group_view, safe, snap
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import Knobs
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.outcome import Outcome
-from bitwright.qtensor import QTensor
-from bitwright.scheme import TENSOR, Scheme
+from bitwright.numerics.codec import code_dtype, code_range, decode, folded, group_view, safe, snap
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import TENSOR, Scheme
 
 MEMORY = 0.95  # of a gradient's mean square, from step to step
 INSIDE = 0.4  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.loss import energy
 from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
+from bitwright.numerics.loss import energy
 
 SMALLEST = 1e-4  # of the largest mean |x|: channels that are hardly ever active do not blow up their weights
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitwright.errors import RecipeError
 from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
-from bitwright.scheme import Scheme
+from bitwright.numerics.scheme import Scheme
 
 
 def gptaq(

@@ -24,15 +24,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, fit, round_to
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
-from bitwright.methods.descend import descend
+from bitwright.methods.coordinate_descent import descend
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
-from bitwright.products import add_product
-from bitwright.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
-from bitwright.scheme import TENSOR, Scheme
+from bitwright.numerics.codec import code_dtype, fit, round_to
+from bitwright.numerics.matmul import add_product
+from bitwright.numerics.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
+from bitwright.numerics.scheme import TENSOR, Scheme
 
 TRIAL_ROWS = 256  # rows that decide for a matrix of more than four times as many
 AT_ONCE = 1 << 23  # weights rounded at a time, whole rows: all that is needed meanwhile is a few times 32 MB
@@ -59,7 +59,7 @@ def gptq(
     block               columns rounded before their errors reach the others, in one product (lazy batches)
     sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
     compensated_scales  try scales searched on compensated weights beside those fixed beforehand
-    fast                large products in bfloat16: see products.py
+    fast                large products in bfloat16: see numerics/matmul.py
     Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite.
     """
     if gram is None:

@@ -12,11 +12,11 @@ and β grows from step to step. Here the best offset of all steps is kept, judge
 import torch
 from torch import Tensor
 
-from bitwright.codec import encode, group_view, raw_scales, round_to, snap
 from bitwright.errors import RecipeError
 from bitwright.methods.outcome import Outcome
-from bitwright.qtensor import Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import encode, group_view, raw_scales, round_to, snap
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
 
 
 def hqq(

@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.codec import code_dtype, round_to, spread
 from bitwright.errors import NumericsError, RecipeError, SchemeError
 from bitwright.methods.gptq import visiting_order
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales
-from bitwright.qtensor import QTensor, reshaped
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import code_dtype, round_to, spread
+from bitwright.numerics.qtensor import QTensor, reshaped
+from bitwright.numerics.scheme import Scheme
 
 LARGEST_K = 1024
 AT_ONCE = 1 << 24  # entries of inverses held at a time

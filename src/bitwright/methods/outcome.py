@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitwright.qtensor import QTensor
+from bitwright.numerics.qtensor import QTensor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.hadamard import block_of, hadamard, random_signs, rotated
+from bitwright.numerics.hadamard import block_of, hadamard, random_signs, rotated
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from bitwright.codec import fit
 from bitwright.kernels.rounding import encode
 from bitwright.methods.outcome import Outcome
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import fit
+from bitwright.numerics.scheme import Scheme
 
 
 def rtn(w: Tensor, gram: Tensor | None, scheme: Scheme) -> Outcome:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import fit, rounded
 from bitwright.methods.search import best_scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import fit, rounded
+from bitwright.numerics.scheme import Scheme
 
 TRIAL_ROWS = 256  # of each matrix decide
 TRIAL_STEPS = 4  # of the search of scales, half of what rounding itself takes

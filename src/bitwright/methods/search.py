@@ -16,7 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bitwright.codec import (
+from bitwright.errors import RecipeError
+from bitwright.kernels import rounding
+from bitwright.methods.outcome import Outcome
+from bitwright.methods.superblocks import ROUNDS, Best, refine
+from bitwright.numerics.codec import (
     decode,
     fit,
     folded,
@@ -28,12 +32,8 @@ from bitwright.codec import (
     snap,
     values,
 )
-from bitwright.errors import RecipeError
-from bitwright.kernels import rounding
-from bitwright.methods.outcome import Outcome
-from bitwright.methods.superblocks import ROUNDS, Best, refine
-from bitwright.qtensor import Scales, map_rows
-from bitwright.scheme import TENSOR, Scheme
+from bitwright.numerics.qtensor import Scales, map_rows
+from bitwright.numerics.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
 QUICK = 2  # steps at most

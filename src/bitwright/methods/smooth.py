@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.codec import fit, rounded
 from bitwright.errors import RecipeError
 from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
-from bitwright.scheme import TENSOR, Scheme
+from bitwright.numerics.codec import fit, rounded
+from bitwright.numerics.scheme import TENSOR, Scheme
 
 SMALLEST = 1e-5  # of the largest: what a channel that is never active, or never read, counts as
 

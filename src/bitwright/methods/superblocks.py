@@ -11,10 +11,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.codec import by_block, each_group, folded, group_view, integers_of, round_to, safe, scale_range, values
 from bitwright.kernels import rounding
-from bitwright.qtensor import Scales
-from bitwright.scheme import Scheme
+from bitwright.numerics.codec import (
+    by_block,
+    each_group,
+    folded,
+    group_view,
+    integers_of,
+    round_to,
+    safe,
+    scale_range,
+    values,
+)
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
 
 ROUNDS = 2
 MOVES = torch.tensor([[0.0, 0], [-1, 0], [1, 0], [-2, 0], [2, 0]])  # of a scale's integer

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bitwright.codec import encode
 from bitwright.nn.dynamic import DYNAMIC, dynamic, quantized, replaced, require_mode
 from bitwright.nn.fake import Edge, FakeWeight
 from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, IntegerProduct, StaticProduct, matrix
@@ -16,8 +15,9 @@ from bitwright.nn.plan import fuses, role_of, role_unless_kept
 from bitwright.nn.prepare import Prepared, require_prepared
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
 from bitwright.nn.trace import ADD, CARRY, MEAN, PRODUCT, RELU, SHAPE, UNARY, bound, first
-from bitwright.qtensor import QTensor
-from bitwright.scheme import TOKEN, Scheme
+from bitwright.numerics.codec import encode
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 
 @torch.no_grad()

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.codec import encode, fit
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.nn.attention import IntegerAttention
 from bitwright.nn.integer import check_activations
 from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, Source, check_group, matrix
 from bitwright.nn.recurrent import IntegerRecurrent
-from bitwright.qtensor import QTensor
-from bitwright.scheme import TOKEN, Scheme
+from bitwright.numerics.codec import encode, fit
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 KEPT_AS = ("float", "bf16")
 

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.codec import code_range, fit, group_view, round_to, safe, snap, values
+from bitwright.calibration.ranges import Histogram, finite_extremes, static_scales
 from bitwright.errors import CalibrationError
 from bitwright.nn.layers import matrix
-from bitwright.qtensor import Scales
-from bitwright.ranges import Histogram, finite_extremes, static_scales
-from bitwright.scheme import TOKEN, Scheme
+from bitwright.numerics.codec import code_range, fit, group_view, round_to, safe, snap, values
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 Phase = Literal["pass", "watch", "round", "follow"]
 

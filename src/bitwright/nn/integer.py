@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.codec import choose, raw_scales, safe
 from bitwright.errors import SchemeError
 from bitwright.kernels.matmul import FACTORS
-from bitwright.qtensor import QTensor
-from bitwright.scheme import TOKEN, Scheme
+from bitwright.numerics.codec import choose, raw_scales, safe
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 CHUNK = 1 << 17  # outputs computed at a time
 MOST_INPUTS = (1 << 31) // (1 << 14) - 1  # products of at most 128 · 128 whose sum an int32 holds

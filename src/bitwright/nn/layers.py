@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bitwright.codec import code_range
 from bitwright.errors import SchemeError
 from bitwright.nn.integer import (
     IntegerWeight,
@@ -23,8 +22,9 @@ from bitwright.nn.integer import (
     scaled_product,
 )  # fmt: skip
 from bitwright.nn.native import Memory, dense, handles, packed, room
-from bitwright.qtensor import QTensor
-from bitwright.scheme import CHANNEL, TENSOR, Scheme
+from bitwright.numerics.codec import code_range
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
 
 Source = nn.Linear | nn.Conv1d | nn.Conv2d
 

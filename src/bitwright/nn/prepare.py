@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bitwright.calibration.ranges import RANGES
 from bitwright.errors import CalibrationError, NumericsError, RecipeError
 from bitwright.nn.dynamic import DYNAMIC, Kept, nothing_to_quantize, require_mode
 from bitwright.nn.fake import Edge
@@ -14,8 +15,7 @@ from bitwright.nn.integer import check_activations
 from bitwright.nn.layers import check_group
 from bitwright.nn.plan import codes, fuses, role_of, role_unless_kept
 from bitwright.nn.trace import CARRY, OTHER, PRODUCT, bare_weights, fold_norms, traced
-from bitwright.ranges import RANGES
-from bitwright.scheme import TENSOR, TOKEN, Scheme
+from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
 Batch = Tensor | tuple[Any, ...] | dict[str, Any]  # what a module is called with: f(x), f(*x) or f(**x)
 

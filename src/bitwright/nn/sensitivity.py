@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from bitwright.errors import CalibrationError
-from bitwright.loss import ratio
 from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize, replaced, require_mode
 from bitwright.nn.prepare import Batch, run, tensors
-from bitwright.scheme import Scheme
+from bitwright.numerics.loss import ratio
+from bitwright.numerics.scheme import Scheme
 
 
 def sensitivity(

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.codec import code_dtype, code_range, decode
+from bitwright.calibration.statistics import Gram
 from bitwright.errors import CalibrationError, RecipeError, SchemeError
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
 from bitwright.nn.dynamic import Kept, nothing_to_quantize, replaced, require_mode
 from bitwright.nn.native import Memory, handles
 from bitwright.nn.prepare import Batch, run
-from bitwright.packing import pack, unpack
-from bitwright.qtensor import QTensor, Scales
-from bitwright.scheme import Scheme
-from bitwright.statistics import Gram
+from bitwright.numerics.codec import code_dtype, code_range, decode
+from bitwright.numerics.packing import pack, unpack
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import Scheme
 
 
 class PackedLinear(nn.Module):

@@ -11,7 +11,7 @@ from bitwright.nn.integer import integer_weight
 from bitwright.nn.plan import has_no_integer_form, role_of
 from bitwright.nn.prepare import Batch, Prepared, prepare, run
 from bitwright.nn.trace import PRODUCT
-from bitwright.scheme import TOKEN
+from bitwright.numerics.scheme import TOKEN
 
 
 def prepare_qat(

@@ -1,0 +1,286 @@
+"""Watch the inputs of a block's matrices while calibration tokens pass through it.
+
+A block is observed in the order of its forward: o_proj's inputs once q, k and v are quantized, down_proj's once gate and
+up are. For GPTQ this is the "true sequential" order. Methods that aim at the float model's outputs cannot do without it:
+were o_proj observed behind the float q, k and v, it would make up for errors that these, once quantized, have made up for
+already; every block would overshoot, and the next one more (docs/LOG.md).
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitwright.calibration.input_statistics import Gathering, Inputs
+from bitwright.errors import BitwrightError
+from bitwright.models.kv_cache import KvCache
+from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.numerics.input_quantization import Intake
+from bitwright.transforms.folds import is_norm
+
+SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
+REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for
+KEPT_BYTES = 512 << 20  # of the float model's activations in a block; where there are more, they are computed anew
+
+
+class Enough(Exception):  # noqa: N818
+    """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that are handed the very same tensor, by full name.
+
+    behind: where the output is added to the residual stream, the modules of the block whose outputs have been added to it
+    before; None: it goes elsewhere. norm: a root mean square norm that the output passes before it is added (Gemma), or "".
+    """
+
+    names: tuple[str, ...]
+    behind: tuple[str, ...] | None = None
+    norm: str = ""
+
+
+@dataclass
+class BlockRun:
+    """Block `index` as it is run: on the weights that the skeleton holds, but for some.
+
+    weights: parameters that are replaced, by name; intakes: what is done to the inputs of modules before they multiply;
+    cache: is handed the block's keys and values.
+    """
+
+    skeleton: Skeleton
+    index: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    intakes: Mapping[str, Intake | None] = field(default_factory=dict)
+    cache: KvCache | None = None
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, H] -> [B, T, H]."""
+        with self.skeleton.taking_in(self.intakes), self.skeleton.caching(self.cache):
+            return self.skeleton.run_with(self.index, hidden, self.weights)
+
+    def record(
+        self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
+    ) -> "Recorded":
+        """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed.
+
+        A module that is not reached is missing from what is given back.
+        """
+        seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
+        wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
+
+        def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+            into[name] = tensor
+            if not whole and all(name in there for there, name in wanted):
+                raise Enough
+
+        hooks = [
+            module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
+            if into is seen.inputs
+            else module(name).register_forward_hook(lambda _, __, out, n=name: keep(seen.outputs, n, out))
+            for into, name in wanted
+        ]
+        try:
+            with suppress(Enough):
+                seen.out = self(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+
+@dataclass
+class Recorded:
+    """Of one batch: what modules were handed, what modules gave, by name; what the block gave, if it was run to its end."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    out: Tensor | None = None
+
+    def residual(self, hidden: Tensor, group: Group) -> Tensor:
+        """The residual stream [B, T, H], float32, before the group's output is added; hidden: what the block was given."""
+        assert group.behind is not None
+        return sum((self.outputs[name].float() for name in group.behind), hidden.float())
+
+
+def _all_seen(unseen: set[str]) -> None:
+    if unseen:
+        remedy = 'a recipe rule that keeps it, or gives it method = "rtn" in a run without calibration'
+        raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
+
+
+def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group]:
+    """The modules `wanted`, in the order of the forward; window [1, T, H]: what the block is given to find out.
+
+    BitwrightError for a module that is not reached.
+    """
+    linears, norms = list(run.skeleton.linears(run.index)), _norms(run)
+    seen = run.record(window, [*(n for n in linears if n in wanted), *norms], [*linears, *norms], whole=True)
+    _all_seen(set(wanted) - seen.inputs.keys())
+    readers: dict[int, list[str]] = {}
+    for name in linears:
+        if name in wanted:
+            readers.setdefault(id(seen.inputs[name]), []).append(name)
+    order = {name: at for at, name in enumerate(seen.inputs)}
+    written = _written(window, seen)
+    groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
+    return sorted(groups, key=lambda group: order[group.names[0]])
+
+
+def _norms(run: BlockRun) -> list[str]:
+    """The block's modules with one weight vector."""
+    prefix, named = f"{run.skeleton.block_prefix}.{run.index}.", run.skeleton.blocks[run.index].named_modules()
+    return [prefix + name for name, module in named if name and is_norm(module)]
+
+
+def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
+    """The modules whose outputs, added to what the block is given, are what it gives; none if there are no such modules."""
+    assert seen.out is not None
+    written = seen.out.float() - window.float()
+    candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
+    for count in range(1, min(4, len(candidates)) + 1):
+        for some in combinations(candidates, count):
+            missing = written - sum((seen.outputs[name].float() for name in some), torch.zeros(()))
+            if float(missing.norm()) < SAME * float(written.norm()):
+                return some
+    return ()
+
+
+def _group(
+    run: BlockRun, names: tuple[str, ...], written: tuple[str, ...], norms: Sequence[str], seen: Recorded
+) -> Group:
+    """Whether and how the output of a group of one reaches the residual stream."""
+    if len(names) > 1:
+        return Group(names)
+    out = seen.outputs[names[0]]
+    if names[0] in written:
+        return Group(names, written[: written.index(names[0])])
+    norm = next((n for n in norms if n in written and seen.inputs[n] is out), "")
+    if not norm:
+        return Group(names)
+    meant = out.float() * _slope(run.skeleton, norm, out.float())
+    moved = float((seen.outputs[norm].float() - meant).norm())
+    same = moved < SAME * float(meant.norm())  # no mean is taken away, nothing is added
+    return Group(names, written[: written.index(norm)], norm) if same else Group(names)
+
+
+def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
+    """γ / rms(out), what a root mean square norm multiplies out [..., H] by, float32: as it does, its epsilon included."""
+    module = skeleton.model.get_submodule(norm)
+    dtype, tiny = module.get_parameter("weight").dtype, torch.finfo(torch.float32).tiny
+    with torch.no_grad():
+        gamma = module(torch.ones(1, out.shape[-1], dtype=dtype, device=out.device)).float()
+        scaled = gamma * out
+        times = (module(out.to(dtype)).float() * scaled).sum(-1, keepdim=True)
+    return gamma * (times / scaled.square().sum(-1, keepdim=True).clamp(min=tiny))
+
+
+class FloatStream:
+    """What the float model's block makes of its own activations, beside what the quantized model's does.
+
+    Kept where it fits into `KEPT_BYTES`, since a block is observed once for each group; else computed anew each time.
+    """
+
+    def __init__(self, run: BlockRun, batches: list[Tensor], groups: Sequence[Group]) -> None:
+        """run: the float block; batches [B, T, H]: what the float model gives it."""
+        self.run, self.batches = run, batches
+        linears = run.skeleton.linears(run.index)
+        widths = [_shape(linears[group.names[0]])[1] for group in groups]
+        tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
+        fits = tokens * sum(widths) * batches[0].itemsize <= KEPT_BYTES
+        self._kept = [self._record(batch, groups, whole=True) for batch in batches] if fits else None
+
+    def _record(self, batch: Tensor, groups: Sequence[Group], *, whole: bool = False) -> Recorded:
+        outputs = {name for group in groups for name in group.behind or ()}
+        return self.run.record(batch, [group.names[0] for group in groups], outputs, whole=whole)
+
+    def of(self, b: int, group: Group) -> Recorded:
+        """Batch b as far as the group."""
+        return self._kept[b] if self._kept is not None else self._record(self.batches[b], [group])
+
+    def move_on(self) -> None:
+        """Replace the batches by what the block makes of them."""
+        for b, batch in enumerate(self.batches):
+            out = None if self._kept is None else self._kept[b].out
+            self.batches[b] = self.run(batch) if out is None else out
+        self._kept = None
+
+
+def observe(
+    run: BlockRun,
+    given: Sequence[Tensor],
+    groups: Sequence[Group],
+    floats: FloatStream | None = None,
+    *,
+    by_residual: bool = False,
+    detailed: bool = False,
+) -> list[Inputs]:
+    """Statistics of what the modules of each group are handed; given: what the block is, in batches [B, T, H].
+
+    floats: the float model's stream, if it is to be compared.
+    by_residual: where the output is added to the residual stream, an error counts by its size beside the stream that it ends
+    up in, as what reads that is a norm: so a massive activation (arXiv:2402.17762) outweighs no other token.
+    detailed: ranges, a sample and a histogram beside the Gram.
+    """
+    expected = sum(batch.shape[0] * batch.shape[1] for batch in given)
+    gatherings: dict[str, Gathering] = {}
+    for b, batch in enumerate(given):
+        seen = run.record(
+            batch, [group.names[0] for group in groups], {n for group in groups for n in group.behind or ()}
+        )
+        _all_seen({group.names[0] for group in groups} - seen.inputs.keys())
+        for group in groups:
+            name = group.names[0]
+            x = seen.inputs.pop(name)
+            if b == 0:
+                gatherings[name] = Gathering.of(x, detailed=detailed, expected=expected)
+                gatherings[name].names += group.names
+            other = None if floats is None else floats.of(b, group)
+            ahead, counting = None, None
+            if group.behind is not None and (other is not None or by_residual):
+                stream = None if other is None or floats is None else other.residual(floats.batches[b], group)
+                pair = None if other is None or stream is None else (stream, other.inputs[name])
+                ahead, counting = _towards(run.skeleton, group, x, seen.residual(batch, group), pair)
+            original = None if other is None else other.inputs[name]
+            gatherings[name].update(x, original, ahead, counting if by_residual else None)
+    return [gathering.value() for gathering in gatherings.values()]
+
+
+def _towards(
+    skeleton: Skeleton, group: Group, x: Tensor, stream: Tensor, float_pair: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, Tensor]:
+    """What the output is to make up for [B, T, N], beside its own float value; how much each token's error counts [B, T].
+
+    x: the input; stream: what the output will be added to; float_pair: both of the float model's, the stream first.
+    """
+    name = group.names[0]
+    out = _product(skeleton, name, x)
+    slope = _slope(skeleton, group.norm, out) if group.norm else torch.ones(())
+    counting = 1 / (stream + out * slope).square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    if group.norm:
+        counting = counting / out.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    if float_pair is None:
+        return None, counting
+    if not group.norm:
+        return float_pair[0] - stream, counting
+    meant = _product(skeleton, name, float_pair[1])
+    ahead = (float_pair[0] + meant * _slope(skeleton, group.norm, meant) - stream) / slope - meant
+    reached = slope.abs() > REACHED * slope.abs().amax(-1, keepdim=True)
+    return ahead.where(reached, torch.zeros(())), counting
+
+
+def _product(skeleton: Skeleton, name: str, x: Tensor) -> Tensor:
+    """What module `name` makes of x [..., K] on the weight that the skeleton holds [..., N], float32."""
+    module = skeleton.model.get_submodule(name)
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    return functional.linear(x, matrix_of(module, module.get_parameter("weight")), bias).float()
+
+
+def _shape(module: torch.nn.Module) -> torch.Size:
+    """[N, K] of a linear module."""
+    return matrix_of(module, module.get_parameter("weight")).shape

@@ -1,0 +1,105 @@
+"""What `--calib` says: one text, or several with shares, as in general:0.7,code.txt:0.3."""
+
+import os
+from dataclasses import dataclass
+from math import inf
+
+from bitwright.errors import CalibrationError
+from bitwright.gguf.imatrix import is_imatrix
+
+BUILT_IN = ("general", "stdlib", "stdlib-heldout")  # texts that need no file of the user's
+EXAMPLE = "as in general:0.7,code.txt:0.3"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A built-in text or a file, and its share of the windows."""
+
+    name: str
+    share: float
+
+
+def texts_of(calib: str) -> tuple[Text, ...]:
+    """The texts of a mix, with shares that sum to 1: equal ones where none is given.
+
+    What exists as a file is that file, commas and colons in its name included. CalibrationError for a share that is not a
+    positive number, or that only some texts have; for a text named twice or not at all; for what is no text in a mix.
+    """
+    parts = [_part(entry, calib) for entry in _entries(calib)]
+    names, shares = [name for name, _ in parts], [share for _, share in parts]
+    if "" in names:
+        raise CalibrationError(
+            "a text without a name", where=calib, remedy=f"put one comma between two texts, {EXAMPLE}"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CalibrationError(
+            f"{twice!r} is named twice", where=calib, remedy="name it once, with the sum of the shares"
+        )
+    if len(parts) > 1 or shares[0] is not None:
+        _check_texts(names, calib)
+    given = [share for share in shares if share is not None]
+    if given and len(given) < len(parts):
+        message = "some texts have a share, others have not"
+        raise CalibrationError(message, where=calib, remedy=f"give every text a share, {EXAMPLE}, or none")
+    total = sum(given) if given else len(parts)
+    return tuple(Text(name, (1 if share is None else share) / total) for name, share in parts)
+
+
+def windows_of(texts: tuple[Text, ...], samples: int, calib: str) -> list[int]:
+    """How many of `samples` windows each text gives: whole numbers nearest to the shares that sum to it.
+
+    CalibrationError where a text would give none.
+    """
+    wanted = [text.share * samples for text in texts]
+    counts = [int(count) for count in wanted]
+    behind = sorted(range(len(texts)), key=lambda i: counts[i] - wanted[i])
+    for i in behind[: samples - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        message = (
+            f"{samples} windows are too few for shares like these: {texts[counts.index(0)].name!r} would give none"
+        )
+        raise CalibrationError(message, where=calib, remedy="raise --samples, or that text's share")
+    return counts
+
+
+def _entries(calib: str) -> list[str]:
+    """Cut at commas, but not inside the name of a file."""
+    pieces, entries = calib.split(","), []
+    while pieces:
+        joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
+        entry = next((e for e in joined if os.path.isfile(e) or os.path.isfile(e.rpartition(":")[0])), pieces[0])
+        entries.append(entry)
+        pieces = pieces[entry.count(",") + 1 :]
+    return entries
+
+
+def _part(entry: str, calib: str) -> tuple[str, float | None]:
+    """A text's name, and its share if one is given."""
+    name, colon, share = entry.rpartition(":")
+    if not colon or os.path.isfile(entry):
+        return entry, None
+    number = _number(share)
+    if number is None and name not in BUILT_IN and not os.path.isfile(name):
+        return entry, None  # a file that is not there, with a colon in its name
+    if number is None or not 0 < number < inf:
+        message = f"the share {share!r} of {name!r} is not a positive number"
+        raise CalibrationError(message, where=calib, remedy=f"write it {EXAMPLE}")
+    return name, number
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _check_texts(names: list[str], calib: str) -> None:
+    """Shares are of windows, and only texts give those."""
+    for name in names:
+        if name == "none" or is_imatrix(name):
+            what = "none" if name == "none" else f"the importance matrix {name!r}"
+            message = f"{what} is no text, and cannot be mixed with any"
+            raise CalibrationError(message, where=calib, remedy="give it alone, or texts only")

@@ -1,0 +1,159 @@
+"""Text -> token windows [S, T], seeded, no padding: every token that a statistic sees is a real one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitwright.calibration.general_text import cut_at_lines, general_pieces, plain_text
+from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
+from bitwright.calibration.text_mix import texts_of, windows_of
+from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.gguf.reader import is_gguf
+from bitwright.models.gguf_source import read_tokenizer
+
+BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
+    "general": plain_text,
+    "stdlib": lambda: module_text(CALIBRATION),
+    "stdlib-heldout": lambda: module_text(HELD_OUT),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Token ids: seen [S, T], of which statistics are taken, held_out [H, T], which only judge what was made of them; and
+    what there is to say of the texts that they are from.
+    """
+
+    seen: Tensor
+    held_out: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer; no code from the checkpoint is run."""
+    if is_gguf(folder):
+        return read_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"no usable tokenizer: {str(error).splitlines()[0]}"
+        raise CheckpointError(message, where=str(folder), remedy="copy the model's tokenizer files here") from error
+
+
+def read_text(source: str) -> str:
+    """A text file, or a built-in text by name. CalibrationError if it is missing, not text, or empty."""
+    if source in BUILT_IN:
+        return BUILT_IN[source]()
+    file = Path(source)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
+        raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8") from error
+    if not text.strip():
+        raise CalibrationError("the text is empty", where=source, remedy="give some thousand words of real text")
+    return text
+
+
+def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None) -> Tensor:
+    """All whole, non-overlapping windows of a text, or the first so many, in order: token ids [W, seqlen].
+
+    A tokenizer that begins every text with a token of its own (BOS) has it at the start of every window, since the
+    model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
+    do not fit the model's vocabulary.
+    """
+    pieces = cut_at_lines(read_text(source), 1 << 18)  # at once it would take a hundred bytes of memory a token
+    return cut_windows(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
+
+
+def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int, spare: int = 0) -> Drawn:
+    """Up to `samples` windows of a text, or of several by their shares, evenly mixed; a note for each that is too short.
+
+    Each text gives windows from places that a seed of its own picks; else as `windows`. Only about as much text is tokenized
+    as is needed, whatever its length. calib: as `mix.texts_of` reads it. spare: about so many windows more are held out; of a
+    text that is too short an eighth. CalibrationError as of `texts_of` and of `windows`.
+    """
+    texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
+    held_out: list[Tensor] = []
+    for i, (text, count) in enumerate(zip(texts, windows_of(texts, samples, calib), strict=True)):
+        pieces, more = _shuffled(tokenizer, text.name, 4 * seqlen, vocabulary, seed)
+        extra = ceil(text.share * spare)
+        found = cut_windows(tokenizer, pieces, count + extra, source=text.name, seqlen=seqlen, vocabulary=vocabulary)
+        if len(found) < count:
+            which = f"text {text.name!r}" if len(texts) > 1 else "text"
+            more += (f"the {which} gives {len(found)} calibration windows of {seqlen} tokens, not {count}",)
+        seen = min(count, len(found) - min(extra, len(found) // 8))
+        parts += [((k + 0.5) / seen, i, window) for k, window in enumerate(found[:seen])]
+        held_out.append(found[seen : seen + extra])
+        notes += more
+    parts.sort(key=lambda part: part[:2])
+    return Drawn(torch.stack([window for *_, window in parts]), torch.cat(held_out), notes)
+
+
+def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
+    """The windows of `draw` [S, T]."""
+    return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).seen
+
+
+def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
+    """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
+    if source == "general":
+        return general_pieces(tokenizer, size=size, vocabulary=vocabulary, seed=seed)
+    pieces = cut_at_lines(read_text(source), size)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pieces[i] for i in order], ()
+
+
+def cut_windows(
+    tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int
+) -> Tensor:
+    """Tokenize pieces of text until there are enough windows, and cut them."""
+    tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
+    start = opening(tokenizer)
+    length = seqlen - len(start)
+    ids: list[int] = []
+    for piece in pieces:
+        if most is not None and len(ids) >= most * length:
+            break
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    count = min(len(ids) // length if length > 0 else 0, len(ids) if most is None else most)
+    if count == 0:
+        raise too_short(len(ids), seqlen, source)
+    body = torch.tensor(ids[: count * length]).view(count, length)
+    found = torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
+    check_ids(tokenizer, found, vocabulary)
+    return found
+
+
+def too_short(tokens: int, seqlen: int, source: str) -> CalibrationError:
+    """What to say of a text of so many tokens, which fill no window."""
+    message = f"{tokens} tokens are shorter than one window of {seqlen}"
+    return CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
+
+
+def check_ids(tokenizer: Any, ids: Tensor, vocabulary: int) -> None:
+    """CalibrationError if a tokenizer's ids [W, T] do not fit the model's vocabulary."""
+    if int(ids.max()) >= vocabulary:
+        message = f"the tokenizer makes id {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}"
+        remedy = "copy the tokenizer files that belong to these weights"
+        raise CalibrationError(message, where=str(tokenizer.name_or_path or "tokenizer"), remedy=remedy)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []
+
+
+def batches(ids: Tensor, tokens: int) -> list[Tensor]:
+    """Split [S, T] into batches of about so many tokens."""
+    return list(ids.split(max(1, tokens // ids.shape[1])))

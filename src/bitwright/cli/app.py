@@ -1,0 +1,321 @@
+"""The command line: parse, call, print. With --json, one JSON object on stdout and nothing else.
+
+Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
+"""
+
+import gc
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitwright.cli.console import AsJson, console, errors, plain, progress_bar, reporting, show
+from bitwright.cli.inference import bench, chat, generate
+
+if TYPE_CHECKING:
+    from bitwright.evaluation.evaluate import Evaluation
+    from bitwright.pipeline.result import Result
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Out = Annotated[
+    Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="rtn, search, hqq, obq, gptq, gptaq or autoround, behind transforms where wanted: awq+gptq. "
+        "By default gptaq; with --store gptq."
+    ),
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the layers' inputs too: int8-token or fp8-token as they come, int8-tensor to a fixed range."
+    ),
+]
+Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Calib = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: general (prose, dialogues, code; it comes with bitwright), stdlib (Python's own sources) or a "
+        "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
+Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Directory of statistics of the float model: used if they are there, taken if they are not."),
+]
+Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
+Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Out,
+    scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
+    method: Method = None,
+    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq, gguf or bitwright.")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
+    activations: Activations = None,
+    observer: Observer = "mse",
+    kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
+    calib: Calib = "general",
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
+    store: Store = None,
+    resume: Resume = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
+    with reporting(as_json):
+        from bitwright.pipeline.quantize import carried_out, planned
+
+        plan = planned(
+            model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
+            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+        )  # fmt: skip
+        if dry_run:
+            show(plan.as_dict(), as_json, "Preflight")
+            return
+        if not as_json:
+            errors.print(plan.headline, highlight=False)
+        with progress_bar(as_json) as progress:
+            done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+        _print_result(done, as_json)
+    if done.fallbacks:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to make: every candidate, a table (JSON) and a page (HTML).")],
+    schemes: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "int4-g128,int3-g128",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "rtn,search,awq,gptq,awq+gptq",
+    format: Annotated[str | None, typer.Option(help="File format; the first that can hold a candidate.")] = None,
+    activations: Activations = None,
+    observer: Observer = "mse",
+    calib: Calib = "general",
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
+    text: Text = "stdlib-heldout",
+    tokens: Tokens = None,
+    eval_seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window of that text.")] = 256,
+    store: Store = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Statistics block by block for every candidate, as quantize does.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Try many methods and number formats on one model: one calibration pass, one table, one page."""
+    with reporting(as_json), progress_bar(as_json) as progress:
+        from bitwright.evaluation.compare import Settings
+        from bitwright.evaluation.compare import compare as run_all
+        from bitwright.evaluation.report import comparison_table
+
+        settings = Settings(
+            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep
+        )
+        done = run_all(
+            model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
+            resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(done.as_dict()))
+    else:
+        console.print(comparison_table(done.original, done.candidates))
+        for note in done.notes:
+            console.print(f"[yellow]note[/] {plain(note)}")
+        console.print(f"{done.out / 'compare.html'}", highlight=False)
+    if done.refused or any(one.fallbacks for one in done.candidates):
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original, to measure KL and top-1 agreement against.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to judge on: a UTF-8 file, or stdlib-heldout; give the option again for more texts.",
+            show_default="stdlib-heldout",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+            "assistant.",
+        ),
+    ] = False,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    tokens: Tokens = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
+    with reporting(as_json):
+        from bitwright.evaluation.evaluate import evaluate as judge
+
+        found = judge(
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, chat=chat,
+        )  # fmt: skip
+        _print_evaluations(found, as_json)
+
+
+def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
+    """One text's numbers, or a table of several; what they mean, unless it is for a program to read."""
+    from bitwright.evaluation.report import evaluation_table
+    from bitwright.evaluation.verdict import short_name, verdict
+
+    whole = [one.as_dict() for one in found]
+    if as_json:
+        show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
+        return
+    if len(whole) == 1:
+        show(
+            {k: v for k, v in whole[0].items() if k != "text"}, False, f"Evaluation on {short_name(found[0].text, 60)}"
+        )
+    else:
+        console.print(evaluation_table(found))
+    for line in verdict(found):
+        console.print(plain(line), highlight=False)
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
+    with reporting(as_json):
+        from bitwright.evaluation.inspection import inspect as look
+        from bitwright.evaluation.report import table
+
+        found = look(model)
+        if as_json:
+            show(found, True, "")
+            return
+        rows = [_inspected(t) for t in found["tensors"]]
+        console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
+        console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
+
+
+def _inspected(t: dict[str, Any]) -> tuple[str, ...]:
+    """A tensor's row of the table."""
+    loss = "" if t["loss"] is None else f"{t['loss']:.5f}"
+    return t["name"], "×".join(map(str, t["shape"])), t["scheme"], f"{t['bytes']:,}", loss
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """The whole main job on the built-in model: no network, under two minutes."""
+    with reporting(as_json), progress_bar(as_json) as progress:
+        from bitwright.cli.demo import HEADER
+        from bitwright.cli.demo import demo as run_demo
+        from bitwright.evaluation.report import table
+
+        rows = run_demo(lambda line: None if as_json else errors.print(line, highlight=False), progress)
+    if as_json:
+        print(json.dumps([dict(zip(HEADER, row, strict=True)) for row in rows]))
+    else:
+        console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
+
+
+@app.command()
+def imatrix(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Importance matrix to make, for llama-quantize --imatrix.")],
+    calib: Calib = "general",
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
+    with reporting(as_json):
+        from bitwright.pipeline.importance import write_importance
+
+        with progress_bar(as_json) as progress:
+            done = write_importance(
+                model, out, calib=calib, samples=samples, seqlen=seqlen, seed=seed, progress=progress
+            )
+        show(done, as_json, "Done")
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
+    ],
+    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or bitwright, for a directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
+    with reporting(as_json):
+        from bitwright.pipeline.conversion import convert
+
+        show(convert(model, out, format), as_json, "Done")
+
+
+for command in (generate, chat, bench):
+    app.command()(command)
+
+
+def _print_result(done: "Result", as_json: bool) -> None:
+    """What a run did, tensor by tensor unless it is for a program to read."""
+    from bitwright.evaluation.report import ledger_table
+
+    if not as_json:
+        console.print(ledger_table(done.ledger))
+        for note in done.notes:
+            console.print(f"note: {plain(note)}")
+        for fallback in done.fallbacks:
+            console.print(f"[yellow]worse than asked[/] {plain(fallback)}")
+    show(done.as_dict(), as_json, "Done")
+
+
+def main() -> None:
+    """Entry point."""
+    # Threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
+    # slept at once it would take twice as long on an idle machine; if they spun on, as is the default, up to eight
+    # times as long on a busy one. Must be set before torch loads its OpenMP.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads only wait, busily
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Importing torch and transformers makes a million objects that stay: do not count them often, nor take them apart at
+    # the end, which takes as long as a small command.
+    gc.set_threshold(100_000)
+    try:
+        app()
+    except SystemExit as end:
+        with suppress(OSError):  # nobody may be listening any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

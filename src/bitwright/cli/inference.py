@@ -1,0 +1,133 @@
+"""The commands that run a model: generate, chat, bench."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitwright.cli.console import AsJson, console, errors, reporting, show
+
+if TYPE_CHECKING:
+    from bitwright.inference.decoding import Sampling
+    from bitwright.inference.generation import Message
+
+Model = Annotated[Path, typer.Argument(help="Directory or .gguf file, float or quantized.")]
+Most = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; above, the more the freer.")]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share of the mass.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
+Rounded = Annotated[
+    str | None, typer.Option(help="Round a float checkpoint on the way into memory: int4-g128, nf4-g64-dq, ...")
+]
+Bits = Annotated[
+    int, typer.Option(help="Bits of quantized layers' inputs: 16 (as good as float), or 8 (faster prompts).")
+]
+Room = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from stdin.")],
+    max_tokens: Most = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, by the chat template.")] = False,
+    scheme: Rounded = None,
+    activations: Bits = 16,
+    room: Room = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Write on from a prompt; the text appears as it is made."""
+    with reporting(as_json):
+        sampling = _sampling(temperature, top_p, seed)
+        from bitwright.inference.generation import Generator
+
+        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if chat:
+            stream = generator.answer([{"role": "user", "content": text}], most=max_tokens, sampling=sampling)
+        else:
+            stream = generator.complete(text, most=max_tokens, sampling=sampling)
+        written = _written(stream, quiet=as_json)
+    if as_json:
+        print(json.dumps({"prompt": text, "text": written}))
+
+
+def chat(
+    model: Model,
+    max_tokens: Most = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
+    scheme: Rounded = None,
+    activations: Bits = 16,
+    room: Room = 4096,
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
+    with reporting(False):
+        sampling = _sampling(temperature, top_p, seed)
+        from bitwright.inference.generation import Generator
+
+        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            said = _written(generator.answer(messages, most=max_tokens, sampling=sampling), quiet=False)
+            messages.append({"role": "assistant", "content": said})
+
+
+def bench(
+    model: Model,
+    scheme: Rounded = None,
+    activations: Bits = 16,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which the medians count.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens a second for a prompt and after it, and how far that is from what the memory allows."""
+    with reporting(as_json):
+        from bitwright.inference.speed import measure
+
+        found = measure(
+            model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat
+        )  # fmt: skip
+        show(found.as_dict(), as_json, "Speed")
+
+
+def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
+    from bitwright.inference.decoding import Sampling
+
+    return Sampling(temperature, top_p, seed)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until there is nothing."""
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line:
+            return
+        yield line
+
+
+def _written(stream: Iterator[str], *, quiet: bool) -> str:
+    """Print pieces as they come; what was printed when they end or the user interrupts."""
+    parts = []
+    try:
+        for part in stream:
+            parts.append(part)
+            if not quiet:
+                print(part, end="", flush=True)
+    except KeyboardInterrupt:
+        errors.print("[dim]interrupted[/]")
+    if not quiet:
+        print(flush=True)
+    return "".join(parts)

@@ -1,0 +1,210 @@
+"""What quantization cost: perplexity, and KL divergence, top-1 agreement against the original.
+
+A text's tokens are cut into non-overlapping windows, each predicted from its own start; both models are walked over all
+texts at once, so weights are read once (see models/walk.py). Standard errors are those of the mean over windows: tokens of one
+window are not independent.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import InputError
+from bitwright.evaluation.judged_text import JudgedText
+from bitwright.evaluation.reference import Compared, Predictions
+from bitwright.models.walk import Piece, Walk, batched, perplexity_of, pieces, surprise
+from bitwright.pipeline.statistics_store import code_version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The command line's JSON. KL is KL(reference ‖ model) in nats a token; None without a reference.
+
+    perplexity_ratio  the model's perplexity over the reference's; its standard error is that of the difference window by
+                      window, which is far smaller than either's own
+    kl_p99, kl_p999   what 99 % and 99.9 % of the tokens do not exceed
+    seconds           for all texts that were judged together
+    """
+
+    text: str
+    tokens: int
+    perplexity: float
+    perplexity_stderr: float
+    reference_perplexity: float | None = None
+    reference_perplexity_stderr: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_stderr: float | None = None
+    kl_mean: float | None = None
+    kl_stderr: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
+    top1: float | None = None
+    bits_per_weight: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, keys as they are named."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Path,
+    *,
+    texts: Sequence[str],
+    reference: Path | None = None,
+    seqlen: int = 256,
+    tokens: int | None = None,
+    predictions: Path | None = None,
+    engine: str | None = None,
+    chat: bool = False,
+) -> list[Evaluation]:
+    """Judge a checkpoint directory on texts, one by one, beside a reference if one is given.
+
+    seqlen       tokens in a window, at least 2; at most what the models know positions for
+    tokens       stop after so many of each text (whole windows); None: the whole text
+    predictions  a store of this reference's predictions: used if they are there, written if they are not. KL is then
+                 that of its most likely tokens (see reference.py)
+    engine       "llama.cpp": inputs, keys and values are rounded as that engine does it (GGUF files)
+    chat         the texts are conversations, in the model's chat template (see chat_text.py)
+    Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
+    run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
+    """
+    begun = time.monotonic()
+    if not texts:
+        raise InputError("no text to judge on", remedy="name at least one")
+    walk, other = Walk(model, engine=engine), Walk(reference) if reference else None
+    judged = JudgedText(texts, seqlen, tokens, chat)
+    ids = judged.windows(walk)
+    if other:
+        judged.check_reference(walk, ids, other)
+    parts = [batched(one) for one in ids]
+    hidden = _carried(walk, parts)
+    against = _references(other, parts, predictions) if other else [None] * len(parts)
+    costs = [_costs(walk, *one) for one in zip(hidden, parts, against, strict=True)]
+    seconds = time.monotonic() - begun
+    return [_evaluation(walk, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+
+
+Against = Callable[[Piece, Tensor], Compared]  # of some tokens, from what the model predicts of them, log q [n, V]
+
+
+def _carried(walk: Walk, texts: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Each text's batches behind the last block. No batch holds two texts: what is found does not depend on the others."""
+    hidden = iter(walk.carried([part for parts in texts for part in parts]))
+    return [list(islice(hidden, len(parts))) for parts in texts]
+
+
+def _references(other: Walk, texts: list[list[Tensor]], folder: Path | None) -> list[Against]:
+    """The reference's side of each text: from the model itself, or from its stored predictions, made where they are not."""
+    if folder is None:
+        return [_exactly(other, *one) for one in zip(_carried(other, texts), texts, strict=True)]
+    stored = [Predictions(folder, _key(other, parts)) for parts in texts]
+    new = [(one, parts) for one, parts in zip(stored, texts, strict=True) if not one.complete]
+    if new:
+        hidden = _carried(other, [parts for _, parts in new])
+        for (one, parts), states in zip(new, hidden, strict=True):
+            _store(one, other, states, parts)
+    return [_stored(one) for one in stored]
+
+
+def _store(stored: Predictions, other: Walk, hidden: list[Tensor], parts: list[Tensor]) -> None:
+    """Keep what the reference predicts of one text."""
+    stored.begin()
+    for piece in pieces(parts, other.vocabulary):
+        log_p = other.log_probabilities(hidden, piece)
+        stored.write(piece.begin, log_p, surprise(log_p, piece.targets(parts)))
+    stored.finish(sum(part.numel() for part in parts))
+
+
+def _stored(stored: Predictions) -> Against:
+    return lambda piece, log_q: stored.against(piece.begin, log_q)
+
+
+def _exactly(other: Walk, hidden: list[Tensor], parts: list[Tensor]) -> Against:
+    """KL(p ‖ q) over the whole vocabulary."""
+
+    def compare(piece: Piece, log_q: Tensor) -> Compared:
+        log_p = other.log_probabilities(hidden, piece)
+        kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        same = log_p.argmax(-1) == log_q.argmax(-1)
+        return Compared(kl.clamp(min=0), same, surprise(log_p, piece.targets(parts)))
+
+    return compare
+
+
+def _key(other: Walk, parts: list[Tensor]) -> str:
+    """A hash of all that predictions depend on: the model, the windows and the code."""
+    ids = torch.cat(parts)
+    model = [other.artefact.fingerprint(), other.skeleton.config.to_json_string()]
+    return sha256(json.dumps([model, code_version(), ids.shape]).encode() + ids.numpy().tobytes()).hexdigest()
+
+
+def _costs(
+    walk: Walk, hidden: list[Tensor], parts: list[Tensor], against: Against | None
+) -> tuple[Tensor, Compared | None]:
+    """−log p of each token of a text, and what the reference makes of it; all [W, T − 1]."""
+    nll, beside = list[Tensor](), list[Compared]()
+    for piece in pieces(parts, walk.vocabulary):
+        log_q = walk.log_probabilities(hidden, piece)
+        nll.append(surprise(log_q, piece.targets(parts)))
+        if against:
+            beside.append(against(piece, log_q))
+    count = sum(len(part) for part in parts)
+
+    def whole(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).view(count, -1)
+
+    if not against:
+        return whole(nll), None
+    kl, same, theirs = whole([c.kl for c in beside]), whole([c.same for c in beside]), whole([c.nll for c in beside])
+    return whole(nll), Compared(kl, same, theirs)
+
+
+def _evaluation(walk: Walk, text: str, costs: tuple[Tensor, Compared | None], seconds: float) -> Evaluation:
+    """Means, their standard errors and quantiles of what each token cost."""
+    nll, beside = costs
+    perplexity, stderr = _exponential(nll)
+    found = Evaluation(
+        text=text, tokens=nll.numel(), perplexity=perplexity, perplexity_stderr=stderr,
+        bits_per_weight=walk.bits_per_weight, seconds=seconds,
+    )  # fmt: skip
+    if beside is None:
+        return found
+    (theirs, theirs_stderr), (ratio, ratio_stderr) = _exponential(beside.nll), _exponential(nll - beside.nll)
+    kl_mean, kl_stderr = _mean(beside.kl)
+    return replace(
+        found, reference_perplexity=theirs, reference_perplexity_stderr=theirs_stderr,
+        perplexity_ratio=ratio, perplexity_ratio_stderr=ratio_stderr,
+        kl_mean=kl_mean, kl_stderr=kl_stderr, kl_median=_quantile(beside.kl, 0.5), kl_p99=_quantile(beside.kl, 0.99),
+        kl_p999=_quantile(beside.kl, 0.999), top1=float(beside.same.double().mean()),
+    )  # fmt: skip
+
+
+def _mean(per_token: Tensor) -> tuple[float, float]:
+    """Mean over all tokens of [W, T − 1], and its standard error from the spread of the windows' means."""
+    by_window = per_token.double().mean(1)
+    stderr = float(by_window.std() / math.sqrt(len(by_window))) if len(by_window) > 1 else float("nan")
+    return float(by_window.mean()), stderr
+
+
+def _exponential(nll: Tensor) -> tuple[float, float]:
+    """e to the mean of [W, T − 1], and its standard error to first order."""
+    mean, stderr = _mean(nll)
+    found = perplexity_of(mean)
+    return found, found * stderr
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """The q-quantile, for any number of values: the one nearest to that rank."""
+    flat = values.flatten().sort().values
+    return float(flat[round(q * (len(flat) - 1))])

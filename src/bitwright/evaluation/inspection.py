@@ -1,0 +1,39 @@
+"""What a checkpoint directory holds, from headers and its ledger alone."""
+
+from pathlib import Path
+from typing import Any
+
+from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import open_artefact
+from bitwright.pipeline.ledger import from_jsonl
+from bitwright.pipeline.work_in_progress import ledger_beside
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """{bytes, bits_per_weight, tensors: [{name, shape, scheme, bytes, loss}]}, one entry a tensor of the float model.
+
+    `scheme` is the float type of a tensor that is not quantized; `loss` is known where a ledger is.
+    """
+    import torch
+
+    config = read_config(folder)
+    artefact = open_artefact(folder)
+    ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
+    entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
+    parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
+    renamed = artefact.stored if isinstance(artefact, GgufArtefact) else {}  # a file made by name has a ledger by name
+    tensors = []
+    for name, shape in sorted(artefact.shapes.items()):
+        entry = entries.get(name) or entries.get(renamed.get(name, ""))
+        stored, size = artefact.describe(name)
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(shape or (entry.shape if entry else ())),
+                "scheme": entry.scheme if entry and entry.scheme else stored,
+                "bytes": size,
+                "loss": entry.loss if entry else None,
+            }
+        )
+    return {"bytes": artefact.bytes, "bits_per_weight": 8 * artefact.bytes / parameters, "tensors": tensors}

@@ -1,0 +1,71 @@
+"""The texts that models are judged on: cut by a model's own tokenizer, and read alike by both that are compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.errors import InputError
+from bitwright.evaluation.chat_text import chat_windows
+from bitwright.models.walk import Walk
+
+
+@dataclass(frozen=True)
+class JudgedText:
+    """Which texts, and how they are cut.
+
+    seqlen  tokens in a window, at least 2
+    tokens  stop after so many of each text (whole windows); None: the whole text
+    chat    the texts are conversations, in the model's chat template
+    """
+
+    names: Sequence[str]
+    seqlen: int
+    tokens: int | None
+    chat: bool
+
+    def windows(self, walk: Walk) -> list[Tensor]:
+        """Each text's windows [W, T]. InputError for a window that is longer than the model's context; as `windows` and
+        `chat_windows` for texts."""
+        limit = getattr(walk.skeleton.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
+        if not 2 <= self.seqlen <= limit:
+            message = f"windows of {self.seqlen} tokens, and the model knows 2 to {limit} positions"
+            raise InputError(message, where=str(walk.folder), remedy=f"--seqlen of 2 to {limit}")
+        tokenizer = load_tokenizer(walk.folder)
+        return [self._cut(walk, tokenizer, name) for name in self.names]
+
+    def _cut(self, walk: Walk, tokenizer: Any, name: str) -> Tensor:
+        """One text's windows."""
+        most = max(1, self.tokens // self.seqlen) if self.tokens else None
+        vocabulary = walk.vocabulary
+        if self.chat:
+            where = walk.folder
+            return chat_windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, where=where, most=most)
+        return windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, most=most)
+
+    def check_reference(self, walk: Walk, ours: list[Tensor], other: Walk) -> None:
+        """InputError if a reference's predictions are not of the model's tokens: another vocabulary, or a tokenizer that
+        reads a text otherwise. ours: the model's windows of each text."""
+        if other.vocabulary != walk.vocabulary:
+            message = f"the reference's vocabulary has {other.vocabulary} tokens, the model's {walk.vocabulary}"
+            raise InputError(message, where=str(other.folder), remedy=f"give what {walk.folder} was made of")
+        for name, a, b in zip(self.names, ours, self.windows(other), strict=True):
+            difference = _difference(a.flatten().tolist(), b.flatten().tolist())
+            if difference:
+                message = f"the reference's tokenizer reads {name} as other tokens: {difference}"
+                remedy = (
+                    f"both need the tokenizer and chat template of one model: compare the files with {walk.folder}'s"
+                )
+                raise InputError(message, where=str(other.folder), remedy=remedy)
+
+
+def _difference(ours: list[int], theirs: list[int]) -> str:
+    """Where two lists of tokens differ first; nothing if they do not."""
+    if ours == theirs:
+        return ""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:
+        return f"{len(theirs)} in place of {len(ours)}"
+    return f"number {at} is {theirs[at]} in place of {ours[at]}"

@@ -1,0 +1,80 @@
+"""What the float model predicts of a text, on disk, so that many candidates can be judged without it.
+
+For each token the `TOP` most likely next ones with their log-probabilities, and what is left for all others together;
+and −log p of the one that came, for the float model's own perplexity.
+KL(p ‖ q) over these TOP + 1 events is a lower bound of that over the vocabulary (merging events never adds divergence), and
+misses what p and q differ by among unlikely tokens: see docs/LOG.md for how little that is.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file, write_shard
+
+TOP = 512
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a reference makes of some tokens [n]: KL(reference ‖ model) in nats, whether the top 1 agrees, its own −log p."""
+
+    kl: Tensor
+    same: Tensor
+    nll: Tensor
+
+
+class Predictions:
+    """The predictions for one text, in pieces as they were computed; complete only after `finish`."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        """text: a hash of the tokens."""
+        self.folder, self.stem = folder, f"reference-{text[:16]}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pieces are there."""
+        return (self.folder / f"{self.stem}.json").is_file()
+
+    def begin(self) -> None:
+        """Make the directory."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, begin: int, log_p: Tensor, nll: Tensor) -> None:
+        """Keep what is predicted for the tokens from number `begin` on, log_p [n, V], and −log p of what came, nll [n]."""
+        top = log_p.topk(min(TOP, log_p.shape[1]), dim=-1)
+        tensors = {"log_p": top.values.to(torch.float32), "token": top.indices.to(torch.int32), "nll": nll}
+        write_shard(self._piece(begin), tensors)
+
+    def finish(self, tokens: int) -> None:
+        """All pieces are written."""
+        write_file(self.folder / f"{self.stem}.json", json.dumps({"tokens": tokens, "top": TOP}).encode())
+
+    def against(self, begin: int, log_q: Tensor) -> Compared:
+        """The reference beside log_q [n, V], for the piece that begins at `begin`.
+
+        CheckpointError for a piece that is missing, damaged or of another length.
+        """
+        piece = Checkpoint(self.folder, only=self._piece(begin))
+        log_p, token = piece.read("log_p"), piece.read("token").long()
+        if len(log_p) != len(log_q):
+            raise CheckpointError(f"{len(log_p)} predictions for {len(log_q)} tokens", where=str(self._piece(begin)))
+        log_q_top = log_q.gather(-1, token)
+        kl = (log_p.exp() * (log_p - log_q_top)).sum(-1)
+        if log_p.shape[1] < log_q.shape[1]:
+            rest_p, rest_q = (_rest(t) for t in (log_p, log_q_top))
+            kl += rest_p * (rest_p / rest_q).log()
+        return Compared(kl.clamp(min=0), token[:, 0] == log_q.argmax(-1), piece.read("nll"))
+
+    def _piece(self, begin: int) -> Path:
+        return self.folder / f"{self.stem}-{begin:09d}.safetensors"
+
+
+def _rest(log_top: Tensor) -> Tensor:
+    """The probability of all tokens that are not among the top, [n]."""
+    return (1 - log_top.double().exp().sum(-1)).clamp(min=1e-12).float()

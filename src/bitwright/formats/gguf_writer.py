@@ -1,0 +1,179 @@
+"""A GGUF file in the making: keys, tensors in llama.cpp's order, and what is put into it read back and compared.
+
+The file is begun with its keys, its table and room for all bytes, by the gguf package; tensors are put in their places in any
+order, whole or some rows at a time, so nothing lies on the disk twice. Nothing counts as done before it has been read there.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.errors import VerificationError
+from bitwright.files.checkpoint import disk_errors
+from bitwright.formats.format import Layer, differing
+from bitwright.formats.ggml import encode
+from bitwright.formats.gguf import kind_of, reads_back
+from bitwright.gguf.reader import FLOATS, SCALARS, GgufFile, Typed, Types, decoded, type_named
+from bitwright.numerics.qtensor import QTensor, rows
+
+NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
+FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def place(name: str) -> tuple[int, str]:
+    """What is outside the blocks comes first, then block by block."""
+    parts = name.split(".")
+    return (int(parts[1]) if parts[0] == "blk" else -1, name)
+
+
+class Making:
+    """A GGUF file in the making: all but the tensors' bytes is there, and those are put in their places in any order.
+
+    `file` reads what has been put.
+    """
+
+    def __init__(self, path: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]]) -> None:
+        """Begin the file, or go on with one that was begun before. described: its tensors, without their numbers."""
+        with disk_errors(path):
+            if not path.is_file():
+                begun = path.with_suffix(".begun")
+                _begin(begun, keys, list(described))
+                begun.replace(path)
+            self.file = GgufFile(path)
+            self._stream = path.open("r+b", buffering=0)
+
+    def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Write a tensor, or its rows from `first` on."""
+        t, left = self.file.tensors[name], _bytes(tensor).data
+        at = t.offset + first * t.row_bytes
+        with disk_errors(t.file):
+            while len(left):
+                count = os.pwrite(self._stream.fileno(), left, at)
+                left, at = left[count:], at + count
+
+    def put_floats(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Write a tensor of floats, or its rows from `first` on. VerificationError if it does not read back."""
+        self.put(name, tensor, first)
+        meant = _bytes(tensor)
+        count = len(meant) // self.file.tensors[name].row_bytes
+        _check(np.array_equal(self.file.rows(name, first, first + count).reshape(-1), meant), name)
+
+    def put_rounded(self, name: str, layer: Layer, q: QTensor, first: int = 0) -> None:
+        """Write a quantized matrix, or its rows from `first` on, in the layer's block type.
+
+        VerificationError if they do not read back: by readers of our own, the first row by the gguf package too; all of them
+        by that where those are not of one mind.
+        """
+        kind = kind_of(layer)
+        self.put(name, encode(q, kind), first)
+        found = torch.from_numpy(self.file.rows(name, first, first + len(q.codes)))
+        alike = reads_back(kind.name, found, q)
+        if first == 0 or not alike:
+            some = found[:1] if alike else found
+            read = torch.from_numpy(decoded(some.numpy(), type_named(kind.name), name))
+            _check(differing(read, rows(q, 0, len(some))) == 0, name)
+
+    def flush(self) -> None:
+        """Come back when all that was put is on the disk."""
+        with disk_errors(self.file.path):
+            os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> "Making":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def _check(alike: bool, name: str) -> None:
+    """VerificationError if a tensor does not read back as it was meant."""
+    if not alike:
+        raise VerificationError("what lies on the disk is not what was meant", where=name)
+
+
+def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types, Tensor]]) -> None:
+    """Keys, the table of tensors, and room for their bytes."""
+    writer = gguf.GGUFWriter(file, str(keys["general.architecture"]))
+    for name, value in keys.items():
+        _add_key(writer, name, value)
+    for name, kind, tensor in described:
+        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if tensor.dtype == torch.bfloat16 else tensor.shape
+        dtype: np.dtype[Any] = np.dtype(NUMPY.get(kind, np.uint8))
+        writer.add_tensor_info(name, shape, dtype, tensor.nbytes, None if kind in NUMPY else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.flush()
+    writer.close()
+    os.truncate(file, _aligned(file.stat().st_size) + sum(_aligned(tensor.nbytes) for _, _, tensor in described))
+
+
+def file_bytes(keys: Mapping[str, Any], tensors: Iterable[tuple[str, int, int]]) -> int:
+    """The exact size of the file that `write` makes of tensors of so many axes and bytes, by name."""
+    known = list(tensors)
+    head = 24 + sum(_key_bytes(name, value) for name, value in keys.items() if not _is_empty(value))
+    head += sum(24 + len(name.encode()) + 8 * axes for name, axes, _ in known)
+    return _aligned(head) + sum(_aligned(nbytes) for _, _, nbytes in known)
+
+
+def _aligned(n: int) -> int:
+    return n + -n % gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _key_bytes(name: str, value: Any) -> int:
+    """One key and its value, with their lengths and types."""
+    plain, kind = (value.value, value.kind) if isinstance(value, Typed) else (value, None)
+    head = 8 + len(name.encode()) + 4
+    if isinstance(plain, list | np.ndarray):
+        inner = value.inner if isinstance(value, Typed) else None
+        if inner in SCALARS:
+            return head + 12 + len(plain) * struct.calcsize(SCALARS[inner])
+        if isinstance(plain, list) and all(isinstance(item, str) for item in plain):
+            return head + 12 + 8 * len(plain) + len("".join(plain).encode("utf-8", errors="surrogateescape"))
+        return head + 12 + sum(_value_bytes(item, inner) for item in plain)
+    return head + _value_bytes(plain, kind)
+
+
+def _value_bytes(value: Any, kind: int | None) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode("utf-8", errors="surrogateescape"))
+    if kind is not None:
+        return struct.calcsize(SCALARS[kind])
+    return 1 if isinstance(value, bool) else 4
+
+
+def _is_empty(value: Any) -> bool:
+    """The package's writer leaves out arrays of nothing."""
+    plain = value.value if isinstance(value, Typed) else value
+    return isinstance(plain, list | np.ndarray) and len(plain) == 0
+
+
+def _add_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    """One key, in the type that llama.cpp expects: whole numbers unsigned, all others as they are."""
+    if name == "general.architecture":
+        return  # the writer has it
+    if isinstance(value, Typed):
+        plain = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
+        inner = None if value.inner is None else gguf.GGUFValueType(value.inner)
+        writer.add_key_value(name, plain, gguf.GGUFValueType(value.kind), inner)
+    elif isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    else:
+        writer.add_array(name, value)

@@ -1,0 +1,115 @@
+"""llama.cpp's importance matrices: the mean squared input of each column of each matrix, which is a Gram's diagonal.
+
+Read in both forms: GGUF (NAME.in_sum2 [1, K] and NAME.counts [1, 1]) and the older one of plain numbers. Written as GGUF.
+Source: tools/imatrix/imatrix.cpp.
+"""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.errors import CalibrationError, CheckpointError
+from bitwright.files.checkpoint import disk_errors
+from bitwright.gguf.reader import MAGIC, GgufFile
+
+SUFFIXES = (".gguf", ".dat", ".imatrix")
+SUMS, COUNTS = ".in_sum2", ".counts"
+LONGEST_NAME = 1 << 10
+
+
+def is_imatrix(calib: str) -> bool:
+    """Whether a calibration file's name is that of an importance matrix rather than a text's."""
+    return Path(calib).suffix in SUFFIXES
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """llama.cpp's tensor name -> importance [K] float32. CalibrationError for a file that is not what it should be."""
+    try:
+        with path.open("rb") as stream:
+            new = stream.read(4) == MAGIC
+        found = _read_gguf(path) if new else _read_old(path.read_bytes(), path)
+    except OSError as error:
+        raise CalibrationError(f"cannot read it: {error.strerror}", where=str(path)) from error
+    except CheckpointError as error:
+        raise CalibrationError(error.message, where=str(path), remedy=error.remedy) from error
+    for name, values in found.items():
+        if not bool(torch.isfinite(values).all()) or float(values.min()) < 0:
+            raise _wrong(path, f"the importance of {name!r} is not finite, or below 0")
+    if not found:
+        raise _wrong(path, "no importance of any tensor")
+    return found
+
+
+def _wrong(path: Path, message: str) -> CalibrationError:
+    return CalibrationError(message, where=str(path), remedy="make it anew with llama-imatrix, or give a text")
+
+
+def _read_gguf(path: Path) -> dict[str, Tensor]:
+    file, found = GgufFile(path), {}
+    for name in file.tensors:
+        if not name.endswith(SUMS):
+            continue
+        owner = name.removesuffix(SUMS)
+        if owner + COUNTS not in file.tensors:
+            raise _wrong(path, f"sums of {owner!r} without counts")
+        sums, counts = file.read(name).float(), file.read(owner + COUNTS).float().reshape(-1, 1)
+        if len(counts) != 1 or sums.shape[:-1].numel() != 1:
+            raise _wrong(path, f"{owner!r} is a matrix of experts, which are not read here")
+        found[owner] = sums.reshape(-1) / counts.clamp(min=1).reshape(())
+    return found
+
+
+def _read_old(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Counted entries of name, calls, and mean squares times calls."""
+    at, found = 0, {}
+
+    def number() -> int:
+        nonlocal at
+        if at + 4 > len(content):
+            raise _wrong(path, "cut short, or not an importance matrix")
+        at += 4
+        return int(struct.unpack_from("<i", content, at - 4)[0])
+
+    for _ in range(number()):
+        length = number()
+        if not 0 < length <= LONGEST_NAME:
+            raise _wrong(path, f"a name of {length} bytes: not an importance matrix")
+        name, at = content[at : at + length].decode("utf-8", errors="replace"), at + length
+        calls, count = number(), number()
+        if count <= 0 or 4 * count > len(content) - at:
+            raise _wrong(path, f"{count} numbers announced for {name!r}, which the file does not hold")
+        values = np.frombuffer(content, "<f4", count, at).copy()
+        at += 4 * count
+        found[name] = torch.from_numpy(values) / max(calls, 1)
+    return found
+
+
+def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: int, text: str) -> None:
+    """Write mean squared inputs [K] by llama.cpp's tensor names, of so many tokens in windows of `seqlen`."""
+    chunks = max(1, tokens // seqlen)
+    with disk_errors(path):
+        writer = gguf.GGUFWriter(path, "")
+        writer.kv_data[0].pop("general.architecture", None)  # it is no model
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [text])
+        writer.add_uint32("imatrix.chunk_count", chunks)
+        writer.add_uint32("imatrix.chunk_size", seqlen)
+        for name, values in sorted(importance.items()):
+            writer.add_tensor(name + SUMS, (values.float() * tokens).reshape(1, -1).numpy())
+            writer.add_tensor(name + COUNTS, np.full((1, 1), tokens, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def of_another_model(file: Path, name: str, found: Tensor | None, K: int) -> CalibrationError:
+    """What to raise where a matrix of K columns is known by others, or not at all."""
+    size = "nothing" if found is None else f"{len(found)} columns"
+    remedy = "give an importance matrix of this very model"
+    return CalibrationError(f"it has {size} for {name}, not {K} columns", where=str(file), remedy=remedy)

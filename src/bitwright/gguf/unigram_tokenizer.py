@@ -1,0 +1,111 @@
+"""Unigram tokenizers (sentencepiece's, of XLM-RoBERTa) as llama.cpp keeps them under the family "t5": pieces and their scores,
+and the table of replacements (precompiled_charsmap) that goes before.
+
+Both take the cut of the highest sum of scores. Where words are cut apart first, llama.cpp only joins spaces, which comes to the
+same: a piece has a space at its beginning, or none.
+"""
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+
+from bitwright.errors import CheckpointError, FormatError
+from bitwright.gguf.reader import ARRAY, Typed
+
+Keys = dict[str, Any]
+SPACE = "▁"
+BYTE = 0  # GGUF's number of an unsigned byte
+UNUSED_SCORE = -10000.0  # of ids without a piece: never chosen
+SPACES: Keys = {"type": "Replace", "pattern": {"Regex": " {2,}"}}
+STRIP: Keys = {"type": "Strip", "strip_left": False, "strip_right": True}
+METASPACE: Keys = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+WORDS: list[Keys] = [{"type": "WhitespaceSplit"}, METASPACE]
+
+
+def single_steps(part: Keys | None, inner: str) -> list[Keys]:
+    """A normalizer or pre-tokenizer of tokenizer.json as a list of single steps."""
+    if part is None:
+        return []
+    return list(part[inner]) if part["type"] == "Sequence" else [part]
+
+
+def keys_of(content: Keys, vocabulary: int, where: str) -> Keys:
+    """What is particular to Unigram. FormatError for one that llama.cpp would cut otherwise."""
+    start = single_steps(content.get("normalizer"), "normalizers")
+    cut = single_steps(content.get("pre_tokenizer"), "pretokenizers")
+    tables = [step["precompiled_charsmap"] for step in start if step["type"] == "Precompiled"]
+    rest = [{key: step[key] for key in step if key != "content"} for step in start if step["type"] != "Precompiled"]
+    if len(tables) != 1 or not tables[0] or not _joins_spaces(rest, cut) or content["model"].get("byte_fallback"):
+        message = f"an unknown pre-tokenizer for Unigram: {json.dumps([rest, cut])[:200]}"
+        remedy = "llama.cpp needs a table of replacements, then joined spaces and one before each word, as XLM-RoBERTa has it"
+        raise FormatError(message, where=where, remedy=remedy)
+    scores = [score for _, score in content["model"]["vocab"]]
+    return {
+        "model": "t5", "pre": "default", "scores": scores + [UNUSED_SCORE] * (vocabulary - len(scores)),
+        "add_space_prefix": True, "remove_extra_whitespaces": True,
+        "precompiled_charsmap": Typed(list(base64.b64decode(tables[0])), ARRAY, BYTE),
+    }  # fmt: skip
+
+
+def _joins_spaces(start: list[Keys], cut: list[Keys]) -> bool:
+    """Whether several spaces count as one, those at the end as none, and each word has one before it."""
+    kinds = [step["type"] for step in cut]
+    joined = kinds == ["WhitespaceSplit", "Metaspace"] or (kinds == ["Metaspace"] and start == [STRIP, SPACES])
+    return joined and cut[-1].get("prepend_scheme", "always") == "always" and all(s in (STRIP, SPACES) for s in start)
+
+
+def content_of(own: Keys, tokens: list[str], where: str) -> Keys:
+    """tokenizer.json's parts for a file's keys. CheckpointError for keys that are missing."""
+    scores, unknown = own.get("scores"), own.get("unknown_token_id")
+    known = isinstance(unknown, int) and 0 <= unknown < len(tokens)
+    if not known or not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+        message = "Unigram without a score for each token, or without one for what is unknown"
+        raise CheckpointError(message, where=where, remedy="get a good copy")
+    table = own.get("precompiled_charsmap")
+    start: list[Keys] = []
+    if isinstance(table, np.ndarray):
+        blob = base64.b64encode(_checked(table.astype(np.uint8).tobytes(), where)).decode()
+        start = [{"type": "Precompiled", "precompiled_charsmap": blob}]
+    scheme = "always" if own.get("add_space_prefix", False) else "never"
+    cut = [step | ({"prepend_scheme": scheme} if step["type"] == "Metaspace" else {}) for step in WORDS]
+    return {
+        "model": {
+            "type": "Unigram", "unk_id": unknown, "byte_fallback": False,
+            "vocab": [[token, float(score)] for token, score in zip(tokens, scores, strict=True)],
+        },
+        "normalizer": {"type": "Sequence", "normalizers": start},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut if own.get("remove_extra_whitespaces", False) else cut[1:]},
+        "decoder": METASPACE | {"prepend_scheme": scheme},
+    }  # fmt: skip
+
+
+def _checked(table: bytes, where: str) -> bytes:
+    """A table of replacements, if no text can lead out of it: a reader that trusts it would break off.
+
+    Its size, units of 32 bits (a node's children lie at place ^ offset ^ byte, where its replacement begins at byte 0), and
+    the replacements, each with a zero behind it. CheckpointError for another. Source: darts-clone, sentencepiece.
+    """
+    damaged = CheckpointError("the table of replacements is damaged", where=where, remedy="get a good copy")
+    size = int.from_bytes(table[:4], "little")
+    if 4 + size >= len(table) or size % 4 or not size or table[-1]:
+        raise damaged
+    units, strings = np.frombuffer(table[4 : 4 + size], "<u4"), table[4 + size :]
+    begins = np.frombuffer(b"\0" + strings[:-1], np.uint8) == 0
+    seen, labels = np.zeros(len(units), bool), np.arange(1, 256, dtype=np.uint32)
+    nodes = np.zeros(1, np.uint32)
+    try:
+        strings.decode()
+        while len(nodes):
+            own = units[nodes]
+            base = nodes ^ own >> 10 << ((own & 512) >> 6)
+            if not begins[units[base[own & 256 != 0]] & 0x7FFFFFFF].all():
+                raise damaged
+            places = base[:, None] ^ labels
+            places = places[units[places] & 0x800000FF == labels]
+            nodes = np.unique(places[~seen[places]])
+            seen[nodes] = True
+    except (IndexError, UnicodeDecodeError) as error:
+        raise damaged from error
+    return table

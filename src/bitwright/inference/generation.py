@@ -1,0 +1,85 @@
+"""Text out of a loaded model, piece by piece as it becomes readable."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitwright.calibration.windows import load_tokenizer
+from bitwright.errors import InputError
+from bitwright.inference.decoding import Decoder, Sampling, decoder_of, tokens
+from bitwright.inference.loading import load
+
+UNFINISHED = "\ufffd"  # what a decoder makes of half a character
+
+Message = dict[str, str]  # role and content
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model, its tokenizer, and room for prompt and answer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
+    room: int
+
+    @classmethod
+    def open(cls, path: Path, *, scheme: str | None = None, activations: int = 16, room: int = 4096) -> "Generator":
+        """Load a checkpoint. room: the most tokens of prompt and answer; less where the model was made for less.
+
+        Raises what `load` does, and CheckpointError for an encoder.
+        """
+        model = load(path, scheme=scheme, activations=activations)
+        room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
+        return cls(model, load_tokenizer(path), decoder_of(model, room), room)
+
+    def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Iterator[str]:
+        """What the model writes on behind a text: up to `most` tokens, in pieces. InputError for a text that is too long."""
+        return self._stream(self.tokenizer.encode(prompt), most, sampling)
+
+    def answer(self, messages: list[Message], *, most: int, sampling: Sampling) -> Iterator[str]:
+        """The model's next message, by its chat template. InputError if it has none."""
+        if not self.tokenizer.chat_template:
+            raise InputError("the model has no chat template", remedy="use `bitwright generate` without --chat")
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._stream(self.tokenizer.encode(text, add_special_tokens=False), most, sampling)
+
+    def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Iterator[str]:
+        if len(ids) >= self.room:
+            raise InputError(f"a prompt of {len(ids)} tokens, and room for {self.room}", remedy="a shorter prompt")
+        most = min(most, self.room - len(ids))
+        found = tokens(
+            self.decoder, torch.tensor(ids, dtype=torch.long), most=most, stop=self._stop(), sampling=sampling
+        )
+        return pieces(found, lambda part: str(self.tokenizer.decode(part)))
+
+    def _stop(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        found: set[int] = set()
+        for end in (
+            self.model.generation_config.eos_token_id,
+            self.model.config.eos_token_id,
+            self.tokenizer.eos_token_id,
+        ):
+            found |= set(end) if isinstance(end, list) else set() if end is None else {end}
+        return frozenset(found)
+
+
+def pieces(found: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Tokens as text, each piece when no character of it can change any more."""
+    ids: list[int] = []
+    before = ""  # what was given out of the tokens since the last line's end
+    for token in found:
+        ids.append(token)
+        text = decode(ids)
+        if text.endswith(UNFINISHED):
+            continue
+        yield text[len(before) :]
+        before = text
+        if text.endswith("\n"):
+            ids, before = [], ""
+    if ids and len(text := decode(ids)) > len(before):
+        yield text[len(before) :]

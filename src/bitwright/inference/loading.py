@@ -1,0 +1,141 @@
+"""load: a checkpoint as a normal transformers model that computes on its quantized weights.
+
+The model is built without memory, then filled a module at a time: a matrix that is quantized in the file becomes a
+`QLinear` on packed codes, an embedding a `Lookup` in the file's own bytes; nothing is kept decoded. A float checkpoint can
+be rounded on the way in (`scheme`), so that the peak is the quantized size plus one block.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeError
+from bitwright.inference.dense import Dense
+from bitwright.inference.lookup import Lookup
+from bitwright.inference.qlinear import BITS, QLinear
+from bitwright.methods import METHODS
+from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.skeleton import Skeleton, matrix_of, read_config
+from bitwright.models.source import Artefact, open_artefact
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
+from bitwright.system.memory import return_memory
+
+
+def load(
+    model: str | Path,
+    *,
+    scheme: str | None = None,
+    method: str = "search",
+    activations: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A checkpoint directory or GGUF file, float or quantized by anyone whose format is read here, ready to generate.
+
+    scheme       a float checkpoint's matrices are rounded to it, block by block, with a method that needs no data
+    activations  bits that inputs of quantized matrices are rounded to: 16 (finer than bfloat16) or 8 (faster prefill)
+    dtype        of all that is not quantized, and of what passes between modules
+
+    Raises CheckpointError, FormatError, SchemeError or RecipeError, naming the tensor.
+    """
+    path = Path(model)
+    if activations not in BITS:
+        raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
+    if scheme is not None and method not in ("rtn", "search", "hqq"):
+        raise RecipeError(
+            f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
+        )
+    filling = _Filling(path, Scheme.parse(scheme) if scheme else None, method, activations, dtype)
+    return filling.run()
+
+
+class _Filling:
+    """One model on its way into memory."""
+
+    def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
+        self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
+        self.artefact: Artefact | GgufArtefact = open_artefact(path)
+        self.skeleton = Skeleton(read_config(path), dtype)
+        self.names = self.skeleton.source_names(self.artefact.shapes, str(path))
+        self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
+        if scheme is not None and not self.artefact.is_float:
+            raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
+
+    def run(self) -> PreTrainedModel:
+        """Module by module, so that a matrix is decoded only while it is being packed."""
+        model, linears, inside = self.skeleton.model, self.skeleton.linear_names(), self.skeleton.block_prefix + "."
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Embedding and module is model.get_input_embeddings():
+                self._lookup(name, module)
+            elif name in linears:
+                self._linear(name, module, rounded=name.startswith(inside))
+                return_memory()  # what packing took lies between what stays
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:
+                value = self.artefact.read(self._source(name)).to(self.skeleton.dtype)
+                _replace(model, name, nn.Parameter(value, requires_grad=False))
+        if isinstance(self.artefact, Artefact) and self.scheme is None:
+            if self.artefact.config is not None:
+                model.config.quantization_config = self.artefact.config
+        else:
+            model.save_pretrained = partial(_refuse_to_save, self.path)
+        if (self.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        return model.eval()
+
+    def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
+        """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""
+        source, bias = self._source(f"{name}.weight"), None
+        shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
+        if f"{name}.bias" in self.names:
+            bias = self.artefact.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
+        q = self._quantized(source, module, rounded=rounded)
+        if q is None:
+            weight = self.tables.get(source)
+            weight = matrix_of(module, self.artefact.read(source)).contiguous() if weight is None else weight
+            self._check(source, tuple(weight.shape), shape)
+            return _replace(self.skeleton.model, name, Dense(weight, bias))
+        self._check(source, tuple(q.codes.shape), shape)
+        stored = partial(self.artefact.parts, source) if self.scheme is None else None
+        packed = QLinear(q, bias, intake=self.artefact.intake(source), activations=self.activations, stored=stored)
+        return _replace(self.skeleton.model, name, packed)
+
+    def _check(self, source: str, found: tuple[int, ...], meant: tuple[int, ...]) -> None:
+        if found != meant:
+            raise CheckpointError(f"{source!r} holds {found}, config.json means {meant}", where=str(self.path))
+
+    def _quantized(self, source: str, module: nn.Module, *, rounded: bool) -> QTensor | None:
+        """A weight as codes; None: it stays float."""
+        if self.scheme is None or not rounded:
+            return self.artefact.quantized(source)
+        return METHODS[self.method](matrix_of(module, self.artefact.read(source)).float(), None, self.scheme).q
+
+    def _source(self, parameter: str) -> str:
+        """The file's name for a parameter: of a tied head, the embedding's."""
+        return self.names.get(parameter) or self.names[f"{self.skeleton.embedding_name}.weight"]
+
+    def _lookup(self, name: str, module: nn.Embedding) -> None:
+        """Put in the embedding's place one on the file's own bytes."""
+        rows, decode = self.artefact.rows(self.names[f"{name}.weight"])
+        width = module.embedding_dim
+        self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
+        if rows.is_floating_point():
+            self.tables[self.names[f"{name}.weight"]] = rows
+        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width))
+
+
+def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, part)
+
+
+def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:
+    """What is packed in memory alone, or came out of a GGUF file, is no Hugging Face checkpoint."""
+    raise FormatError(
+        "the model in memory has no Hugging Face checkpoint's form", where=str(path),
+        remedy="write one with `bitwright quantize`, or copy the file itself",
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""QLinear: a linear layer on a packed weight, in the place of an nn.Linear (or GPT-2's Conv1D)."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from bitwright.errors import KernelError
+from bitwright.kernels.matmul import Packed, pack, product
+from bitwright.numerics.codec import rounded
+from bitwright.numerics.hadamard import hadamard
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.scheme import Scheme
+
+PARTS = ("panels", "scale", "point", "minimum", "unit")
+BITS = (8, 16)  # that inputs may be rounded to
+INT8_TOKEN = Scheme("int8", "token", "sym", "f32")
+
+
+class QLinear(nn.Module):
+    """y = x W' + b for x [..., K], W [N, K] quantized.
+
+    activations  bits that inputs are rounded to on the way into the product: 16, finer than bfloat16, or 8, which is
+                 about twice as fast for many tokens. What the checkpoint itself says of its inputs comes before.
+    stored       gives the tensors of the file that the weight came from, by suffix: what `state_dict` holds; without it
+                 that holds the packed ones
+    """
+
+    panels: Tensor
+    scale: Tensor
+    point: Tensor | None
+    minimum: Tensor | None
+    unit: Tensor
+    order: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_weight: Tensor | None
+
+    def __init__(
+        self,
+        q: QTensor,
+        bias: Tensor | None = None,
+        *,
+        intake: Intake | None = None,
+        activations: int = 16,
+        stored: Callable[[], dict[str, Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        if activations not in BITS:
+            raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
+        packed = pack(q)
+        for name in PARTS:
+            self.register_buffer(name, getattr(packed, name), persistent=stored is None)
+        self.scheme, self.out_features, self.in_features = q.scheme, packed.N, packed.K
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.intake, self.activations, self.stored = intake or Intake(), activations, stored
+        self.register_buffer("order", q.order, persistent=stored is None)
+        spared = q.outliers
+        self.register_buffer("outlier_columns", None if spared is None else spared.columns, persistent=stored is None)
+        self.register_buffer("outlier_weight", None if spared is None else spared.weight, persistent=stored is None)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as the kernels read it."""
+        return Packed(
+            self.panels,
+            self.scale,
+            self.point,
+            self.minimum,
+            self.unit,
+            self.scheme,
+            self.out_features,
+            self.in_features,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], in x's type."""
+        rows = x.reshape(-1, *x.shape[-1:])
+        rows = hadamard(rows, self.intake.rotate) if self.intake.rotate else rows
+        if self.outlier_columns is None or self.outlier_weight is None:
+            y = self._product(rows)
+        else:
+            spared = rows[:, self.outlier_columns]
+            y = self._product(rows.index_fill(1, self.outlier_columns, 0))
+            y += spared.float() @ self.outlier_weight.float().T
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x [M, K] as the engine hands it on, times the weight: [M, N] float32."""
+        if self.order is not None:
+            x = x[:, self.order]
+        if self.intake.scheme is None:
+            return product(x, self.packed, bits=self.activations)
+        if self.intake.scheme == INT8_TOKEN:
+            return product(x, self.packed, bits=8, by_row=True)
+        return product(rounded(x, self.intake.scheme, self.intake.scales), self.packed)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """The tensors of the file, so that what is saved is what was loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored is not None:
+            destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in self.stored().items()}
+
+    def extra_repr(self) -> str:
+        """What the module prints of itself."""
+        return f"{self.in_features} -> {self.out_features}, {self.scheme}"

@@ -1,1 +1,0 @@
-"""llama.cpp: its files, names, tokenizers and mixes."""

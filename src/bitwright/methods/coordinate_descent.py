@@ -1,0 +1,162 @@
+"""Coordinate descent on tr(E H Eᵀ), E = w − decoded, over codes and scales, from any quantized start.
+
+With all other codes fixed, the best code of column j is the one nearest to decodedⱼ + (E H)ⱼ / Hⱼⱼ
+(QuantEase, Behdin et al. 2023, arXiv:2309.01885, eq. 7), and with all codes fixed the best scale of a group solves one
+linear equation. A sweep visits the groups in turn, scale first, then its columns. Neither step can raise the loss, so
+the result is never worse than the start. GPTQ looks at each column once, before the later ones are rounded; a sweep
+looks again, knowing what became of them: it takes 4 to 12 % off the loss, the more the fewer bits.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.kernels import rounding
+from bitwright.numerics.codec import decode, round_to, safe, same_sign, snap, values
+from bitwright.numerics.matmul import add_product
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import TENSOR
+
+SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
+
+
+def descend(
+    w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0, fast: bool = False
+) -> QTensor:
+    """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under H = gram + ridge·I.
+
+    A ridge, as GPTQ's damping is one, keeps few calibration tokens from being fitted to the last digit. fast: large
+    products in bfloat16, see numerics/matmul.py; that a step never raises the loss is then true but for their rounding.
+    """
+    if sweeps <= 0:
+        return q
+    K = w.shape[1]
+    step = q.scheme.group_length(K)
+    solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
+    span = max(step, block // step * step) if solve else block
+    state = _State(w, q)
+    sweep = _Sweep(state, gram, ridge, solve=solve, span=span, fast=fast)
+    for _ in range(sweeps):
+        sweep.run()
+    return state.result()
+
+
+class _Sweep:
+    """One visit of all columns, in the order they have."""
+
+    def __init__(self, state: "_State", gram: Tensor, ridge: float, *, solve: bool, span: int, fast: bool) -> None:
+        floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+        self.curvature = (gram.diagonal() + ridge).clamp(min=floor)
+        self.state, self.gram, self.ridge = state, gram, ridge
+        self.solve, self.span, self.fast = solve, span, fast
+
+    def run(self) -> None:
+        """All columns, from H Eᵀ as the state is now."""
+        before = self.state.decoded.clone()
+        missing = self.state.wt - before
+        pull = missing * self.ridge  # [K, N], H Eᵀ
+        add_product(pull, self.gram, missing, fast=self.fast)
+        del missing
+        self._columns(0, len(pull), pull, before)
+
+    def _columns(self, begin: int, end: int, pull: Tensor, before: Tensor) -> None:
+        """Columns begin..end: the first half, what it changed carried to the second, then the second."""
+        spans = -(-(end - begin) // self.span)
+        if spans < 2:
+            here = slice(begin, end)
+            near = self.gram[here, here]
+            self.state.improve(here, pull[here], near, self.curvature[here], self.ridge, solve=self.solve)
+            return
+        middle = begin + spans // 2 * self.span
+        self._columns(begin, middle, pull, before)
+        moved = self.state.decoded[begin:middle] - before[begin:middle]
+        add_product(pull[middle:end], self.gram[middle:end, begin:middle], moved, alpha=-1, fast=self.fast)
+        self._columns(middle, end, pull, before)
+
+
+class _State:
+    """Codes, decoded weights and scales in the transposed layout [K, N] that a sweep updates in place."""
+
+    def __init__(self, w: Tensor, q: QTensor) -> None:
+        N, K = w.shape
+        self.q, self.scheme, self.g = q, q.scheme, q.scheme.group_length(K)
+        G = q.scheme.groups(K)
+        self.wt, self.decoded = w.T.contiguous(), _transposed(decode(replace(q, shape=(N, K))))
+        self.codes = _transposed(q.codes)
+        self.scale = _transposed(q.scales.scale.expand(N, G))
+        self.zero = None if q.scales.zero is None else q.scales.zero.expand(N, G).T.contiguous()
+
+    def improve(self, here: slice, pull: Tensor, H: Tensor, curvature: Tensor, ridge: float, *, solve: bool) -> None:
+        """Visit the columns `here`, whose pull [n, N] and H [n, n] these are: group by group, the scale first."""
+        if rounding.handles(self.scheme, pull):
+            rounding.sweep(
+                self.decoded[here], pull, self.codes[here], self.scheme, self.scale, self.zero, H, curvature,
+                ridge=ridge, solve=solve, begin=here.start, g=self.g,
+            )  # fmt: skip
+            return
+        n = len(pull)
+        for begin in range(0, n, self.g if solve else n):
+            end = min(begin + self.g, n) if solve else n
+            own = slice(begin, end)
+            moved = self.decoded[here][own].clone()
+            if solve:
+                self.solve_scale(here.start + begin, here.start + end, pull[own], H[own, own], ridge)
+            self.sweep_columns(here.start + begin, here.start + end, pull[own], H[own, own], curvature[own].tolist())
+            pull[end:].addmm_(H[end:, own], self.decoded[here][own] - moved, alpha=-1)
+
+    def sweep_columns(self, begin: int, end: int, own: Tensor, near: Tensor, curvature: list[float]) -> None:
+        """Choose each code of columns begin..end anew; their pull `own` is kept right."""
+        chosen, became = [], []
+        for i, old in enumerate(self.decoded[begin:end].unbind()):
+            if i == 0 or (begin + i) % self.g == 0:
+                group = (begin + i) // self.g
+                scale = self.scale[group]
+                zero = None if self.zero is None else self.zero[group]
+            target = torch.add(old, own[i], alpha=1 / curvature[i])
+            code, decoded = round_to(target, scale, zero, self.scheme)
+            chosen.append(code)
+            became.append(decoded)
+            own[i + 1 :].addr_(near[i, i + 1 :], decoded - old, alpha=-1)
+        self.codes[begin:end] = torch.stack(chosen)
+        self.decoded[begin:end] = torch.stack(became)
+
+    def solve_scale(self, begin: int, end: int, pull: Tensor, H: Tensor, ridge: float) -> None:
+        """Move the scale of the group begin..end to its least-squares value where, once stored, that loses less."""
+        group, own = begin // self.g, slice(begin, end)
+        c = values(self.codes[own], self.scheme)
+        if self.zero is not None and self.scheme.zero != "min":
+            c = c - self.zero[group]
+        slope = (pull * c).sum(0)
+        bent = torch.addmm(c, H, c, beta=ridge)
+        curvature = (c * bent).sum(0)
+        old = self.scale[group]
+        wanted = old + slope / safe(curvature)
+        wanted = torch.where(same_sign(wanted, old) & wanted.isfinite(), wanted, old)
+        zero = None if self.zero is None or self.scheme.zero == "min" else self.zero[group]
+        new = snap(wanted, zero, replace(self.scheme, zero="sym", grid="int8")).scale
+        change = new - old
+        change = torch.where(change * (2 * slope - change * curvature) > 0, change, torch.zeros_like(change))
+        self.scale[group] = torch.where(change == 0, old, new)
+        self.decoded[own] = self._decoded(own, group)
+        pull.addcmul_(bent, change, value=-1)
+
+    def _decoded(self, own: slice, group: int) -> Tensor:
+        """What the codes of one group stand for, by the very operations of `codec.decode`."""
+        c = values(self.codes[own], self.scheme)
+        if self.zero is None:
+            return c * self.scale[group]
+        if self.scheme.zero == "min":
+            return c * self.scale[group] + self.zero[group]
+        return (c - self.zero[group]) * self.scale[group]
+
+    def result(self) -> QTensor:
+        """The quantized weight as it now stands."""
+        s = self.q.scales
+        scale = s.scale if self.scheme.group == TENSOR else self.scale.T.contiguous()
+        return replace(self.q, codes=self.codes.T.contiguous(), scales=Scales(scale, s.zero, s.outer, s.outer_zero))
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """A transposed copy: `.T.contiguous()` is no copy where an axis has length 1."""
+    return t.T.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,163 @@
+"""A checkpoint directory as a source of float weights, whether its tensors are float or quantized in a known format."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.formats import READERS, Reader
+from bitwright.gguf.reader import is_gguf
+from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.skeleton import quantization_of
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.qtensor import QTensor
+
+T = TypeVar("T")
+
+# The tensor of each format that a quantized module certainly has, and no float module.
+MARKERS = ("weight_packed", "qweight", "weight_codes", "weight.absmax")
+
+
+class Artefact:
+    """The directory's tensors by the names a float model has: `model.layers.0.mlp.up_proj.weight` wherever it is packed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads headers and config.json. CheckpointError for a quantization that no format here reads."""
+        self.checkpoint = Checkpoint(folder)
+        self.folder = folder
+        self.config = quantization_of(folder)
+        self.format = _format_of(folder, self.config)
+        self.modules = _quantized_modules(self.checkpoint) if self.config else {}
+        parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
+        self.plain = [name for name in self.checkpoint.tensors if name not in parts]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Every tensor of the float model and its shape; None for a quantized one, which only decoding tells."""
+        plain = {name: self.checkpoint.tensors[name].shape for name in self.plain}
+        return {**plain, **{f"{module}.weight": None for module in self.modules}}
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing in it is quantized."""
+        return self.config is None
+
+    @property
+    def bytes(self) -> int:
+        """All weight data: scales, zeros and kept tensors included."""
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    def intake(self, name: str) -> Intake | None:
+        """What the engine does to the inputs of the module with this weight; None: nothing."""
+        module = name.removesuffix(".weight")
+        if module not in self.modules or self.format is None or self.config is None:
+            return None
+        tensors = self.modules[module]
+
+        def read(suffix: str) -> Tensor | None:
+            return self.checkpoint.read(tensors[suffix]) if suffix in tensors else None
+
+        return self.format.intake(self.config, module, read)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
+        return name.removesuffix(".weight") in self.modules
+
+    def describe(self, name: str) -> tuple[str, int]:
+        """How a tensor of the float model is stored, and the bytes of all its parts."""
+        module = name.removesuffix(".weight")
+        parts = list(self.modules[module].values()) if module in self.modules else [name]
+        dtype = str(self.checkpoint.tensors[parts[0]].dtype).removeprefix("torch.")
+        kind = self.config["quant_method"] if module in self.modules and self.config else dtype
+        return kind, sum(self.checkpoint.tensors[part].nbytes for part in parts)
+
+    def scalar(self, name: str) -> Tensor | None:
+        """A tensor beside the weights, such as a scale of the KV cache; None if there is none of that name."""
+        return self.checkpoint.read(name) if name in self.checkpoint.tensors else None
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """What changes when the weights do."""
+        return self.checkpoint.fingerprint()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
+        if not self.is_packed(name) or self.format is None or self.config is None:
+            return self.checkpoint.read(name)
+        format, config, module = self.format, self.config, _module(name)
+        return self._parsed(module, lambda: format.decode(config, module, self.parts(name)))
+
+    def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """A table of rows as it is kept in memory, and what gives some of them in float."""
+        return self.read(name), lambda rows: rows
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a quantized weight lies in, by suffix of its module's name."""
+        return {suffix: self.checkpoint.read(tensor) for suffix, tensor in self.modules[_module(name)].items()}
+
+    def quantized(self, name: str) -> QTensor | None:
+        """A weight as codes and scales; None: it is float. CheckpointError or FormatError for one that cannot be had so."""
+        if not self.is_packed(name) or self.format is None or self.config is None:
+            return None
+        format, config, module = self.format, self.config, _module(name)
+        return self._parsed(module, lambda: format.quantized(config, module, self.parts(name)))
+
+    def _parsed(self, module: str, parse: Callable[[], T]) -> T:
+        """What parse makes of a module's tensors; CheckpointError where they are not what the config promises."""
+        try:
+            return parse()
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"module {module!r} does not hold what its quantization_config promises: {error}",
+                where=str(self.folder),
+            ) from error
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def open_artefact(path: Path) -> Artefact | GgufArtefact:
+    """A directory, or a GGUF file; errors as of the two."""
+    return GgufArtefact(path) if is_gguf(path) else Artefact(path)
+
+
+def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    for candidate in READERS:
+        if candidate.method == method:
+            return candidate
+    known = ", ".join(f.method for f in READERS)
+    raise CheckpointError(
+        f"quantized with {method!r}, which is not read here", where=str(folder), remedy=f"known: {known}"
+    )
+
+
+def _quantized_modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Module name -> {suffix: tensor name} of all its tensors but the bias."""
+    quantized = set()
+    for name, info in checkpoint.tensors.items():
+        module, suffix = _parted(name)
+        narrow = suffix == "weight" and info.dtype in (torch.float8_e4m3fn, torch.int8)
+        if suffix in MARKERS or (narrow and f"{module}.weight_scale" in checkpoint.tensors):
+            quantized.add(module)
+    modules: dict[str, dict[str, str]] = {module: {} for module in sorted(quantized)}
+    for name in checkpoint.tensors:
+        module, suffix = _parted(name)
+        if module in modules and suffix != "bias":
+            modules[module][suffix] = name
+    return modules
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """A tensor's module and what it is there: bitsandbytes' lie one level below the weight."""
+    module, below, rest = name.rpartition(".weight.")
+    if below:
+        return module, f"weight.{rest}"
+    module, _, suffix = name.rpartition(".")
+    return module, suffix

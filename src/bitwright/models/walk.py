@@ -1,0 +1,176 @@
+"""A model carried over a text block by block, and what it says of each token.
+
+One block's weights are in memory at a time, as in the pipeline, so a model larger than memory can be judged; logits exist
+for a few tokens at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.windows import batches
+from bitwright.errors import CheckpointError, InputError
+from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
+from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.kv_cache import KvCache, read_rounding
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
+from bitwright.models.source import Artefact, open_artefact
+
+LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
+
+
+class Walk:
+    """A checkpoint directory or GGUF file, float or quantized, carried over a text block by block."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
+        """Reads headers. engine: whose rounding of inputs to imitate; None: what the file itself says of inputs.
+
+        Raises CheckpointError for a directory that is not a checkpoint, or not of its config; InputError for an engine that
+        is not known, or does not run this file.
+        """
+        self.folder = folder
+        self.skeleton = Skeleton(read_config(folder), dtype)
+        self.artefact = open_artefact(folder)
+        self.engine = engine
+        self.intake = self.artefact.intake if engine is None else _intake_of(engine, self.artefact)
+        self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 × bytes of all weight data / parameters, tied ones once."""
+        return 8 * self.artefact.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
+
+    def load(self, parameters: list[str]) -> None:
+        """Read and decode these parameters into the skeleton."""
+        tensors = {}
+        for name in parameters:
+            if name not in self.names:
+                continue
+            source = self.names[name]
+            tensor = self.artefact.read(source)
+            if self.artefact.is_packed(source):
+                tensor = matrix_of(self.skeleton.model.get_submodule(name.removesuffix(".weight")), tensor)
+            if tuple(tensor.shape) != tuple(self.skeleton.model.state_dict(keep_vars=True)[name].shape):
+                raise CheckpointError(
+                    f"tensor {source!r} decodes to shape {tuple(tensor.shape)}", where=str(self.folder)
+                )
+            tensors[name] = tensor
+        self.skeleton.load(tensors)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.skeleton.config.get_text_config().vocab_size)
+
+    def hidden(self, ids: Tensor) -> list[Tensor]:
+        """What the last block gives for windows [W, T], in batches [B, T, H]."""
+        return self.carried(batched(ids))
+
+    def carried(self, parts: list[Tensor]) -> list[Tensor]:
+        """What the last block gives for batches of windows [B, T], all of one length: [B, T, H] each."""
+        self.load(self.skeleton.outer_names())
+        hidden = [self.skeleton.embed(part) for part in parts]
+        for index in range(len(self.skeleton)):
+            self.load(self.skeleton.state_names(index))
+            names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
+            intakes = {module: self.intake(name) for module, name in names.items()}
+            with self.skeleton.taking_in(intakes), self.skeleton.caching(self._cache(index)):
+                for b, batch in enumerate(hidden):
+                    hidden[b] = self.skeleton.run(index, batch)
+            self.skeleton.unload(index)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] of what the last block gave; `hidden` has loaded what is outside the blocks."""
+        source = self.names[f"{self.skeleton.head_name}.weight"]
+        with self.skeleton.taking_in({self.skeleton.output_name: self.intake(source)}):
+            return self.skeleton.head(hidden)
+
+    def log_probabilities(self, hidden: list[Tensor], piece: "Piece") -> Tensor:
+        """Of the next token, [n, V], for some of the tokens whose batches `carried` gave."""
+        return self.head(hidden[piece.batch][piece.rows, piece.at]).flatten(0, 1).log_softmax(-1)
+
+    def _cache(self, index: int) -> KvCache | None:
+        """What the engine keeps block `index`'s keys and values in; None: in float."""
+        if self.engine == ENGINE:
+            return KvCache(rounding=(cached, cached))
+        name = self.skeleton.attention_name(index)
+        config = self.artefact.config
+        if name is None or config is None:
+            return None
+        stem = self.skeleton.model.base_model_prefix + "."
+        places = (name, name.removeprefix(stem), stem + name)
+
+        def read(scale: str) -> Tensor | None:
+            found = (self.artefact.scalar(f"{place}.{scale}") for place in places)
+            return next((tensor for tensor in found if tensor is not None), None)
+
+        rounding = read_rounding(config, read, name)
+        return None if rounding is None else KvCache(rounding=rounding)
+
+
+def _intake_of(engine: str, artefact: Artefact | GgufArtefact) -> Callable[[str], EightBits | None]:
+    """What an engine does to the inputs of the module with a weight."""
+    if engine != ENGINE:
+        raise InputError(f"unknown engine {engine!r}", remedy=f"{ENGINE}, or none: in float")
+    if not isinstance(artefact, GgufArtefact):
+        remedy = "give a .gguf file, or leave out --engine"
+        raise InputError(f"{ENGINE} does not run directories", where=str(artefact.folder), remedy=remedy)
+    return lambda name: inputs_of(artefact.file.tensors[artefact.stored[name]].type) if name else None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens that are predicted: the number of the first; their batch, its windows `rows`, and the positions `at` in
+    them that they are predicted from."""
+
+    begin: int
+    batch: int
+    rows: slice
+    at: slice
+
+    def targets(self, parts: list[Tensor]) -> Tensor:
+        """The tokens themselves [n], out of the batches of windows [B, T]."""
+        return parts[self.batch][self.rows, self.at.start + 1 : self.at.stop + 1].flatten()
+
+
+def batched(ids: Tensor) -> list[Tensor]:
+    """Windows [W, T] in the batches [B, T] that a block is run on."""
+    return batches(ids, TOKENS_PER_BATCH)
+
+
+def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
+    """All tokens that are predicted in batches of windows [B, T], in order; a few windows, or part of one, at a time."""
+    at_once = max(1, LOGITS_AT_ONCE // vocabulary)  # tokens
+    begin = 0
+    for b, part in enumerate(parts):
+        last, some = part.shape[1] - 1, max(1, at_once // part.shape[1])  # windows
+        for first in range(0, len(part), some):
+            for at in range(0, last, at_once):
+                piece = Piece(begin, b, slice(first, first + some), slice(at, min(at + at_once, last)))
+                yield piece
+                begin += len(part[piece.rows]) * (piece.at.stop - at)
+
+
+def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
+    """−log p [n] of the tokens that came, under log p [n, V]."""
+    return -log_p.gather(-1, targets[:, None])[:, 0]
+
+
+def float_perplexity(folder: Path, ids: Tensor) -> float:
+    """Perplexity of a checkpoint, as its files hold it, on windows [W, T], each predicted from its own start; T at least 2."""
+    walk, parts = Walk(folder), batched(ids)
+    hidden = walk.carried(parts)
+    nll = [
+        surprise(walk.log_probabilities(hidden, piece), piece.targets(parts))
+        for piece in pieces(parts, walk.vocabulary)
+    ]
+    return perplexity_of(float(torch.cat(nll).double().mean()))
+
+
+def perplexity_of(mean: float) -> float:
+    """eᵐ of a mean −log p; inf where a broken model is beyond all bounds."""
+    return float(torch.tensor(mean, dtype=torch.float64).exp())

@@ -1,0 +1,38 @@
+"""Intake: what an engine does to a module's inputs before it multiplies: rotate them, round them, spare some of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.numerics.codec import rounded
+from bitwright.numerics.hadamard import hadamard
+from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Intake:
+    """In this order:
+
+    rotate    0, or the block of an online Hadamard rotation (QuaRot, arXiv:2404.00456) that the weights have undone
+    outliers  channels [k] that are not rounded, and do not count for the range of those that are (arXiv:2208.07339)
+    scheme    what the inputs are rounded to, by token or as a whole tensor; None: they stay as they are
+    scales    fixed by calibration (static); None: from the inputs as they come (dynamic)
+    """
+
+    scheme: Scheme | None = None
+    scales: Scales | None = None
+    outliers: Tensor | None = None
+    rotate: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] as it enters the product."""
+        x = hadamard(x, self.rotate) if self.rotate else x
+        if self.scheme is None:
+            return x
+        if self.outliers is None:
+            return rounded(x, self.scheme, self.scales)
+        spared = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        spared[self.outliers] = True
+        return torch.where(spared, x, rounded(x.masked_fill(spared, 0), self.scheme, self.scales))

@@ -1,0 +1,107 @@
+"""QTensor: codes and the scales they stand under, as the file will hold them; whole, by rows, stacked."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import SchemeError
+from bitwright.numerics.scheme import TENSOR, Scheme
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a matrix as they will be read back.
+
+    scale       [N, G] float32 ([1, 1] for group "tensor")
+    zero        None; integers in the code range as float32 ("asym"); minima m ≤ 0 ("min"); shape as scale
+    outer       second level of the scale: f16 per super-block [N, S] (k8, k6, k4), absmax per block of 256 scales (dq8),
+                the per-tensor divisor [1, 1] (e4m3); None for one-level encodings
+    outer_zero  the same for the minima (k6, k4), and dq8's mean [1, 1]
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    outer: Tensor | None = None
+    outer_zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input channels that are not quantized (LLM.int8(), arXiv:2208.07339): columns [k] int64, rising; weight [N, k] float."""
+
+    columns: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight: codes + group scales (+ zeros).
+
+    codes     [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
+    scales    `Scales`, exactly as the file will hold them
+    shape     of the source tensor; codes have it reshaped to [shape[0], -1]
+    outliers  columns whose weights are these instead of what their codes stand for; None: there are none
+    order     [K] int64, the input that each column of the codes belongs to, where a file has them in an order of their own
+              (GPTQ's desc_act); None: column k belongs to input k
+    """
+
+    codes: Tensor
+    scales: Scales
+    scheme: Scheme
+    shape: tuple[int, ...]
+    outliers: Outliers | None = None
+    order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
+            raise SchemeError(f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}")
+        if self.outliers is not None and self.outliers.weight.shape != (len(self.codes), len(self.outliers.columns)):
+            found = tuple(self.outliers.weight.shape)
+            raise SchemeError(f"outlier weights {found} do not fill {len(self.codes)} rows of their columns")
+        if self.order is not None and len(self.order) != self.codes.shape[1]:
+            raise SchemeError(f"an order of {len(self.order)} for {self.codes.shape[1]} columns")
+
+
+def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
+    """Apply f to those tables of the scales that have a row for each output; what belongs to the tensor stays."""
+    grouped, blocked = scheme.group != TENSOR, scheme.scale in ("k8", "k6", "k4")
+
+    def one(name: str, by_row: bool) -> Tensor | None:
+        found = [getattr(table, name) for table in tables]
+        return f(*found) if by_row and found[0] is not None else found[0]
+
+    scale = one("scale", grouped)
+    assert scale is not None
+    return Scales(scale, one("zero", grouped), one("outer", blocked), one("outer_zero", blocked))
+
+
+def rows(q: QTensor, start: int, stop: int, step: int = 1) -> QTensor:
+    """Rows start..stop of a matrix, or every step-th of them: undoes stacking."""
+    here = slice(start, stop, step)
+    scales = map_rows(lambda t: t[here], q.scheme, q.scales)
+    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[here])
+    codes = q.codes[here]
+    return QTensor(codes, scales, q.scheme, (len(codes), q.codes.shape[1]), kept, q.order)
+
+
+def reordered(q: QTensor, order: Tensor) -> QTensor:
+    """A matrix with its rows taken in this order [N]."""
+    kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[order])
+    return replace(q, codes=q.codes[order], scales=map_rows(lambda t: t[order], q.scheme, q.scales), outliers=kept)
+
+
+def stacked(parts: list[QTensor]) -> QTensor:
+    """Matrices of one scheme, one above the other."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scheme = torch.cat([q.codes for q in parts]), parts[0].scheme
+    scales = map_rows(lambda *tables: torch.cat(tables), scheme, *(q.scales for q in parts))
+    return QTensor(codes, scales, scheme, tuple(codes.shape))
+
+
+def reshaped(q: QTensor, shape: tuple[int, ...]) -> QTensor:
+    """The same weight under its source's shape."""
+    return replace(q, shape=shape)

@@ -1,0 +1,4 @@
+"""Quantize and convert: a plan carried out block by block, verified, committed, resumed after a crash.
+
+`quantize.py` is the whole job, `run.py` the loop over the blocks. Imports everything above it.
+"""

@@ -1,0 +1,211 @@
+"""The calibration tokens on their way through the blocks, and the statistics that are taken of them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.observe import BlockRun, groups_of, observe
+from bitwright.calibration.ranges import Histogram
+from bitwright.calibration.windows import Drawn, batches, draw, load_tokenizer
+from bitwright.errors import CalibrationError, CheckpointError, RecipeError
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.models.gguf_source import GgufSource
+from bitwright.models.kv_cache import KvCache
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
+from bitwright.numerics.input_quantization import Intake
+from bitwright.pipeline.ledger import LEFT_OUT
+from bitwright.pipeline.result import Progress
+from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan
+from bitwright.system.threads import each
+from bitwright.transforms.folds import find_folds
+
+
+@dataclass
+class Streams:
+    """What the next block is given, in batches [B, T, H].
+
+    given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
+    held, held_original: the same of the windows that are held out.
+    """
+
+    given: list[Tensor]
+    original: list[Tensor] | None
+    held: list[Tensor]
+    held_original: list[Tensor] | None
+
+    def whole(self) -> dict[str, Tensor]:
+        """Each stream in one piece [S, T, H]; those that are empty left out."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: torch.cat(batches) for name, batches in parts.items() if batches}
+
+
+def first_streams(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> Streams:
+    """What the first block to be done is given: from the embeddings, or as saved by the run that is resumed.
+
+    The outer parameters are loaded for a while, so that the skeleton knows how its blocks are called.
+    """
+    skeleton = plan.skeleton
+    sources = {t.parameter: t.made_of or t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
+    base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
+    weights = {name: read_finite(plan.checkpoint, sources[name]) for name in base}
+    skeleton.load(weights if plan.rotation is None else plan.rotation.outside(weights))
+    tuned = plan.recipe.windows_at_once
+    steps = list(tokens.seen.split(tuned)) if tuned else []
+    for ids in {len(ids): ids for ids in [tokens.seen[:1], *steps]}.values():
+        skeleton.embed(ids)
+    seen, held_out = (batches(ids, TOKENS_PER_BATCH) for ids in (tokens.seen, tokens.held_out))
+    given, held = ([skeleton.embed(ids) for ids in parts if len(ids)] for parts in (seen, held_out))
+    if saved is None:
+        streams = Streams(given, None, held, None)
+        if plan.recipe.needs_original:
+            streams = Streams(given, list(given), held, list(held))
+    else:
+        parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
+        streams = Streams(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
+    skeleton.unload_outside()
+    return streams
+
+
+def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
+    """Of a text or several (see `mix`); notes: those of the plan, and on a text that gives fewer windows than asked for."""
+    if calib == "none":
+        needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
+        remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
+        raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
+    vocabulary = plan.skeleton.config.get_text_config().vocab_size
+    tokenizer, spare = load_tokenizer(plan.source), held_out_windows(plan.samples)
+    drawn = draw(
+        tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed, spare=spare
+    )
+    return replace(drawn, notes=plan.notes + drawn.notes)
+
+
+def held_out_windows(samples: int) -> int:
+    """How many windows are held out beside so many that are calibrated on."""
+    return min(8, max(2, samples // 16))
+
+
+def check_rotation(plan: Plan) -> None:
+    """RecipeError if the model's first block does not commute with the plan's rotation, proved in float32.
+
+    In bfloat16 a rotated block differs from the plain one by some percent, as any two orders of its sums do.
+    """
+    if plan.rotation is None:
+        return
+    skeleton = Skeleton(plan.skeleton.config, torch.float32)
+    ids = torch.arange(min(64, plan.seqlen))[None] % skeleton.config.get_text_config().vocab_size
+    plain = replace(plan, rotation=None, skeleton=skeleton)
+    streams = first_streams(plain, Drawn(ids, ids[:0]), None)
+    plan.rotation.check(skeleton, read_block(plain, 0), streams.given[0])
+
+
+def look(
+    plan: Plan, index: int, layers: Mapping[str, Planned], given: list[Tensor], *, everything: bool
+) -> BlockStatistics:
+    """The statistics of all inputs of block `index`, whose float weights are loaded, and where it takes channel scales.
+
+    everything: what any method may ask for, rather than what this plan's methods do.
+    """
+    recipe, skeleton = plan.recipe, plan.skeleton
+    cache = KvCache((Histogram(), Histogram())) if everything or recipe.kv_cache else None
+    turned = rotations(layers)
+    run = BlockRun(skeleton, index, intakes=turned, cache=cache)
+    with skeleton.taking_in(turned):
+        folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
+    groups = groups_of(BlockRun(skeleton, index, intakes=turned), given[0][:1], layers)
+    inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
+    heard = cache.listening if cache is not None and cache.used else None
+    if heard is None and recipe.kv_cache is not None:
+        message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
+        raise RecipeError(message, where="kv_cache", remedy="leave out --kv-cache")
+    return BlockStatistics(inputs, folds, heard)
+
+
+def rotations(layers: Mapping[str, Planned]) -> dict[str, Intake]:
+    """Those modules whose weights expect rotated inputs."""
+    return {name: Intake(rotate=t.layer.rotate) for name, t in layers.items() if t.layer is not None and t.layer.rotate}
+
+
+def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> Store:
+    """The statistics of the float model in `folder`: those that are there, and what is missing, taken now.
+
+    Errors as of `Store`; CheckpointError for a weight that is not finite.
+    """
+    store = Store(folder, _key(plan, tokens))
+    depth = len(plan.skeleton)
+    store.check(depth)
+    first = next((i for i in range(depth) if not store.has(i)), depth)
+    if first == depth:
+        return store
+    only = Drawn(tokens, tokens[:0])
+    streams = first_streams(plan, only, {"given": store.hidden(first)} if first else None)
+    for index in range(first, depth):
+        progress("statistics", index, depth)
+        layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
+        plan.skeleton.load(read_block(plan, index))
+        statistics = look(plan, index, layers, streams.given, everything=True)
+        if index + 1 < depth:
+            with plan.skeleton.taking_in(rotations(layers)):
+                streams.given = [plan.skeleton.run(index, batch) for batch in streams.given]
+            store.keep_hidden(index + 1, torch.cat(streams.given))
+        store.write(index, statistics)  # commits the block: what the next is given must be there by then
+        plan.skeleton.unload(index)
+    progress("statistics", depth, depth)
+    return store
+
+
+def _key(plan: Plan, tokens: Tensor) -> dict[str, Any]:
+    """What statistics belong to."""
+    tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
+    return {
+        "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],
+        "text": [list(tokens.shape), digest(tokens.numpy().tobytes())],
+        "tokenizer": digest(b"".join(tokenizer)),
+        "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype)],
+        "rotation": None if plan.rotation is None else asdict(plan.rotation),
+        "choice of matrices": digest(repr(sorted(t.layer.name for t in plan.tensors if t.layer)).encode()),
+    }
+
+
+def digest(content: bytes) -> str:
+    """Its SHA-256."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
+    """The parameters of shard `index` by name, rotated if the plan says so."""
+    members = plan.shard(index)
+    found = each(lambda t: read_finite(plan.checkpoint, t.made_of or t.source), members)
+    weights = {t.parameter: tensor for t, tensor in zip(members, found, strict=True)}
+    if plan.rotation is None:
+        return weights
+    if index == len(plan.skeleton):
+        return plan.rotation.outside(weights)
+    return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
+
+
+def read_finite(checkpoint: Checkpoint | GgufSource, name: str) -> Tensor:
+    """A tensor of the source; CheckpointError if it holds NaN or Inf."""
+    tensor = checkpoint.read(name)
+    if tensor.is_floating_point() and not _finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        message = f"tensor {name!r} has {bad} values that are NaN or Inf"
+        raise CheckpointError(
+            message, where=str(checkpoint.folder), remedy="the checkpoint is damaged: get a good copy"
+        )
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are, by the extremes: NaN is both."""
+    if not tensor.numel():
+        return True
+    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,62 @@
+"""A checkpoint in another container, number by number the same; or refused, with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.calibration.windows import load_tokenizer
+from bitwright.errors import FormatError
+from bitwright.files.checkpoint import Checkpoint, disk_errors
+from bitwright.formats import chosen
+from bitwright.gguf.metadata import metadata
+from bitwright.gguf.reader import is_gguf
+from bitwright.gguf.tensor_names import is_unused
+from bitwright.models.skeleton import COMPUTED, Skeleton, quantization_of, read_config
+from bitwright.pipeline.gguf_file import Member, OneFile
+from bitwright.pipeline.repacking import repack
+from bitwright.pipeline.work_in_progress import check_out
+from bitwright.plan.tensor_actions import unknown
+
+
+def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
+    """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
+
+    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors,
+    notes}. CheckpointError for a tensor that the model does not have; FormatError for what cannot be said in the other format,
+    number by number the same.
+    """
+    check_out(out)
+    chosen_format, _, _ = chosen(out, format_name, None, None)
+    if chosen_format != "gguf":
+        return repack(model, out, chosen_format)
+    if is_gguf(model) or quantization_of(model) is not None:
+        remedy = "quantize the float original to GGUF"
+        message = "what is quantized is converted to directories alone"
+        raise FormatError(message, where=str(model), remedy=remedy)
+    skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
+    notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
+    infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
+    members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
+    keys = metadata(model, skeleton.config, load_tokenizer(model), None)
+    unfinished = out.with_name(out.name + ".partial")
+    unfinished.unlink(missing_ok=True)
+    with OneFile(unfinished, keys, skeleton.config, members) as file:
+        for parameter in infos:
+            file.put_floats(parameter, checkpoint.read(names[parameter]))
+        file.flush()
+    with disk_errors(out):
+        unfinished.rename(out)
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": notes}
+
+
+def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:
+    """What is said of tensors that are not written."""
+    said = []
+    for source in sorted(others):
+        if is_unused(source) and not skeleton.predicts:
+            said.append(f"{source} is left out: llama.cpp does without an encoder's pooling layer and heads")
+        elif not source.endswith(COMPUTED):
+            raise unknown(source, skeleton)
+    return said

@@ -1,0 +1,36 @@
+"""Whether a model knows its calibration text: the float model's own perplexity on it, beside that on the general text.
+
+Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
+very text are as low as on any other. An encoded text, or words in no order, have a perplexity many times that of the general
+text, which mixes languages, code and dialogue. Not so a script that the model never learnt: the bytes of one character
+foretell each other (docs/LOG.md).
+"""
+
+from bitwright.calibration.general_text import mixed_documents
+from bitwright.calibration.windows import Drawn, cut_windows, load_tokenizer
+from bitwright.models.walk import float_perplexity
+from bitwright.plan.preflight import Plan
+
+WINDOWS = 2  # of each text: a factor is looked for, not a figure
+DOCUMENTS = 40  # of the general text, of all kinds, are more than enough for them
+FOREIGN = 10.0  # times the general text's perplexity: see docs/LOG.md
+
+
+def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:
+    """A note, with the remedy, on calibration windows that the model hardly knows; encoders predict nothing, and get none."""
+    if not plan.skeleton.predicts:
+        return ()
+    pieces, vocabulary = (
+        [d.plain() for d in mixed_documents()[:DOCUMENTS]],
+        plan.skeleton.config.get_text_config().vocab_size,
+    )
+    general = cut_windows(
+        load_tokenizer(plan.source), pieces, WINDOWS, source="general", seqlen=plan.seqlen, vocabulary=vocabulary
+    )
+    usual, here = (float_perplexity(plan.source, ids[:WINDOWS]) for ids in (general, tokens.seen))
+    if here < FOREIGN * usual:
+        return ()
+    return (
+        f"the model hardly knows this calibration text: its perplexity is {here:,.0f} there, {usual:,.0f} on the general text; "
+        "give --calib a text like the model's use, in its chat template where it has one, or general",
+    )

@@ -1,0 +1,145 @@
+"""A plan by name carried out: rows are read, rounded, written into their place, read back and compared, side by side.
+
+The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
+"""
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.errors import CheckpointError, SchemeError
+from bitwright.formats import gguf_writer
+from bitwright.gguf import imatrix
+from bitwright.gguf.reader import GgufFile
+from bitwright.numerics.loss import ratio
+from bitwright.pipeline.ledger import KEPT, QUANTIZED, Entry
+from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, SLAB, fitted, rtn_lost
+from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.work_in_progress import Workplace
+from bitwright.plan.gguf_tensors import GGUF, NamePlan
+from bitwright.plan.planned_tensor import Planned
+from bitwright.system.memory import keep_memory, peak_rss_bytes
+from bitwright.system.threads import ahead, alone
+from bitwright.version import __version__
+
+
+def run_by_name(
+    plan: NamePlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
+) -> Result:
+    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    begun = time.monotonic()
+    keep_memory()
+    importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
+    shards = plan.shards
+    manifest = {
+        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
+    }  # fmt: skip
+    place = Workplace(out, manifest, needed=plan.bytes, resume=resume)
+    first = place.noted(len(shards))
+    ledger = [entry for i in range(first) for entry in place.ledger(i)]
+    made = place.path / "model.gguf"
+    try:
+        with gguf_writer.Making(made, plan.keys, plan.described) as making, alone(1) as clerk:
+
+            def commit(index: int, parts: list[list[Part]]) -> list[Entry]:
+                entries = [
+                    _entry(t, its, importance.get(t.source)) for t, its in zip(shards[index], parts, strict=True)
+                ]
+                making.flush()
+                place.note(index, entries)
+                return entries
+
+            noted = []  # in order: there is one clerk, who waits for the disk while the next block is rounded
+            jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
+            with ahead(lambda job: _make_rows(plan.file, making, *job, importance.get(job[0].source)), jobs) as parts:
+                for index in range(first, len(shards)):
+                    progress("block", index, len(shards))
+                    noted.append(clerk.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
+            for one in noted:
+                ledger += one.result()
+    except CheckpointError:
+        place.abandon()  # the source must be replaced: nothing here can be resumed
+        raise
+    progress("block", len(shards), len(shards))
+    written = made.stat().st_size
+    place.finish_file(made, ledger)
+    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
+
+
+class Part(NamedTuple):
+    """Some rows: the energy of each and of its error, float64 [n]; every so manieth row, and its energy; seconds."""
+
+    whole: Tensor
+    lost: Tensor
+    sample: Tensor
+    sampled: Tensor
+    seconds: float
+
+
+NOTHING = torch.empty(0)
+
+
+def _height(t: Planned) -> int:
+    return prod(t.shape[:-1])
+
+
+def _step(t: Planned) -> int:
+    """Rows taken at a time."""
+    return max(1, SLAB // t.shape[-1])
+
+
+def _parts_of(t: Planned, parts: Iterator[Part]) -> list[Part]:
+    """All of a tensor's, which come next."""
+    return list(islice(parts, -(-_height(t) // _step(t))))
+
+
+def _inputs(t: Planned, importance: Tensor | None) -> Inputs:
+    """What is known of a matrix's columns; nothing if the importance is of another shape: experts have one each."""
+    known = importance is not None and t.layer is not None and len(importance) == t.layer.K
+    return Inputs((t.stem,), gram=importance) if known else Inputs()
+
+
+def _make_rows(file: GgufFile, making: gguf_writer.Making, t: Planned, first: int, importance: Tensor | None) -> Part:
+    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
+    begun = time.monotonic()
+    last = min(first + _step(t), _height(t))
+    w = file.floats(t.source, first, last)
+    if t.layer is None or t.rule is None:
+        making.put_floats(t.source, w, first)
+        return Part(NOTHING, NOTHING, NOTHING, NOTHING, 0)
+    try:
+        fit = fitted(torch.float32, t, w, _inputs(t, importance))
+    except SchemeError as error:
+        if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
+            raise
+        message = "it has values that are NaN or Inf"
+        raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
+    q = fit.outcome.q
+    making.put_rounded(t.source, t.layer, q, first)
+    some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
+    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], time.monotonic() - begun)
+
+
+def _entry(t: Planned, parts: list[Part], importance: Tensor | None) -> Entry:
+    """What the ledger says of a tensor."""
+    dtype = str(t.dtype).removeprefix("torch.")
+    if t.layer is None or t.rule is None:
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
+    loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
+    if t.rule.method != "rtn":
+        rounded = rtn_lost(torch.cat([part.sample for part in parts]), t.layer.scheme, _inputs(t, importance).gram)
+        by_rtn = ratio(rounded, torch.cat([part.sampled for part in parts]))
+    nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
+    return Entry(
+        t.source, t.shape, dtype, QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, loss, by_rtn,
+        seconds=round(sum(part.seconds for part in parts), 4), fallback=t.layer.fallback, bytes=nbytes,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Calibration that somebody else has made, or shall use: llama.cpp's importance matrices."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.text_mix import texts_of
+from bitwright.errors import RecipeError
+from bitwright.gguf import imatrix
+from bitwright.gguf.tensor_names import Names
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
+from bitwright.pipeline.result import Progress
+from bitwright.pipeline.work_in_progress import check_out
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Mean squared inputs [K] by module name, from a file; none for any module of which nothing is known."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    digest: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan, file: Path) -> "Importance":
+        """A file's, for this plan. RecipeError for methods that need more than an importance of columns; CalibrationError
+        for a file that is damaged, or not of this model."""
+        more = {r.method for r in plan.recipe.active} & {*CALIBRATED, *ASYMMETRIC, *BLOCKWISE}
+        if more or plan.recipe.needs_details:
+            what = ", ".join(sorted(more)) or "a transform, or a fixed range,"
+            message = f"an importance matrix does not say how inputs go together, which {what} must know"
+            raise RecipeError(message, where=str(file), remedy="use --method search, or give a text")
+        found, names, values = imatrix.read(file), Names(plan.skeleton.config), {}
+        for t in plan.tensors:
+            if t.layer is None:
+                continue
+            stored = found.get(names.of(t.parameter))
+            if stored is None and t.block is None:
+                continue  # llama.cpp looks at blocks only
+            if stored is None or len(stored) != t.layer.K:
+                raise imatrix.of_another_model(file, names.of(t.parameter), stored, t.layer.K)
+            values[t.layer.name] = stored
+        return cls(values, digest(file.read_bytes()))
+
+    def inputs(self, t: Planned) -> Inputs:
+        """What is known of a matrix's inputs."""
+        assert t.layer is not None
+        known = self.values.get(t.layer.name)
+        return Inputs() if known is None else Inputs((t.layer.name,), gram=known)
+
+
+def write_importance(
+    model: Path, out: Path, *, calib: str, samples: int, seqlen: int, seed: int = 0, progress: Progress
+) -> dict[str, Any]:
+    """Take the float model's statistics on a text and write them as an importance matrix: {out, bytes, tensors, tokens}.
+
+    Errors as of `preflight` and of calibration.
+    """
+    check_out(out)
+    plan = preflight(model, Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
+    tokens = calibration_tokens(plan, calib, seed).seen
+    names, found = Names(plan.skeleton.config), dict[str, Tensor]()
+    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.absolute().parent))
+    try:
+        store = one_shot(plan, folder, tokens, progress)
+        for index in range(len(plan.skeleton)):
+            for inputs in store.read(index).inputs:
+                assert inputs.gram is not None
+                found |= {names.of(f"{name}.weight"): inputs.gram.diagonal() for name in inputs.names}
+    finally:
+        shutil.rmtree(folder)
+    imatrix.write(
+        out,
+        found,
+        tokens=tokens.numel(),
+        seqlen=tokens.shape[1],
+        text=", ".join(Path(text.name).name for text in texts_of(calib)),
+    )
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(found), "tokens": tokens.numel()}

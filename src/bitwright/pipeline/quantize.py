@@ -1,0 +1,65 @@
+"""Quantizing from end to end, as the command line and the Python API do it: what is asked for, a plan, a run.
+
+What needs no model is done without loading what knows models: importing that takes as long as quantizing a small one.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitwright.calibration.text_mix import texts_of
+from bitwright.formats import chosen
+from bitwright.gguf.architectures import named
+from bitwright.gguf.imatrix import is_imatrix
+from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.pipeline.gguf_rows import run_by_name
+from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.work_in_progress import check_out
+from bitwright.plan.gguf_tensors import NamePlan, plan_by_name
+from bitwright.plan.recipe import Recipe
+
+NEEDING_NO_MODEL = ("rtn", "search", "hqq")
+
+if TYPE_CHECKING:
+    from bitwright.plan.preflight import Plan
+
+
+def planned(
+    model: Path, out: Path, *, scheme: str | None, method: str | None, format: str | None, pure: bool, activations: str | None,
+    observer: str, kv_cache: str | None, recipe: Path | None, calib: str, samples: int, seqlen: int, store: Path | None,
+) -> "Plan | NamePlan":  # fmt: skip
+    """What will be done. Raises the InputError of whatever would stop it."""
+    check_out(out)
+    texts_of(calib)  # what it says is checked here, before any work
+    format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
+    rules = Recipe.of(
+        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
+    )
+    rules = rules.without_text() if calib == "none" else rules
+    if is_gguf(model):
+        file, weighted = GgufFile(model), is_imatrix(calib)
+        alone = _needs_no_model(rules, recipe, format, calib)
+        unknown = (weighted or not alone) and named(file.key("general.architecture", str)) is None
+        if alone or unknown:
+            return plan_by_name(file, rules, format, weighted=weighted, unknown=unknown)
+    from bitwright.plan.preflight import preflight
+
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen)
+
+
+def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
+    """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
+    alone = all(
+        rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
+    )
+    return (calib == "none" or is_imatrix(calib)) and format == "gguf" and alone and not (recipe or rules.kv_cache)
+
+
+def carried_out(
+    plan: "Plan | NamePlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
+) -> Result:
+    """See `pipeline.run`, and `byname` for what needs no model."""
+    if isinstance(plan, NamePlan):
+        return run_by_name(plan, out, calib=calib, resume=resume, progress=progress)
+    from bitwright.pipeline.run import run
+
+    return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)

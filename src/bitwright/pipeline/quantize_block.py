@@ -1,0 +1,186 @@
+"""Quantize the matrices of a block that share an input, and record what it cost."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.ranges import static_scales
+from bitwright.errors import BitwrightError, CalibrationError
+from bitwright.methods import BLOCKWISE, Outcome
+from bitwright.models.skeleton import matrix_of
+from bitwright.numerics.codec import decode
+from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.loss import energy, ratio
+from bitwright.numerics.qtensor import QTensor, rows
+from bitwright.pipeline.guard import judge
+from bitwright.pipeline.ledger import ADDED, KEPT, Entry
+from bitwright.pipeline.quantize_matrix import Fit, fit_by, fitted
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix after rounding: where it came from, what became of it, its ledger entry; its Gram if it is needed yet, and
+    what the engine does to its inputs.
+    """
+
+    planned: Planned
+    q: QTensor
+    entry: Entry
+    gram: Tensor | None = None
+    intake: Intake | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Relative losses of a matrix: by what was taken, and by a sample of the rows of round to nearest and of a search."""
+
+    own: float
+    rtn: float
+    search: float | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the ledger says of a block's statistics and transforms.
+
+    statistics: "sequential" (inputs come from the quantized blocks before) or "one-shot" (from the float model);
+    transforms: what was done to each matrix before rounding, by module name.
+    """
+
+    statistics: str = "sequential"
+    transforms: Mapping[str, str] = field(default_factory=dict)
+
+
+def quantize_together(
+    plan: Plan, members: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+) -> list[Rounded]:
+    """Round matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
+    piles: dict[tuple[object, ...], list[Planned]] = defaultdict(list)
+    for t in members:
+        assert t.layer is not None and t.rule is not None
+        apart = () if t.layer.scheme.rowwise else (t.source,)
+        piles[(t.layer.scheme, t.layer.activations, t.rule.name, str(t.rule.describe()["options"]), *apart)].append(t)
+    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs, origin)]
+
+
+def _quantize_pile(
+    plan: Plan, pile: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+) -> list[Rounded]:
+    """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
+    begun = time.monotonic()
+    matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
+    w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+    try:
+        fit = fitted(plan.skeleton.dtype, pile[0], w, inputs)
+        intake = _intake(pile[0], inputs, fit.outcome.q)
+    except BitwrightError as error:
+        error.where = error.where or pile[0].parameter
+        raise
+    seconds = (time.monotonic() - begun) / w.numel()
+    done, at = [], 0
+    for t, matrix in zip(pile, matrices, strict=True):
+        here = slice(at, at + len(matrix))
+        at += len(matrix)
+        q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
+        t = _with_outliers(t, q)
+        own = Fit(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
+        taken, method, losses = _better(plan, t, matrix, inputs, own)
+        loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
+        spent = round(seconds * matrix.numel(), 4)
+        entry = _entry(plan, t, taken.outcome, method, loss, inputs.tokens, spent, origin)
+        assert t.rule is not None
+        gram = inputs.gram if t.rule.method in BLOCKWISE else None
+        done.append(Rounded(t, taken.outcome.q, entry, gram, intake))
+    return done
+
+
+def _better(plan: Plan, t: Planned, matrix: Tensor, inputs: Inputs, fit: Fit) -> tuple[Fit, str, dict[str, float]]:
+    """The rule's method or a plainer one that loses less; which it is, and what each loses by a sample of the rows."""
+    assert t.rule is not None
+    asked, dtype = t.rule.method, plan.skeleton.dtype
+    judged = judge(dtype, t, matrix, fit.outcome.q, inputs)
+    if judged.best == asked:
+        return fit, asked, judged.losses
+    better = fit_by(judged.best, dtype, t, matrix, inputs)
+    first, second = (f"{name} loses {judged.losses[name]:.3g}" for name in (asked, judged.best))
+    why = f"{asked} -> {judged.best}: on the same statistics {first} of the output, {second}"
+    return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
+
+
+def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
+    """What the engine will do to the inputs of these matrices."""
+    layer, rule = t.layer, t.rule
+    assert layer is not None and rule is not None
+    columns = None if q.outliers is None else q.outliers.columns
+    scales = None
+    if rule.static and layer.activations is not None:
+        known = inputs if columns is None else inputs.without(columns)
+        if known.histogram is None:
+            raise CalibrationError("a fixed range of the inputs needs calibration", remedy="give calibration text")
+        scales = static_scales(known.histogram, layer.activations, observer=rule.observer)
+    if layer.activations is None and not layer.rotate:
+        return None
+    return Intake(layer.activations, scales, columns, layer.rotate)
+
+
+def _with_outliers(t: Planned, q: QTensor) -> Planned:
+    """What was planned, with as many channels in float as there turned out to be."""
+    assert t.layer is not None
+    count = 0 if q.outliers is None else len(q.outliers.columns)
+    return t if count == t.layer.outliers else replace(t, layer=replace(t.layer, outliers=count))
+
+
+def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> float:
+    """The loss of one matrix as the ledger records it."""
+    fast = w.dtype if gram is None else plan.skeleton.dtype
+    metric = None if gram is None else gram.to(fast)
+    return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
+
+
+def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+    """The weight as [N, K] float32."""
+    return _matrix(plan, t, weight).float()
+
+
+def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+    """The weight as [N, K]."""
+    assert t.layer is not None
+    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight)
+
+
+def _entry(
+    plan: Plan, t: Planned, outcome: Outcome, method: str, loss: Losses, tokens: int, seconds: float, origin: Origin
+) -> Entry:
+    """The ledger entry of a matrix quantized by `method`."""
+    assert t.layer is not None and t.rule is not None
+    dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
+    return Entry(
+        t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), method, loss.own, loss.rtn, outcome.damping,
+        tokens, seconds, fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
+        origin.transforms.get(t.layer.name, ""), origin.statistics if tokens else "", t.layer.outliers,
+        loss.search, arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
+    )  # fmt: skip
+
+
+def kept_entry(plan: Plan, t: Planned, *, changed: bool = False) -> Entry:
+    """The ledger entry of a tensor that stays in float, or is left out. changed: a transform has been folded into it."""
+    dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
+    return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+
+
+def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
+    """The ledger entry of a tensor that the source did not have."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Entry(name, tuple(tensor.shape), dtype, ADDED, reason, bytes=tensor.nbytes)
+
+
+def stored_bytes(plan: Plan, t: Planned) -> int:
+    """Bytes that the files hold of one source tensor."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.specs([t]).values())

@@ -1,0 +1,112 @@
+"""The embedding and the output head rounded, for formats that hold them so.
+
+An embedding of its own is rounded before all blocks where a method looks at the float model: the blocks then make up for
+its errors too. It is rounded once more, alike, when the last shard is written. One that is the head
+as well must wait for what the head is given.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.embedding_statistics import TOKENS, observe_embedding, observe_head, of_both
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.windows import Drawn, batches
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.numerics.codec import decode
+from bitwright.pipeline.calibration_pass import Streams, read_block
+from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan
+from bitwright.transforms.output_temperature import tempered
+
+
+def begin_rounded(plan: Plan, streams: Streams, tokens: Drawn) -> None:
+    """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
+
+    Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
+    """
+    skeleton = plan.skeleton
+    name = skeleton.embedding_name
+    t = next((t for t in _ends(plan) if _name(t) == name), None)
+    if t is None or not skeleton.predicts or not plan.calibrates_ends or streams.original is None:
+        return
+    if name == skeleton.head_name:
+        return
+    weights = read_block(plan, len(skeleton))
+    base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
+    inputs = _looked_up(plan, base, tokens.seen)
+    skeleton.load(base | {t.parameter: decode(_rounded(plan, t, weights, inputs).q)})
+    for stream, ids in ((streams.given, tokens.seen), (streams.held, tokens.held_out)):
+        stream[:] = [skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH) if len(part)]
+    skeleton.unload_outside()
+
+
+def quantize_ends(
+    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Drawn | None
+) -> list[Rounded]:
+    """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
+
+    Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched; as are those
+    of an encoder's embedding, which a norm follows before the first block.
+    """
+    known: dict[str, Inputs] = {}
+    if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
+        known = _observe(plan, weights, streams, tokens.seen)
+    done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
+    budget = plan.recipe.temper
+    if budget is not None and streams is not None and streams.original is not None and tokens is not None:
+        decoded = {r.planned.parameter: decode(r.q) for r in done}
+        weights |= tempered(plan.skeleton, weights, decoded, (streams.given, streams.original), tokens.seen, budget)
+    return done
+
+
+def _ends(plan: Plan) -> list[Planned]:
+    return [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
+
+
+def _name(t: Planned) -> str:
+    """The module's."""
+    assert t.layer is not None
+    return t.layer.name
+
+
+def _observe(plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor) -> dict[str, Inputs]:
+    """What rounding the embedding and the head costs, by module name."""
+    skeleton = plan.skeleton
+    embedding, head = skeleton.embedding_name, skeleton.head_name
+    found = {}
+    if streams is not None:
+        skeleton.load(weights)
+        found[head] = observe_head(skeleton, streams.given)
+        skeleton.unload_outside()
+    looked_up = _looked_up(plan, weights, tokens)
+    found[embedding] = of_both(found[head], looked_up) if head == embedding and head in found else looked_up
+    return found
+
+
+def _looked_up(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> Inputs:
+    """What a change of the embedding costs, by the float model's first block."""
+    skeleton = plan.skeleton
+    skeleton.load(weights)
+    some = tokens[: -(-TOKENS // tokens.shape[1])]
+    hidden = [skeleton.embed(part) for part in batches(some, TOKENS_PER_BATCH)]
+    skeleton.unload_outside()
+    skeleton.load(read_block(plan, 0))
+    inputs = observe_embedding(skeleton, hidden)
+    skeleton.unload(0)
+    return inputs
+
+
+def _rounded(plan: Plan, t: Planned, weights: dict[str, Tensor], inputs: Inputs) -> Rounded:
+    """By the rule's method where it can do with what is known, else by GPTQ or a search of scales."""
+    assert t.rule is not None
+    method = t.rule.method
+    if method in CALIBRATED or method in ASYMMETRIC or method in BLOCKWISE:
+        method = "search" if inputs.gram is None else "gptq"
+    options = t.rule.options if method == t.rule.method else {}
+    rule = replace(t.rule, method=method, options=options, transforms=())
+    with torch.no_grad():
+        return quantize_together(plan, [replace(t, rule=rule)], weights, inputs, Origin("sequential"))[0]

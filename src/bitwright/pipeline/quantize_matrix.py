@@ -1,0 +1,108 @@
+"""A matrix under a rule: the method's outcome and what it loses, some rows at a time where no row knows of another."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.kernels.rounding import missed
+from bitwright.methods import ASYMMETRIC, CALIBRATED, METHODS, Outcome, Outlier, rtn
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import energy
+from bitwright.numerics.qtensor import Outliers, QTensor, rows, stacked
+from bitwright.numerics.scheme import Scheme
+from bitwright.plan.planned_tensor import Planned
+from bitwright.system.threads import each
+
+AT_ONCE = 1 << 24  # weights whose errors are looked at together
+SLAB = 1 << 21  # weights rounded at a time: enough to be worth a call, in little memory
+SAMPLED_ROWS = 64  # at least so many tell what a method loses
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
+
+    outcome: Outcome
+    whole: Tensor
+    lost: Tensor
+
+
+def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
+
+    Where no row knows of another, some rows at a time, side by side: there is never a float32 copy of an embedding.
+    """
+    assert t.layer is not None and t.rule is not None
+    if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
+        return _fit_at_once(dtype, t, w.float(), inputs)
+    slabs = w.split(max(1, SLAB // w.shape[1]))
+    any_float = t.rule.method == "search"
+    parts = each(lambda slab: _fit_at_once(dtype, t, slab if any_float else slab.float(), inputs), slabs)
+    if len(parts) == 1:
+        return parts[0]
+    q = stacked([part.outcome.q for part in parts])
+    return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
+
+
+def fit_by(method: str, dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    """As `fitted`, by another method than the rule's, without options."""
+    assert t.rule is not None
+    return fitted(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
+
+
+def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+    outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
+    if metric is None or not inputs.correlated:
+        lost, whole = outcome.missed or missed(w.float(), outcome.q, metric)
+        return Fit(outcome, whole, lost)
+    fast = metric.dtype  # three digits of a loss are enough
+    return Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
+
+
+def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
+    """The energy of each row's error, some rows at a time: an embedding's float copies would not fit twice."""
+    if not q.scheme.rowwise or q.outliers is not None:
+        return energy((w - decode(q)).to(fast), metric)
+    step = max(1, AT_ONCE // w.shape[1])
+    parts = ((w[at : at + step], rows(q, at, min(at + step, len(w)))) for at in range(0, len(w), step))
+    return torch.cat([energy((part - decode(own)).to(fast), metric) for part, own in parts])
+
+
+def metric_of(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
+    """What errors are weighed by."""
+    return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
+
+
+def _outcome(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
+    """The rule's method on stacked matrices, without the input channels that stay in float."""
+    rule, layer = t.rule, t.layer
+    assert rule is not None and layer is not None
+    options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+    separate = rule.transform(Outlier)
+    if not isinstance(separate, Outlier):
+        options |= _compared(inputs) if rule.method in ASYMMETRIC else {}
+        return METHODS[rule.method](w, inputs.gram, layer.scheme, **(options | rule.options))
+    assert inputs.mean is not None  # details are gathered where a rule has such a transform
+    columns = separate.columns(w, inputs.peak, inputs.mean)
+    rest = inputs.without(columns)
+    options |= _compared(rest) if rule.method in ASYMMETRIC else {}
+    outcome = METHODS[rule.method](w.index_fill(1, columns, 0), rest.gram, layer.scheme, **(options | rule.options))
+    kept = w[:, columns].to(t.dtype).float()
+    return replace(outcome, q=replace(outcome.q, outliers=Outliers(columns, kept)))
+
+
+def _compared(inputs: Inputs) -> dict[str, Any]:
+    """What is known of the float model beside the quantized one, as the methods of `ASYMMETRIC` take it."""
+    return {"drift": inputs.drift, "residual": inputs.residual}
+
+
+def rtn_lost(w: Tensor, scheme: Scheme, metric: Tensor | None) -> Tensor:
+    """The energy of each row's error, rounded to nearest."""
+    w = w.float()
+    q = rtn(w, None, scheme).q
+    if metric is None or metric.ndim == 1:
+        return missed(w, q, metric)[0]
+    return energy((w - decode(q)).to(metric.dtype), metric)

@@ -1,0 +1,251 @@
+"""A quantized checkpoint in another format: the same codes under the same scales, or refused with the reason.
+
+Formats say the same numbers in different ways: a scale that may be negative is a positive one with a zero point of −1; integers
+under one f16 are scales in float32. Everything is written for a model in float32, in which all of it is exact; the
+embedding and the output head, which directories hold in float, are decoded.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from bitwright.calibration.windows import load_tokenizer
+from bitwright.errors import BitwrightError, FormatError
+from bitwright.files.checkpoint import INDEX, count
+from bitwright.formats import FORMATS, Format, Layer
+from bitwright.gguf.reader import is_gguf
+from bitwright.kernels.matmul import FACTORS
+from bitwright.models.skeleton import COMPUTED, Skeleton, read_config
+from bitwright.models.source import open_artefact
+from bitwright.numerics.codec import decode, spread, values
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import GRIDS, Zero
+from bitwright.pipeline.ledger import KEPT, QUANTIZED, Entry
+from bitwright.pipeline.work_in_progress import Verification, Workplace
+
+FLOATS = ("f32", "f16", "bf16")
+EXACT = torch.float32  # holds every decoded weight, and every scale
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One matrix, ready to be written."""
+
+    layer: Layer
+    q: QTensor
+
+
+def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
+    """The same numbers in a scheme with another kind of zero and encoding of scales; None where there is no such thing."""
+    s, grid = q.scales, q.scheme.levels
+    scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
+    same = {
+        "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
+        q.scheme.zero: True,
+    }
+    if same.get(zero, False):
+        return replace(q, scheme=replace(q.scheme, zero=zero, scale=scale), scales=scales)
+    if zero not in ("asym", "asym1") or q.scheme.zero != "signed" or grid.levels is not None:
+        return None
+    turned = s.scale < 0  # s·c = |s|·(−c − 1 + 1)
+    codes = torch.where(spread(turned, q.scheme, q.codes.shape[1]), -1 - q.codes, q.codes)
+    scheme = replace(q.scheme, zero=zero, scale=scale)
+    return replace(q, codes=codes, scheme=scheme, scales=Scales(s.scale.abs(), -turned.float()))
+
+
+def in_integers(q: QTensor, bits: int) -> QTensor | None:
+    """The same numbers as integers of so many bits, under scales in a float type; None where they are none, or do not fit."""
+    grid, wide = q.scheme.levels, GRIDS[f"int{bits}"]
+    if q.scheme.zero == "min" or q.scheme.grid in ("nf4", "fp8"):
+        return None
+    factor = FACTORS.get(q.scheme.grid, 1.0)
+    numbers = (grid.lo, grid.hi) if grid.levels is None else [level * factor for level in grid.levels]
+    if min(numbers) < wide.lo or max(numbers) > wide.hi:
+        return None
+    codes = (values(q.codes, q.scheme) * factor).to(torch.int8)
+    scale = q.scheme.scale if q.scheme.scale in FLOATS and factor == 1 else "f32"
+    scheme = replace(q.scheme, grid=f"int{bits}", scale=scale)
+    return replace(q, codes=codes, scheme=scheme, scales=Scales(q.scales.scale / factor, q.scales.zero))
+
+
+def _ways(q: QTensor) -> Iterator[QTensor]:
+    """The same numbers in other schemes: its own grid first, then integers, the fewest bits first."""
+    kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
+    wider = (in_integers(q, bits) for bits in range(2, 9) if q.scheme.grid != f"int{bits}")
+    for same in itertools.chain([q], (other for other in wider if other is not None)):
+        encodings = (same.scheme.scale, "f32") if same.scheme.scale not in ("e8m0", "e4m3") else (same.scheme.scale,)
+        for scale, zero in itertools.product(dict.fromkeys(encodings), dict.fromkeys(kinds)):
+            way = expressed(same, zero, scale)
+            if way is not None:
+                yield way
+
+
+def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
+    """A matrix as a format holds it. FormatError, with the format's own reason, if it cannot hold these numbers."""
+    if q.order is not None:
+        remedy = "use the file as it is, or quantize the original without desc_act"
+        raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
+    reason = None
+    N, K = q.codes.shape
+    for same in _ways(q):
+        try:
+            layer = format_.adapt(Layer(name, N, K, same.scheme, transposed), EXACT)
+        except FormatError as error:
+            reason = reason or error
+            continue
+        if layer.scheme == same.scheme and torch.equal(decode(same), decode(q)):
+            return Packed(layer, same)
+    why = q.scheme if reason is None else reason.message
+    message = f"{format_.name} cannot hold these numbers as they are: {why}"
+    raise FormatError(message, where=name, remedy="use --format bitwright, which holds every scheme")
+
+
+@dataclass
+class _Shard:
+    """What one file will hold: matrices in the new format, tensors in float; and what the ledger says of them."""
+
+    packed: list[Packed]
+    floats: dict[str, Tensor]
+    entries: list[Entry]
+
+    def tensors(self, format_: Format) -> dict[str, Tensor]:
+        """All of it, by name in the file."""
+        parts = {p.layer.name: format_.encode(p.q, p.layer, EXACT) for p in self.packed}
+        return self.floats | {f"{module}.{suffix}": t for module, own in parts.items() for suffix, t in own.items()}
+
+
+def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
+    """Write MODEL, a quantized directory or GGUF file, as the directory OUT in another format.
+
+    Gives {out, bytes, tensors, notes}. FormatError for numbers that the format cannot hold, for inputs that the source's
+    engine changes, and for a source that is not quantized; CheckpointError as of `Artefact`.
+    """
+    format_, source = FORMATS[format_name], _Source(model)
+    depth = len(source.skeleton)
+    place = Workplace(out, {"convert": format_name}, needed=0, resume=False)
+    weight_map: dict[str, str] = {}
+    layers: list[Layer] = []
+    ledger: list[Entry] = []
+    try:
+        for index in range(depth + 1):
+            shard, name = source.shard(index, format_), f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors"
+            layers += [p.layer for p in shard.packed]
+            ledger += shard.entries
+            meant = {p.layer.name: p.q for p in shard.packed}
+            config = format_.config([p.layer for p in shard.packed], []) if meant else {}
+            tensors = shard.tensors(format_)
+            verify = Verification(format_, config, meant, shard.floats)
+            place.commit(index, partial(place.put_shard, name, tensors, verify), shard.entries, None)
+            weight_map |= dict.fromkeys(tensors, name)
+        if not layers:
+            remedy = "give a quantized one; `bitwright quantize` rounds a float one"
+            raise FormatError("there is nothing quantized in it", where=str(model), remedy=remedy)
+    except BitwrightError:
+        place.abandon()
+        raise
+    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
+    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    outside = sorted(set(source.skeleton.linear_names()) - {layer.name for layer in layers})
+    config = format_.config(layers, outside)
+    place.write_json("config.json", source.config() | {"quantization_config": config})
+    if format_name == "gptq":
+        place.write_json("quantize_config.json", config)
+    if is_gguf(model):
+        load_tokenizer(model).save_pretrained(place.path)
+    place.finish(model, ledger)
+    return {"out": str(out), "bytes": total, "tensors": len(ledger), "notes": source.notes}
+
+
+class _Source:
+    """A quantized checkpoint, shard by shard."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.artefact = model, open_artefact(model)
+        self.skeleton = Skeleton(read_config(model), EXACT)
+        self.names = self.skeleton.source_names(self.artefact.shapes, str(model))
+        self._floats: list[str] = []  # notes on what is float here and was not
+        self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
+        used = set(self.names.values())
+        odd = next((n for n in self.artefact.shapes if n not in used and not n.endswith(COMPUTED)), None)
+        if odd is not None:
+            raise FormatError("a tensor that no conversion knows what to do with", where=odd, remedy="quantize anew")
+
+    def shard(self, index: int, format_: Format) -> _Shard:
+        """Block `index`, or behind the last what is outside the blocks."""
+        inside = index < len(self.skeleton)
+        modules = self.skeleton.linears(index) if inside else {}
+        shard = _Shard([], {}, [])
+        for parameter in self.skeleton.state_names(index) if inside else self.skeleton.outer_names():
+            if parameter not in self.names:
+                continue
+            source, module = self.names[parameter], modules.get(parameter.removesuffix(".weight"))
+            if self.artefact.intake(source) is not None:
+                remedy = "quantize the original to the format you need"
+                raise FormatError(
+                    "its engine changes the inputs too, which is not converted", where=source, remedy=remedy
+                )
+            q = None if module is None or not parameter.endswith(".weight") else self.artefact.quantized(source)
+            if q is None:
+                shard.floats[parameter] = self._float(parameter, source)
+                shard.entries.append(_entry(parameter, shard.floats[parameter]))
+            else:
+                transposed = isinstance(module, Conv1D)
+                shard.packed.append(packed(q, parameter.removesuffix(".weight"), format_, transposed=transposed))
+                shard.entries.append(_packed_entry(shard.packed[-1], format_))
+                self._count(source, shard.entries[-1])
+        return shard
+
+    def _count(self, source: str, entry: Entry) -> None:
+        kind, before = self.artefact.describe(source)
+        sizes = self._sizes.setdefault((kind, entry.scheme), [0, 0, 0])
+        for i, more in enumerate((1, before, entry.bytes)):
+            sizes[i] += more
+
+    @property
+    def notes(self) -> list[str]:
+        """What takes more bytes than in the source."""
+        grown = [(kinds, sizes) for kinds, sizes in self._sizes.items() if sizes[2] > sizes[1]]
+        return self._floats + [
+            f"{n} matrices are {kind} in the source, {before:,} bytes, and {scheme} here, {after:,}"
+            for (kind, scheme), (n, before, after) in grown
+        ]
+
+    def _float(self, parameter: str, source: str) -> Tensor:
+        """A tensor that stays in float, or is decoded because directories have it so."""
+        tensor = self.artefact.read(source).contiguous()
+        kind, nbytes = self.artefact.describe(source)
+        if nbytes < tensor.nbytes:
+            self._floats.append(
+                f"{parameter} is {kind} in the source, {nbytes:,} bytes, and float here, {tensor.nbytes:,}"
+            )
+        return tensor
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says, but for how weights are stored."""
+        if is_gguf(self.model):
+            said: dict[str, Any] = json.loads(self.skeleton.config.to_json_string(use_diff=False))
+            said["architectures"] = [type(self.skeleton.model).__name__]
+        else:
+            said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        stale = ("quantization_config", "torch_dtype")
+        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32"}
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Entry(name, tuple(tensor.shape), dtype, KEPT, "as in the source", bytes=tensor.nbytes)
+
+
+def _packed_entry(p: Packed, format_: Format) -> Entry:
+    nbytes = sum(dtype.itemsize * count(shape) for dtype, shape in format_.layout(p.layer, EXACT).values())
+    scheme, shape = str(p.layer.scheme), (p.layer.N, p.layer.K)
+    return Entry(f"{p.layer.name}.weight", shape, "float32", QUANTIZED, "as in the source", scheme, bytes=nbytes)

@@ -1,0 +1,36 @@
+"""What a run says: how far it is, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright.pipeline.ledger import Entry
+
+Progress = Callable[[str, int, int], None]  # kind, done, total
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back; `as_dict` is the command line's JSON."""
+
+    out: Path
+    bytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_rss_bytes: int
+    ledger: list[Entry] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What was quantized worse than asked."""
+        return [f"{entry.name}: {entry.fallback}" for entry in self.ledger if entry.fallback]
+
+    def as_dict(self) -> dict[str, Any]:
+        """{out, bytes, bits_per_weight, seconds, peak_rss_bytes, tensors, fallbacks}."""
+        return {
+            "out": str(self.out), "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4),
+            "seconds": round(self.seconds, 2), "peak_rss_bytes": self.peak_rss_bytes, "tensors": len(self.ledger),
+            "fallbacks": self.fallbacks,
+        }  # fmt: skip

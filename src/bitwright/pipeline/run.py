@@ -1,0 +1,316 @@
+"""Quantize a checkpoint: one for-loop over its blocks.
+
+Load a block, watch its inputs, round its matrices, run it again as rounded, write it, record it. Memory is one block,
+its statistics and the calibration activations, however deep the model is. Block n + 1 sees what the *quantized* blocks
+before it give, so later blocks make up for the errors of earlier ones; or, one-shot, a store already knows what every
+block of the float model is given, and nothing is run at all. A crash costs one block (see work_in_progress.py).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.windows import Drawn
+from bitwright.errors import CheckpointError, RecipeError
+from bitwright.files.checkpoint import INDEX, Checkpoint
+from bitwright.formats.format import FLOAT_NAMES
+from bitwright.gguf.imatrix import is_imatrix
+from bitwright.methods import ASYMMETRIC
+from bitwright.models.kv_cache import KvRounding, rounding, scales_of
+from bitwright.pipeline.calibration_pass import (
+    Streams,
+    calibration_tokens,
+    check_rotation,
+    digest,
+    first_streams,
+    look,
+    one_shot,
+    read_block,
+)
+from bitwright.pipeline.familiarity import unfamiliar
+from bitwright.pipeline.gguf_file import Member, OneFile
+from bitwright.pipeline.importance import Importance
+from bitwright.pipeline.ledger import LEFT_OUT, Entry, check_complete
+from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
+from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_ends
+from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.sequential import quantize_in_order
+from bitwright.pipeline.statistics_store import BlockStatistics, Store
+from bitwright.pipeline.work_in_progress import Verification, Workplace, check_out
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan
+from bitwright.system.memory import peak_rss_bytes, return_memory
+from bitwright.system.threads import alone
+from bitwright.transforms.channel_scaling import fold_scales
+from bitwright.version import __version__
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    calib: str,
+    seed: int = 0,
+    resume: bool = True,
+    store: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> Result:
+    """Carry out a plan. OUT appears complete and verified, or an error says why not.
+
+    store: a directory of one-shot statistics, made if it is not there; None: they are taken block by block, on what the
+    quantized blocks before give.
+    Raises OutputError if OUT exists, the disk cannot hold it, or other unfinished work lies beside it; CheckpointError
+    for a weight that is not finite or cut short; RecipeError for a method that cannot do with the store's statistics;
+    VerificationError if what was written does not read back as meant.
+    """
+    begun = time.monotonic()
+    check_out(out)
+    known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
+    taken = plan.calibrated and known is None
+    tokens = calibration_tokens(plan, calib, seed) if taken else None
+    notes = plan.notes if tokens is None else tokens.notes
+    if tokens is not None and calib != "general":  # what the text is compared with
+        notes += unfamiliar(plan, tokens)
+    check_rotation(plan)
+    if store is not None and tokens is not None:
+        check_one_shot(plan)
+        known = one_shot(plan, store, tokens.seen, progress)
+        notes += known.notes
+    place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
+    try:
+        with _file_of(plan, place) as file:
+            ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
+    except CheckpointError:
+        place.abandon()  # the source must be replaced: nothing here can be resumed
+        raise
+    ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
+    check_complete(ledger, plan.checkpoint.tensors)
+    if plan.format.one_file:
+        written = _made(place).stat().st_size
+        place.finish_file(_made(place), ledger)
+    else:
+        written = _describe(plan, place)
+        place.finish(plan.source, ledger)
+    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    return Result(
+        out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
+    )
+
+
+def check_one_shot(plan: Plan) -> None:
+    """RecipeError for a method that looks at the quantized model's activations beside the float one's."""
+    if plan.recipe.needs_original:
+        methods = {rule.method for rule in plan.recipe.active if rule.method in ASYMMETRIC}
+        message = (
+            f"{', '.join(sorted(methods))} compares with what the quantized blocks before give, which no store knows"
+        )
+        raise RecipeError(message, remedy="leave out --store, or use gptq")
+
+
+def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
+    """A note on matrices whose rule scales channels, and that have no place to fold the scales into."""
+    asking = {t.source for t in plan.tensors if t.rule is not None and t.layer is not None and t.rule.scales_channels}
+    without = [entry.name for entry in ledger if entry.name in asking and not entry.transforms]
+    if not without:
+        return ()
+    return (
+        f"{len(without)} of {len(asking)} matrices have no place to fold channel scales into, such as {without[0]}",
+    )
+
+
+def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None) -> dict[str, Any]:
+    """What unfinished work belongs to: the same source, recipe, calibration and code."""
+    return {
+        "statistics": "one-shot" if isinstance(known, Store) else "sequential",
+        "importance": known.digest if isinstance(known, Importance) else None,
+        "version": __version__,
+        "torch": torch.__version__,
+        "source": plan.checkpoint.fingerprint(),
+        "config": digest(plan.skeleton.config.to_json_string().encode()),
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),
+        "temper": plan.recipe.temper,
+        "format": plan.format.name,
+        "dtype": str(plan.skeleton.dtype),
+        "calibration": None
+        if tokens is None
+        else [digest(t.numpy().tobytes()) for t in (tokens.seen, tokens.held_out)],
+        "samples": None if tokens is None else list(tokens.seen.shape),
+    }
+
+
+def _made(place: Workplace) -> Path:
+    """The file that becomes OUT, where that is one."""
+    return place.path / "model.gguf"
+
+
+def _file_of(plan: Plan, place: Workplace) -> AbstractContextManager[OneFile | None]:
+    """It, begun or gone on with; None for a format of many files."""
+    if not plan.format.one_file:
+        return nullcontext()
+    members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
+    return OneFile(_made(place), plan.file_keys, plan.skeleton.config, members)
+
+
+def _quantize_blocks(
+    plan: Plan, place: Workplace, file: OneFile | None, tokens: Drawn | None, store: Store | Importance | None,
+    progress: Progress,
+) -> list[Entry]:  # fmt: skip
+    """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
+    depth, config = len(plan.skeleton), plan.quantization_config
+    first = place.noted(depth + 1)
+    ledger = [entry for i in range(first) for entry in place.ledger(i)]
+    streams = None
+    if tokens is not None and store is None and first < depth + plan.calibrates_ends:
+        streams = first_streams(plan, tokens, place.hidden(first) if first else None)
+        if first == 0:
+            begin_rounded(plan, streams, tokens)
+    with alone(1) as clerk:  # encodes, writes and verifies a shard while the next is rounded
+        written: Future[None] | None = None
+        for index in range(first, depth + 1):
+            progress("block", index, depth + 1)
+            entries, commit = _quantize_shard(plan, place, file, index, streams or store, config, tokens)
+            ledger += entries
+            if written is not None:
+                written.result()
+            written = clerk.submit(commit)
+            return_memory()
+        if written is not None:
+            written.result()
+    progress("block", depth + 1, depth + 1)
+    return ledger
+
+
+def _quantize_shard(
+    plan: Plan,
+    place: Workplace,
+    file: OneFile | None,
+    index: int,
+    source: Streams | Store | Importance | None,
+    config: dict[str, Any],
+    tokens: Drawn | None,
+) -> tuple[list[Entry], Callable[[], None]]:
+    """Read and round one shard; streams move on to the next block. What is left: to write, verify and commit it."""
+    depth, members = len(plan.skeleton), plan.shard(index)
+    weights = read_block(plan, index)
+    before = {} if plan.rotation is not None else dict(weights)
+    if index < depth:
+        done, kv = _quantize_block(plan, index, weights, source)
+    else:
+        done, kv = quantize_ends(plan, weights, source if isinstance(source, Streams) else None, tokens), None
+    kept = [t for t in members if t.layer is None]
+    entries = [r.entry for r in done]
+    entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
+    tensors = {t.source: weights[t.parameter].to(t.dtype) for t in kept}
+    for (name, (dtype, shape)), intake in zip(plan.kv_specs(index).items(), kv or (), strict=True):
+        assert intake.scales is not None
+        tensors[name] = intake.scales.scale.reshape(shape).to(dtype)
+        entries.append(added_entry(name, tensors[name], f"what keys and values are kept in: {intake.scheme}"))
+    weights.clear()
+    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_ends else None
+
+    def put() -> None:
+        if file is None:
+            stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            place.put_shard(plan.shard_name(index), stored, verify)
+        else:
+            _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
+
+    return entries, partial(place.commit, index, put, entries, saved)
+
+
+def _put_in_file(file: OneFile, kept: dict[str, Tensor], done: list[Rounded]) -> None:
+    """A shard's tensors by their parameters' names, down to the disk."""
+    for parameter, tensor in kept.items():
+        file.put_floats(parameter, tensor)
+    for r in done:
+        assert r.planned.layer is not None
+        file.put_rounded(r.planned.parameter, r.planned.layer, r.q)
+    file.flush()
+
+
+def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
+    """A matrix as the file holds it."""
+    assert r.planned.layer is not None
+    scales = None if r.intake is None else r.intake.scales
+    parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
+    return {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
+
+
+def _quantize_block(
+    plan: Plan, index: int, weights: dict[str, Tensor], source: Streams | Store | Importance | None
+) -> tuple[list[Rounded], KvRounding | None]:
+    """Round one block's matrices and carry streams through the block, as rounded and as it was.
+
+    Parameters that transforms change are replaced in `weights`. Also how the block's keys and values are kept.
+    """
+    layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
+    if source is None or isinstance(source, Importance):
+        known_of = Importance().inputs if source is None else source.inputs
+        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
+    skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+    if isinstance(source, Store):
+        known = source.read(index)
+        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        weights |= transformed.weights
+        return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
+            plan, known
+        )
+    skeleton.load(weights)
+    kv, done = None, dict[str, str]()
+    if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
+        known = look(plan, index, layers, source.given, everything=False)
+        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        weights |= transformed.weights
+        skeleton.load(transformed.weights)
+        kv, done = _kv_rounding(plan, known), transformed.done
+    rounded = quantize_in_order(plan, index, layers, weights, source, kv, Origin("sequential", done))
+    skeleton.unload(index)
+    return rounded, kv
+
+
+def _quantize_known(
+    plan: Plan, layers: dict[str, Planned], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
+) -> list[Rounded]:
+    """Round matrices whose inputs are all known beforehand; the statistics of each are given back when they have served."""
+    done: list[Rounded] = []
+    while known.inputs:
+        one = known.inputs.pop(0)
+        done += quantize_together(plan, [layers[name] for name in one.names if name in layers], weights, one, origin)
+    return done
+
+
+def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
+    """How the block's keys and values are kept, if not in float."""
+    scheme = plan.recipe.kv_cache
+    if scheme is None or known.kv is None:
+        return None
+    dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
+    stored = scheme.with_scale(FLOAT_NAMES[dtype])
+    return rounding(stored, scales_of(known.kv, stored, plan.recipe.kv_observer))
+
+
+def _describe(plan: Plan, place: Workplace) -> int:
+    """The index and the configs; the bytes of all weight files."""
+    weight_map: dict[str, str] = {}
+    for i in range(len(plan.skeleton) + 1):
+        name = plan.shard_name(i)
+        weight_map |= dict.fromkeys(Checkpoint(place.path, only=place.path / name).tensors, name)
+    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
+    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    if any(t.made_of for t in plan.tensors):
+        config["tie_word_embeddings"] = False
+    place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
+    if plan.format.name == "gptq":
+        place.write_json("quantize_config.json", plan.quantization_config)
+    return total

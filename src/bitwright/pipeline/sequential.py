@@ -1,0 +1,107 @@
+"""A block quantized in the order of its forward: observe an input, quantize the matrices that read it, go on behind them.
+
+Every statistic is that of what the quantized model will really hand to a matrix, within the block too ("true sequential"
+in GPTQ's code). One pass over the calibration tokens an input, up to that input; memory is one input's statistics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from bitwright.calibration.observe import BlockRun, FloatStream, groups_of, observe
+from bitwright.models.kv_cache import KvCache, KvRounding
+from bitwright.models.skeleton import Skeleton, as_source
+from bitwright.numerics.codec import decode
+from bitwright.pipeline.calibration_pass import Streams, rotations
+from bitwright.pipeline.guard import BETTER_BLOCK, NEGLIGIBLE, PLAINER, block_error
+from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
+from bitwright.pipeline.tune_block import tune_block
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.preflight import Plan
+
+
+def quantize_in_order(
+    plan: Plan, index: int, layers: Mapping[str, Planned], weights: dict[str, Tensor], streams: Streams,
+    kv: KvRounding | None, origin: Origin,
+) -> list[Rounded]:  # fmt: skip
+    """Quantize the matrices `layers` of block `index`, whose float weights the skeleton holds; move the streams on.
+
+    The float model's stream, where there is one, goes through the float weights; the other through what is quantized.
+    """
+    skeleton, turned = plan.skeleton, rotations(layers)
+    cache = KvCache(rounding=kv) if kv else None
+    floats = BlockRun(skeleton, index, intakes=turned)
+    run, plain = (BlockRun(skeleton, index, intakes=dict(turned), cache=cache) for _ in range(2))
+    groups = groups_of(floats, streams.given[0][:1], layers)
+    original = None if streams.original is None else FloatStream(floats, streams.original, groups)
+    done, searched = list[Rounded](), list[Rounded]()
+    guarded = bool(streams.held) and any(by_search(t) is not t for t in layers.values())
+    for group in groups:
+        (inputs,) = observe(run, streams.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
+        members = [layers[name] for name in group.names]
+        new = quantize_together(plan, members, weights, inputs, origin)
+        take(run, skeleton, new)
+        done += new
+        if guarded:
+            searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+    if original is not None and streams.original is not None:
+        original.move_on()
+        tuned = tune_block(plan, index, done, weights, streams.given, streams.original)
+        if tuned is not done:  # it has had the block's own weights
+            done = tuned
+            skeleton.load(weights)
+            take(run, skeleton, done)
+    wanted = [floats(batch) for batch in (streams.held if streams.held_original is None else streams.held_original)]
+    if guarded:
+        take(plain, skeleton, searched)
+        done, run = better((done, run), (searched, plain), streams.held, wanted)
+    if index + 1 < len(skeleton) + plan.calibrates_ends:
+        streams.given[:] = [run(batch) for batch in streams.given]
+        streams.held[:] = [run(batch) for batch in streams.held]
+        streams.held_original = wanted if streams.held_original is not None else None
+    return done
+
+
+def by_search(t: Planned) -> Planned:
+    """The same matrix by a search of scales, or as it was planned by a method that is no better than that."""
+    assert t.rule is not None
+    return t if t.rule.method in PLAINER else replace(t, rule=replace(t.rule, method="search", options={}))
+
+
+def take(run: BlockRun, skeleton: Skeleton, new: list[Rounded]) -> None:
+    """Let a block be run on these matrices as the file will hold them, their inputs as the engine will hand them on."""
+    for r in new:
+        assert r.planned.layer is not None
+        matrix = decode(r.q).to(r.planned.dtype)
+        run.weights[r.planned.parameter] = as_source(skeleton, r.planned.layer.name, matrix)
+        run.intakes = {**run.intakes, r.planned.layer.name: r.intake}
+
+
+def better(
+    asked: tuple[list[Rounded], BlockRun],
+    plainer: tuple[list[Rounded], BlockRun],
+    held: list[Tensor],
+    wanted: list[Tensor],
+) -> tuple[list[Rounded], BlockRun]:
+    """The block by the methods asked for, or by a search of scales if that comes nearer to what is wanted of it.
+
+    held: what the block is given for windows that no method saw; wanted: what the float block makes of that or, where methods
+    aim at the float model, of what the float model gives it.
+    """
+    (done, run), (searched, plain) = asked, plainer
+    error, error_search = (block_error(one, held, wanted) for one in (run, plain))
+    if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
+        why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
+        done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
+        run = plain
+    marked = [replace(r, entry=replace(r.entry, block_error=error, block_error_search=error_search)) for r in done]
+    return marked, run
+
+
+def _instead(old: Rounded, new: Rounded, why: str) -> Rounded:
+    """A matrix by search instead of what was asked for."""
+    if old.entry.method == new.entry.method:
+        return old
+    why = f"{old.entry.method} -> {new.entry.method}: {why}"
+    return replace(new, entry=replace(new.entry, fallback="; ".join(filter(None, (new.entry.fallback, why)))))

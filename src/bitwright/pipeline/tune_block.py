@@ -1,0 +1,57 @@
+"""One block tuned as a whole: the methods that look at a block's output rather than at one matrix."""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.methods.autoround import Options, tune
+from bitwright.models.skeleton import as_source
+from bitwright.numerics.codec import decode
+from bitwright.pipeline.quantize_block import Rounded, float_matrix, relative_loss
+from bitwright.plan.preflight import Plan
+
+
+def tune_block(
+    plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], inputs: list[Tensor], targets: list[Tensor]
+) -> list[Rounded]:
+    """Block `index` with better codes for its matrices of method autoround; the others stay as they are.
+
+    done: all its matrices, rounded; weights: the float ones by parameter name; inputs, in batches [B, T, H], as the
+    quantized blocks before give them; targets: what the float block made of the float model's activations.
+    """
+    chosen = {
+        r.planned.parameter: r for r in done if r.planned.rule is not None and r.planned.rule.method == "autoround"
+    }
+    if not chosen:
+        return done
+    begun = time.monotonic()
+    skeleton = plan.skeleton
+    skeleton.load({r.planned.parameter: as_source(skeleton, _name(r), decode(r.q)) for r in done})
+    first = next(iter(chosen.values()))
+    assert first.planned.rule is not None
+    how = Options.of(first.planned.rule.options)
+
+    def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+        sources = {name: as_source(skeleton, _name(chosen[name]), matrix) for name, matrix in matrices.items()}
+        return skeleton.run_with(index, x, sources)
+
+    floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
+    found = tune(forward, torch.cat(inputs), torch.cat(targets), floats, {name: r.q for name, r in chosen.items()}, how)
+    seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
+    tuned = []
+    for r in done:
+        name = r.planned.parameter
+        if name in chosen:
+            loss = relative_loss(plan, floats[name], found[name], r.gram)
+            spent = round(r.entry.seconds + seconds * floats[name].numel(), 4)
+            r = replace(r, q=found[name], entry=replace(r.entry, loss=loss, seconds=spent), gram=None)
+        tuned.append(r)
+    return tuned
+
+
+def _name(r: Rounded) -> str:
+    """The module's."""
+    assert r.planned.layer is not None
+    return r.planned.layer.name

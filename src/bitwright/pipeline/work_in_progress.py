@@ -1,0 +1,165 @@
+"""OUT.partial: work in progress, resumable block by block, and the rename that makes OUT appear.
+
+manifest.json              what this work belongs to; other work is never resumed
+hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
+model-00003-of-…           shard 2: read back, compared, then renamed into place; or model.gguf, where all go
+ledger-00002.jsonl         what happened to the tensors of shard 2: once it is there, that is done
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import OutputError, VerificationError
+from bitwright.files.checkpoint import PICKLES, Checkpoint, disk_errors, write_file, write_shard
+from bitwright.formats import Format
+from bitwright.numerics.qtensor import QTensor
+from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
+
+
+def check_out(out: Path) -> None:
+    """OutputError if OUT cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise OutputError("OUT exists", where=str(out), remedy="give another name, or remove it first")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy="make it")
+
+
+def ledger_beside(out: Path) -> Path:
+    """Where the ledger of a single file lies."""
+    return out.with_name(f"{out.stem}.ledger.jsonl")
+
+
+class Workplace:
+    """The directory OUT.partial and what it remembers between runs."""
+
+    def __init__(self, out: Path, manifest: dict[str, Any], *, needed: int, resume: bool) -> None:
+        """Open it, new or with the very same work in it.
+
+        needed: bytes that OUT's weights will take. OutputError if OUT exists, other unfinished work lies here, or the
+        disk is too full.
+        """
+        check_out(out)
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+        note, text = self.path / "manifest.json", json.dumps(manifest, indent=1)
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        if note.is_file() and note.read_text(encoding="utf-8") != text:
+            raise OutputError(
+                "unfinished work with another source, recipe or calibration lies here", where=str(self.path),
+                remedy="finish it with the same arguments, or start afresh with --restart",
+            )  # fmt: skip
+        missing = needed - sum(512 * file.stat().st_blocks for file in self.path.glob("model*"))
+        free = shutil.disk_usage(out.absolute().parent).free
+        if missing > free:
+            message = f"OUT needs {missing:,} bytes more, the disk has {free:,} free"
+            raise OutputError(message, where=str(out), remedy="free some space, or quantize to fewer bits")
+        with disk_errors(self.path):
+            self.path.mkdir(exist_ok=True)
+        write_file(note, text.encode())
+
+    def _ledger(self, index: int) -> Path:
+        return self.path / f"ledger-{index:05d}.jsonl"
+
+    def _hidden(self, index: int) -> Path:
+        return self.path / f"hidden-{index:05d}.safetensors"
+
+    def noted(self, count: int) -> int:
+        """How many shares of the work, of so many and in order, are done."""
+        there = [self._ledger(index).is_file() for index in range(count)]
+        return there.index(False) if False in there else count
+
+    def note(self, index: int, entries: list[Entry]) -> None:
+        """Record a share that lies on the disk, verified: this makes it count."""
+        write_file(self._ledger(index), to_jsonl(entries).encode())
+
+    def ledger(self, index: int) -> list[Entry]:
+        """What happened to the tensors of a share that is done."""
+        return from_jsonl(self._ledger(index))
+
+    def hidden(self, index: int) -> dict[str, Tensor]:
+        """The streams of activations saved for block `index`, [S, T, H] each, by name."""
+        saved = Checkpoint(self.path, only=self._hidden(index))
+        return {name: saved.read(name) for name in saved.tensors}
+
+    def commit(
+        self, index: int, put: Callable[[], None], entries: list[Entry], hidden: dict[str, Tensor] | None
+    ) -> None:
+        """Put a share where it belongs, verified, and only then make it count. hidden: what the next one will be given."""
+        if hidden is not None:
+            write_shard(self._hidden(index + 1), hidden)
+        put()
+        self.note(index, entries)
+        self._hidden(index).unlink(missing_ok=True)
+
+    def put_shard(self, name: str, tensors: dict[str, Tensor], verify: "Verification") -> None:
+        """Write a shard, read it back, compare, and only then give it its name."""
+        unverified = self.path / "unverified.safetensors"
+        write_shard(unverified, tensors)
+        verify.check(Checkpoint(self.path, only=unverified))
+        with disk_errors(unverified):
+            unverified.replace(self.path / name)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """One of OUT's JSON files."""
+        write_file(self.path / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def finish(self, source: Path, ledger: list[Entry]) -> None:
+        """Add the ledger and the companions of a source that is a directory, drop what only a resumption needs, and let
+        OUT appear."""
+        for leftover in [*self.path.glob("hidden-*"), *self.path.glob("ledger-*"), self.path / "manifest.json"]:
+            leftover.unlink(missing_ok=True)
+        write_file(self.path / "ledger.jsonl", to_jsonl(ledger).encode())
+        if source.is_dir():
+            copy_companions(source, self.path)
+        with disk_errors(self.out):
+            self.path.rename(self.out)
+
+    def finish_file(self, file: Path, ledger: list[Entry]) -> None:
+        """Let OUT appear as one file, its ledger beside it, and remove the rest."""
+        write_file(ledger_beside(self.out), to_jsonl(ledger).encode())
+        with disk_errors(self.out):
+            file.rename(self.out)
+            shutil.rmtree(self.path)
+
+    def abandon(self) -> None:
+        """Remove work that can never be finished."""
+        shutil.rmtree(self.path)
+
+
+class Verification:
+    """What a shard must decode to: compared by the format's independent reader, bit for bit."""
+
+    def __init__(
+        self, format_: Format, config: dict[str, Any], meant: dict[str, QTensor], kept: dict[str, Tensor]
+    ) -> None:
+        """meant: module name (as in the files) -> what its weight is; kept: tensor name -> value."""
+        self.format, self.config, self.meant, self.kept = format_, config, meant, kept
+
+    def check(self, written: Checkpoint) -> None:
+        """VerificationError names the first tensor that differs."""
+        for name, value in self.kept.items():
+            if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
+                raise VerificationError("the tensor on disk is not the one that was meant", where=name)
+        for module, q in self.meant.items():
+            found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
+            parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
+            wrong = self.format.wrong(self.config, module, parts, q)
+            if wrong:
+                raise VerificationError(f"{wrong} weights on disk are not those that were meant", where=module)
+
+
+def copy_companions(source: Path, to: Path) -> None:
+    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged."""
+    for file in sorted(source.iterdir()):
+        known = (to / file.name).exists() or file.name.startswith(".")
+        if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
+            write_file(to / file.name, file.read_bytes())

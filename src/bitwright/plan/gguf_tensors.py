@@ -1,0 +1,215 @@
+"""A float GGUF file quantized tensor by tensor, as names and shapes say; its model is not run, nor even built.
+
+For files of an architecture that is not known here: all that is known of inputs is what an importance matrix says, and
+methods that need more give way to a search of scales, on record. And for all others where nothing of a model is asked for.
+Keys are carried over, rows stay where they are. Which tensors llama.cpp keeps in float is its published list
+(llama-quant.cpp, `tensor_allows_quantization`).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.errors import FormatError, RecipeError
+from bitwright.files.checkpoint import spec_bytes
+from bitwright.formats import FORMATS, Layer, gguf_writer
+from bitwright.formats.format import Spec
+from bitwright.formats.ggml import TYPES
+from bitwright.gguf import imatrix
+from bitwright.gguf.file_types import MIXES, Place, type_in
+from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.pipeline.ledger import KEPT, QUANTIZED
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.recipe import Recipe, Rule
+
+GGUF = FORMATS["gguf"]
+KEPT_PARTS = (
+    "_norm", "ffn_gate_inp", "ffn_gate_tid2eid", "altup", "laurel", "per_layer_model_proj", "position_embd", "token_types",
+    "ssm_conv1d", "shortconv.conv", "indexer.", "time_mix_first", "time_mix_w", "time_mix_v", "time_mix_a", "time_mix_g",
+    "time_mix_decay", "time_mix_lerp", "attn_rel_b", "pos_embd", "sam.neck",
+)  # fmt: skip
+EXPERTS = ("_exps", "_shexp", "_chexps")
+
+
+@dataclass(frozen=True)
+class NamePlan:
+    """Everything that is known before the first weight is read; see `Plan`."""
+
+    source: Path
+    file: GgufFile
+    recipe: Recipe
+    tensors: tuple[Planned, ...]
+    notes: tuple[str, ...]
+    unknown: bool  # the architecture
+
+    def importance(self, file: Path) -> dict[str, Tensor]:
+        """What an importance matrix says of the columns of these tensors, by name. CalibrationError for a file that is damaged
+        or, where the architecture is known, not of this model."""
+        found = imatrix.read(file)
+        for t in self.tensors:
+            known = found.get(t.source)
+            if self.unknown or t.layer is None or (known is None and t.block is None):
+                continue  # llama.cpp looks at blocks only
+            if known is None or len(known) != t.layer.K:
+                raise imatrix.of_another_model(file, t.source, known, t.layer.K)
+        return found
+
+    @property
+    def shards(self) -> list[list[Planned]]:
+        """Tensors that are written together: of each block, and of what is outside of them."""
+        blocks = sorted({t.block for t in self.tensors if t.block is not None})
+        return [[t for t in self.tensors if t.block == block] for block in [*blocks, None]]
+
+    def specs(self, members: list[Planned]) -> dict[str, Spec]:
+        """Names, types and shapes of some tensors in a shard."""
+        found: dict[str, Spec] = {}
+        for t in members:
+            own = {"": (t.dtype, t.shape)} if t.layer is None else GGUF.layout(t.layer, t.dtype)
+            found |= {f"{t.stem}.{suffix}" if suffix else t.source: spec for suffix, spec in own.items()}
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Exact size of the file."""
+        stored = [(t.source, len(t.shape), spec_bytes(self.specs([t]))) for t in self.tensors]
+        return gguf_writer.file_bytes(self.keys, stored)
+
+    @property
+    def described(self) -> list[tuple[str, Types, Tensor]]:
+        """The file's tensors in their order, without numbers."""
+        found = []
+        for t in sorted(self.tensors, key=lambda t: gguf_writer.place(t.source)):
+            dtype, shape = next(iter(self.specs([t]).values()))
+            kind = gguf_writer.FLOAT_TYPES[dtype] if t.layer is None else type_named(t.layer.container)
+            whole = torch.empty(shape, dtype=dtype, device="meta")
+            found.append((t.source, kind, whole if t.layer is None else whole.view(*t.shape[:-1], -1)))
+        return found
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        """What the file will say beside its tensors."""
+        return carried_keys(self.file, self.recipe.file_type)
+
+    @property
+    def parameters(self) -> int:
+        """All of the source."""
+        return sum(prod(t.shape) for t in self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--dry-run` prints."""
+        counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT)}
+        schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
+        weights = spec_bytes(self.specs(list(self.tensors)))
+        return {
+            "model": str(self.source), "format": GGUF.name, "schemes": schemes, "parameters": self.parameters,
+            "bytes": self.bytes, "bits_per_weight": round(8 * weights / self.parameters, 4), **counts,
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+    @property
+    def headline(self) -> str:
+        """The plan in a line, and its notes."""
+        first = f"{self.parameters:,} parameters to {GGUF.name}: {self.bytes:,} bytes"
+        return "\n".join([first, *(f"note: {note}" for note in self.notes)])
+
+
+def plan_by_name(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> NamePlan:
+    """Decide about every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether
+    its architecture is.
+
+    FormatError, RecipeError or CheckpointError for what cannot be.
+    """
+    source = file.path
+    file.check_vocabulary()
+    architecture = file.key("general.architecture", str)
+    if format_name != GGUF.name:
+        remedy = "name OUT.gguf"
+        message = f"architecture {architecture!r} is not known here: it can stay GGUF, and become nothing else"
+        raise FormatError(message, where=str(source), remedy=remedy)
+    if recipe.kv_cache is not None or recipe.temper is not None or any(rule.transforms for rule in recipe.active):
+        message = f"transforms, caches and temper need a model that can be run: architecture {architecture!r} is not known here"
+        raise RecipeError(message, where=str(source), remedy="leave them out")
+    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted)
+    tensors = tuple(chooser.decide(name) for name in file.tensors)
+    if not any(t.layer for t in tensors):
+        raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")
+    note = (
+        f"architecture {architecture!r} is not known here, so none of it can be run: each matrix is rounded by itself"
+    )
+    known = "with the columns' importance" if weighted else "without importance"
+    notes = [f"{note}, {known}"] if unknown else []
+    fallbacks = [f"{t.source}: {t.layer.fallback}" for t in tensors if t.layer and t.layer.fallback]
+    more = (
+        [f"{len(fallbacks)} matrices get another block type than asked for, such as {fallbacks[0]}"]
+        if fallbacks
+        else []
+    )
+    return NamePlan(source, file, recipe, tensors, (*notes, *more), unknown)
+
+
+class _Chooser:
+    """What a decision about one tensor depends on."""
+
+    def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool) -> None:
+        self.file, self.recipe, self.weighted = file, recipe, weighted
+        self.rules = recipe.assign([name.removesuffix(".weight") for name in file.tensors if self._may(name)])
+
+    def _may(self, name: str) -> bool:
+        """Whether llama.cpp can do with a quantized tensor of that name."""
+        matrix = len(self.file.tensors[name].shape) in (2, 3) and name.endswith(".weight")
+        return matrix and not any(part in name for part in KEPT_PARTS)
+
+    def decide(self, name: str) -> Planned:
+        """Quantize a matrix as its rule says; keep all else as it is."""
+        stored = self.file.tensors[name]
+        dtype = float_dtype(stored, name, str(self.file.path))
+        parts = name.split(".")
+        block = int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
+        t = Planned(name, name, block, dtype, stored.shape, KEPT)
+        if not self._may(name):
+            return replace(t, reason="llama.cpp keeps it in float")
+        rule = self.rules[t.stem]
+        if rule.scheme is None:
+            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+        method, lost = rule.method, ""
+        if method in (*CALIBRATED, *ASYMMETRIC, *BLOCKWISE):
+            method, lost = "search", f"{method} -> search: inputs are not known"
+        options = rule.options if not lost else {} if self.weighted else {"objective": "mse"}
+        layer = self._layer(t, rule, block)
+        layer = replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost))))
+        return replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
+
+    def _layer(self, t: Planned, rule: Rule, block: int | None) -> Layer:
+        """The matrix (of experts: all of them, one above the other) as the file will store it."""
+        assert rule.scheme is not None
+        layer = Layer(t.stem, prod(t.shape[:-1]), t.shape[-1], rule.scheme, activations=rule.activations)
+        if rule.mix and not (self.recipe.pure and rule.mix not in TYPES):
+            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, self._place(t, rule, block))]
+            layer = replace(layer, scheme=kind.scheme, container=kind.name)
+        elif rule.mix:
+            remedy = "leave out --pure, or name a block type such as q4_k"
+            raise FormatError(f"{rule.mix.lower()} is a mix of llama.cpp's block types", where=t.source, remedy=remedy)
+        return GGUF.adapt(layer, t.dtype)
+
+    def _place(self, t: Planned, rule: Rule, block: int | None) -> Place:
+        """Where it stands, as far as the keys say."""
+        part = t.stem.split(".")[0 if block is None else 2]
+        for suffix in EXPERTS:
+            part = part.removesuffix(suffix)
+        queries, keys = (self._number(key) for key in ("attention.head_count", "attention.head_count_kv"))
+        fits = t.shape[-1] % TYPES[MIXES[rule.mix]].size == 0
+        tied = "output.weight" not in self.file.tensors
+        depth = max(self._number("block_count"), 1)
+        return Place(part, block or 0, depth, max(queries // max(keys, 1), 1), tied, self.weighted, fits)
+
+    def _number(self, key: str) -> int:
+        """A count among the architecture's keys; of one for each block the largest; 0 where there is none."""
+        found = self.file.keys.get(f"{self.file.keys['general.architecture']}.{key}", 0)
+        return int(np.max(found)) if isinstance(found, int | np.ndarray) and np.size(found) else 0

@@ -1,0 +1,29 @@
+"""What a plan says of one tensor."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bitwright.formats import Layer
+from bitwright.plan.recipe import Rule
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the source and what becomes of it. `block` is None outside the blocks."""
+
+    source: str
+    parameter: str
+    block: int | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    action: str
+    reason: str = ""
+    layer: Layer | None = None
+    rule: Rule | None = None
+    made_of: str = ""  # the source's tensor, where that has another name: an untied head is made of the embedding
+
+    @property
+    def stem(self) -> str:
+        """The tensor's name in the files, less ".weight"."""
+        return self.source.removesuffix(".weight")

@@ -1,0 +1,191 @@
+"""What becomes of each tensor of the source: quantized as a rule says, kept on purpose, or left out."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.formats import Format, Layer
+from bitwright.formats.format import FLOAT_NAMES
+from bitwright.formats.ggml import TYPES
+from bitwright.gguf.config_keys import not_kept
+from bitwright.gguf.file_types import MIXES, Place, type_in
+from bitwright.gguf.tensor_names import Names, is_unused
+from bitwright.methods import Outlier
+from bitwright.methods.obq import LARGEST_K
+from bitwright.models.gguf_source import GgufSource
+from bitwright.models.skeleton import COMPUTED, Skeleton
+from bitwright.numerics.scheme import PRESETS, Scheme
+from bitwright.pipeline.ledger import KEPT, LEFT_OUT, QUANTIZED
+from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.recipe import Recipe, Rule
+from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
+
+
+def decide(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint | GgufSource,
+    recipe: Recipe,
+    format_: Format,
+    rotation: Rotation | None,
+    *,
+    untied: bool,
+) -> tuple[list[Planned], list[str]]:
+    """An action for every tensor of the source; an error for one that no rule covers."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if untied:
+        shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
+    names = skeleton.source_names(shapes, str(checkpoint.folder))
+    parameters = {source: parameter for parameter, source in names.items()}
+    blocks = {p: i for i in range(len(skeleton)) for p in skeleton.state_names(i)}
+    modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
+    odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
+    odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
+    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    planned = []
+    for source, info in checkpoint.tensors.items():
+        parameter = parameters.get(source)
+        if parameter is None:
+            if is_unused(source) and not skeleton.predicts:
+                planned.append(_unused(Planned(source, source, None, info.dtype, info.shape, KEPT), format_))
+                continue
+            if not source.endswith(COMPUTED):
+                raise unknown(source, skeleton)
+            planned.append(Planned(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it"))
+            continue
+        planned.append(chooser.decide(Planned(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT)))
+    if untied:
+        of = checkpoint.tensors[names[EMBEDDING]]
+        planned.append(chooser.decide(Planned(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING])))
+    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+
+
+def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
+    """The error for a tensor that the model does not have."""
+    remedy = "config.json and weights must belong together"
+    if not skeleton.predicts:
+        remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"
+    return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
+
+
+def _unused(t: Planned, format_: Format) -> Planned:
+    """What an encoder has behind its last hidden state, which nothing here runs."""
+    if format_.one_file:
+        return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
+    return replace(t, reason="the pooling layer or a head")
+
+
+class _Chooser:
+    """All that a decision about one tensor depends on."""
+
+    def __init__(
+        self, skeleton: Skeleton, recipe: Recipe, format_: Format, rotation: Rotation | None,
+        modules: dict[str, nn.Module], odd: list[str],
+    ) -> None:  # fmt: skip
+        ends = skeleton.ends() if format_.outside else {}
+        self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
+        self.modules = modules | ends
+        self.rules = recipe.assign([*self.modules, *odd])
+        self.names = Names(skeleton.config) if format_.one_file else None
+
+    def decide(self, t: Planned) -> Planned:
+        """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
+
+        Formats that hold the embedding and the head too have those quantized; GGUF's vectors are float32.
+        """
+        name = t.parameter.removesuffix(".weight")
+        if self.names is not None:
+            wide = self.names.is_float32(t.parameter, len(t.shape))
+            t = replace(t, dtype=torch.float32) if wide else t
+        if t.block is None and name not in self.modules:
+            return replace(t, reason="outside the blocks")
+        if len(t.shape) < 2:
+            return replace(t, reason="a vector")
+        rule = self.rules[name]
+        if rule.scheme is None:
+            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+        if name not in self.modules:
+            remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
+            message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
+            raise RecipeError(message, where=name, remedy=remedy)
+        if t.dtype not in FLOAT_NAMES:
+            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
+        layer = self._layer(t, name, rule)
+        if rule.method == "obq" and layer.K > LARGEST_K:
+            remedy = f"method gptq, or K up to {LARGEST_K}"
+            raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
+        return replace(t, action=QUANTIZED, layer=layer, rule=rule)
+
+    def _layer(self, t: Planned, name: str, rule: Rule) -> Layer:
+        """The matrix as the format will store it."""
+        assert rule.scheme is not None
+        transposed = isinstance(self.modules[name], Conv1D)
+        N, K = (t.shape[1], t.shape[0]) if transposed else t.shape
+        layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
+        if self.rotation is not None:
+            layer = replace(layer, rotate=self.rotation.online_block(name, K))
+        if rule.mix and self.names is not None and not (self.recipe.pure and rule.mix not in TYPES):
+            place = self._place(self.names.of(t.parameter), t.block, rule, K)
+            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, place)]
+            layer = replace(layer, scheme=kind.scheme, container=kind.name)
+        elif rule.mix and rule.mix.lower() not in PRESETS:
+            remedy = (
+                "use --format gguf" if self.names is None else "leave out --pure, or name a block type such as q4_k"
+            )
+            raise FormatError(f"{rule.mix.lower()} is a mix of llama.cpp's block types", where=name, remedy=remedy)
+        return self.format.adapt(layer, t.dtype)
+
+    def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
+        """Where a tensor of that name in llama.cpp stands."""
+        config = self.skeleton.config
+        part = name.split(".")[0] if block is None else name.split(".")[2]
+        heads = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        fits = K % TYPES[MIXES[rule.mix]].size == 0
+        tied = bool(config.tie_word_embeddings)
+        return Place(part, block or 0, len(self.skeleton), heads, tied, self.recipe.needs_calibration, fits)
+
+
+def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
+    """The rule's scheme for inputs; a fixed scale is stored in the model's own float type."""
+    if rule.activations is None or not rule.static:
+        return rule.activations
+    return rule.activations.with_scale(FLOAT_NAMES[dtype])
+
+
+def by_threshold(rule: Rule) -> bool:
+    separate = rule.transform(Outlier)
+    return isinstance(separate, Outlier) and separate.fraction is None
+
+
+def _outliers(rule: Rule, K: int) -> int:
+    """How many input channels stay in float, as far as that is known beforehand: one stands for a number unknown."""
+    separate = rule.transform(Outlier)
+    return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
+
+
+def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
+    """What the usual engines will say to these files, or do with them."""
+    notes = _format_notes(layers, format_)
+    return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
+
+
+def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
+    grids = {layer.scheme.grid for layer in layers}
+    fallbacks = [f"{layer.name}: {layer.fallback}" for layer in layers if layer.fallback]
+    if fallbacks:
+        return [
+            f"{len(fallbacks)} of {len(layers)} matrices get another block type than asked for, such as {fallbacks[0]}"
+        ]
+    if format_.name == "bitwright":
+        return ["bitwright's own format: no engine reads it yet"]
+    odd = sorted(grids & {"int2", "int3", "int5", "int6", "int7", "ternary"})
+    if format_.name == "compressed-tensors" and odd:
+        return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
+    if format_.name == "gptq" and any(layer.scheme.zero != "sym" for layer in layers):
+        return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
+    return []

@@ -1,0 +1,97 @@
+"""What is done to a block before it is rounded: channel scales folded into its norms and matrices.
+
+Scales are chosen for one fold after the other, in the order of the forward, from the statistics of the input that its
+readers share; weights and statistics then change together, so that nothing has to be run again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.errors import RecipeError
+from bitwright.methods import NAMES, Awq, Smooth, Transform
+from bitwright.methods.scaling import Reader, Scaling
+from bitwright.methods.smooth import reach_of
+from bitwright.models.skeleton import matrix_of
+from bitwright.plan.planned_tensor import Planned
+from bitwright.transforms.folds import Fold, applied
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A block after its transforms: those parameters that changed, by name; what was done to each matrix, in words."""
+
+    weights: dict[str, Tensor]
+    done: dict[str, str]
+
+
+def fold_scales(
+    layers: Mapping[str, Planned], weights: Mapping[str, Tensor], inputs: list[Inputs], folds: Sequence[Fold],
+    modules: Mapping[str, nn.Module],
+) -> Transformed:  # fmt: skip
+    """Choose and fold channel scales as the rules of the readers say.
+
+    layers: the matrices to be rounded, by module name; weights: all parameters of the block, by name; modules: its linear
+    modules. `inputs` are replaced in their list by those that the matrices now read: there is no room for both.
+    RecipeError if matrices that share an input are to be scaled in different ways.
+    """
+    now, done = dict(weights), dict[str, list[str]]()
+    for fold in folds:
+        at = next((i for i, one in enumerate(inputs) if set(one.names) & set(fold.readers)), None)
+        for transform in _scalings(fold, layers) if at is not None else ():
+            assert at is not None
+            readers = [_reader(name, layers, now, modules) for name in fold.readers]
+            found = SCALINGS[type(transform)](transform, readers, inputs[at], fold)
+            changed, s = applied(fold, found.s, now, modules)
+            now, inputs[at] = now | changed, inputs[at].divided(s)
+            for name in fold.readers:
+                done.setdefault(name, []).append(f"{NAMES[type(transform)]} {found.exponent:g}")
+    changed = {name: tensor for name, tensor in now.items() if tensor is not weights[name]}
+    return Transformed(changed, {name: ", ".join(words) for name, words in done.items()})
+
+
+def _scalings(fold: Fold, layers: Mapping[str, Planned]) -> tuple[Transform, ...]:
+    """The scaling transforms that all rounded readers of a fold agree on."""
+    rules = {name: layers[name].rule for name in fold.readers if name in layers}
+    asked = {
+        name: tuple(t for t in rule.transforms if type(t) in SCALINGS)
+        for name, rule in rules.items()
+        if rule is not None
+    }
+    if len(set(asked.values())) > 1:
+        remedy = "give them the same transforms"
+        message = f"matrices that share an input are to be scaled differently: {', '.join(asked)}"
+        raise RecipeError(message, where=fold.producer, remedy=remedy)
+    return next(iter(asked.values()), ())
+
+
+def _reader(
+    name: str, layers: Mapping[str, Planned], weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> Reader:
+    """A matrix as a scaling sees it."""
+    w = matrix_of(modules[name], weights[f"{name}.weight"]).float()
+    planned = layers.get(name)
+    if planned is None or planned.layer is None or planned.rule is None:
+        return Reader(w, None)
+    return Reader(w, planned.layer.scheme, planned.layer.activations, planned.rule.method != "rtn")
+
+
+def _awq(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Scaling:
+    assert isinstance(transform, Awq) and inputs.gram is not None and inputs.mean is not None
+    return transform.scaling(readers, inputs.gram, fold.tied(inputs.mean, "mean"))
+
+
+def _smooth(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Scaling:
+    assert isinstance(transform, Smooth) and inputs.sample is not None
+    assert inputs.low is not None and inputs.high is not None
+    reach, peak = fold.tied(reach_of(readers), "amax"), fold.tied(inputs.peak, "amax")
+    return transform.scaling(readers, inputs.sample, torch.stack([inputs.low, inputs.high]), reach, peak)
+
+
+SCALINGS: dict[type[Transform], Callable[[Transform, list[Reader], Inputs, Fold], Scaling]] = {
+    Awq: _awq,
+    Smooth: _smooth,
+}
