@@ -16,8 +16,8 @@ build/smollm2: $(READY)
 	$(BIN)/python tests/smollm2.py $@
 
 # Calibration, rotation and methods as other processors compute them: in bfloat16, without AVX-512, in plain torch.
-CALIBRATED := tests/test_autoround.py tests/test_gptaq.py tests/test_gptq.py tests/test_guard.py tests/test_methods.py \
-	tests/test_pipeline.py tests/test_rotation.py tests/test_statistics.py tests/test_transforms_end_to_end.py
+CALIBRATED := tests/methods/test_autoround.py tests/methods/test_gptaq.py tests/methods/test_gptq.py tests/pipeline/test_guard.py tests/methods/test_methods.py \
+	tests/pipeline/test_pipeline.py tests/transforms/test_rotation.py tests/calibration/test_statistics.py tests/transforms/test_transforms_end_to_end.py
 processors: $(READY)
 	BITWRIGHT_TEST_DTYPE=bfloat16 $(BIN)/pytest -q $(CALIBRATED)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 BITWRIGHT_KERNELS=avx2 $(BIN)/pytest -q $(CALIBRATED)
@@ -31,14 +31,14 @@ sanitize:
 	$(SANITIZED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-C cmake.define.BITWRIGHT_SANITIZE=ON -C build-dir=build/sanitized-objects ".[dev]"
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(SANITIZED)/bin/pytest tests/test_kernels.py tests/test_blocks.py tests/test_matmul.py tests/test_native_layers.py tests/test_loading.py
+		$(SANITIZED)/bin/pytest tests/kernels/test_kernels.py tests/formats/test_blocks.py tests/kernels/test_matmul.py tests/nn/test_native_layers.py tests/inference/test_loading.py
 
 # Kernels for ARM, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
-ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -DBITWRIGHT_ARM
+ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Icsrc -DBITWRIGHT_ARM
 neon:
 	mkdir -p build/neon
-	$(ARM) -march=armv8.2-a+dotprod -c csrc/neon.cpp -o build/neon/neon.o
-	$(ARM) -static csrc/scalar.cpp csrc/dispatch.cpp tests/native/agree.cpp build/neon/neon.o -o build/neon/agree
+	$(ARM) -march=armv8.2-a+dotprod -c csrc/isa/neon.cpp -o build/neon/neon.o
+	$(ARM) -static csrc/isa/scalar.cpp csrc/runtime/dispatch.cpp tests/native/agree.cpp build/neon/neon.o -o build/neon/agree
 	qemu-aarch64 build/neon/agree
 
 check: $(READY)
@@ -54,7 +54,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.run
 
 # torch first, and alone: its CPU build, before anything that could ask for another.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

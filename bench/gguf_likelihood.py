@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bench.gguf_vs_llamacpp import MIXES, WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
-from bitwright.calibration.windows import batches
-from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.models.walk import Walk
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
-from bitwright.calibration.windows import batches, load_tokenizer, windows
+from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.gguf.input_rounding import ENGINE
 from bitwright.gguf.reader import GgufFile
-from bitwright.models.skeleton import TOKENS_PER_BATCH, read_config
+from bitwright.models.skeleton import TOKENS_PER_BATCH, batches, read_config
 from bitwright.models.walk import Walk
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"

@@ -1,16 +1,25 @@
-"""The house stands as docs/ARCHITECTURE.md draws it: the import order, and no file without a line there."""
+"""The house stands as docs/ARCHITECTURE.md draws it: packages in one reading order, imports one way, no circles."""
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "bitwright"
+FILES = {str(file.relative_to(PACKAGE)): file for file in sorted(PACKAGE.rglob("*.py"))}
+FACES = ("__init__.py", "__main__.py")  # the API's names, loaded at first use; the command line
 
 
 def reading_order() -> list[str]:
-    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs/ARCHITECTURE.md").read_text(), re.MULTILINE)
-    return [name for row in rows for name in re.findall(r"`([^`]+\.py)`", row)]
+    """Packages and single files, as the table lists them."""
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+`) \|", text[: text.index("\n## ")], re.MULTILINE)
+    return [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def package_of(file: str) -> str:
+    return file.split("/")[0]
 
 
 def module_file(module: str) -> str:
@@ -24,7 +33,7 @@ def imports(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bitwright":
             for name in node.names:
-                if name.name == "_native":  # the extension: not a file of the reading order
+                if name.name == "_native":  # the extension
                     continue
                 whole = f"{node.module}.{name.name}"
                 found.add(module_file(whole if (PACKAGE / module_file(whole)).is_file() else node.module))
@@ -33,31 +42,42 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def test_every_file_is_in_the_reading_order_once() -> None:
-    files = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))
-    assert sorted(reading_order()) == files
+IMPORTS = {name: imports(file) for name, file in FILES.items()}
 
 
-def test_files_import_only_from_those_above() -> None:
+def test_every_package_is_in_the_reading_order_once() -> None:
+    assert sorted(reading_order()) == sorted({package_of(name) for name in FILES})
+
+
+def test_packages_import_only_from_those_above() -> None:
     order = reading_order()
-    for at, name in enumerate(order):
-        below = imports(PACKAGE / name) - set(order[:at])
-        assert not below or name == "__init__.py", f"{name} imports {sorted(below)}, which do not stand above it"
+    for name, found in IMPORTS.items():
+        above = order[: order.index(package_of(name)) + 1]
+        below = {other for other in found if package_of(other) not in above}
+        assert not below or name in FACES, f"{name} imports {sorted(below)}, which do not stand above it"
 
 
-def test_files_and_functions_are_small_enough_to_check_by_eye() -> None:
-    for file in PACKAGE.rglob("*.py"):
-        text = file.read_text()
-        assert len(text.splitlines()) <= 350, file
-        for node in ast.walk(ast.parse(text)):
+def test_files_import_one_another_without_circles() -> None:
+    tuple(TopologicalSorter(IMPORTS).static_order())  # CycleError names the circle
+
+
+def test_a_package_says_what_it_is_for() -> None:
+    for name in FILES:
+        if name.endswith("/__init__.py"):
+            assert len(ast.get_docstring(ast.parse(FILES[name].read_text())) or "") > 60, name
+
+
+def test_functions_are_small_enough_to_check_by_eye() -> None:
+    for file in FILES.values():
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None and node.end_lineno - node.lineno < 50, f"{file.name}: {node.name}"
 
 
 def test_numerics_know_no_models_files_or_logging() -> None:
     pure = ("numerics", "kernels", "methods", "sparsity")
-    for name in [name for name in reading_order() if name.split("/")[0] in pure]:
-        text = (PACKAGE / name).read_text()
+    for name in [name for name in FILES if package_of(name) in pure]:
+        text = FILES[name].read_text()
         for word in ("transformers", "torch.nn import", "logging", "print(", "open("):
             assert word not in text, f"{name} mentions {word}"
 

@@ -20,7 +20,8 @@ from bitwright.nn.weightonly import quantize_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
-from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.result import Result
+from bitwright.system.progress import Progress
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 

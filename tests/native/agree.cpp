@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/kernels.h"
+#include "kernels.h"
 
 using namespace bitwright;
 

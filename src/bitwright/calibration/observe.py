@@ -18,9 +18,8 @@ from torch.nn import functional
 from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.errors import BitwrightError
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 from bitwright.numerics.input_quantization import Intake
-from bitwright.transforms.folds import is_norm
 
 SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
 REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for

@@ -18,7 +18,7 @@ class Gram:
     The matrix is symmetric: panels below the diagonal are mirrored at the end, which saves up to half of the work.
     Inputs in bfloat16 are multiplied as they are, two to six times faster than in float32 on processors that can: each
     product of `CHUNK` tokens is summed in float32, comes out rounded to bfloat16, and is added up in float32. The
-    rounding errors of many chunks cancel; the codes' loss does not suffer (tests/test_statistics.py).
+    rounding errors of many chunks cancel; the codes' loss does not suffer (tests/calibration/test_statistics.py).
     """
 
     def __init__(self, K: int, device: torch.device | None = None) -> None:

@@ -152,8 +152,3 @@ def opening(tokenizer: Any) -> list[int]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []
-
-
-def batches(ids: Tensor, tokens: int) -> list[Tensor]:
-    """Split [S, T] into batches of about so many tokens."""
-    return list(ids.split(max(1, tokens // ids.shape[1])))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bitwright.api import evaluate, quantize
 from bitwright.evaluation.evaluate import Evaluation
-from bitwright.pipeline.result import Progress
+from bitwright.system.progress import Progress
 
 MODEL = Path(__file__).parents[1] / "builtin"
 SCHEMES = ("int8-channel", "int4-g128", "int3-g128", "int2-g64")

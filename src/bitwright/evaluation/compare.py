@@ -20,16 +20,16 @@ from bitwright.errors import CheckpointError, FormatError, OutputError, RecipeEr
 from bitwright.evaluation.evaluate import evaluate
 from bitwright.evaluation.page import Candidate, Original, page
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file
-from bitwright.methods import split_method
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens, one_shot
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.result import Progress
 from bitwright.pipeline.run import run
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.preflight import Plan, preflight
 from bitwright.plan.recipe import Recipe
 from bitwright.system.memory import forget_peak, peak_since, return_memory
+from bitwright.system.progress import Progress
+from bitwright.transforms import split_method
 from bitwright.version import __version__
 
 FORMATS_IN_TURN = ("compressed-tensors", "bitwright")  # the first that can hold a candidate

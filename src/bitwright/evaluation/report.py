@@ -9,7 +9,8 @@ from rich.table import Table
 
 from bitwright.evaluation.page import Candidate, Original, pareto, winner
 from bitwright.evaluation.verdict import short_name, with_error
-from bitwright.pipeline.ledger import QUANTIZED, Entry
+from bitwright.pipeline.ledger import Entry
+from bitwright.plan.planned_tensor import QUANTIZED
 
 if TYPE_CHECKING:
     from bitwright.evaluation.evaluate import Evaluation

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
+from bitwright.files.checkpoint import Spec
 from bitwright.numerics.codec import code_dtype, decode, encode
 from bitwright.numerics.input_quantization import Intake
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
 from bitwright.numerics.scheme import Scheme
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
 Read = Callable[[str], Tensor | None]
 WEIGHTS_AT_ONCE = 1 << 22  # looked at together when codes are taken out of a file
 FLOAT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

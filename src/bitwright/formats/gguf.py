@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, differing, recovered, refuse_decomposed
+from bitwright.files.checkpoint import Spec
+from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
 from bitwright.formats.ggml import TYPES, BlockType, encode
 from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import scales_of

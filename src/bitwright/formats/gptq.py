@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Layer, Read, Spec, differing, recovered, refuse_decomposed
+from bitwright.files.checkpoint import Spec
+from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
 from bitwright.numerics.input_quantization import Intake
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales

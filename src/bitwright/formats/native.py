@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.formats.format import Layer, Read, Spec, differing, recovered
+from bitwright.files.checkpoint import Spec
+from bitwright.formats.format import Layer, Read, differing, recovered
 from bitwright.formats.native_reader import (
     FLOATS,
     FP8,

@@ -38,6 +38,7 @@ class Architecture:
     rotary   whether positions are rotary; pairs: whether q's and k's rows are turned, so that pairs are neighbours
     shifted  whether norms are stored as 1 + w
     causal   whether it predicts the next token; else it is an encoder, of which llama.cpp gives the last hidden state
+    padded   whether positions count from behind the padding token's id
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Architecture:
     pairs: bool = False
     shifted: bool = False
     causal: bool = True
+    padded: bool = False
 
 
 ARCHITECTURES = {
@@ -63,7 +65,7 @@ ARCHITECTURES = {
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
         *(
-            Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False)
+            Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False, padded=kind != "bert")
             for kind in ("bert", "roberta", "xlm-roberta")
         ),
         Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),

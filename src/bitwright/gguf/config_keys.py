@@ -17,7 +17,6 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
 from bitwright.gguf.architectures import ARCHITECTURES, Architecture, named
 from bitwright.gguf.rope import head_dim_of
-from bitwright.models.families import first_position
 
 Keys = dict[str, Any]
 
@@ -54,6 +53,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
         raise FormatError(message, remedy=remedy)
     return row
+
+
+def first_position(config: PretrainedConfig) -> int:
+    """The row of the table of positions that a text's first token takes; those before it are never used."""
+    row = ARCHITECTURES.get(config.model_type)
+    return config.pad_token_id + 1 if row is not None and row.padded else 0
 
 
 def keys_of(config: PretrainedConfig) -> Keys:

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitwright.errors import FormatError
-from bitwright.gguf.config_keys import architecture_of
-from bitwright.models.families import first_position
+from bitwright.gguf.config_keys import architecture_of, first_position
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # matrices that are added to, and never multiplied with

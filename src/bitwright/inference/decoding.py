@@ -2,7 +2,7 @@
 
 A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights
 does, and on a prompt they carry every number to memory and back. So for quantized Llama, Mistral, Qwen2 and Qwen3 the
-extension runs whole blocks (csrc/decoder.cpp) on the very tensors that the modules hold; for all others, and where there
+extension runs whole blocks (runtime/decoder.cpp) on the very tensors that the modules hold; for all others, and where there
 is no extension, the modules run with transformers' cache. Both give the same logits.
 """
 

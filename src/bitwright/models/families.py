@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from bitwright.gguf.config_keys import first_position
+
 # Which predict no next token: their last hidden state is what they are for.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
-PADDED = ("roberta", "xlm-roberta")  # whose positions count from behind the padding token's id
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -21,11 +22,6 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     else:
         found = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return found.eval()
-
-
-def first_position(config: PretrainedConfig) -> int:
-    """The row of the table of positions that a text's first token takes; those before it are never used."""
-    return config.pad_token_id + 1 if config.model_type in PADDED else 0
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

@@ -8,11 +8,10 @@ kv_cache_scheme, and for each attention module one `k_scale` and one `v_scale`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from bitwright.calibration.ranges import Histogram, static_scales
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.numerics.input_quantization import Intake
 from bitwright.numerics.qtensor import Scales
@@ -23,11 +22,23 @@ GRIDS = ("int8", "fp8")
 KvRounding = tuple[Intake, Intake]  # of keys, of values
 
 
+class Listener(Protocol):
+    """What gathers ranges: see calibration's `Histogram`."""
+
+    def update(self, x: Tensor) -> None:
+        """Add what x [..., K] shows."""
+
+
 @dataclass
 class KvCache:
-    """listening: histograms of keys and values to add to; rounding: what either becomes in the cache; used: whether asked."""
+    """In the place of a cache: gathers ranges, or rounds.
 
-    listening: tuple[Histogram, Histogram] | None = None
+    listening  are told of keys and of values
+    rounding   what either becomes in the cache
+    used       whether an attention module has asked
+    """
+
+    listening: tuple[Listener, Listener] | None = None
     rounding: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
     used: bool = field(default=False)
 
@@ -51,12 +62,6 @@ def check(scheme: Scheme) -> None:
 def rounding(scheme: Scheme, scales: tuple[Scales, Scales]) -> KvRounding:
     """How keys and values are rounded under scales that calibration fixed."""
     return Intake(scheme, scales[0]), Intake(scheme, scales[1])
-
-
-def scales_of(listened: tuple[Histogram, Histogram], scheme: Scheme, observer: str) -> tuple[Scales, Scales]:
-    """The scales of keys and values; as `static_scales`."""
-    first, second = (static_scales(histogram, scheme, observer=observer) for histogram in listened)
-    return first, second
 
 
 def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], where: str) -> KvRounding | None:

@@ -317,6 +317,17 @@ def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has one weight vector of its own."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.ndim == 1
+
+
+def batches(ids: Tensor, tokens: int) -> list[Tensor]:
+    """Split [S, T] into batches of about so many tokens."""
+    return list(ids.split(max(1, tokens // ids.shape[1])))
+
+
 def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
     """The weight as [N, K]: Conv1D stores its transpose."""
     return weight.T if isinstance(module, Conv1D) else weight

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitwright.calibration.windows import batches
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
 from bitwright.models.gguf_source import GgufArtefact
 from bitwright.models.kv_cache import KvCache, read_rounding
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, matrix_of, read_config
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of, read_config
 from bitwright.models.source import Artefact, open_artefact
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model

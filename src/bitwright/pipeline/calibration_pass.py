@@ -11,18 +11,17 @@ from torch import Tensor
 
 from bitwright.calibration.observe import BlockRun, groups_of, observe
 from bitwright.calibration.ranges import Histogram
-from bitwright.calibration.windows import Drawn, batches, draw, load_tokenizer
+from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.models.gguf_source import GgufSource
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import Intake
-from bitwright.pipeline.ledger import LEFT_OUT
-from bitwright.pipeline.result import Progress
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import LEFT_OUT, Planned
 from bitwright.plan.preflight import Plan
+from bitwright.system.progress import Progress
 from bitwright.system.threads import each
 from bitwright.transforms.folds import find_folds
 
@@ -114,14 +113,15 @@ def look(
     everything: what any method may ask for, rather than what this plan's methods do.
     """
     recipe, skeleton = plan.recipe, plan.skeleton
-    cache = KvCache((Histogram(), Histogram())) if everything or recipe.kv_cache else None
+    seen = (Histogram(), Histogram())
+    cache = KvCache(seen) if everything or recipe.kv_cache else None
     turned = rotations(layers)
     run = BlockRun(skeleton, index, intakes=turned, cache=cache)
     with skeleton.taking_in(turned):
         folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
     groups = groups_of(BlockRun(skeleton, index, intakes=turned), given[0][:1], layers)
     inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
-    heard = cache.listening if cache is not None and cache.used else None
+    heard = seen if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
         raise RecipeError(message, where="kv_cache", remedy="leave out --kv-cache")

@@ -19,13 +19,14 @@ from bitwright.formats import gguf_writer
 from bitwright.gguf import imatrix
 from bitwright.gguf.reader import GgufFile
 from bitwright.numerics.loss import ratio
-from bitwright.pipeline.ledger import KEPT, QUANTIZED, Entry
+from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, SLAB, fitted, rtn_lost
-from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import Workplace
 from bitwright.plan.gguf_tensors import GGUF, NamePlan
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, Planned
 from bitwright.system.memory import keep_memory, peak_rss_bytes
+from bitwright.system.progress import Progress
 from bitwright.system.threads import ahead, alone
 from bitwright.version import __version__
 

@@ -15,11 +15,11 @@ from bitwright.gguf import imatrix
 from bitwright.gguf.tensor_names import Names
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
-from bitwright.pipeline.result import Progress
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.planned_tensor import Planned
 from bitwright.plan.preflight import Plan, preflight
 from bitwright.plan.recipe import Recipe
+from bitwright.system.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from bitwright.errors import BitwrightError
 
-QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -12,10 +12,11 @@ from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.gguf.reader import GgufFile, is_gguf
 from bitwright.pipeline.gguf_rows import run_by_name
-from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import NamePlan, plan_by_name
 from bitwright.plan.recipe import Recipe
+from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 

@@ -18,9 +18,9 @@ from bitwright.numerics.input_quantization import Intake
 from bitwright.numerics.loss import energy, ratio
 from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.guard import judge
-from bitwright.pipeline.ledger import ADDED, KEPT, Entry
+from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.quantize_matrix import Fit, fit_by, fitted
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import ADDED, KEPT, Planned
 from bitwright.plan.preflight import Plan
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bitwright.calibration.embedding_statistics import TOKENS, observe_embedding, observe_head, of_both
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.calibration.windows import Drawn, batches
+from bitwright.calibration.windows import Drawn
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.numerics.codec import decode
 from bitwright.pipeline.calibration_pass import Streams, read_block
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together

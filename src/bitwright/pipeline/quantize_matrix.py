@@ -8,13 +8,14 @@ from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.kernels.rounding import missed
-from bitwright.methods import ASYMMETRIC, CALIBRATED, METHODS, Outcome, Outlier, rtn
+from bitwright.methods import ASYMMETRIC, CALIBRATED, METHODS, Outcome, rtn
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy
 from bitwright.numerics.qtensor import Outliers, QTensor, rows, stacked
 from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import Planned
 from bitwright.system.threads import each
+from bitwright.transforms import Outlier
 
 AT_ONCE = 1 << 24  # weights whose errors are looked at together
 SLAB = 1 << 21  # weights rounded at a time: enough to be worth a call, in little memory

@@ -28,8 +28,9 @@ from bitwright.models.source import open_artefact
 from bitwright.numerics.codec import decode, spread, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
-from bitwright.pipeline.ledger import KEPT, QUANTIZED, Entry
+from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.work_in_progress import Verification, Workplace
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED
 
 FLOATS = ("f32", "f16", "bf16")
 EXACT = torch.float32  # holds every decoded weight, and every scale

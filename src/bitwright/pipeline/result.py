@@ -1,13 +1,10 @@
-"""What a run says: how far it is, and what it gives back."""
+"""What a run gives back."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitwright.pipeline.ledger import Entry
-
-Progress = Callable[[str, int, int], None]  # kind, done, total
 
 
 @dataclass(frozen=True)

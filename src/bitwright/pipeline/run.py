@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.files.checkpoint import INDEX, Checkpoint
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
-from bitwright.models.kv_cache import KvRounding, rounding, scales_of
+from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
     Streams,
     calibration_tokens,
@@ -38,18 +39,19 @@ from bitwright.pipeline.calibration_pass import (
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import Member, OneFile
 from bitwright.pipeline.importance import Importance
-from bitwright.pipeline.ledger import LEFT_OUT, Entry, check_complete
+from bitwright.pipeline.ledger import Entry, check_complete
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_ends
-from bitwright.pipeline.result import Progress, Result
+from bitwright.pipeline.result import Result
 from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
 from bitwright.pipeline.work_in_progress import Verification, Workplace, check_out
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import LEFT_OUT, Planned
 from bitwright.plan.preflight import Plan
 from bitwright.system.memory import peak_rss_bytes, return_memory
+from bitwright.system.progress import Progress
 from bitwright.system.threads import alone
-from bitwright.transforms.channel_scaling import fold_scales
+from bitwright.transforms.channel_scaling import Target, fold_scales
 from bitwright.version import __version__
 
 
@@ -258,9 +260,10 @@ def _quantize_block(
         known_of = Importance().inputs if source is None else source.inputs
         return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
     skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+    targets = _targets(layers)
     if isinstance(source, Store):
         known = source.read(index)
-        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
         weights |= transformed.weights
         return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
             plan, known
@@ -269,13 +272,22 @@ def _quantize_block(
     kv, done = None, dict[str, str]()
     if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
         known = look(plan, index, layers, source.given, everything=False)
-        transformed = fold_scales(layers, weights, known.inputs, known.folds, modules)
+        transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
         weights |= transformed.weights
         skeleton.load(transformed.weights)
         kv, done = _kv_rounding(plan, known), transformed.done
     rounded = quantize_in_order(plan, index, layers, weights, source, kv, Origin("sequential", done))
     skeleton.unload(index)
     return rounded, kv
+
+
+def _targets(layers: dict[str, Planned]) -> dict[str, Target]:
+    """What the scaling transforms need to know of each matrix."""
+    return {
+        name: Target(t.layer.scheme, t.layer.activations, t.rule.method != "rtn", t.rule.transforms)
+        for name, t in layers.items()
+        if t.layer is not None and t.rule is not None
+    }
 
 
 def _quantize_known(
@@ -296,7 +308,8 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
         return None
     dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
     stored = scheme.with_scale(FLOAT_NAMES[dtype])
-    return rounding(stored, scales_of(known.kv, stored, plan.recipe.kv_observer))
+    keys, values = (static_scales(seen, stored, observer=plan.recipe.kv_observer) for seen in known.kv)
+    return rounding(stored, (keys, values))
 
 
 def _describe(plan: Plan, place: Workplace) -> int:

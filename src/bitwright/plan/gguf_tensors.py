@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError, RecipeError
-from bitwright.files.checkpoint import spec_bytes
+from bitwright.files.checkpoint import Spec, spec_bytes
 from bitwright.formats import FORMATS, Layer, gguf_writer
-from bitwright.formats.format import Spec
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.pipeline.ledger import KEPT, QUANTIZED
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, Planned
 from bitwright.plan.recipe import Recipe, Rule
 
 GGUF = FORMATS["gguf"]

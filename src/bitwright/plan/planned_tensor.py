@@ -7,6 +7,8 @@ import torch
 from bitwright.formats import Layer
 from bitwright.plan.recipe import Rule
 
+QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"  # actions
+
 
 @dataclass(frozen=True)
 class Planned:

@@ -14,10 +14,9 @@ import torch
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.files.checkpoint import Checkpoint, count, shard_bytes, spec_bytes
+from bitwright.files.checkpoint import Checkpoint, Spec, count, shard_bytes, spec_bytes
 from bitwright.formats import FORMATS, Format
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.formats.format import Spec
 from bitwright.formats.gguf_writer import file_bytes
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
@@ -27,8 +26,7 @@ from bitwright.models.families import positions_of
 from bitwright.models.gguf_source import GgufSource
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import Skeleton, best_dtype, quantization_of, read_config
-from bitwright.pipeline.ledger import KEPT, LEFT_OUT, QUANTIZED
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, Planned
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation

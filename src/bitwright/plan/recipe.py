@@ -28,24 +28,11 @@ from bitwright.calibration.ranges import RANGES
 from bitwright.errors import RecipeError
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf.file_types import FILE_TYPES, MIXES
-from bitwright.methods import (
-    ASYMMETRIC,
-    BLOCKWISE,
-    CALIBRATED,
-    METHODS,
-    NAMES,
-    TRANSFORMS,
-    Awq,
-    Outlier,
-    Rotate,
-    Smooth,
-    Transform,
-    check_serves,
-    split_method,
-)
+from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
+from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
 # What llama-quantize rounds to nearest where there is no importance; the first of them even where there is.

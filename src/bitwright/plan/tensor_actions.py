@@ -14,14 +14,13 @@ from bitwright.formats.ggml import TYPES
 from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
-from bitwright.methods import Outlier
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.gguf_source import GgufSource
 from bitwright.models.skeleton import COMPUTED, Skeleton
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.pipeline.ledger import KEPT, LEFT_OUT, QUANTIZED
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, Planned
 from bitwright.plan.recipe import Recipe, Rule
+from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
 

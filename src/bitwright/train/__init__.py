@@ -1,1 +1,4 @@
-"""Training with quantized forward passes."""
+"""Training with quantized forward passes: quantization-aware training, distillation.
+
+Imports: errors, numerics, nn.
+"""

@@ -1,5 +1,36 @@
 """What changes a model before rounding without changing its function: channel scales folded into norms and matrices,
-rotations, the output temperature.
+rotations, outlier channels kept in float, the output temperature.
 
-Imports: numerics, methods, models, calibration.
+A method is named by itself, behind transforms where there are some: "gptq", "awq+gptq", "rotate+awq+gptq". A transform
+that stands alone is followed by the rounding that its paper used. Imports: numerics, methods, models, calibration.
 """
+
+from bitwright.errors import RecipeError
+from bitwright.methods import METHODS
+from bitwright.methods.awq import Awq
+from bitwright.methods.outlier import Outlier
+from bitwright.methods.rotate import Rotate
+from bitwright.methods.smooth import Smooth
+
+Transform = Rotate | Awq | Smooth | Outlier
+TRANSFORMS: dict[str, type[Transform]] = {"rotate": Rotate, "awq": Awq, "smooth": Smooth, "outlier": Outlier}
+ALONE = {"rotate": "rtn", "awq": "search", "smooth": "rtn", "outlier": "rtn"}
+NAMES = {kind: name for name, kind in TRANSFORMS.items()}
+
+
+def split_method(text: str) -> tuple[list[str], str]:
+    """ "awq+gptq" -> (["awq"], "gptq"); "awq" -> (["awq"], "search"). RecipeError for a name that is neither."""
+    *transforms, method = text.split("+")
+    if method in TRANSFORMS:
+        transforms, method = [*transforms, method], ALONE[method]
+    for name in transforms:
+        if name not in TRANSFORMS:
+            raise RecipeError(f"unknown transform {name!r}", where=text, remedy=f"one of {', '.join(TRANSFORMS)}")
+    if method not in METHODS:
+        raise RecipeError(
+            f"unknown method {method!r}", where=text, remedy=f"one of {', '.join([*METHODS, *TRANSFORMS])}"
+        )
+    return transforms, method
+
+
+__all__ = ["ALONE", "NAMES", "TRANSFORMS", "Awq", "Outlier", "Rotate", "Smooth", "Transform", "split_method"]

@@ -12,12 +12,26 @@ from torch import Tensor, nn
 
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.errors import RecipeError
-from bitwright.methods import NAMES, Awq, Smooth, Transform
 from bitwright.methods.scaling import Reader, Scaling
 from bitwright.methods.smooth import reach_of
 from bitwright.models.skeleton import matrix_of
-from bitwright.plan.planned_tensor import Planned
+from bitwright.numerics.scheme import Scheme
+from bitwright.transforms import NAMES, Awq, Smooth, Transform
 from bitwright.transforms.folds import Fold, applied
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a matrix is to be rounded to, as far as its scales depend on it.
+
+    activations  what its inputs are rounded to, if they are; searched: by a better method than round to nearest
+    transforms   what the rule asks for before rounding
+    """
+
+    scheme: Scheme
+    activations: Scheme | None
+    searched: bool
+    transforms: tuple[Transform, ...]
 
 
 @dataclass(frozen=True)
@@ -29,21 +43,21 @@ class Transformed:
 
 
 def fold_scales(
-    layers: Mapping[str, Planned], weights: Mapping[str, Tensor], inputs: list[Inputs], folds: Sequence[Fold],
+    targets: Mapping[str, Target], weights: Mapping[str, Tensor], inputs: list[Inputs], folds: Sequence[Fold],
     modules: Mapping[str, nn.Module],
 ) -> Transformed:  # fmt: skip
     """Choose and fold channel scales as the rules of the readers say.
 
-    layers: the matrices to be rounded, by module name; weights: all parameters of the block, by name; modules: its linear
+    targets: of the matrices to be rounded, by module name; weights: all parameters of the block, by name; modules: its linear
     modules. `inputs` are replaced in their list by those that the matrices now read: there is no room for both.
     RecipeError if matrices that share an input are to be scaled in different ways.
     """
     now, done = dict(weights), dict[str, list[str]]()
     for fold in folds:
         at = next((i for i, one in enumerate(inputs) if set(one.names) & set(fold.readers)), None)
-        for transform in _scalings(fold, layers) if at is not None else ():
+        for transform in _scalings(fold, targets) if at is not None else ():
             assert at is not None
-            readers = [_reader(name, layers, now, modules) for name in fold.readers]
+            readers = [_reader(name, targets, now, modules) for name in fold.readers]
             found = SCALINGS[type(transform)](transform, readers, inputs[at], fold)
             changed, s = applied(fold, found.s, now, modules)
             now, inputs[at] = now | changed, inputs[at].divided(s)
@@ -53,13 +67,12 @@ def fold_scales(
     return Transformed(changed, {name: ", ".join(words) for name, words in done.items()})
 
 
-def _scalings(fold: Fold, layers: Mapping[str, Planned]) -> tuple[Transform, ...]:
+def _scalings(fold: Fold, targets: Mapping[str, Target]) -> tuple[Transform, ...]:
     """The scaling transforms that all rounded readers of a fold agree on."""
-    rules = {name: layers[name].rule for name in fold.readers if name in layers}
     asked = {
-        name: tuple(t for t in rule.transforms if type(t) in SCALINGS)
-        for name, rule in rules.items()
-        if rule is not None
+        name: tuple(t for t in targets[name].transforms if type(t) in SCALINGS)
+        for name in fold.readers
+        if name in targets
     }
     if len(set(asked.values())) > 1:
         remedy = "give them the same transforms"
@@ -69,14 +82,12 @@ def _scalings(fold: Fold, layers: Mapping[str, Planned]) -> tuple[Transform, ...
 
 
 def _reader(
-    name: str, layers: Mapping[str, Planned], weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+    name: str, targets: Mapping[str, Target], weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> Reader:
     """A matrix as a scaling sees it."""
     w = matrix_of(modules[name], weights[f"{name}.weight"]).float()
-    planned = layers.get(name)
-    if planned is None or planned.layer is None or planned.rule is None:
-        return Reader(w, None)
-    return Reader(w, planned.layer.scheme, planned.layer.activations, planned.rule.method != "rtn")
+    target = targets.get(name)
+    return Reader(w, None) if target is None else Reader(w, target.scheme, target.activations, target.searched)
 
 
 def _awq(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Scaling:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 
 # Producer and reader, in one parent module; the producer's *last* rows make the reader's channels.
 PAIRS = {
@@ -144,12 +144,6 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
     """Every module of a block by full name."""
     prefix = f"{skeleton.block_prefix}.{index}"
     return ((f"{prefix}.{name}", module) for name, module in skeleton.blocks[index].named_modules() if name)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module has one weight vector of its own."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return weight is not None and weight.ndim == 1
 
 
 def _norm_folds(skeleton: Skeleton, index: int, heard: _Heard) -> list[Fold]:

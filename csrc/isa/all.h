@@ -1,0 +1,22 @@
+// Every kernel, written once in vectors of LANES floats. A file of this folder includes it in a namespace of its own, and the
+// compiler's flags for that file say which instructions it becomes.
+#include "rounding/rounding.h"
+#include "rounding/search.h"
+#include "rounding/superblocks.h"
+#include "rounding/encode.h"
+#include "rounding/columns.h"
+#include "rounding/tuning.h"
+#include "simd/dot.h"
+#include "simd/tiles.h"
+#include "products/matmul.h"
+#include "products/inputs.h"
+#include "products/dense.h"
+#include "products/attention.h"
+#include "products/integer.h"
+#include "products/pooling.h"
+#include "products/recurrent.h"
+
+constexpr Kernels table(const char *name) {
+    return {name, search, refine, encode, missed, widen, visit, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
+            enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
+}

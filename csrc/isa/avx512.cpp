@@ -1,0 +1,11 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace bitwright {
+namespace {
+constexpr int LANES = 16;
+#include "isa/all.h"
+}
+extern const Kernels avx512_kernels = table("avx512");
+}  // namespace bitwright

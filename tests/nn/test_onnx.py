@@ -1,0 +1,97 @@
+"""ONNX files beside our own integers: the same outputs, through onnxruntime."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitwright
+from bitwright.errors import FormatError
+from conftest import ISAS
+from small_modules import converted, images, relative, residual
+
+
+def by_onnxruntime(file: Path, x: Tensor) -> Tensor:
+    """Its products of int8 saturate at 16 bits on processors with AVX2 and no VNNI: there, the file's operators one by one."""
+    options = onnxruntime.SessionOptions()
+    if not any("vnni" in isa for isa in ISAS):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("activations", ["int8-tensor", "int8-tensor-asym", "int4-tensor-asym"])
+@torch.no_grad()
+def test_static_modules(activations: str, tmp_path: Path) -> None:
+    x = images()
+    integer = converted(residual(), x, activations=activations, observer="minmax")
+    file = bitwright.export_onnx(integer, x[:2], tmp_path / "m.onnx")
+    kinds = {node.op_type for node in onnx.load(file).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "Conv", "MatMul", "MaxPool", "Gather"} <= kinds
+    stored = {t.name: t for t in onnx.load(file).graph.initializer}
+    assert sum(t.data_type == onnx.TensorProto.INT8 and numpy.prod(t.dims) > 8 for t in stored.values()) >= 6
+    ours, theirs = integer(x), by_onnxruntime(file, x)  # another batch than the example's
+    low, high = ours.aminmax()
+    assert (ours - theirs).abs().max() <= (high - low) / (1 << int(activations[3]))
+    assert relative(ours, theirs) < 0.01
+
+
+@torch.no_grad()
+def test_trained_modules_and_one_dimension(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.ReLU6(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(32, 3))
+    x = torch.randn(20, 4, 8)
+    integer = bitwright.convert(bitwright.prepare_qat(net, x, weights="int4-channel").eval())
+    theirs = by_onnxruntime(bitwright.export_onnx(integer, x, tmp_path / "m.onnx"), x)
+    assert relative(integer(x), theirs) < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g16-asym", "int8-g64"])
+@torch.no_grad()
+def test_packed_weights(scheme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 5, bias=False)).eval()
+    x = torch.randn(7, 96)
+    packed = bitwright.quantize_weights(net, [x], scheme=scheme)
+    file = bitwright.export_onnx(packed, x, tmp_path / "m.onnx")
+    assert [node.op_type for node in onnx.load(file).graph.node].count("MatMulNBits") == 2
+    theirs = by_onnxruntime(file, x)
+    assert relative(packed(x), theirs) < 1e-3
+    assert relative(packed(x), theirs) < relative(net(x), theirs)
+
+
+@torch.no_grad()
+def test_embeddings(tmp_path: Path) -> None:
+    index = torch.arange(9)[:, None]
+    integer = converted(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 3)).eval(), index)
+    assert (
+        relative(integer(index), by_onnxruntime(bitwright.export_onnx(integer, index, tmp_path / "m.onnx"), index))
+        < 0.01
+    )
+
+
+def test_what_has_no_onnx_form(tmp_path: Path) -> None:
+    x, file = torch.randn(3, 64), tmp_path / "m.onnx"
+    net = nn.Sequential(nn.Linear(64, 4)).eval()
+    with pytest.raises(FormatError, match=r"^0: DynamicProduct has no ONNX form here"):
+        bitwright.export_onnx(bitwright.quantize_dynamic(net), x, file)
+    with pytest.raises(FormatError, match=r"^0: a weight in groups has no ONNX form"):
+        bitwright.export_onnx(converted(net, x, weights="int4-g32"), x, file)
+    with pytest.raises(FormatError, match=r"^0: a weight of scheme int3-g32 has no ONNX form"):
+        bitwright.export_onnx(bitwright.quantize_weights(net, scheme="int3-g32", method="rtn"), x, file)
+    with pytest.raises(FormatError, match="float32 or int64"):
+        bitwright.export_onnx(converted(net, x), (x.double(),), file)
+    assert not file.exists()
+
+
+def test_without_the_package(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['onnx'] = None; import torch, bitwright\n"
+    script += "bitwright.export_onnx(torch.nn.ReLU(), torch.ones(1), 'x')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert "the package onnx is not installed" in done.stderr and "bitwright[onnx]" in done.stderr
