@@ -16,17 +16,17 @@ from torch import Tensor
 from bench.gguf_vs_llamacpp import prepared, tool
 from bench.measure import BITWRIGHT, OUT, run, table
 from bitwright.gguf.imatrix import read
-from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.gguf_source import GgufWeightSource
 
 TYPES = "Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,TQ2_0"
 
 
-def errors(file: Path, original: GgufArtefact, importance: dict[str, Tensor] | None) -> Tensor:
+def errors(file: Path, original: GgufWeightSource, importance: dict[str, Tensor] | None) -> Tensor:
     """Σ importance · (w − q)² of each matrix of the blocks."""
-    found, artefact = [], GgufArtefact(file)
-    for name, stored in artefact.stored.items():
-        if stored.startswith("blk") and len(artefact.shapes[name] or ()) == 2:
-            missed = (artefact.read(name).float() - original.read(name).float()).square()
+    found, weight_source = [], GgufWeightSource(file)
+    for name, stored in weight_source.stored.items():
+        if stored.startswith("blk") and len(weight_source.shapes[name] or ()) == 2:
+            missed = (weight_source.read(name).float() - original.read(name).float()).square()
             weight = torch.ones(missed.shape[1]) if importance is None else importance[stored]
             found.append((missed * weight).sum())
     return torch.stack(found)
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     work = OUT / "gguf-errors"
     case, source, imatrix = prepared("wiki-llama-7m", work)
-    original, importance = GgufArtefact(source), read(imatrix)
+    original, importance = GgufWeightSource(source), read(imatrix)
     rows = []
     for kind in args.types.split(","):
         cells = [kind]

@@ -16,17 +16,17 @@ from torch import Tensor
 from bench.gguf_vs_llamacpp import MIXES, WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
 from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 
-def compared(walk: Walk, file: Path, hidden: list[Tensor], ids: Tensor) -> Tensor:
+def compared(streamed: StreamedModel, file: Path, hidden: list[Tensor], ids: Tensor) -> Tensor:
     """By window [5, W]: KL, −log p above the float model's, cov(log p, log q − log p), var(log p), slope.
 
-    walk, hidden: the float model, and what its last block gives for the windows ids [W, T].
+    streamed, hidden: the float model, and what its last block gives for the windows ids [W, T].
     """
-    other, found = Walk(file), []
+    other, found = StreamedModel(file), []
     for a, b, part in zip(hidden, other.hidden(ids), batches(ids, TOKENS_PER_BATCH), strict=True):
-        log_p, log_q = (w.head(h)[:, :-1].log_softmax(-1) for w, h in ((walk, a), (other, b)))
+        log_p, log_q = (w.head(h)[:, :-1].log_softmax(-1) for w, h in ((streamed, a), (other, b)))
         p, missed, target = log_p.exp(), log_q - log_p, part[:, 1:, None]
         centred = log_p - (p * log_p).sum(-1, keepdim=True)
         terms = (-p * missed, p * centred * missed, p * centred.square())
@@ -46,11 +46,11 @@ def main() -> None:
     for name in args.models.split(","):
         work = OUT / "gguf" / name
         case = case_of(name, work)
-        walk, ids = Walk(case.model), judged_windows(case)[: args.tokens // WINDOW]
-        hidden = walk.hidden(ids)
+        streamed, ids = StreamedModel(case.model), judged_windows(case)[: args.tokens // WINDOW]
+        hidden = streamed.hidden(ids)
         for mix in args.mixes.split(","):
             for whose in ("mine", "theirs"):
-                found = compared(walk, work / f"{whose}-{mix}.gguf", hidden, ids)
+                found = compared(streamed, work / f"{whose}-{mix}.gguf", hidden, ids)
                 kl, above, cov, var, slope = found.mean(1).tolist()
                 error = float(found[1].std()) / len(ids) ** 0.5
                 expected = kl + slope * cov / var

@@ -15,15 +15,15 @@ from torch import Tensor
 from bench.gguf_vs_llamacpp import WINDOW, case_of, judged_windows
 from bench.measure import OUT, table
 from bitwright.gguf.input_rounding import ENGINE
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 
 def log_p(file: Path, ids: Tensor, engine: str | None, nudge: float = 0.0) -> Tensor:
     """Of the tokens [W, T − 1] behind each window's first."""
-    walk = Walk(file, engine=engine)
-    embed = walk.skeleton.embed
-    walk.skeleton.embed = lambda tokens: embed(tokens) * (1 + nudge)  # type: ignore[method-assign]
-    logits = torch.cat([walk.head(hidden)[:, :-1] for hidden in walk.hidden(ids)])
+    streamed = StreamedModel(file, engine=engine)
+    embed = streamed.skeleton.embed
+    streamed.skeleton.embed = lambda tokens: embed(tokens) * (1 + nudge)  # type: ignore[method-assign]
+    logits = torch.cat([streamed.head(hidden)[:, :-1] for hidden in streamed.hidden(ids)])
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 

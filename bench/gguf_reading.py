@@ -28,7 +28,7 @@ from bitwright.gguf.reader import GgufFile
 from bitwright.inference.dense import Dense
 from bitwright.inference.qlinear import QLinear
 from bitwright.inference.speed import bytes_per_token
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 TYPES = (
     "F32,F16,BF16,Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q2_K_S,Q3_K_S,Q3_K_M,Q3_K_L,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,"
@@ -51,8 +51,8 @@ def alike(file: Path) -> tuple[int, int]:
 @torch.no_grad()
 def loaded(file: Path, ids: Tensor) -> tuple[float, float]:
     """Mean KL of what `load` computes from what the decoded weights do, on tokens [W, T]; bits of a weight of its matrices."""
-    walk, model = Walk(file), bitwright.load(file)
-    exact = walk.skeleton.head(torch.cat(walk.hidden(ids))).log_softmax(-1)
+    streamed, model = StreamedModel(file), bitwright.load(file)
+    exact = streamed.skeleton.head(torch.cat(streamed.hidden(ids))).log_softmax(-1)
     found = model(ids).logits.log_softmax(-1)
     count = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QLinear | Dense))
     return float((exact.exp() * (exact - found)).sum(-1).mean()), 8 * bytes_per_token(model) / count

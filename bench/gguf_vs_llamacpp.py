@@ -25,7 +25,7 @@ from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.gguf.input_rounding import ENGINE
 from bitwright.gguf.reader import GgufFile
 from bitwright.models.skeleton import TOKENS_PER_BATCH, batches, read_config
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"
 MIXES = "Q2_K,Q3_K_S,Q3_K_M,Q4_0,IQ4_XS,Q4_K_S,Q4_K_M,Q5_K_M,Q6_K"
@@ -129,9 +129,9 @@ def judged_by_llama(file: Path, work: Path) -> Tensor:
 
 def losses(model: Path, ids: Tensor, start: int = 0, engine: str | None = None) -> Tensor:
     """Mean −log p of each window's tokens behind the first `start`, float64 [W]. ids [W, T]; engine: as `bitwright eval`'s."""
-    walk, lost = Walk(model, engine=engine), []
-    for hidden, part in zip(walk.hidden(ids), batches(ids, TOKENS_PER_BATCH), strict=True):
-        logits = walk.head(hidden)[:, start:-1].log_softmax(-1)
+    streamed, lost = StreamedModel(model, engine=engine), []
+    for hidden, part in zip(streamed.hidden(ids), batches(ids, TOKENS_PER_BATCH), strict=True):
+        logits = streamed.head(hidden)[:, start:-1].log_softmax(-1)
         lost.append(-logits.gather(-1, part[:, start + 1 :, None])[..., 0])
     return torch.cat(lost).double().mean(1)
 

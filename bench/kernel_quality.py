@@ -16,15 +16,15 @@ from torch import Tensor
 from bench.measure import BITWRIGHT, SHARED, run, table
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.inference.loading import load
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 WINDOW = 256
 
 
 def decoded(path: Path, ids: Tensor) -> Tensor:
     """Logits [W, T, V] by decoded weights, in float32."""
-    walk = Walk(path)
-    return walk.skeleton.head(torch.cat(walk.hidden(ids)))
+    streamed = StreamedModel(path)
+    return streamed.skeleton.head(torch.cat(streamed.hidden(ids)))
 
 
 @torch.no_grad()

@@ -73,10 +73,10 @@ struct Missed {
 };
 
 // Round columns in turn, each error carried on to the later ones; methods/gptq.py.
-struct Visit {
-    float *aim;             // [n, N] in: w with the errors of earlier columns; out: what each column aimed at
+struct Columns {
+    float *target;             // [n, N] in: w with the errors of earlier columns; out: what each column aimed at
     const float *original;  // [n, N]
-    const float *spread;    // [n, n]
+    const float *propagation;    // [n, n]
     const float *scale, *zero;  // [G, N]
     const int64_t *group;   // [n] the group of each column
     int8_t *codes;          // [n, N] out
@@ -241,7 +241,7 @@ struct Kernels {
     void (*encode)(const Format &, const Encode &, ptrdiff_t first, ptrdiff_t last);
     void (*missed)(const Format &, const Missed &, ptrdiff_t first, ptrdiff_t last);
     void (*widen)(const uint16_t *from, float *to, ptrdiff_t n);  // bfloat16 as float32
-    void (*visit)(const Format &, const Visit &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*round_columns)(const Format &, const Columns &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*sweep)(const Format &, const Sweep &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*round_inputs)(const Inputs &, float *scratch, ptrdiff_t first, ptrdiff_t last);

@@ -17,6 +17,6 @@
 #include "products/recurrent.h"
 
 constexpr Kernels table(const char *name) {
-    return {name, search, refine, encode, missed, widen, visit, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
+    return {name, search, refine, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
             enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
 }

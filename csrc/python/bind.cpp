@@ -103,11 +103,11 @@ void missed(const Format &f, Matrix w, Vector weight, CodeArray codes, Matrix sc
     share_out(N, MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->missed(f, a, first, last); });
 }
 
-void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups group, Matrix scale, std::optional<Matrix> zero,
+void round_columns(const Format &f, Out target, Matrix original, Matrix propagation, Groups group, Matrix scale, std::optional<Matrix> zero,
            CodeArray codes, Out errors, int threads) {
-    size_t n = aim.shape(0), N = aim.shape(1);
+    size_t n = target.shape(0), N = target.shape(1);
     shaped(original, n, N, "original must be [n, N]");
-    shaped(spread, n, n, "spread must be [n, n]");
+    shaped(propagation, n, n, "propagation must be [n, n]");
     shaped(codes, n, N, "codes must be [n, N]");
     shaped(errors, n, N, "errors must be [n, N]");
     require(group.shape(0) == n && scale.shape(1) == N, "group must be [n], scale [G, N]");
@@ -115,11 +115,11 @@ void visit(const Format &f, Out aim, Matrix original, Matrix spread, Groups grou
     if (zero) shaped(*zero, scale.shape(0), N, "zero must be [G, N]");
     for (size_t i = 0; i < n; i++)
         require(group(i) >= 0 && group(i) < (int64_t)scale.shape(0), "group beyond the scales");
-    Visit a{aim.data(), original.data(), spread.data(), scale.data(), data_of(zero), group.data(), bytes_of(codes),
+    Columns a{target.data(), original.data(), propagation.data(), scale.data(), data_of(zero), group.data(), bytes_of(codes),
             errors.data(), (ptrdiff_t)n, (ptrdiff_t)N};
     nb::gil_scoped_release unlocked;
     share_out(N, 4 * MOST_LANES, threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        chosen->visit(f, a, scratch(3 * n * MOST_LANES).data(), first, last);
+        chosen->round_columns(f, a, scratch(3 * n * MOST_LANES).data(), first, last);
     });
 }
 
@@ -203,7 +203,7 @@ NB_MODULE(_native, m) {
           "codes"_a.noconvert(), "threads"_a);
     m.def("missed", &missed, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "codes"_a.noconvert(),
           "scale"_a.noconvert(), "zero"_a.noconvert().none(), "g"_a, "sums"_a.noconvert(), "threads"_a);
-    m.def("visit", &visit, "format"_a, "aim"_a.noconvert(), "original"_a.noconvert(), "spread"_a.noconvert(),
+    m.def("round_columns", &round_columns, "format"_a, "target"_a.noconvert(), "original"_a.noconvert(), "propagation"_a.noconvert(),
           "group"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "errors"_a.noconvert(), "threads"_a);
     m.def("sweep", &sweep, "format"_a, "decoded"_a.noconvert(), "pull"_a.noconvert(), "codes"_a.noconvert(),

@@ -1,4 +1,4 @@
-// GPTQ's visit and the sweep: LANES rows side by side, column by column. Included behind rounding.h.
+// GPTQ's column loop and the sweep of coordinate descent: LANES rows side by side, column by column. Included behind rounding.h.
 
 // LANES rows of a transposed matrix [n, N] from row `at` on, of which `wide` exist, to and from [n, LANES].
 static void gather(const float *from, ptrdiff_t n, ptrdiff_t N, ptrdiff_t at, int wide, float *to) {
@@ -57,13 +57,13 @@ static void carry(const float *M, ptrdiff_t n, ptrdiff_t begin, ptrdiff_t count,
     }
 }
 
-static void visit(const Format &f, const Visit &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
-    float *aim = scratch, *original = scratch + a.n * LANES, *errors = scratch + 2 * a.n * LANES;  // [n, LANES]
+static void round_columns(const Format &f, const Columns &a, float *scratch, ptrdiff_t first, ptrdiff_t last) {
+    float *target = scratch, *original = scratch + a.n * LANES, *errors = scratch + 2 * a.n * LANES;  // [n, LANES]
     for (ptrdiff_t at = first; at < last; at += LANES) {
         int wide = (int)(last - at < LANES ? last - at : LANES);
         Row row;
         ptrdiff_t group = -1;
-        gather(a.aim, a.n, a.N, at, wide, aim);
+        gather(a.target, a.n, a.N, at, wide, target);
         gather(a.original, a.n, a.N, at, wide, original);
         for (ptrdiff_t start = 0, stop; start < a.n; start = stop) {
             stop = start + STEP < a.n ? start + STEP : a.n;
@@ -72,14 +72,14 @@ static void visit(const Format &f, const Visit &a, float *scratch, ptrdiff_t fir
                     group = a.group[i];
                     row.read(a.scale + group * a.N, a.zero ? a.zero + group * a.N : nullptr, at, wide);
                 }
-                Vec decoded, value = round_to(f, load(aim + i * LANES), row.s, row.d, row.z, decoded);
+                Vec decoded, value = round_to(f, load(target + i * LANES), row.s, row.d, row.z, decoded);
                 store(errors + i * LANES, load(original + i * LANES) - decoded);
                 scatter_codes(f, value, wide, a.codes + i * a.N + at);
-                carry(a.spread, a.n, i, 1, errors + i * LANES, 1, aim, i + 1, stop);
+                carry(a.propagation, a.n, i, 1, errors + i * LANES, 1, target, i + 1, stop);
             }
-            carry(a.spread, a.n, start, stop - start, errors + start * LANES, 1, aim, stop, a.n);
+            carry(a.propagation, a.n, start, stop - start, errors + start * LANES, 1, target, stop, a.n);
         }
-        scatter(aim, a.n, a.N, at, wide, a.aim);
+        scatter(target, a.n, a.N, at, wide, a.target);
         scatter(errors, a.n, a.N, at, wide, a.errors);
     }
 }

@@ -43,11 +43,11 @@ def round_rows(
 def put_side_by_side(numbers: Tensor, bytes: Tensor, n: int, bits: int, turn: int) -> None: ...
 def put_rows(rows: Tensor, place: Tensor) -> None: ...
 def take_side_by_side(bytes: Tensor, numbers: Tensor, n: int, bits: int, less: int) -> None: ...
-def visit(
+def round_columns(
     format: Format,
-    aim: Tensor,
+    target: Tensor,
     original: Tensor,
-    spread: Tensor,
+    propagation: Tensor,
     group: Tensor,
     scale: Tensor,
     zero: Tensor | None,

@@ -115,7 +115,7 @@ def evaluate(
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
 
-    text: a UTF-8 file or a built-in text by name; of several, in a list, each is judged for itself, in one walk.
+    text: a UTF-8 file or a built-in text by name; of several, in a list, each is judged for itself, in one pass.
     predictions: a directory to keep what the reference predicts in, for other evaluations on the same texts.
     engine: "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float.
     chat: the texts are conversations, in the model's chat template; paragraphs in turn, or a .jsonl file of messages.

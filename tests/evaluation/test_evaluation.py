@@ -24,7 +24,7 @@ from bitwright.evaluation.chat_text import chat_windows, conversations
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.report import evaluation_table
 from bitwright.evaluation.verdict import ALONE, BANDS, band, short_name, verdict
-from bitwright.models.walk import Walk, float_perplexity
+from bitwright.models.streamed import StreamedModel, float_perplexity
 from conftest import make_checkpoint, save_tokenizer
 
 SPECIAL = ["<bos>", "<turn>", "<end>"]
@@ -111,13 +111,13 @@ def test_the_reference_s_perplexity_is_its_own(
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A list of the models that are walked from now on."""
-    walked, honest = list[Path](), Walk.carried
+    walked, honest = list[Path](), StreamedModel.carried
 
-    def carried(self: Walk, parts: list[Tensor]) -> list[Tensor]:
+    def carried(self: StreamedModel, parts: list[Tensor]) -> list[Tensor]:
         walked.append(self.folder)
         return honest(self, parts)
 
-    monkeypatch.setattr(Walk, "carried", carried)
+    monkeypatch.setattr(StreamedModel, "carried", carried)
     return walked
 
 

@@ -15,7 +15,7 @@ from bitwright.formats.awq import Awq
 from bitwright.formats.bitsandbytes import STATE, BitsAndBytes
 from bitwright.inference.qlinear import QLinear
 from bitwright.methods.rtn import rtn
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode
 from bitwright.numerics.scheme import GRIDS, Scheme
 
@@ -100,8 +100,8 @@ def rewritten(model: Path, folder: Path, config: dict[str, Any], pack: Any) -> P
 def test_a_checkpoint_of_theirs_runs(config: dict[str, Any], pack: Any, llama: Path, tmp_path: Path) -> None:
     theirs = rewritten(llama, tmp_path / "q", config, pack)
     ids = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64]])
-    walk = Walk(theirs)
-    exact = walk.skeleton.head(torch.cat(walk.hidden(ids)))
+    streamed = StreamedModel(theirs)
+    exact = streamed.skeleton.head(torch.cat(streamed.hidden(ids)))
     model = load(theirs)
     with torch.no_grad():
         found = model(ids).logits

@@ -17,9 +17,9 @@ from bitwright.errors import CheckpointError, FormatError, InputError, SchemeErr
 from bitwright.files.checkpoint import Checkpoint, write_shard
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.native_reader import dynamic_type, minifloat
-from bitwright.models.source import MARKERS, Artefact
+from bitwright.models.source import MARKERS, WeightSource
 from bitwright.numerics import codec
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, GROUPS, SCALE_BITS, ZEROS, Scheme
 from bitwright.pipeline.ledger import from_jsonl
@@ -265,21 +265,23 @@ def test_a_matrix_may_turn_out_to_have_no_outliers() -> None:
     tensors = NATIVE.encode(q, layer_of(q, rotate=32), torch.bfloat16)
     assert tensors["outlier_columns"].shape == (0,) and tensors["outlier_weight"].shape == (5, 0)
     assert same_bits(NATIVE.decode(planned, NAME, tensors), codec.decode(q))
-    assert intake(planned, tensors) is not None
+    assert input_quantization(planned, tensors) is not None
 
 
-def intake(config: dict[str, Any], tensors: dict[str, Tensor]) -> Intake | None:
-    return NATIVE.intake(config, NAME, tensors.get)
+def input_quantization(config: dict[str, Any], tensors: dict[str, Tensor]) -> InputQuantization | None:
+    return NATIVE.input_quantization(config, NAME, tensors.get)
 
 
 def test_inputs_that_nothing_is_done_to() -> None:
-    assert intake(*written(rounding(Scheme.parse("q4_k"), 5, 96))) is None
-    assert intake(*written(with_outliers([3]), outliers=1)) is None  # spared from what nobody rounds
+    assert input_quantization(*written(rounding(Scheme.parse("q4_k"), 5, 96))) is None
+    assert input_quantization(*written(with_outliers([3]), outliers=1)) is None  # spared from what nobody rounds
 
 
 def test_inputs_rounded_by_token() -> None:
     scheme = Scheme.parse("int8-token")
-    assert intake(*written(rounding(Scheme.parse("int8-channel"), 5, 96), activations=scheme)) == Intake(scheme)
+    assert input_quantization(
+        *written(rounding(Scheme.parse("int8-channel"), 5, 96), activations=scheme)
+    ) == InputQuantization(scheme)
 
 
 @pytest.mark.parametrize("text", ["int8-tensor", "int8-tensor-asym", "fp8-tensor", "int8-tensor-asym-f32"])
@@ -288,7 +290,7 @@ def test_inputs_rounded_to_a_fixed_range(text: str) -> None:
     scales = codec.fit(x * 1.1, scheme)
     q = rounding(Scheme.parse("int8-channel"), 5, 96)
     config, tensors = written(q, activations=scheme, inputs=scales)
-    found = intake(config, tensors)
+    found = input_quantization(config, tensors)
     assert found is not None and found.scheme == scheme
     assert torch.equal(found(x), codec.rounded(x, scheme, scales)) and not torch.equal(
         found(x), codec.rounded(x, scheme)
@@ -299,10 +301,10 @@ def test_inputs_rotated_and_in_part_spared() -> None:
     scheme = Scheme.parse("int8-token")
     config, tensors = written(with_outliers([3, 90]), outliers=2, rotate=32, activations=scheme)
     x = torch.randn(6, 96, generator=torch.Generator().manual_seed(3))
-    found, meant = intake(config, tensors), Intake(scheme, None, torch.tensor([3, 90]), 32)
+    found, meant = input_quantization(config, tensors), InputQuantization(scheme, None, torch.tensor([3, 90]), 32)
     assert found is not None and torch.equal(found(x), meant(x))
-    assert not torch.equal(found(x), Intake(scheme, None, None, 32)(x))
-    assert not torch.equal(found(x), Intake(scheme, None, torch.tensor([3, 90]))(x))
+    assert not torch.equal(found(x), InputQuantization(scheme, None, None, 32)(x))
+    assert not torch.equal(found(x), InputQuantization(scheme, None, torch.tensor([3, 90]))(x))
 
 
 def test_the_config_groups_what_is_alike_and_keeps_names_apart() -> None:
@@ -397,7 +399,10 @@ def test_a_config_that_is_wrong_names_the_module(case: str) -> None:
     change, reason = CONFIGS[case]
     config, tensors = written(rounding(Scheme.parse("q4_k"), 5, 352))
     change(config)
-    for read in (lambda: NATIVE.decode(config, NAME, tensors), lambda: NATIVE.intake(config, NAME, tensors.get)):
+    for read in (
+        lambda: NATIVE.decode(config, NAME, tensors),
+        lambda: NATIVE.input_quantization(config, NAME, tensors.get),
+    ):
         with pytest.raises(FormatError, match=reason) as caught:
             read()
         assert caught.value.where == NAME
@@ -457,7 +462,7 @@ def test_a_file_that_is_wrong_names_the_module(case: str) -> None:
 def test_outlier_columns_out_of_place_are_an_error(columns: list[int]) -> None:
     config, tensors = written(with_outliers([3, 90]), outliers=2, activations=Scheme.parse("int8-token"))
     tensors["outlier_columns"] = torch.tensor(columns, dtype=torch.int32)
-    for read in (lambda: NATIVE.decode(config, NAME, tensors), lambda: intake(config, tensors)):
+    for read in (lambda: NATIVE.decode(config, NAME, tensors), lambda: input_quantization(config, tensors)):
         with pytest.raises(FormatError, match=r"do not rise within 0\.\.95"):
             read()
 
@@ -467,7 +472,7 @@ def test_a_rotation_that_does_not_fit_is_an_error() -> None:
     for block in (64, 3, -32):
         config["modules"][0]["rotate"] = block
         with pytest.raises(FormatError, match=f"blocks of {block}"):
-            intake(config, tensors)
+            input_quantization(config, tensors)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +487,7 @@ def test_no_tensor_can_be_left_out_or_cut(text: str) -> None:
         for wrong in ({}, {name: tensor[..., :-1]}, {name: tensor[None]}, {name: tensor[:0]}):
             have = {key: t for key, t in tensors.items() if key != name} | wrong
             with pytest.raises(FormatError, match=name.replace("columns", "")) as caught:  # k is what both say
-                intake(config, have) if name.startswith("input_") else NATIVE.decode(config, NAME, have)
+                input_quantization(config, have) if name.startswith("input_") else NATIVE.decode(config, NAME, have)
             assert caught.value.where == NAME
 
 
@@ -521,13 +526,13 @@ def test_a_directory_knows_its_modules(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {"m.norm.weight": torch.ones(96), "m.a.bias": torch.ones(5)}
     for q, layer in zip((fp8, q4_k), layers, strict=True):
         tensors |= {f"{layer.name}.{name}": t for name, t in NATIVE.encode(q, layer, torch.float32).items()}
-    artefact = Artefact(directory(tmp_path, tensors, NATIVE.config(layers, [])))
-    assert artefact.format is NATIVE and list(artefact.modules) == ["m.a", "m.b"]
-    assert sorted(artefact.plain) == ["m.a.bias", "m.norm.weight"]
-    assert same_bits(artefact.read("m.a.weight"), codec.decode(fp8))
-    assert same_bits(artefact.read("m.b.weight"), codec.decode(q4_k))
-    found = artefact.intake("m.b.weight")
-    assert found is not None and found.rotate == 32 and artefact.intake("m.a.weight") is None
+    weight_source = WeightSource(directory(tmp_path, tensors, NATIVE.config(layers, [])))
+    assert weight_source.format is NATIVE and list(weight_source.modules) == ["m.a", "m.b"]
+    assert sorted(weight_source.plain) == ["m.a.bias", "m.norm.weight"]
+    assert same_bits(weight_source.read("m.a.weight"), codec.decode(fp8))
+    assert same_bits(weight_source.read("m.b.weight"), codec.decode(q4_k))
+    found = weight_source.input_quantization("m.b.weight")
+    assert found is not None and found.rotate == 32 and weight_source.input_quantization("m.a.weight") is None
 
 
 def test_the_marker_is_this_formats_alone() -> None:
@@ -543,9 +548,9 @@ def test_a_damaged_directory_is_an_error(tmp_path: Path) -> None:
     config, tensors = written(q)
     named = {f"{NAME}.{name}": t for name, t in tensors.items() if name != "weight_minimum"}
     with pytest.raises(InputError, match="weight_minimum"):
-        Artefact(directory(tmp_path, named, config)).read(f"{NAME}.weight")
+        WeightSource(directory(tmp_path, named, config)).read(f"{NAME}.weight")
     with pytest.raises(CheckpointError, match="not read here"):
-        Artefact(directory(tmp_path, named, {"quant_method": "other"}))
+        WeightSource(directory(tmp_path, named, {"quant_method": "other"}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -562,9 +567,9 @@ def test_a_model_is_quantized_verified_and_judged(family: str, text: str, tmp_pa
         source, tmp_path / "out", format="bitwright", scheme="q4_k", method="rtn", recipe=recipe
     )
     assert not result.fallbacks
-    artefact, ledger = Artefact(tmp_path / "out"), from_jsonl(tmp_path / "out" / "ledger.jsonl")
+    weight_source, ledger = WeightSource(tmp_path / "out"), from_jsonl(tmp_path / "out" / "ledger.jsonl")
     quantized = {entry.name: entry for entry in ledger if entry.scheme}
-    assert {name.removesuffix(".weight") for name in quantized} == set(artefact.modules)
+    assert {name.removesuffix(".weight") for name in quantized} == set(weight_source.modules)
     assert {entry.scheme for entry in quantized.values()} == {"q4_k", "nf4-g64-dq"}
     judged = bitwright.evaluate(tmp_path / "out", text=text, reference=source, seqlen=32)
     assert judged.kl_mean is not None and 0 < judged.kl_mean < 1

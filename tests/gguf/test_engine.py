@@ -18,8 +18,8 @@ from bitwright.gguf.input_rounding import inputs_of
 from bitwright.gguf.reader import Types
 from bitwright.models.families import model_of
 from bitwright.models.skeleton import read_config
-from bitwright.models.source import open_artefact
-from bitwright.models.walk import Walk
+from bitwright.models.source import open_weights
+from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 from conftest import make_checkpoint
 
@@ -95,14 +95,14 @@ def test_eval_computes_as_the_engine(scheme: str, tied: bool, tmp_path: Path, te
     file = tmp_path / "a.gguf"
     quantize(source, file, scheme=scheme, method="rtn", calib="none")
     ids = windows(load_tokenizer(source), text, seqlen=16, vocabulary=257)[:2]
-    artefact, model = open_artefact(file), model_of(read_config(source)).eval()
-    model.load_state_dict({name: artefact.read(name).float() for name in artefact.shapes}, strict=False)
+    weight_source, model = open_weights(file), model_of(read_config(source)).eval()
+    model.load_state_dict({name: weight_source.read(name).float() for name in weight_source.shapes}, strict=False)
     model.tie_weights()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
-            stored = f"{name}.weight" if f"{name}.weight" in artefact.shapes else "model.embed_tokens.weight"
-            size = 256 if artefact.describe(stored)[0].endswith("_k") else 32
+            stored = f"{name}.weight" if f"{name}.weight" in weight_source.shapes else "model.embed_tokens.weight"
+            size = 256 if weight_source.describe(stored)[0].endswith("_k") else 32
             setattr(model.get_submodule(parent), leaf, ByHand(module.weight.detach(), size))
     cache = DynamicCache()
     plain_update = cache.update
@@ -129,7 +129,7 @@ def test_engines_that_do_not_run_a_file_are_refused(llama: Path, tmp_path: Path,
 def test_float_matrices_meet_float_inputs(llama: Path, tmp_path: Path, text: str) -> None:
     """Only keys and values differ."""
     convert(llama, tmp_path / "a.gguf", None)
-    plain, rounded = (Walk(tmp_path / "a.gguf", engine=engine) for engine in (None, "llama.cpp"))
+    plain, rounded = (StreamedModel(tmp_path / "a.gguf", engine=engine) for engine in (None, "llama.cpp"))
     ids = windows(load_tokenizer(llama), text, seqlen=16, vocabulary=257)[:2]
-    a, b = (torch.cat(walk.hidden(ids)) for walk in (plain, rounded))
+    a, b = (torch.cat(streamed.hidden(ids)) for streamed in (plain, rounded))
     assert 0 < float((a - b).abs().max()) < 1e-3 * float(a.abs().max())

@@ -36,8 +36,8 @@ from bitwright.gguf.tensor_names import Names
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
 from bitwright.models.families import model_of, positions_of
-from bitwright.models.gguf_source import GgufArtefact, read_tokenizer
-from bitwright.numerics.codec import code_range, decode, spread
+from bitwright.models.gguf_source import GgufWeightSource, read_tokenizer
+from bitwright.numerics.codec import code_range, decode, per_column
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.ledger import from_jsonl
@@ -92,7 +92,7 @@ def scrambled(q: QTensor) -> QTensor:
     lo, hi = code_range(q.scheme)
     codes = torch.randint(lo, hi + 1, q.codes.shape, generator=torch.Generator().manual_seed(1)).to(q.codes.dtype)
     if q.scheme.scale == "e8m0":  # which has no zero: groups of zeros keep their codes
-        empty = spread(q.scales.scale == 0, q.scheme, q.codes.shape[1])
+        empty = per_column(q.scales.scale == 0, q.scheme, q.codes.shape[1])
         codes = torch.where(empty, q.codes, codes)
     return QTensor(codes, q.scales, q.scheme, q.shape)
 
@@ -394,7 +394,7 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
     """The same logits from our reader and from transformers' own, which dequantizes by the gguf package."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from bitwright.models.walk import Walk
+    from bitwright.models.streamed import StreamedModel
 
     source = make_checkpoint(tmp_path / "source", kind)
     out = tmp_path / "a.gguf"
@@ -402,11 +402,11 @@ def test_every_architecture_as_transformers_reads_the_file(kind: str, tmp_path: 
     planned = run("quantize", str(source), str(out), *how, "--dry-run")["bytes"]
     found = run("quantize", str(source), str(out), *how)
     assert found["fallbacks"] == [] and planned == found["bytes"] == out.stat().st_size
-    walk, ids = Walk(out), torch.arange(48)[None] * 5 % 257
-    walk.load(walk.skeleton.outer_names())
+    streamed, ids = StreamedModel(out), torch.arange(48)[None] * 5 % 257
+    streamed.load(streamed.skeleton.outer_names())
     causal = ARCHITECTURES[kind].causal
-    hidden = list(walk.hidden(ids))
-    mine = torch.cat([walk.skeleton.head(h) for h in hidden] if causal else hidden)
+    hidden = list(streamed.hidden(ids))
+    mine = torch.cat([streamed.skeleton.head(h) for h in hidden] if causal else hidden)
     maker = AutoModelForCausalLM if causal else AutoModel
     float_model = maker.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -433,8 +433,8 @@ def test_the_main_job(tmp_path: Path, method: str) -> None:
     ledger = {entry.name: entry for entry in from_jsonl(tmp_path / "a.ledger.jsonl")}
     assert found["bytes"] == out.stat().st_size and not (tmp_path / "a.gguf.partial").exists()
     assert found["exit"] == bool(found["fallbacks"])
-    artefact = GgufArtefact(out)
-    assert set(ledger) == set(artefact.shapes)
+    weight_source = GgufWeightSource(out)
+    assert set(ledger) == set(weight_source.shapes)
     judged = run(
         "eval", str(out), "--reference", str(MODEL), "--text", "stdlib-heldout", "--tokens", "1024", "--seqlen", "64"
     )
@@ -454,7 +454,7 @@ def test_a_float_file_becomes_the_same_as_its_directory(tmp_path: Path, text: st
     """From GGUF to GGUF: keys untouched, tensors as if quantized from the checkpoint itself."""
     source = make_checkpoint(tmp_path / "source", "llama", vocab_size=300)
     assert run("convert", str(source), str(tmp_path / "float.gguf"))["tensors"] == len(
-        GgufArtefact(tmp_path / "float.gguf").shapes
+        GgufWeightSource(tmp_path / "float.gguf").shapes
     )
     arguments = ["--scheme", "q4_k_m", "--calib", text, "--seqlen", "32", "--samples", "6"]
     for name, model in (("a", source), ("b", tmp_path / "float.gguf")):
@@ -659,7 +659,7 @@ def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path
     """Keys that make no sense to a model or a tokenizer: an error of ours, and nothing built of what they claim."""
     import random
 
-    from bitwright.models.walk import Walk
+    from bitwright.models.streamed import StreamedModel
 
     source, file = make_checkpoint(tmp_path / "source", kind), tmp_path / "a.gguf"
     run("convert", str(source), str(file))
@@ -673,7 +673,7 @@ def test_a_model_with_changed_bytes_is_read_or_refused(kind: str, tmp_path: Path
             at, change = rng.randrange(end - 8), rng.choice([*changes, bytes([rng.randrange(256)])])
             content[at : at + len(change)] = change
         file.write_bytes(content)
-        for reader in (Walk, read_tokenizer):
+        for reader in (StreamedModel, read_tokenizer):
             try:
                 reader(file)
             except InputError:

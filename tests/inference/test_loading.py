@@ -27,9 +27,9 @@ from bitwright.inference.generation import pieces
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import QLinear
 from bitwright.methods.rtn import rtn
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, Scales
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.conversion import convert
@@ -54,8 +54,8 @@ def made(model: Path, folder: Path, format: str, scheme: str, **options: Any) ->
 
 def logits_of(path: Path, ids: Tensor = IDS) -> Tensor:
     """By decoded weights, a block at a time."""
-    walk = Walk(path)
-    return walk.skeleton.head(torch.cat(walk.hidden(ids)))
+    streamed = StreamedModel(path)
+    return streamed.skeleton.head(torch.cat(streamed.hidden(ids)))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -102,24 +102,24 @@ def test_every_family(family: str, tmp_path: Path) -> None:
 
 STATIC = Scales(torch.tensor([[0.02]]), torch.tensor([[3.0]]))
 INTAKES = [
-    Intake(), Intake(Scheme.parse("int8-token")), Intake(Scheme.parse("fp8-token")),
-    Intake(Scheme.parse("int8-tensor-asym"), STATIC),
-    Intake(rotate=32), Intake(Scheme.parse("int8-token"), rotate=64),
-    Intake(Scheme.parse("int8-token"), outliers=torch.tensor([3, 50])),
+    InputQuantization(), InputQuantization(Scheme.parse("int8-token")), InputQuantization(Scheme.parse("fp8-token")),
+    InputQuantization(Scheme.parse("int8-tensor-asym"), STATIC),
+    InputQuantization(rotate=32), InputQuantization(Scheme.parse("int8-token"), rotate=64),
+    InputQuantization(Scheme.parse("int8-token"), outliers=torch.tensor([3, 50])),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("intake", INTAKES)
-def test_inputs_are_treated_as_the_file_says(intake: Intake) -> None:
+@pytest.mark.parametrize("input_quantization", INTAKES)
+def test_inputs_are_treated_as_the_file_says(input_quantization: InputQuantization) -> None:
     """Rotated, rounded, spared: as the evaluation does it in float."""
     x = torch.randn(40, 64)
     q = rtn(torch.randn(48, 64), None, Scheme.parse("int8-g32")).q
-    if intake.outliers is not None:
-        q = replace(q, outliers=Outliers(intake.outliers, torch.randn(48, 2)))
-    layer = QLinear(q, intake=replace(intake, outliers=None))
-    exact = intake(x) @ decode(q).T
+    if input_quantization.outliers is not None:
+        q = replace(q, outliers=Outliers(input_quantization.outliers, torch.randn(48, 2)))
+    layer = QLinear(q, input_quantization=replace(input_quantization, outliers=None))
+    exact = input_quantization(x) @ decode(q).T
     assert distance(layer(x), exact) < 1e-3
-    if intake.scheme is not None:
+    if input_quantization.scheme is not None:
         assert distance(layer(x), x @ decode(q).T) > 5e-3  # which is not what is computed
 
 

@@ -15,7 +15,7 @@ from bitwright import kernels
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import Knobs
 from bitwright.methods.autoround import knobs_of, move
-from bitwright.methods.coordinate_descent import descend
+from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
@@ -71,8 +71,8 @@ def test_gptq_gives_the_same_bits(isa: str, text: str, N: int, K: int) -> None:
 def test_descent_loses_what_its_twin_loses(isa: str, text: str, N: int, K: int) -> None:
     scheme, w, gram = Scheme.parse(text), weights(N, K), correlated(K)
     start = rtn(w, gram, scheme).q
-    found = descend(w, gram, start, sweeps=2, ridge=0.01)
-    expected = in_torch(lambda: descend(w, gram, start, sweeps=2, ridge=0.01))
+    found = coordinate_descent(w, gram, start, sweeps=2, ridge=0.01)
+    expected = in_torch(lambda: coordinate_descent(w, gram, start, sweeps=2, ridge=0.01))
     assert (found.codes != expected.codes).float().mean() < 1e-3  # a tie may fall otherwise
     losses = [loss(w, decode(q), gram) for q in (found, expected, start)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -87,7 +87,7 @@ def test_descent_is_the_same_under_every_instruction_set(text: str) -> None:
     before, found = native.current(), []
     for name in ISAS:
         native.choose(name)
-        found.append(descend(w, gram, rtn(w, gram, scheme).q, sweeps=2))
+        found.append(coordinate_descent(w, gram, rtn(w, gram, scheme).q, sweeps=2))
     native.choose(before)
     assert all(same(found[0], other) for other in found)
 
@@ -123,10 +123,12 @@ def in_native(scheme: Scheme, w: Tensor) -> list[Tensor]:
     groups = torch.arange(w.shape[1]) // scheme.group_length(w.shape[1])
     scale, zero = (None if x is None else x.T.contiguous() for x in (scales.scale, scales.zero))
     assert scale is not None
-    spread = torch.eye(w.shape[1]) + 0.1 * correlated(w.shape[1]).triu(1)
-    visited = rounding.visit(w.T.contiguous(), w.T.contiguous(), spread, scheme, groups, scale, zero)
+    propagation = torch.eye(w.shape[1]) + 0.1 * correlated(w.shape[1]).triu(1)
+    rounded_columns = rounding.round_columns(
+        w.T.contiguous(), w.T.contiguous(), propagation, scheme, groups, scale, zero
+    )
     k = stepped(str(scheme), *w.shape, torch.float32)
-    return [scale, *visited, k.offset, k.scale, k.decoded]
+    return [scale, *rounded_columns, k.offset, k.scale, k.decoded]
 
 
 @needs_native
@@ -183,21 +185,21 @@ raise SystemExit(os.waitpid(child, 0)[1])
 def test_shapes_are_checked() -> None:
     scheme = Scheme.parse("int4-g32")
     good = {
-        "aim": torch.zeros(32, 8), "original": torch.zeros(32, 8), "spread": torch.zeros(32, 32), "scheme": scheme,
+        "target": torch.zeros(32, 8), "original": torch.zeros(32, 8), "propagation": torch.zeros(32, 32), "scheme": scheme,
         "groups": torch.zeros(32, dtype=torch.int64), "scale": torch.ones(1, 8), "zero": None,
     }  # fmt: skip
-    rounding.visit(**good)
+    rounding.round_columns(**good)
     bad = [
-        {"original": torch.zeros(31, 8)}, {"original": torch.zeros(32, 9)}, {"spread": torch.zeros(31, 32)},
+        {"original": torch.zeros(31, 8)}, {"original": torch.zeros(32, 9)}, {"propagation": torch.zeros(31, 32)},
         {"groups": torch.zeros(31, dtype=torch.int64)}, {"groups": torch.ones(32, dtype=torch.int64)},
         {"groups": -torch.ones(32, dtype=torch.int64)}, {"scale": torch.ones(1, 7)}, {"zero": torch.ones(1, 8)},
         {"scheme": Scheme.parse("int4-g32-asym")},
     ]  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError, match=r"must be|zero goes|group beyond"):
-            rounding.visit(**(good | change))
+            rounding.round_columns(**(good | change))
     with pytest.raises(TypeError):
-        rounding.visit(**(good | {"aim": torch.zeros(32, 8, dtype=torch.float64)}))
+        rounding.round_columns(**(good | {"target": torch.zeros(32, 8, dtype=torch.float64)}))
     with pytest.raises(ValueError, match="weight must have K entries"):
         rounding.search(torch.zeros(2, 64), torch.ones(63), scheme, [(1.0, 1.0)])
 

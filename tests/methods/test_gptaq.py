@@ -14,7 +14,7 @@ from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.errors import RecipeError
 from bitwright.methods import gptaq, gptq
 from bitwright.methods.gptaq import corrected
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import loss
 from bitwright.numerics.scheme import Scheme
@@ -134,21 +134,21 @@ def test_tokens_count_as_they_are_told_to() -> None:
         torch.testing.assert_close(product, left.T @ weighted / 400, rtol=1e-4, atol=1e-5)
 
 
-def at_first_block(model: Path, text: str) -> tuple[Walk, list[Tensor]]:
+def at_first_block(model: Path, text: str) -> tuple[StreamedModel, list[Tensor]]:
     """A model with its first block loaded, and what that is given for 8 windows, in two batches."""
-    walk = Walk(model)
-    ids = windows(load_tokenizer(model), text, seqlen=32, vocabulary=walk.skeleton.config.vocab_size)[:8]
-    walk.load(walk.skeleton.outer_names())
-    batches = [walk.skeleton.embed(part) for part in ids.split(4)]
-    walk.load(walk.skeleton.state_names(0))
-    return walk, batches
+    streamed = StreamedModel(model)
+    ids = windows(load_tokenizer(model), text, seqlen=32, vocabulary=streamed.skeleton.config.vocab_size)[:8]
+    streamed.load(streamed.skeleton.outer_names())
+    batches = [streamed.skeleton.embed(part) for part in ids.split(4)]
+    streamed.load(streamed.skeleton.state_names(0))
+    return streamed, batches
 
 
 def test_observing_both_streams(llama: Path, text: str) -> None:
     """With the same activations in both streams nothing has drifted; with others, that is what the statistics say."""
-    walk, batches = at_first_block(llama, text)
-    run = BlockRun(walk.skeleton, 0)
-    groups = groups_of(run, batches[0], list(walk.skeleton.linears(0)))
+    streamed, batches = at_first_block(llama, text)
+    run = BlockRun(streamed.skeleton, 0)
+    groups = groups_of(run, batches[0], list(streamed.skeleton.linears(0)))
     assert [len(group.names) for group in groups] == [3, 1, 2, 1]
     attention, mlp = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
     assert [group.behind for group in groups] == [None, (), None, (attention,)]
@@ -173,9 +173,9 @@ def test_a_float_stream_is_the_same_kept_or_computed_anew(
     kept: int, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitwright.calibration.observe.KEPT_BYTES", kept)
-    walk, batches = at_first_block(llama, text)
-    run = BlockRun(walk.skeleton, 0)
-    groups = groups_of(run, batches[0], list(walk.skeleton.linears(0)))
+    streamed, batches = at_first_block(llama, text)
+    run = BlockRun(streamed.skeleton, 0)
+    groups = groups_of(run, batches[0], list(streamed.skeleton.linears(0)))
     stream = FloatStream(run, list(batches), groups)
     for b, batch in enumerate(batches):
         for group in groups:
@@ -188,11 +188,11 @@ def test_a_float_stream_is_the_same_kept_or_computed_anew(
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "gemma", "gemma2", "gemma3_text"])
 def test_what_is_added_to_the_residual_stream_is_found(family: str, tmp_path: Path) -> None:
     """Also side by side (GPT-NeoX, Phi), and behind norms of their own (Gemma 2 and 3)."""
-    walk = Walk(make_checkpoint(tmp_path / "model", family, torch.float32))
-    walk.load(walk.skeleton.outer_names())
-    hidden = walk.skeleton.embed(torch.arange(32)[None])
-    walk.load(walk.skeleton.state_names(0))
-    groups: list[Group] = groups_of(BlockRun(walk.skeleton, 0), hidden, list(walk.skeleton.linears(0)))
+    streamed = StreamedModel(make_checkpoint(tmp_path / "model", family, torch.float32))
+    streamed.load(streamed.skeleton.outer_names())
+    hidden = streamed.skeleton.embed(torch.arange(32)[None])
+    streamed.load(streamed.skeleton.state_names(0))
+    groups: list[Group] = groups_of(BlockRun(streamed.skeleton, 0), hidden, list(streamed.skeleton.linears(0)))
     added = [group for group in groups if group.behind is not None]
     assert [len(group.behind or ()) for group in added] == [0, 1]
     assert all(bool(group.norm) == (family in ("gemma2", "gemma3_text")) for group in added)
@@ -200,19 +200,19 @@ def test_what_is_added_to_the_residual_stream_is_found(family: str, tmp_path: Pa
 
 def test_behind_a_norm_the_stream_is_brought_back_too(text: str, tmp_path: Path) -> None:
     """What o_proj is to give, through the norm behind it, makes the quantized model's stream the float one's."""
-    walk = Walk(make_checkpoint(tmp_path / "model", "gemma2", torch.float32))
-    ids = windows(load_tokenizer(walk.folder), text, seqlen=32, vocabulary=257)[:4]
-    walk.load(walk.skeleton.outer_names())
-    given = walk.skeleton.embed(ids)
-    walk.load(walk.skeleton.state_names(0))
-    run = BlockRun(walk.skeleton, 0)
-    group = groups_of(run, given, list(walk.skeleton.linears(0)))[1]
+    streamed = StreamedModel(make_checkpoint(tmp_path / "model", "gemma2", torch.float32))
+    ids = windows(load_tokenizer(streamed.folder), text, seqlen=32, vocabulary=257)[:4]
+    streamed.load(streamed.skeleton.outer_names())
+    given = streamed.skeleton.embed(ids)
+    streamed.load(streamed.skeleton.state_names(0))
+    run = BlockRun(streamed.skeleton, 0)
+    group = groups_of(run, given, list(streamed.skeleton.linears(0)))[1]
     name, original = group.names[0], given + 0.05 * torch.randn_like(given)
     mine, theirs = (run.record(h, [name], [group.norm]) for h in (given, original))
-    ahead, _ = _towards(walk.skeleton, group, mine.inputs[name], given, (original, theirs.inputs[name]))
+    ahead, _ = _towards(streamed.skeleton, group, mine.inputs[name], given, (original, theirs.inputs[name]))
     assert ahead is not None
     meant = original + theirs.outputs[group.norm]
-    module, norm = (walk.skeleton.model.get_submodule(n) for n in (name, group.norm))
+    module, norm = (streamed.skeleton.model.get_submodule(n) for n in (name, group.norm))
     wanted = module(theirs.inputs[name]) + ahead
     slope = norm(module(mine.inputs[name])) / module(mine.inputs[name])
     torch.testing.assert_close(given + wanted * slope, meant, rtol=1e-3, atol=1e-3)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.methods.gptq import DAMPINGS, Factor, How, _round_columns, factorize, gptq, pick_rows, visiting_order
+from bitwright.methods.gptq import DAMPINGS, Factor, How, _round_columns, column_order, factorize, gptq, pick_rows
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
-from bitwright.numerics.codec import code_dtype, code_range, decode, encode, spread, values
+from bitwright.numerics.codec import code_dtype, code_range, decode, encode, per_column, values
 from bitwright.numerics.loss import loss
 from bitwright.numerics.qtensor import QTensor, Scales, rows
 from bitwright.numerics.scheme import Scheme
@@ -151,8 +151,8 @@ def brain_surgeon(w: Tensor, H: Tensor, order: Tensor, q: QTensor) -> Tensor:
     """OBS in a fixed order: round one column, move the columns that are left by −e (H⁻¹)ⱼ: / (H⁻¹)ⱼⱼ, and invert the
     Hessian of those anew. float64 [N, K] in; decoded weights under the scales of q."""
     scheme, columns = q.scheme, w.shape[1]
-    scale = spread(q.scales.scale, scheme, columns).double().expand(w.shape)
-    zero = None if q.scales.zero is None else spread(q.scales.zero, scheme, columns).double().expand(w.shape)
+    scale = per_column(q.scales.scale, scheme, columns).double().expand(w.shape)
+    zero = None if q.scales.zero is None else per_column(q.scales.zero, scheme, columns).double().expand(w.shape)
     low, high = code_range(scheme)
     table = values(torch.arange(low, high + 1), scheme).double()
     w, result, left = w.double().clone(), torch.empty_like(w, dtype=torch.float64), order.tolist()
@@ -187,7 +187,7 @@ def test_against_optimal_brain_surgery(text: str) -> None:
     columns = 72  # not a multiple of any group
     w, gram, scheme = random_weight(16, columns), correlated(columns), Scheme.parse(text)
     q = gptq(w, gram, scheme, sweeps=0, compensated_scales=False, block=32).q
-    order = visiting_order(gram.diagonal(), scheme.unit)
+    order = column_order(gram.diagonal(), scheme.unit)
     expected = brain_surgeon(w, damped(gram), order, q)
     same = (decode(q).double() - expected).abs() <= 1e-5 * w.abs().max()
     assert same.float().mean() >= 0.995  # a tie in float32 may fall the other way
@@ -239,14 +239,14 @@ def test_the_factor_is_that_of_the_gram(text: str) -> None:
     gram, scheme = correlated(96), Scheme.parse(text)
     factor = factorize(gram, scheme, 0.05)
     assert factor is not None
-    U, H = (factor.spread * factor.pivots).double(), damped(gram, 0.05)[factor.order][:, factor.order]
+    U, H = (factor.per_column * factor.pivots).double(), damped(gram, 0.05)[factor.order][:, factor.order]
     assert torch.equal(U, U.triu())
     assert (factor.pivots > 0).all()
-    assert torch.allclose(factor.spread.diagonal(), torch.ones(96))
+    assert torch.allclose(factor.per_column.diagonal(), torch.ones(96))
     assert torch.allclose(U @ U.T, H, rtol=1e-4, atol=1e-5 * float(H.max()))
     R = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     assert torch.allclose(R @ U, torch.eye(96, dtype=torch.float64), atol=2e-3)
-    assert torch.equal(factor.order, visiting_order(gram.diagonal(), scheme.unit))
+    assert torch.equal(factor.order, column_order(gram.diagonal(), scheme.unit))
     assert factor.damping == 0.05
 
 
@@ -430,23 +430,23 @@ def test_no_gram_is_an_error() -> None:
 def test_the_order_of_the_visit(columns: int, unit: int | None, seed: int) -> None:
     """A permutation; units whole, by falling mean; columns falling inside; a short last unit last."""
     diagonal = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
-    order = visiting_order(diagonal, unit)
+    order = column_order(diagonal, unit)
     assert sorted(order.tolist()) == list(range(columns))
     length = columns if unit is None else unit
     visits = [order[i : i + length] for i in range(0, columns, length)]
-    for visit in visits:
-        assert len({int(column) // length for column in visit}) == 1
-        assert (diagonal[visit].diff() <= 0).all()
-    full = [visit for visit in visits if len(visit) == length]
-    assert all(len(visit) == length for visit in visits[:-1])
-    means = torch.stack([diagonal[visit].double().mean() for visit in full]) if full else torch.zeros(1)
+    for round_columns in visits:
+        assert len({int(column) // length for column in round_columns}) == 1
+        assert (diagonal[round_columns].diff() <= 0).all()
+    full = [round_columns for round_columns in visits if len(round_columns) == length]
+    assert all(len(round_columns) == length for round_columns in visits[:-1])
+    means = torch.stack([diagonal[round_columns].double().mean() for round_columns in full]) if full else torch.zeros(1)
     assert (means.diff() <= 1e-6).all()
 
 
 def test_equal_columns_are_visited_as_they_stand() -> None:
-    assert visiting_order(torch.ones(70), 32).tolist() == list(range(70))
-    assert visiting_order(torch.ones(70), None).tolist() == list(range(70))
-    assert visiting_order(torch.tensor([1.0, 2, 9, 0, 5, 5, 99]), 2).tolist() == [4, 5, 2, 3, 1, 0, 6]
+    assert column_order(torch.ones(70), 32).tolist() == list(range(70))
+    assert column_order(torch.ones(70), None).tolist() == list(range(70))
+    assert column_order(torch.tensor([1.0, 2, 9, 0, 5, 5, 99]), 2).tolist() == [4, 5, 2, 3, 1, 0, 6]
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "int4-g32-asym", "q4_k", "q3_k", "int4-channel"])

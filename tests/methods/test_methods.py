@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.methods import CALIBRATED, METHODS
-from bitwright.methods.coordinate_descent import descend
+from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
@@ -25,9 +25,9 @@ from bitwright.numerics.codec import (
     encode,
     fit,
     group_view,
+    per_column,
     scale_range,
     snap,
-    spread,
     values,
 )
 from bitwright.numerics.loss import loss
@@ -355,10 +355,10 @@ def test_descent_never_raises_the_loss(text: str, start: str) -> None:
     w, gram = random_weight(6, width(scheme)), correlated(width(scheme))
     q = rtn(w, None, scheme).q if start == "rtn" else gptq(w, gram, scheme, sweeps=0, compensated_scales=False).q
     before, kept = loss(w, decode(q), gram), (w.clone(), gram.clone(), copy_of(q))
-    better = descend(w, gram, q)
+    better = coordinate_descent(w, gram, q)
     after = loss(w, decode(better), gram)
     assert after < before * 0.7 if start == "rtn" else after <= before * (1 + 1e-6)
-    again = loss(w, decode(descend(w, gram, better)), gram)
+    again = loss(w, decode(coordinate_descent(w, gram, better)), gram)
     assert again <= after * (1 + 1e-5)
     assert_valid(better)
     assert torch.equal(w, kept[0])
@@ -371,7 +371,7 @@ def test_descent_never_raises_the_loss(text: str, start: str) -> None:
 def test_no_sweeps_no_change(sweeps: int) -> None:
     w = random_weight(3, 64)
     q = rtn(w, None, Scheme.parse("int4-g32")).q
-    assert descend(w, correlated(64), q, sweeps=sweeps) is q
+    assert coordinate_descent(w, correlated(64), q, sweeps=sweeps) is q
 
 
 def slow_sweep(W: Tensor, H: Tensor, q: QTensor) -> Tensor:
@@ -380,9 +380,9 @@ def slow_sweep(W: Tensor, H: Tensor, q: QTensor) -> Tensor:
     scheme, columns = q.scheme, W.shape[1]
     low, high = code_range(scheme)
     table = values(torch.arange(low, high + 1), scheme).double()
-    scale = spread(q.scales.scale, scheme, columns).double().expand(W.shape).clone()
+    scale = per_column(q.scales.scale, scheme, columns).double().expand(W.shape).clone()
     zeros = torch.zeros_like(q.scales.scale) if q.scales.zero is None else q.scales.zero
-    zero = spread(zeros, scheme, columns).double().expand(W.shape)
+    zero = per_column(zeros, scheme, columns).double().expand(W.shape)
     shift, minimum = (torch.zeros_like(zero), zero) if scheme.zero == "min" else (zero, torch.zeros_like(zero))
     c, length = values(q.codes, scheme).double() - shift, scheme.group_length(columns)
     for start in range(0, columns, length):
@@ -410,7 +410,7 @@ def test_one_sweep_against_the_slow_oracle(text: str) -> None:
     scheme, w, gram = Scheme.parse(text), random_weight(5, 80), correlated(80)
     q = encode(w, fit(w, scheme, shrink=0.9), scheme)
     W, H = w.double(), gram.double()
-    expected, mine = slow_sweep(W, H, q), decode(descend(w, gram, q)).double()
+    expected, mine = slow_sweep(W, H, q), decode(coordinate_descent(w, gram, q)).double()
     same = (mine - expected).abs() <= 1e-4 * w.abs().max()
     assert same.float().mean() >= 0.995
     assert torch.einsum("nj,jk,nk->", W - mine, H, W - mine).item() == pytest.approx(
@@ -422,7 +422,7 @@ def test_one_sweep_against_the_slow_oracle(text: str) -> None:
 def test_the_block_length_does_not_show(text: str) -> None:
     scheme, w, gram = Scheme.parse(text), random_weight(6, 144), correlated(144)
     q = rtn(w, None, scheme).q
-    small, middle, whole = (descend(w, gram, q, block=block).codes for block in (32, 128, 144))
+    small, middle, whole = (coordinate_descent(w, gram, q, block=block).codes for block in (32, 128, 144))
     assert (small == whole).float().mean() >= 0.99
     assert (middle == whole).float().mean() >= 0.99
 
@@ -434,12 +434,12 @@ def test_descent_ends_where_no_scale_and_no_code_would_move(text: str) -> None:
     """At the end, each group's least-squares scale is the one it has, and each code is nearest to its target."""
     scheme, w, gram = Scheme.parse(text), random_weight(4, 96), correlated(96)
     start = encode(w, fit(w, scheme, shrink=0.7), scheme)  # scales that must travel
-    q = descend(w, gram, start, sweeps=30)
+    q = coordinate_descent(w, gram, start, sweeps=30)
     error = w.double() - decode(q).double()
     pull = error @ gram.double()  # [N, K]
     c = values(q.codes, scheme).double()
     if q.scales.zero is not None and scheme.zero != "min":
-        c = c - spread(q.scales.zero, scheme, 96).double()
+        c = c - per_column(q.scales.zero, scheme, 96).double()
     for group in range(scheme.groups(96)):
         own = slice(group * scheme.group_length(96), (group + 1) * scheme.group_length(96))
         slope = (pull[:, own] * c[:, own]).sum(1)
@@ -456,7 +456,7 @@ def test_descent_of_one_row_or_one_group_changes_no_argument(N: int, columns: in
     w, gram = random_weight(N, columns), correlated(columns)
     q = rtn(w, None, Scheme.parse("int4-g32")).q
     kept = copy_of(q)
-    descend(w, gram, q)
+    coordinate_descent(w, gram, q)
     assert torch.equal(q.codes, kept.codes)
     assert_same(q.scales, kept.scales)
 
@@ -466,7 +466,7 @@ def test_scales_that_hang_together_stay() -> None:
     w, gram = random_weight(4, K), correlated()
     for text in ("q4_k", "nvfp4", "mxfp4", "nf4-g64-dq", "int4-channel-f32", "int8-tensor"):
         q = rtn(w, None, Scheme.parse(text)).q
-        better = descend(w, gram, q)
+        better = coordinate_descent(w, gram, q)
         assert_same(better.scales, q.scales)
         assert not torch.equal(better.codes, q.codes)
 
@@ -476,7 +476,7 @@ def test_descent_leaves_columns_without_input_at_their_weight() -> None:
     gram, w, scheme = correlated(64).clone(), random_weight(4, 64), Scheme.parse("int4-channel-f32")
     gram[5], gram[:, 5] = 0, 0
     q, before = rtn(w, None, scheme).q, gram.clone()
-    better = descend(w, gram, q)
+    better = coordinate_descent(w, gram, q)
     assert torch.equal(gram, before)
     assert torch.equal(better.codes[:, 5], q.codes[:, 5])
     assert torch.isfinite(decode(better)).all()
@@ -488,4 +488,4 @@ def test_a_good_rounding_is_left_alone(scale: str) -> None:
     scheme = Scheme("int4", 16, "sym", scale)
     start = rtn(random_weight(4, 64), None, scheme).q
     exact = decode(start)
-    assert torch.equal(descend(exact, correlated(64), start, sweeps=2).codes, start.codes)
+    assert torch.equal(coordinate_descent(exact, correlated(64), start, sweeps=2).codes, start.codes)

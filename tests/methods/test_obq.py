@@ -6,11 +6,11 @@ from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError, SchemeError
 from bitwright.methods import gptq
-from bitwright.methods.gptq import visiting_order
+from bitwright.methods.gptq import column_order
 from bitwright.methods.obq import Inverses, _rounded, inverse_hessian, obq, without
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
-from bitwright.numerics.codec import decode, spread
+from bitwright.numerics.codec import decode, per_column
 from bitwright.numerics.loss import loss
 from bitwright.numerics.scheme import Scheme
 
@@ -48,8 +48,8 @@ def test_in_gptqs_order_it_is_gptq(text: str, K: int) -> None:
     expected = gptq(w, gram, scheme, sweeps=0, compensated_scales=False).q
     scale, zero = expected.scales.scale, expected.scales.zero
     found = _rounded(
-        w, inverse_hessian(gram, 0.01), scheme, spread(scale, scheme, K).expand(12, K),
-        None if zero is None else spread(zero, scheme, K).expand(12, K), visiting_order(gram.diagonal(), scheme.unit),
+        w, inverse_hessian(gram, 0.01), scheme, per_column(scale, scheme, K).expand(12, K),
+        None if zero is None else per_column(zero, scheme, K).expand(12, K), column_order(gram.diagonal(), scheme.unit),
         torch.zeros(12, K, dtype=torch.bool),
     )  # fmt: skip
     assert torch.equal(found, expected.codes)
@@ -163,7 +163,7 @@ def test_what_is_left_is_obq_without_the_pruned_columns(order: str) -> None:
         rest = (~mask[row]).nonzero()[:, 0]
         own = H[rest][:, rest]
         refitted = torch.linalg.solve(own, H[rest] @ w[row].double())[None].float()
-        visit = visiting_order(gram.diagonal()[rest], None) if order == "curvature" else None
+        visit = column_order(gram.diagonal()[rest], None) if order == "curvature" else None
         scale = q.scales.scale[row : row + 1].expand(1, len(rest))
         alone = _rounded(refitted, torch.linalg.inv(own), scheme, scale, None, visit, torch.zeros_like(refitted).bool())
         assert torch.equal(alone[0], q.codes[row, rest])

@@ -15,7 +15,7 @@ from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.models.kv_cache import KvCache, read_rounding
-from bitwright.models.source import Artefact
+from bitwright.models.source import WeightSource
 from bitwright.plan.recipe import Recipe
 from conftest import make_checkpoint
 
@@ -70,8 +70,8 @@ def test_eval_counts_what_a_rounding_cache_costs(
         "tensor",
     )
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    artefact = Artefact(out)
-    weights = {f"{m}.weight": artefact.read(f"{m}.weight").float() for m in artefact.modules}
+    weight_source = WeightSource(out)
+    weights = {f"{m}.weight": weight_source.read(f"{m}.weight").float() for m in weight_source.modules}
     model.load_state_dict(weights, strict=False)
     window = windows(load_tokenizer(llama), text, seqlen=32, vocabulary=257)[:1]
     cache = RoundingCache(scales, grid)

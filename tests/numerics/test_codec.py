@@ -21,9 +21,9 @@ from bitwright.numerics.codec import (
     group_view,
     is_signed,
     nearest,
+    per_column,
     raw_scales,
     snap,
-    spread,
     values,
 )
 from bitwright.numerics.loss import loss
@@ -259,8 +259,8 @@ def test_views_by_group() -> None:
     assert group_view(w, Scheme.parse("int4-channel")).shape == (2, 1, 37)
     assert group_view(w, Scheme.parse("int4-tensor")).shape == (1, 1, 74)
     per_group = torch.tensor([[1.0, 2.0, 3.0]])
-    assert spread(per_group, Scheme.parse("int4-g16"), 37).tolist() == [[1.0] * 16 + [2.0] * 16 + [3.0] * 5]
-    assert spread(per_group[:, :1], Scheme.parse("int4-channel"), 37) is not None
+    assert per_column(per_group, Scheme.parse("int4-g16"), 37).tolist() == [[1.0] * 16 + [2.0] * 16 + [3.0] * 5]
+    assert per_column(per_group[:, :1], Scheme.parse("int4-channel"), 37) is not None
 
 
 # -------------------------------------------------------------------------------------------------------------- snap

@@ -17,9 +17,9 @@ from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.errors import FormatError, RecipeError, SchemeError
 from bitwright.formats import FORMATS, Layer
-from bitwright.models.source import Artefact
+from bitwright.models.source import WeightSource
 from bitwright.numerics.codec import decode, encode, fit, rounded
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.plan.recipe import Recipe, Rule
@@ -104,7 +104,7 @@ def test_container_and_config(weights: str, inputs: str | None, container: str, 
     assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == CT.layout(one, dtype)
     config = CT.config([one], ["lm_head"])
     assert config["format"] == config["config_groups"]["group_0"]["format"] == container
-    assert CT.intake(config, "a.b", nothing) == (None if scheme is None else Intake(scheme))
+    assert CT.input_quantization(config, "a.b", nothing) == (None if scheme is None else InputQuantization(scheme))
     found = CT.decode(config, "a.b", tensors)
     assert torch.equal(found, decode(q).to(found.dtype))
     library = QuantizationScheme(**config["config_groups"]["group_0"])
@@ -130,8 +130,8 @@ def test_layers_with_and_without_rounded_inputs_share_a_file() -> None:
     layers = [layer("int8-channel", INT8), Layer("c", 64, 256, Scheme.parse("int8-channel-bf16"))]
     config = CT.config(layers, [])
     assert config["format"] == "mixed-precision"
-    assert CT.intake(config, "a.b", nothing) == Intake(INT8)
-    assert CT.intake(config, "c", nothing) is None
+    assert CT.input_quantization(config, "a.b", nothing) == InputQuantization(INT8)
+    assert CT.input_quantization(config, "c", nothing) is None
 
 
 def test_a_way_of_rounding_that_is_not_computed_here_is_refused() -> None:
@@ -139,10 +139,10 @@ def test_a_way_of_rounding_that_is_not_computed_here_is_refused() -> None:
     inputs = config["config_groups"]["group_0"]["input_activations"]
     inputs |= {"strategy": "tensor"}  # dynamic by tensor: no engine of ours
     with pytest.raises(FormatError, match="not computed here"):
-        CT.intake(config, "a.b", nothing)
+        CT.input_quantization(config, "a.b", nothing)
     inputs |= {"dynamic": False}
     with pytest.raises(FormatError, match="a range that the file lacks"):
-        CT.intake(config, "a.b", nothing)
+        CT.input_quantization(config, "a.b", nothing)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def listening(model: nn.Module, scheme: Scheme) -> nn.Module:
 def dense(source: Path, quantized: Path) -> nn.Module:
     """The float model with the decoded weights of the quantized one."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    artefact = Artefact(quantized)
-    weights = {f"{m}.weight": artefact.read(f"{m}.weight").float() for m in artefact.modules}
+    weight_source = WeightSource(quantized)
+    weights = {f"{m}.weight": weight_source.read(f"{m}.weight").float() for m in weight_source.modules}
     model.load_state_dict(weights, strict=False)
     assert len(weights) == 3 * 7
     return model

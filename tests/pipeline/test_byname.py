@@ -168,11 +168,11 @@ def test_a_run_that_was_cut_off_goes_on(
     out, made = tmp_path / "a.gguf", byrows._make_rows
     quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
 
-    def cut(file: Any, making: gguf_writer.Making, t: Any, *rest: Any) -> Any:
+    def cut(file: Any, writer: gguf_writer.GgufWriter, t: Any, *rest: Any) -> Any:
         if t.block == 5:
-            making.put(t.source, torch.zeros(1, dtype=torch.uint8))
+            writer.put(t.source, torch.zeros(1, dtype=torch.uint8))
             raise KeyboardInterrupt
-        return made(file, making, t, *rest)
+        return made(file, writer, t, *rest)
 
     monkeypatch.setattr(byrows, "_make_rows", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -198,14 +198,14 @@ def test_nothing_more_is_begun_when_a_loop_is_left() -> None:
 def test_a_disk_that_gives_back_something_else(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = gguf_writer.Making.put
+    whole = gguf_writer.GgufWriter.put
 
-    def flipped(self: gguf_writer.Making, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+    def flipped(self: gguf_writer.GgufWriter, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         tensor = tensor.clone()
         tensor.view(torch.uint8).view(-1)[0] ^= name == "blk.3.ffn_up.weight"
         whole(self, name, tensor, first)
 
-    monkeypatch.setattr(gguf_writer.Making, "put", flipped)
+    monkeypatch.setattr(gguf_writer.GgufWriter, "put", flipped)
     with pytest.raises(VerificationError) as found:
         quantize(files[0], tmp_path / "a.gguf", scheme="q4_0", method="search", calib="none")
     assert found.value.where == "blk.3.ffn_up.weight" and not (tmp_path / "a.gguf").exists()

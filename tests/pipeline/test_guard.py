@@ -18,7 +18,7 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.guard import block_error, judge
 from bitwright.pipeline.ledger import Entry
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.recipe import Rule
 from conftest import make_checkpoint
 
@@ -120,9 +120,9 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(128, 64, generator=g) * 0.05, original, given
 
 
-def matrix_of_rule(method: str, scheme: Scheme) -> Planned:
+def matrix_of_rule(method: str, scheme: Scheme) -> PlannedTensor:
     layer = Layer("m", 128, 64, scheme)
-    return Planned(
+    return PlannedTensor(
         "m.weight", "m.weight", 0, torch.float32, (128, 64), "quantized", "", layer, Rule("*", scheme, method)
     )
 

@@ -71,9 +71,9 @@ def test_dry_run_tells_the_exact_size_and_writes_nothing(llama: Path, text: str,
     done = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert planned["bytes"] == done["bytes"] and planned["bits_per_weight"] == done["bits_per_weight"]
     assert set(done) == {"out", "bytes", "bits_per_weight", "seconds", "peak_rss_bytes", "tensors", "fallbacks"}
-    look = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
-    assert look["bits_per_weight"] == pytest.approx(done["bits_per_weight"], abs=1e-3)
-    assert {tuple(t) for t in look["tensors"]} == {("name", "shape", "scheme", "bytes", "loss")}
+    observe_block = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert observe_block["bits_per_weight"] == pytest.approx(done["bits_per_weight"], abs=1e-3)
+    assert {tuple(t) for t in observe_block["tensors"]} == {("name", "shape", "scheme", "bytes", "loss")}
 
 
 def test_eval_has_its_promised_keys(llama: Path, text: str) -> None:

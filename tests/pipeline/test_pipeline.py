@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitwright import evaluate, quantize
 from bitwright.models.skeleton import Skeleton, read_config
-from bitwright.models.source import Artefact
+from bitwright.models.source import WeightSource
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.pipeline.work_in_progress import ledger_beside
 from conftest import FAMILIES, make_checkpoint
@@ -37,9 +37,11 @@ def test_transformers_loads_what_was_written(llama: Path, text: str, tmp_path: P
     ids = torch.arange(30)[None]
     logits = model(ids).logits.float()
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).eval()
-    artefact = Artefact(out)
-    dense.load_state_dict({f"{m}.weight": artefact.read(f"{m}.weight") for m in artefact.modules}, strict=False)
-    assert len(artefact.modules) == 3 * 7
+    weight_source = WeightSource(out)
+    dense.load_state_dict(
+        {f"{m}.weight": weight_source.read(f"{m}.weight") for m in weight_source.modules}, strict=False
+    )
+    assert len(weight_source.modules) == 3 * 7
     torch.testing.assert_close(logits, dense(ids).logits.float(), rtol=0, atol=0.02)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
@@ -50,7 +52,7 @@ def test_every_family_quantizes_and_evaluates(family: str, text: str, tmp_path: 
     out = tmp_path / "out"
     done = quantize(source, out, scheme="int8-g32", method="gptq", format="gptq", calib=text, **SMALL)
     names = {entry.name for entry in done.ledger}
-    assert names == set(Artefact(source).shapes)
+    assert names == set(WeightSource(source).shapes)
     quantized = [entry for entry in done.ledger if entry.action == "quantized"]
     assert len(quantized) == sum(
         len(Skeleton(read_config(source), torch.float32).linears(i)) for i in range(len_of(source))

@@ -17,8 +17,8 @@ from bitwright.formats.ggml import TYPES
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.methods.search import search
 from bitwright.models.skeleton import Skeleton, read_config
-from bitwright.models.source import open_artefact
-from bitwright.models.walk import Walk
+from bitwright.models.source import open_weights
+from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode, encode, fit
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.repacking import expressed, packed
@@ -72,9 +72,9 @@ def files(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """By the model's names, decoded."""
-    artefact = open_artefact(path)
-    names = Skeleton(read_config(path), torch.float32).source_names(artefact.shapes, str(path))
-    return {parameter: artefact.read(source).float() for parameter, source in names.items()}
+    weight_source = open_weights(path)
+    names = Skeleton(read_config(path), torch.float32).source_names(weight_source.shapes, str(path))
+    return {parameter: weight_source.read(source).float() for parameter, source in names.items()}
 
 
 @pytest.mark.parametrize("format_name", HELD)
@@ -98,16 +98,16 @@ def test_every_block_type_becomes_the_same_numbers_or_is_refused(
     assert any("model.embed_tokens.weight is" in note for note in done["notes"])
     widened = name.startswith("IQ") and format_name != "bitwright"
     assert not widened or f"14 matrices are {name.lower()}" in done["notes"][-1]
-    assert open_artefact(out).quantized("model.layers.0.mlp.up_proj.weight") is not None
+    assert open_weights(out).quantized("model.layers.0.mlp.up_proj.weight") is not None
 
 
 def test_transformers_loads_what_was_a_gguf_file(files: dict[str, Path], wide: Path, tmp_path: Path) -> None:
     """Tokenizer, config and weights: the logits of the file's own reader."""
     out = tmp_path / "out"
     run("convert", str(files["Q4_0"]), str(out))
-    walk, ids = Walk(files["Q4_0"]), torch.arange(40)[None] * 3 % 257
-    walk.load(walk.skeleton.outer_names())
-    mine = torch.cat([walk.skeleton.head(hidden) for hidden in walk.hidden(ids)])
+    streamed, ids = StreamedModel(files["Q4_0"]), torch.arange(40)[None] * 3 % 257
+    streamed.load(streamed.skeleton.outer_names())
+    mine = torch.cat([streamed.skeleton.head(hidden) for hidden in streamed.hidden(ids)])
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, mine, atol=2e-4)

@@ -12,7 +12,7 @@ from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, OutputError, RecipeError
 from bitwright.evaluation.reference import TOP, Predictions
 from bitwright.files.checkpoint import Checkpoint
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline import statistics_store as store_module
 from conftest import make_checkpoint
 
@@ -193,4 +193,4 @@ def test_predictions_of_another_model_are_not_used(llama: Path, text: str, tmp_p
     different = evaluate(llama, reference=other, text=text, seqlen=32, tokens=256, predictions=folder)
     assert same.kl_mean is not None and same.kl_mean < 1e-6
     assert different.kl_mean is not None and different.kl_mean > 1e-4
-    assert Walk(llama).bits_per_weight == 16
+    assert StreamedModel(llama).bits_per_weight == 16

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitwright.models.skeleton import matrix_of
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 from bitwright.transforms.folds import Fold, applied, find_folds
 from conftest import FAMILIES, make_checkpoint
 
@@ -33,13 +33,13 @@ ROWS = {
 }
 
 
-def opened(folder: Path, dtype: torch.dtype) -> tuple[Walk, Tensor]:
+def opened(folder: Path, dtype: torch.dtype) -> tuple[StreamedModel, Tensor]:
     """A checkpoint with its first block loaded, and what that block is given."""
-    walk = Walk(folder, dtype)
-    walk.load(walk.skeleton.outer_names())
-    hidden = walk.skeleton.embed(torch.arange(64).view(2, 32))
-    walk.load(walk.skeleton.state_names(0))
-    return walk, hidden
+    streamed = StreamedModel(folder, dtype)
+    streamed.load(streamed.skeleton.outer_names())
+    hidden = streamed.skeleton.embed(torch.arange(64).view(2, 32))
+    streamed.load(streamed.skeleton.state_names(0))
+    return streamed, hidden
 
 
 def leaf(name: str) -> str:
@@ -49,8 +49,8 @@ def leaf(name: str) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", list(NORMS))
 def test_the_folds_of_a_family(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    walk, hidden = opened(make_checkpoint(tmp_path / "model", family, dtype), dtype)
-    found = find_folds(walk.skeleton, 0, hidden)
+    streamed, hidden = opened(make_checkpoint(tmp_path / "model", family, dtype), dtype)
+    found = find_folds(streamed.skeleton, 0, hidden)
     norms = [(leaf(f.producer), " ".join(map(leaf, f.readers))) for f in found if f.rows is None]
     assert norms == NORMS[family]
     rows = [(leaf(f.producer), leaf(f.readers[0])) for f in found if f.rows is not None]
@@ -66,13 +66,13 @@ def test_a_fold_leaves_the_float_model_as_it_was(family: str, tmp_path: Path) ->
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     ids = torch.arange(40)[None]
     before = model(ids).logits
-    walk, hidden = opened(source, torch.float32)
+    streamed, hidden = opened(source, torch.float32)
     state = dict(model.state_dict())
     count = 0
-    for index in range(len(walk.skeleton)):
-        walk.load(walk.skeleton.state_names(index))
-        linears = walk.skeleton.linears(index)
-        for i, fold in enumerate(find_folds(walk.skeleton, index, hidden)):
+    for index in range(len(streamed.skeleton)):
+        streamed.load(streamed.skeleton.state_names(index))
+        linears = streamed.skeleton.linears(index)
+        for i, fold in enumerate(find_folds(streamed.skeleton, index, hidden)):
             K = matrix_of(linears[fold.readers[0]], state[f"{fold.readers[0]}.weight"]).shape[1]
             drawn = torch.rand(K, generator=torch.Generator().manual_seed(i)) * 2 - 1
             s = fold.tied(10**drawn, "amax")
@@ -81,7 +81,7 @@ def test_a_fold_leaves_the_float_model_as_it_was(family: str, tmp_path: Path) ->
             assert not any(torch.equal(tensor, state[name]) for name, tensor in changed.items())
             state |= changed
             count += 1
-    assert count >= 2 * len(walk.skeleton)
+    assert count >= 2 * len(streamed.skeleton)
     model.load_state_dict(state)
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
 
@@ -112,9 +112,9 @@ def test_grouped_query_attention_ties_scales() -> None:
 
 def test_a_block_that_reads_the_norm_elsewhere_has_no_fold(tmp_path: Path) -> None:
     """A module that reads the norm's output behind the linear ones' backs is found out by the probe."""
-    walk, hidden = opened(make_checkpoint(tmp_path / "model", "llama", torch.float32), torch.float32)
-    block = walk.skeleton.blocks[0]
+    streamed, hidden = opened(make_checkpoint(tmp_path / "model", "llama", torch.float32), torch.float32)
+    block = streamed.skeleton.blocks[0]
     honest = block.mlp.forward
     block.mlp.forward = lambda x: honest(x) + x  # type: ignore[method-assign, operator, union-attr]
-    found = [leaf(f.producer) for f in find_folds(walk.skeleton, 0, hidden)]
+    found = [leaf(f.producer) for f in find_folds(streamed.skeleton, 0, hidden)]
     assert found == ["input_layernorm", "v_proj", "up_proj"]

@@ -80,9 +80,9 @@ def test_a_rotated_model_is_the_same_model(family: str, online: bool, text: str,
 
 def _parameters(out: Path, source: Path) -> float:
     """How many more parameters `out` has than its source: an untied head counts twice there."""
-    from bitwright.models.walk import Walk
+    from bitwright.models.streamed import StreamedModel
 
-    counts = [sum(p.numel() for p in Walk(folder).skeleton.model.parameters()) for folder in (out, source)]
+    counts = [sum(p.numel() for p in StreamedModel(folder).skeleton.model.parameters()) for folder in (out, source)]
     return counts[0] / counts[1]
 
 

@@ -13,7 +13,7 @@ from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import GgufFile
 from bitwright.models.skeleton import Skeleton, read_config
 from bitwright.plan.recipe import Recipe
-from bitwright.transforms.output_temperature import STEP, Three, factor, tempered
+from bitwright.transforms.output_temperature import STEP, Three, factor, with_output_temperature
 from conftest import make_checkpoint
 
 NORM = "model.norm.weight"
@@ -62,7 +62,7 @@ def test_the_factor_is_the_best_that_the_budget_allows(family: str, tmp_path: Pa
     original, tokens = torch.randn(8, 32, 64, generator=g), torch.randint(257, (8, 32), generator=g)
     given = original + 0.2 * torch.randn(8, 32, 64, generator=g)
     before = {name: t.clone() for name, t in (weights | rounded).items()}
-    found = tempered(skeleton, weights, rounded, (given.split(3), original.split(3)), tokens, 0.05)
+    found = with_output_temperature(skeleton, weights, rounded, (given.split(3), original.split(3)), tokens, 0.05)
     assert list(found) == [NORM] and all(torch.equal(t, (weights | rounded)[name]) for name, t in before.items())
     skeleton.load(weights)
     log_p = skeleton.head(original)[:, :-1].log_softmax(-1)
@@ -84,7 +84,9 @@ def test_a_soft_cap_is_refused(tmp_path: Path) -> None:
     skeleton, weights, rounded = sides("gemma2", tmp_path, final_logit_softcapping=3.0)
     hidden = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RecipeError, match="no factor on the last norm"):
-        tempered(skeleton, weights, rounded, ([hidden], [hidden]), torch.zeros(1, 4, dtype=torch.long), 0.05)
+        with_output_temperature(
+            skeleton, weights, rounded, ([hidden], [hidden]), torch.zeros(1, 4, dtype=torch.long), 0.05
+        )
 
 
 def test_only_the_last_norm_changes(tmp_path: Path, text: str) -> None:

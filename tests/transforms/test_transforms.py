@@ -11,7 +11,7 @@ from bitwright.methods.outlier import Outlier
 from bitwright.methods.scaling import Reader
 from bitwright.methods.smooth import Smooth, reach_of
 from bitwright.numerics.codec import decode, encode, fit, rounded
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.loss import loss
 from bitwright.numerics.qtensor import Outliers, QTensor, rows
 from bitwright.numerics.scheme import Scheme
@@ -161,7 +161,7 @@ def test_a_decomposed_layer_computes_what_llm_int8_says() -> None:
     rest = w.index_fill(1, columns, 0)
     q = encode(rest, fit(rest, Scheme.parse("int8-channel-f32")), Scheme.parse("int8-channel-f32"))
     q = QTensor(q.codes, q.scales, q.scheme, q.shape, Outliers(columns, w[:, columns]))
-    found = Intake(TOKEN, outliers=columns)(x) @ decode(q).T
+    found = InputQuantization(TOKEN, outliers=columns)(x) @ decode(q).T
     inside = torch.ones(K, dtype=torch.bool).index_fill_(0, columns, False)
     xi, wi = x[:, inside].double(), w[:, inside].double()
     sx, sw = xi.abs().amax(1, keepdim=True) / 127, wi.abs().amax(1, keepdim=True) / 127

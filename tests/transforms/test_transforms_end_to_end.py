@@ -13,7 +13,7 @@ from bitwright.api import evaluate, quantize
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.errors import CalibrationError, RecipeError
-from bitwright.models.source import Artefact
+from bitwright.models.source import WeightSource
 from bitwright.plan.preflight import preflight
 from bitwright.plan.recipe import Recipe
 from conftest import FAMILIES, make_checkpoint
@@ -96,10 +96,10 @@ def test_fixed_ranges_are_written_and_counted(activations: str, spiked: Path, te
     config = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert config["input_activations"]["dynamic"] is False and config["input_activations"]["strategy"] == "tensor"
     assert done.bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    model, artefact = AutoModelForCausalLM.from_pretrained(spiked, dtype=torch.float32).eval(), Artefact(out)
+    model, weight_source = AutoModelForCausalLM.from_pretrained(spiked, dtype=torch.float32).eval(), WeightSource(out)
     for name, module in model.named_modules():
         if name in scales:
-            module.weight.data = artefact.read(f"{name}.weight").float()
+            module.weight.data = weight_source.read(f"{name}.weight").float()
 
             def rounded(
                 _: object, args: tuple[torch.Tensor, ...], s: float = scales[name], z: int = zeros.get(name, 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.input_statistics import Gathering, Inputs
-from bitwright.calibration.observe import Enough
+from bitwright.calibration.observe import EarlyStop
 from bitwright.calibration.statistics import Gram
 from bitwright.models.skeleton import Skeleton
 
@@ -27,14 +27,14 @@ def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
     """Statistics of what the output head is given behind the last block; the parameters outside must be loaded."""
     gathering = Gathering([skeleton.head_name], Gram(hidden[0].shape[-1], hidden[0].device))
 
-    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def observe_block(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         gathering.update(args[0], None)
-        raise Enough
+        raise EarlyStop
 
-    handle = skeleton.model.get_output_embeddings().register_forward_pre_hook(look)
+    handle = skeleton.model.get_output_embeddings().register_forward_pre_hook(observe_block)
     try:
         for batch in hidden:
-            with suppress(Enough):
+            with suppress(EarlyStop):
                 skeleton.head(batch)
     finally:
         handle.remove()

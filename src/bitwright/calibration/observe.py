@@ -19,14 +19,14 @@ from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.errors import BitwrightError
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 
 SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
 REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for
 KEPT_BYTES = 512 << 20  # of the float model's activations in a block; where there are more, they are computed anew
 
 
-class Enough(Exception):  # noqa: N818
+class EarlyStop(Exception):  # noqa: N818
     """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
 
 
@@ -47,20 +47,21 @@ class Group:
 class BlockRun:
     """Block `index` as it is run: on the weights that the skeleton holds, but for some.
 
-    weights: parameters that are replaced, by name; intakes: what is done to the inputs of modules before they multiply;
-    cache: is handed the block's keys and values.
+    weights              parameters that are replaced, by name
+    input_quantizations  what is done to the inputs of modules before they multiply
+    cache                is handed the block's keys and values
     """
 
     skeleton: Skeleton
     index: int
     weights: dict[str, Tensor] = field(default_factory=dict)
-    intakes: Mapping[str, Intake | None] = field(default_factory=dict)
+    input_quantizations: Mapping[str, InputQuantization | None] = field(default_factory=dict)
     cache: KvCache | None = None
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, H] -> [B, T, H]."""
-        with self.skeleton.taking_in(self.intakes), self.skeleton.caching(self.cache):
+        with self.skeleton.quantizing_inputs(self.input_quantizations), self.skeleton.caching(self.cache):
             return self.skeleton.run_with(self.index, hidden, self.weights)
 
     def record(
@@ -76,7 +77,7 @@ class BlockRun:
         def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
             into[name] = tensor
             if not whole and all(name in there for there, name in wanted):
-                raise Enough
+                raise EarlyStop
 
         hooks = [
             module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
@@ -85,7 +86,7 @@ class BlockRun:
             for into, name in wanted
         ]
         try:
-            with suppress(Enough):
+            with suppress(EarlyStop):
                 seen.out = self(hidden)
         finally:
             for hook in hooks:

@@ -1,8 +1,8 @@
 """What quantization cost: perplexity, and KL divergence, top-1 agreement against the original.
 
-A text's tokens are cut into non-overlapping windows, each predicted from its own start; both models are walked over all
-texts at once, so weights are read once (see models/walk.py). Standard errors are those of the mean over windows: tokens of one
-window are not independent.
+A text's tokens are cut into non-overlapping windows, each predicted from its own start; both models are streamed over all
+texts at once, so weights are read once (see models/streamed.py). Standard errors are those of the mean over windows: tokens
+of one window are not independent.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from bitwright.errors import InputError
 from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
-from bitwright.models.walk import Piece, Walk, batched, perplexity_of, pieces, surprise
+from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
 from bitwright.pipeline.statistics_store import code_version
 
 
@@ -82,29 +82,29 @@ def evaluate(
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    walk, other = Walk(model, engine=engine), Walk(reference) if reference else None
+    streamed, other = StreamedModel(model, engine=engine), StreamedModel(reference) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
-    ids = judged.windows(walk)
+    ids = judged.windows(streamed)
     if other:
-        judged.check_reference(walk, ids, other)
+        judged.check_reference(streamed, ids, other)
     parts = [batched(one) for one in ids]
-    hidden = _carried(walk, parts)
+    hidden = _carried(streamed, parts)
     against = _references(other, parts, predictions) if other else [None] * len(parts)
-    costs = [_costs(walk, *one) for one in zip(hidden, parts, against, strict=True)]
+    costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
-    return [_evaluation(walk, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+    return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
 
 
 Against = Callable[[Piece, Tensor], Compared]  # of some tokens, from what the model predicts of them, log q [n, V]
 
 
-def _carried(walk: Walk, texts: list[list[Tensor]]) -> list[list[Tensor]]:
+def _carried(streamed: StreamedModel, texts: list[list[Tensor]]) -> list[list[Tensor]]:
     """Each text's batches behind the last block. No batch holds two texts: what is found does not depend on the others."""
-    hidden = iter(walk.carried([part for parts in texts for part in parts]))
+    hidden = iter(streamed.carried([part for parts in texts for part in parts]))
     return [list(islice(hidden, len(parts))) for parts in texts]
 
 
-def _references(other: Walk, texts: list[list[Tensor]], folder: Path | None) -> list[Against]:
+def _references(other: StreamedModel, texts: list[list[Tensor]], folder: Path | None) -> list[Against]:
     """The reference's side of each text: from the model itself, or from its stored predictions, made where they are not."""
     if folder is None:
         return [_exactly(other, *one) for one in zip(_carried(other, texts), texts, strict=True)]
@@ -117,7 +117,7 @@ def _references(other: Walk, texts: list[list[Tensor]], folder: Path | None) -> 
     return [_stored(one) for one in stored]
 
 
-def _store(stored: Predictions, other: Walk, hidden: list[Tensor], parts: list[Tensor]) -> None:
+def _store(stored: Predictions, other: StreamedModel, hidden: list[Tensor], parts: list[Tensor]) -> None:
     """Keep what the reference predicts of one text."""
     stored.begin()
     for piece in pieces(parts, other.vocabulary):
@@ -130,7 +130,7 @@ def _stored(stored: Predictions) -> Against:
     return lambda piece, log_q: stored.against(piece.begin, log_q)
 
 
-def _exactly(other: Walk, hidden: list[Tensor], parts: list[Tensor]) -> Against:
+def _exactly(other: StreamedModel, hidden: list[Tensor], parts: list[Tensor]) -> Against:
     """KL(p ‖ q) over the whole vocabulary."""
 
     def compare(piece: Piece, log_q: Tensor) -> Compared:
@@ -142,20 +142,20 @@ def _exactly(other: Walk, hidden: list[Tensor], parts: list[Tensor]) -> Against:
     return compare
 
 
-def _key(other: Walk, parts: list[Tensor]) -> str:
+def _key(other: StreamedModel, parts: list[Tensor]) -> str:
     """A hash of all that predictions depend on: the model, the windows and the code."""
     ids = torch.cat(parts)
-    model = [other.artefact.fingerprint(), other.skeleton.config.to_json_string()]
+    model = [other.weight_source.fingerprint(), other.skeleton.config.to_json_string()]
     return sha256(json.dumps([model, code_version(), ids.shape]).encode() + ids.numpy().tobytes()).hexdigest()
 
 
 def _costs(
-    walk: Walk, hidden: list[Tensor], parts: list[Tensor], against: Against | None
+    streamed: StreamedModel, hidden: list[Tensor], parts: list[Tensor], against: Against | None
 ) -> tuple[Tensor, Compared | None]:
     """−log p of each token of a text, and what the reference makes of it; all [W, T − 1]."""
     nll, beside = list[Tensor](), list[Compared]()
-    for piece in pieces(parts, walk.vocabulary):
-        log_q = walk.log_probabilities(hidden, piece)
+    for piece in pieces(parts, streamed.vocabulary):
+        log_q = streamed.log_probabilities(hidden, piece)
         nll.append(surprise(log_q, piece.targets(parts)))
         if against:
             beside.append(against(piece, log_q))
@@ -170,13 +170,15 @@ def _costs(
     return whole(nll), Compared(kl, same, theirs)
 
 
-def _evaluation(walk: Walk, text: str, costs: tuple[Tensor, Compared | None], seconds: float) -> Evaluation:
+def _evaluation(
+    streamed: StreamedModel, text: str, costs: tuple[Tensor, Compared | None], seconds: float
+) -> Evaluation:
     """Means, their standard errors and quantiles of what each token cost."""
     nll, beside = costs
     perplexity, stderr = _exponential(nll)
     found = Evaluation(
         text=text, tokens=nll.numel(), perplexity=perplexity, perplexity_stderr=stderr,
-        bits_per_weight=walk.bits_per_weight, seconds=seconds,
+        bits_per_weight=streamed.bits_per_weight, seconds=seconds,
     )  # fmt: skip
     if beside is None:
         return found

@@ -1,11 +1,11 @@
-"""What a checkpoint directory holds, from headers and its ledger alone."""
+"""Inspect a checkpoint: every tensor's shape, scheme, bytes and loss, from headers and its ledger alone."""
 
 from pathlib import Path
 from typing import Any
 
-from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton, read_config
-from bitwright.models.source import open_artefact
+from bitwright.models.source import open_weights
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.pipeline.work_in_progress import ledger_beside
 
@@ -18,15 +18,17 @@ def inspect(folder: Path) -> dict[str, Any]:
     import torch
 
     config = read_config(folder)
-    artefact = open_artefact(folder)
+    weight_source = open_weights(folder)
     ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
     entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
     parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
-    renamed = artefact.stored if isinstance(artefact, GgufArtefact) else {}  # a file made by name has a ledger by name
+    renamed = (
+        weight_source.stored if isinstance(weight_source, GgufWeightSource) else {}
+    )  # a file made by name has a ledger by name
     tensors = []
-    for name, shape in sorted(artefact.shapes.items()):
+    for name, shape in sorted(weight_source.shapes.items()):
         entry = entries.get(name) or entries.get(renamed.get(name, ""))
-        stored, size = artefact.describe(name)
+        stored, size = weight_source.describe(name)
         tensors.append(
             {
                 "name": name,
@@ -36,4 +38,4 @@ def inspect(folder: Path) -> dict[str, Any]:
                 "loss": entry.loss if entry else None,
             }
         )
-    return {"bytes": artefact.bytes, "bits_per_weight": 8 * artefact.bytes / parameters, "tensors": tensors}
+    return {"bytes": weight_source.bytes, "bits_per_weight": 8 * weight_source.bytes / parameters, "tensors": tensors}

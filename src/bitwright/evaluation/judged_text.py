@@ -9,7 +9,7 @@ from torch import Tensor
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.errors import InputError
 from bitwright.evaluation.chat_text import chat_windows
-from bitwright.models.walk import Walk
+from bitwright.models.streamed import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -26,38 +26,36 @@ class JudgedText:
     tokens: int | None
     chat: bool
 
-    def windows(self, walk: Walk) -> list[Tensor]:
+    def windows(self, streamed: StreamedModel) -> list[Tensor]:
         """Each text's windows [W, T]. InputError for a window that is longer than the model's context; as `windows` and
         `chat_windows` for texts."""
-        limit = getattr(walk.skeleton.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
+        limit = getattr(streamed.skeleton.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
         if not 2 <= self.seqlen <= limit:
             message = f"windows of {self.seqlen} tokens, and the model knows 2 to {limit} positions"
-            raise InputError(message, where=str(walk.folder), remedy=f"--seqlen of 2 to {limit}")
-        tokenizer = load_tokenizer(walk.folder)
-        return [self._cut(walk, tokenizer, name) for name in self.names]
+            raise InputError(message, where=str(streamed.folder), remedy=f"--seqlen of 2 to {limit}")
+        tokenizer = load_tokenizer(streamed.folder)
+        return [self._cut(streamed, tokenizer, name) for name in self.names]
 
-    def _cut(self, walk: Walk, tokenizer: Any, name: str) -> Tensor:
+    def _cut(self, streamed: StreamedModel, tokenizer: Any, name: str) -> Tensor:
         """One text's windows."""
         most = max(1, self.tokens // self.seqlen) if self.tokens else None
-        vocabulary = walk.vocabulary
+        vocabulary = streamed.vocabulary
         if self.chat:
-            where = walk.folder
+            where = streamed.folder
             return chat_windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, where=where, most=most)
         return windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, most=most)
 
-    def check_reference(self, walk: Walk, ours: list[Tensor], other: Walk) -> None:
+    def check_reference(self, streamed: StreamedModel, ours: list[Tensor], other: StreamedModel) -> None:
         """InputError if a reference's predictions are not of the model's tokens: another vocabulary, or a tokenizer that
         reads a text otherwise. ours: the model's windows of each text."""
-        if other.vocabulary != walk.vocabulary:
-            message = f"the reference's vocabulary has {other.vocabulary} tokens, the model's {walk.vocabulary}"
-            raise InputError(message, where=str(other.folder), remedy=f"give what {walk.folder} was made of")
+        if other.vocabulary != streamed.vocabulary:
+            message = f"the reference's vocabulary has {other.vocabulary} tokens, the model's {streamed.vocabulary}"
+            raise InputError(message, where=str(other.folder), remedy=f"give what {streamed.folder} was made of")
         for name, a, b in zip(self.names, ours, self.windows(other), strict=True):
             difference = _difference(a.flatten().tolist(), b.flatten().tolist())
             if difference:
                 message = f"the reference's tokenizer reads {name} as other tokens: {difference}"
-                remedy = (
-                    f"both need the tokenizer and chat template of one model: compare the files with {walk.folder}'s"
-                )
+                remedy = f"both need the tokenizer and chat template of one model: compare the files with {streamed.folder}'s"
                 raise InputError(message, where=str(other.folder), remedy=remedy)
 
 

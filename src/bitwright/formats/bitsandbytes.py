@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, GROUPS, Scheme
 
@@ -28,8 +28,8 @@ class BitsAndBytes:
     name = "bitsandbytes"
     method = "bitsandbytes"
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """See `Reader.intake`."""
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Reader.input_quantization`."""
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme, Zero
@@ -138,8 +138,8 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """See `Format.intake`."""
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Format.input_quantization`."""
         found = _group_of(config, name).get("input_activations")
         if found is None:
             return None
@@ -150,11 +150,13 @@ class CompressedTensors:
         grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
         scheme = Scheme(grid, strategy, "sym" if found["symmetric"] else "asym", "f32")
         if dynamic:
-            return Intake(scheme)
+            return InputQuantization(scheme)
         scale, zero = read("input_scale"), read("input_zero_point")
         if scale is None or (zero is None and not found["symmetric"]):
             raise FormatError("its inputs are rounded to a range that the file lacks", where=name)
-        return Intake(scheme, Scales(scale.float().view(1, 1), None if zero is None else zero.float().view(1, 1)))
+        return InputQuantization(
+            scheme, Scales(scale.float().view(1, 1), None if zero is None else zero.float().view(1, 1))
+        )
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by the library's own decompressors, from what the config says."""

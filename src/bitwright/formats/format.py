@@ -10,7 +10,7 @@ from torch import Tensor
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.numerics.codec import code_dtype, decode, encode
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
 from bitwright.numerics.scheme import Scheme
 
@@ -49,7 +49,7 @@ class Reader(Protocol):
     name: str
     method: str  # quant_method in config.json
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """What the engine does to the inputs of one quantized module; None: nothing. read: a tensor of it by suffix.
 
         FormatError for something that is not computed here.

@@ -18,7 +18,7 @@ from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.gguf.file_types import FALLBACKS
 from bitwright.gguf.reader import decoded, type_named
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 
 
@@ -93,8 +93,8 @@ class Gguf:
         """See `Format.config`: the type of each module's weight."""
         return {"quant_method": self.method, "types": {layer.name: kind_of(layer).name for layer in layers}}
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """See `Format.intake`."""
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Format.input_quantization`."""
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:

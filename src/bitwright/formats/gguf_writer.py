@@ -37,7 +37,7 @@ def place(name: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
-class Making:
+class GgufWriter:
     """A GGUF file in the making: all but the tensors' bytes is there, and those are put in their places in any order.
 
     `file` reads what has been put.
@@ -89,7 +89,7 @@ class Making:
         with disk_errors(self.file.path):
             os.fsync(self._stream.fileno())
 
-    def __enter__(self) -> "Making":
+    def __enter__(self) -> "GgufWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import Scheme, Zero
@@ -106,8 +106,8 @@ class Gptq:
             **({"dynamic": excluded} if excluded else {}),
         }
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """See `Format.intake`."""
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Format.input_quantization`."""
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ from bitwright.formats.native_reader import (
     static_range,
 )
 from bitwright.numerics.codec import dynamic_map, integers_of, is_signed
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, words
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
 from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
@@ -121,15 +121,15 @@ class Native:
             entries.append({"scheme": scheme, **{key: value for key, value in more.items() if value}, "modules": names})
         return {"quant_method": self.method, "format_version": VERSION, "modules": entries}
 
-    def intake(self, config: dict[str, Any], name: str, read: Read) -> Intake | None:
-        """See `Format.intake`."""
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Format.input_quantization`."""
         entry, stored = entry_of(config, name), Stored(name, read)
         if entry.activations is None and not entry.rotate:
             return None
         K = stored.shape()[1]
         check_rotation(entry.rotate, K, name)
         columns = torch.from_numpy(stored.columns(K)) if entry.outliers else None
-        return Intake(entry.activations, static_range(stored, entry.activations), columns, entry.rotate)
+        return InputQuantization(entry.activations, static_range(stored, entry.activations), columns, entry.rotate)
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: by native_reader.py, which reads the layout above number by number."""

@@ -166,7 +166,7 @@ def _is_known(matrix: nn.Module) -> bool:
     """A matrix whose inputs the file leaves alone."""
     if not isinstance(matrix, QLinear) or matrix.outlier_columns is not None:
         return False
-    plain = matrix.intake.scheme is None and not matrix.intake.rotate
+    plain = matrix.input_quantization.scheme is None and not matrix.input_quantization.rotate
     return plain and handles(matrix.packed, torch.empty(0))
 
 

@@ -18,9 +18,9 @@ from bitwright.inference.dense import Dense
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
-from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton, matrix_of, read_config
-from bitwright.models.source import Artefact, open_artefact
+from bitwright.models.source import WeightSource, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.system.memory import return_memory
@@ -58,11 +58,11 @@ class _Filling:
 
     def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.artefact: Artefact | GgufArtefact = open_artefact(path)
+        self.weight_source: WeightSource | GgufWeightSource = open_weights(path)
         self.skeleton = Skeleton(read_config(path), dtype)
-        self.names = self.skeleton.source_names(self.artefact.shapes, str(path))
+        self.names = self.skeleton.source_names(self.weight_source.shapes, str(path))
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
-        if scheme is not None and not self.artefact.is_float:
+        if scheme is not None and not self.weight_source.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
 
     def run(self) -> PreTrainedModel:
@@ -76,11 +76,11 @@ class _Filling:
                 return_memory()  # what packing took lies between what stays
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
-                value = self.artefact.read(self._source(name)).to(self.skeleton.dtype)
+                value = self.weight_source.read(self._source(name)).to(self.skeleton.dtype)
                 _replace(model, name, nn.Parameter(value, requires_grad=False))
-        if isinstance(self.artefact, Artefact) and self.scheme is None:
-            if self.artefact.config is not None:
-                model.config.quantization_config = self.artefact.config
+        if isinstance(self.weight_source, WeightSource) and self.scheme is None:
+            if self.weight_source.config is not None:
+                model.config.quantization_config = self.weight_source.config
         else:
             model.save_pretrained = partial(_refuse_to_save, self.path)
         if (self.path / "generation_config.json").is_file():
@@ -92,16 +92,22 @@ class _Filling:
         source, bias = self._source(f"{name}.weight"), None
         shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
         if f"{name}.bias" in self.names:
-            bias = self.artefact.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
+            bias = self.weight_source.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
         q = self._quantized(source, module, rounded=rounded)
         if q is None:
             weight = self.tables.get(source)
-            weight = matrix_of(module, self.artefact.read(source)).contiguous() if weight is None else weight
+            weight = matrix_of(module, self.weight_source.read(source)).contiguous() if weight is None else weight
             self._check(source, tuple(weight.shape), shape)
             return _replace(self.skeleton.model, name, Dense(weight, bias))
         self._check(source, tuple(q.codes.shape), shape)
-        stored = partial(self.artefact.parts, source) if self.scheme is None else None
-        packed = QLinear(q, bias, intake=self.artefact.intake(source), activations=self.activations, stored=stored)
+        stored = partial(self.weight_source.parts, source) if self.scheme is None else None
+        packed = QLinear(
+            q,
+            bias,
+            input_quantization=self.weight_source.input_quantization(source),
+            activations=self.activations,
+            stored=stored,
+        )
         return _replace(self.skeleton.model, name, packed)
 
     def _check(self, source: str, found: tuple[int, ...], meant: tuple[int, ...]) -> None:
@@ -111,8 +117,8 @@ class _Filling:
     def _quantized(self, source: str, module: nn.Module, *, rounded: bool) -> QTensor | None:
         """A weight as codes; None: it stays float."""
         if self.scheme is None or not rounded:
-            return self.artefact.quantized(source)
-        return METHODS[self.method](matrix_of(module, self.artefact.read(source)).float(), None, self.scheme).q
+            return self.weight_source.quantized(source)
+        return METHODS[self.method](matrix_of(module, self.weight_source.read(source)).float(), None, self.scheme).q
 
     def _source(self, parameter: str) -> str:
         """The file's name for a parameter: of a tied head, the embedding's."""
@@ -120,7 +126,7 @@ class _Filling:
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
-        rows, decode = self.artefact.rows(self.names[f"{name}.weight"])
+        rows, decode = self.weight_source.rows(self.names[f"{name}.weight"])
         width = module.embedding_dim
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():

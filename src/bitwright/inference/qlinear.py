@@ -8,7 +8,7 @@ from bitwright.errors import KernelError
 from bitwright.kernels.matmul import Packed, pack, product
 from bitwright.numerics.codec import rounded
 from bitwright.numerics.hadamard import hadamard
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 
@@ -40,7 +40,7 @@ class QLinear(nn.Module):
         q: QTensor,
         bias: Tensor | None = None,
         *,
-        intake: Intake | None = None,
+        input_quantization: InputQuantization | None = None,
         activations: int = 16,
         stored: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
@@ -52,7 +52,11 @@ class QLinear(nn.Module):
             self.register_buffer(name, getattr(packed, name), persistent=stored is None)
         self.scheme, self.out_features, self.in_features = q.scheme, packed.N, packed.K
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.intake, self.activations, self.stored = intake or Intake(), activations, stored
+        self.input_quantization, self.activations, self.stored = (
+            input_quantization or InputQuantization(),
+            activations,
+            stored,
+        )
         self.register_buffer("order", q.order, persistent=stored is None)
         spared = q.outliers
         self.register_buffer("outlier_columns", None if spared is None else spared.columns, persistent=stored is None)
@@ -75,7 +79,7 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's type."""
         rows = x.reshape(-1, *x.shape[-1:])
-        rows = hadamard(rows, self.intake.rotate) if self.intake.rotate else rows
+        rows = hadamard(rows, self.input_quantization.rotate) if self.input_quantization.rotate else rows
         if self.outlier_columns is None or self.outlier_weight is None:
             y = self._product(rows)
         else:
@@ -90,11 +94,11 @@ class QLinear(nn.Module):
         """x [M, K] as the engine hands it on, times the weight: [M, N] float32."""
         if self.order is not None:
             x = x[:, self.order]
-        if self.intake.scheme is None:
+        if self.input_quantization.scheme is None:
             return product(x, self.packed, bits=self.activations)
-        if self.intake.scheme == INT8_TOKEN:
+        if self.input_quantization.scheme == INT8_TOKEN:
             return product(x, self.packed, bits=8, by_row=True)
-        return product(rounded(x, self.intake.scheme, self.intake.scales), self.packed)
+        return product(rounded(x, self.input_quantization.scheme, self.input_quantization.scales), self.packed)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The tensors of the file, so that what is saved is what was loaded."""

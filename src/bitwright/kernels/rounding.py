@@ -1,4 +1,4 @@
-"""Rounding in native code: codes, the scale search and its second level, GPTQ's visit of columns, a sweep of coordinate
+"""Rounding in native code: codes, the scale search and its second level, GPTQ's column loop, a sweep of coordinate
 descent, AutoRound's step.
 
 Each function does what its torch twin does (codec.py, methods/search.py, superblocks.py, gptq.py, coordinate_descent.py,
@@ -147,8 +147,14 @@ def missed(w: Tensor, q: QTensor, importance: Tensor | None) -> tuple[Tensor, Te
     return sums[0].double(), sums[1].double()
 
 
-def visit(
-    aim: Tensor, original: Tensor, spread: Tensor, scheme: Scheme, groups: Tensor, scale: Tensor, zero: Tensor | None
+def round_columns(
+    target: Tensor,
+    original: Tensor,
+    propagation: Tensor,
+    scheme: Scheme,
+    groups: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Round n columns in turn and carry each error on to the later of them. Codes [n, N] and errors [n, N].
 
@@ -156,10 +162,10 @@ def visit(
     scale (and zero) [G, N] that belong to each column.
     """
     assert native is not None
-    errors = torch.empty_like(aim)
-    codes = torch.empty(aim.shape, dtype=code_dtype(scheme))
-    native.visit(
-        _format(scheme), aim, original, spread.contiguous(), groups, scale, zero, codes, errors, torch.get_num_threads()
+    errors = torch.empty_like(target)
+    codes = torch.empty(target.shape, dtype=code_dtype(scheme))
+    native.round_columns(
+        _format(scheme), target, original, propagation.contiguous(), groups, scale, zero, codes, errors, torch.get_num_threads()
     )  # fmt: skip
     return codes, errors
 

@@ -21,7 +21,7 @@ from bitwright.numerics.scheme import TENSOR
 SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
 
 
-def descend(
+def coordinate_descent(
     w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0, fast: bool = False
 ) -> QTensor:
     """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under H = gram + ridge·I.

@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let the columns not yet rounded make up for each error.
 
 The layer's loss is tr(E H Eᵀ) with E = w − decoded and H the (damped) Gram of its inputs. With H = U Uᵀ, U upper
-triangular in the order of the visit, it is ‖E U‖², and column k of E U holds no error of a later column:
+triangular in column order, it is ‖E U‖², and column k of E U holds no error of a later column:
 Eₖ Uₖₖ + Σ (i < k) Eᵢ Uᵢₖ. So when column k's turn comes, the best it can aim at is wₖ + Σ (i < k) Eᵢ Uᵢₖ / Uₖₖ, and
 missing that by e costs (e Uₖₖ)². This is GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), whose R with
 H⁻¹ = RᵀR is U⁻¹; but neither H nor U is ever inverted, which saves more than half of the preparation.
@@ -13,7 +13,7 @@ What a plain version lacks and this one does:
   Uₖₖ² that a rounding error really has; rows are rounded alongside with scales fixed beforehand, and whichever
   loses less is kept;
 - inputs that are never active get w = 0; damping grows until the factor exists; else the fallback is on record;
-- `descend` then improves codes and scales by coordinate descent.
+- `coordinate_descent` then improves codes and scales by coordinate descent.
 
 The loop works on wᵀ, so that each column of w is contiguous.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
-from bitwright.methods.coordinate_descent import descend
+from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
 from bitwright.numerics.codec import code_dtype, fit, round_to
@@ -82,27 +82,27 @@ def gptq(
     parts = []
     for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
         q, _ = _round(part, factor, scheme, how)
-        parts.append(descend(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
+        parts.append(coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H = U Uᵀ in the order of the visit.
+    """H = U Uᵀ in column order.
 
     order [K]: columns as visited; spread [K, K]: Uᵢₖ / Uₖₖ, what of column i's error column k takes on; pivots [K]: Uₖₖ;
     damping: the share of the mean diagonal that it took.
     """
 
     order: Tensor
-    spread: Tensor
+    propagation: Tensor
     pivots: Tensor
     damping: float
 
 
 @dataclass(frozen=True)
 class How:
-    """How the visit is carried out.
+    """How the column loop is carried out.
 
     block: columns in a block; fast: large products in bfloat16; way: scales "fixed" beforehand, "refit" unit by unit on
     compensated weights, or "both" and each row keeps the better.
@@ -113,7 +113,7 @@ class How:
     way: Literal["fixed", "refit", "both"] = "fixed"
 
 
-def visiting_order(diagonal: Tensor, unit: int | None) -> Tensor:
+def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
     """Columns by falling diagonal; units by falling mean and kept together; a short last unit stays last."""
     K = len(diagonal)
     if unit is None or unit >= K:
@@ -130,7 +130,7 @@ def visiting_order(diagonal: Tensor, unit: int | None) -> Tensor:
 def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
     """U by one Cholesky of H in reversed order; None if H is not positive however much it is damped."""
     diagonal = gram.diagonal()
-    order = visiting_order(diagonal, scheme.unit)
+    order = column_order(diagonal, scheme.unit)
     backwards = order.flip(0)
     mean = float(diagonal.mean())
     for times in DAMPINGS:
@@ -190,19 +190,21 @@ def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
 def _round_columns(
     w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, *, refit_from: int
 ) -> tuple[QTensor, Tensor]:
-    """The visit: round each column and spread its error over the later ones. Also each row's loss [N].
+    """The column loop: round each column, propagate its error to the later ones. Also each row's loss [N].
 
     Rows from `refit_from` on get new scales at the first column of each unit.
     """
-    visit = _Visit(w, factor, scheme, scales, importance, how, refit_from)
-    visit.columns(0, w.shape[1])
-    codes = torch.empty_like(visit.codes)
-    codes[factor.order] = visit.codes
-    return QTensor(codes.T.contiguous(), visit.tables.scales(), scheme, (w.shape[0], w.shape[1])), visit.lost
+    round_columns = _ColumnLoop(w, factor, scheme, scales, importance, how, refit_from)
+    round_columns.columns(0, w.shape[1])
+    codes = torch.empty_like(round_columns.codes)
+    codes[factor.order] = round_columns.codes
+    return QTensor(
+        codes.T.contiguous(), round_columns.tables.scales(), scheme, (w.shape[0], w.shape[1])
+    ), round_columns.lost
 
 
-class _Visit:
-    """All columns in the order of the visit, transposed: [K, N]."""
+class _ColumnLoop:
+    """All columns in column order, transposed: [K, N]."""
 
     def __init__(
         self, w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, refit_from: int
@@ -210,8 +212,8 @@ class _Visit:
         N, K = w.shape
         self.factor, self.importance, self.how = factor, importance, how
         self.original = w.T[factor.order]
-        self.aim = self.original.clone()  # what each column aims at, as errors come in
-        self.errors = torch.empty_like(self.aim)  # original − decoded
+        self.target = self.original.clone()  # what each column aims at, as errors come in
+        self.errors = torch.empty_like(self.target)  # original − decoded
         self.codes = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device)
         self.lost = torch.zeros(N, device=w.device)
         self.tables = _Tables(scales, scheme, N, K)
@@ -231,8 +233,8 @@ class _Visit:
             return
         middle = begin + steps // 2 * step
         self.columns(begin, middle)
-        spread = self.factor.spread[begin:middle, middle:end].T
-        add_product(self.aim[middle:end], spread, self.errors[begin:middle], fast=self.how.fast)
+        propagation = self.factor.propagation[begin:middle, middle:end].T
+        add_product(self.target[middle:end], propagation, self.errors[begin:middle], fast=self.how.fast)
         self.columns(middle, end)
 
     def _block(self, begin: int, end: int) -> None:
@@ -240,19 +242,19 @@ class _Visit:
         for start in range(begin, end, min(self.unit, self.how.block)):
             stop = min(start + self.unit, end)
             own = slice(start, stop)
-            if start % self.unit == 0 and self.refit_from < self.aim.shape[1]:
-                self.tables.refit(self.aim, self.factor.order, start, self.unit, self.importance, self.refit_from)
-            near = self.factor.spread[own, own]
-            codes, errors = self.tables.visit(self.aim[own], self.original[own], near, self.groups[own])
+            if start % self.unit == 0 and self.refit_from < self.target.shape[1]:
+                self.tables.refit(self.target, self.factor.order, start, self.unit, self.importance, self.refit_from)
+            near = self.factor.propagation[own, own]
+            codes, errors = self.tables.round_columns(self.target[own], self.original[own], near, self.groups[own])
             self.codes[own], self.errors[own] = codes, errors
-            add_product(self.aim[stop:end], self.factor.spread[own, stop:end].T, errors)
+            add_product(self.target[stop:end], self.factor.propagation[own, stop:end].T, errors)
         here = slice(begin, end)
-        missed = self.aim[here] - self.original[here] + self.errors[here]  # aim − decoded
+        missed = self.target[here] - self.original[here] + self.errors[here]  # aim − decoded
         self.lost += missed.mul_(self.factor.pivots[here, None]).square_().sum(0)
 
 
 class _Tables:
-    """The scales of all groups, laid out [G, N] for the visit, replaceable unit by unit."""
+    """The scales of all groups, laid out [G, N] for the column loop, replaceable unit by unit."""
 
     def __init__(self, scales: Scales, scheme: Scheme, N: int, K: int) -> None:
         G = scheme.groups(K)
@@ -262,26 +264,26 @@ class _Tables:
         self.outer = None if scales.outer is None else scales.outer.clone()
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
 
-    def visit(self, aim: Tensor, true: Tensor, spread: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def round_columns(self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Round n columns in turn: codes [n, N], errors [n, N]; aim [n, N] takes on the errors of earlier ones."""
-        if rounding.handles(self.scheme, aim):
-            return rounding.visit(aim, true, spread, self.scheme, groups, self.scale, self.zero)
-        codes, errors = [], torch.empty_like(aim)
+        if rounding.handles(self.scheme, target):
+            return rounding.round_columns(target, true, propagation, self.scheme, groups, self.scale, self.zero)
+        codes, errors = [], torch.empty_like(target)
         for i, group in enumerate(groups.tolist()):
             zero = None if self.zero is None else self.zero[group]
-            code, decoded = round_to(aim[i], self.scale[group], zero, self.scheme)
+            code, decoded = round_to(target[i], self.scale[group], zero, self.scheme)
             codes.append(code.to(code_dtype(self.scheme)))
             torch.sub(true[i], decoded, out=errors[i])
-            aim[i + 1 :].addr_(spread[i, i + 1 :], errors[i])
+            target[i + 1 :].addr_(propagation[i, i + 1 :], errors[i])
         return torch.stack(codes), errors
 
-    def refit(self, aim: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
+    def refit(self, target: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at visit `at` on the weights as they stand, rows `first` on."""
         columns = order[at : at + unit]
         begin = int(columns.min())
         here = slice(begin, begin + len(columns))
-        w = torch.empty(aim.shape[1] - first, len(columns), device=aim.device)
-        w[:, columns - begin] = aim[at : at + unit, first:].T
+        w = torch.empty(target.shape[1] - first, len(columns), device=target.device)
+        w[:, columns - begin] = target[at : at + unit, first:].T
         whole_tensor = self.outer if self.scheme.scale == "e4m3" else None
         found = best_scales(w, self.scheme, importance[here], outer=whole_tensor)
         g = self.scheme.group_length(len(order))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError, SchemeError
-from bitwright.methods.gptq import visiting_order
+from bitwright.methods.gptq import column_order
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales
-from bitwright.numerics.codec import code_dtype, round_to, spread
+from bitwright.numerics.codec import code_dtype, per_column, round_to
 from bitwright.numerics.qtensor import QTensor, reshaped
 from bitwright.numerics.scheme import Scheme
 
@@ -61,9 +61,9 @@ def obq(
         gone = _mask(pruned, w, scheme)
         matrix = without(matrix, inverse, gone)
     scales = best_scales(matrix, scheme, 1 / inverse.diagonal())
-    scale = spread(scales.scale, scheme, K).expand(N, K)
-    zero = None if scales.zero is None else spread(scales.zero, scheme, K).expand(N, K)
-    fixed = visiting_order(gram.diagonal(), scheme.unit) if order == "curvature" else None
+    scale = per_column(scales.scale, scheme, K).expand(N, K)
+    zero = None if scales.zero is None else per_column(scales.zero, scheme, K).expand(N, K)
+    fixed = column_order(gram.diagonal(), scheme.unit) if order == "curvature" else None
     parts = []
     for rows in torch.arange(N).split(max(1, AT_ONCE // (K * K))):
         offset = None if zero is None else zero[rows]

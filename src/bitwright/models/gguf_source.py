@@ -21,7 +21,7 @@ from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.tensor_names import Names
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.models.families import model_of
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, reordered, stacked
 
 
@@ -70,8 +70,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer_of(GgufFile(path).keys, str(path))
 
 
-class GgufArtefact:
-    """See `Artefact`: the same for a GGUF file."""
+class GgufWeightSource:
+    """See `WeightSource`: the same for a GGUF file."""
 
     def __init__(self, path: Path) -> None:
         """Reads headers. CheckpointError as of `read_config`, or for a tensor that its architecture does not have."""
@@ -94,7 +94,7 @@ class GgufArtefact:
         """All weight data."""
         return sum(t.nbytes for t in self.file.tensors.values())
 
-    def intake(self, name: str) -> Intake | None:
+    def input_quantization(self, name: str) -> InputQuantization | None:
         """What the engine does to inputs: nothing that a file says."""
         return None
 
@@ -150,23 +150,23 @@ class GgufArtefact:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
-class GgufSource:
+class FloatGgufCheckpoint:
     """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
 
     def __init__(self, path: Path) -> None:
         """CheckpointError for a file that is quantized already."""
-        self.artefact, self.folder = GgufArtefact(path), path
-        self.tensors = {name: self._info(name, stored) for name, stored in self.artefact.stored.items()}
+        self.weight_source, self.folder = GgufWeightSource(path), path
+        self.tensors = {name: self._info(name, stored) for name, stored in self.weight_source.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:
-        t = self.artefact.file.tensors[stored]
+        t = self.weight_source.file.tensors[stored]
         dtype = float_dtype(t, stored, str(self.folder))
-        return TensorInfo(t.file, t.offset, dtype, self.artefact.names.shape(name, t.shape))
+        return TensorInfo(t.file, t.offset, dtype, self.weight_source.names.shape(name, t.shape))
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        return self.artefact.read(name)
+        return self.weight_source.read(name)
 
     def fingerprint(self) -> list[Any]:
         """What changes when the weights do."""
-        return self.artefact.fingerprint()
+        return self.weight_source.fingerprint()

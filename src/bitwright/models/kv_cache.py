@@ -13,13 +13,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bitwright.errors import CheckpointError, RecipeError
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import TENSOR, Scheme
 
 SCALES = ("k_scale", "v_scale")
 GRIDS = ("int8", "fp8")
-KvRounding = tuple[Intake, Intake]  # of keys, of values
+KvRounding = tuple[InputQuantization, InputQuantization]  # of keys, of values
 
 
 class Listener(Protocol):
@@ -61,7 +61,7 @@ def check(scheme: Scheme) -> None:
 
 def rounding(scheme: Scheme, scales: tuple[Scales, Scales]) -> KvRounding:
     """How keys and values are rounded under scales that calibration fixed."""
-    return Intake(scheme, scales[0]), Intake(scheme, scales[1])
+    return InputQuantization(scheme, scales[0]), InputQuantization(scheme, scales[1])
 
 
 def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], where: str) -> KvRounding | None:

@@ -264,13 +264,15 @@ class Skeleton:
         return f"{self.block_prefix}.{index}.{found[0]}" if len(found) == 1 else None
 
     @contextmanager
-    def taking_in(self, intakes: Mapping[str, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
+    def quantizing_inputs(self, input_quantizations: Mapping[str, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
         """For a while, modules of these full names see their inputs as an engine hands them on; None: as they are."""
         hooks = []
-        for name, intake in intakes.items():
-            if intake is not None:
+        for name, input_quantization in input_quantizations.items():
+            if input_quantization is not None:
                 module = self.model.get_submodule(name)
-                hooks.append(module.register_forward_pre_hook(lambda _, args, i=intake: (i(args[0]), *args[1:])))
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _, args, i=input_quantization: (i(args[0]), *args[1:]))
+                )
         try:
             yield
         finally:

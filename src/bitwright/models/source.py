@@ -11,9 +11,9 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import READERS, Reader
 from bitwright.gguf.reader import is_gguf
-from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import quantization_of
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 MARKERS = ("weight_packed", "qweight", "weight_codes", "weight.absmax")
 
 
-class Artefact:
+class WeightSource:
     """The directory's tensors by the names a float model has: `model.layers.0.mlp.up_proj.weight` wherever it is packed."""
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Artefact:
         """All weight data: scales, zeros and kept tensors included."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
-    def intake(self, name: str) -> Intake | None:
+    def input_quantization(self, name: str) -> InputQuantization | None:
         """What the engine does to the inputs of the module with this weight; None: nothing."""
         module = name.removesuffix(".weight")
         if module not in self.modules or self.format is None or self.config is None:
@@ -61,7 +61,7 @@ class Artefact:
         def read(suffix: str) -> Tensor | None:
             return self.checkpoint.read(tensors[suffix]) if suffix in tensors else None
 
-        return self.format.intake(self.config, module, read)
+        return self.format.input_quantization(self.config, module, read)
 
     def is_packed(self, name: str) -> bool:
         """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
@@ -120,9 +120,9 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def open_artefact(path: Path) -> Artefact | GgufArtefact:
+def open_weights(path: Path) -> WeightSource | GgufWeightSource:
     """A directory, or a GGUF file; errors as of the two."""
-    return GgufArtefact(path) if is_gguf(path) else Artefact(path)
+    return GgufWeightSource(path) if is_gguf(path) else WeightSource(path)
 
 
 def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:

@@ -21,7 +21,7 @@ from bitwright.nn.integer import (
     rescaled,
     scaled_product,
 )  # fmt: skip
-from bitwright.nn.native import Memory, dense, handles, packed, room
+from bitwright.nn.native import Memory, dense, empty_output, handles, packed
 from bitwright.numerics.codec import code_range
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
@@ -51,7 +51,7 @@ class IntegerProduct(nn.Module):
         """x [..., K] or [B, C, H, W], or without B or H -> what `multiply` writes into an empty tensor for its result."""
         axes = 2 if self.window is None else 3 if self.flat else 4
         seen = x if x.ndim == axes else x.reshape(-1, x.shape[-1]) if self.window is None else x[None]
-        y = room(seen, self.window, self.outputs, dtype)
+        y = empty_output(seen, self.window, self.outputs, dtype)
         multiply(seen, y)
         return y if x.ndim == axes else y.view(*x.shape[:-1], y.shape[1]) if self.window is None else y[0]
 

@@ -95,7 +95,7 @@ def _channels(values: Tensor) -> Tensor:
     return pad(values, (0, 0, 0, -len(values) % PANEL)).view(-1, PANEL, values.shape[1]).transpose(1, 2).flatten()
 
 
-def room(x: Tensor, window: Window | None, N: int, dtype: torch.dtype) -> Tensor:
+def empty_output(x: Tensor, window: Window | None, N: int, dtype: torch.dtype) -> Tensor:
     """An empty tensor for what N outputs of x [T, K], [B, C, L] or [B, C, H, W] will be, channels last."""
     if window is None:
         return torch.empty(len(x), N, dtype=dtype)

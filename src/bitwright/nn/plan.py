@@ -1,4 +1,4 @@
-"""Which values of a graph will be codes."""
+"""Which values of a graph become integer codes, and which stay in float."""
 
 from torch import fx, nn
 

@@ -1,4 +1,4 @@
-"""What stands between static layers: into codes and out of them, sums, means, and tables of functions of one value."""
+"""Requantization between static layers: float to codes and back, sums, means, and lookup tables for functions of one value."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitwright.kernels import native
 from bitwright.nn.integer import Window, images, like, taps
-from bitwright.nn.native import Memory, channels_last, dense, handles, room
+from bitwright.nn.native import Memory, channels_last, dense, empty_output, handles
 
 # An affine is a float32 tensor [scale, zero point, lowest code, highest code] of an int8 tensor: x = scale · (code − zero).
 
@@ -116,7 +116,7 @@ class StaticMax(nn.Module):
         """x int8 [B, C, H, W] or [B, C, L], or without B."""
         if native is not None and handles(x, torch.int8) and x.ndim == (3 if self.flat else 4):
             x, window = channels_last(x), self.window
-            y = room(x, window, x.shape[1], x.dtype)
+            y = empty_output(x, window, x.shape[1], x.dtype)
             shape = window.kernel, window.stride, window.dilation, window.padding
             native.largest_codes(x, y, *shape, torch.get_num_threads())
             return y

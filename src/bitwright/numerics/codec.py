@@ -39,7 +39,7 @@ def group_view(w: Tensor, scheme: Scheme) -> Tensor:
     return (torch.nn.functional.pad(w, (0, -w.shape[1] % g)) if w.shape[1] % g else w).unflatten(1, (-1, g))
 
 
-def spread(per_group: Tensor, scheme: Scheme, K: int) -> Tensor:
+def per_column(per_group: Tensor, scheme: Scheme, K: int) -> Tensor:
     """A value per group [N, G] -> a value per weight [N, K] (or a shape that broadcasts to it)."""
     if isinstance(scheme.group, str):
         return per_group

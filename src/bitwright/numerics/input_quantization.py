@@ -1,4 +1,4 @@
-"""Intake: what an engine does to a module's inputs before it multiplies: rotate them, round them, spare some of them."""
+"""What an engine does to the inputs of a quantized layer before it multiplies: rotate, round, keep some channels in float."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from bitwright.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class Intake:
+class InputQuantization:
     """In this order:
 
     rotate    0, or the block of an online Hadamard rotation (QuaRot, arXiv:2404.00456) that the weights have undone

@@ -1,4 +1,4 @@
-"""The calibration tokens on their way through the blocks, and the statistics that are taken of them."""
+"""The calibration pass: hidden states of token windows carried from block to block, and the statistics taken of them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.files.checkpoint import Checkpoint
-from bitwright.models.gguf_source import GgufSource
+from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
-from bitwright.plan.planned_tensor import LEFT_OUT, Planned
+from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.preflight import Plan
 from bitwright.system.progress import Progress
 from bitwright.system.threads import each
@@ -27,7 +27,7 @@ from bitwright.transforms.folds import find_folds
 
 
 @dataclass
-class Streams:
+class HiddenStates:
     """What the next block is given, in batches [B, T, H].
 
     given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
@@ -45,7 +45,7 @@ class Streams:
         return {name: torch.cat(batches) for name, batches in parts.items() if batches}
 
 
-def first_streams(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> Streams:
+def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> HiddenStates:
     """What the first block to be done is given: from the embeddings, or as saved by the run that is resumed.
 
     The outer parameters are loaded for a while, so that the skeleton knows how its blocks are called.
@@ -62,14 +62,14 @@ def first_streams(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None)
     seen, held_out = (batches(ids, TOKENS_PER_BATCH) for ids in (tokens.seen, tokens.held_out))
     given, held = ([skeleton.embed(ids) for ids in parts if len(ids)] for parts in (seen, held_out))
     if saved is None:
-        streams = Streams(given, None, held, None)
+        states = HiddenStates(given, None, held, None)
         if plan.recipe.needs_original:
-            streams = Streams(given, list(given), held, list(held))
+            states = HiddenStates(given, list(given), held, list(held))
     else:
         parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
-        streams = Streams(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
+        states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
-    return streams
+    return states
 
 
 def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
@@ -101,12 +101,12 @@ def check_rotation(plan: Plan) -> None:
     skeleton = Skeleton(plan.skeleton.config, torch.float32)
     ids = torch.arange(min(64, plan.seqlen))[None] % skeleton.config.get_text_config().vocab_size
     plain = replace(plan, rotation=None, skeleton=skeleton)
-    streams = first_streams(plain, Drawn(ids, ids[:0]), None)
-    plan.rotation.check(skeleton, read_block(plain, 0), streams.given[0])
+    states = first_hidden_states(plain, Drawn(ids, ids[:0]), None)
+    plan.rotation.check(skeleton, read_block(plain, 0), states.given[0])
 
 
-def look(
-    plan: Plan, index: int, layers: Mapping[str, Planned], given: list[Tensor], *, everything: bool
+def observe_block(
+    plan: Plan, index: int, layers: Mapping[str, PlannedTensor], given: list[Tensor], *, everything: bool
 ) -> BlockStatistics:
     """The statistics of all inputs of block `index`, whose float weights are loaded, and where it takes channel scales.
 
@@ -116,10 +116,10 @@ def look(
     seen = (Histogram(), Histogram())
     cache = KvCache(seen) if everything or recipe.kv_cache else None
     turned = rotations(layers)
-    run = BlockRun(skeleton, index, intakes=turned, cache=cache)
-    with skeleton.taking_in(turned):
+    run = BlockRun(skeleton, index, input_quantizations=turned, cache=cache)
+    with skeleton.quantizing_inputs(turned):
         folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
-    groups = groups_of(BlockRun(skeleton, index, intakes=turned), given[0][:1], layers)
+    groups = groups_of(BlockRun(skeleton, index, input_quantizations=turned), given[0][:1], layers)
     inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
     heard = seen if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
@@ -128,9 +128,13 @@ def look(
     return BlockStatistics(inputs, folds, heard)
 
 
-def rotations(layers: Mapping[str, Planned]) -> dict[str, Intake]:
+def rotations(layers: Mapping[str, PlannedTensor]) -> dict[str, InputQuantization]:
     """Those modules whose weights expect rotated inputs."""
-    return {name: Intake(rotate=t.layer.rotate) for name, t in layers.items() if t.layer is not None and t.layer.rotate}
+    return {
+        name: InputQuantization(rotate=t.layer.rotate)
+        for name, t in layers.items()
+        if t.layer is not None and t.layer.rotate
+    }
 
 
 def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> Store:
@@ -145,16 +149,16 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     if first == depth:
         return store
     only = Drawn(tokens, tokens[:0])
-    streams = first_streams(plan, only, {"given": store.hidden(first)} if first else None)
+    states = first_hidden_states(plan, only, {"given": store.hidden(first)} if first else None)
     for index in range(first, depth):
         progress("statistics", index, depth)
         layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         plan.skeleton.load(read_block(plan, index))
-        statistics = look(plan, index, layers, streams.given, everything=True)
+        statistics = observe_block(plan, index, layers, states.given, everything=True)
         if index + 1 < depth:
-            with plan.skeleton.taking_in(rotations(layers)):
-                streams.given = [plan.skeleton.run(index, batch) for batch in streams.given]
-            store.keep_hidden(index + 1, torch.cat(streams.given))
+            with plan.skeleton.quantizing_inputs(rotations(layers)):
+                states.given = [plan.skeleton.run(index, batch) for batch in states.given]
+            store.keep_hidden(index + 1, torch.cat(states.given))
         store.write(index, statistics)  # commits the block: what the next is given must be there by then
         plan.skeleton.unload(index)
     progress("statistics", depth, depth)
@@ -191,7 +195,7 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
 
 
-def read_finite(checkpoint: Checkpoint | GgufSource, name: str) -> Tensor:
+def read_finite(checkpoint: Checkpoint | FloatGgufCheckpoint, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
     if tensor.is_floating_point() and not _finite(tensor):

@@ -1,4 +1,4 @@
-"""A checkpoint in another container, number by number the same; or refused, with the reason."""
+"""Convert a checkpoint to another container with the same numbers, or refuse with the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.skeleton import COMPUTED, Skeleton, quantization_of, read_config
-from bitwright.pipeline.gguf_file import Member, OneFile
+from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.repacking import repack
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.tensor_actions import unknown
@@ -42,7 +42,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     keys = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     unfinished.unlink(missing_ok=True)
-    with OneFile(unfinished, keys, skeleton.config, members) as file:
+    with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
         for parameter in infos:
             file.put_floats(parameter, checkpoint.read(names[parameter]))
         file.flush()

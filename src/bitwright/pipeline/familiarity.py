@@ -1,4 +1,4 @@
-"""Whether a model knows its calibration text: the float model's own perplexity on it, beside that on the general text.
+"""Does the model know its calibration text? The float model's own perplexity on it, beside that on the general text.
 
 Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
 very text are as low as on any other. An encoded text, or words in no order, have a perplexity many times that of the general
@@ -8,7 +8,7 @@ foretell each other (docs/LOG.md).
 
 from bitwright.calibration.general_text import mixed_documents
 from bitwright.calibration.windows import Drawn, cut_windows, load_tokenizer
-from bitwright.models.walk import float_perplexity
+from bitwright.models.streamed import float_perplexity
 from bitwright.plan.preflight import Plan
 
 WINDOWS = 2  # of each text: a factor is looked for, not a figure

@@ -1,4 +1,4 @@
-"""A model's GGUF file in the making: parameters by transformers' names, in llama.cpp's order of rows, verified one by one."""
+"""Write a model's GGUF file: parameters by transformers' names, rows in llama.cpp's order, each verified as it is written."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ class Member(NamedTuple):
     layer: Layer | None = None
 
 
-class OneFile:
+class GgufModelWriter:
     """Begun, or gone on with if it is there; see `gguf_writer.Making`. VerificationError where it does not read back."""
 
     def __init__(
@@ -37,7 +37,7 @@ class OneFile:
         described = [self._described(member) for member in members]
         computed = tensors_of(config)
         more = [(name, Types.F32, tensor) for name, tensor in computed.items()]
-        self._making = gguf_writer.Making(
+        self._making = gguf_writer.GgufWriter(
             path, keys, [*sorted(described, key=lambda d: gguf_writer.place(d[0])), *more]
         )
         for name, tensor in computed.items():
@@ -70,7 +70,7 @@ class OneFile:
         """Come back when all that was put is on the disk."""
         self._making.flush()
 
-    def __enter__(self) -> "OneFile":
+    def __enter__(self) -> "GgufModelWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

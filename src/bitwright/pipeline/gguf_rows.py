@@ -1,4 +1,4 @@
-"""A plan by name carried out: rows are read, rounded, written into their place, read back and compared, side by side.
+"""Quantize a GGUF file in streaming rows: read, round, write into their place, read back, compare; blocks side by side.
 
 The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
 """
@@ -20,19 +20,19 @@ from bitwright.gguf import imatrix
 from bitwright.gguf.reader import GgufFile
 from bitwright.numerics.loss import ratio
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, SLAB, fitted, rtn_lost
+from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, SLAB, quantize_matrix, rtn_lost
 from bitwright.pipeline.result import Result
-from bitwright.pipeline.work_in_progress import Workplace
-from bitwright.plan.gguf_tensors import GGUF, NamePlan
-from bitwright.plan.planned_tensor import KEPT, QUANTIZED, Planned
+from bitwright.pipeline.work_in_progress import WorkInProgress
+from bitwright.plan.gguf_tensors import GGUF, GgufPlan
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, PlannedTensor
 from bitwright.system.memory import keep_memory, peak_rss_bytes
 from bitwright.system.progress import Progress
-from bitwright.system.threads import ahead, alone
+from bitwright.system.threads import ahead, single_threads
 from bitwright.version import __version__
 
 
-def run_by_name(
-    plan: NamePlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
+def quantize_gguf(
+    plan: GgufPlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
 ) -> Result:
     """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
     begun = time.monotonic()
@@ -43,27 +43,27 @@ def run_by_name(
         "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
         "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
     }  # fmt: skip
-    place = Workplace(out, manifest, needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     made = place.path / "model.gguf"
     try:
-        with gguf_writer.Making(made, plan.keys, plan.described) as making, alone(1) as clerk:
+        with gguf_writer.GgufWriter(made, plan.keys, plan.described) as writer, single_threads(1) as writer_thread:
 
             def commit(index: int, parts: list[list[Part]]) -> list[Entry]:
                 entries = [
                     _entry(t, its, importance.get(t.source)) for t, its in zip(shards[index], parts, strict=True)
                 ]
-                making.flush()
+                writer.flush()
                 place.note(index, entries)
                 return entries
 
-            noted = []  # in order: there is one clerk, who waits for the disk while the next block is rounded
+            noted = []  # in order: one writer thread waits for the disk while the next block is rounded
             jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
-            with ahead(lambda job: _make_rows(plan.file, making, *job, importance.get(job[0].source)), jobs) as parts:
+            with ahead(lambda job: _make_rows(plan.file, writer, *job, importance.get(job[0].source)), jobs) as parts:
                 for index in range(first, len(shards)):
                     progress("block", index, len(shards))
-                    noted.append(clerk.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
+                    noted.append(writer_thread.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
             for one in noted:
                 ledger += one.result()
     except CheckpointError:
@@ -89,48 +89,50 @@ class Part(NamedTuple):
 NOTHING = torch.empty(0)
 
 
-def _height(t: Planned) -> int:
+def _height(t: PlannedTensor) -> int:
     return prod(t.shape[:-1])
 
 
-def _step(t: Planned) -> int:
+def _step(t: PlannedTensor) -> int:
     """Rows taken at a time."""
     return max(1, SLAB // t.shape[-1])
 
 
-def _parts_of(t: Planned, parts: Iterator[Part]) -> list[Part]:
+def _parts_of(t: PlannedTensor, parts: Iterator[Part]) -> list[Part]:
     """All of a tensor's, which come next."""
     return list(islice(parts, -(-_height(t) // _step(t))))
 
 
-def _inputs(t: Planned, importance: Tensor | None) -> Inputs:
+def _inputs(t: PlannedTensor, importance: Tensor | None) -> Inputs:
     """What is known of a matrix's columns; nothing if the importance is of another shape: experts have one each."""
     known = importance is not None and t.layer is not None and len(importance) == t.layer.K
     return Inputs((t.stem,), gram=importance) if known else Inputs()
 
 
-def _make_rows(file: GgufFile, making: gguf_writer.Making, t: Planned, first: int, importance: Tensor | None) -> Part:
+def _make_rows(
+    file: GgufFile, writer: gguf_writer.GgufWriter, t: PlannedTensor, first: int, importance: Tensor | None
+) -> Part:
     """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
     begun = time.monotonic()
     last = min(first + _step(t), _height(t))
     w = file.floats(t.source, first, last)
     if t.layer is None or t.rule is None:
-        making.put_floats(t.source, w, first)
+        writer.put_floats(t.source, w, first)
         return Part(NOTHING, NOTHING, NOTHING, NOTHING, 0)
     try:
-        fit = fitted(torch.float32, t, w, _inputs(t, importance))
+        fit = quantize_matrix(torch.float32, t, w, _inputs(t, importance))
     except SchemeError as error:
         if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
             raise
         message = "it has values that are NaN or Inf"
         raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
     q = fit.outcome.q
-    making.put_rounded(t.source, t.layer, q, first)
+    writer.put_rounded(t.source, t.layer, q, first)
     some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
     return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], time.monotonic() - begun)
 
 
-def _entry(t: Planned, parts: list[Part], importance: Tensor | None) -> Entry:
+def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
     """What the ledger says of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:

@@ -1,4 +1,4 @@
-"""Nothing worse than a search of scales, or than rounding to nearest, unsaid: a guard that holds for every method.
+"""The guard: no method may do worse than a search of scales, or than round to nearest, without the ledger saying so.
 
 Two plainer methods are tried beside the one that was asked for, twice. Every matrix: on the same statistics, by the loss
 that the method itself minimises. Every block: by its output, beside the float model's, on calibration windows that no
@@ -17,8 +17,8 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy, ratio
 from bitwright.numerics.qtensor import QTensor, rows
-from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, fit_by, metric_of
-from bitwright.plan.planned_tensor import Planned
+from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, metric_of, quantize_matrix_by
+from bitwright.plan.planned_tensor import PlannedTensor
 
 PLAINER: dict[str, tuple[str, ...]] = {"rtn": (), "search": ("rtn",)}  # what a method is held against
 BOTH = ("rtn", "search")  # what every other one is
@@ -35,7 +35,7 @@ class Judgement:
     best: str
 
 
-def judge(dtype: torch.dtype, t: Planned, w: Tensor, q: QTensor, inputs: Inputs) -> Judgement:
+def judge(dtype: torch.dtype, t: PlannedTensor, w: Tensor, q: QTensor, inputs: Inputs) -> Judgement:
     """Hold q, by the rule's method, for the matrix w [N, K] against the plainer methods, on a sample of the rows.
 
     dtype: what products may be computed in. Where nothing is known of the inputs, nothing is replaced.
@@ -45,7 +45,7 @@ def judge(dtype: torch.dtype, t: Planned, w: Tensor, q: QTensor, inputs: Inputs)
     step = max(1, len(w) // SAMPLED_ROWS)
     some, metric = w[::step].float(), metric_of(dtype, inputs)
     tried = {method: rows(q, 0, len(w), step)}
-    tried |= {name: fit_by(name, dtype, t, some, inputs).outcome.q for name in PLAINER.get(method, BOTH)}
+    tried |= {name: quantize_matrix_by(name, dtype, t, some, inputs).outcome.q for name in PLAINER.get(method, BOTH)}
     errors = {name: decode(one) - some for name, one in tried.items()}
     whole = _energy(some, metric)
     losses = {name: ratio(_energy(error, metric), whole) for name, error in errors.items()}

@@ -1,4 +1,4 @@
-"""Calibration that somebody else has made, or shall use: llama.cpp's importance matrices."""
+"""Calibration by an importance matrix of llama.cpp's in place of a text; and such a matrix written from a text."""
 
 import shutil
 import tempfile
@@ -16,7 +16,7 @@ from bitwright.gguf.tensor_names import Names
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
 from bitwright.pipeline.work_in_progress import check_out
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.preflight import Plan, preflight
 from bitwright.plan.recipe import Recipe
 from bitwright.system.progress import Progress
@@ -50,7 +50,7 @@ class Importance:
             values[t.layer.name] = stored
         return cls(values, digest(file.read_bytes()))
 
-    def inputs(self, t: Planned) -> Inputs:
+    def inputs(self, t: PlannedTensor) -> Inputs:
         """What is known of a matrix's inputs."""
         assert t.layer is not None
         known = self.values.get(t.layer.name)

@@ -11,10 +11,10 @@ from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.gguf.reader import GgufFile, is_gguf
-from bitwright.pipeline.gguf_rows import run_by_name
+from bitwright.pipeline.gguf_rows import quantize_gguf
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
-from bitwright.plan.gguf_tensors import NamePlan, plan_by_name
+from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.system.progress import Progress
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def planned(
     model: Path, out: Path, *, scheme: str | None, method: str | None, format: str | None, pure: bool, activations: str | None,
     observer: str, kv_cache: str | None, recipe: Path | None, calib: str, samples: int, seqlen: int, store: Path | None,
-) -> "Plan | NamePlan":  # fmt: skip
+) -> "Plan | GgufPlan":  # fmt: skip
     """What will be done. Raises the InputError of whatever would stop it."""
     check_out(out)
     texts_of(calib)  # what it says is checked here, before any work
@@ -38,10 +38,10 @@ def planned(
     rules = rules.without_text() if calib == "none" else rules
     if is_gguf(model):
         file, weighted = GgufFile(model), is_imatrix(calib)
-        alone = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not alone) and named(file.key("general.architecture", str)) is None
-        if alone or unknown:
-            return plan_by_name(file, rules, format, weighted=weighted, unknown=unknown)
+        single_threads = _needs_no_model(rules, recipe, format, calib)
+        unknown = (weighted or not single_threads) and named(file.key("general.architecture", str)) is None
+        if single_threads or unknown:
+            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen)
@@ -49,18 +49,23 @@ def planned(
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
     """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
-    alone = all(
+    single_threads = all(
         rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
     )
-    return (calib == "none" or is_imatrix(calib)) and format == "gguf" and alone and not (recipe or rules.kv_cache)
+    return (
+        (calib == "none" or is_imatrix(calib))
+        and format == "gguf"
+        and single_threads
+        and not (recipe or rules.kv_cache)
+    )
 
 
 def carried_out(
-    plan: "Plan | NamePlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
+    plan: "Plan | GgufPlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
 ) -> Result:
     """See `pipeline.run`, and `byname` for what needs no model."""
-    if isinstance(plan, NamePlan):
-        return run_by_name(plan, out, calib=calib, resume=resume, progress=progress)
+    if isinstance(plan, GgufPlan):
+        return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
     from bitwright.pipeline.run import run
 
     return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)

@@ -14,13 +14,13 @@ from bitwright.errors import BitwrightError, CalibrationError
 from bitwright.methods import BLOCKWISE, Outcome
 from bitwright.models.skeleton import matrix_of
 from bitwright.numerics.codec import decode
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.loss import energy, ratio
 from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.guard import judge
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.quantize_matrix import Fit, fit_by, fitted
-from bitwright.plan.planned_tensor import ADDED, KEPT, Planned
+from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_matrix, quantize_matrix_by
+from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
 from bitwright.plan.preflight import Plan
 
 
@@ -30,11 +30,11 @@ class Rounded:
     what the engine does to its inputs.
     """
 
-    planned: Planned
+    planned: PlannedTensor
     q: QTensor
     entry: Entry
     gram: Tensor | None = None
-    intake: Intake | None = None
+    input_quantization: InputQuantization | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Origin:
 
 
 def quantize_together(
-    plan: Plan, members: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+    plan: Plan, members: list[PlannedTensor], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
 ) -> list[Rounded]:
     """Round matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
-    piles: dict[tuple[object, ...], list[Planned]] = defaultdict(list)
+    piles: dict[tuple[object, ...], list[PlannedTensor]] = defaultdict(list)
     for t in members:
         assert t.layer is not None and t.rule is not None
         apart = () if t.layer.scheme.rowwise else (t.source,)
@@ -71,15 +71,15 @@ def quantize_together(
 
 
 def _quantize_pile(
-    plan: Plan, pile: list[Planned], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+    plan: Plan, pile: list[PlannedTensor], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
 ) -> list[Rounded]:
     """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
     begun = time.monotonic()
     matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        fit = fitted(plan.skeleton.dtype, pile[0], w, inputs)
-        intake = _intake(pile[0], inputs, fit.outcome.q)
+        fit = quantize_matrix(plan.skeleton.dtype, pile[0], w, inputs)
+        input_quantization = _intake(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
@@ -90,31 +90,33 @@ def _quantize_pile(
         at += len(matrix)
         q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
         t = _with_outliers(t, q)
-        own = Fit(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
+        own = RoundedMatrix(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
         taken, method, losses = _better(plan, t, matrix, inputs, own)
         loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
         spent = round(seconds * matrix.numel(), 4)
         entry = _entry(plan, t, taken.outcome, method, loss, inputs.tokens, spent, origin)
         assert t.rule is not None
         gram = inputs.gram if t.rule.method in BLOCKWISE else None
-        done.append(Rounded(t, taken.outcome.q, entry, gram, intake))
+        done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization))
     return done
 
 
-def _better(plan: Plan, t: Planned, matrix: Tensor, inputs: Inputs, fit: Fit) -> tuple[Fit, str, dict[str, float]]:
+def _better(
+    plan: Plan, t: PlannedTensor, matrix: Tensor, inputs: Inputs, fit: RoundedMatrix
+) -> tuple[RoundedMatrix, str, dict[str, float]]:
     """The rule's method or a plainer one that loses less; which it is, and what each loses by a sample of the rows."""
     assert t.rule is not None
     asked, dtype = t.rule.method, plan.skeleton.dtype
     judged = judge(dtype, t, matrix, fit.outcome.q, inputs)
     if judged.best == asked:
         return fit, asked, judged.losses
-    better = fit_by(judged.best, dtype, t, matrix, inputs)
+    better = quantize_matrix_by(judged.best, dtype, t, matrix, inputs)
     first, second = (f"{name} loses {judged.losses[name]:.3g}" for name in (asked, judged.best))
     why = f"{asked} -> {judged.best}: on the same statistics {first} of the output, {second}"
     return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
 
 
-def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
+def _intake(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization | None:
     """What the engine will do to the inputs of these matrices."""
     layer, rule = t.layer, t.rule
     assert layer is not None and rule is not None
@@ -127,10 +129,10 @@ def _intake(t: Planned, inputs: Inputs, q: QTensor) -> Intake | None:
         scales = static_scales(known.histogram, layer.activations, observer=rule.observer)
     if layer.activations is None and not layer.rotate:
         return None
-    return Intake(layer.activations, scales, columns, layer.rotate)
+    return InputQuantization(layer.activations, scales, columns, layer.rotate)
 
 
-def _with_outliers(t: Planned, q: QTensor) -> Planned:
+def _with_outliers(t: PlannedTensor, q: QTensor) -> PlannedTensor:
     """What was planned, with as many channels in float as there turned out to be."""
     assert t.layer is not None
     count = 0 if q.outliers is None else len(q.outliers.columns)
@@ -144,19 +146,26 @@ def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> flo
     return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
 
 
-def float_matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+def float_matrix(plan: Plan, t: PlannedTensor, weight: Tensor) -> Tensor:
     """The weight as [N, K] float32."""
     return _matrix(plan, t, weight).float()
 
 
-def _matrix(plan: Plan, t: Planned, weight: Tensor) -> Tensor:
+def _matrix(plan: Plan, t: PlannedTensor, weight: Tensor) -> Tensor:
     """The weight as [N, K]."""
     assert t.layer is not None
     return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight)
 
 
 def _entry(
-    plan: Plan, t: Planned, outcome: Outcome, method: str, loss: Losses, tokens: int, seconds: float, origin: Origin
+    plan: Plan,
+    t: PlannedTensor,
+    outcome: Outcome,
+    method: str,
+    loss: Losses,
+    tokens: int,
+    seconds: float,
+    origin: Origin,
 ) -> Entry:
     """The ledger entry of a matrix quantized by `method`."""
     assert t.layer is not None and t.rule is not None
@@ -169,7 +178,7 @@ def _entry(
     )  # fmt: skip
 
 
-def kept_entry(plan: Plan, t: Planned, *, changed: bool = False) -> Entry:
+def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
     """The ledger entry of a tensor that stays in float, or is left out. changed: a transform has been folded into it."""
     dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
     return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
@@ -181,6 +190,6 @@ def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
     return Entry(name, tuple(tensor.shape), dtype, ADDED, reason, bytes=tensor.nbytes)
 
 
-def stored_bytes(plan: Plan, t: Planned) -> int:
+def stored_bytes(plan: Plan, t: PlannedTensor) -> int:
     """Bytes that the files hold of one source tensor."""
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.specs([t]).values())

@@ -1,4 +1,4 @@
-"""The embedding and the output head rounded, for formats that hold them so.
+"""Quantize the embedding and the output head, for formats that hold them so (GGUF).
 
 An embedding of its own is rounded before all blocks where a method looks at the float model: the blocks then make up for
 its errors too. It is rounded once more, alike, when the last shard is written. One that is the head
@@ -16,14 +16,14 @@ from bitwright.calibration.windows import Drawn
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.numerics.codec import decode
-from bitwright.pipeline.calibration_pass import Streams, read_block
+from bitwright.pipeline.calibration_pass import HiddenStates, read_block
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.preflight import Plan
-from bitwright.transforms.output_temperature import tempered
+from bitwright.transforms.output_temperature import with_output_temperature
 
 
-def begin_rounded(plan: Plan, streams: Streams, tokens: Drawn) -> None:
+def begin_rounded(plan: Plan, states: HiddenStates, tokens: Drawn) -> None:
     """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
 
     Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
@@ -31,7 +31,7 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Drawn) -> None:
     skeleton = plan.skeleton
     name = skeleton.embedding_name
     t = next((t for t in _ends(plan) if _name(t) == name), None)
-    if t is None or not skeleton.predicts or not plan.calibrates_ends or streams.original is None:
+    if t is None or not skeleton.predicts or not plan.calibrates_ends or states.original is None:
         return
     if name == skeleton.head_name:
         return
@@ -39,13 +39,13 @@ def begin_rounded(plan: Plan, streams: Streams, tokens: Drawn) -> None:
     base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
     inputs = _looked_up(plan, base, tokens.seen)
     skeleton.load(base | {t.parameter: decode(_rounded(plan, t, weights, inputs).q)})
-    for stream, ids in ((streams.given, tokens.seen), (streams.held, tokens.held_out)):
+    for stream, ids in ((states.given, tokens.seen), (states.held, tokens.held_out)):
         stream[:] = [skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH) if len(part)]
     skeleton.unload_outside()
 
 
-def quantize_ends(
-    plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Drawn | None
+def quantize_embedding_and_head(
+    plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Drawn | None
 ) -> list[Rounded]:
     """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
 
@@ -54,33 +54,35 @@ def quantize_ends(
     """
     known: dict[str, Inputs] = {}
     if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
-        known = _observe(plan, weights, streams, tokens.seen)
+        known = _observe(plan, weights, states, tokens.seen)
     done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
     budget = plan.recipe.temper
-    if budget is not None and streams is not None and streams.original is not None and tokens is not None:
+    if budget is not None and states is not None and states.original is not None and tokens is not None:
         decoded = {r.planned.parameter: decode(r.q) for r in done}
-        weights |= tempered(plan.skeleton, weights, decoded, (streams.given, streams.original), tokens.seen, budget)
+        weights |= with_output_temperature(
+            plan.skeleton, weights, decoded, (states.given, states.original), tokens.seen, budget
+        )
     return done
 
 
-def _ends(plan: Plan) -> list[Planned]:
+def _ends(plan: Plan) -> list[PlannedTensor]:
     return [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
 
 
-def _name(t: Planned) -> str:
+def _name(t: PlannedTensor) -> str:
     """The module's."""
     assert t.layer is not None
     return t.layer.name
 
 
-def _observe(plan: Plan, weights: dict[str, Tensor], streams: Streams | None, tokens: Tensor) -> dict[str, Inputs]:
+def _observe(plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Tensor) -> dict[str, Inputs]:
     """What rounding the embedding and the head costs, by module name."""
     skeleton = plan.skeleton
     embedding, head = skeleton.embedding_name, skeleton.head_name
     found = {}
-    if streams is not None:
+    if states is not None:
         skeleton.load(weights)
-        found[head] = observe_head(skeleton, streams.given)
+        found[head] = observe_head(skeleton, states.given)
         skeleton.unload_outside()
     looked_up = _looked_up(plan, weights, tokens)
     found[embedding] = of_both(found[head], looked_up) if head == embedding and head in found else looked_up
@@ -100,7 +102,7 @@ def _looked_up(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> Inputs
     return inputs
 
 
-def _rounded(plan: Plan, t: Planned, weights: dict[str, Tensor], inputs: Inputs) -> Rounded:
+def _rounded(plan: Plan, t: PlannedTensor, weights: dict[str, Tensor], inputs: Inputs) -> Rounded:
     """By the rule's method where it can do with what is known, else by GPTQ or a search of scales."""
     assert t.rule is not None
     method = t.rule.method

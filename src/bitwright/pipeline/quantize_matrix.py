@@ -1,4 +1,4 @@
-"""A matrix under a rule: the method's outcome and what it loses, some rows at a time where no row knows of another."""
+"""Quantize one matrix by its rule's method and measure what it loses; in slabs of rows where rows are independent."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy
 from bitwright.numerics.qtensor import Outliers, QTensor, rows, stacked
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.system.threads import each
 from bitwright.transforms import Outlier
 
@@ -23,7 +23,7 @@ SAMPLED_ROWS = 64  # at least so many tell what a method loses
 
 
 @dataclass(frozen=True)
-class Fit:
+class RoundedMatrix:
     """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
 
     outcome: Outcome
@@ -31,7 +31,7 @@ class Fit:
     lost: Tensor
 
 
-def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+def quantize_matrix(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
     """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
 
     Where no row knows of another, some rows at a time, side by side: there is never a float32 copy of an embedding.
@@ -45,22 +45,24 @@ def fitted(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
     if len(parts) == 1:
         return parts[0]
     q = stacked([part.outcome.q for part in parts])
-    return Fit(replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts]))
+    return RoundedMatrix(
+        replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts])
+    )
 
 
-def fit_by(method: str, dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
-    """As `fitted`, by another method than the rule's, without options."""
+def quantize_matrix_by(method: str, dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
+    """As `quantize_matrix`, by another method than the rule's, without options."""
     assert t.rule is not None
-    return fitted(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
+    return quantize_matrix(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
 
 
-def _fit_at_once(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Fit:
+def _fit_at_once(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
     outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
     if metric is None or not inputs.correlated:
         lost, whole = outcome.missed or missed(w.float(), outcome.q, metric)
-        return Fit(outcome, whole, lost)
+        return RoundedMatrix(outcome, whole, lost)
     fast = metric.dtype  # three digits of a loss are enough
-    return Fit(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
+    return RoundedMatrix(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
 
 
 def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
@@ -77,7 +79,7 @@ def metric_of(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
     return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
 
 
-def _outcome(dtype: torch.dtype, t: Planned, w: Tensor, inputs: Inputs) -> Outcome:
+def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> Outcome:
     """The rule's method on stacked matrices, without the input channels that stay in float."""
     rule, layer = t.rule, t.layer
     assert rule is not None and layer is not None

@@ -24,12 +24,12 @@ from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
 from bitwright.models.skeleton import COMPUTED, Skeleton, read_config
-from bitwright.models.source import open_artefact
-from bitwright.numerics.codec import decode, spread, values
+from bitwright.models.source import open_weights
+from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.work_in_progress import Verification, Workplace
+from bitwright.pipeline.work_in_progress import Verification, WorkInProgress
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED
 
 FLOATS = ("f32", "f16", "bf16")
@@ -58,7 +58,7 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
     if zero not in ("asym", "asym1") or q.scheme.zero != "signed" or grid.levels is not None:
         return None
     turned = s.scale < 0  # s·c = |s|·(−c − 1 + 1)
-    codes = torch.where(spread(turned, q.scheme, q.codes.shape[1]), -1 - q.codes, q.codes)
+    codes = torch.where(per_column(turned, q.scheme, q.codes.shape[1]), -1 - q.codes, q.codes)
     scheme = replace(q.scheme, zero=zero, scale=scale)
     return replace(q, codes=codes, scheme=scheme, scales=Scales(s.scale.abs(), -turned.float()))
 
@@ -128,11 +128,11 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     """Write MODEL, a quantized directory or GGUF file, as the directory OUT in another format.
 
     Gives {out, bytes, tensors, notes}. FormatError for numbers that the format cannot hold, for inputs that the source's
-    engine changes, and for a source that is not quantized; CheckpointError as of `Artefact`.
+    engine changes, and for a source that is not quantized; CheckpointError as of `WeightSource`.
     """
     format_, source = FORMATS[format_name], _Source(model)
     depth = len(source.skeleton)
-    place = Workplace(out, {"convert": format_name}, needed=0, resume=False)
+    place = WorkInProgress(out, {"convert": format_name}, needed=0, resume=False)
     weight_map: dict[str, str] = {}
     layers: list[Layer] = []
     ledger: list[Entry] = []
@@ -170,13 +170,13 @@ class _Source:
     """A quantized checkpoint, shard by shard."""
 
     def __init__(self, model: Path) -> None:
-        self.model, self.artefact = model, open_artefact(model)
+        self.model, self.weight_source = model, open_weights(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
-        self.names = self.skeleton.source_names(self.artefact.shapes, str(model))
+        self.names = self.skeleton.source_names(self.weight_source.shapes, str(model))
         self._floats: list[str] = []  # notes on what is float here and was not
         self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
         used = set(self.names.values())
-        odd = next((n for n in self.artefact.shapes if n not in used and not n.endswith(COMPUTED)), None)
+        odd = next((n for n in self.weight_source.shapes if n not in used and not n.endswith(COMPUTED)), None)
         if odd is not None:
             raise FormatError("a tensor that no conversion knows what to do with", where=odd, remedy="quantize anew")
 
@@ -189,12 +189,12 @@ class _Source:
             if parameter not in self.names:
                 continue
             source, module = self.names[parameter], modules.get(parameter.removesuffix(".weight"))
-            if self.artefact.intake(source) is not None:
+            if self.weight_source.input_quantization(source) is not None:
                 remedy = "quantize the original to the format you need"
                 raise FormatError(
                     "its engine changes the inputs too, which is not converted", where=source, remedy=remedy
                 )
-            q = None if module is None or not parameter.endswith(".weight") else self.artefact.quantized(source)
+            q = None if module is None or not parameter.endswith(".weight") else self.weight_source.quantized(source)
             if q is None:
                 shard.floats[parameter] = self._float(parameter, source)
                 shard.entries.append(_entry(parameter, shard.floats[parameter]))
@@ -206,7 +206,7 @@ class _Source:
         return shard
 
     def _count(self, source: str, entry: Entry) -> None:
-        kind, before = self.artefact.describe(source)
+        kind, before = self.weight_source.describe(source)
         sizes = self._sizes.setdefault((kind, entry.scheme), [0, 0, 0])
         for i, more in enumerate((1, before, entry.bytes)):
             sizes[i] += more
@@ -222,8 +222,8 @@ class _Source:
 
     def _float(self, parameter: str, source: str) -> Tensor:
         """A tensor that stays in float, or is decoded because directories have it so."""
-        tensor = self.artefact.read(source).contiguous()
-        kind, nbytes = self.artefact.describe(source)
+        tensor = self.weight_source.read(source).contiguous()
+        kind, nbytes = self.weight_source.describe(source)
         if nbytes < tensor.nbytes:
             self._floats.append(
                 f"{parameter} is {kind} in the source, {nbytes:,} bytes, and float here, {tensor.nbytes:,}"

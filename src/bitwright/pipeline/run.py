@@ -27,30 +27,30 @@ from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
 from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
-    Streams,
+    HiddenStates,
     calibration_tokens,
     check_rotation,
     digest,
-    first_streams,
-    look,
+    first_hidden_states,
+    observe_block,
     one_shot,
     read_block,
 )
 from bitwright.pipeline.familiarity import unfamiliar
-from bitwright.pipeline.gguf_file import Member, OneFile
+from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.ledger import Entry, check_complete
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
-from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_ends
+from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
-from bitwright.pipeline.work_in_progress import Verification, Workplace, check_out
-from bitwright.plan.planned_tensor import LEFT_OUT, Planned
+from bitwright.pipeline.work_in_progress import Verification, WorkInProgress, check_out
+from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.preflight import Plan
 from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
-from bitwright.system.threads import alone
+from bitwright.system.threads import single_threads
 from bitwright.transforms.channel_scaling import Target, fold_scales
 from bitwright.version import __version__
 
@@ -86,7 +86,7 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
-    place = Workplace(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
     try:
         with _file_of(plan, place) as file:
             ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
@@ -149,41 +149,41 @@ def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None
     }
 
 
-def _made(place: Workplace) -> Path:
+def _made(place: WorkInProgress) -> Path:
     """The file that becomes OUT, where that is one."""
     return place.path / "model.gguf"
 
 
-def _file_of(plan: Plan, place: Workplace) -> AbstractContextManager[OneFile | None]:
+def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufModelWriter | None]:
     """It, begun or gone on with; None for a format of many files."""
     if not plan.format.one_file:
         return nullcontext()
     members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
-    return OneFile(_made(place), plan.file_keys, plan.skeleton.config, members)
+    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, members)
 
 
 def _quantize_blocks(
-    plan: Plan, place: Workplace, file: OneFile | None, tokens: Drawn | None, store: Store | Importance | None,
+    plan: Plan, place: WorkInProgress, file: GgufModelWriter | None, tokens: Drawn | None, store: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:  # fmt: skip
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
     first = place.noted(depth + 1)
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
-    streams = None
+    states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_ends:
-        streams = first_streams(plan, tokens, place.hidden(first) if first else None)
+        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
         if first == 0:
-            begin_rounded(plan, streams, tokens)
-    with alone(1) as clerk:  # encodes, writes and verifies a shard while the next is rounded
+            begin_rounded(plan, states, tokens)
+    with single_threads(1) as writer_thread:  # encodes, writes and verifies a shard while the next is rounded
         written: Future[None] | None = None
         for index in range(first, depth + 1):
             progress("block", index, depth + 1)
-            entries, commit = _quantize_shard(plan, place, file, index, streams or store, config, tokens)
+            entries, commit = _quantize_shard(plan, place, file, index, states or store, config, tokens)
             ledger += entries
             if written is not None:
                 written.result()
-            written = clerk.submit(commit)
+            written = writer_thread.submit(commit)
             return_memory()
         if written is not None:
             written.result()
@@ -193,10 +193,10 @@ def _quantize_blocks(
 
 def _quantize_shard(
     plan: Plan,
-    place: Workplace,
-    file: OneFile | None,
+    place: WorkInProgress,
+    file: GgufModelWriter | None,
     index: int,
-    source: Streams | Store | Importance | None,
+    source: HiddenStates | Store | Importance | None,
     config: dict[str, Any],
     tokens: Drawn | None,
 ) -> tuple[list[Entry], Callable[[], None]]:
@@ -207,17 +207,22 @@ def _quantize_shard(
     if index < depth:
         done, kv = _quantize_block(plan, index, weights, source)
     else:
-        done, kv = quantize_ends(plan, weights, source if isinstance(source, Streams) else None, tokens), None
+        done, kv = (
+            quantize_embedding_and_head(plan, weights, source if isinstance(source, HiddenStates) else None, tokens),
+            None,
+        )
     kept = [t for t in members if t.layer is None]
     entries = [r.entry for r in done]
     entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
     tensors = {t.source: weights[t.parameter].to(t.dtype) for t in kept}
-    for (name, (dtype, shape)), intake in zip(plan.kv_specs(index).items(), kv or (), strict=True):
-        assert intake.scales is not None
-        tensors[name] = intake.scales.scale.reshape(shape).to(dtype)
-        entries.append(added_entry(name, tensors[name], f"what keys and values are kept in: {intake.scheme}"))
+    for (name, (dtype, shape)), input_quantization in zip(plan.kv_specs(index).items(), kv or (), strict=True):
+        assert input_quantization.scales is not None
+        tensors[name] = input_quantization.scales.scale.reshape(shape).to(dtype)
+        entries.append(
+            added_entry(name, tensors[name], f"what keys and values are kept in: {input_quantization.scheme}")
+        )
     weights.clear()
-    saved = source.whole() if isinstance(source, Streams) and index + 1 < depth + plan.calibrates_ends else None
+    saved = source.whole() if isinstance(source, HiddenStates) and index + 1 < depth + plan.calibrates_ends else None
 
     def put() -> None:
         if file is None:
@@ -230,7 +235,7 @@ def _quantize_shard(
     return entries, partial(place.commit, index, put, entries, saved)
 
 
-def _put_in_file(file: OneFile, kept: dict[str, Tensor], done: list[Rounded]) -> None:
+def _put_in_file(file: GgufModelWriter, kept: dict[str, Tensor], done: list[Rounded]) -> None:
     """A shard's tensors by their parameters' names, down to the disk."""
     for parameter, tensor in kept.items():
         file.put_floats(parameter, tensor)
@@ -243,13 +248,13 @@ def _put_in_file(file: OneFile, kept: dict[str, Tensor], done: list[Rounded]) ->
 def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
     """A matrix as the file holds it."""
     assert r.planned.layer is not None
-    scales = None if r.intake is None else r.intake.scales
+    scales = None if r.input_quantization is None else r.input_quantization.scales
     parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
     return {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
 
 
 def _quantize_block(
-    plan: Plan, index: int, weights: dict[str, Tensor], source: Streams | Store | Importance | None
+    plan: Plan, index: int, weights: dict[str, Tensor], source: HiddenStates | Store | Importance | None
 ) -> tuple[list[Rounded], KvRounding | None]:
     """Round one block's matrices and carry streams through the block, as rounded and as it was.
 
@@ -271,7 +276,7 @@ def _quantize_block(
     skeleton.load(weights)
     kv, done = None, dict[str, str]()
     if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
-        known = look(plan, index, layers, source.given, everything=False)
+        known = observe_block(plan, index, layers, source.given, everything=False)
         transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
         weights |= transformed.weights
         skeleton.load(transformed.weights)
@@ -281,7 +286,7 @@ def _quantize_block(
     return rounded, kv
 
 
-def _targets(layers: dict[str, Planned]) -> dict[str, Target]:
+def _targets(layers: dict[str, PlannedTensor]) -> dict[str, Target]:
     """What the scaling transforms need to know of each matrix."""
     return {
         name: Target(t.layer.scheme, t.layer.activations, t.rule.method != "rtn", t.rule.transforms)
@@ -291,7 +296,7 @@ def _targets(layers: dict[str, Planned]) -> dict[str, Target]:
 
 
 def _quantize_known(
-    plan: Plan, layers: dict[str, Planned], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
+    plan: Plan, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
 ) -> list[Rounded]:
     """Round matrices whose inputs are all known beforehand; the statistics of each are given back when they have served."""
     done: list[Rounded] = []
@@ -312,7 +317,7 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     return rounding(stored, (keys, values))
 
 
-def _describe(plan: Plan, place: Workplace) -> int:
+def _describe(plan: Plan, place: WorkInProgress) -> int:
     """The index and the configs; the bytes of all weight files."""
     weight_map: dict[str, str] = {}
     for i in range(len(plan.skeleton) + 1):

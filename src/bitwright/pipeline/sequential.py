@@ -13,16 +13,16 @@ from bitwright.calibration.observe import BlockRun, FloatStream, groups_of, obse
 from bitwright.models.kv_cache import KvCache, KvRounding
 from bitwright.models.skeleton import Skeleton, as_source
 from bitwright.numerics.codec import decode
-from bitwright.pipeline.calibration_pass import Streams, rotations
+from bitwright.pipeline.calibration_pass import HiddenStates, rotations
 from bitwright.pipeline.guard import BETTER_BLOCK, NEGLIGIBLE, PLAINER, block_error
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
 from bitwright.pipeline.tune_block import tune_block
-from bitwright.plan.planned_tensor import Planned
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.preflight import Plan
 
 
 def quantize_in_order(
-    plan: Plan, index: int, layers: Mapping[str, Planned], weights: dict[str, Tensor], streams: Streams,
+    plan: Plan, index: int, layers: Mapping[str, PlannedTensor], weights: dict[str, Tensor], states: HiddenStates,
     kv: KvRounding | None, origin: Origin,
 ) -> list[Rounded]:  # fmt: skip
     """Quantize the matrices `layers` of block `index`, whose float weights the skeleton holds; move the streams on.
@@ -31,39 +31,39 @@ def quantize_in_order(
     """
     skeleton, turned = plan.skeleton, rotations(layers)
     cache = KvCache(rounding=kv) if kv else None
-    floats = BlockRun(skeleton, index, intakes=turned)
-    run, plain = (BlockRun(skeleton, index, intakes=dict(turned), cache=cache) for _ in range(2))
-    groups = groups_of(floats, streams.given[0][:1], layers)
-    original = None if streams.original is None else FloatStream(floats, streams.original, groups)
+    floats = BlockRun(skeleton, index, input_quantizations=turned)
+    run, plain = (BlockRun(skeleton, index, input_quantizations=dict(turned), cache=cache) for _ in range(2))
+    groups = groups_of(floats, states.given[0][:1], layers)
+    original = None if states.original is None else FloatStream(floats, states.original, groups)
     done, searched = list[Rounded](), list[Rounded]()
-    guarded = bool(streams.held) and any(by_search(t) is not t for t in layers.values())
+    guarded = bool(states.held) and any(by_search(t) is not t for t in layers.values())
     for group in groups:
-        (inputs,) = observe(run, streams.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
+        (inputs,) = observe(run, states.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
         members = [layers[name] for name in group.names]
         new = quantize_together(plan, members, weights, inputs, origin)
         take(run, skeleton, new)
         done += new
         if guarded:
             searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
-    if original is not None and streams.original is not None:
+    if original is not None and states.original is not None:
         original.move_on()
-        tuned = tune_block(plan, index, done, weights, streams.given, streams.original)
+        tuned = tune_block(plan, index, done, weights, states.given, states.original)
         if tuned is not done:  # it has had the block's own weights
             done = tuned
             skeleton.load(weights)
             take(run, skeleton, done)
-    wanted = [floats(batch) for batch in (streams.held if streams.held_original is None else streams.held_original)]
+    wanted = [floats(batch) for batch in (states.held if states.held_original is None else states.held_original)]
     if guarded:
         take(plain, skeleton, searched)
-        done, run = better((done, run), (searched, plain), streams.held, wanted)
+        done, run = better((done, run), (searched, plain), states.held, wanted)
     if index + 1 < len(skeleton) + plan.calibrates_ends:
-        streams.given[:] = [run(batch) for batch in streams.given]
-        streams.held[:] = [run(batch) for batch in streams.held]
-        streams.held_original = wanted if streams.held_original is not None else None
+        states.given[:] = [run(batch) for batch in states.given]
+        states.held[:] = [run(batch) for batch in states.held]
+        states.held_original = wanted if states.held_original is not None else None
     return done
 
 
-def by_search(t: Planned) -> Planned:
+def by_search(t: PlannedTensor) -> PlannedTensor:
     """The same matrix by a search of scales, or as it was planned by a method that is no better than that."""
     assert t.rule is not None
     return t if t.rule.method in PLAINER else replace(t, rule=replace(t.rule, method="search", options={}))
@@ -75,7 +75,7 @@ def take(run: BlockRun, skeleton: Skeleton, new: list[Rounded]) -> None:
         assert r.planned.layer is not None
         matrix = decode(r.q).to(r.planned.dtype)
         run.weights[r.planned.parameter] = as_source(skeleton, r.planned.layer.name, matrix)
-        run.intakes = {**run.intakes, r.planned.layer.name: r.intake}
+        run.input_quantizations = {**run.input_quantizations, r.planned.layer.name: r.input_quantization}
 
 
 def better(

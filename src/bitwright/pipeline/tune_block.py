@@ -1,4 +1,4 @@
-"""One block tuned as a whole: the methods that look at a block's output rather than at one matrix."""
+"""Tune a block as a whole, for methods that minimise the error of a block's output rather than of one matrix's (AutoRound)."""
 
 import time
 from dataclasses import replace

@@ -38,7 +38,7 @@ def ledger_beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}.ledger.jsonl")
 
 
-class Workplace:
+class WorkInProgress:
     """The directory OUT.partial and what it remembers between runs."""
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, needed: int, resume: bool) -> None:

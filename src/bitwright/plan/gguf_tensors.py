@@ -1,4 +1,4 @@
-"""A float GGUF file quantized tensor by tensor, as names and shapes say; its model is not run, nor even built.
+"""A plan for a float GGUF file tensor by tensor, by names and shapes; its model is not run, nor even built.
 
 For files of an architecture that is not known here: all that is known of inputs is what an importance matrix says, and
 methods that need more give way to a search of scales, on record. And for all others where nothing of a model is asked for.
@@ -24,7 +24,7 @@ from bitwright.gguf import imatrix
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.plan.planned_tensor import KEPT, QUANTIZED, Planned
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe, Rule
 
 GGUF = FORMATS["gguf"]
@@ -37,13 +37,13 @@ EXPERTS = ("_exps", "_shexp", "_chexps")
 
 
 @dataclass(frozen=True)
-class NamePlan:
+class GgufPlan:
     """Everything that is known before the first weight is read; see `Plan`."""
 
     source: Path
     file: GgufFile
     recipe: Recipe
-    tensors: tuple[Planned, ...]
+    tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
     unknown: bool  # the architecture
 
@@ -60,12 +60,12 @@ class NamePlan:
         return found
 
     @property
-    def shards(self) -> list[list[Planned]]:
+    def shards(self) -> list[list[PlannedTensor]]:
         """Tensors that are written together: of each block, and of what is outside of them."""
         blocks = sorted({t.block for t in self.tensors if t.block is not None})
         return [[t for t in self.tensors if t.block == block] for block in [*blocks, None]]
 
-    def specs(self, members: list[Planned]) -> dict[str, Spec]:
+    def specs(self, members: list[PlannedTensor]) -> dict[str, Spec]:
         """Names, types and shapes of some tensors in a shard."""
         found: dict[str, Spec] = {}
         for t in members:
@@ -118,7 +118,7 @@ class NamePlan:
         return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_by_name(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> NamePlan:
+def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> GgufPlan:
     """Decide about every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether
     its architecture is.
 
@@ -149,7 +149,7 @@ def plan_by_name(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: 
         if fallbacks
         else []
     )
-    return NamePlan(source, file, recipe, tensors, (*notes, *more), unknown)
+    return GgufPlan(source, file, recipe, tensors, (*notes, *more), unknown)
 
 
 class _Chooser:
@@ -164,13 +164,13 @@ class _Chooser:
         matrix = len(self.file.tensors[name].shape) in (2, 3) and name.endswith(".weight")
         return matrix and not any(part in name for part in KEPT_PARTS)
 
-    def decide(self, name: str) -> Planned:
+    def decide(self, name: str) -> PlannedTensor:
         """Quantize a matrix as its rule says; keep all else as it is."""
         stored = self.file.tensors[name]
         dtype = float_dtype(stored, name, str(self.file.path))
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
-        t = Planned(name, name, block, dtype, stored.shape, KEPT)
+        t = PlannedTensor(name, name, block, dtype, stored.shape, KEPT)
         if not self._may(name):
             return replace(t, reason="llama.cpp keeps it in float")
         rule = self.rules[t.stem]
@@ -184,7 +184,7 @@ class _Chooser:
         layer = replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost))))
         return replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
 
-    def _layer(self, t: Planned, rule: Rule, block: int | None) -> Layer:
+    def _layer(self, t: PlannedTensor, rule: Rule, block: int | None) -> Layer:
         """The matrix (of experts: all of them, one above the other) as the file will store it."""
         assert rule.scheme is not None
         layer = Layer(t.stem, prod(t.shape[:-1]), t.shape[-1], rule.scheme, activations=rule.activations)
@@ -196,7 +196,7 @@ class _Chooser:
             raise FormatError(f"{rule.mix.lower()} is a mix of llama.cpp's block types", where=t.source, remedy=remedy)
         return GGUF.adapt(layer, t.dtype)
 
-    def _place(self, t: Planned, rule: Rule, block: int | None) -> Place:
+    def _place(self, t: PlannedTensor, rule: Rule, block: int | None) -> Place:
         """Where it stands, as far as the keys say."""
         part = t.stem.split(".")[0 if block is None else 2]
         for suffix in EXPERTS:

@@ -1,4 +1,4 @@
-"""What a plan says of one tensor."""
+"""One tensor of a plan: where it comes from, and what becomes of it."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"  # a
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the source and what becomes of it. `block` is None outside the blocks."""
 
     source: str

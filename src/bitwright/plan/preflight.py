@@ -23,10 +23,10 @@ from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.models.families import positions_of
-from bitwright.models.gguf_source import GgufSource
+from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import Skeleton, best_dtype, quantization_of, read_config
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, Planned
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation
@@ -40,9 +40,9 @@ class Plan:
 
     source: Path
     skeleton: Skeleton
-    checkpoint: Checkpoint | GgufSource
+    checkpoint: Checkpoint | FloatGgufCheckpoint
     format: Format
-    tensors: tuple[Planned, ...]
+    tensors: tuple[PlannedTensor, ...]
     recipe: Recipe
     seqlen: int
     samples: int
@@ -61,7 +61,7 @@ class Plan:
         """Whether the run needs calibration text."""
         return self.recipe.needs_calibration
 
-    def shard(self, index: int) -> list[Planned]:
+    def shard(self, index: int) -> list[PlannedTensor]:
         """The tensors written in shard `index`: one a block, and a last one for all outside the blocks."""
         block = index if index < len(self.skeleton) else None
         return [t for t in self.tensors if t.block == block and t.action != LEFT_OUT]
@@ -70,7 +70,7 @@ class Plan:
         """File name of a shard."""
         return f"model-{index + 1:05d}-of-{len(self.skeleton) + 1:05d}.safetensors"
 
-    def specs(self, tensors: list[Planned]) -> dict[str, Spec]:
+    def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]:
         """Names, types and shapes in the files."""
         specs: dict[str, Spec] = {}
         for t in tensors:
@@ -104,11 +104,11 @@ class Plan:
             return file_bytes(self.file_keys, [*stored, *computed])
         return sum(shard_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1))
 
-    def _stored_bytes(self, t: Planned, names: Names) -> int:
+    def _stored_bytes(self, t: PlannedTensor, names: Names) -> int:
         """Of a tensor in a GGUF file, which need not have all its rows."""
         return spec_bytes(self.specs([t])) * names.height(t.parameter, t.shape[0]) // t.shape[0]
 
-    def _written(self) -> list[Planned]:
+    def _written(self) -> list[PlannedTensor]:
         return [t for t in self.tensors if t.action != LEFT_OUT]
 
     @property
@@ -177,12 +177,12 @@ class Plan:
             return PROCESS_BYTES + read + written + (max(block, largest) if by_rows else block * 4 + largest * 24)
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
-        streams = 2 if self.recipe.needs_original else 1
+        states = 2 if self.recipe.needs_original else 1
         inputs = 2 * hidden + sum({K for _, K in widths})  # attention's and the MLP's, and what each ends with
-        kept = min(KEPT_BYTES, tokens * size * inputs) if streams == 2 else 0
-        activations = 2 * streams * tokens * hidden * size + kept  # and as they are saved for a resumption
+        kept = min(KEPT_BYTES, tokens * size * inputs) if states == 2 else 0
+        activations = 2 * states * tokens * hidden * size + kept  # and as they are saved for a resumption
         square = 4 * max((K * K for _, K in widths), default=0)
-        statistics = square * (5 if streams == 2 else 4)  # a Gram, a drift; H and its factor, a copy
+        statistics = square * (5 if states == 2 else 4)  # a Gram, a drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in {K for _, K in widths}) + 2 * square)
         floats = spec_bytes({t.source: (t.dtype, t.shape) for t in outside})
@@ -190,7 +190,7 @@ class Plan:
         at_work = max(floats + activations, activations + weights + statistics + largest * 30)
         return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
 
-    def _in_writing(self, members: list[Planned]) -> int:
+    def _in_writing(self, members: list[PlannedTensor]) -> int:
         """Codes of a shard, its bytes, and its bytes read back."""
         codes = sum(t.layer.N * t.layer.K for t in members if t.layer is not None)
         return codes + 2 * spec_bytes(self.specs(members))
@@ -248,7 +248,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     return plan
 
 
-def _open(source: Path, format_name: str) -> Checkpoint | GgufSource:
+def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
     """The source's tensors. FormatError where a GGUF file is to become something else."""
     if not is_gguf(source):
         return Checkpoint(source)
@@ -257,13 +257,13 @@ def _open(source: Path, format_name: str) -> Checkpoint | GgufSource:
         raise FormatError(
             f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
         )
-    return GgufSource(source)
+    return FloatGgufCheckpoint(source)
 
 
-def _file_keys(checkpoint: Checkpoint | GgufSource, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What a GGUF file will say beside its tensors; errors as of `metadata`."""
-    if isinstance(checkpoint, GgufSource):
-        return carried_keys(checkpoint.artefact.file, recipe.file_type)
+    if isinstance(checkpoint, FloatGgufCheckpoint):
+        return carried_keys(checkpoint.weight_source.file, recipe.file_type)
     source = checkpoint.folder
     return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 

@@ -1,4 +1,4 @@
-"""What becomes of each tensor of the source: quantized as a rule says, kept on purpose, or left out."""
+"""Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
 from dataclasses import replace
 
@@ -15,10 +15,10 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
-from bitwright.models.gguf_source import GgufSource
+from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import COMPUTED, Skeleton
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, Planned
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
@@ -26,13 +26,13 @@ from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
 def decide(
     skeleton: Skeleton,
-    checkpoint: Checkpoint | GgufSource,
+    checkpoint: Checkpoint | FloatGgufCheckpoint,
     recipe: Recipe,
     format_: Format,
     rotation: Rotation | None,
     *,
     untied: bool,
-) -> tuple[list[Planned], list[str]]:
+) -> tuple[list[PlannedTensor], list[str]]:
     """An action for every tensor of the source; an error for one that no rule covers."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if untied:
@@ -49,16 +49,22 @@ def decide(
         parameter = parameters.get(source)
         if parameter is None:
             if is_unused(source) and not skeleton.predicts:
-                planned.append(_unused(Planned(source, source, None, info.dtype, info.shape, KEPT), format_))
+                planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
                 continue
             if not source.endswith(COMPUTED):
                 raise unknown(source, skeleton)
-            planned.append(Planned(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it"))
+            planned.append(
+                PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it")
+            )
             continue
-        planned.append(chooser.decide(Planned(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT)))
+        planned.append(
+            chooser.decide(PlannedTensor(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT))
+        )
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
-        planned.append(chooser.decide(Planned(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING])))
+        planned.append(
+            chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
+        )
     return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
 
 
@@ -70,7 +76,7 @@ def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
     return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
 
 
-def _unused(t: Planned, format_: Format) -> Planned:
+def _unused(t: PlannedTensor, format_: Format) -> PlannedTensor:
     """What an encoder has behind its last hidden state, which nothing here runs."""
     if format_.one_file:
         return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
@@ -90,7 +96,7 @@ class _Chooser:
         self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
 
-    def decide(self, t: Planned) -> Planned:
+    def decide(self, t: PlannedTensor) -> PlannedTensor:
         """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
 
         Formats that hold the embedding and the head too have those quantized; GGUF's vectors are float32.
@@ -118,7 +124,7 @@ class _Chooser:
             raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
         return replace(t, action=QUANTIZED, layer=layer, rule=rule)
 
-    def _layer(self, t: Planned, name: str, rule: Rule) -> Layer:
+    def _layer(self, t: PlannedTensor, name: str, rule: Rule) -> Layer:
         """The matrix as the format will store it."""
         assert rule.scheme is not None
         transposed = isinstance(self.modules[name], Conv1D)

@@ -1,4 +1,4 @@
-"""How far a long job is, told to whoever waits for it."""
+"""Progress of a long job: a function that is told how far it is."""
 
 from collections.abc import Callable
 

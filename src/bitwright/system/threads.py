@@ -1,4 +1,4 @@
-"""Work shared out among threads that each compute alone.
+"""Work shared out among threads, in each of which torch computes on one core.
 
 Torch shares out every operation by itself, and waits for the slower thread after each; where many pieces of work know
 nothing of each other it is faster to give each thread its own.
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 @contextmanager
-def alone(threads: int) -> Iterator[ThreadPoolExecutor]:
+def single_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads, in each of which torch computes with that one thread."""
     before = torch.get_num_threads()
     try:
@@ -32,14 +32,14 @@ def each(f: Callable[[T], R], items: Iterable[T]) -> list[R]:
     known, threads = list(items), torch.get_num_threads()
     if threads == 1 or len(known) < 2:
         return [f(item) for item in known]
-    with alone(threads) as pool:
+    with single_threads(threads) as pool:
         return list(pool.map(f, known))
 
 
 @contextmanager
 def ahead(f: Callable[[T], R], items: Iterable[T]) -> Iterator[Iterator[R]]:
     """What `each` makes of them, one after the other, while the next are computed. When it is left, nothing more is begun."""
-    with alone(torch.get_num_threads()) as pool:
+    with single_threads(torch.get_num_threads()) as pool:
         begun = deque(pool.submit(f, item) for item in items)  # a result that was taken is not kept
         try:
             yield (begun.popleft().result() for _ in range(len(begun)))

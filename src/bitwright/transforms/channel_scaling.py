@@ -1,4 +1,4 @@
-"""What is done to a block before it is rounded: channel scales folded into its norms and matrices.
+"""Channel scales (AWQ, SmoothQuant): chosen from statistics, folded into a block's norms and matrices before rounding.
 
 Scales are chosen for one fold after the other, in the order of the forward, from the statistics of the input that its
 readers share; weights and statistics then change together, so that nothing has to be run again.

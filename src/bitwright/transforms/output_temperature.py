@@ -1,4 +1,4 @@
-"""How sure the model is: one factor on its last norm, chosen on the calibration text within a bound on KL.
+"""A temperature for the logits: one factor on the last norm, chosen on the calibration text within a bound on KL.
 
 A factor s on all logits is temperature scaling (Guo et al. 2017, arXiv:1706.04599), and costs nothing where the last norm takes
 it in. Rounding leaves predictions less sure, or surer, than the float model's, and most models are surer than what they read
@@ -22,11 +22,11 @@ PROOF = 2.0  # a power of two: only a norm that multiplies otherwise moves the d
 Three = tuple[float, float, float]  # a mean over tokens at the factors 1 − STEP, 1 and 1 + STEP
 
 
-def tempered(
+def with_output_temperature(
     skeleton: Skeleton,
     weights: Mapping[str, Tensor],
     rounded: Mapping[str, Tensor],
-    streams: tuple[Sequence[Tensor], Sequence[Tensor]],
+    states: tuple[Sequence[Tensor], Sequence[Tensor]],
     tokens: Tensor,
     budget: float,
 ) -> dict[str, Tensor]:
@@ -39,9 +39,9 @@ def tempered(
     Raises RecipeError where no such vectors make the logits larger, as under a soft cap.
     """
     vectors = [name for name in skeleton.outer_names() if name in weights and weights[name].ndim == 1]
-    offset = _offset(skeleton, weights, vectors, streams[0][0][:1])
+    offset = _offset(skeleton, weights, vectors, states[0][0][:1])
     both = skeleton.embedding_name == skeleton.head_name
-    s = factor(*_costs(skeleton, weights, {**weights, **rounded}, streams, tokens), budget, blurs=both)
+    s = factor(*_costs(skeleton, weights, {**weights, **rounded}, states, tokens), budget, blurs=both)
     return {name: (weights[name].float() + offset) * s - offset for name in vectors}
 
 
@@ -62,12 +62,12 @@ def factor(kl: Three, loss: Three, budget: float, *, blurs: bool = False) -> flo
 
 def _costs(
     skeleton: Skeleton, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor],
-    streams: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor,
+    states: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor,
 ) -> tuple[Three, Three]:  # fmt: skip
     """KL(float ‖ rounded) and −log p of the tokens, both means, at the three factors."""
     sums, count = torch.zeros(2, 3, dtype=torch.float64), 0
     at_once = max(1, LOGITS_AT_ONCE // skeleton.config.get_text_config().vocab_size)
-    for x, original, targets in _pieces(streams, tokens, at_once):
+    for x, original, targets in _pieces(states, tokens, at_once):
         skeleton.load(dict(weights))
         log_p = skeleton.head(original[None])[0].log_softmax(-1)
         skeleton.load(dict(rounded))
@@ -83,11 +83,11 @@ def _costs(
 
 
 def _pieces(
-    streams: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor, at_once: int
+    states: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor, at_once: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Both streams [n, H] and the next tokens [n], some at a time, until there were enough."""
     begin = 0
-    for given, original in zip(*streams, strict=True):
+    for given, original in zip(*states, strict=True):
         targets = tokens[begin : begin + len(given), 1:].flatten()
         both = (t[:, :-1].flatten(0, 1) for t in (given, original))
         yield from zip(*(t.split(at_once) for t in (*both, targets)), strict=True)

@@ -16,7 +16,7 @@ from bitwright.errors import RecipeError
 from bitwright.methods.rotate import Rotate, by_heads, undone_online
 from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.hadamard import block_of
-from bitwright.numerics.input_quantization import Intake
+from bitwright.numerics.input_quantization import InputQuantization
 
 # Model type -> what its norms add to their weights.
 ROTATABLE = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "phi3": 0.0, "gemma": 1.0}
@@ -107,7 +107,7 @@ class Rotation:
         skeleton.load(self.block(weights, prefix))
         shapes = {name: weights[f"{name}.weight"].shape for name in skeleton.linears(0)}
         blocks = {name: self.online_block(name, shape[1]) for name, shape in shapes.items()}
-        with skeleton.taking_in({name: Intake(rotate=block) for name, block in blocks.items()}):
+        with skeleton.quantizing_inputs({name: InputQuantization(rotate=block) for name, block in blocks.items()}):
             after = skeleton.run(0, self.rotate.embedding(hidden).to(hidden.dtype))
         skeleton.unload(0)
         meant = self.rotate.embedding(plain.float())

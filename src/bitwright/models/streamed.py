@@ -1,4 +1,4 @@
-"""A model carried over a text block by block, and what it says of each token.
+"""A model streamed over a text block by block, and what it predicts of each token.
 
 One block's weights are in memory at a time, as in the pipeline, so a model larger than memory can be judged; logits exist
 for a few tokens at a time.
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
-from bitwright.models.gguf_source import GgufArtefact
+from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvCache, read_rounding
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of, read_config
-from bitwright.models.source import Artefact, open_artefact
+from bitwright.models.source import WeightSource, open_weights
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
 
-class Walk:
+class StreamedModel:
     """A checkpoint directory or GGUF file, float or quantized, carried over a text block by block."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
@@ -32,15 +32,17 @@ class Walk:
         """
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
-        self.artefact = open_artefact(folder)
+        self.weight_source = open_weights(folder)
         self.engine = engine
-        self.intake = self.artefact.intake if engine is None else _intake_of(engine, self.artefact)
-        self.names = self.skeleton.source_names(self.artefact.shapes, str(folder))
+        self.input_quantization = (
+            self.weight_source.input_quantization if engine is None else _intake_of(engine, self.weight_source)
+        )
+        self.names = self.skeleton.source_names(self.weight_source.shapes, str(folder))
 
     @property
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters, tied ones once."""
-        return 8 * self.artefact.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
+        return 8 * self.weight_source.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
 
     def load(self, parameters: list[str]) -> None:
         """Read and decode these parameters into the skeleton."""
@@ -49,8 +51,8 @@ class Walk:
             if name not in self.names:
                 continue
             source = self.names[name]
-            tensor = self.artefact.read(source)
-            if self.artefact.is_packed(source):
+            tensor = self.weight_source.read(source)
+            if self.weight_source.is_packed(source):
                 tensor = matrix_of(self.skeleton.model.get_submodule(name.removesuffix(".weight")), tensor)
             if tuple(tensor.shape) != tuple(self.skeleton.model.state_dict(keep_vars=True)[name].shape):
                 raise CheckpointError(
@@ -75,8 +77,8 @@ class Walk:
         for index in range(len(self.skeleton)):
             self.load(self.skeleton.state_names(index))
             names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
-            intakes = {module: self.intake(name) for module, name in names.items()}
-            with self.skeleton.taking_in(intakes), self.skeleton.caching(self._cache(index)):
+            input_quantizations = {module: self.input_quantization(name) for module, name in names.items()}
+            with self.skeleton.quantizing_inputs(input_quantizations), self.skeleton.caching(self._cache(index)):
                 for b, batch in enumerate(hidden):
                     hidden[b] = self.skeleton.run(index, batch)
             self.skeleton.unload(index)
@@ -85,7 +87,7 @@ class Walk:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V] of what the last block gave; `hidden` has loaded what is outside the blocks."""
         source = self.names[f"{self.skeleton.head_name}.weight"]
-        with self.skeleton.taking_in({self.skeleton.output_name: self.intake(source)}):
+        with self.skeleton.quantizing_inputs({self.skeleton.output_name: self.input_quantization(source)}):
             return self.skeleton.head(hidden)
 
     def log_probabilities(self, hidden: list[Tensor], piece: "Piece") -> Tensor:
@@ -97,28 +99,28 @@ class Walk:
         if self.engine == ENGINE:
             return KvCache(rounding=(cached, cached))
         name = self.skeleton.attention_name(index)
-        config = self.artefact.config
+        config = self.weight_source.config
         if name is None or config is None:
             return None
         stem = self.skeleton.model.base_model_prefix + "."
         places = (name, name.removeprefix(stem), stem + name)
 
         def read(scale: str) -> Tensor | None:
-            found = (self.artefact.scalar(f"{place}.{scale}") for place in places)
+            found = (self.weight_source.scalar(f"{place}.{scale}") for place in places)
             return next((tensor for tensor in found if tensor is not None), None)
 
         rounding = read_rounding(config, read, name)
         return None if rounding is None else KvCache(rounding=rounding)
 
 
-def _intake_of(engine: str, artefact: Artefact | GgufArtefact) -> Callable[[str], EightBits | None]:
+def _intake_of(engine: str, weight_source: WeightSource | GgufWeightSource) -> Callable[[str], EightBits | None]:
     """What an engine does to the inputs of the module with a weight."""
     if engine != ENGINE:
         raise InputError(f"unknown engine {engine!r}", remedy=f"{ENGINE}, or none: in float")
-    if not isinstance(artefact, GgufArtefact):
+    if not isinstance(weight_source, GgufWeightSource):
         remedy = "give a .gguf file, or leave out --engine"
-        raise InputError(f"{ENGINE} does not run directories", where=str(artefact.folder), remedy=remedy)
-    return lambda name: inputs_of(artefact.file.tensors[artefact.stored[name]].type) if name else None
+        raise InputError(f"{ENGINE} does not run directories", where=str(weight_source.folder), remedy=remedy)
+    return lambda name: inputs_of(weight_source.file.tensors[weight_source.stored[name]].type) if name else None
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,11 @@ def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
 
 def float_perplexity(folder: Path, ids: Tensor) -> float:
     """Perplexity of a checkpoint, as its files hold it, on windows [W, T], each predicted from its own start; T at least 2."""
-    walk, parts = Walk(folder), batched(ids)
-    hidden = walk.carried(parts)
+    streamed, parts = StreamedModel(folder), batched(ids)
+    hidden = streamed.carried(parts)
     nll = [
-        surprise(walk.log_probabilities(hidden, piece), piece.targets(parts))
-        for piece in pieces(parts, walk.vocabulary)
+        surprise(streamed.log_probabilities(hidden, piece), piece.targets(parts))
+        for piece in pieces(parts, streamed.vocabulary)
     ]
     return perplexity_of(float(torch.cat(nll).double().mean()))
 
