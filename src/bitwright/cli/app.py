@@ -213,10 +213,10 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
     with reporting(as_json):
-        from bitwright.evaluation.inspection import inspect as observe_block
+        from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
-        found = observe_block(model)
+        found = inspected(model)
         if as_json:
             show(found, True, "")
             return
