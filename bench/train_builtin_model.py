@@ -4,7 +4,7 @@
 
 The demo and the tests need a real trained checkpoint and no network, so the package carries one. Every K is a multiple of
 256, so every number format fits. Matrices learn with Muon, embeddings and norms with AdamW; the learning rate falls
-linearly to zero over the given minutes, whatever the machine. Held-out modules (`bitwright.stdlib_text.HELD_OUT`) are
+linearly to zero over the given minutes, whatever the machine. Held-out modules (`HELD_OUT` in calibration/stdlib_text.py) are
 never seen; their perplexity is printed at the end.
 """
 

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:
-    """Quantize one tensor [N, ...]; `bitwright.codec.decode` gives the float weights back.
+    """Quantize one tensor [N, ...]; `bitwright.numerics.codec.decode` gives the float weights back.
 
     gram [K, K]: XᵀX / T of the inputs, which "gptq" needs and "search" uses. Raises SchemeError or RecipeError.
     """

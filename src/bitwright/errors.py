@@ -13,6 +13,16 @@ BitwrightError
 └── VerificationError     what was written is not what was meant; the command line exits with 1
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def one_of(word: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: the nearest that there is, and all of them."""
+    names = list(known)
+    near = get_close_matches(word.lower(), names, 1)
+    return f"did you mean {near[0]}? One of {', '.join(names)}" if near else f"one of {', '.join(names)}"
+
 
 class BitwrightError(Exception):
     """An error that names the thing (`where`) and says what to do about it (`remedy`)."""

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import bitwright.pipeline.tune_block
 from bitwright.api import evaluate, quantize
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.kernels import rounding
@@ -16,6 +15,7 @@ from bitwright.methods import gptq, rtn
 from bitwright.methods.autoround import MEMORY, Options, _slopes, autoround, knobs_of, move, result, tune
 from bitwright.numerics.codec import code_range, decode, encode, group_view, is_signed
 from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline import tune_block
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.plan.recipe import Recipe, Rule
 from conftest import make_checkpoint
@@ -264,7 +264,7 @@ def test_a_crash_costs_one_block_and_no_byte(
 ) -> None:
     recipe = write_recipe(tmp_path, ("*", "autoround", "options = { iterations = 5 }"))
     quantize(llama, tmp_path / "whole", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
-    real = bitwright.tuning.tune
+    real = tune_block.tune
 
     def crash(*args: object) -> object:
         crash.calls += 1  # type: ignore[attr-defined]
@@ -273,11 +273,11 @@ def test_a_crash_costs_one_block_and_no_byte(
         return real(*args)  # type: ignore[arg-type]
 
     crash.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(bitwright.tuning, "tune", crash)
+    monkeypatch.setattr(tune_block, "tune", crash)
     with pytest.raises(KeyboardInterrupt):
         quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
     assert len(list((tmp_path / "out.partial").glob("model-*"))) == 1
-    monkeypatch.setattr(bitwright.tuning, "tune", real)
+    monkeypatch.setattr(tune_block, "tune", real)
     quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

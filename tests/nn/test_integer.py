@@ -96,7 +96,7 @@ def test_a_dynamic_layer_against_float64(scheme: str, activations: str) -> None:
     layer, x = nn.Linear(96, 10), torch.randn(3, 7, 96) + 0.5
     q = quantized(layer.weight, Scheme.parse(scheme), "fc")
     integer = DynamicProduct.of(layer, q, activations=Scheme.parse(activations), where="fc")
-    rounded = bitwright.codec.rounded(x, Scheme.parse(activations)).double()
+    rounded = bitwright.numerics.codec.rounded(x, Scheme.parse(activations)).double()
     expected = rounded @ decode(q).double().T + layer.bias.double()
     torch.testing.assert_close(integer(x).double(), expected, rtol=1e-5, atol=1e-5)
 

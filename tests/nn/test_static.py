@@ -310,4 +310,4 @@ def test_weights_of_a_convolution_have_their_channels_last() -> None:
     conv = nn.Conv2d(3, 2, 2)
     q = quantized(conv.weight, Scheme.parse("int8-channel"), "")
     assert q.codes.shape == (2, 12) and q.codes[0, 0].sign() == conv.weight[0, 0, 0, 0].sign()
-    torch.testing.assert_close(bitwright.codec.decode(q)[1, 1], conv.weight[1, 1, 0, 0], rtol=0, atol=0.01)
+    torch.testing.assert_close(bitwright.numerics.codec.decode(q)[1, 1], conv.weight[1, 1, 0, 0], rtol=0, atol=0.01)

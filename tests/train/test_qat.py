@@ -43,7 +43,7 @@ def test_fake_is_what_the_codec_rounds_to() -> None:
     x = torch.randn(4, 64)
     for scheme in ("int8-channel", "int3-g16-asym", "ternary-channel", "fp4-g32"):
         s = Scheme.parse(scheme)
-        scales: Scales = bitwright.codec.fit(x, s)
+        scales: Scales = bitwright.numerics.codec.fit(x, s)
         assert torch.equal(fake(x, scales, s), rounded(x, s, scales))
 
 

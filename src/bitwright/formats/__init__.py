@@ -5,7 +5,7 @@ What writes a format and what reads it back share no code. Imports: errors, nume
 
 from pathlib import Path
 
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, one_of
 from bitwright.formats.awq import Awq
 from bitwright.formats.bitsandbytes import BitsAndBytes
 from bitwright.formats.compressed_tensors import CompressedTensors
@@ -28,9 +28,11 @@ def chosen(
 
     one_shot: whether statistics are the float model's alone, of which GPTAQ makes nothing.
 
-    FormatError for a name that does not go with the format: engines tell GGUF by it.
+    FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
     """
     file = out.suffix == ".gguf"
+    if format_name is not None and format_name not in FORMATS:
+        raise FormatError(f"unknown format {format_name!r}", remedy=one_of(format_name, FORMATS))
     name = format_name or ("gguf" if file else "compressed-tensors")
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitwright.calibration.ranges import RANGES
-from bitwright.errors import CalibrationError, NumericsError, RecipeError
+from bitwright.errors import CalibrationError, NumericsError, RecipeError, one_of
 from bitwright.nn.dynamic import DYNAMIC, Kept, nothing_to_quantize, require_mode
 from bitwright.nn.fake import Edge
 from bitwright.nn.integer import check_activations
@@ -67,7 +67,7 @@ def prepare(
     weights that no layer of torch.nn holds where it cannot be traced; SchemeError for schemes without integer form.
     """
     if observer not in RANGES:
-        raise RecipeError(f"unknown observer {observer!r}", remedy=f"one of {', '.join(RANGES)}")
+        raise RecipeError(f"unknown observer {observer!r}", remedy=one_of(observer, RANGES))
     require_mode(module, training=False)
     return _prepared(module, example_inputs, weights, activations, observer, percentile, keep, inplace)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.calibration.statistics import Gram
-from bitwright.errors import CalibrationError, RecipeError, SchemeError
+from bitwright.errors import CalibrationError, RecipeError, SchemeError, one_of
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
 from bitwright.nn.dynamic import Kept, nothing_to_quantize, replaced, require_mode
@@ -91,7 +91,7 @@ def quantize_weights(
             f"weights of scheme {str(parsed)!r} are not packed here", remedy="such as int4-g128 or int3-g64-asym"
         )
     if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}", remedy=f"one of {', '.join(METHODS)}")
+        raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, METHODS))
     check_serves(method, parsed)
     kept = Kept(module, keep or {})
     names = [n for n, child in module.named_modules() if type(child) is nn.Linear and not kept.covers(n)]

@@ -15,6 +15,7 @@ Scheme(grid='int4', group=128, zero='asym', scale='f16')
 
 import math
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Literal, Self
 
 import torch
@@ -174,9 +175,8 @@ class Scheme:
         parts = PRESETS.get(text.lower(), text.lower()).split("-")
         if len(parts) < 2:
             known = ", ".join([*GRIDS, *PRESETS])
-            raise SchemeError(
-                f"unknown scheme {text!r}", remedy=f"GRID-GROUP[-ZERO][-SCALE] such as int4-g128; known: {known}"
-            )
+            remedy = f"{_nearest(text)}GRID-GROUP[-ZERO][-SCALE] such as int4-g128; known: {known}"
+            raise SchemeError(f"unknown scheme {text!r}", remedy=remedy)
         grid, group, *rest = parts
         zero = rest.pop(0) if rest and rest[0] in ZEROS else "sym"
         scale = rest.pop(0).replace("dq", "dq8").replace("dq88", "dq8") if rest else _default_scale(grid, group)
@@ -189,6 +189,7 @@ class Scheme:
             return cls(grid, int(number) if number.isdecimal() else group, zero, scale)  # type: ignore[arg-type]
         except SchemeError as error:
             error.where = f"scheme {text!r}"
+            error.remedy = _nearest(text) + error.remedy
             raise
 
     def __str__(self) -> str:
@@ -255,6 +256,14 @@ class Scheme:
     def with_scale(self, scale: str) -> Self:
         """The same format with its scales stored otherwise."""
         return replace(self, scale=scale)
+
+
+def _nearest(text: str) -> str:
+    """The beginning of a remedy: the usual scheme whose text is nearest to one that is none; "" if none is near."""
+    groups = [*(f"g{g}" for g in GROUPS), CHANNEL, TENSOR]
+    usual = [f"{grid}-{group}{zero}" for grid in GRIDS for group in groups for zero in ("", "-asym")]
+    near = get_close_matches(text.lower(), [*PRESETS, *usual], 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _default_scale(grid: str, group: str) -> str:

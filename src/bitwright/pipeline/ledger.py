@@ -47,6 +47,15 @@ class Entry:
     arithmetic: str = ""
 
 
+def losses(entries: Iterable[Entry]) -> str:
+    """The mean loss of quantized tensors beside round to nearest's, as a step's progress tells it; "" if none was measured."""
+    known = [(e.loss, e.loss_rtn) for e in entries if e.loss is not None and e.loss_rtn is not None]
+    if not known:
+        return ""
+    mean, rtn = (sum(column) / len(known) for column in zip(*known, strict=True))
+    return f", loss {mean:.5f} (RTN {rtn:.5f})"
+
+
 def to_jsonl(entries: Iterable[Entry]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)

@@ -38,9 +38,9 @@ def planned(
     rules = rules.without_text() if calib == "none" else rules
     if is_gguf(model):
         file, weighted = GgufFile(model), is_imatrix(calib)
-        single_threads = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not single_threads) and named(file.key("general.architecture", str)) is None
-        if single_threads or unknown:
+        modelless = _needs_no_model(rules, recipe, format, calib)
+        unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+        if modelless or unknown:
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
@@ -49,15 +49,10 @@ def planned(
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
     """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
-    single_threads = all(
+    modelless = all(
         rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
     )
-    return (
-        (calib == "none" or is_imatrix(calib))
-        and format == "gguf"
-        and single_threads
-        and not (recipe or rules.kv_cache)
-    )
+    return (calib == "none" or is_imatrix(calib)) and format == "gguf" and modelless and not (recipe or rules.kv_cache)
 
 
 def carried_out(

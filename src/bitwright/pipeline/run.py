@@ -39,7 +39,7 @@ from bitwright.pipeline.calibration_pass import (
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
-from bitwright.pipeline.ledger import Entry, check_complete
+from bitwright.pipeline.ledger import Entry, check_complete, losses
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
 from bitwright.pipeline.result import Result
@@ -175,19 +175,19 @@ def _quantize_blocks(
         states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
         if first == 0:
             begin_rounded(plan, states, tokens)
+    progress("block", first, depth + 1)
     with single_threads(1) as writer_thread:  # encodes, writes and verifies a shard while the next is rounded
         written: Future[None] | None = None
         for index in range(first, depth + 1):
-            progress("block", index, depth + 1)
             entries, commit = _quantize_shard(plan, place, file, index, states or store, config, tokens)
             ledger += entries
             if written is not None:
                 written.result()
             written = writer_thread.submit(commit)
+            progress(f"block{losses(entries)}", index + 1, depth + 1)
             return_memory()
         if written is not None:
             written.result()
-    progress("block", depth + 1, depth + 1)
     return ledger
 
 

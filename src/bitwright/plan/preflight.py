@@ -13,7 +13,7 @@ import torch
 
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.errors import CheckpointError, FormatError, RecipeError, one_of
 from bitwright.files.checkpoint import Checkpoint, Spec, count, shard_bytes, spec_bytes
 from bitwright.formats import FORMATS, Format
 from bitwright.formats.compressed_tensors import arguments
@@ -199,7 +199,7 @@ class Plan:
 def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
     """Plan a run. Raises the InputError of whatever would stop it: see the list in the module's docstring."""
     if format_name not in FORMATS:
-        raise FormatError(f"unknown format {format_name!r}", remedy=f"one of {', '.join(FORMATS)}")
+        raise FormatError(f"unknown format {format_name!r}", remedy=one_of(format_name, FORMATS))
     config = read_config(source)
     if quantization_of(source) is not None:
         remedy = "quantize the float original; rounding twice only loses"

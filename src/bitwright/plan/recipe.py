@@ -20,12 +20,13 @@ import inspect
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from bitwright.calibration.ranges import RANGES
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, SchemeError, one_of
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf.file_types import FILE_TYPES, MIXES
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
@@ -70,11 +71,11 @@ class Rule:
             message = f"activations are rounded token by token or as a whole tensor, not as {self.activations}"
             raise RecipeError(message, remedy="such as int8-token, fp8-token or int8-tensor")
         if self.observer not in RANGES:
-            raise RecipeError(f"unknown observer {self.observer!r}", remedy=f"one of {', '.join(RANGES)}")
+            raise RecipeError(f"unknown observer {self.observer!r}", remedy=one_of(self.observer, RANGES))
 
     def _check_method(self) -> None:
         if self.method not in METHODS:
-            raise RecipeError(f"unknown method {self.method!r}", remedy=f"one of {', '.join(METHODS)}")
+            raise RecipeError(f"unknown method {self.method!r}", remedy=one_of(self.method, METHODS))
         parameters = inspect.signature(METHODS[self.method]).parameters.values()
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SUPPLIED]
         for name in self.options:
@@ -297,8 +298,9 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     before, method = split_method(entry.get("method", defaults.method))
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
-    mix = entry["scheme"].upper() if entry["scheme"].upper() in MIXES else ""
-    scheme = None if entry["scheme"] == KEEP else TYPES[MIXES[mix]].scheme if mix else Scheme.parse(entry["scheme"])
+    name = entry["scheme"]
+    mix = name.upper() if name.upper() in MIXES else ""
+    scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
         entry["match"], scheme, method,
         entry.get("options", {}), None if activations in (None, KEEP) else Scheme.parse(activations),
@@ -306,12 +308,22 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     )  # fmt: skip
 
 
+def _parsed(name: str) -> Scheme:
+    """The scheme that a text names. SchemeError with the mix that may have been meant."""
+    try:
+        return Scheme.parse(name)
+    except SchemeError as error:
+        near = get_close_matches(name.upper(), MIXES, 1, cutoff=0.7)
+        error.remedy = f"did you mean {near[0].lower()}, for an OUT.gguf?" if near else error.remedy
+        raise
+
+
 def _transform(item: object, where: str) -> Transform:
     """A transform by name, or as a table of its name and options."""
     options = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, dict) else {}
     name = options.pop("name", None)
     if name not in TRANSFORMS:
-        raise RecipeError(f"unknown transform {name!r}", where=where, remedy=f"one of {', '.join(TRANSFORMS)}")
+        raise RecipeError(f"unknown transform {name!r}", where=where, remedy=one_of(str(name), TRANSFORMS))
     kind: Callable[..., Transform] = TRANSFORMS[name]
     known = list(_parameters(kind))
     for option in options:
@@ -334,4 +346,4 @@ def _known_keys(found: object, known: set[str], where: str) -> None:
         raise RecipeError("a rule is a table", where=where)
     for key in found:
         if key not in known:
-            raise RecipeError(f"unknown key {key!r}", where=where, remedy=f"known: {', '.join(sorted(known))}")
+            raise RecipeError(f"unknown key {key!r}", where=where, remedy=one_of(key, sorted(known)))

@@ -2,4 +2,5 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # kind of step, done, total
+# Told what kind of step was done last (behind a comma what came of it), how many steps are done, and of how many.
+Progress = Callable[[str, int, int], None]

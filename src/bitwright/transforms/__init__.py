@@ -5,7 +5,7 @@ A method is named by itself, behind transforms where there are some: "gptq", "aw
 that stands alone is followed by the rounding that its paper used. Imports: numerics, methods, models, calibration.
 """
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, one_of
 from bitwright.methods import METHODS
 from bitwright.methods.awq import Awq
 from bitwright.methods.outlier import Outlier
@@ -25,11 +25,9 @@ def split_method(text: str) -> tuple[list[str], str]:
         transforms, method = [*transforms, method], ALONE[method]
     for name in transforms:
         if name not in TRANSFORMS:
-            raise RecipeError(f"unknown transform {name!r}", where=text, remedy=f"one of {', '.join(TRANSFORMS)}")
+            raise RecipeError(f"unknown transform {name!r}", where=text, remedy=one_of(name, TRANSFORMS))
     if method not in METHODS:
-        raise RecipeError(
-            f"unknown method {method!r}", where=text, remedy=f"one of {', '.join([*METHODS, *TRANSFORMS])}"
-        )
+        raise RecipeError(f"unknown method {method!r}", where=text, remedy=one_of(method, [*METHODS, *TRANSFORMS]))
     return transforms, method
 
 
