@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.cli.console import AsJson, console, errors, plain, progress_bar, reporting, show
+from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
+from bitwright.version import __version__
 
 if TYPE_CHECKING:
     from bitwright.evaluation.evaluate import Evaluation
     from bitwright.pipeline.result import Result
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
 Out = Annotated[
@@ -57,6 +58,23 @@ Store = Annotated[
 Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make trained networks smaller and faster by quantization, and prove what it cost."""
 
 
 @app.command()
@@ -78,10 +96,12 @@ def quantize(
     store: Store = None,
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with reporting(as_json):
+    with reporting(as_json, KEPT.format(out)):
         from bitwright.pipeline.quantize import carried_out, planned
 
         plan = planned(
@@ -91,11 +111,11 @@ def quantize(
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
-        if not as_json:
-            errors.print(plan.headline, highlight=False)
-        with progress_bar(as_json) as progress:
+        if not (as_json or quiet):
+            errors.print(plan.headline, highlight=False, soft_wrap=not errors.is_terminal)
+        with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
-        _print_result(done, as_json)
+        _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
     if done.fallbacks:
         raise typer.Exit(1)
 
@@ -122,10 +142,14 @@ def compare(
     ] = False,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
     resume: Resume = True,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
-    with reporting(as_json), progress_bar(as_json) as progress:
+    with (
+        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it"),
+        progress_bar(as_json or quiet) as progress,
+    ):
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
@@ -228,7 +252,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 def _inspected(t: dict[str, Any]) -> tuple[str, ...]:
     """A tensor's row of the table."""
     loss = "" if t["loss"] is None else f"{t['loss']:.5f}"
-    return t["name"], "×".join(map(str, t["shape"])), t["scheme"], f"{t['bytes']:,}", loss
+    name = t["name"].removesuffix(".weight")
+    return name, "×".join(map(str, t["shape"])), t["scheme"], f"{t['bytes']:,}", loss
 
 
 @app.command()
@@ -277,7 +302,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
-    with reporting(as_json):
+    with reporting(as_json, f"{out} was not made; the same command starts afresh"):
         from bitwright.pipeline.conversion import convert
 
         show(convert(model, out, format), as_json, "Done")
@@ -287,17 +312,22 @@ for command in (generate, chat, bench):
     app.command()(command)
 
 
-def _print_result(done: "Result", as_json: bool) -> None:
-    """What a run did, tensor by tensor unless it is for a program to read."""
+def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """What a run did; quiet: what is worse than asked alone; verbose: every kind of tensor too."""
+    from bitwright.cli.summary import summary
     from bitwright.evaluation.report import ledger_table
 
-    if not as_json:
+    if as_json:
+        show(done.as_dict(), True, "")
+        return
+    if verbose:
         console.print(ledger_table(done.ledger))
-        for note in done.notes:
-            console.print(f"note: {plain(note)}")
-        for fallback in done.fallbacks:
-            console.print(f"[yellow]worse than asked[/] {plain(fallback)}")
-    show(done.as_dict(), as_json, "Done")
+    for note in () if quiet else done.notes:
+        console.print(f"note: {plain(note)}", highlight=False)
+    for fallback in done.fallbacks if quiet or verbose else ():
+        console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
+    for line in () if quiet else summary(done, model):
+        console.print(plain(line), highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -312,6 +342,7 @@ def main() -> None:
     # Importing torch and transformers makes a million objects that stay: do not count them often, nor take them apart at
     # the end, which takes as long as a small command.
     gc.set_threshold(100_000)
+    interruption.listen()
     try:
         app()
     except SystemExit as end:

@@ -1,8 +1,11 @@
 """What all commands do at the terminal: errors as messages or JSON, progress, results as a list or JSON."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -10,47 +13,133 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary: only what is worse than asked.")]
 console, errors = Console(), Console(stderr=True)
+INTERRUPTED = 130  # exit status, as shells have it
+
+
+class Interruption:
+    """Ctrl-C, not lost: Python drops a KeyboardInterrupt that happens to be raised while an object is being finalized."""
+
+    seen = False
+
+    def listen(self) -> None:
+        """From now on, remember it as well as raise it."""
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+            signal.signal(signal.SIGINT, self._raise)
+            sys.unraisablehook = _unless_interrupted
+
+    def _raise(self, *_: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """KeyboardInterrupt if there was one; called between steps of long work."""
+        if self.seen:
+            raise KeyboardInterrupt
+
+
+def _unless_interrupted(dropped: "sys.UnraisableHookArgs") -> None:
+    """Show an exception that Python drops, unless it is the one that `Interruption` remembers."""
+    if dropped.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(dropped)
+
+
+interruption = Interruption()
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[None]:
-    """Errors of ours become a message (or JSON) and an exit status; any other is a bug and keeps its traceback."""
+def reporting(as_json: bool, kept: str = "nothing was written") -> Iterator[None]:
+    """Errors of ours become a message (or JSON) and an exit status; any other is a bug and keeps its traceback.
+
+    kept: what an interrupted command leaves, and how to go on.
+    """
     from bitwright.errors import BitwrightError, InputError
 
     try:
         yield
+    except KeyboardInterrupt:
+        if as_json:
+            print(json.dumps({"error": "interrupted", "where": "", "remedy": kept}))
+        else:
+            errors.print(f"interrupted: {plain(kept)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
     except BitwrightError as error:
         if as_json:
             print(json.dumps(error.as_dict()))
         else:
-            errors.print(f"[bold red]error[/] {plain(error.where + ': ' if error.where else '')}{plain(error.message)}")
+            where = f"{error.where}: " if error.where else ""
+            errors.print(f"[bold red]error[/] {plain(where + error.message)}", highlight=False)
             if error.remedy:
-                errors.print(f"[bold]remedy[/] {plain(error.remedy)}")
+                errors.print(f"[bold]remedy[/] {plain(error.remedy)}", highlight=False)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
 def plain(text: str) -> str:
+    """Text that rich prints as it is."""
     return text.replace("[", r"\[")
 
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Any]:
-    """A callback that draws a bar on stderr, or does nothing."""
+    """A callback that draws a bar on stderr, if that is a terminal; else says each step in a line. quiet: it does neither."""
+    with _bar() if errors.is_terminal and not quiet else nullcontext(_log(quiet)) as update:
+
+        def step(what: str, done: int, total: int) -> None:
+            interruption.check()
+            update(what, done, total)
+
+        yield step
+
+
+def _log(quiet: bool) -> Callable[[str, int, int], None]:
+    return (lambda *_: None) if quiet else log_lines(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
 
-        yield update
+def log_lines(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """A callback that says each step in a line: which of how many, its seconds, what came of it, and the time left."""
+    begun: list[tuple[float, int]] = []  # when this run started counting, from which step; when the last one ended
+
+    def update(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        kind, _, outcome = what.partition(", ")
+        if not begun or done <= begun[0][1]:  # the first word of a run, or of its next kind of step
+            begun[:] = [(now, done), (now, done)]
+            return
+        each = (now - begun[0][0]) / (done - begun[0][1])
+        parts = [f"{kind} {done} of {total}", f"{now - begun[1][0]:.1f} s", outcome]
+        parts += [f"{duration(each * (total - done))} left"] if done < total else []
+        begun[1] = (now, done)
+        say(", ".join(part for part in parts if part))
+
+    return update
+
+
+def duration(seconds: float) -> str:
+    """Of a wait, to two figures or so: 42 s, 3 min, 1 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them: 94.2 MB, 1.31 GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def show(content: dict[str, Any], as_json: bool, title: str) -> None:

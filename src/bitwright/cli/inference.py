@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli.console import AsJson, console, errors, reporting, show
+from bitwright.cli.console import AsJson, console, errors, interruption, reporting, show
 
 if TYPE_CHECKING:
     from bitwright.inference.decoding import Sampling
@@ -123,10 +123,12 @@ def _written(stream: Iterator[str], *, quiet: bool) -> str:
     parts = []
     try:
         for part in stream:
+            interruption.check()
             parts.append(part)
             if not quiet:
                 print(part, end="", flush=True)
     except KeyboardInterrupt:
+        interruption.seen = False  # a chat goes on
         errors.print("[dim]interrupted[/]")
     if not quiet:
         print(flush=True)

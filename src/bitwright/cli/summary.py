@@ -1,0 +1,55 @@
+"""What `quantize` says at its end: ten lines on what came out, what is worst in it, and what to do next."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from bitwright.cli.console import duration, size
+from bitwright.pipeline.ledger import Entry
+from bitwright.pipeline.result import Result
+from bitwright.plan.planned_tensor import QUANTIZED
+
+WORST = 3  # matrices that are named
+
+
+def summary(done: Result, model: Path) -> list[str]:
+    """The lines. A loss is a matrix's relative output error on the calibration inputs; RTN's stands beside it."""
+    matrices = [entry for entry in done.ledger if entry.action == QUANTIZED]
+    return [
+        f"{done.out}: {size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight, "
+        f"in {duration(done.seconds)} and {size(done.peak_rss_bytes)} of memory",
+        f"quantized: {len(matrices)} of {len(done.ledger)} tensors, {_schemes(matrices)}",
+        *_losses(matrices),
+        *_replaced(done, matrices),
+        f"judge it: bitwright eval {done.out} --reference {model} --text FILE",
+        f"try it:   bitwright generate {done.out} --prompt TEXT",
+    ]
+
+
+def _schemes(matrices: list[Entry]) -> str:
+    """The most frequent schemes, and the methods."""
+    schemes, methods = Counter(entry.scheme for entry in matrices), Counter(entry.method for entry in matrices)
+    shown = ", ".join(f"{count} {name}" for name, count in schemes.most_common(4))
+    more = f" and {len(schemes) - 4} other schemes" if len(schemes) > 4 else ""
+    return f"{shown}{more}; by {', '.join(name for name, _ in methods.most_common(3))}"
+
+
+def _losses(matrices: list[Entry]) -> Iterator[str]:
+    known = [(entry.loss, entry) for entry in matrices if entry.loss is not None]
+    if not known:
+        return
+    beside = [entry.loss_rtn for _, entry in known if entry.loss_rtn is not None]
+    mean = f"mean loss {sum(loss for loss, _ in known) / len(known):.5f}"
+    yield f"{mean}, round to nearest {sum(beside) / len(beside):.5f}; largest:" if beside else f"{mean}; largest:"
+    for loss, entry in sorted(known, key=lambda one: -one[0])[:WORST]:
+        rtn = "" if entry.loss_rtn is None else f" (RTN {entry.loss_rtn:.4f})"
+        yield f"  {loss:.4f}{rtn}  {entry.name.removesuffix('.weight')}  {entry.scheme}"
+
+
+def _replaced(done: Result, matrices: list[Entry]) -> Iterator[str]:
+    """What is worse than asked, in a line."""
+    worse = [entry for entry in matrices if entry.fallback]
+    if worse:
+        yield f"worse than asked: {len(worse)} matrices, such as {worse[0].name}: {worse[0].fallback}"
+    elif not done.fallbacks:
+        yield "worse than asked: nothing"
