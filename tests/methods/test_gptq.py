@@ -239,10 +239,10 @@ def test_the_factor_is_that_of_the_gram(text: str) -> None:
     gram, scheme = correlated(96), Scheme.parse(text)
     factor = factorize(gram, scheme, 0.05)
     assert factor is not None
-    U, H = (factor.per_column * factor.pivots).double(), damped(gram, 0.05)[factor.order][:, factor.order]
+    U, H = (factor.propagation * factor.pivots).double(), damped(gram, 0.05)[factor.order][:, factor.order]
     assert torch.equal(U, U.triu())
     assert (factor.pivots > 0).all()
-    assert torch.allclose(factor.per_column.diagonal(), torch.ones(96))
+    assert torch.allclose(factor.propagation.diagonal(), torch.ones(96))
     assert torch.allclose(U @ U.T, H, rtol=1e-4, atol=1e-5 * float(H.max()))
     R = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     assert torch.allclose(R @ U, torch.eye(96, dtype=torch.float64), atol=2e-3)

@@ -253,7 +253,7 @@ def test_methods_on_schemes_that_they_do_not_serve() -> None:
 
 
 def split_rotate() -> "object":
-    from bitwright.methods import Rotate
+    from bitwright.transforms import Rotate
 
     return Rotate()
 
