@@ -31,7 +31,7 @@ def bitwright(*args: object, width: int = 80) -> "subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_a_log_has_a_line_for_each_block_and_a_summary(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_log_has_a_line_for_each_block_and_a_summary(llama: Path, text: str, tmp_path: Path) -> None:
     done = bitwright("quantize", llama, tmp_path / "out", "--scheme", "int4-g32", "--calib", text, *SMALL)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("block")]
@@ -130,7 +130,7 @@ def test_the_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"bitwright {__version__}\n"
 
 
-def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(llama: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     how = ["--scheme", "int4-g32", "--calib", str(text), *SMALL]
     command = [sys.executable, "-m", "bitwright", "quantize", str(llama)]

@@ -24,7 +24,7 @@ from bitwright.evaluation.chat_text import chat_windows, conversations
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.report import evaluation_table
 from bitwright.evaluation.verdict import ALONE, BANDS, band, short_name, verdict
-from bitwright.models.streamed import StreamedModel, float_perplexity
+from bitwright.models.streamed import StreamedModel, float_perplexities
 from conftest import make_checkpoint, save_tokenizer
 
 SPECIAL = ["<bos>", "<turn>", "<end>"]
@@ -124,9 +124,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_float_perplexity(pair: tuple[Path, Path], text: str) -> None:
     ids = windows(load_tokenizer(pair[0]), text, seqlen=32, vocabulary=257)
     nll = -log_probabilities(pair[0], ids).gather(-1, ids[:, 1:, None])
-    found = float_perplexity(pair[0], ids)
+    found, alone = float_perplexities(pair[0], [ids, ids[:2]])
     assert found == pytest.approx(float(nll.mean().exp()), rel=1e-5)
     assert found == pytest.approx(evaluate(pair[0], text=text, seqlen=32).perplexity, rel=1e-12)
+    assert alone == pytest.approx(float(nll[:2].mean().exp()), rel=1e-5) != found
 
 
 def test_windows_of_another_length_have_predictions_of_their_own(

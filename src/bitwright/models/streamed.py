@@ -4,7 +4,7 @@ One block's weights are in memory at a time, as in the pipeline, so a model larg
 for a few tokens at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,15 +161,21 @@ def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
     return -log_p.gather(-1, targets[:, None])[:, 0]
 
 
-def float_perplexity(folder: Path, ids: Tensor) -> float:
-    """Perplexity of a checkpoint, as its files hold it, on windows [W, T], each predicted from its own start; T at least 2."""
-    streamed, parts = StreamedModel(folder), batched(ids)
-    hidden = streamed.carried(parts)
-    nll = [
-        surprise(streamed.log_probabilities(hidden, piece), piece.targets(parts))
-        for piece in pieces(parts, streamed.vocabulary)
-    ]
-    return perplexity_of(float(torch.cat(nll).double().mean()))
+def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:
+    """Perplexities of a checkpoint, as its files hold it, on texts of windows [W, T], all of one length T, at least 2.
+
+    Each window is predicted from its own start. The weights are read once.
+    """
+    streamed, each = StreamedModel(folder), [batched(ids) for ids in texts]
+    hidden, found = streamed.carried([part for parts in each for part in parts]), list[float]()
+    for parts in each:
+        own, hidden = hidden[: len(parts)], hidden[len(parts) :]
+        nll = [
+            surprise(streamed.log_probabilities(own, piece), piece.targets(parts))
+            for piece in pieces(parts, streamed.vocabulary)
+        ]
+        found.append(perplexity_of(float(torch.cat(nll).double().mean())))
+    return found
 
 
 def perplexity_of(mean: float) -> float:

@@ -8,10 +8,10 @@ foretell each other (docs/LOG.md).
 
 from bitwright.calibration.general_text import mixed_documents
 from bitwright.calibration.windows import Drawn, cut_windows, load_tokenizer
-from bitwright.models.streamed import float_perplexity
+from bitwright.models.streamed import float_perplexities
 from bitwright.plan.preflight import Plan
 
-WINDOWS = 2  # of each text: a factor is looked for, not a figure
+WINDOWS, LONGEST = 2, 2048  # of each text, and tokens in one: a factor is looked for, not a figure
 DOCUMENTS = 40  # of the general text, of all kinds, are more than enough for them
 FOREIGN = 10.0  # times the general text's perplexity: see docs/LOG.md
 
@@ -20,14 +20,11 @@ def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:
     """A note, with the remedy, on calibration windows that the model hardly knows; encoders predict nothing, and get none."""
     if not plan.skeleton.predicts:
         return ()
-    pieces, vocabulary = (
-        [d.plain() for d in mixed_documents()[:DOCUMENTS]],
-        plan.skeleton.config.get_text_config().vocab_size,
-    )
-    general = cut_windows(
-        load_tokenizer(plan.source), pieces, WINDOWS, source="general", seqlen=plan.seqlen, vocabulary=vocabulary
-    )
-    usual, here = (float_perplexity(plan.source, ids[:WINDOWS]) for ids in (general, tokens.seen))
+    pieces = [document.plain() for document in mixed_documents()[:DOCUMENTS]]
+    tokenizer, vocabulary = load_tokenizer(plan.source), plan.skeleton.config.get_text_config().vocab_size
+    seqlen = min(plan.seqlen, LONGEST)
+    general = cut_windows(tokenizer, pieces, WINDOWS, source="general", seqlen=seqlen, vocabulary=vocabulary)
+    usual, here = float_perplexities(plan.source, [general, tokens.seen[:WINDOWS, :seqlen]])
     if here < FOREIGN * usual:
         return ()
     return (
