@@ -22,11 +22,14 @@ from bitwright.calibration.general_text import (
     spread,
 )
 from bitwright.calibration.text_mix import texts_of, windows_of
-from bitwright.calibration.windows import draw, load_tokenizer, read_text, sample, windows
+from bitwright.calibration.windows import Drawn, draw, load_tokenizer, read_text, sample, windows
 from bitwright.cli.app import app
 from bitwright.cli.demo import MODEL
 from bitwright.errors import CalibrationError
-from conftest import SHARED
+from bitwright.pipeline.familiarity import unfamiliar
+from bitwright.plan.preflight import preflight
+from bitwright.plan.recipe import Recipe
+from conftest import SHARED, make_checkpoint
 
 CHATML = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 LIMIT = {"vocabulary": 1 << 20, "seed": 0}
@@ -262,3 +265,12 @@ def test_general_is_the_default(llama: Path, tmp_path: Path) -> None:
         assert done.exit_code in (0, 1), done.output
         results.append([file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))])
     assert results[0] and results[0] == results[1] != results[2]
+
+
+def test_very_long_windows_are_compared_with_the_general_text_all_the_same(tmp_path: Path) -> None:
+    """Longer than the documents that are taken of it, all together."""
+    seqlen = 150_000
+    folder = make_checkpoint(tmp_path / "model", max_position_embeddings=seqlen)
+    plan = preflight(folder, Recipe.uniform("int4-g32", "gptq"), "compressed-tensors", samples=1, seqlen=seqlen)
+    ids = torch.randint(0, 257, (1, seqlen), generator=torch.Generator().manual_seed(0))
+    assert unfamiliar(plan, Drawn(ids, ids[:0])) == ()  # a random model knows no text better than another
