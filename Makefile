@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test processors sanitize neon check format bench clean
+.PHONY: demo test processors sanitize neon check format bench docs clean
 
 demo: $(READY)
 	$(BIN)/bitwright demo
@@ -52,6 +52,16 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.run
+
+# The documentation site, under build/site; a broken link fails. What it needs stands in pyproject.toml.
+DOCS := .venv/docs
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $(DOCS)
 
 # torch first, and alone: its CPU build, before anything that could ask for another.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
