@@ -1,4 +1,4 @@
-"""The house stands as docs/ARCHITECTURE.md draws it: packages in one reading order, imports one way, no circles."""
+"""The house stands as docs/architecture.md draws it: packages in one reading order, imports one way, no circles."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ FACES = ("__init__.py", "__main__.py")  # the API's names, loaded at first use; 
 
 def reading_order() -> list[str]:
     """Packages and single files, as the table lists them."""
-    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
+    text = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| (`[^|]+`) \|", text[: text.index("\n## ")], re.MULTILINE)
     return [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
 

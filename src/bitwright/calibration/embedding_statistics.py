@@ -4,7 +4,7 @@ The head reads its inputs, as every matrix does. An embedding reads nothing: its
 changes what the first block gives by J e, J being the block's derivative at that token, and E[Jᵀ J] takes the place of
 the Gram: |J e|² = eᵀ Jᵀ J e. With random signs r in place of the outputs' directions, E[(Jᵀ r)(Jᵀ r)ᵀ] is that very
 matrix (Hutchinson's estimator), one pass backward through one block. Measured on a small model it serves as well as the
-derivative through the whole model (docs/LOG.md): a block that stands first makes the small numbers of an embedding large,
+derivative through the whole model (docs/log.md): a block that stands first makes the small numbers of an embedding large,
 and what follows treats all directions much alike.
 """
 

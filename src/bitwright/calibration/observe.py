@@ -3,7 +3,7 @@
 A block is observed in the order of its forward: o_proj's inputs once q, k and v are quantized, down_proj's once gate and
 up are. For GPTQ this is the "true sequential" order. Methods that aim at the float model's outputs cannot do without it:
 were o_proj observed behind the float q, k and v, it would make up for errors that these, once quantized, have made up for
-already; every block would overshoot, and the next one more (docs/LOG.md).
+already; every block would overshoot, and the next one more (docs/log.md).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

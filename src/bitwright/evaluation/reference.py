@@ -3,7 +3,7 @@
 For each token the `TOP` most likely next ones with their log-probabilities, and what is left for all others together;
 and −log p of the one that came, for the float model's own perplexity.
 KL(p ‖ q) over these TOP + 1 events is a lower bound of that over the vocabulary (merging events never adds divergence), and
-misses what p and q differ by among unlikely tokens: see docs/LOG.md for how little that is.
+misses what p and q differ by among unlikely tokens: see docs/log.md for how little that is.
 """
 
 import json

@@ -18,7 +18,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), G
 READERS: tuple[Reader, ...] = (*FORMATS.values(), Awq(), BitsAndBytes())
 
 SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
-SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/LOG.md for the method
+SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
 
 
 def chosen(

@@ -3,7 +3,7 @@
 Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
 very text are as low as on any other. An encoded text, or words in no order, have a perplexity many times that of the general
 text, which mixes languages, code and dialogue. Not so a script that the model never learnt: the bytes of one character
-foretell each other (docs/LOG.md).
+foretell each other (docs/log.md).
 """
 
 from bitwright.calibration.general_text import mixed_documents
@@ -13,7 +13,7 @@ from bitwright.plan.preflight import Plan
 
 WINDOWS, LONGEST = 2, 2048  # of each text, and tokens in one: a factor is looked for, not a figure
 DOCUMENTS = 40  # of the general text, of all kinds, are more than enough for them
-FOREIGN = 10.0  # times the general text's perplexity: see docs/LOG.md
+FOREIGN = 10.0  # times the general text's perplexity: see docs/log.md
 
 
 def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.models.families import positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
-from bitwright.models.skeleton import Skeleton, best_dtype, quantization_of, read_config
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype, quantization_of, read_config
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
@@ -155,8 +155,8 @@ class Plan:
         """The plan in a line, and its notes."""
         schemes = ", ".join(sorted({str(t.layer.scheme) for t in self.tensors if t.layer}))
         first = (
-            f"{self.parameters:,} parameters to {self.format.name}, {schemes}: {self.bytes:,} bytes, "
-            f"{self.bits_per_weight:.2f} bits per weight, about {self.peak_memory >> 20:,} MiB of memory"
+            f"{self.parameters:,} parameters to {self.format.name}, {schemes}: {self.bytes / 1e6:,.1f} MB, "
+            f"{self.bits_per_weight:.2f} bits a weight, about {self.peak_memory / 1e6:,.0f} MB of memory"
         )
         return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
@@ -180,14 +180,18 @@ class Plan:
         states = 2 if self.recipe.needs_original else 1
         inputs = 2 * hidden + sum({K for _, K in widths})  # attention's and the MLP's, and what each ends with
         kept = min(KEPT_BYTES, tokens * size * inputs) if states == 2 else 0
-        activations = 2 * states * tokens * hidden * size + kept  # and as they are saved for a resumption
+        activations = 3 * states * tokens * hidden * size + kept  # and as they are saved, twice, for a resumption
+        widest = max((K for _, K in widths), default=0)
+        batch = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * widest)  # of a block's forward, as measured
         square = 4 * max((K * K for _, K in widths), default=0)
         statistics = square * (5 if states == 2 else 4)  # a Gram, a drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in {K for _, K in widths}) + 2 * square)
-        floats = spec_bytes({t.source: (t.dtype, t.shape) for t in outside})
+        floats = sum(size * count(t.shape) for t in outside)
         weights = block * (2 * size + 2)  # in float, as quantized; codes, and those of the search beside them
-        at_work = max(floats + activations, activations + weights + statistics + largest * 30)
+        at_work = max(
+            floats + activations, activations + batch + weights + statistics, activations - kept + largest * 30
+        )
         return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
 
     def _in_writing(self, members: list[PlannedTensor]) -> int:
