@@ -53,10 +53,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.run
 
-# The documentation site, under build/site; a broken link fails. What it needs stands in pyproject.toml.
+# The documentation site, under build/site; a broken link fails (with --quiet it would not). What it needs stands in pyproject.toml.
 DOCS := .venv/docs
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$($(BIN)/python -c \
