@@ -21,7 +21,6 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
-from bitwright.files.checkpoint import INDEX, Checkpoint
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -39,6 +38,7 @@ from bitwright.pipeline.calibration_pass import (
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
+from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
@@ -86,7 +86,7 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
-    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.disk_bytes, resume=resume)
     try:
         with _file_of(plan, place) as file:
             ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
@@ -99,7 +99,8 @@ def run(
         written = _made(place).stat().st_size
         place.finish_file(_made(place), ledger)
     else:
-        written = _describe(plan, place)
+        written = join(place, len(plan.skeleton) + 1)
+        _describe(plan, place)
         place.finish(plan.source, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     return Result(
@@ -228,7 +229,7 @@ def _quantize_shard(
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
             verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
-            place.put_shard(plan.shard_name(index), stored, verify)
+            place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
 
@@ -317,18 +318,11 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     return rounding(stored, (keys, values))
 
 
-def _describe(plan: Plan, place: WorkInProgress) -> int:
-    """The index and the configs; the bytes of all weight files."""
-    weight_map: dict[str, str] = {}
-    for i in range(len(plan.skeleton) + 1):
-        name = plan.shard_name(i)
-        weight_map |= dict.fromkeys(Checkpoint(place.path, only=place.path / name).tensors, name)
-    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
-    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+def _describe(plan: Plan, place: WorkInProgress) -> None:
+    """The configs."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     if any(t.made_of for t in plan.tensors):
         config["tie_word_embeddings"] = False
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
-    return total
