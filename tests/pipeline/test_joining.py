@@ -1,5 +1,6 @@
 """Shards of blocks become the files that others know: the same bytes after any crash, exact sizes, and no tensor unread."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from bitwright import quantize
 from bitwright.errors import CheckpointError, OutputError, VerificationError
 from bitwright.files import joined as cut
-from bitwright.files.checkpoint import INDEX, Checkpoint, begin_file, file_bytes, read_header, write_shard
+from bitwright.files.checkpoint import INDEX, Checkpoint, begin_file, file_bytes, read_header, sync_folder, write_shard
 from bitwright.files.joined import checksum, joined
 from bitwright.models.source import WeightSource
 from bitwright.pipeline.joining import join
@@ -262,6 +264,18 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
 def test_a_file_that_is_begun_takes_no_room(tmp_path: Path) -> None:
     begin_file(tmp_path / "a", {"w": (torch.float32, (1 << 24,))})
     assert (tmp_path / "a").stat().st_size > 1 << 26 and 512 * (tmp_path / "a").stat().st_blocks < 1 << 20
+
+
+def test_a_directory_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems know of no such thing; any other failure counts."""
+    for number, fails in ((errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)):
+
+        def refuse(_: int, number: int = number) -> None:
+            raise OSError(number, "refused")
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(OutputError, match="refused") if fails else nullcontext():
+            sync_folder(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- end to end

@@ -247,11 +247,14 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Come back when the names in a directory are on the disk as they are now."""
+    """Come back when the names in a directory are on the disk as they are now; where that cannot be asked for, at once."""
     with disk_errors(folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network file systems say
+                raise
         finally:
             os.close(descriptor)
 

@@ -30,7 +30,8 @@ from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.work_in_progress import Verification, WorkInProgress
+from bitwright.pipeline.model_card import Card
+from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED
 
 FLOATS = ("f32", "f16", "bf16")
@@ -155,7 +156,10 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     total = join(place, depth + 1)
     outside = sorted(set(source.skeleton.linear_names()) - {layer.name for layer in layers})
     config = format_.config(layers, outside)
-    place.write_json("config.json", source.config() | {"quantization_config": config})
+    said = source.config()
+    place.write_json("config.json", said | {"quantization_config": config})
+    bits = 8 * sum(entry.bytes for entry in ledger) / sum(count(entry.shape) for entry in ledger)
+    place.write_text(CARD, str(Card(said, format_name, bits, ledger, source.skeleton.predicts)))
     if format_name == "gptq":
         place.write_json("quantize_config.json", config)
     if is_gguf(model):

@@ -40,12 +40,13 @@ from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete
+from bitwright.pipeline.model_card import Card, calibration
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
-from bitwright.pipeline.work_in_progress import Verification, WorkInProgress, check_out
+from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.preflight import Plan
 from bitwright.system.memory import peak_rss_bytes, return_memory
@@ -95,14 +96,14 @@ def run(
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
+    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     if plan.format.one_file:
         written = _made(place).stat().st_size
         place.finish_file(_made(place), ledger)
     else:
         written = join(place, len(plan.skeleton) + 1)
-        _describe(plan, place)
+        _describe(plan, place, ledger, bits, calibration(calib, tokens))
         place.finish(plan.source, ledger)
-    bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
     )
@@ -318,11 +319,14 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     return rounding(stored, (keys, values))
 
 
-def _describe(plan: Plan, place: WorkInProgress) -> None:
-    """The configs."""
+def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
+    """The configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     if any(t.made_of for t in plan.tensors):
         config["tie_word_embeddings"] = False
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
+    method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
+    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated)
+    place.write_text(CARD, str(card))

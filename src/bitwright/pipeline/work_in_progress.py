@@ -25,6 +25,8 @@ from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
+CARD, ORIGINAL = "README.md", "README.original.md"  # what is told of the result; what the source told of itself
+
 
 def check_out(out: Path) -> None:
     """OutputError if OUT cannot be made."""
@@ -125,9 +127,13 @@ class WorkInProgress:
         with disk_errors(unverified):
             unverified.replace(self.shard(index))
 
+    def write_text(self, name: str, content: str) -> None:
+        """One of OUT's files."""
+        write_file(self.result / name, content.encode())
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """One of OUT's JSON files."""
-        write_file(self.result / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, source: Path, ledger: list[Entry]) -> None:
         """Add the ledger and the companions of a source that is a directory, let OUT appear, and remove the rest."""
@@ -175,8 +181,14 @@ class Verification:
 
 
 def copy_companions(source: Path, to: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged."""
+    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged.
+
+    The source's README.md makes room for the model card: it becomes README.original.md, unless the source has that too, as
+    results of ours do. Then that one is the model's own, and its README.md a card of other work.
+    """
     for file in sorted(source.iterdir()):
-        known = (to / file.name).exists() or file.name.startswith(".")
+        own = file.name.lower() == CARD.lower() and not (source / ORIGINAL).exists()
+        name = ORIGINAL if own else file.name
+        known = (to / name).exists() or name.startswith(".")
         if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
-            write_file(to / file.name, file.read_bytes())
+            write_file(to / name, file.read_bytes())
