@@ -97,13 +97,7 @@ def run(
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    if plan.format.one_file:
-        written = _made(place).stat().st_size
-        place.finish_file(_made(place), ledger)
-    else:
-        written = join(place, len(plan.skeleton) + 1)
-        _describe(plan, place, ledger, bits, calibration(calib, tokens))
-        place.finish(plan.source, ledger)
+    written = _finish(plan, place, ledger, bits, calibration(calib, tokens))
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
     )
@@ -317,6 +311,18 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     stored = scheme.with_scale(FLOAT_NAMES[dtype])
     keys, values = (static_scales(seen, stored, observer=plan.recipe.kv_observer) for seen in known.kv)
     return rounding(stored, (keys, values))
+
+
+def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> int:
+    """Let OUT appear; the bytes of its weight files."""
+    if plan.format.one_file:
+        written = _made(place).stat().st_size
+        place.finish_file(_made(place), ledger)
+        return written
+    written = join(place, len(plan.skeleton) + 1)
+    _describe(plan, place, ledger, bits, calibrated)
+    place.finish(plan.source, ledger)
+    return written
 
 
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
