@@ -57,12 +57,12 @@ def main() -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
         partial = out.with_name(out.name + ".partial")
-        done = len(list(partial.glob("model-*")))
+        done = len(list(partial.glob("ledger-*")))
         if not out.exists():
             assert start(out).wait() == 0
         same = files(out) == expected
         print(
-            f"killed after {moment:4.1f} s with {done} shards committed: {'same bytes' if same else 'DIFFERENT'}",
+            f"killed after {moment:4.1f} s with {done} blocks committed: {'same bytes' if same else 'DIFFERENT'}",
             flush=True,
         )
         assert same

@@ -31,9 +31,14 @@ def trained(pieces: int, work: Path) -> Any:
     """sentencepiece's model of so many pieces."""
     trainer = importlib.import_module("sentencepiece").SentencePieceTrainer
     trainer.train(
-        input=str(SHARED / "text/wiki.txt"), model_prefix=str(work / "m"), vocab_size=pieces, model_type="unigram",
-        normalization_rule_name="nmt_nfkc", input_sentence_size=20000, minloglevel=2,
-    )  # fmt: skip
+        input=str(SHARED / "text/wiki.txt"),
+        model_prefix=str(work / "m"),
+        vocab_size=pieces,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc",
+        input_sentence_size=20000,
+        minloglevel=2,
+    )
     model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     model.ParseFromString((work / "m.model").read_bytes())
     return model

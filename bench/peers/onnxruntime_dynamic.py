@@ -36,9 +36,15 @@ class Hidden(torch.nn.Module):
 axes = {name: {0: "batch", 1: "tokens"} for name in [*names, "hidden"]}
 with torch.no_grad():
     torch.onnx.export(
-        Hidden(), tuple(parts[0].values()), str(out / "float.onnx"), input_names=names, output_names=["hidden"],
-        dynamic_axes=axes, dynamo=False, opset_version=17,
-    )  # fmt: skip
+        Hidden(),
+        tuple(parts[0].values()),
+        str(out / "float.onnx"),
+        input_names=names,
+        output_names=["hidden"],
+        dynamic_axes=axes,
+        dynamo=False,
+        opset_version=17,
+    )
 quantize_dynamic(out / "float.onnx", out / "dynamic.onnx")
 for name in ("float", "dynamic"):
     file = out / f"{name}.onnx"

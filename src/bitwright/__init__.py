@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         quantize_tensor,
         quantize_weights,
         sensitivity,
-    )  # fmt: skip
+    )
 
 __all__ = [
     "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat",

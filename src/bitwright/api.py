@@ -67,10 +67,21 @@ def quantize(
     """
     where = Path(store) if store else None
     plan = planned(
-        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
-        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
-        seqlen=seqlen, store=where,
-    )  # fmt: skip
+        Path(model),
+        Path(out),
+        scheme=scheme,
+        method=method,
+        format=format,
+        pure=pure,
+        activations=activations,
+        observer=observer,
+        kv_cache=kv_cache,
+        recipe=Path(recipe) if recipe else None,
+        calib=calib,
+        samples=samples,
+        seqlen=seqlen,
+        store=where,
+    )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 
@@ -121,7 +132,13 @@ def evaluate(
     chat: the texts are conversations, in the model's chat template; paragraphs in turn, or a .jsonl file of messages.
     """
     found = _evaluate(
-        Path(model), reference=Path(reference) if reference else None, texts=[text] if isinstance(text, str) else text,
-        seqlen=seqlen, tokens=tokens, predictions=Path(predictions) if predictions else None, engine=engine, chat=chat,
-    )  # fmt: skip
+        Path(model),
+        reference=Path(reference) if reference else None,
+        texts=[text] if isinstance(text, str) else text,
+        seqlen=seqlen,
+        tokens=tokens,
+        predictions=Path(predictions) if predictions else None,
+        engine=engine,
+        chat=chat,
+    )
     return found[0] if isinstance(text, str) else found

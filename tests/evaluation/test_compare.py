@@ -29,9 +29,13 @@ def settings(text: str, **more: Any) -> Settings:
 def test_candidates_are_what_quantize_and_eval_give(llama: Path, text: str, tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     done = compare(
-        llama, tmp_path / "out", schemes=["int4-g32", "q8_0"], methods=["rtn", "awq+gptq", "gptaq"],
-        settings=settings(text), progress=lambda *step: steps.append(step),
-    )  # fmt: skip
+        llama,
+        tmp_path / "out",
+        schemes=["int4-g32", "q8_0"],
+        methods=["rtn", "awq+gptq", "gptaq"],
+        settings=settings(text),
+        progress=lambda *step: steps.append(step),
+    )
     assert [(c.scheme, c.method) for c in done.candidates] == [
         (scheme, method) for scheme in ("int4-g32", "q8_0") for method in ("rtn", "awq+gptq", "gptaq")
     ]
@@ -73,18 +77,26 @@ def test_a_rotated_model_has_statistics_of_its_own(llama: Path, text: str, tmp_p
     """Neither pass throws the other's statistics away."""
     kept = tmp_path / "kept"
     done = compare(
-        llama, tmp_path / "out", schemes=["int4-g32"], methods=["gptq", "rotate+gptq", "awq"], settings=settings(text),
+        llama,
+        tmp_path / "out",
+        schemes=["int4-g32"],
+        methods=["gptq", "rotate+gptq", "awq"],
+        settings=settings(text),
         store=kept,
-    )  # fmt: skip
+    )
     assert not done.notes and {c.statistics for c in done.candidates} == {"one-shot"}
     assert (kept / "block-00000.json").is_file() and (kept / "rotated-0/block-00000.json").is_file()
 
 
 def test_what_was_judged_may_go_and_statistics_may_stay(llama: Path, text: str, tmp_path: Path) -> None:
     done = compare(
-        llama, tmp_path / "out", schemes=["int4-g32"], methods=["rtn", "gptq"], settings=settings(text, keep=False),
+        llama,
+        tmp_path / "out",
+        schemes=["int4-g32"],
+        methods=["rtn", "gptq"],
+        settings=settings(text, keep=False),
         store=tmp_path / "kept",
-    )  # fmt: skip
+    )
     assert len(done.candidates) == 2 and not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
     assert (tmp_path / "kept/block-00002.json").is_file()
     taken = (tmp_path / "kept/block-00002.safetensors").stat().st_mtime_ns

@@ -276,7 +276,7 @@ def test_a_crash_costs_one_block_and_no_byte(
     monkeypatch.setattr(tune_block, "tune", crash)
     with pytest.raises(KeyboardInterrupt):
         quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
-    assert len(list((tmp_path / "out.partial").glob("model-*"))) == 1
+    assert len(list((tmp_path / "out.partial").glob("shard-*"))) == 1
     monkeypatch.setattr(tune_block, "tune", real)
     quantize(llama, tmp_path / "out", calib=text, recipe=recipe, **SMALL)  # type: ignore[arg-type]
     for file in (tmp_path / "whole").glob("*.safetensors"):

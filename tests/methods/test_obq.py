@@ -48,10 +48,14 @@ def test_in_gptqs_order_it_is_gptq(text: str, K: int) -> None:
     expected = gptq(w, gram, scheme, sweeps=0, compensated_scales=False).q
     scale, zero = expected.scales.scale, expected.scales.zero
     found = _rounded(
-        w, inverse_hessian(gram, 0.01), scheme, per_column(scale, scheme, K).expand(12, K),
-        None if zero is None else per_column(zero, scheme, K).expand(12, K), column_order(gram.diagonal(), scheme.unit),
+        w,
+        inverse_hessian(gram, 0.01),
+        scheme,
+        per_column(scale, scheme, K).expand(12, K),
+        None if zero is None else per_column(zero, scheme, K).expand(12, K),
+        column_order(gram.diagonal(), scheme.unit),
         torch.zeros(12, K, dtype=torch.bool),
-    )  # fmt: skip
+    )
     assert torch.equal(found, expected.codes)
 
 

@@ -54,9 +54,16 @@ def test_a_convolution_is_exact(conv: nn.Conv1d | nn.Conv2d) -> None:
     ).permute(0, 3, 1, 2)
     exact = nn.Conv1d if flat else nn.Conv2d
     oracle = exact(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        bias=False, dtype=torch.float64,
-    )  # fmt: skip
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        bias=False,
+        dtype=torch.float64,
+    )
     oracle.weight.data = w.double()
     with torch.no_grad():
         assert torch.equal((found[:, :, 0] if flat else found).double(), oracle(x.double()))

@@ -39,7 +39,8 @@ def test_a_wrong_bit_on_disk_is_seen(
     assert "not those that were meant" in json.loads(done.stdout)["error"]
     assert json.loads(done.stdout)["where"].startswith("model.layers.0.")
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.partial").glob("model-*")), "a bad shard was committed"
+    assert (tmp_path / "out.partial/unverified.safetensors").is_file()
+    assert not list((tmp_path / "out.partial").glob("shard-*")), "a bad shard was committed"
 
 
 def test_a_fallback_is_recorded_and_exits_with_1(

@@ -76,9 +76,15 @@ def test_inputs_with_outliers_recover(spiked: Path, text: str, tmp_path: Path) -
     found = {}
     for method in ("rtn", "smooth", "outlier"):
         quantize(
-            spiked, tmp_path / method, scheme="int8-channel", method=method, activations="int8-token", format="bitwright",
-            calib=text, **SMALL,
-        )  # fmt: skip
+            spiked,
+            tmp_path / method,
+            scheme="int8-channel",
+            method=method,
+            activations="int8-token",
+            format="bitwright",
+            calib=text,
+            **SMALL,
+        )
         found[method] = kl(tmp_path / method, spiked, text)
     assert found["smooth"] < 0.1 * found["rtn"] and found["outlier"] < 0.1 * found["rtn"]
 

@@ -208,9 +208,15 @@ def evaluate(
         from bitwright.evaluation.evaluate import evaluate as judge
 
         found = judge(
-            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
-            predictions=predictions, engine=engine, chat=chat,
-        )  # fmt: skip
+            model,
+            reference=reference,
+            texts=text or ["stdlib-heldout"],
+            seqlen=seqlen,
+            tokens=tokens,
+            predictions=predictions,
+            engine=engine,
+            chat=chat,
+        )
         _print_evaluations(found, as_json)
 
 

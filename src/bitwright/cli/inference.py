@@ -94,9 +94,7 @@ def bench(
     with reporting(as_json):
         from bitwright.inference.speed import measure
 
-        found = measure(
-            model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat
-        )  # fmt: skip
+        found = measure(model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat)
         show(found.as_dict(), as_json, "Speed")
 
 

@@ -140,9 +140,15 @@ def compare(
     original_seconds = time.monotonic() - begun - shared_seconds
     candidates = [_candidate(contest, model, work, shared, settings, meter) for contest in contests]
     done = Comparison(
-        out, original, candidates, refused, [*refused, *notes], shared_seconds, original_seconds,
-        time.monotonic() - begun
-    )  # fmt: skip
+        out,
+        original,
+        candidates,
+        refused,
+        [*refused, *notes],
+        shared_seconds,
+        original_seconds,
+        time.monotonic() - begun,
+    )
     _finish(done, model, work, command)
     return done
 
@@ -264,9 +270,13 @@ def _original(model: Path, settings: Settings) -> Original:
 def _judged(folder: Path, reference: Path | None, predictions: Path | None, settings: Settings) -> dict[str, Any]:
     """An evaluation as plain data."""
     (found,) = evaluate(
-        folder, reference=reference, texts=[settings.text], seqlen=settings.eval_seqlen, tokens=settings.tokens,
+        folder,
+        reference=reference,
+        texts=[settings.text],
+        seqlen=settings.eval_seqlen,
+        tokens=settings.tokens,
         predictions=predictions,
-    )  # fmt: skip
+    )
     return found.as_dict()
 
 
@@ -297,9 +307,13 @@ def _quantize(
 ) -> None:
     """Quantize one candidate, and note what it took."""
     done = run(
-        contest.plan, folder, calib=settings.calib, seed=settings.seed, store=store,
+        contest.plan,
+        folder,
+        calib=settings.calib,
+        seed=settings.seed,
+        store=store,
         progress=lambda _, block, __: meter.part(contest.name, block),
-    )  # fmt: skip
+    )
     took = {
         "seconds": done.seconds, "peak_rss_bytes": peak_since(), "bytes": done.bytes, "fallbacks": len(done.fallbacks),
         "statistics": next((e.statistics for e in done.ledger if e.statistics), "none"),
@@ -334,9 +348,13 @@ def _finish(done: Comparison, model: Path, work: Path, command: str) -> None:
     shutil.rmtree(work / "statistics", ignore_errors=True)
     write_file(work / JSON, (json.dumps(done.as_dict(), indent=1) + "\n").encode())
     text = page(
-        model=model.name, reference=done.original, candidates=done.candidates, shared_seconds=done.shared_seconds,
-        notes=done.notes, command=command,
-    )  # fmt: skip
+        model=model.name,
+        reference=done.original,
+        candidates=done.candidates,
+        shared_seconds=done.shared_seconds,
+        notes=done.notes,
+        command=command,
+    )
     write_file(work / PAGE, text.encode())
     (work / "comparison.json").unlink()
     with disk_errors(done.out):

@@ -177,19 +177,30 @@ def _evaluation(
     nll, beside = costs
     perplexity, stderr = _exponential(nll)
     found = Evaluation(
-        text=text, tokens=nll.numel(), perplexity=perplexity, perplexity_stderr=stderr,
-        bits_per_weight=streamed.bits_per_weight, seconds=seconds,
-    )  # fmt: skip
+        text=text,
+        tokens=nll.numel(),
+        perplexity=perplexity,
+        perplexity_stderr=stderr,
+        bits_per_weight=streamed.bits_per_weight,
+        seconds=seconds,
+    )
     if beside is None:
         return found
     (theirs, theirs_stderr), (ratio, ratio_stderr) = _exponential(beside.nll), _exponential(nll - beside.nll)
     kl_mean, kl_stderr = _mean(beside.kl)
     return replace(
-        found, reference_perplexity=theirs, reference_perplexity_stderr=theirs_stderr,
-        perplexity_ratio=ratio, perplexity_ratio_stderr=ratio_stderr,
-        kl_mean=kl_mean, kl_stderr=kl_stderr, kl_median=_quantile(beside.kl, 0.5), kl_p99=_quantile(beside.kl, 0.99),
-        kl_p999=_quantile(beside.kl, 0.999), top1=float(beside.same.double().mean()),
-    )  # fmt: skip
+        found,
+        reference_perplexity=theirs,
+        reference_perplexity_stderr=theirs_stderr,
+        perplexity_ratio=ratio,
+        perplexity_ratio_stderr=ratio_stderr,
+        kl_mean=kl_mean,
+        kl_stderr=kl_stderr,
+        kl_median=_quantile(beside.kl, 0.5),
+        kl_p99=_quantile(beside.kl, 0.99),
+        kl_p999=_quantile(beside.kl, 0.999),
+        top1=float(beside.same.double().mean()),
+    )
 
 
 def _mean(per_token: Tensor) -> tuple[float, float]:

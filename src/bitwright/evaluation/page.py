@@ -328,9 +328,14 @@ def headline(
 
 
 def page(
-    *, model: str, reference: Original, candidates: list[Candidate], shared_seconds: float, notes: list[str],
+    *,
+    model: str,
+    reference: Original,
+    candidates: list[Candidate],
+    shared_seconds: float,
+    notes: list[str],
     command: str,
-) -> str:  # fmt: skip
+) -> str:
     """A whole HTML document. InputError if there is no candidate."""
     if not candidates:
         raise InputError("nothing to compare", where=model, remedy="name at least one scheme and one method")
@@ -340,11 +345,23 @@ def page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
-        model=model, original=reference, candidates=candidates, shared_seconds=shared_seconds, notes=notes,
-        command=command, verdicts=verdicts, names=names, markers=_markers(candidates), number=number, size=_bytes,
+        model=model,
+        original=reference,
+        candidates=candidates,
+        shared_seconds=shared_seconds,
+        notes=notes,
+        command=command,
+        verdicts=verdicts,
+        names=names,
+        markers=_markers(candidates),
+        number=number,
+        size=_bytes,
         ranked=sorted(range(len(candidates)), key=lambda i: (order[candidates[i].scheme], _cost(candidates[i]))),
         kl=plot(candidates, reference, "kl_mean", "kl_stderr", 0.0),
         perplexity=plot(candidates, reference, "perplexity", "perplexity_stderr", reference.perplexity),
-        best=best(candidates), headline=headline(verdicts, candidates, names), heat=heat(candidates),
-        edges=(LEFT, RIGHT, TOP, BOTTOM, ZERO), chosen=verdicts[0].best,
-    )  # fmt: skip
+        best=best(candidates),
+        headline=headline(verdicts, candidates, names),
+        heat=heat(candidates),
+        edges=(LEFT, RIGHT, TOP, BOTTOM, ZERO),
+        chosen=verdicts[0].best,
+    )

@@ -64,10 +64,17 @@ def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Tab
     for i, c in enumerate(candidates):
         mark = "best" if i in best else "front" if i in unbeaten else ""
         rows.append(
-            (c.scheme, c.method + (" *" if c.statistics == "sequential" else ""), f"{c.bits_per_weight:.2f}",
-             f"{c.perplexity:.2f} ± {c.perplexity_stderr:.2f}", f"{c.kl_mean:.5f}", f"{100 * c.top1:.1f} %",
-             f"{c.seconds:.1f}", mark)
-        )  # fmt: skip
+            (
+                c.scheme,
+                c.method + (" *" if c.statistics == "sequential" else ""),
+                f"{c.bits_per_weight:.2f}",
+                f"{c.perplexity:.2f} ± {c.perplexity_stderr:.2f}",
+                f"{c.kl_mean:.5f}",
+                f"{100 * c.top1:.1f} %",
+                f"{c.seconds:.1f}",
+                mark,
+            )
+        )
     return table("KL to the original in nats a token; * statistics block by block", header, rows)
 
 

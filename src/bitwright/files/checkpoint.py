@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +126,10 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         raise CheckpointError(f"{len(others)} safetensors files but no {INDEX}", where=str(folder))
     if any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise CheckpointError(
-            "only pickled weights here; unpickling can run code, so they are never opened", where=str(folder),
+            "only pickled weights here; unpickling can run code, so they are never opened",
+            where=str(folder),
             remedy="convert them to safetensors with the tool that made them",
-        )  # fmt: skip
+        )
     raise CheckpointError(
         "no safetensors file here", where=str(folder), remedy="give a directory with model.safetensors"
     )
@@ -180,37 +181,48 @@ def _entry(file: Path, base: int, name: str, entry: dict[str, object]) -> Tensor
     return info
 
 
-def _header(specs: dict[str, Spec]) -> tuple[bytes, list[str]]:
-    """The bytes before the data, and the tensors in the order of their data: widest type first, as alignment wants."""
-    ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+def _by_width(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Tensors in the order of their data: widest type first, as alignment wants; else as they are given."""
+    return dict(sorted(specs.items(), key=lambda item: -item[1][0].itemsize))
+
+
+def _header(specs: Mapping[str, Spec]) -> bytes:
+    """The bytes before the data of tensors that follow one another in this order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name in ordered:
-        dtype, shape = specs[name]
+    for name, (dtype, shape) in specs.items():
         end = at + dtype.itemsize * count(shape)
         entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, ordered
+    return struct.pack("<Q", len(text)) + text
 
 
-def spec_bytes(specs: dict[str, Spec]) -> int:
+def spec_bytes(specs: Mapping[str, Spec]) -> int:
     """The data of tensors of these types and shapes."""
     return sum(dtype.itemsize * count(shape) for dtype, shape in specs.values())
 
 
-def shard_bytes(specs: dict[str, Spec]) -> int:
-    """The exact size of the file that `write_shard` makes of tensors of these types and shapes."""
-    return len(_header(specs)[0]) + spec_bytes(specs)
+def file_bytes(specs: Mapping[str, Spec]) -> int:
+    """The exact size of the file that `begin_file` makes for these tensors, and `write_shard` if they are sorted by name."""
+    return len(_header(_by_width(specs))) + spec_bytes(specs)
+
+
+def begin_file(file: Path, specs: Mapping[str, Spec]) -> None:
+    """A safetensors file of its full size whose data is yet to be written; until then it takes no room on the disk."""
+    header = _header(_by_width(specs))
+    with _replacing(file) as stream:
+        stream.write(header)
+        stream.truncate(len(header) + spec_bytes(specs))
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file that is there whole or not at all, one tensor after the other, no copy of them all."""
-    header, ordered = _header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    specs = _by_width({name: (t.dtype, tuple(t.shape)) for name, t in sorted(tensors.items())})
     with _replacing(file) as stream:
-        stream.write(header)
-        for name in ordered:
+        stream.write(_header(specs))
+        for name in specs:
             stream.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -233,6 +245,19 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
             beside.replace(file)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Come back when the names in a directory are on the disk as they are now; where that cannot be asked for, at once."""
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network file systems say
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

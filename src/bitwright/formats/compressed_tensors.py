@@ -42,14 +42,16 @@ class CompressedTensors:
         refuse_decomposed(layer, self.name)
         if layer.transposed:
             raise FormatError(
-                "its module is a Conv1D, which loaders of compressed-tensors do not replace", where=layer.name,
+                "its module is a Conv1D, which loaders of compressed-tensors do not replace",
+                where=layer.name,
                 remedy="use --format gptq",
-            )  # fmt: skip
+            )
         if isinstance(scheme.group, int) and layer.K % scheme.group:
             raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {scheme.group}", where=layer.name,
+                f"K = {layer.K} is not a multiple of the group of {scheme.group}",
+                where=layer.name,
                 remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
-            )  # fmt: skip
+            )
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         plain = scheme.scale in ("f32", "f16", "bf16")
         return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)
@@ -259,9 +261,10 @@ def _container(layer: Layer) -> str:
     elif s.grid == "fp4" and s.scale == "e4m3" and s.group == 16:
         return NVFP4
     raise FormatError(
-        f"compressed-tensors has no container for {s}", where=layer.name,
+        f"compressed-tensors has no container for {s}",
+        where=layer.name,
         remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
-    )  # fmt: skip
+    )
 
 
 def arguments(scheme: Scheme) -> dict[str, Any]:

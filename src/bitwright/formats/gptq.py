@@ -49,9 +49,10 @@ class Gptq:
             raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
         if isinstance(s.group, int) and layer.K % s.group:
             raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {s.group}", where=layer.name,
+                f"K = {layer.K} is not a multiple of the group of {s.group}",
+                where=layer.name,
                 remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
-            )  # fmt: skip
+            )
         for axis, extent in (("K", layer.K), ("N", layer.N)):
             if extent * bits % 32:
                 message = f"{axis} = {extent} codes of {bits} bits do not fill whole 32-bit words"

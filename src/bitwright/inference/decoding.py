@@ -80,11 +80,19 @@ class NativeDecoder:
         self.logits = torch.empty(config.vocab_size)
         cosine, sine = model.model.rotary_emb(torch.zeros(1, room, 1), torch.arange(room)[None])
         self.native = native.Decoder(
-            [_layer(layer) for layer in model.model.layers], _weight(model.model, "norm"), _matrix(model.lm_head),
-            cosine[0].contiguous(), sine[0].contiguous(), heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads, D=D, window=self.window, epsilon=config.rms_norm_eps,
-            scaling=self.scaling, bytes=_bits(model) // 8,
-        )  # fmt: skip
+            [_layer(layer) for layer in model.model.layers],
+            _weight(model.model, "norm"),
+            _matrix(model.lm_head),
+            cosine[0].contiguous(),
+            sine[0].contiguous(),
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            D=D,
+            window=self.window,
+            epsilon=config.rms_norm_eps,
+            scaling=self.scaling,
+            bytes=_bits(model) // 8,
+        )
         self.width = config.num_attention_heads * D
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -112,9 +120,14 @@ class NativeDecoder:
         first = max(0, self.position - self.window + 1) if self.window else 0
         keys, values = self.cache[layer, :, :, first:end].float()
         mixed = nn.functional.scaled_dot_product_attention(
-            q.view(1, T, -1, keys.shape[-1]).transpose(1, 2), keys[None], values[None], attn_mask=self._mask(first, end),
-            is_causal=end == T and not self.window, scale=self.scaling, enable_gqa=True,
-        )  # fmt: skip
+            q.view(1, T, -1, keys.shape[-1]).transpose(1, 2),
+            keys[None],
+            values[None],
+            attn_mask=self._mask(first, end),
+            is_causal=end == T and not self.window,
+            scale=self.scaling,
+            enable_gqa=True,
+        )
         self.native.leave(layer, mixed[0].transpose(0, 1).reshape(T, -1), x, threads)
 
     def _mask(self, first: int, end: int) -> Tensor | None:

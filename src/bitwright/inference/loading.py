@@ -142,6 +142,7 @@ def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> Non
 def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:
     """What is packed in memory alone, or came out of a GGUF file, is no Hugging Face checkpoint."""
     raise FormatError(
-        "the model in memory has no Hugging Face checkpoint's form", where=str(path),
+        "the model in memory has no Hugging Face checkpoint's form",
+        where=str(path),
         remedy="write one with `bitwright quantize`, or copy the file itself",
-    )  # fmt: skip
+    )

@@ -74,9 +74,18 @@ def measure(
     first, each = median(r[0] for r in rounds), median(r[1] for r in rounds)
     peak, bandwidth, size = peak_since(), read_bandwidth(), bytes_per_token(model)
     return Speed(
-        prompt / first, 1 / each, first, load_seconds, peak, size, bandwidth, size / each / bandwidth, prompt, decode,
+        prompt / first,
+        1 / each,
+        first,
+        load_seconds,
+        peak,
+        size,
+        bandwidth,
+        size / each / bandwidth,
+        prompt,
+        decode,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -120,9 +120,19 @@ def matrix_of(p: Packed) -> object:
     high, low, offset = _tables(p.scheme)
     g = p.scheme.group_length(p.K)
     return native.Matrix(
-        p.panels, p.scale, p.point, p.minimum, p.unit, bits=p.scheme.levels.bits, offset=offset, high=high, low=low,
-        N=p.N, K=p.K, g=g if g < BLOCK and isinstance(p.scheme.group, int) else math.ceil(g / BLOCK) * BLOCK,
-    )  # fmt: skip
+        p.panels,
+        p.scale,
+        p.point,
+        p.minimum,
+        p.unit,
+        bits=p.scheme.levels.bits,
+        offset=offset,
+        high=high,
+        low=low,
+        N=p.N,
+        K=p.K,
+        g=g if g < BLOCK and isinstance(p.scheme.group, int) else math.ceil(g / BLOCK) * BLOCK,
+    )
 
 
 @lru_cache(maxsize=64)

@@ -64,9 +64,16 @@ def search(
     assert native is not None
     scale, zero = _no_scales(w, scheme)
     native.search(
-        _format(scheme), w.contiguous(), importance.contiguous(), *_ranges(scheme, shrinks), quick,
-        scheme.group_length(w.shape[1]), scale, zero, torch.get_num_threads(),
-    )  # fmt: skip
+        _format(scheme),
+        w.contiguous(),
+        importance.contiguous(),
+        *_ranges(scheme, shrinks),
+        quick,
+        scheme.group_length(w.shape[1]),
+        scale,
+        zero,
+        torch.get_num_threads(),
+    )
     return scale, zero
 
 
@@ -95,9 +102,18 @@ def searched(
     scale, zero = _no_scales(w, scheme)
     codes, sums = torch.empty(w.shape, dtype=code_dtype(scheme)), torch.empty(2, len(w))
     native.round_rows(
-        _format(scheme), w, weight, *_ranges(scheme, shrinks), quick, scheme.group_length(w.shape[1]), scale, zero, codes,
-        sums, torch.get_num_threads(),
-    )  # fmt: skip
+        _format(scheme),
+        w,
+        weight,
+        *_ranges(scheme, shrinks),
+        quick,
+        scheme.group_length(w.shape[1]),
+        scale,
+        zero,
+        codes,
+        sums,
+        torch.get_num_threads(),
+    )
     return QTensor(codes, Scales(scale, zero), scheme, tuple(w.shape)), sums[0].double(), sums[1].double()
 
 
@@ -112,9 +128,19 @@ def refine(
     zero, outer_zero = (None if t is None else t.clone() for t in (start.zero, start.outer_zero))
     found = Scales(start.scale.clone(), zero, start.outer.clone(), outer_zero)
     native.refine(
-        _format(scheme), w.contiguous(), weight.contiguous(), moves, found.scale, found.zero, found.outer,
-        found.outer_zero, *integers, scheme.group_length(w.shape[1]), rounds, torch.get_num_threads(),
-    )  # fmt: skip
+        _format(scheme),
+        w.contiguous(),
+        weight.contiguous(),
+        moves,
+        found.scale,
+        found.zero,
+        found.outer,
+        found.outer_zero,
+        *integers,
+        scheme.group_length(w.shape[1]),
+        rounds,
+        torch.get_num_threads(),
+    )
     return found
 
 
@@ -141,9 +167,16 @@ def missed(w: Tensor, q: QTensor, importance: Tensor | None) -> tuple[Tensor, Te
     scale, zero = (None if t is None else t.contiguous() for t in (q.scales.scale, q.scales.zero))
     sums = torch.empty(2, len(w))
     native.missed(
-        _format(q.scheme), w.contiguous(), weight, q.codes, scale, zero, q.scheme.group_length(w.shape[1]), sums,
+        _format(q.scheme),
+        w.contiguous(),
+        weight,
+        q.codes,
+        scale,
+        zero,
+        q.scheme.group_length(w.shape[1]),
+        sums,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return sums[0].double(), sums[1].double()
 
 
@@ -165,8 +198,17 @@ def round_columns(
     errors = torch.empty_like(target)
     codes = torch.empty(target.shape, dtype=code_dtype(scheme))
     native.round_columns(
-        _format(scheme), target, original, propagation.contiguous(), groups, scale, zero, codes, errors, torch.get_num_threads()
-    )  # fmt: skip
+        _format(scheme),
+        target,
+        original,
+        propagation.contiguous(),
+        groups,
+        scale,
+        zero,
+        codes,
+        errors,
+        torch.get_num_threads(),
+    )
     return codes, errors
 
 
@@ -192,9 +234,20 @@ def sweep(
     """
     assert native is not None
     native.sweep(
-        _format(scheme), decoded, pull, codes, scale, zero, H.contiguous(), curvature, ridge, solve, g, begin,
+        _format(scheme),
+        decoded,
+        pull,
+        codes,
+        scale,
+        zero,
+        H.contiguous(),
+        curvature,
+        ridge,
+        solve,
+        g,
+        begin,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -230,7 +283,22 @@ def tune(k: Knobs, gradient: Tensor | None, *, rate: float, scale_rate: float, f
     """
     assert native is not None
     native.tune(
-        _format(k.scheme), k.w, k.base, k.offset, k.square, k.start, k.scale, k.stretch, k.stretch_square, k.zero,
-        None if gradient is None else gradient.to(k.decoded.dtype).contiguous(), k.decoded.detach(),
-        k.scheme.group_length(k.w.shape[1]), k.movable, rate, scale_rate, fresh, torch.get_num_threads(),
-    )  # fmt: skip
+        _format(k.scheme),
+        k.w,
+        k.base,
+        k.offset,
+        k.square,
+        k.start,
+        k.scale,
+        k.stretch,
+        k.stretch_square,
+        k.zero,
+        None if gradient is None else gradient.to(k.decoded.dtype).contiguous(),
+        k.decoded.detach(),
+        k.scheme.group_length(k.w.shape[1]),
+        k.movable,
+        rate,
+        scale_rate,
+        fresh,
+        torch.get_num_threads(),
+    )

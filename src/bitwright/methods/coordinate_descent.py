@@ -91,9 +91,19 @@ class _State:
         """Visit the columns `here`, whose pull [n, N] and H [n, n] these are: group by group, the scale first."""
         if rounding.handles(self.scheme, pull):
             rounding.sweep(
-                self.decoded[here], pull, self.codes[here], self.scheme, self.scale, self.zero, H, curvature,
-                ridge=ridge, solve=solve, begin=here.start, g=self.g,
-            )  # fmt: skip
+                self.decoded[here],
+                pull,
+                self.codes[here],
+                self.scheme,
+                self.scale,
+                self.zero,
+                H,
+                curvature,
+                ridge=ridge,
+                solve=solve,
+                begin=here.start,
+                g=self.g,
+            )
             return
         n = len(pull)
         for begin in range(0, n, self.g if solve else n):

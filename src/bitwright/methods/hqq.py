@@ -20,9 +20,15 @@ from bitwright.numerics.scheme import Scheme
 
 
 def hqq(
-    w: Tensor, gram: Tensor | None, scheme: Scheme, *, norm: float = 0.7, steps: int = 20, beta: float = 10.0,
+    w: Tensor,
+    gram: Tensor | None,
+    scheme: Scheme,
+    *,
+    norm: float = 0.7,
+    steps: int = 20,
+    beta: float = 10.0,
     growth: float = 1.01,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Round w [N, K] (or [N, ...]) to nearest under minima that are tuned to it.
 
     norm p, steps, β's start (in units of 1 / scale) and growth as in the paper; the Gram is not looked at.

@@ -66,12 +66,23 @@ def packed(
     stretches = values.view(1 if alone else groups, -1, T, length)
     start = -128 * values.view(N, G, -1).sum(2, dtype=torch.int32)
     return native.IntegerLayer(
-        w=_channels(values) if alone else _panels(stretches), start=_numbers(start, groups, alone=alone),
-        scale=_numbers(scale, groups, alone=alone), constant=_numbers(constant[:, None], groups, alone=alone),
+        w=_channels(values) if alone else _panels(stretches),
+        start=_numbers(start, groups, alone=alone),
+        scale=_numbers(scale, groups, alone=alone),
+        constant=_numbers(constant[:, None], groups, alone=alone),
         sums=_numbers((sums if len(sums) else torch.zeros(N))[:, None], groups, alone=alone),
-        N=N, groups=groups, C=channels // groups, groups_of_k=G, taps=taps, tap_step=step, steps=-(-length // 4),
-        kernel=seen.kernel, stride=seen.stride, dilation=seen.dilation, padding=seen.padding,
-    )  # fmt: skip
+        N=N,
+        groups=groups,
+        C=channels // groups,
+        groups_of_k=G,
+        taps=taps,
+        tap_step=step,
+        steps=-(-length // 4),
+        kernel=seen.kernel,
+        stride=seen.stride,
+        dilation=seen.dilation,
+        padding=seen.padding,
+    )
 
 
 def _panels(values: Tensor) -> Tensor:

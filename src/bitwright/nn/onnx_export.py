@@ -203,9 +203,14 @@ def _product(writer: Writer, node: fx.Node, layer: StaticProduct) -> None:
         pads = [left, right] if layer.flat else [top, left, bottom, right]
         first = 1 if layer.flat else 0
         y = writer.op(
-            "Conv", [x, w, bias], pads=pads, strides=window.stride[first:], dilations=window.dilation[first:],
-            kernel_shape=window.kernel[first:], group=window.groups,
-        )  # fmt: skip
+            "Conv",
+            [x, w, bias],
+            pads=pads,
+            strides=window.stride[first:],
+            dilations=window.dilation[first:],
+            kernel_shape=window.kernel[first:],
+            group=window.groups,
+        )
     if len(layer.exit):
         writer.encoded(y, layer.exit, node.name)
     else:
@@ -230,10 +235,14 @@ def _max(writer: Writer, node: fx.Node, layer: StaticMax) -> None:
     left, right, top, bottom = layer.window.padding
     first = 1 if layer.flat else 0
     writer.op(
-        "MaxPool", [source(node)], name=node.name, kernel_shape=layer.window.kernel[first:],
-        strides=layer.window.stride[first:], dilations=layer.window.dilation[first:],
+        "MaxPool",
+        [source(node)],
+        name=node.name,
+        kernel_shape=layer.window.kernel[first:],
+        strides=layer.window.stride[first:],
+        dilations=layer.window.dilation[first:],
         pads=[left, right] if layer.flat else [top, left, bottom, right],
-    )  # fmt: skip
+    )
 
 
 def _quantize(writer: Writer, node: fx.Node, layer: Quantize) -> None:
@@ -271,9 +280,14 @@ def _packed(writer: Writer, node: fx.Node, layer: PackedLinear) -> None:
     if q.scales.zero is not None:
         parts.append(_bytes(q.scales.zero.int() - low, bits).flatten())
     x = writer.op(
-        "MatMulNBits", [source(node), *(writer.constant(part) for part in parts)], domain=MICROSOFT,
-        K=K, N=N, bits=bits, block_size=group,
-    )  # fmt: skip
+        "MatMulNBits",
+        [source(node), *(writer.constant(part) for part in parts)],
+        domain=MICROSOFT,
+        K=K,
+        N=N,
+        bits=bits,
+        block_size=group,
+    )
     if layer.bias.numel():
         writer.op("Add", [x, writer.constant(layer.bias)], name=node.name)
     else:

@@ -73,9 +73,15 @@ def prepare(
 
 
 def _prepared(
-    module: nn.Module, example: Batch, weights: str, activations: str, observer: str, percentile: float | None,
-    keep: Mapping[str, str] | None, inplace: bool,
-) -> Prepared:  # fmt: skip
+    module: nn.Module,
+    example: Batch,
+    weights: str,
+    activations: str,
+    observer: str,
+    percentile: float | None,
+    keep: Mapping[str, str] | None,
+    inplace: bool,
+) -> Prepared:
     if isinstance(module, Prepared) or any(isinstance(child, Edge) for child in module.modules()):
         raise RecipeError("already prepared", where=type(module).__name__, remedy="prepare the float module")
     of_weights, of_values = Scheme.parse(weights), Scheme.parse(activations)
@@ -179,9 +185,15 @@ class Maker:
     """Makes graphs with edges out of a tree of modules."""
 
     def __init__(
-        self, root: nn.Module, example: Batch, weights: Scheme, activations: Scheme, observer: str,
-        percentile: float | None, kept: Kept,
-    ) -> None:  # fmt: skip
+        self,
+        root: nn.Module,
+        example: Batch,
+        weights: Scheme,
+        activations: Scheme,
+        observer: str,
+        percentile: float | None,
+        kept: Kept,
+    ) -> None:
         self.weights, self.activations, self.kept = weights, activations, kept
         self.observer, self.percentile = observer, percentile
         self.given = tensors_given(root, example)

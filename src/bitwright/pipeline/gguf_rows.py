@@ -143,6 +143,16 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
         by_rtn = ratio(rounded, torch.cat([part.sampled for part in parts]))
     nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
     return Entry(
-        t.source, t.shape, dtype, QUANTIZED, t.reason, str(t.layer.scheme), t.rule.method, loss, by_rtn,
-        seconds=round(sum(part.seconds for part in parts), 4), fallback=t.layer.fallback, bytes=nbytes,
-    )  # fmt: skip
+        t.source,
+        t.shape,
+        dtype,
+        QUANTIZED,
+        t.reason,
+        str(t.layer.scheme),
+        t.rule.method,
+        loss,
+        by_rtn,
+        seconds=round(sum(part.seconds for part in parts), 4),
+        fallback=t.layer.fallback,
+        bytes=nbytes,
+    )

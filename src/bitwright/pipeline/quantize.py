@@ -25,9 +25,22 @@ if TYPE_CHECKING:
 
 
 def planned(
-    model: Path, out: Path, *, scheme: str | None, method: str | None, format: str | None, pure: bool, activations: str | None,
-    observer: str, kv_cache: str | None, recipe: Path | None, calib: str, samples: int, seqlen: int, store: Path | None,
-) -> "Plan | GgufPlan":  # fmt: skip
+    model: Path,
+    out: Path,
+    *,
+    scheme: str | None,
+    method: str | None,
+    format: str | None,
+    pure: bool,
+    activations: str | None,
+    observer: str,
+    kv_cache: str | None,
+    recipe: Path | None,
+    calib: str,
+    samples: int,
+    seqlen: int,
+    store: Path | None,
+) -> "Plan | GgufPlan":
     """What will be done. Raises the InputError of whatever would stop it."""
     check_out(out)
     texts_of(calib)  # what it says is checked here, before any work

@@ -171,11 +171,27 @@ def _entry(
     assert t.layer is not None and t.rule is not None
     dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
     return Entry(
-        t.source, t.shape, dtype, t.action, t.reason, str(t.layer.scheme), method, loss.own, loss.rtn, outcome.damping,
-        tokens, seconds, fallback, stored_bytes(plan, t), str(t.layer.activations or ""),
-        origin.transforms.get(t.layer.name, ""), origin.statistics if tokens else "", t.layer.outliers,
-        loss.search, arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
-    )  # fmt: skip
+        t.source,
+        t.shape,
+        dtype,
+        t.action,
+        t.reason,
+        str(t.layer.scheme),
+        method,
+        loss.own,
+        loss.rtn,
+        outcome.damping,
+        tokens,
+        seconds,
+        fallback,
+        stored_bytes(plan, t),
+        str(t.layer.activations or ""),
+        origin.transforms.get(t.layer.name, ""),
+        origin.statistics if tokens else "",
+        t.layer.outliers,
+        loss.search,
+        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
+    )
 
 
 def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:

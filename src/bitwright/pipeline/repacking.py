@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import BitwrightError, FormatError
-from bitwright.files.checkpoint import INDEX, count
+from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
@@ -28,8 +28,10 @@ from bitwright.models.source import open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
+from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.work_in_progress import Verification, WorkInProgress
+from bitwright.pipeline.model_card import Card
+from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED
 
 FLOATS = ("f32", "f16", "bf16")
@@ -133,35 +135,35 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     format_, source = FORMATS[format_name], _Source(model)
     depth = len(source.skeleton)
     place = WorkInProgress(out, {"convert": format_name}, needed=0, resume=False)
-    weight_map: dict[str, str] = {}
     layers: list[Layer] = []
     ledger: list[Entry] = []
     try:
         for index in range(depth + 1):
-            shard, name = source.shard(index, format_), f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors"
+            shard = source.shard(index, format_)
             layers += [p.layer for p in shard.packed]
             ledger += shard.entries
             meant = {p.layer.name: p.q for p in shard.packed}
             config = format_.config([p.layer for p in shard.packed], []) if meant else {}
-            tensors = shard.tensors(format_)
             verify = Verification(format_, config, meant, shard.floats)
-            place.commit(index, partial(place.put_shard, name, tensors, verify), shard.entries, None)
-            weight_map |= dict.fromkeys(tensors, name)
+            put = partial(place.put_shard, index, shard.tensors(format_), verify)
+            place.commit(index, put, shard.entries, None)
         if not layers:
             remedy = "give a quantized one; `bitwright quantize` rounds a float one"
             raise FormatError("there is nothing quantized in it", where=str(model), remedy=remedy)
     except BitwrightError:
         place.abandon()
         raise
-    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
-    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    total = join(place, depth + 1)
     outside = sorted(set(source.skeleton.linear_names()) - {layer.name for layer in layers})
     config = format_.config(layers, outside)
-    place.write_json("config.json", source.config() | {"quantization_config": config})
+    said = source.config()
+    place.write_json("config.json", said | {"quantization_config": config})
+    bits = 8 * sum(entry.bytes for entry in ledger) / sum(count(entry.shape) for entry in ledger)
+    place.write_text(CARD, str(Card(said, format_name, bits, ledger, source.skeleton.predicts)))
     if format_name == "gptq":
         place.write_json("quantize_config.json", config)
     if is_gguf(model):
-        load_tokenizer(model).save_pretrained(place.path)
+        load_tokenizer(model).save_pretrained(place.result)
     place.finish(model, ledger)
     return {"out": str(out), "bytes": total, "tensors": len(ledger), "notes": source.notes}
 

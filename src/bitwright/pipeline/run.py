@@ -21,7 +21,6 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
-from bitwright.files.checkpoint import INDEX, Checkpoint
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -39,13 +38,15 @@ from bitwright.pipeline.calibration_pass import (
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
+from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, losses
+from bitwright.pipeline.model_card import Card, calibration
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
-from bitwright.pipeline.work_in_progress import Verification, WorkInProgress, check_out
+from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.preflight import Plan
 from bitwright.system.memory import peak_rss_bytes, return_memory
@@ -86,7 +87,7 @@ def run(
         check_one_shot(plan)
         known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
-    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.disk_bytes, resume=resume)
     try:
         with _file_of(plan, place) as file:
             ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
@@ -95,13 +96,8 @@ def run(
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
-    if plan.format.one_file:
-        written = _made(place).stat().st_size
-        place.finish_file(_made(place), ledger)
-    else:
-        written = _describe(plan, place)
-        place.finish(plan.source, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    written = _finish(plan, place, ledger, bits, calibration(calib, tokens))
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
     )
@@ -163,9 +159,13 @@ def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufMo
 
 
 def _quantize_blocks(
-    plan: Plan, place: WorkInProgress, file: GgufModelWriter | None, tokens: Drawn | None, store: Store | Importance | None,
+    plan: Plan,
+    place: WorkInProgress,
+    file: GgufModelWriter | None,
+    tokens: Drawn | None,
+    store: Store | Importance | None,
     progress: Progress,
-) -> list[Entry]:  # fmt: skip
+) -> list[Entry]:
     """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
     first = place.noted(depth + 1)
@@ -228,7 +228,7 @@ def _quantize_shard(
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
             verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
-            place.put_shard(plan.shard_name(index), stored, verify)
+            place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
 
@@ -317,18 +317,26 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     return rounding(stored, (keys, values))
 
 
-def _describe(plan: Plan, place: WorkInProgress) -> int:
-    """The index and the configs; the bytes of all weight files."""
-    weight_map: dict[str, str] = {}
-    for i in range(len(plan.skeleton) + 1):
-        name = plan.shard_name(i)
-        weight_map |= dict.fromkeys(Checkpoint(place.path, only=place.path / name).tensors, name)
-    total = sum((place.path / name).stat().st_size for name in set(weight_map.values()))
-    place.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> int:
+    """Let OUT appear; the bytes of its weight files."""
+    if plan.format.one_file:
+        written = _made(place).stat().st_size
+        place.finish_file(_made(place), ledger)
+        return written
+    written = join(place, len(plan.skeleton) + 1)
+    _describe(plan, place, ledger, bits, calibrated)
+    place.finish(plan.source, ledger)
+    return written
+
+
+def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
+    """The configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     if any(t.made_of for t in plan.tensors):
         config["tie_word_embeddings"] = False
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
-    return total
+    method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
+    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated)
+    place.write_text(CARD, str(card))

@@ -22,9 +22,14 @@ from bitwright.plan.preflight import Plan
 
 
 def quantize_in_order(
-    plan: Plan, index: int, layers: Mapping[str, PlannedTensor], weights: dict[str, Tensor], states: HiddenStates,
-    kv: KvRounding | None, origin: Origin,
-) -> list[Rounded]:  # fmt: skip
+    plan: Plan,
+    index: int,
+    layers: Mapping[str, PlannedTensor],
+    weights: dict[str, Tensor],
+    states: HiddenStates,
+    kv: KvRounding | None,
+    origin: Origin,
+) -> list[Rounded]:
     """Quantize the matrices `layers` of block `index`, whose float weights the skeleton holds; move the streams on.
 
     The float model's stream, where there is one, goes through the float weights; the other through what is quantized.

@@ -2,8 +2,10 @@
 
 manifest.json              what this work belongs to; other work is never resumed
 hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
-model-00003-of-…           shard 2: read back, compared, then renamed into place; or model.gguf, where all go
+shard-00002.safetensors    shard 2: read back, compared, then renamed into place; or model.gguf, where all go
 ledger-00002.jsonl         what happened to the tensors of shard 2: once it is there, that is done
+joined-00002.json          checksums of shard 2's tensors: once it is there, they are in out/, and the shard may go
+out/                       what becomes OUT (see joining.py): all that is beside it serves a resumption alone
 """
 
 import json
@@ -16,12 +18,14 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import OutputError, VerificationError
-from bitwright.files.checkpoint import PICKLES, Checkpoint, disk_errors, write_file, write_shard
+from bitwright.files.checkpoint import PICKLES, Checkpoint, disk_errors, sync_folder, write_file, write_shard
 from bitwright.formats import Format
 from bitwright.numerics.qtensor import QTensor
 from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
+
+CARD, ORIGINAL = "README.md", "README.original.md"  # what is told of the result; what the source told of itself
 
 
 def check_out(out: Path) -> None:
@@ -44,20 +48,23 @@ class WorkInProgress:
     def __init__(self, out: Path, manifest: dict[str, Any], *, needed: int, resume: bool) -> None:
         """Open it, new or with the very same work in it.
 
-        needed: bytes that OUT's weights will take. OutputError if OUT exists, other unfinished work lies here, or the
-        disk is too full.
+        needed: bytes that the work will take on the disk. OutputError if OUT exists, other unfinished work lies here, or
+        the disk is too full.
         """
         check_out(out)
         self.out, self.path = out, out.with_name(out.name + ".partial")
+        self.result = self.path / "out"
         note, text = self.path / "manifest.json", json.dumps(manifest, indent=1)
-        if self.path.exists() and not resume:
+        if self.path.exists() and (self._handed_over or not resume):
             shutil.rmtree(self.path)
         if note.is_file() and note.read_text(encoding="utf-8") != text:
             raise OutputError(
-                "unfinished work with another source, recipe or calibration lies here", where=str(self.path),
+                "unfinished work with another source, recipe or calibration lies here",
+                where=str(self.path),
                 remedy="finish it with the same arguments, or start afresh with --restart",
-            )  # fmt: skip
-        missing = needed - sum(512 * file.stat().st_blocks for file in self.path.glob("model*"))
+            )
+        written = [file for pattern in ("model*", "shard-*", "out/model*") for file in self.path.glob(pattern)]
+        missing = needed - sum(512 * file.stat().st_blocks for file in written)
         free = shutil.disk_usage(out.absolute().parent).free
         if missing > free:
             message = f"OUT needs {missing:,} bytes more, the disk has {free:,} free"
@@ -65,6 +72,19 @@ class WorkInProgress:
         with disk_errors(self.path):
             self.path.mkdir(exist_ok=True)
         write_file(note, text.encode())
+
+    @property
+    def _handed_over(self) -> bool:
+        """Whether OUT had appeared, and the crash left what should have been removed then."""
+        return self.joined(0).is_file() and not self.result.is_dir()
+
+    def shard(self, index: int) -> Path:
+        """The file of one share of the work: a block, or what is outside the blocks."""
+        return self.path / f"shard-{index:05d}.safetensors"
+
+    def joined(self, index: int) -> Path:
+        """The record that a shard is in OUT's weight files."""
+        return self.path / f"joined-{index:05d}.json"
 
     def _ledger(self, index: int) -> Path:
         return self.path / f"ledger-{index:05d}.jsonl"
@@ -100,28 +120,32 @@ class WorkInProgress:
         self.note(index, entries)
         self._hidden(index).unlink(missing_ok=True)
 
-    def put_shard(self, name: str, tensors: dict[str, Tensor], verify: "Verification") -> None:
+    def put_shard(self, index: int, tensors: dict[str, Tensor], verify: "Verification") -> None:
         """Write a shard, read it back, compare, and only then give it its name."""
         unverified = self.path / "unverified.safetensors"
         write_shard(unverified, tensors)
         verify.check(Checkpoint(self.path, only=unverified))
         with disk_errors(unverified):
-            unverified.replace(self.path / name)
+            unverified.replace(self.shard(index))
+
+    def write_text(self, name: str, content: str) -> None:
+        """One of OUT's files."""
+        write_file(self.result / name, content.encode())
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """One of OUT's JSON files."""
-        write_file(self.path / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, source: Path, ledger: list[Entry]) -> None:
-        """Add the ledger and the companions of a source that is a directory, drop what only a resumption needs, and let
-        OUT appear."""
-        for leftover in [*self.path.glob("hidden-*"), *self.path.glob("ledger-*"), self.path / "manifest.json"]:
-            leftover.unlink(missing_ok=True)
-        write_file(self.path / "ledger.jsonl", to_jsonl(ledger).encode())
+        """Add the ledger and the companions of a source that is a directory, let OUT appear, and remove the rest."""
+        write_file(self.result / "ledger.jsonl", to_jsonl(ledger).encode())
         if source.is_dir():
-            copy_companions(source, self.path)
+            copy_companions(source, self.result)
+        sync_folder(self.result)
         with disk_errors(self.out):
-            self.path.rename(self.out)
+            self.result.rename(self.out)
+            sync_folder(self.out.absolute().parent)
+            shutil.rmtree(self.path)
 
     def finish_file(self, file: Path, ledger: list[Entry]) -> None:
         """Let OUT appear as one file, its ledger beside it, and remove the rest."""
@@ -158,8 +182,14 @@ class Verification:
 
 
 def copy_companions(source: Path, to: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged."""
+    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged.
+
+    The source's README.md makes room for the model card: it becomes README.original.md, unless the source has that too, as
+    results of ours do. Then that one is the model's own, and its README.md a card of other work.
+    """
     for file in sorted(source.iterdir()):
-        known = (to / file.name).exists() or file.name.startswith(".")
+        own = file.name.lower() == CARD.lower() and not (source / ORIGINAL).exists()
+        name = ORIGINAL if own else file.name
+        known = (to / name).exists() or name.startswith(".")
         if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
-            write_file(to / file.name, file.read_bytes())
+            write_file(to / name, file.read_bytes())

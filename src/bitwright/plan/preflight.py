@@ -14,10 +14,10 @@ import torch
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError, one_of
-from bitwright.files.checkpoint import Checkpoint, Spec, count, shard_bytes, spec_bytes
-from bitwright.formats import FORMATS, Format
+from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
+from bitwright.files.joined import joined
+from bitwright.formats import FORMATS, Format, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.formats.gguf_writer import file_bytes
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
@@ -66,10 +66,6 @@ class Plan:
         block = index if index < len(self.skeleton) else None
         return [t for t in self.tensors if t.block == block and t.action != LEFT_OUT]
 
-    def shard_name(self, index: int) -> str:
-        """File name of a shard."""
-        return f"model-{index + 1:05d}-of-{len(self.skeleton) + 1:05d}.safetensors"
-
     def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]:
         """Names, types and shapes in the files."""
         specs: dict[str, Spec] = {}
@@ -101,8 +97,16 @@ class Plan:
             names, config = Names(self.skeleton.config), self.skeleton.config
             stored = [(names.of(t.parameter), len(t.shape), self._stored_bytes(t, names)) for t in self._written()]
             computed = [(name, t.ndim, t.nbytes) for name, t in tensors_of(config).items()]
-            return file_bytes(self.file_keys, [*stored, *computed])
-        return sum(shard_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1))
+            return gguf_writer.file_bytes(self.file_keys, [*stored, *computed])
+        return sum(file_bytes(specs) for specs in joined(self._shards()).values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the disk must hold at most: all weight files, and one shard a second time while it is joined to them."""
+        return self.bytes if self.format.one_file else self.bytes + max(map(file_bytes, self._shards()))
+
+    def _shards(self) -> list[dict[str, Spec]]:
+        return [self.shard_specs(i) for i in range(len(self.skeleton) + 1)]
 
     def _stored_bytes(self, t: PlannedTensor, names: Names) -> int:
         """Of a tensor in a GGUF file, which need not have all its rows."""
@@ -121,7 +125,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
-        return 8 * sum(spec_bytes(self.shard_specs(i)) for i in range(len(self.skeleton) + 1)) / self.parameters
+        return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
 
     @property
     def statistics_bytes(self) -> int:

@@ -179,9 +179,16 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, file: Path | None, *, scheme: str, method: str, activations: str | None = None, observer: str = "mse",
-        kv_cache: str | None = None, pure: bool = False,
-    ) -> "Recipe":  # fmt: skip
+        cls,
+        file: Path | None,
+        *,
+        scheme: str,
+        method: str,
+        activations: str | None = None,
+        observer: str = "mse",
+        kv_cache: str | None = None,
+        pure: bool = False,
+    ) -> "Recipe":
         """A file's recipe on top of a default, if there is one, else the same for every matrix."""
         defaults = _Defaults(method, activations, observer)
         content = {} if file is None else _content(file)
@@ -302,10 +309,15 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     mix = name.upper() if name.upper() in MIXES else ""
     scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
-        entry["match"], scheme, method,
-        entry.get("options", {}), None if activations in (None, KEEP) else Scheme.parse(activations),
-        tuple(transforms), entry.get("observer", defaults.observer), mix,
-    )  # fmt: skip
+        entry["match"],
+        scheme,
+        method,
+        entry.get("options", {}),
+        None if activations in (None, KEEP) else Scheme.parse(activations),
+        tuple(transforms),
+        entry.get("observer", defaults.observer),
+        mix,
+    )
 
 
 def _parsed(name: str) -> Scheme:

@@ -1,5 +1,6 @@
 """Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,8 @@ from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTens
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
+
+ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
 def decide(
@@ -87,9 +90,14 @@ class _Chooser:
     """All that a decision about one tensor depends on."""
 
     def __init__(
-        self, skeleton: Skeleton, recipe: Recipe, format_: Format, rotation: Rotation | None,
-        modules: dict[str, nn.Module], odd: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        format_: Format,
+        rotation: Rotation | None,
+        modules: dict[str, nn.Module],
+        odd: list[str],
+    ) -> None:
         ends = skeleton.ends() if format_.outside else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
@@ -179,8 +187,18 @@ def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> l
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
 
+def not_served(format_name: str, schemes: Iterable[Scheme]) -> list[str]:
+    """The grids of a format that vLLM does not serve, or has no fast kernels for."""
+    return sorted({scheme.grid for scheme in schemes if not _served(format_name, scheme)})
+
+
+def _served(format_name: str, scheme: Scheme) -> bool:
+    if format_name == "gptq":
+        return scheme.zero == "sym"
+    return format_name == "compressed-tensors" and scheme.grid not in ODD_GRIDS
+
+
 def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
-    grids = {layer.scheme.grid for layer in layers}
     fallbacks = [f"{layer.name}: {layer.fallback}" for layer in layers if layer.fallback]
     if fallbacks:
         return [
@@ -188,9 +206,9 @@ def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
         ]
     if format_.name == "bitwright":
         return ["bitwright's own format: no engine reads it yet"]
-    odd = sorted(grids & {"int2", "int3", "int5", "int6", "int7", "ternary"})
+    odd = not_served(format_.name, (layer.scheme for layer in layers))
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
-    if format_.name == "gptq" and any(layer.scheme.zero != "sym" for layer in layers):
+    if format_.name == "gptq" and odd:
         return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
     return []

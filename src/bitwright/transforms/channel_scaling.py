@@ -43,9 +43,12 @@ class Transformed:
 
 
 def fold_scales(
-    targets: Mapping[str, Target], weights: Mapping[str, Tensor], inputs: list[Inputs], folds: Sequence[Fold],
+    targets: Mapping[str, Target],
+    weights: Mapping[str, Tensor],
+    inputs: list[Inputs],
+    folds: Sequence[Fold],
     modules: Mapping[str, nn.Module],
-) -> Transformed:  # fmt: skip
+) -> Transformed:
     """Choose and fold channel scales as the rules of the readers say.
 
     targets: of the matrices to be rounded, by module name; weights: all parameters of the block, by name; modules: its linear

@@ -61,9 +61,12 @@ def factor(kl: Three, loss: Three, budget: float, *, blurs: bool = False) -> flo
 
 
 def _costs(
-    skeleton: Skeleton, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor],
-    states: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor,
-) -> tuple[Three, Three]:  # fmt: skip
+    skeleton: Skeleton,
+    weights: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+    states: tuple[Sequence[Tensor], Sequence[Tensor]],
+    tokens: Tensor,
+) -> tuple[Three, Three]:
     """KL(float ‖ rounded) and −log p of the tokens, both means, at the three factors."""
     sums, count = torch.zeros(2, 3, dtype=torch.float64), 0
     at_once = max(1, LOGITS_AT_ONCE // skeleton.config.get_text_config().vocab_size)

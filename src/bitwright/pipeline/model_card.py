@@ -1,0 +1,158 @@
+"""README.md of a result: what was done to the model, how good it is and how to use it. The same bytes for the same work.
+
+Nothing in it tells of the machine or the day. KL is not known yet: the card says how to measure it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.windows import Drawn
+from bitwright.gguf.imatrix import is_imatrix
+from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.ledger import Entry
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED
+from bitwright.plan.tensor_actions import not_served
+
+HUB_NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+)  # OWNER/NAME; what else stands there is a path of somebody's machine
+WORST, REPLACED = 3, 10  # matrices that are named
+
+
+@dataclass(frozen=True)
+class Card:
+    """What it tells of.
+
+    config   of the model, as config.json says it
+    predicts whether the model predicts tokens; else it is an encoder
+    method   what was asked for, such as awq+gptq; calibration: see `calibration`. Empty: not known here
+    """
+
+    config: Mapping[str, Any]
+    format: str
+    bits_per_weight: float
+    ledger: list[Entry]
+    predicts: bool
+    method: str = ""
+    calibration: str = ""
+
+    def __str__(self) -> str:
+        parts = (
+            _front_matter(self),
+            _title(self),
+            _table(self),
+            _losses(self),
+            _replaced(self),
+            _use(self),
+            _judge(self),
+        )
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    @property
+    def base(self) -> str | None:
+        """The original's name on the hub, if it is known."""
+        name = self.config.get("_name_or_path")
+        return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
+
+    @property
+    def quantized(self) -> list[Entry]:
+        """The matrices in codes."""
+        return [entry for entry in self.ledger if entry.action == QUANTIZED]
+
+
+def calibration(calib: str, tokens: Drawn | None) -> str:
+    """What statistics were taken of: texts by name, with windows and their length; an importance matrix; or nothing."""
+    if tokens is None:
+        return f"importance matrix {Path(calib).name}" if is_imatrix(calib) else "none"
+    texts = texts_of(calib)
+    names = [Path(text.name).name + (f" ({text.share:.0%})" if len(texts) > 1 else "") for text in texts]
+    windows, length = tokens.seen.shape
+    return f"{', '.join(names)}: {windows:,} windows of {length:,} tokens"
+
+
+def _front_matter(card: Card) -> str:
+    base = [] if card.base is None else [f"base_model: {card.base}"]
+    return "\n".join(["---", *base, "library_name: transformers", "tags:", "- quantized", "- bitwright", "---"])
+
+
+def _title(card: Card) -> str:
+    name = card.base or card.config.get("model_type", "model")
+    return f"# {name}, quantized\n\nMade with bitwright. `ledger.jsonl` has a line for every tensor."
+
+
+def _table(card: Card) -> str:
+    counts = Counter(entry.action for entry in card.ledger)
+    said = [(QUANTIZED, "quantized"), (KEPT, "kept in float"), (LEFT_OUT, "left out")]
+    rows = {
+        "scheme": _counted(entry.scheme for entry in card.quantized),
+        "inputs": _counted(entry.activations for entry in card.quantized if entry.activations),
+        "format": card.format,
+        "bits per weight": f"{card.bits_per_weight:.2f}, with scales and all that is kept",
+        "method": card.method,
+        "calibration": card.calibration,
+        "tensors": ", ".join(f"{counts[action]} {what}" for action, what in said if counts[action]),
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)])
+
+
+def _counted(values: Iterable[str]) -> str:
+    """The one value, or each with how often it comes: the most frequent first."""
+    counts = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} ({count})" for value, count in counts)
+
+
+def _losses(card: Card) -> str:
+    """The matrices that lose most."""
+    known = [(entry.loss, entry) for entry in card.quantized if entry.loss is not None]
+    worst = sorted(known, key=lambda one: (-one[0], one[1].name))[:WORST]
+    if not worst:
+        return ""
+    rows = [f"| {e.name} | {e.scheme} | {e.method} | {loss:.3g} | {_number(e.loss_rtn)} |" for loss, e in worst]
+    head = ["| matrix | scheme | method | loss | RTN's loss |", "| --- | --- | --- | --- | --- |"]
+    what = "a matrix" if card.calibration == "none" else "a matrix's output"
+    said = f"The energy of the error in {what}, relative to its own; beside it that of round to nearest (RTN)."
+    return "\n".join(["## Largest losses", "", said, "", *head, *rows])
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3g}"
+
+
+def _replaced(card: Card) -> str:
+    """What was quantized worse, or in another way, than asked."""
+    found = [f"- {entry.name}: {entry.fallback}" for entry in card.ledger if entry.fallback]
+    if not found:
+        return ""
+    more = [f"- and {len(found) - REPLACED} more: see `ledger.jsonl`"] if len(found) > REPLACED else []
+    head = f"{len(found)} of {len(card.quantized)} matrices were not quantized as asked:"
+    return "\n".join(["## Replaced", "", head, "", *found[:REPLACED], *more])
+
+
+def _use(card: Card) -> str:
+    """How to load it, by those that can."""
+    kind = "AutoModelForCausalLM" if card.predicts else "AutoModel"
+    load = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("OUT")'
+    if card.format == "bitwright":
+        load = 'import bitwright\n\nmodel = bitwright.load("OUT")  # a model of transformers'
+    needed = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel"}.get(card.format, "bitwright")
+    lines = ["## Use", "", f"OUT is this directory. Python, with `{needed}` installed:", "", "```python", load, "```"]
+    if card.predicts:
+        served = not not_served(card.format, (Scheme.parse(entry.scheme) for entry in card.quantized))
+        commands = [*(["vllm serve OUT"] if served else []), 'bitwright generate OUT --prompt "Once upon a time"']
+        lines += ["", "The command line:", "", "```", *commands, "```"]
+    return "\n".join(lines)
+
+
+def _judge(card: Card) -> str:
+    """How to measure what it cost; an encoder predicts nothing to be judged by."""
+    if not card.predicts:
+        return ""
+    command = f"bitwright eval OUT --reference {'MODEL' if card.base is None else card.base}"
+    original = "MODEL is the original. " if card.base is None else ""
+    said = f"{original}This measures the KL divergence from the original, top-1 agreement and perplexity."
+    return "\n".join(["## Measure", "", "```", command, "```", "", said])
