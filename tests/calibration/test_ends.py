@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.calibration.embedding_statistics import HEAD_SHARE, observe_embedding, observe_head, of_both
+from bitwright.calibration.embedding_statistics import HEAD_SHARE, observe_embedding, observe_head, summed_up
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.windows import load_tokenizer, sample
 from bitwright.files.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def test_the_head_s_inputs_are_those_behind_the_last_norm(loaded: tuple[Skeleton
 
 def test_a_matrix_that_is_both_weighs_both() -> None:
     head, embedding = torch.diag(torch.tensor([2.0, 0])), torch.diag(torch.tensor([0, 5.0]))
-    found = of_both(Inputs(("h",), 3, head), Inputs(("e",), 4, embedding)).gram
+    found = summed_up(Inputs(("h",), 3, head), Inputs(("e",), 4, embedding)).gram
     assert found is not None and torch.allclose(found.diagonal(), torch.tensor([HEAD_SHARE, 1 - HEAD_SHARE]))
 
 

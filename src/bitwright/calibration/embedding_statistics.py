@@ -55,7 +55,7 @@ def observe_embedding(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
     return Inputs(("embedding",), gram.tokens, gram.value())
 
 
-def of_both(head: Inputs, embedding: Inputs) -> Inputs:
+def summed_up(head: Inputs, embedding: Inputs) -> Inputs:
     """For a matrix that is the head and the embedding: the two Grams in their shares, after bringing them to one size."""
     assert head.gram is not None and embedding.gram is not None
     parts = ((head.gram, HEAD_SHARE), (embedding.gram, 1 - HEAD_SHARE))

@@ -32,7 +32,7 @@ class CompressedTensors:
     name = "compressed-tensors"
     method = "compressed-tensors"
     kv_cache = True
-    outside = False
+    embeddings = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

@@ -70,7 +70,7 @@ class Format(Reader, Protocol):
 
     kv_cache: bool  # whether config.json can say what keys and values are kept in
 
-    outside: bool  # whether the embedding and the output head are quantized too
+    embeddings: bool  # whether the embedding and the output head are quantized too
     one_file: bool  # whether OUT is a file of llama.cpp's, with its names and types, rather than a directory
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

@@ -54,7 +54,7 @@ class Gguf:
     name = "gguf"
     method = "gguf"
     kv_cache = False
-    outside = True
+    embeddings = True
     one_file = True
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

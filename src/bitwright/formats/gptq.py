@@ -31,7 +31,7 @@ class Gptq:
     name = "gptq"
     method = "gptq"
     kv_cache = False
-    outside = False
+    embeddings = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

@@ -58,7 +58,7 @@ class Native:
     name = "bitwright"
     method = "bitwright"
     kv_cache = True
-    outside = False
+    embeddings = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:

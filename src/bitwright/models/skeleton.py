@@ -133,7 +133,7 @@ class Skeleton:
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return {name for name, p in everywhere if first[id(p)] != name}
 
-    def ends(self) -> dict[str, nn.Module]:
+    def embedding_and_head(self) -> dict[str, nn.Module]:
         """The embedding and, unless it is the same matrix or there is none, the output head, by full name."""
         names = (self.embedding_name, self.head_name) if self.predicts else (self.embedding_name,)
         return {name: self.model.get_submodule(name) for name in names}

@@ -54,7 +54,7 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
     sources = {t.parameter: t.made_of or t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
     base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
     weights = {name: read_finite(plan.checkpoint, sources[name]) for name in base}
-    skeleton.load(weights if plan.rotation is None else plan.rotation.outside(weights))
+    skeleton.load(weights if plan.rotation is None else plan.rotation.outer(weights))
     tuned = plan.recipe.windows_at_once
     steps = list(tokens.seen.split(tuned)) if tuned else []
     for ids in {len(ids): ids for ids in [tokens.seen[:1], *steps]}.values():
@@ -191,7 +191,7 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     if plan.rotation is None:
         return weights
     if index == len(plan.skeleton):
-        return plan.rotation.outside(weights)
+        return plan.rotation.outer(weights)
     return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
 
 

@@ -18,9 +18,8 @@ from bitwright.pipeline.ledger import Entry
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.plan.tensor_actions import not_served
 
-HUB_NAME = re.compile(
-    r"[A-Za-z0-9][\w.-]*/[\w.-]+"
-)  # OWNER/NAME; what else stands there is a path of somebody's machine
+# OWNER/NAME; what else stands there is a path of somebody's machine.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WORST, REPLACED = 3, 10  # matrices that are named
 
 

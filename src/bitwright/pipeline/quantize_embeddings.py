@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.calibration.embedding_statistics import TOKENS, observe_embedding, observe_head, of_both
+from bitwright.calibration.embedding_statistics import TOKENS, observe_embedding, observe_head, summed_up
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.windows import Drawn
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
@@ -23,7 +23,7 @@ from bitwright.plan.preflight import Plan
 from bitwright.transforms.output_temperature import with_output_temperature
 
 
-def begin_rounded(plan: Plan, states: HiddenStates, tokens: Drawn) -> None:
+def begin_with_quantized_embedding(plan: Plan, states: HiddenStates, tokens: Drawn) -> None:
     """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
 
     Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
@@ -31,7 +31,7 @@ def begin_rounded(plan: Plan, states: HiddenStates, tokens: Drawn) -> None:
     skeleton = plan.skeleton
     name = skeleton.embedding_name
     t = next((t for t in _ends(plan) if _name(t) == name), None)
-    if t is None or not skeleton.predicts or not plan.calibrates_ends or states.original is None:
+    if t is None or not skeleton.predicts or not plan.calibrates_embeddings or states.original is None:
         return
     if name == skeleton.head_name:
         return
@@ -53,7 +53,7 @@ def quantize_embedding_and_head(
     of an encoder's embedding, which a norm follows before the first block.
     """
     known: dict[str, Inputs] = {}
-    if plan.calibrates_ends and tokens is not None and plan.skeleton.predicts:
+    if plan.calibrates_embeddings and tokens is not None and plan.skeleton.predicts:
         known = _observe(plan, weights, states, tokens.seen)
     done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
     budget = plan.recipe.temper
@@ -85,7 +85,7 @@ def _observe(plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None
         found[head] = observe_head(skeleton, states.given)
         skeleton.unload_outside()
     looked_up = _looked_up(plan, weights, tokens)
-    found[embedding] = of_both(found[head], looked_up) if head == embedding and head in found else looked_up
+    found[embedding] = summed_up(found[head], looked_up) if head == embedding and head in found else looked_up
     return found
 
 

@@ -42,7 +42,7 @@ from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, losses
 from bitwright.pipeline.model_card import Card, calibration
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
-from bitwright.pipeline.quantize_embeddings import begin_rounded, quantize_embedding_and_head
+from bitwright.pipeline.quantize_embeddings import begin_with_quantized_embedding, quantize_embedding_and_head
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
@@ -171,10 +171,10 @@ def _quantize_blocks(
     first = place.noted(depth + 1)
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     states = None
-    if tokens is not None and store is None and first < depth + plan.calibrates_ends:
+    if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
         states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
         if first == 0:
-            begin_rounded(plan, states, tokens)
+            begin_with_quantized_embedding(plan, states, tokens)
     progress("block", first, depth + 1)
     with single_threads(1) as writer_thread:  # encodes, writes and verifies a shard while the next is rounded
         written: Future[None] | None = None
@@ -222,7 +222,9 @@ def _quantize_shard(
             added_entry(name, tensors[name], f"what keys and values are kept in: {input_quantization.scheme}")
         )
     weights.clear()
-    saved = source.whole() if isinstance(source, HiddenStates) and index + 1 < depth + plan.calibrates_ends else None
+    saved = (
+        source.whole() if isinstance(source, HiddenStates) and index + 1 < depth + plan.calibrates_embeddings else None
+    )
 
     def put() -> None:
         if file is None:

@@ -61,7 +61,7 @@ def quantize_in_order(
     if guarded:
         take(plain, skeleton, searched)
         done, run = better((done, run), (searched, plain), states.held, wanted)
-    if index + 1 < len(skeleton) + plan.calibrates_ends:
+    if index + 1 < len(skeleton) + plan.calibrates_embeddings:
         states.given[:] = [run(batch) for batch in states.given]
         states.held[:] = [run(batch) for batch in states.held]
         states.held_original = wanted if states.held_original is not None else None

@@ -51,7 +51,7 @@ class Plan:
     file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of a format that is one file
 
     @property
-    def calibrates_ends(self) -> bool:
+    def calibrates_embeddings(self) -> bool:
         """Whether the embedding or the output head is rounded by a method that looks at their inputs."""
         rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None]
         return any(rule is not None and rule.needs_calibration for rule in rules)

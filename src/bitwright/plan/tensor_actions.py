@@ -98,7 +98,7 @@ class _Chooser:
         modules: dict[str, nn.Module],
         odd: list[str],
     ) -> None:
-        ends = skeleton.ends() if format_.outside else {}
+        ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
         self.rules = recipe.assign([*self.modules, *odd])

@@ -81,7 +81,7 @@ class Rotation:
         rotated = by_heads(rows, self.head, rows=True) if rows.ndim == 2 else by_heads(rows, self.head, rows=False)
         return torch.cat([kept.float(), rotated])
 
-    def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def outer(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters outside the blocks, rotated; those that are not all there (the head, say) as far as they are.
 
         The head takes in the last norm's weights, so both must come together.
