@@ -37,7 +37,8 @@ def test_a_log_has_a_line_for_each_block_and_a_summary(llama: Path, text: str, t
     lines = [line for line in done.stderr.splitlines() if line.startswith("block")]
     assert len(lines) >= 3 and "\r" not in done.stderr and "\x1b" not in done.stderr
     for i, line in enumerate(lines[:-1]):
-        pattern = rf"block {i + 1} of {len(lines)}, [\d.]+ s, loss 0\.\d{{5}} \(RTN 0\.\d{{5}}\), \d+ (s|min) left"
+        what = r"output error 0\.\d{5} \(search 0\.\d{5}\)"
+        pattern = rf"block {i + 1} of {len(lines)}, [\d.]+ s, {what}, \d+ (s|min) left"
         assert re.fullmatch(pattern, line) and len(line) <= 80, line
     shown = done.stdout.splitlines()
     assert len(shown) <= 10 and "bits a weight" in shown[0]
@@ -58,7 +59,7 @@ def test_the_summary_names_the_worst_and_the_replaced() -> None:
     ledger = [*(entry(f"model.layers.{i}.mlp", i / 1000) for i in range(9)), entry("model.x", 0.5, "search: gptq lost")]
     lines = summary(Result(Path("OUT"), 123_456_789, 4.5, 130.0, 2_000_000_000, ledger), Path("MODEL"))
     assert lines[0] == "OUT: 123.5 MB, 4.50 bits a weight, in 2 min and 2.00 GB of memory"
-    assert [line.split()[-2] for line in lines if line.startswith("  ")] == [
+    assert [line.split()[-1] for line in lines if line.startswith("  ")] == [
         "model.x",
         "model.layers.8.mlp",
         "model.layers.7.mlp",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from bitwright import quantize
 from bitwright.calibration.windows import Drawn
 from bitwright.cli.app import app
-from bitwright.pipeline.ledger import Entry
+from bitwright.pipeline.ledger import Entry, block_errors
 from bitwright.pipeline.model_card import Card, calibration
 from conftest import make_checkpoint
 
@@ -51,10 +52,10 @@ def test_a_run_tells_what_it_did(llama: Path, text: str, tmp_path: Path) -> None
         "calibration": "text.txt: 8 windows of 32 tokens",
         "tensors": f"21 quantized, {len(done.ledger) - 21} kept in float",
     }  # fmt: skip
-    worst = sorted((e for e in done.ledger if e.loss), key=lambda e: -(e.loss or 0))[:3]
+    worst = sorted(block_errors(done.ledger), key=lambda block: -block.error)
     rows = [line for line in told.splitlines() if line.startswith("| model.")]
-    assert rows == [f"| {e.name} | {e.scheme} | gptq | {e.loss:.3g} | {e.loss_rtn:.3g} |" for e in worst]
-    assert len(rows) == 3 and "## Replaced" not in told
+    assert rows == [f"| {block.name} | {block.error:.3g} | {block.plainer:.3g} |" for block in worst]
+    assert len(rows) == 3 and rows[0].startswith("| model.layers.") and "## Replaced" not in told
     assert "bitwright eval OUT --reference MODEL" in told
     for place in (str(tmp_path), str(Path(text).parent), str(llama), "seconds"):
         assert place not in told
@@ -85,8 +86,14 @@ def test_the_worst_and_the_replaced_are_named() -> None:
     assert "12 of 13 matrices were not quantized as asked:" in told
     assert told.count("gptq -> rtn: why") == 10 and "and 2 more: see `ledger.jsonl`" in told
     assert table(told)["tensors"] == "13 quantized, 1 kept in float"
-    assert "| not known |" in card(entry("a", loss_rtn=None))
-    assert "Largest losses" not in card(entry("a", None))
+    assert "Largest errors" not in card(entry("a", loss_rtn=None))
+    assert "Largest errors" not in card(entry("a", None))
+    blocks = [replace(entry(f"model.layers.{i}.mlp.up"), block_error=i / 10, block_error_search=0.5) for i in range(5)]
+    assert re.findall(r"^\| (model\S+) \| (\S+) \| 0.5 \|$", card(*blocks), re.MULTILINE) == [
+        ("model.layers.4", "0.4"),
+        ("model.layers.3", "0.3"),
+        ("model.layers.2", "0.2"),
+    ]
     assert "error in a matrix's output," in card(entry("a"), calibration="general: 8 windows of 32 tokens")
     assert "error in a matrix, " in card(entry("a"), calibration="none")
 

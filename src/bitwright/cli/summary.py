@@ -3,17 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean as mean
 
 from bitwright.cli.console import duration, size
-from bitwright.pipeline.ledger import Entry
+from bitwright.pipeline.ledger import Entry, block_errors, matrix_losses
 from bitwright.pipeline.result import Result
 from bitwright.plan.planned_tensor import QUANTIZED
 
-WORST = 3  # matrices that are named
+WORST = 3  # blocks or matrices that are named
 
 
 def summary(done: Result, model: Path) -> list[str]:
-    """The lines. A loss is a matrix's relative output error on the calibration inputs; RTN's stands beside it."""
+    """The lines. Errors are relative energies, beside those of a plainer method."""
     matrices = [entry for entry in done.ledger if entry.action == QUANTIZED]
     return [
         f"{done.out}: {size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight, "
@@ -35,15 +36,15 @@ def _schemes(matrices: list[Entry]) -> str:
 
 
 def _losses(matrices: list[Entry]) -> Iterator[str]:
-    known = [(entry.loss, entry) for entry in matrices if entry.loss is not None]
+    """By block where outputs were compared on held-out windows, else by matrix: the mean, and the largest three."""
+    blocks, single = block_errors(matrices), matrix_losses(matrices)
+    known, beside = (blocks, "search") if blocks else (single, "RTN")
     if not known:
         return
-    beside = [entry.loss_rtn for _, entry in known if entry.loss_rtn is not None]
-    mean = f"mean loss {sum(loss for loss, _ in known) / len(known):.5f}"
-    yield f"{mean}, round to nearest {sum(beside) / len(beside):.5f}; largest:" if beside else f"{mean}; largest:"
-    for loss, entry in sorted(known, key=lambda one: -one[0])[:WORST]:
-        rtn = "" if entry.loss_rtn is None else f" (RTN {entry.loss_rtn:.4f})"
-        yield f"  {loss:.4f}{rtn}  {entry.name.removesuffix('.weight')}  {entry.scheme}"
+    what = "error of block outputs on held-out windows" if blocks else "loss of a matrix"
+    yield f"{what}: {mean(k.error for k in known):.4f} ({beside} {mean(k.plainer for k in known):.4f}); largest:"
+    for k in sorted(known, key=lambda k: -k.error)[:WORST]:
+        yield f"  {k.error:.4f} ({beside} {k.plainer:.4f})  {k.name.removesuffix('.weight')}"
 
 
 def _replaced(done: Result, matrices: list[Entry]) -> Iterator[str]:

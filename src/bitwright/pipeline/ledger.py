@@ -1,9 +1,10 @@
 """What happened to every tensor of the source: the record that makes silence impossible."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 from bitwright.errors import BitwrightError
 
@@ -12,8 +13,9 @@ from bitwright.errors import BitwrightError
 class Entry:
     """One tensor.
 
-    loss, loss_rtn, loss_search      relative output energies: of what was taken, and, by a sample of the rows, of round to
-                                     nearest and of a search of scales
+    loss, loss_rtn, loss_search      relative output energies of the error: of what was taken, and, by a sample of the rows,
+                                     of round to nearest and of a search of scales. A method that aims at the float model's
+                                     outputs changes a matrix to make up for the blocks before: judge it by block_error
     block_error, block_error_search  relative error of its block's output on held-out windows: by the methods asked for, and
                                      by a search of scales
     statistics    whether its inputs were those of the float model ("one-shot") or came from the quantized blocks before
@@ -47,13 +49,49 @@ class Entry:
     arithmetic: str = ""
 
 
-def losses(entries: Iterable[Entry]) -> str:
-    """The mean loss of quantized tensors beside round to nearest's, as a step's progress tells it; "" if none was measured."""
-    known = [(e.loss, e.loss_rtn) for e in entries if e.loss is not None and e.loss_rtn is not None]
-    if not known:
-        return ""
-    mean, rtn = (sum(column) / len(known) for column in zip(*known, strict=True))
-    return f", loss {mean:.5f} (RTN {rtn:.5f})"
+@dataclass(frozen=True)
+class Lost:
+    """What a part lost, and what a plainer method would have lost of it."""
+
+    name: str
+    error: float
+    plainer: float
+
+
+def block_errors(entries: Iterable[Entry]) -> list[Lost]:
+    """The error of each block's output on held-out windows beside that of a search of scales, for blocks where it was taken.
+
+    What a method is to be judged by: one that aims at the float model's outputs changes single matrices further than rounding
+    to nearest does, to make up for the blocks before.
+    """
+    found = {
+        _block_of(e.name): (e.block_error, e.block_error_search)
+        for e in entries
+        if e.block_error is not None and e.block_error_search is not None
+    }
+    return [Lost(name, error, plainer) for name, (error, plainer) in found.items()]
+
+
+def matrix_losses(entries: Iterable[Entry]) -> list[Lost]:
+    """The loss of each matrix beside round to nearest's, where both are known."""
+    return [Lost(e.name, e.loss, e.loss_rtn) for e in entries if e.loss is not None and e.loss_rtn is not None]
+
+
+def _block_of(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> model.layers.3"""
+    parts = name.split(".")
+    numbered = [at for at, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) if numbered else name
+
+
+def outcome(entries: Sequence[Entry]) -> str:
+    """What a block lost, as a step's progress tells it: its output's error, or its matrices' mean loss, if either is known."""
+    blocks, matrices = block_errors(entries), matrix_losses(entries)
+    if blocks:
+        return f", output error {blocks[0].error:.5f} (search {blocks[0].plainer:.5f})"
+    if matrices:
+        return f", loss {mean(m.error for m in matrices):.5f} (RTN {mean(m.plainer for m in matrices):.5f})"
+    return ""
 
 
 def to_jsonl(entries: Iterable[Entry]) -> str:

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from bitwright.calibration.text_mix import texts_of
 from bitwright.calibration.windows import Drawn
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.numerics.scheme import Scheme
-from bitwright.pipeline.ledger import Entry
+from bitwright.pipeline.ledger import Entry, block_errors, matrix_losses
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.plan.tensor_actions import not_served
 
@@ -106,20 +107,20 @@ def _counted(values: Iterable[str]) -> str:
 
 
 def _losses(card: Card) -> str:
-    """The matrices that lose most."""
-    known = [(entry.loss, entry) for entry in card.quantized if entry.loss is not None]
-    worst = sorted(known, key=lambda one: (-one[0], one[1].name))[:WORST]
-    if not worst:
+    """What lost most: by block where outputs were compared on held-out windows, else by matrix."""
+    known, part, plainer = block_errors(card.quantized), "block", "by a search of scales"
+    what = "a block's output, on windows that no method saw"
+    if not known:
+        known, part, plainer = matrix_losses(card.quantized), "matrix", "rounded to nearest"
+        what = "a matrix" if card.calibration == "none" else "a matrix's output"
+    if not known:
         return ""
-    rows = [f"| {e.name} | {e.scheme} | {e.method} | {loss:.3g} | {_number(e.loss_rtn)} |" for loss, e in worst]
-    head = ["| matrix | scheme | method | loss | RTN's loss |", "| --- | --- | --- | --- | --- |"]
-    what = "a matrix" if card.calibration == "none" else "a matrix's output"
-    said = f"The energy of the error in {what}, relative to its own; beside it that of round to nearest (RTN)."
-    return "\n".join(["## Largest losses", "", said, "", *head, *rows])
-
-
-def _number(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.3g}"
+    average = mean(k.error for k in known)
+    said = f"The energy of the error in {what}, relative to its own; the mean over all is {average:.3g}."
+    head = [f"| {part} | error | {plainer} |", "| --- | --- | --- |"]
+    worst = sorted(known, key=lambda k: (-k.error, k.name))[:WORST]
+    rows = [f"| {k.name} | {k.error:.3g} | {k.plainer:.3g} |" for k in worst]
+    return "\n".join(["## Largest errors", "", said, "", *head, *rows])
 
 
 def _replaced(card: Card) -> str:

@@ -39,7 +39,7 @@ from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
-from bitwright.pipeline.ledger import Entry, check_complete, losses
+from bitwright.pipeline.ledger import Entry, check_complete, outcome
 from bitwright.pipeline.model_card import Card, calibration
 from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
 from bitwright.pipeline.quantize_embeddings import begin_with_quantized_embedding, quantize_embedding_and_head
@@ -184,7 +184,7 @@ def _quantize_blocks(
             if written is not None:
                 written.result()
             written = writer_thread.submit(commit)
-            progress(f"block{losses(entries)}", index + 1, depth + 1)
+            progress(f"block{outcome(entries)}", index + 1, depth + 1)
             return_memory()
         if written is not None:
             written.result()
