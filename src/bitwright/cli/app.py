@@ -1,7 +1,4 @@
-"""The command line: parse, call, print. With --json, one JSON object on stdout and nothing else.
-
-Exit status: 0 done; 1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written.
-"""
+"""The command line: parse, call, print."""
 
 import gc
 import json
@@ -21,7 +18,12 @@ if TYPE_CHECKING:
     from bitwright.evaluation.evaluate import Evaluation
     from bitwright.pipeline.result import Result
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+ABOUT = (
+    "Make trained networks smaller and faster by quantization, and prove what it cost.\n\n"
+    "With --json every command prints one JSON object on standard output and nothing else. Exit status: 0 done; "
+    "1 something was quantized worse than asked, or did not verify; 2 bad input or usage, nothing written; 130 interrupted."
+)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
 Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
 Out = Annotated[
@@ -74,7 +76,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make trained networks smaller and faster by quantization, and prove what it cost."""
+    """What all commands share."""
 
 
 @app.command()
