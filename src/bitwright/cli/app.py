@@ -223,20 +223,15 @@ def evaluate(
 
 
 def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
-    """One text's numbers, or a table of several; what they mean, unless it is for a program to read."""
+    """A row for each text, and what it means; or all numbers for a program to read."""
     from bitwright.evaluation.report import evaluation_table
-    from bitwright.evaluation.verdict import short_name, verdict
+    from bitwright.evaluation.verdict import verdict
 
     whole = [one.as_dict() for one in found]
     if as_json:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
-    if len(whole) == 1:
-        show(
-            {k: v for k, v in whole[0].items() if k != "text"}, False, f"Evaluation on {short_name(found[0].text, 60)}"
-        )
-    else:
-        console.print(evaluation_table(found))
+    console.print(evaluation_table(found))
     for line in verdict(found):
         console.print(plain(line), highlight=False)
 
