@@ -1,4 +1,4 @@
-"""Whether a change of the code has changed what is written: the same weights, byte by byte, from two states of it.
+"""Whether a change of the code has changed what is quantized: the same tensors, byte by byte, from two states of it.
 
     python -m bench.same_bytes OTHER_PYTHON
 
@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+from safetensors.torch import load_file
+
 from bench.measure import ROOT, run, table
 
 MODEL = ROOT / "src/bitwright/builtin"
@@ -24,11 +27,15 @@ CALIBRATED = ["--calib", "stdlib", "--samples", "64", "--seqlen", "256", "--json
 
 
 def digest(out: Path) -> str:
-    """Of a file, or of a directory's weights and config."""
-    files = [out] if out.is_file() else sorted([*out.glob("*.safetensors"), out / "config.json"])
+    """Of a file's bytes; of a directory's tensors by name, in whichever files they lie, and its config."""
     found = hashlib.sha256()
-    for file in files:
-        found.update(file.name.encode() + file.read_bytes())
+    if out.is_file():
+        found.update(out.read_bytes())
+        return found.hexdigest()
+    tensors = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.flatten().view(torch.uint8).numpy().tobytes())
+    found.update((out / "config.json").read_bytes())
     return found.hexdigest()
 
 

@@ -329,8 +329,8 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
         console.print(f"note: {plain(note)}", highlight=False)
     for fallback in done.fallbacks if quiet or verbose else ():
         console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
-    for line in () if quiet else summary(done, model):
-        console.print(plain(line), highlight=False, soft_wrap=True)
+    for line in () if quiet else summary(done, model):  # a command stays one line, to be pasted
+        console.print(plain(line), highlight=False, soft_wrap="bitwright " in line or not console.is_terminal)
 
 
 def main() -> None:
