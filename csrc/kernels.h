@@ -98,7 +98,7 @@ struct Sweep {
     ptrdiff_t n, N, g, begin;  // begin: the first column's place in K
 };
 
-// One step of AutoRound on a matrix: its knobs against the gradient, then what they stand for; methods/autoround.py.
+// One step of AutoRound on a matrix: its variables against the gradient, then what they stand for; methods/autoround.py.
 struct Tune {
     const float *w, *base;  // [N, K]
     float *offset, *square; // [N, K] in and out; square: of the offset's gradient, a running mean

@@ -239,6 +239,6 @@ def test_the_terminal_shows_names_winner_and_page(llama: Path, text: str, tmp_pa
     ]
     done = CliRunner().invoke(app, [*command, *more], env={"COLUMNS": "100"})
     assert done.exit_code == 0, done.output
-    lines = [line for line in done.output.splitlines() if line.startswith(" int3-g32") or line.startswith("int3-g32")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(" int3-g32") or line.startswith("int3-g32")]
     assert len(lines) == 2 and "best" in next(line for line in lines if "gptq" in line)
     assert "compare.html" in done.output

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,15 @@ def test_a_file_that_lacks_what_its_config_promises(llama: Path, tmp_path: Path)
         load(out)
 
 
+def test_a_zero_point_that_is_missing_is_not_taken_for_none(llama: Path, tmp_path: Path) -> None:
+    out = made(llama, tmp_path, "compressed-tensors", "int4-g32-asym")
+    file, tensors, name = holding(out, "q_proj.weight_zero_point")
+    tensors.pop(name)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"promises tensor .*weight_zero_point"):
+        load(out)
+
+
 def test_what_is_quantized_is_not_rounded_again(llama: Path, tmp_path: Path) -> None:
     made_already = made(llama, tmp_path, "compressed-tensors", "int4-g32"), made(llama, tmp_path, "gguf", "q4_0")
     for out in made_already:
@@ -408,7 +418,9 @@ def test_an_interrupted_answer_ends_the_process(tmp_path: Path) -> None:
         "int4-g32",
     ]
     command = [sys.executable, "-m", "bitwright", "generate", str(model), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may be deaf to it
+    with subprocess.Popen(command, **pipes, preexec_fn=heard) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)  # it has begun
         process.send_signal(signal.SIGINT)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitwright import kernels
 from bitwright.kernels import rounding
-from bitwright.kernels.rounding import Knobs
-from bitwright.methods.autoround import knobs_of, move
+from bitwright.kernels.rounding import RoundingVariables
+from bitwright.methods.autoround import move, variables_of
 from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
@@ -95,10 +95,10 @@ def test_descent_is_the_same_under_every_instruction_set(text: str) -> None:
 INTEGERS = [text for text in SCHEMES if Scheme.parse(text).levels.levels is None]
 
 
-def stepped(text: str, N: int, K: int, dtype: torch.dtype) -> Knobs:
-    """AutoRound's knobs after six steps against gradients made up."""
+def stepped(text: str, N: int, K: int, dtype: torch.dtype) -> RoundingVariables:
+    """AutoRound's variables after six steps against gradients made up."""
     w, generator = weights(N, K), torch.Generator().manual_seed(2)
-    k = knobs_of(w, rtn(w, None, Scheme.parse(text)).q, dtype)
+    k = variables_of(w, rtn(w, None, Scheme.parse(text)).q, dtype)
     for _ in range(6):
         gradient = 1e-3 * torch.randn(N, K, generator=generator)
         gradient[:, 7] = 0
@@ -207,7 +207,7 @@ def test_shapes_are_checked() -> None:
 @needs_native
 def test_shapes_of_tuning_are_checked() -> None:
     w, text = torch.randn(8, 64), "int4-g32-asym"
-    good = knobs_of(w, rtn(w, None, Scheme.parse(text)).q, torch.float32)
+    good = variables_of(w, rtn(w, None, Scheme.parse(text)).q, torch.float32)
     rates = {"rate": 0.1, "scale_rate": 0.1, "fresh": 0.1}
     rounding.tune(good, torch.zeros(8, 64), **rates)
     wrong = torch.zeros(8, 63)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed
 from bitwright.numerics.input_quantization import InputQuantization
@@ -167,6 +167,7 @@ class CompressedTensors:
 
         group = _group_of(config, name)
         kind = group.get("format") or config["format"]
+        _check_whole(group["weights"], name, tensors)
         compressor = BaseCompressor.get_value_from_registry(kind)
         weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
         return weight
@@ -179,6 +180,16 @@ class CompressedTensors:
         }
         scheme = scheme_of(_group_of(config, name)["weights"], name)
         return recovered(self.decode(config, name, exact), scheme, _scales(scheme, exact), name)
+
+
+def _check_whole(weights: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError for a module without a tensor that its config promises: the library would do without a zero point."""
+    needed = ["weight_scale", *(["weight_shape"] if "weight_packed" in tensors and weights["type"] == "int" else [])]
+    needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
+    for suffix in needed:
+        if suffix not in tensors:
+            message = f"its quantization_config promises tensor {name}.{suffix}, which is missing"
+            raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
 
 
 def _scales(scheme: Scheme, tensors: dict[str, Tensor]) -> Scales:

@@ -251,14 +251,14 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Knobs:
+class RoundingVariables:
     """What AutoRound tunes of one matrix, and what that stands for; all but w, base, start and zero change in place.
 
     w, base         [N, K] the float weights; what is added to each, in codes, so that it starts at the start's code
-    offset, stretch [N, K] and [N, G] the knobs: added to w in codes; the relative change of scales
+    offset, stretch [N, K] and [N, G] the variables: added to w in codes; the relative change of scales
     square, stretch_square: the running means of their gradients' squares
     start, scale    [N, G] scales before any stretch, and as they are stored now; zero [N, G] or None
-    decoded         [N, K] float32 or bfloat16, the weights that the knobs stand for
+    decoded         [N, K] float32 or bfloat16, the weights that the variables stand for
     movable         whether scales may move
     """
 
@@ -276,8 +276,8 @@ class Knobs:
     movable: bool
 
 
-def tune(k: Knobs, gradient: Tensor | None, *, rate: float, scale_rate: float, fresh: float) -> None:
-    """A step of the knobs against the gradient [N, K] of the decoded weights, if there is one; then decode them anew.
+def tune(k: RoundingVariables, gradient: Tensor | None, *, rate: float, scale_rate: float, fresh: float) -> None:
+    """A step of the variables against the gradient [N, K] of the decoded weights, if there is one; then decode them anew.
 
     rate, scale_rate: steps of offset and stretch; fresh: the share of this gradient in the running means.
     """

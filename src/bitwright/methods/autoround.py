@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
-from bitwright.kernels.rounding import Knobs
+from bitwright.kernels.rounding import RoundingVariables
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.outcome import Outcome
 from bitwright.numerics.codec import code_dtype, code_range, decode, folded, group_view, safe, snap
@@ -102,16 +102,16 @@ def tune(
     if how.iterations == 0:
         return start
     how = replace(how, windows=min(how.windows, len(inputs)))
-    knobs = {name: knobs_of(weights[name], q, inputs.dtype) for name, q in start.items()}
+    variables = {name: variables_of(weights[name], q, inputs.dtype) for name, q in start.items()}
     sizes = _sizes(targets)
     for step, some in enumerate(_draws(len(inputs), how)):
-        missed = forward({name: k.decoded for name, k in knobs.items()}, inputs[some]) - targets[some]
+        missed = forward({name: k.decoded for name, k in variables.items()}, inputs[some]) - targets[some]
         error = (missed.float() / sizes[some]).square().mean()
-        gradients = torch.autograd.grad(error, [k.decoded for k in knobs.values()])
+        gradients = torch.autograd.grad(error, [k.decoded for k in variables.values()])
         left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # a young running mean is too small
-        for k, gradient in zip(knobs.values(), gradients, strict=True):
+        for k, gradient in zip(variables.values(), gradients, strict=True):
             move(k, gradient, rate=left * (how.lr or WALK / how.iterations**0.5), scale_rate=left * how.scale_lr)
-    end = {name: result(knobs[name], q) for name, q in start.items()}
+    end = {name: result(variables[name], q) for name, q in start.items()}
     before, after = (_error(forward, inputs, targets, q, how.windows) for q in (start, end))
     return end if after < before else start
 
@@ -144,14 +144,16 @@ def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTens
     return sum(float(share.square().sum(dtype=torch.float64)) for share in shares)
 
 
-def knobs_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> Knobs:
-    """Knobs that stand for q, each weight well inside the interval that rounds to its code; decoded as `dtype`."""
+def variables_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> RoundingVariables:
+    """Rounding variables that stand for q, each weight well inside the interval that rounds to its code; decoded as `dtype`."""
     scheme, w = q.scheme, w.float().contiguous()
     scale, zero = q.scales.scale.contiguous(), None if q.scales.zero is None else q.scales.zero.contiguous()
     movable = scheme.scale in ("f32", "f16", "bf16") and scheme.group != TENSOR
     offset, square, stretch, stretch_square = (torch.zeros_like(x) for x in (w, w, scale, scale))
     decoded = torch.empty_like(w, dtype=dtype).requires_grad_()
-    k = Knobs(scheme, w, offset, offset, square, scale, scale.clone(), stretch, stretch_square, zero, decoded, movable)
+    k = RoundingVariables(
+        scheme, w, offset, offset, square, scale, scale.clone(), stretch, stretch_square, zero, decoded, movable
+    )
     plain, integer = _places(k)
     place = plain + integer
     codes, (lo, hi) = group_view(q.codes.float(), scheme), code_range(scheme)
@@ -163,7 +165,7 @@ def knobs_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> Knobs:
 
 
 @torch.no_grad()
-def move(k: Knobs, gradient: Tensor | None, *, rate: float = 0.0, scale_rate: float = 0.0) -> None:
+def move(k: RoundingVariables, gradient: Tensor | None, *, rate: float = 0.0, scale_rate: float = 0.0) -> None:
     """One step against the gradient [N, K] of the decoded weights, if there is one; then decode anew.
 
     Every knob moves by its gradient over that gradient's root mean square so far, times its rate. Rounding counts as if
@@ -181,7 +183,7 @@ def move(k: Knobs, gradient: Tensor | None, *, rate: float = 0.0, scale_rate: fl
     k.decoded.copy_(_matrix(decoded, k.w))
 
 
-def _move(k: Knobs, gradient: Tensor, rate: float, scale_rate: float) -> None:
+def _move(k: RoundingVariables, gradient: Tensor, rate: float, scale_rate: float) -> None:
     """The step itself; gradient [N, G, g]."""
     to_offset, to_stretch = _slopes(k, gradient)
     _follow(k.offset, _matrix(to_offset, k.w), k.square, rate)
@@ -191,7 +193,7 @@ def _move(k: Knobs, gradient: Tensor, rate: float, scale_rate: float) -> None:
         k.scale.copy_(snap(k.start * (1 + k.stretch), None, replace(k.scheme, zero="sym")).scale)
 
 
-def _slopes(k: Knobs, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(k: RoundingVariables, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of the decoded weights [N, G, g] those of offset [N, G, g] and stretch [N, G]."""
     (by, inside), (plain, _) = _rounded(k), _places(k)
     to_stretch = folded(gradient * (by - torch.where(inside, plain, 0.0))) * k.start
@@ -205,7 +207,7 @@ def _follow(knob: Tensor, gradient: Tensor, square: Tensor, rate: float) -> None
     knob -= gradient / size.clamp_(min=torch.finfo(size.dtype).tiny) * rate
 
 
-def _places(k: Knobs) -> tuple[Tensor, Tensor]:
+def _places(k: RoundingVariables) -> tuple[Tensor, Tensor]:
     """Where the weights lie among the codes before any offset [N, G, g]: w over its scale, and the integer zero point."""
     w, divisor = group_view(k.w, k.scheme), safe(k.scale)[..., None]
     zero = torch.zeros(()) if k.zero is None else k.zero[..., None]
@@ -214,7 +216,7 @@ def _places(k: Knobs) -> tuple[Tensor, Tensor]:
     return w / divisor, zero
 
 
-def _rounded(k: Knobs) -> tuple[Tensor, Tensor]:
+def _rounded(k: RoundingVariables) -> tuple[Tensor, Tensor]:
     """What multiplies the scales: codes less the integer zero point [N, G, g]; and which codes are not clamped."""
     (plain, zero), (lo, hi) = _places(k), code_range(k.scheme)
     codes = torch.round(plain + zero + group_view(k.base + k.offset, k.scheme))
@@ -226,7 +228,7 @@ def _matrix(grouped: Tensor, like: Tensor) -> Tensor:
     return grouped.reshape(len(like), -1)[:, : like.shape[1]].contiguous()
 
 
-def result(k: Knobs, start: QTensor) -> QTensor:
+def result(k: RoundingVariables, start: QTensor) -> QTensor:
     """Codes and scales as they are now. Raises SchemeError if the gradients were not finite."""
     snap(k.scale, None, replace(k.scheme, zero="sym"))
     by, _ = _rounded(k)

@@ -108,36 +108,36 @@ def _divided_rows(fold: Fold, s: Tensor, parameter: Tensor, module: nn.Module) -
 @torch.no_grad()
 def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
     """The folds of block `index`, whose weights are loaded; hidden [B, T, H]: a batch it may be given."""
-    heard, plain = _listen(skeleton, index, hidden)
-    found = [*_norm_folds(skeleton, index, heard), *_row_folds(skeleton, index)]
+    observed, plain = _observe(skeleton, index, hidden)
+    found = [*_norm_folds(skeleton, index, observed), *_row_folds(skeleton, index)]
     if _unmoved(skeleton, index, hidden, plain, found):
         return found
     return [fold for fold in found if _unmoved(skeleton, index, hidden, plain, [fold])]
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _Observed:
     """In a forward: what each linear module read, and what each module with a weight vector gave."""
 
     read: dict[str, Tensor]
     gave: dict[str, Tensor]
 
 
-def _listen(skeleton: Skeleton, index: int, hidden: Tensor) -> tuple[_Heard, Tensor]:
+def _observe(skeleton: Skeleton, index: int, hidden: Tensor) -> tuple[_Observed, Tensor]:
     """Run the block; also what it gives."""
-    heard, hooks = _Heard({}, {}), []
+    observed, hooks = _Observed({}, {}), []
     linears = skeleton.linears(index)
     for name, module in _named(skeleton, index):
         if name in linears:
-            hooks.append(module.register_forward_pre_hook(lambda _, args, n=name: heard.read.update({n: args[0]})))
+            hooks.append(module.register_forward_pre_hook(lambda _, args, n=name: observed.read.update({n: args[0]})))
         elif is_norm(module):
-            hooks.append(module.register_forward_hook(lambda _, __, out, n=name: heard.gave.update({n: out})))
+            hooks.append(module.register_forward_hook(lambda _, __, out, n=name: observed.gave.update({n: out})))
     try:
         plain = skeleton.run(index, hidden)
     finally:
         for hook in hooks:
             hook.remove()
-    return heard, plain
+    return observed, plain
 
 
 def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
@@ -146,11 +146,11 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
     return ((f"{prefix}.{name}", module) for name, module in skeleton.blocks[index].named_modules() if name)
 
 
-def _norm_folds(skeleton: Skeleton, index: int, heard: _Heard) -> list[Fold]:
+def _norm_folds(skeleton: Skeleton, index: int, observed: _Observed) -> list[Fold]:
     """Norms whose output is, memory for memory, what linear modules read."""
     folds = []
-    for norm, out in heard.gave.items():
-        readers = [name for name, x in heard.read.items() if _same(x, out)]
+    for norm, out in observed.gave.items():
+        readers = [name for name, x in observed.read.items() if _same(x, out)]
         if readers:
             offset = _offset(skeleton.model.get_submodule(norm), out)
             folds.append(Fold(norm, tuple(readers), offset))
