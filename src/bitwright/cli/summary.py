@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean as mean
 
 from bitwright.cli.console import duration, size
-from bitwright.pipeline.ledger import Entry, block_errors, matrix_losses
+from bitwright.pipeline.ledger import Entry, judged, largest
 from bitwright.pipeline.result import Result
 from bitwright.plan.planned_tensor import QUANTIZED
 
@@ -37,13 +37,14 @@ def _schemes(matrices: list[Entry]) -> str:
 
 def _losses(matrices: list[Entry]) -> Iterator[str]:
     """By block where outputs were compared on held-out windows, else by matrix: the mean, and the largest three."""
-    blocks, single = block_errors(matrices), matrix_losses(matrices)
-    known, beside = (blocks, "search") if blocks else (single, "RTN")
+    known, of_blocks = judged(matrices)
     if not known:
         return
-    what = "error of block outputs on held-out windows" if blocks else "loss of a matrix"
+    what, beside = (
+        ("error of block outputs on held-out windows", "search") if of_blocks else ("loss of a matrix", "RTN")
+    )
     yield f"{what}: {mean(k.error for k in known):.4f} ({beside} {mean(k.plainer for k in known):.4f}); largest:"
-    for k in sorted(known, key=lambda k: -k.error)[:WORST]:
+    for k in largest(known, WORST):
         yield f"  {k.error:.4f} ({beside} {k.plainer:.4f})  {k.name.removesuffix('.weight')}"
 
 

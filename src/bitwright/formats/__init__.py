@@ -21,6 +21,13 @@ SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
 
 
+def format_named(name: str) -> Format:
+    """The format of that name. FormatError, with the nearest, if there is none."""
+    if name not in FORMATS:
+        raise FormatError(f"unknown format {name!r}", remedy=one_of(name, FORMATS))
+    return FORMATS[name]
+
+
 def chosen(
     out: Path, format_name: str | None, scheme: str | None, method: str | None, *, one_shot: bool = False
 ) -> tuple[str, str, str]:
@@ -31,13 +38,11 @@ def chosen(
     FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
     """
     file = out.suffix == ".gguf"
-    if format_name is not None and format_name not in FORMATS:
-        raise FormatError(f"unknown format {format_name!r}", remedy=one_of(format_name, FORMATS))
-    name = format_name or ("gguf" if file else "compressed-tensors")
+    name = format_named(format_name or ("gguf" if file else "compressed-tensors")).name
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"
         raise FormatError(f"OUT is named {out.name!r}, the format is {name}", where=str(out), remedy=remedy)
     return name, scheme or SCHEMES.get(name, SCHEME), method or (ONE_SHOT if one_shot else METHOD)
 
 
-__all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen"]
+__all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen", "format_named"]

@@ -77,6 +77,17 @@ def matrix_losses(entries: Iterable[Entry]) -> list[Lost]:
     return [Lost(e.name, e.loss, e.loss_rtn) for e in entries if e.loss is not None and e.loss_rtn is not None]
 
 
+def judged(entries: Sequence[Entry]) -> tuple[list[Lost], bool]:
+    """What a run is judged by: blocks, and True, where their outputs were compared; else matrices."""
+    blocks = block_errors(entries)
+    return (blocks, True) if blocks else (matrix_losses(entries), False)
+
+
+def largest(lost: Iterable[Lost], most: int) -> list[Lost]:
+    """The parts that lost most, the first by name where they are alike."""
+    return sorted(lost, key=lambda one: (-one.error, one.name))[:most]
+
+
 def _block_of(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> model.layers.3"""
     parts = name.split(".")
@@ -86,12 +97,11 @@ def _block_of(name: str) -> str:
 
 def outcome(entries: Sequence[Entry]) -> str:
     """What a block lost, as a step's progress tells it: its output's error, or its matrices' mean loss, if either is known."""
-    blocks, matrices = block_errors(entries), matrix_losses(entries)
-    if blocks:
-        return f", output error {blocks[0].error:.5f} (search {blocks[0].plainer:.5f})"
-    if matrices:
-        return f", loss {mean(m.error for m in matrices):.5f} (RTN {mean(m.plainer for m in matrices):.5f})"
-    return ""
+    lost, of_blocks = judged(entries)
+    if not lost:
+        return ""
+    what, plainer = ("output error", "search") if of_blocks else ("loss", "RTN")
+    return f", {what} {mean(one.error for one in lost):.5f} ({plainer} {mean(one.plainer for one in lost):.5f})"
 
 
 def to_jsonl(entries: Iterable[Entry]) -> str:

@@ -15,7 +15,7 @@ from bitwright.calibration.text_mix import texts_of
 from bitwright.calibration.windows import Drawn
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.numerics.scheme import Scheme
-from bitwright.pipeline.ledger import Entry, block_errors, matrix_losses
+from bitwright.pipeline.ledger import Entry, judged, largest
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.plan.tensor_actions import not_served
 
@@ -108,18 +108,17 @@ def _counted(values: Iterable[str]) -> str:
 
 def _losses(card: Card) -> str:
     """What lost most: by block where outputs were compared on held-out windows, else by matrix."""
-    known, part, plainer = block_errors(card.quantized), "block", "by a search of scales"
-    what = "a block's output, on windows that no method saw"
-    if not known:
-        known, part, plainer = matrix_losses(card.quantized), "matrix", "rounded to nearest"
-        what = "a matrix" if card.calibration == "none" else "a matrix's output"
+    known, of_blocks = judged(card.quantized)
     if not known:
         return ""
+    part, plainer, what = "block", "by a search of scales", "a block's output, on windows that no method saw"
+    if not of_blocks:
+        part, plainer = "matrix", "rounded to nearest"
+        what = "a matrix" if card.calibration == "none" else "a matrix's output"
     average = mean(k.error for k in known)
     said = f"The energy of the error in {what}, relative to its own; the mean over all is {average:.3g}."
     head = [f"| {part} | error | {plainer} |", "| --- | --- | --- |"]
-    worst = sorted(known, key=lambda k: (-k.error, k.name))[:WORST]
-    rows = [f"| {k.name} | {k.error:.3g} | {k.plainer:.3g} |" for k in worst]
+    rows = [f"| {k.name} | {k.error:.3g} | {k.plainer:.3g} |" for k in largest(known, WORST)]
     return "\n".join(["## Largest errors", "", said, "", *head, *rows])
 
 

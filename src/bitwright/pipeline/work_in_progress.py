@@ -56,7 +56,7 @@ class WorkInProgress:
         self.result = self.path / "out"
         note, text = self.path / "manifest.json", json.dumps(manifest, indent=1)
         if self.path.exists() and (self._handed_over or not resume):
-            shutil.rmtree(self.path)
+            self._remove()
         if note.is_file() and note.read_text(encoding="utf-8") != text:
             raise OutputError(
                 "unfinished work with another source, recipe or calibration lies here",
@@ -75,8 +75,9 @@ class WorkInProgress:
 
     @property
     def _handed_over(self) -> bool:
-        """Whether OUT had appeared, and the crash left what should have been removed then."""
-        return self.joined(0).is_file() and not self.result.is_dir()
+        """Whether OUT had appeared before a crash: work is noted here, and no weights are left."""
+        weights = [self.result.is_dir(), (self.path / "model.gguf").exists(), *self.path.glob("shard-*")]
+        return self._ledger(0).is_file() and not any(weights)
 
     def shard(self, index: int) -> Path:
         """The file of one share of the work: a block, or what is outside the blocks."""
@@ -145,18 +146,25 @@ class WorkInProgress:
         with disk_errors(self.out):
             self.result.rename(self.out)
             sync_folder(self.out.absolute().parent)
-            shutil.rmtree(self.path)
+            self._remove()
 
     def finish_file(self, file: Path, ledger: list[Entry]) -> None:
         """Let OUT appear as one file, its ledger beside it, and remove the rest."""
         write_file(ledger_beside(self.out), to_jsonl(ledger).encode())
         with disk_errors(self.out):
             file.rename(self.out)
-            shutil.rmtree(self.path)
+            self._remove()
 
     def abandon(self) -> None:
         """Remove work that can never be finished."""
-        shutil.rmtree(self.path)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the directory, by another name: what a crash leaves of it is never taken for work."""
+        leftover = self.path.with_name(self.path.name + ".removed")
+        shutil.rmtree(leftover, ignore_errors=True)
+        self.path.rename(leftover)
+        shutil.rmtree(leftover)
 
 
 class Verification:

@@ -13,10 +13,10 @@ import torch
 
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.errors import CheckpointError, FormatError, RecipeError, one_of
+from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
-from bitwright.formats import FORMATS, Format, gguf_writer
+from bitwright.formats import FORMATS, Format, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
@@ -206,8 +206,7 @@ class Plan:
 
 def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
     """Plan a run. Raises the InputError of whatever would stop it: see the list in the module's docstring."""
-    if format_name not in FORMATS:
-        raise FormatError(f"unknown format {format_name!r}", remedy=one_of(format_name, FORMATS))
+    format_ = format_named(format_name)
     config = read_config(source)
     if quantization_of(source) is not None:
         remedy = "quantize the float original; rounding twice only loses"
@@ -220,7 +219,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if untied:
         config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
-    tensors, notes = decide(skeleton, checkpoint, recipe, FORMATS[format_name], rotation, untied=untied)
+    tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     limit = positions_of(config.get_text_config()) or seqlen
@@ -236,18 +235,18 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         source,
         skeleton,
         checkpoint,
-        FORMATS[format_name],
+        format_,
         tuple(tensors),
         recipe,
         min(seqlen, limit),
         samples,
         tuple(notes),
         rotation,
-        _file_keys(checkpoint, skeleton, recipe) if FORMATS[format_name].one_file else {},
+        _file_keys(checkpoint, skeleton, recipe) if format_.one_file else {},
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
-    if recipe.temper is not None and not (FORMATS[format_name].one_file and skeleton.predicts):
+    if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
         remedy = "give OUT.gguf, or leave out temper"
         raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
     if not any(t.layer for t in tensors):
