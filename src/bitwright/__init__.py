@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load,
         prepare,
         prepare_qat,
+        prune,
         quantize,
         quantize_dynamic,
         quantize_tensor,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat",
-    "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+    "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
 ]  # fmt: skip
 
 

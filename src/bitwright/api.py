@@ -15,6 +15,7 @@ from bitwright.nn.dynamic import quantize_dynamic
 from bitwright.nn.inventory import layers
 from bitwright.nn.onnx_export import export_onnx
 from bitwright.nn.prepare import calibrate, prepare
+from bitwright.nn.pruning import prune
 from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
 from bitwright.numerics.qtensor import QTensor
@@ -26,8 +27,8 @@ from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "quantize",
-    "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "prune",
+    "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
 ]  # fmt: skip
 
 

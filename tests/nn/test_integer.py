@@ -142,9 +142,24 @@ def test_recurrent_layers(kind: type[nn.LSTM | nn.GRU], options: dict[str, Any],
 def test_recurrent_layers_without_an_integer_form() -> None:
     with pytest.raises(SchemeError, match=r"^lm: a projected LSTM"):
         IntegerRecurrent(nn.LSTM(4, 4, proj_size=2), lambda *_: None, where="lm")  # type: ignore[arg-type, return-value]
-    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([3, 1]))
-    with pytest.raises(SchemeError, match="packed sequence"):
-        bitwright.quantize_dynamic(nn.Sequential(nn.LSTM(4, 4)).eval())(packed)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@torch.no_grad()
+def test_packed_sequences(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> None:
+    """Of three lengths, in no order: the same outputs and states as each sequence alone."""
+    torch.manual_seed(0)
+    integer = bitwright.quantize_dynamic(kind(6, 8, num_layers=2, bidirectional=True).eval())
+    x, lengths = torch.randn(5, 3, 6), [3, 5, 2]
+    y, last = integer(nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False))
+    padded, _ = nn.utils.rnn.pad_packed_sequence(y)
+    for i, n in enumerate(lengths):
+        alone, end = integer(x[:n, i : i + 1])
+        torch.testing.assert_close(padded[:n, i], alone[:, 0])
+        for a, b in zip(
+            last if isinstance(last, tuple) else [last], end if isinstance(end, tuple) else [end], strict=True
+        ):
+            torch.testing.assert_close(a[:, i], b[:, 0])
 
 
 @pytest.mark.parametrize("options", [{"batch_first": True}, {"kdim": 24, "vdim": 20, "bias": False}], ids=str)

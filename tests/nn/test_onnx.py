@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnx
@@ -10,9 +12,11 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import bitwright
 from bitwright.errors import FormatError
+from bitwright.nn.batches import outputs
 from conftest import ISAS
 from small_modules import converted, images, relative, residual
 
@@ -74,6 +78,52 @@ def test_embeddings(tmp_path: Path) -> None:
         relative(integer(index), by_onnxruntime(bitwright.export_onnx(integer, index, tmp_path / "m.onnx"), index))
         < 0.01
     )
+
+
+class Computes(nn.Module):
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.compute = nn.Linear(8, 8), nn.Linear(8, 8), compute
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda net, x: net.a(x[:, 0]).view(8, x.size(0)),
+        lambda net, x: torch.cat([net.a(x), net.b(x).tanh()], -1).permute(0, 2, 1).mean((1, 2)),
+        lambda net, x: net.b(net.a(x).view(x.shape[0] * x.shape[1], -1)).reshape(x.size(0), x.size(1), -1),
+        lambda net, x: net.b(functional.softmax(net.a(x) @ net.b(x).transpose(-2, -1), dim=-1) @ x),
+        lambda net, x: (net.a(x), net.b(x)[:, 1:3]),
+    ],
+    ids=["view", "cat", "shapes", "attention", "outputs"],
+)
+@torch.no_grad()
+def test_operations_between_layers(compute: Callable[..., Any], tmp_path: Path) -> None:
+    """Another batch than the example's, and another length."""
+    torch.manual_seed(0)
+    x, other = torch.randn(4, 6, 8), torch.randn(3, 9, 8)
+    integer = converted(Computes(compute).eval(), x)
+    file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", dynamic_axes={"x": (0, 1)})
+    assert relative(outputs(integer, other)[0], by_onnxruntime(file, other)) < 1e-3
+
+
+@torch.no_grad()
+def test_activations_of_onnxruntime_and_of_tensorrt(tmp_path: Path) -> None:
+    """uint8 with the ReLU in the lowest code and an int32 bias; int8."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    for activations, expected in (("uint8", onnx.TensorProto.UINT8), ("int8", onnx.TensorProto.INT8)):
+        scheme = "int8-tensor-asym" if activations == "uint8" else "int8-tensor"
+        integer = converted(net, x, activations=scheme)
+        file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", activations=activations, opset=19)
+        graph = onnx.load(file).graph
+        stored = {t.name: t for t in graph.initializer}
+        zeros = [stored[node.input[2]].data_type for node in graph.node if node.op_type == "QuantizeLinear"]
+        assert set(zeros) == {expected} and relative(integer(x), by_onnxruntime(file, x)) < 1e-3
+        assert ("Relu" in {node.op_type for node in graph.node}) is (activations == "int8")
 
 
 def test_what_has_no_onnx_form(tmp_path: Path) -> None:

@@ -113,6 +113,19 @@ class Histogram:
         seen = state["seen"].tolist()
         return cls(where, momentum, counts.view(2, BINS), low, high, average_low, average_high, *seen)
 
+    def packed(self) -> Tensor:
+        """The same in one tensor, float64, which holds every number exactly: reals [5], seen [2], then bins, then counts."""
+        state = self.state()
+        return torch.cat([state[name].double() for name in ("reals", "seen", "bins", "counts")])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, *, where: str = "") -> Self:
+        """The histogram that `packed` gave. CheckpointError where the tensor cannot be one."""
+        rest = packed[7:].long()
+        bins, counts = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        state = {"reals": packed[:5].double(), "seen": packed[5:7].long(), "bins": bins.int(), "counts": counts}
+        return cls.from_state({name: t.cpu() for name, t in state.items()}, where=where)
+
 
 def bin_of(x: Tensor) -> Tensor:
     """The bin of each value, int32, 0 to 2·BINS: its float32 bits rounded to the nine highest of the mantissa.

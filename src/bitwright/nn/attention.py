@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import SchemeError
+from bitwright.nn.dropin import Replacement
 from bitwright.nn.layers import DynamicProduct
 from bitwright.nn.recurrent import linear
+from bitwright.nn.rounded import rounded_as, trained
 
 Make = Callable[[nn.Linear, str], DynamicProduct]
 
 
-class IntegerAttention(nn.Module):
+class IntegerAttention(Replacement):
     """`torch.nn.MultiheadAttention` whose four projections round their inputs as they come; called as that is.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
@@ -26,14 +28,9 @@ class IntegerAttention(nn.Module):
         if source.bias_k is not None or source.add_zero_attn:
             remedy = "keep it in float"
             raise SchemeError("attention to added keys has no integer form here", where=where, remedy=remedy)
+        self.describe(source)
         self.where, self.batch_first, self.num_heads = where, source.batch_first, source.num_heads
-        if source._qkv_same_embed_dim:
-            weights = source.in_proj_weight.chunk(3)
-        else:
-            weights = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
-        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
-        named = zip("qkv", weights, biases, strict=True)
-        self.q, self.k, self.v = (make(linear(weight, bias), name) for name, weight, bias in named)
+        self.q, self.k, self.v = (make(part, name) for name, part in zip("qkv", projections(source), strict=True))
         self.out_proj = make(source.out_proj, "out_proj")
 
     def forward(
@@ -78,6 +75,19 @@ class IntegerAttention(nn.Module):
         if padding is not None:
             total = total + _numbers(padding if padding.ndim == 2 else padding[None], scores.dtype)[:, None, None]
         return total
+
+
+def projections(source: nn.MultiheadAttention) -> list[nn.Linear]:
+    """The layers that make queries, keys and values, rounded as training rounded them."""
+    E = source.embed_dim
+    rows = [slice(i * E, i * E + E) for i in range(3)]
+    biases = [None if source.in_proj_bias is None else source.in_proj_bias[part] for part in rows]
+    if source._qkv_same_embed_dim:
+        w, fake = trained(source, "in_proj_weight")
+        parts = [(w[part], None if fake is None else fake.part(part)) for part in rows]
+    else:
+        parts = [trained(source, f"{name}_proj_weight") for name in "qkv"]
+    return [rounded_as(linear(w, bias), fake) for (w, fake), bias in zip(parts, biases, strict=True)]
 
 
 def _numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:

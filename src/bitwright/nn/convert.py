@@ -8,51 +8,75 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bitwright.nn.dynamic import DYNAMIC, dynamic, quantized, replaced, require_mode
-from bitwright.nn.fake import Edge, FakeWeight
-from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, IntegerProduct, StaticProduct, matrix
+from bitwright.nn.batches import outputs
+from bitwright.nn.check import Check, check_outputs, in_phase, require_check, rounded_twin
+from bitwright.nn.dynamic import DYNAMIC, dynamic, weight_of
+from bitwright.nn.fake import Edge
+from bitwright.nn.layers import DynamicProduct, IntegerProduct, StaticProduct
 from bitwright.nn.plan import fuses, role_of, role_unless_kept
 from bitwright.nn.prepare import Prepared, require_prepared
+from bitwright.nn.rounded import Entered
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
 from bitwright.nn.trace import ADD, CARRY, MEAN, PRODUCT, RELU, SHAPE, UNARY, bound, first
-from bitwright.numerics.codec import encode
+from bitwright.nn.tree import layers_of, named, off_the_fast_path, replaced, require_mode
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.scheme import TOKEN, Scheme
+from bitwright.numerics.scheme import TOKEN
 
 
 @torch.no_grad()
-def convert(prepared: Prepared) -> nn.Module:
+def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
     """The integer module: int8 weights, int8 values between layers, float where no integer form exists.
 
-    LSTM, GRU and attention become dynamic layers. `prepared` stays as it is. Raises RecipeError for a module that
-    was not prepared, was converted already, or is in training mode; CalibrationError, naming the place, where no
-    values were seen, or only zeros.
+    LSTM, GRU, RNN and attention become dynamic layers. `prepared` stays as it is.
+
+    check  the first batch that calibrated (or the example, without calibration) runs through the float module, through
+           one that rounds in float, and through the integers. Where these differ from the float module by more than
+           rounding explains, the first operation that went wrong is named: "error", "warn"; "off": nothing is compared
+
+    Raises RecipeError for a module that was not prepared, was converted already, or is in training mode;
+    CalibrationError, naming the place, where no values were seen; VerificationError where `check` finds a difference.
     """
     require_prepared(prepared)
     require_mode(prepared, training=False)
+    require_check(check)
     body = copy.deepcopy(prepared.body)
     for name, module in list(body.named_modules()):
         if isinstance(module, fx.GraphModule):
             Rewriting(module, prepared, name).run()
     tokens = replace(prepared.activations, group=TOKEN, scale="f32")
-    for name, module in list(body.named_modules()):
-        if prepared.kept.covers(name):
-            continue
-        if type(module) in DYNAMIC and role_of(module) != PRODUCT:
-            body = replaced(body, name, dynamic(module, prepared.weights, tokens, where=name))
-        elif isinstance(module, nn.Embedding):  # with a trained fake weight
-            body = replaced(body, name, IntegerEmbedding(weight_of(module, prepared.weights, name), where=name))
-    return prepared.kept.apply(body).eval()
+    for names, module in named(body):
+        if isinstance(module, Entered) and isinstance(module.edge, Edge):
+            body = replaced(body, module, entered(module, prepared, names[0]))
+    for name, module in layers_of(body, DYNAMIC, prepared.kept):
+        if role_of(module) != PRODUCT:
+            body = replaced(body, module, dynamic(module, prepared.weights, tokens, where=name))
+    body = off_the_fast_path(prepared.kept.apply(body)).eval()
+    if check != "off":
+        _check(prepared, body, check)
+    return body
 
 
-def weight_of(layer: nn.Module, scheme: Scheme, where: str) -> QTensor:
-    """A layer's weight rounded: under the scales that training used, if it was trained, else to nearest."""
-    trained = next((child for child in layer.modules() if isinstance(child, FakeWeight)), None)
-    if trained is None:
-        return quantized(layer.get_parameter("weight"), scheme, where)
-    flat = matrix(layer.get_parameter("parametrizations.weight.original").detach().float())
-    found = trained.scales(flat)
-    return encode(flat, replace(found, scale=found.scale.detach()), scheme)
+def _check(prepared: Prepared, converted: nn.Module, check: Check) -> None:
+    """Hold the integer module beside the float one, or the trained one, whose rounding is told by leaving it out."""
+    twin = in_phase(prepared, "round")
+    if any(edge.phase in ("round", "follow") for edge in prepared.edges()):
+        explained, expected = outputs(in_phase(prepared, "pass"), prepared.batch), outputs(twin, prepared.batch)
+    else:
+        rounded_twin(twin, layers_of(twin.get_submodule("body"), DYNAMIC, prepared.kept), prepared.weights, None)
+        explained, expected = outputs(twin, prepared.batch), outputs(prepared, prepared.batch)
+    check_outputs(converted, prepared.batch, expected, explained, check, twin.get_submodule("body"))
+
+
+def entered(module: Entered, prepared: Prepared, where: str) -> nn.Module:
+    """The integer form of a single layer, with the step into its codes."""
+    edge, layer = module.edge, module.layer
+    assert isinstance(edge, Edge) and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+    q, activations = weight_of(layer, prepared.weights, where), prepared.activations
+    if edge.scheme.group == TOKEN:
+        return DynamicProduct.of(layer, q, activations=activations, where=where)
+    affine = edge.affine()
+    product = StaticProduct(layer, q, entry=affine, exit=torch.zeros(0), activations=activations, where=where)
+    return Entered(Quantize(affine, where=edge.where), product)
 
 
 class Rewriting:
@@ -61,7 +85,10 @@ class Rewriting:
     def __init__(self, graph: fx.GraphModule, prepared: Prepared, prefix: str) -> None:
         self.graph, self.prepared, self.prefix = graph, prepared, prefix
         self.affines: dict[fx.Node, Tensor] = {}
+        floats = [p.dtype for p in graph.parameters() if p.is_floating_point()]
+        self.dtype = floats[0] if floats else torch.float32
         self.roles = {n: role_unless_kept(graph, n, prefix, prepared.kept) for n in graph.graph.nodes}
+        self.quantized: dict[str, QTensor] = {}
         self.layers: dict[fx.Node, Any] = {
             n: graph.get_submodule(str(n.target)) for n in graph.graph.nodes if n.op == "call_module"
         }
@@ -110,24 +137,33 @@ class Rewriting:
         name = str(node.target)
         if isinstance(module, IntegerProduct):
             name = module.where.removeprefix(self.prefix).lstrip(".")
-            if isinstance(self.graph.get_submodule(name), IntegerProduct):
+            if module.lender:
                 name = f"{name}_{node.name}"  # a layer that is called twice has one integer form for each call
         self.graph.add_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, inputs, {}
 
     def product(self, node: fx.Node, exit: Tensor) -> nn.Module:
         """The integer form of a Linear or convolution."""
-        layer, where = self.layers[node], f"{self.prefix}.{node.target}".lstrip(".")
-        q = weight_of(layer, self.prepared.weights, where)
+        layer, where, q, lender = self.weights(node)
         activations = self.prepared.activations
-        return StaticProduct(layer, q, entry=self.entry(node), exit=exit, activations=activations, where=where)
+        return StaticProduct(
+            layer, q, entry=self.entry(node), exit=exit, activations=activations, where=where, lender=lender
+        )
 
     def on_tokens(self, node: fx.Node) -> nn.Module:
         """The integer form of a Linear or convolution whose inputs are rounded as they come."""
-        where, activations = f"{self.prefix}.{node.target}".lstrip("."), self.prepared.activations
-        layer = self.layers[node]
-        q = weight_of(layer, self.prepared.weights, where)
-        return DynamicProduct.of(layer, q, activations=activations, where=where)
+        layer, where, q, lender = self.weights(node)
+        activations = self.prepared.activations
+        return DynamicProduct.of(layer, q, activations=activations, where=where, lender=lender)
+
+    def weights(self, node: fx.Node) -> tuple[Any, str, QTensor, Any]:
+        """Of a product: the float layer, its name, its codes, and the integer form of an earlier call, which holds them."""
+        layer, name = self.layers[node], str(node.target)
+        where = f"{self.prefix}.{name}".lstrip(".")
+        if name not in self.quantized:
+            self.quantized[name] = weight_of(layer, self.prepared.weights, where)
+        made = self.graph.get_submodule(name)
+        return layer, where, self.quantized[name], made if isinstance(made, IntegerProduct) else None
 
     def total(self, node: fx.Node, exit: Tensor) -> nn.Module:
         """The integer form of a sum."""
@@ -160,7 +196,7 @@ class Rewriting:
         if not readers:
             return
         name = f"{node.name}_float"
-        self.graph.add_submodule(name, Dequantize(self.affines[node]))
+        self.graph.add_submodule(name, Dequantize(self.affines[node], self.dtype))
         with self.graph.graph.inserting_after(node):
             new = self.graph.graph.call_module(name, (node,))
         for reader in readers:

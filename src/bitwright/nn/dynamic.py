@@ -1,23 +1,34 @@
 """Post-training dynamic quantization: weights to integers now, activations as they come. No calibration."""
 
-import copy
+import inspect
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.nn.attention import IntegerAttention
-from bitwright.nn.integer import check_activations
-from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, Source, check_group, matrix
-from bitwright.nn.recurrent import IntegerRecurrent
+from bitwright.nn.bare_weights import Reads, multiplied_in
+from bitwright.nn.batches import Batch, outputs, run
+from bitwright.nn.check import Check, check_outputs, require_check, rounded_twin
+from bitwright.nn.integer import activations_of, check_activations, storable
+from bitwright.nn.layers import (
+    DynamicProduct,
+    IntegerEmbedding,
+    IntegerEmbeddingBag,
+    Source,
+    StoredWeight,
+    check_group,
+    matrix,
+)
+from bitwright.nn.plain import plain
+from bitwright.nn.recurrent import Cell, IntegerCell, IntegerRecurrent, Recurrent
+from bitwright.nn.rounded import HeldWeight, trained
+from bitwright.nn.trace import traced
+from bitwright.nn.tree import Kept, copied, kind, layers_of, no_fast_path, off_the_fast_path, replaced, require_mode
 from bitwright.numerics.codec import encode, fit
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TOKEN, Scheme
-
-KEPT_AS = ("float", "bf16")
 
 
 def quantize_dynamic(
@@ -27,36 +38,47 @@ def quantize_dynamic(
     activations: str = "int8-token",
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
+    example_inputs: Batch | None = None,
+    check: Check = "error",
 ) -> nn.Module:
-    """A module whose Linear, Conv1d, Conv2d, LSTM, GRU, MultiheadAttention and Embedding hold and multiply integers.
+    """A module whose Linear, convolutions, LSTM, GRU, RNN, MultiheadAttention and Embedding hold and multiply integers.
 
-    scheme       of the weights: integers, ternary or binary; by channel, or in groups for Linear
-    activations  "int8-token" or "int8-token-asym", or fewer bits: each row (of a convolution: each image) by its range
-    keep         patterns of module names -> "float", or "bf16" for float weights and products in bfloat16
-    inplace      change `module` itself; otherwise a copy is changed
+    scheme          of the weights: integers, ternary or binary; by channel, or in groups for Linear
+    activations     "int8-token" or "int8-token-asym", or fewer bits: each row (of a convolution: each image) by its range
+    keep            patterns of module names -> "float", or "bf16" for float weights and products in bfloat16
+    inplace         change `module` itself; otherwise a copy is changed
+    example_inputs  a batch on which the result is held beside the float module, as in `convert`; None: it is not
+    check           what happens where they differ by more than rounding explains: "error", "warn", "off"
 
-    Raises RecipeError for a module in training mode, one with nothing to quantize, or a pattern that matches nothing;
-    SchemeError for schemes whose codes are not integers; NumericsError for weights that are not finite.
+    Raises RecipeError for a module in training mode, one with nothing to quantize, a weight that no layer holds, or a
+    pattern that matches nothing; SchemeError for schemes whose codes are not integers; NumericsError for weights that
+    are not finite; VerificationError where the result is not the module.
     """
     require_mode(module, training=False)
-    weights, rounding = Scheme.parse(scheme), Scheme.parse(activations)
+    require_check(check)
+    weights, rounding = Scheme.parse(scheme), activations_of(activations)
     check_activations(rounding, TOKEN)
     kept = Kept(module, keep or {})
-    target = module if inplace else copy.deepcopy(module)
-    done = 0
-    for name, child in list(target.named_modules()):
-        if type(child) in DYNAMIC and not kept.covers(name):
-            target = replaced(target, name, dynamic(child, weights, rounding, where=name))
-            done += 1
-    if not done:
+    source = plain(copied(module), kept) if example_inputs is not None and check != "off" else None
+    target = plain(module if inplace else copied(module), kept)
+    refuse_bare_weights(target, kept, example_inputs)
+    layers = layers_of(target, DYNAMIC, kept)
+    if not layers:
         raise nothing_to_quantize(module)
-    return kept.apply(target).eval()
+    for name, child in layers:
+        target = replaced(target, child, dynamic(child, weights, rounding, where=name))
+    target = off_the_fast_path(kept.apply(target)).eval()
+    if source is not None and example_inputs is not None:
+        expected = outputs(source, example_inputs)
+        twin = rounded_twin(source, layers_of(source, DYNAMIC, kept), weights, rounding)
+        check_outputs(target, example_inputs, expected, outputs(twin, example_inputs), check)
+    return target
 
 
 def dynamic(module: nn.Module, weights: Scheme, activations: Scheme, *, where: str) -> nn.Module:
     """The integer form of one module of a kind in `DYNAMIC`."""
     check_group(weights, module, where)
-    return DYNAMIC[type(module)](module, weights, activations, where)
+    return DYNAMIC[kind(module)](module, weights, activations, where)
 
 
 def quantized(w: Tensor, scheme: Scheme, where: str) -> QTensor:
@@ -64,11 +86,18 @@ def quantized(w: Tensor, scheme: Scheme, where: str) -> QTensor:
     flat = matrix(w.detach().float())
     if not bool(torch.isfinite(flat).all()):
         raise NumericsError("the weights are not finite", where=where, remedy="look for NaN or Inf in the module")
+    scheme = storable(flat, scheme)
     return encode(flat, fit(flat, scheme), scheme)
 
 
+def weight_of(layer: nn.Module, scheme: Scheme, where: str, name: str = "weight") -> QTensor:
+    """A layer's weight rounded: under the scales that training used, if it was trained, else to nearest."""
+    w, fake = trained(layer, name)
+    return quantized(w, scheme, where) if fake is None else fake.encoded(w)
+
+
 def _product(module: Source, weights: Scheme, activations: Scheme, where: str) -> DynamicProduct:
-    return DynamicProduct.of(module, quantized(module.weight, weights, where), activations=activations, where=where)
+    return DynamicProduct.of(module, weight_of(module, weights, where), activations=activations, where=where)
 
 
 def _part(weights: Scheme, activations: Scheme, where: str) -> Callable[[nn.Linear, str], DynamicProduct]:
@@ -76,7 +105,11 @@ def _part(weights: Scheme, activations: Scheme, where: str) -> Callable[[nn.Line
     return lambda source, name: _product(source, weights, activations, f"{where}.{name}")
 
 
-def _recurrent(module: nn.LSTM | nn.GRU, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
+def _cell(module: Cell, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
+    return IntegerCell(module, _part(weights, activations, where), where=where)
+
+
+def _recurrent(module: Recurrent, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
     return IntegerRecurrent(module, _part(weights, activations, where), where=where)
 
 
@@ -84,10 +117,16 @@ def _attention(module: nn.MultiheadAttention, weights: Scheme, activations: Sche
     return IntegerAttention(module, _part(weights, activations, where), where=where)
 
 
-def _embedding(module: nn.Embedding, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
+def _embedding(module: nn.Embedding | nn.EmbeddingBag, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
     if module.max_norm is not None:
         raise RecipeError("an embedding with max_norm changes as it is read", where=where, remedy="keep it in float")
-    return IntegerEmbedding(quantized(module.weight, weights, where), where=where)
+    form = IntegerEmbeddingBag if isinstance(module, nn.EmbeddingBag) else IntegerEmbedding
+    return form(module, weight_of(module, weights, where), where=where)
+
+
+def _held(module: HeldWeight, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
+    w = module._parameters["weight"]
+    return StoredWeight(weight_of(module, weights, where), w.shape, w.dtype, where=where)  # type: ignore[union-attr]
 
 
 DYNAMIC: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -96,83 +135,52 @@ DYNAMIC: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: _product,
     nn.LSTM: _recurrent,
     nn.GRU: _recurrent,
+    nn.RNN: _recurrent,
+    nn.LSTMCell: _cell,
+    nn.GRUCell: _cell,
+    nn.RNNCell: _cell,
     nn.MultiheadAttention: _attention,
     nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding,
+    HeldWeight: _held,
 }
-
-
-# ------------------------------------------------------------------------------------------------- the tree of modules
-
-
-class Bf16(nn.Module):
-    """A float module with its weights, and what it computes, in bfloat16; the result in the input's type."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner.to(torch.bfloat16)
-
-    def forward(self, *inputs: Any) -> Any:
-        """Tensors, or tuples of them, in and out."""
-        dtype = next(x.dtype for x in inputs if isinstance(x, Tensor))
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        return _cast(self.inner(*_cast(inputs, torch.bfloat16)), dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors, in tuples too, in another type."""
-    if isinstance(value, tuple):
-        return tuple(_cast(each, dtype) for each in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-class Kept:
-    """Which modules (and parameters of their own) stay float, and how: patterns of names -> "float" or "bf16"."""
-
-    def __init__(self, module: nn.Module, keep: Mapping[str, str]) -> None:
-        names = [name for name, _ in module.named_modules()] + [name for name, _ in module.named_parameters()]
-        for pattern, kind in keep.items():
-            if kind not in KEPT_AS:
-                raise RecipeError(f"cannot keep as {kind!r}", where=pattern, remedy=f"one of {', '.join(KEPT_AS)}")
-            if not any(fnmatchcase(name, pattern) for name in names):
-                remedy = f"names of submodules, such as {', '.join(names[1:4])}"
-                raise RecipeError("the pattern matches no submodule or parameter", where=pattern, remedy=remedy)
-        self.keep = keep
-
-    def covers(self, name: str) -> str | None:
-        """How a module, or one that it lies in, is kept; None: it is not."""
-        path = name.split(".")
-        above = [".".join(path[: i + 1]) for i in range(len(path))]
-        return next((kind for p, kind in self.keep.items() if any(fnmatchcase(each, p) for each in above)), None)
-
-    def apply(self, target: nn.Module) -> nn.Module:
-        """The module with those kept as bf16 put into bfloat16."""
-        for name, child in list(target.named_modules()):
-            if any(fnmatchcase(name, pattern) and kind == "bf16" for pattern, kind in self.keep.items()):
-                target = replaced(target, name, Bf16(child))
-        return target
-
-
-def replaced(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The root with one submodule replaced; the new module itself where the name is that of the root."""
-    if not name:
-        return module
-    parent = root.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], module)
-    for above in (parent, root):
-        if isinstance(above, nn.TransformerEncoder):
-            above.use_nested_tensor = False  # its shortcut reads float weights past the modules that hold them
-    return root
-
-
-def require_mode(module: nn.Module, *, training: bool) -> None:
-    """RecipeError, naming the first submodule, where the module is not in the mode that is needed."""
-    wrong = next((name for name, child in module.named_modules() if child.training != training), None)
-    if wrong is not None:
-        found, wanted = ("eval", "train") if training else ("train", "eval")
-        raise RecipeError(f"in {found} mode, where {wanted} is needed", where=wrong or "module", remedy=f".{wanted}()")
 
 
 def nothing_to_quantize(module: nn.Module) -> RecipeError:
     """The error for a module without any layer that has an integer form (or with all of them kept)."""
     kinds = ", ".join(kind.__name__ for kind in DYNAMIC)
     return RecipeError("nothing to quantize", where=type(module).__name__, remedy=f"a module with any of {kinds}")
+
+
+def refuse_bare_weights(module: nn.Module, kept: Kept, example: Batch | None) -> None:
+    """RecipeError for a weight that no layer holds, found by running the example or, without one, by tracing."""
+    held = {id(p) for child in module.modules() if kind(child) in DYNAMIC for p in child.parameters()}
+    names = [name for name, p in module.named_parameters() if p.ndim > 1 and id(p) not in held]
+    if not any(not kept.covers(name) for name in names):
+        return
+    if example is not None:
+        found = read_by_products(module, example)
+    else:
+        needed = inspect.signature(module.forward).parameters.values()
+        given = {p.name: torch.zeros(0) for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        graph = traced(module, given)
+        found = set() if isinstance(graph, str) else set(multiplied_in(graph))
+    for name in names:
+        if name in found and not kept.covers(name):
+            raise bare_weight(name)
+
+
+def bare_weight(name: str) -> RecipeError:
+    """The error for a weight that no layer holds."""
+    message = "a product with a weight that no layer of torch.nn holds"
+    return RecipeError(message, where=name, remedy=f'use a layer, or keep={{"{name}": "float"}}')
+
+
+@torch.no_grad()
+def read_by_products(module: nn.Module, example: Batch) -> set[str]:
+    """Names of the parameters by which a forward multiplies outside of layers."""
+    layers = [child for child in module.modules() if kind(child).__module__.startswith("torch.nn.modules")]
+    layers = [child for child in layers if not list(child.children()) or kind(child) in DYNAMIC]
+    with no_fast_path(), Reads(module, layers) as reads:
+        run(module, example)
+    return reads.found

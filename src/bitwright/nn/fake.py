@@ -1,7 +1,8 @@
 """Fake quantization: rounded forward, straight through backward; of weights, and of the values between layers."""
 
+import copy
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from bitwright.calibration.ranges import Histogram, finite_extremes, static_scales
 from bitwright.errors import CalibrationError
 from bitwright.nn.layers import matrix
-from bitwright.numerics.codec import code_range, fit, group_view, round_to, safe, snap, values
-from bitwright.numerics.qtensor import Scales
+from bitwright.numerics.codec import code_range, encode, fit, group_view, round_to, safe, snap, values
+from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import TOKEN, Scheme
 
 Phase = Literal["pass", "watch", "round", "follow"]
@@ -95,11 +96,18 @@ class Step(nn.Module):
 
 
 class FakeWeight(nn.Module):
-    """A parametrization of a weight: what its codes stand for. The scales follow the weight, or are learned."""
+    """What becomes of a weight: what its codes stand for. The scales follow the weight, or are learned.
+
+    mask  of the weights that are not 0, where some are and not all: what was pruned stays 0 while the others train
+    """
+
+    mask: Tensor | None
 
     def __init__(self, w: Tensor, scheme: Scheme, *, learned: bool) -> None:
         super().__init__()
         self.scheme = scheme
+        kept = w.detach() != 0
+        self.register_buffer("mask", kept if bool(kept.any()) and not bool(kept.all()) else None)
         first = fit(matrix(w.detach().float()), scheme)
         self.learned = Step(first, w.numel(), scheme) if learned else None
 
@@ -107,8 +115,28 @@ class FakeWeight(nn.Module):
         """The scales under which w [N, K] is rounded now."""
         return fit(w.detach().float(), self.scheme) if self.learned is None else self.learned()
 
+    def pruned(self, w: Tensor) -> Tensor:
+        """The weight with zeros where the mask has them."""
+        return w if self.mask is None else w * self.mask
+
+    def encoded(self, w: Tensor) -> QTensor:
+        """The codes of a weight, as a matrix with a convolution's channels last."""
+        flat = matrix(self.pruned(w).detach().float())
+        found = self.scales(flat)
+        return encode(flat, replace(found, scale=found.scale.detach()), self.scheme)
+
+    def part(self, rows: slice) -> Self:
+        """The same for some rows of the weight."""
+        part = copy.deepcopy(self)
+        part.mask = None if self.mask is None else self.mask[rows]
+        if part.learned is not None:
+            part.learned.start, zero = part.learned.start[rows], part.learned.zero
+            part.learned.zero = None if zero is None else zero[rows]
+            part.learned.exponent = nn.Parameter(part.learned.exponent.detach()[rows])
+        return part
+
     def forward(self, w: Tensor) -> Tensor:
-        flat = matrix(w)
+        flat = matrix(self.pruned(w))
         rounded = fake(flat, self.scales(flat), self.scheme, clip=self.learned is not None)
         return rounded if w.ndim == 2 else rounded.view(len(w), *w.shape[2:], w.shape[1]).movedim(-1, 1)
 
@@ -149,14 +177,22 @@ class Edge(nn.Module):
         return fake(rows, fit(rows.detach(), self.scheme), self.scheme, clip=False).view(x.shape)
 
     def scales(self) -> Scales:
-        """The scale [1, 1] (and zero) of the codes. CalibrationError where no range was seen, or only zeros."""
+        """The scale [1, 1] (and zero) of the codes: 1 where all values were 0. CalibrationError where no range was seen."""
         if self.learned is not None:
             return self.learned()
+        if not self.histogram.tokens and not self.histogram.batches:
+            remedy = f'inputs that reach it, or keep={{"{self.where.removesuffix(".input")}": "float"}}'
+            raise CalibrationError("no activations were seen: there is no range", where=self.where, remedy=remedy)
         found = static_scales(self.histogram, self.scheme, observer=self.observer, percentile=self.percentile)
-        if float(found.scale) == 0:
-            remedy = "calibrate with data that reaches it, or keep the layer behind it in float"
-            raise CalibrationError("every value seen was 0: there is no scale", where=self.where, remedy=remedy)
-        return found
+        return replace(found, scale=safe(found.scale))
+
+    def get_extra_state(self) -> Tensor:
+        """The ranges seen, as one float64 tensor: what state dicts, safetensors files among them, hold of an edge."""
+        return self.histogram.packed()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
+        self.histogram = Histogram.unpacked(state, where=self.where)
 
     def learn(self) -> None:
         """Make the scale a parameter, starting from the range seen. LSQ counts the values of one sample."""

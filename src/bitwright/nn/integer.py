@@ -8,14 +8,14 @@ where Σ c v is a product of integers and z·Σ v a constant known beforehand (J
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.matmul import FACTORS
-from bitwright.numerics.codec import choose, raw_scales, safe
+from bitwright.numerics.codec import choose, fit, raw_scales, safe
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TOKEN, Scheme
 
@@ -38,7 +38,7 @@ def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Ten
     if scale.shape[1] == 1:
         return rescaled(product(x, w), scale[:, 0], constant)
     g = -(-w.shape[1] // scale.shape[1])
-    total = constant.expand(len(x), -1).clone()
+    total = constant.expand(x.shape[0], -1).clone()
     for columns, weights, of_group in zip(x.split(g, 1), w.split(g, 1), scale.unbind(1), strict=True):
         total += product(columns, weights.contiguous()) * of_group
     return total
@@ -49,11 +49,13 @@ def rescaled(total: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
     return (total * scale).add_(constant)
 
 
-def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: float, high: float) -> Tensor:
+def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """scale · (x wᵀ) + constant, rounded to codes low..high: int8 [T, K], [N, K], float32 [N] -> int8 [T, N].
 
     Some rows at a time: what lies between stays in the cache.
     """
+    if torch.compiler.is_compiling():  # how many parts there are depends on the batch
+        return rescaled(product(x, w), scale, constant).round_().clamp_(low, high).to(torch.int8)
     codes = torch.empty(len(x), len(w), dtype=torch.int8, device=x.device)
     rows = max(256, CHUNK // len(w))
     for part, out in zip(x.split(rows), codes.split(rows), strict=True):
@@ -87,15 +89,20 @@ class Window:
         height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
         return height - top - bottom, width - left - right
 
-    def padded(self, x: Tensor, value: float) -> Tensor:
-        """x [B, C, H, W] with its border."""
-        return torch.nn.functional.pad(x, self.padding, value=value) if any(self.padding) else x
+    def padded(self, x: Tensor, value: Tensor | float) -> Tensor:
+        """x [B, C, H, W] with its border. A value in a tensor is not looked at, so that torch.export can follow."""
+        if not any(self.padding):
+            return x
+        if not isinstance(value, Tensor):
+            return torch.nn.functional.pad(x, self.padding, value=value)
+        inside = torch.nn.functional.pad(torch.ones_like(x[:1, :1], dtype=torch.bool), self.padding)
+        return torch.where(inside, torch.nn.functional.pad(x, self.padding), value.to(x.dtype))
 
     def patches(self, x: Tensor) -> Tensor:
         """What each output position sees of a padded x [B, C, H, W]: a view [B, H', W', kh, kw, C]."""
         rows, columns = self.count(x.shape[2], 0), self.count(x.shape[3], 1)
         batch, channel, row, column = x.stride()
-        sizes = (len(x), rows, columns, *self.kernel, x.shape[1])
+        sizes = (x.shape[0], rows, columns, *self.kernel, x.shape[1])
         steps = (row * self.stride[0], column * self.stride[1], row * self.dilation[0], column * self.dilation[1])
         return x.as_strided(sizes, (batch, *steps, channel))
 
@@ -161,6 +168,21 @@ def codes_of_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
     scale, zero = raw_scales(x[:, None], x.shape[1], scheme)
     scaled = x / safe(scale)
     return choose(scaled if zero is None else scaled.add_(zero), scheme).to(torch.int8), scale, zero
+
+
+def activations_of(text: str) -> Scheme:
+    """A scheme of activations, its scales in float32 unless the text says otherwise: in float16, quiet signals would vanish."""
+    parsed = Scheme.parse(text)
+    return replace(parsed, scale="f32") if parsed.scale == "f16" and not text.endswith("-f16") else parsed
+
+
+def storable(w: Tensor, scheme: Scheme) -> Scheme:
+    """The scheme for a weight [N, K]; with scales in float32 where float16 would lose the smallest or the largest of them."""
+    if scheme.scale != "f16":
+        return scheme
+    wanted, held = fit(w, replace(scheme, scale="f32")).scale.abs(), torch.finfo(torch.float16)
+    lost = ((wanted > 0) & (wanted < held.smallest_normal)) | (wanted > held.max)
+    return replace(scheme, scale="f32") if bool(lost.any()) else scheme
 
 
 def check_activations(scheme: Scheme, *groups: str) -> None:

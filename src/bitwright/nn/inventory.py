@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from bitwright.nn.dynamic import Bf16
-from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, StaticProduct
+from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, StaticProduct, StoredWeight
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
 from bitwright.nn.trace import CARRY, MODULES, SHAPE, role
+from bitwright.nn.tree import Bf16, kind
 
-INTEGER = (DynamicProduct, StaticProduct, StaticAdd, StaticMax, StaticMean, Table, IntegerEmbedding)
+INTEGER = (DynamicProduct, StaticProduct, StaticAdd, StaticMax, StaticMean, Table, IntegerEmbedding, StoredWeight)
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def layers(module: nn.Module) -> Inventory:
 
 
 def _collect(module: nn.Module, name: str, found: list[Layer]) -> None:
-    kind = _kind(module)
-    if kind or not list(module.children()):
-        if MODULES.get(type(module)) != CARRY:  # what only moves values is computed in nothing
+    computed = _kind(module)
+    if computed or not list(module.children()):
+        if MODULES.get(kind(module)) != CARRY:  # what only moves values is computed in nothing
             found.append(
-                Layer(name, kind or "float", f"{type(module).__name__}({module.extra_repr()})", _bytes(module))
+                Layer(name, computed or "float", f"{type(module).__name__}({module.extra_repr()})", _bytes(module))
             )
         return
     if isinstance(module, fx.GraphModule):
@@ -56,6 +56,10 @@ def _collect(module: nn.Module, name: str, found: list[Layer]) -> None:
             plain = node.op in ("call_function", "call_method") and role(module, node) not in (CARRY, SHAPE)
             if plain:
                 found.append(Layer(f"{name}.{node.name}".lstrip("."), "float", str(node.target), 0))
+    for own, p in module.named_parameters(recurse=False):
+        found.append(
+            Layer(f"{name}.{own}".lstrip("."), "float", f"Parameter{list(p.shape)}", p.numel() * p.element_size())
+        )
     for child_name, child in module.named_children():
         _collect(child, f"{name}.{child_name}".lstrip("."), found)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import SchemeError
+from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import (
     IntegerWeight,
     Multiply,
@@ -29,23 +30,35 @@ from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
 Source = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
-class IntegerProduct(nn.Module):
+class IntegerProduct(Replacement):
     """What a static and a dynamic layer share: the int8 weights, and their product with codes.
 
     codes  int8 [N, K]: the weights' integers, K = kh·kw·C / groups for a convolution, in this order
     """
 
     codes: Tensor
+    lender: "tuple[IntegerProduct, ...]"
 
-    def __init__(self, source: Source, weight: IntegerWeight, *, label: str, where: str) -> None:
+    def __init__(
+        self, source: Source, weight: IntegerWeight, *, label: str, where: str, lender: "IntegerProduct | None" = None
+    ) -> None:
+        """lender: the form of the same layer at another call, which holds the codes for both."""
         super().__init__()
+        self.describe(source)
         self.window = window_of(source, where)
         self.flat = isinstance(source, nn.Conv1d)  # one axis less than the arithmetic's
         self.least = () if self.window is None else self.window.least()[1 if self.flat else 0 :]
         self.channels = source.in_features if isinstance(source, nn.Linear) else source.in_channels
         self.depthwise = self.window is not None and self.window.groups == self.channels == len(weight.values)
         self.label, self.where, self.outputs, self.memory = label, where, len(weight.values), Memory()
-        self.register_buffer("codes", weight.values)
+        self.lender = () if lender is None else (lender,)  # in a tuple: no submodule
+        if lender is None:
+            self.register_buffer("codes", weight.values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "codes" and self.__dict__.get("lender"):
+            return self.lender[0].codes
+        return super().__getattr__(name)
 
     def natively(self, x: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], None]) -> Tensor:
         """x [..., K] or [B, C, H, W], or without B or H -> what `multiply` writes into an empty tensor for its result."""
@@ -77,6 +90,14 @@ class IntegerProduct(nn.Module):
             return rescaled(depthwise(x, self.codes, self.window), scale[:, 0], constant)
         return self.multiplied(x, lambda rows, w, n: scaled_product(rows, w, scale[n], constant[n]))
 
+    def decoded(self, scale: Tensor) -> Tensor:
+        """The weight in the float layer's shape and type; scale [N, G]."""
+        rows = spread(self.codes, scale)
+        if self.window is not None:
+            rows = rows.view(len(rows), *self.window.kernel, -1).movedim(-1, 1)
+            rows = rows[:, :, 0] if self.flat else rows
+        return rows.to(self.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.channels} → {len(self.codes)}, {self.label}"
 
@@ -85,53 +106,76 @@ class DynamicProduct(IntegerProduct):
     """Linear or convolution whose inputs are rounded as they come: each row, or each image, by its own range.
 
     scale  float32 [N, G]: the weights';  sums float32 [N]: Σ w of each output, which a zero point is multiplied by
-    bias   float32 [N]
+    bias   float32 [N], or None
     """
 
     scale: Tensor
     sums: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
-    def __init__(self, source: Source, weight: IntegerWeight, *, activations: Scheme, label: str, where: str) -> None:
-        super().__init__(source, weight, label=label, where=where)
+    def __init__(
+        self,
+        source: Source,
+        weight: IntegerWeight,
+        *,
+        activations: Scheme,
+        label: str,
+        where: str,
+        lender: IntegerProduct | None = None,
+    ) -> None:
+        super().__init__(source, weight, label=label, where=where, lender=lender)
         self.activations = activations
-        N, bias = len(weight.values), source.bias
         self.register_buffer("scale", weight.scale)
         self.register_buffer("sums", row_sums(weight) if activations.zero == "asym" else torch.zeros(0))
-        self.register_buffer("bias", torch.zeros(N) if bias is None else bias.detach().float().clone())
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().float().clone())
 
     @classmethod
-    def of(cls, source: Source, q: QTensor, *, activations: Scheme, where: str) -> Self:
+    def of(
+        cls, source: Source, q: QTensor, *, activations: Scheme, where: str, lender: IntegerProduct | None = None
+    ) -> Self:
         """The layer whose weights were quantized to q, in the order of `matrix`."""
         weight = integer_weight(q, where=where)
-        return cls(source, weight, activations=activations, label=f"{q.scheme} × {activations}", where=where)
+        label = f"{named(q.scheme)} × {activations}"
+        return cls(source, weight, activations=activations, label=label, where=where, lender=lender)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, in the float layer's shape and type."""
+        return self.decoded(self.scale)
+
+    def offset(self) -> Tensor:
+        """The bias [N], zeros where there is none."""
+        return torch.zeros_like(self.scale[:, 0]) if self.bias is None else self.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach()
         self.check(x)
-        x = x.detach()
         if handles(x, torch.float32):
             layer, rounding = self.memory.of(self, self.prepared)
             threads = torch.get_num_threads()
             return self.natively(dense(x), x.dtype, lambda x, y: layer.numbers_to_numbers(x, y, *rounding, threads))
         if self.window is None:
             codes, s, z = codes_of_rows(x.reshape(-1, x.shape[-1]), self.activations)
-            y = self.centred(codes, z).mul_(s).add_(self.bias)
+            y = self.centred(codes, z).mul_(s).add_(self.offset())
             return y.view(*x.shape[:-1], len(self.codes)).to(x.dtype)
         seen = self.window.padded(images(x, flat=self.flat), 0.0).permute(0, 2, 3, 1)  # before rounding: 0 has a code
-        rows, s, z = codes_of_rows(seen.reshape(len(seen), -1), self.activations)
+        rows, s, z = codes_of_rows(seen.reshape(seen.shape[0], -1), self.activations)
         codes = rows.view(seen.shape).permute(0, 3, 1, 2)
         s, z = s[..., None, None], None if z is None else z[..., None, None]
-        return like(self.centred(codes, z).mul_(s).add_(self.bias), x, flat=self.flat).to(x.dtype)
+        return like(self.centred(codes, z).mul_(s).add_(self.offset()), x, flat=self.flat).to(x.dtype)
 
     def prepared(self) -> tuple[Any, tuple[float, float, float, bool]]:
         """The layer for the extension, and how it rounds: lowest and highest code, 1 / reach, whether zeros move."""
-        layer = packed(self.codes, self.scale, self.bias, self.sums, window=self.window, channels=self.channels)
+        for other in self.lender:
+            assert isinstance(other, DynamicProduct)
+            return other.memory.of(other, other.prepared)
+        layer = packed(self.codes, self.scale, self.offset(), self.sums, window=self.window, channels=self.channels)
         low, high = code_range(self.activations)
         return layer, (low, high, 1.0 / (self.activations.levels.reach or high), self.activations.zero == "asym")
 
     def centred(self, codes: Tensor, z: Tensor | None) -> Tensor:
         """Σ (c − z) w, in float32."""
-        y = self.accumulated(codes, self.scale, torch.zeros_like(self.bias))
+        y = self.accumulated(codes, self.scale, torch.zeros_like(self.scale[:, 0]))
         return y if z is None else y.sub_(z * self.sums)
 
 
@@ -150,29 +194,65 @@ class StaticProduct(IntegerProduct):
     exit: Tensor
 
     def __init__(
-        self, source: Source, q: QTensor, *, entry: Tensor, exit: Tensor, activations: Scheme, where: str
+        self,
+        source: Source,
+        q: QTensor,
+        *,
+        entry: Tensor,
+        exit: Tensor,
+        activations: Scheme,
+        where: str,
+        lender: IntegerProduct | None = None,
     ) -> None:
         weight = integer_weight(q, where=where)
-        super().__init__(source, weight, label=f"{q.scheme} × {activations}", where=where)
+        label = f"{named(q.scheme)} × {named(activations)}"
+        super().__init__(source, weight, label=label, where=where, lender=lender)
+        self.has_bias = source.bias is not None
         s_in, z_in = entry.double()[:2]
         s_out, z_out = exit.double()[:2] if len(exit) else torch.tensor([1.0, 0.0], dtype=torch.float64)
-        bias = torch.zeros(len(weight.values)) if source.bias is None else source.bias.detach()
+        bias = torch.zeros(1) if source.bias is None else source.bias.detach()
+        self.fine = q.scheme.levels.bits == activations.levels.bits == 8 and activations.zero == "asym"
         constant = (bias.double() - z_in * s_in * row_sums(weight).double()) / s_out + z_out
         self.register_buffer("multiplier", (weight.scale.double() * s_in / s_out).float())
         self.register_buffer("constant", constant.float())
         self.register_buffer("entry", entry[:2].clone())
         self.register_buffer("exit", exit.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, in the float layer's shape and type."""
+        return self.decoded(self.weight_scale())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float layer's bias, or None."""
+        return self.offset().to(self.dtype) if self.has_bias else None
+
+    def weight_scale(self) -> Tensor:
+        """The scale of the weights, float32 [N, G]."""
+        s_out = self.exit[0].double() if len(self.exit) else 1.0
+        return (self.multiplier.double() * s_out / self.entry[0].double()).float()
+
+    def offset(self) -> Tensor:
+        """The bias [N], float32: what is left of `constant` when zero points are taken out."""
+        s_in, z_in = self.entry.double()
+        s_out, z_out = self.exit.double()[:2] if len(self.exit) else torch.tensor([1.0, 0.0], dtype=torch.float64)
+        sums = row_sums(IntegerWeight(self.codes, self.weight_scale())).double()
+        return ((self.constant.double() - z_out) * s_out + z_in * s_in * sums).float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         self.check(x)
         if handles(x, torch.int8):
             layer, border, bounds = self.memory.of(self, self.prepared)
             threads = torch.get_num_threads()
             if bounds:
                 return self.natively(x, x.dtype, lambda x, y: layer.codes_to_codes(x, y, border, *bounds, threads))
-            return self.natively(x, torch.float32, lambda x, y: layer.codes_to_numbers(x, y, border, threads))
-        codes = x if self.window is None else self.window.padded(images(x, flat=self.flat), float(self.entry[1]))
-        y = self.rounded(codes) if len(self.exit) else self.accumulated(codes, self.multiplier, self.constant)
+            y = self.natively(x, torch.float32, lambda x, y: layer.codes_to_numbers(x, y, border, threads))
+            return y.to(self.dtype)
+        codes = x if self.window is None else self.window.padded(images(x, flat=self.flat), self.entry[1])
+        exits = len(self.exit)
+        y = self.rounded(codes) if exits else self.accumulated(codes, self.multiplier, self.constant).to(self.dtype)
         return y if self.window is None else like(y, x, flat=self.flat)
 
     def prepared(self) -> tuple[Any, int, list[float]]:
@@ -184,34 +264,100 @@ class StaticProduct(IntegerProduct):
 
     def rounded(self, codes: Tensor) -> Tensor:
         """The output's codes."""
-        low, high = self.exit[2:].tolist()
+        low, high = self.exit[2:]
         scale, constant = self.multiplier, self.constant
         if scale.shape[1] > 1 or self.depthwise:
             return self.accumulated(codes, scale, constant).round_().clamp_(low, high).to(torch.int8)
         return self.multiplied(codes, lambda rows, w, n: requantized(rows, w, scale[n, 0], constant[n], low, high))
 
 
-class IntegerEmbedding(nn.Module):
-    """Embedding [V, E] with a scale for each row; float32 comes out. codes int8 [V, E], scale float32 [V, G]."""
+class IntegerEmbedding(Replacement):
+    """Embedding [V, E] with a scale for each row. codes int8 [V, E], scale float32 [V, G]."""
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, q: QTensor, *, where: str) -> None:
+    def __init__(self, source: nn.Module, q: QTensor, *, where: str) -> None:
         super().__init__()
+        self.describe(source)
         weight = integer_weight(q, where=where)
-        self.label, self.where = str(q.scheme), where
+        self.label, self.where = named(q.scheme), where
         self.register_buffer("codes", weight.values)
         self.register_buffer("scale", weight.scale)
 
-    def forward(self, index: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, in the float layer's type."""
+        return spread(self.codes, self.scale).to(self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
         """index [...] -> [..., E]."""
-        rows, scale = self.codes[index].float(), self.scale[index]
-        g = -(-rows.shape[-1] // scale.shape[-1])
-        return rows * scale.repeat_interleave(g, dim=-1)[..., : rows.shape[-1]]
+        return spread(self.codes[input], self.scale[input]).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.codes.shape[0]}, {self.codes.shape[1]}, {self.label}"
+
+
+class IntegerEmbeddingBag(IntegerEmbedding):
+    """EmbeddingBag likewise: the rows of a bag, decoded, are added up, averaged, or compared."""
+
+    mode: str
+    include_last_offset: bool
+    padding_idx: int | None
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As torch's."""
+        n = input.numel()
+        places = torch.arange(n, device=input.device).view(input.shape)
+        rows = super().forward(input.reshape(-1))
+        gone = None
+        if self.padding_idx is not None:  # these rows do not count: they are one more, which is the padding's
+            gone, rows = n, torch.nn.functional.pad(rows, (0, 0, 0, 1))
+            places = places.masked_fill(input == self.padding_idx, n)
+        return torch.nn.functional.embedding_bag(
+            places,
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=gone,
+        )
+
+
+class StoredWeight(Replacement):
+    """A weight [N, ...] that is read without calling the layer that holds it: stored as integers, decoded when read."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, q: QTensor, shape: torch.Size, dtype: torch.dtype, *, where: str) -> None:
+        super().__init__()
+        weight = integer_weight(q, where=where)
+        self.shape, self.dtype, self.label = shape, dtype, named(q.scheme)
+        self.register_buffer("codes", weight.values)
+        self.register_buffer("scale", weight.scale)
+
+    def forward(self) -> Tensor:
+        """The decoded weight."""
+        rows = spread(self.codes, self.scale)
+        if len(self.shape) > 2:
+            rows = rows.view(len(rows), *self.shape[2:], self.shape[1]).movedim(-1, 1)
+        return rows.to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, {self.label}"
+
+
+def spread(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes [..., K] times scale [..., G], each for its group of columns: float32 [..., K]."""
+    g = -(-codes.shape[-1] // scale.shape[-1])
+    return codes.float() * scale.repeat_interleave(g, dim=-1)[..., : codes.shape[-1]]
+
+
+def named(scheme: Scheme) -> str:
+    """A scheme as people write it here, where all scales are float32."""
+    return str(scheme).removesuffix("-f32")
 
 
 def row_sums(weight: IntegerWeight) -> Tensor:
@@ -248,6 +394,6 @@ def matrix(w: Tensor) -> Tensor:
 
 def check_group(scheme: Scheme, source: nn.Module, where: str) -> None:
     """SchemeError for groups along K in a convolution: its integer form sums over all of K at once."""
-    if not isinstance(source, nn.Linear | nn.Embedding) and scheme.group not in (CHANNEL, TENSOR):
+    if not isinstance(source, nn.Linear | nn.Embedding | nn.EmbeddingBag) and scheme.group not in (CHANNEL, TENSOR):
         message = f"a {type(source).__name__} has no integer form with groups of {scheme.group}"
         raise SchemeError(message, where=where, remedy="a scheme by channel, such as int8-channel")

@@ -33,7 +33,7 @@ class Memory:
 
     def of(self, module: nn.Module, make: Callable[[], Any]) -> Any:
         """What `make` made of the buffers as they are."""
-        now = list(module._buffers.values())
+        now = [*module._buffers.values(), *(other.codes for other in vars(module).get("lender", ()))]
         versions = [b._version for b in now if b is not None and not b.is_inference()]
         if versions != self.versions or len(now) != len(self.seen) or not all(map(is_, now, self.seen)):
             self.seen, self.versions, self.made = now, versions, make()

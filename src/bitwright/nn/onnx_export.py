@@ -1,12 +1,13 @@
 """Converted modules as ONNX: QuantizeLinear / DequantizeLinear around float operations, and MatMulNBits for packed weights.
 
 An engine that knows the pattern fuses DequantizeLinear → operation → QuantizeLinear into integer arithmetic; one that does
-not computes the same in float. Formats: the operators' pages of ONNX (opset 21) and of com.microsoft.
-Needs the package onnx (the extra `bitwright[onnx]`).
+not computes the same in float. Activations are uint8, as onnxruntime's kernels for x86 want them, or int8, as TensorRT does.
+Formats: the operators' pages of ONNX and of com.microsoft. Needs the package onnx (the extra `bitwright[onnx]`).
 """
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +15,67 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitwright.errors import FormatError
-from bitwright.nn.integer import IntegerWeight
-from bitwright.nn.layers import IntegerEmbedding, StaticProduct, row_sums
-from bitwright.nn.prepare import Batch
+from bitwright.nn.arguments import bound
+from bitwright.nn.batches import Batch, cloned, outputs
+from bitwright.nn.convert import Call
+from bitwright.nn.layers import IntegerEmbedding, StaticProduct, StoredWeight
+from bitwright.nn.onnx_operators import FUNCTIONS, MODULES, Arguments, arguments_of, integers, no_form
+from bitwright.nn.rounded import Entered
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
-from bitwright.nn.trace import Tracer, first
+from bitwright.nn.trace import Tracer, first, require_same
+from bitwright.nn.tree import kind
 from bitwright.nn.weightonly import PackedLinear
 from bitwright.numerics.codec import code_range
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET, MICROSOFT = 21, "com.microsoft"
+OPSETS, MICROSOFT = range(17, 22), "com.microsoft"
+IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # the first that has each opset
+SHIFT = {"uint8": 128, "int8": 0}  # what is added to a code
 
 
-def export_onnx(module: nn.Module, example_inputs: Batch, file: str | Path) -> Path:
-    """Write a module of `convert` or `quantize_weights` as an ONNX file; the first axis of inputs and outputs is free.
+def export_onnx(
+    module: nn.Module,
+    example_inputs: Batch,
+    file: str | Path,
+    *,
+    activations: str = "uint8",
+    dynamic_axes: Mapping[str, Sequence[int]] | None = None,
+    opset: int = 21,
+) -> Path:
+    """Write a module of `convert` or `quantize_weights` as an ONNX file.
 
-    example_inputs  a tensor or a tuple of them. Raises FormatError, naming it, for an operation without an ONNX form
-    here: dynamic layers among them, which quantize by rows.
+    example_inputs  a batch as the module is called with
+    activations     "uint8": what onnxruntime computes with on x86; "int8": what TensorRT wants, with symmetric schemes
+    dynamic_axes    of each input by name, the axes whose sizes are free; None: the first of every input
+    opset           17 to 21
+
+    Raises FormatError, naming it, for an operation without an ONNX form here: dynamic layers among them, which quantize by
+    rows.
     """
     try:
         import onnx
     except ImportError:
         raise FormatError("the package onnx is not installed", remedy="pip install bitwright[onnx]") from None
-    inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    if activations not in SHIFT or opset not in OPSETS:
+        message = f"activations {activations!r} in opset {opset}"
+        raise FormatError(message, remedy='activations "uint8" or "int8", opset 17 to 21')
     graph = module if isinstance(module, fx.GraphModule) else _traced(module)
-    with torch.no_grad():
-        outputs = module(*inputs)
-    writer = Writer(graph)
+    given = bound(module, example_inputs)
+    if isinstance(given, str):
+        raise FormatError(given, where=type(module).__name__, remedy="example_inputs as the module is called with")
+    writer = Writer(graph, given, SHIFT[activations], opset)
     writer.write()
-    values = [_value(name, x) for name, x in zip(writer.inputs, inputs, strict=True)]
-    made = onnx.helper.make_graph(writer.nodes, "bitwright", values, [_value(writer.output, outputs)], writer.tensors)
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
-    model = onnx.helper.make_model(made, opset_imports=opsets, ir_version=10, producer_name="bitwright")
+    values = [
+        _value(name, x, (dynamic_axes or {}).get(name, () if dynamic_axes else (0,))) for name, x in writer.inputs
+    ]
+    results = []
+    for name, x in zip(writer.outputs, outputs(module, example_inputs), strict=True):
+        results.append(_value(name, x, range(x.ndim) if dynamic_axes else range(min(1, x.ndim))))
+    made = onnx.helper.make_graph(writer.nodes, "bitwright", values, results, writer.tensors)
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)]
+    model = onnx.helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSIONS[opset], producer_name="bitwright")
     onnx.checker.check_model(model)
     Path(file).write_bytes(model.SerializeToString())
     return Path(file)
@@ -57,7 +85,8 @@ class _Packed(Tracer):
     """Layers of this package are single operations."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__.startswith("bitwright.nn") or super().is_leaf_module(m, module_qualified_name)
+        whole = type(m).__module__.startswith("bitwright.nn") and not isinstance(m, Entered)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(module: nn.Module) -> fx.GraphModule:
@@ -68,42 +97,93 @@ def _traced(module: nn.Module) -> fx.GraphModule:
         raise FormatError(message, where=type(module).__name__, remedy="export the parts that can be") from error
 
 
-def _value(name: str, x: Tensor) -> "onnx.ValueInfoProto":
+def _value(name: str, x: Any, free: Sequence[int]) -> "onnx.ValueInfoProto":
     import onnx
 
-    kinds = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
+    kinds = {
+        torch.float32: onnx.TensorProto.FLOAT,
+        torch.int64: onnx.TensorProto.INT64,
+        torch.bool: onnx.TensorProto.BOOL,
+    }
     if not isinstance(x, Tensor) or x.dtype not in kinds:
-        raise FormatError("inputs and outputs are to be float32 or int64 tensors", where=name)
-    return onnx.helper.make_tensor_value_info(name, kinds[x.dtype], ["batch", *x.shape[1:]])
+        raise FormatError("inputs and outputs are to be float32 or int64 tensors, or truth values", where=name)
+    axes = {axis % x.ndim for axis in free} if x.ndim else set()
+    sizes = [("batch" if i == 0 else f"{name}_{i}") if i in axes else n for i, n in enumerate(x.shape)]
+    return onnx.helper.make_tensor_value_info(name, kinds[x.dtype], sizes)
 
 
 class Writer:
-    """The nodes and tensors of one graph, as they come."""
+    """The nodes and tensors of one graph, as they come.
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.graph = graph
+    given  arguments by name, of which the tensors are the graph's inputs;  shift  what is added to codes
+    """
+
+    def __init__(self, graph: fx.GraphModule, given: Mapping[str, Any], shift: int, opset: int) -> None:
+        self.graph, self.given, self.shift, self.opset = graph, given, shift, opset
         self.nodes: list[Any] = []
         self.tensors: list[Any] = []
-        self.inputs: list[str] = []
-        self.output = ""
+        self.inputs: list[tuple[str, Tensor]] = []
+        self.outputs: list[str] = []
+        self.seen = Values(graph)
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        args = [given.get(str(node.target), next(iter(node.args), None)) for node in placeholders]
+        with torch.no_grad():
+            self.seen.run(*cloned(tuple(args)))
 
     def write(self) -> None:
         """Every operation, in the order of computation."""
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":
-                self.inputs.append(node.name)
+                if isinstance(self.given.get(str(node.target)), Tensor):
+                    self.inputs.append((node.name, self.given[str(node.target)]))
             elif node.op == "output":
-                if not isinstance(node.args[0], fx.Node):
-                    raise FormatError("more than one output has no ONNX form here", where="output")
-                self.output = self.op("Identity", [source(node)], name="result")
+                self.output(node.args[0], "result")
+            elif node.op == "get_attr":
+                found = operator.attrgetter(str(node.target))(self.graph)
+                self.op("Identity", [self.constant(found)], name=node.name)
             elif node.op == "call_module":
-                module = self.graph.get_submodule(str(node.target))
-                write = MODULES.get(type(module))
-                if write is None:
-                    raise _no_form(str(node.target), type(module).__name__)
-                write(self, node, module)
-            elif str(node.target) not in SHAPES and not self.function(node):
-                raise _no_form(node.name, str(node.target))
+                self.module(node, self.graph.get_submodule(str(node.target)))
+            elif node.target is not require_same and isinstance(self.seen.of.get(node), Tensor):
+                self.function(node, str(getattr(node.target, "__name__", node.target)))
+
+    def output(self, value: Any, name: str) -> None:
+        """The graph's results: tensors in nested tuples, lists and dicts."""
+        if isinstance(value, fx.Node):
+            taken = name in self.outputs
+            name = f"{name}_{len(self.outputs)}" if taken else name
+            self.outputs.append(self.op("Identity", [value.name], name=name))
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                self.output(each, str(key))
+        elif isinstance(value, tuple | list):
+            for each in value:
+                self.output(each, name)
+
+    def module(self, node: fx.Node, module: nn.Module) -> None:
+        """A layer of this package, or a module of torch.nn."""
+        write = LAYERS.get(type(module))
+        if write is not None:
+            write(self, node, module)
+            return
+        if kind(module) not in MODULES:
+            raise no_form(str(node.target), type(module).__name__)
+        name, attributes = MODULES[kind(module)]
+        names, form = FUNCTIONS[name]
+        found = dict(zip(names, node.args, strict=False)) | {each: getattr(module, each) for each in attributes}
+        self.finish(node, form(self, {each.lstrip("*"): value for each, value in found.items() if each[0] != "_"}))
+
+    def function(self, node: fx.Node, name: str) -> None:
+        """A function or method."""
+        if name in ("chunk", "split"):
+            return  # written where a part of it is read
+        if name not in FUNCTIONS:
+            raise no_form(node.name, name)
+        names, form = FUNCTIONS[name]
+        self.finish(node, form(self, arguments_of(node, names)))
+
+    def finish(self, node: fx.Node, made: str) -> None:
+        """What was written last, under the node's name."""
+        self.op("Identity", [made], name=node.name)
 
     def op(self, kind: str, inputs: list[str], *, name: str = "", domain: str = "", **attributes: Any) -> str:
         """One node; the name of its output."""
@@ -121,14 +201,55 @@ class Writer:
         self.tensors.append(onnx.numpy_helper.from_array(x.detach().contiguous().numpy(), name))
         return name
 
+    def value(self, x: Any) -> str:
+        """An argument: a tensor of the graph, a tensor to store, or a number."""
+        if isinstance(x, fx.Node):
+            if isinstance(self.seen.of.get(x), Tensor):
+                return x.name
+            return self.op("Cast", [self.op("Squeeze", [self.sizes((x,))])], to=1)  # a size among floats
+        return self.constant(x if isinstance(x, Tensor) else torch.tensor(float(x)))
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        """The shape of a tensor of the graph, for the example."""
+        return tuple(self.seen.of[node].shape)
+
+    def sizes(self, x: Any) -> str:
+        """Whole numbers, known or computed from shapes, as an int64 vector."""
+        parts: list[str] = []
+        for each in x if isinstance(x, tuple) else (x,):
+            parts.append(self.size(each) if isinstance(each, fx.Node) else self.constant(integers(int(each))))
+        return parts[0] if len(parts) == 1 else self.op("Concat", parts, axis=0)
+
+    def size(self, node: fx.Node) -> str:
+        """A node that is a whole number, or several, as an int64 vector."""
+        name = str(getattr(node.target, "__name__", node.target))
+        if name == "size" or (node.target is getattr and node.args[1] == "shape"):
+            whole = self.op("Shape", [source(node)])
+            dim = node.args[1] if name == "size" and len(node.args) > 1 else node.kwargs.get("dim")
+            return whole if dim is None else self.picked(whole, dim)
+        if name == "getitem" and isinstance(node.args[0], fx.Node):
+            return self.picked(self.size(node.args[0]), node.args[1])
+        if name in ARITHMETIC:
+            return self.op(ARITHMETIC[name], [self.sizes((each,)) for each in node.args])
+        raise no_form(node.name, f"{name} of sizes")
+
+    def picked(self, whole: str, index: Any) -> str:
+        """One size, or a slice of them."""
+        if isinstance(index, slice):
+            ends = [
+                self.constant(integers(end)) for end in (index.start or 0, index.stop if index.stop is not None else 99)
+            ]
+            return self.op("Slice", [whole, *ends])
+        return self.op("Gather", [whole, self.sizes((index,))], axis=0)
+
     def decoded(self, codes: str, affine: Tensor) -> str:
         """Codes as floats."""
         return self.op("DequantizeLinear", [codes, *self.affine(affine)])
 
     def encoded(self, x: str, affine: Tensor, name: str) -> None:
-        """Floats as codes: a ReLU or other bound first, where the codes do not fill int8."""
+        """Floats as codes. A ReLU is the lowest code's where that stands for 0; else it, or another bound, comes first."""
         scale, zero, low, high = affine.tolist()
-        if low == zero and high == 127:
+        if low == zero > -128 and high == 127:
             x = self.op("Relu", [x])
         elif (low, high) != (-128, 127):
             x = self.op("Clip", [x, *(self.constant(torch.tensor((end - zero) * scale)) for end in (low, high))])
@@ -136,85 +257,107 @@ class Writer:
 
     def affine(self, affine: Tensor) -> list[str]:
         """Scale and zero point."""
-        return [self.constant(affine[0]), self.constant(affine[1].to(torch.int8))]
+        return [self.constant(affine[0]), self.constant(self.codes(affine[1]))]
 
-    def function(self, node: fx.Node) -> bool:
-        """A function or method of the graph, if it has an ONNX form."""
-        name, args = str(getattr(node.target, "__name__", node.target)), node.args
-        if name in PLAIN:
-            self.op(PLAIN[name], [a.name if isinstance(a, fx.Node) else self.number(a) for a in args], name=node.name)
-        elif name in ("view", "reshape"):
-            sizes = args[1:] if not isinstance(args[1], tuple | list) else tuple(args[1])
-            shape = torch.tensor([0 if isinstance(size, fx.Node) else size for size in sizes])  # 0: as in the input
-            self.op("Reshape", [source(node), self.constant(shape)], name=node.name)
-        elif name == "flatten" and args[1:] == (1,):
-            self.op("Flatten", [source(node)], name=node.name)
-        elif name == "contiguous":
-            self.op("Identity", [source(node)], name=node.name)
-        else:
-            return False
-        return True
-
-    def number(self, x: Any) -> str:
-        """A Python number as a stored tensor."""
-        return self.constant(torch.tensor(float(x)))
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes as the file has them."""
+        return (x.int() + self.shift).to(torch.uint8 if self.shift else torch.int8)
 
 
-PLAIN = {"add": "Add", "iadd": "Add", "mul": "Mul", "sub": "Sub", "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh",
-         "gelu": "Gelu"}  # fmt: skip
-SHAPES = ("size", "dim", "<built-in function getattr>")
+class Values(fx.Interpreter):
+    """A run of a graph that keeps what every node gives: shapes and types. of: by node."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.of: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.of[n] = torch.empty_like(result, device="meta") if isinstance(result, Tensor) else result
+        return result
+
+
+ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "truediv": "Div"}
 
 
 def source(node: fx.Node) -> str:
     """The name of what a node reads first."""
     found = first(node)
     if found is None:
-        raise _no_form(node.name, "an operation on constants")
+        raise no_form(node.name, "an operation on constants")
     return found.name
-
-
-def _no_form(where: str, what: str) -> FormatError:
-    remedy = "a module of bitwright.convert or bitwright.quantize_weights, made of static layers"
-    return FormatError(f"{what} has no ONNX form here", where=where, remedy=remedy)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
 
 
 def _product(writer: Writer, node: fx.Node, layer: StaticProduct) -> None:
-    """Σ (x − z) w · s + bias: the bias is what is left of `constant` when zero points are taken out."""
+    """Σ (x − z) w · s + bias.
+
+    The bias is int32 in steps of s_in · s_w, as onnxruntime's integer kernels want it; a float where such steps are coarse,
+    below 8 bits, and under symmetric schemes, as TensorRT wants it.
+    """
     if layer.multiplier.shape[1] > 1:
-        raise _no_form(str(node.target), "a weight in groups")
-    s_in, z_in = layer.entry.double()
-    s_out, z_out = layer.exit.double()[:2] if len(layer.exit) else torch.tensor([1.0, 0.0], dtype=torch.float64)
-    scale = layer.multiplier[:, 0].double() * s_out / s_in
-    sums = row_sums(IntegerWeight(layer.codes, scale.float()[:, None])).double()
-    bias = writer.constant(((layer.constant.double() - z_out) * s_out + z_in * s_in * sums).float())
-    x = writer.decoded(source(node), layer.entry)
+        raise no_form(str(node.target), "a weight in groups")
+    scale = layer.weight_scale()[:, 0]
+    step = scale.double() * layer.entry[0].double()
+    steps = (layer.offset().double() / step.where(step != 0, torch.ones_like(step))).round()
+    bias = []
+    if layer.has_bias and not layer.fine:
+        bias = [writer.constant(layer.offset())]
+    elif layer.has_bias:
+        stored = writer.constant(steps.clamp(-(2**31), 2**31 - 1).to(torch.int32))
+        bias = [writer.op("DequantizeLinear", [stored, writer.constant(step.float())], axis=0)]
     if layer.window is None:
-        w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale.float())], axis=1)
-        y = writer.op("Add", [writer.op("MatMul", [x, w]), bias])
-    else:
-        window = layer.window
-        codes = layer.codes.view(len(layer.codes), *window.kernel, -1).permute(0, 3, 1, 2)
-        codes = codes[:, :, 0] if layer.flat else codes
-        w = writer.op("DequantizeLinear", [writer.constant(codes), writer.constant(scale.float())], axis=0)
-        left, right, top, bottom = window.padding
-        pads = [left, right] if layer.flat else [top, left, bottom, right]
-        first = 1 if layer.flat else 0
-        y = writer.op(
-            "Conv",
-            [x, w, bias],
-            pads=pads,
-            strides=window.stride[first:],
-            dilations=window.dilation[first:],
-            kernel_shape=window.kernel[first:],
-            group=window.groups,
-        )
-    if len(layer.exit):
-        writer.encoded(y, layer.exit, node.name)
-    else:
+        _gemm(writer, node, layer, scale, bias)
+        return
+    x = writer.decoded(source(node), layer.entry)
+    window, first = layer.window, 1 if layer.flat else 0
+    codes = layer.codes.view(len(layer.codes), *window.kernel, -1).permute(0, 3, 1, 2)
+    codes = codes[:, :, 0] if layer.flat else codes
+    w = writer.op("DequantizeLinear", [writer.constant(codes), writer.constant(scale)], axis=0)
+    left, right, top, bottom = window.padding
+    y = writer.op(
+        "Conv",
+        [x, w, *bias],
+        pads=[left, right] if layer.flat else [top, left, bottom, right],
+        strides=window.stride[first:],
+        dilations=window.dilation[first:],
+        kernel_shape=window.kernel[first:],
+        group=window.groups,
+    )
+    _left(writer, layer, y, node.name)
+
+
+def _gemm(writer: Writer, node: fx.Node, layer: StaticProduct, scale: Tensor, bias: list[str]) -> None:
+    """A product of matrices, which is what engines fuse: other axes are folded into rows, as codes, and unfolded."""
+    codes, shape = source(node), writer.shape(node.args[0])
+    if not len(layer.exit):
+        w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
+        y = writer.op("MatMul", [writer.decoded(codes, layer.entry), w])
+        y = writer.op("Add", [y, *bias]) if bias else y
         writer.op("Identity", [y], name=node.name)
+        return
+    flat = len(shape) == 2
+    rows = codes if flat else writer.op("Reshape", [codes, writer.constant(integers(-1, shape[-1]))])
+    w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
+    y = writer.op("Gemm", [writer.decoded(rows, layer.entry), w, *bias])
+    made = _left(writer, layer, y, node.name if flat else f"{node.name}_rows")
+    if not flat:
+        above = writer.op(
+            "Slice", [writer.op("Shape", [codes]), *(writer.constant(integers(i)) for i in (0, len(shape) - 1))]
+        )
+        whole = writer.op("Concat", [above, writer.constant(integers(len(layer.codes)))], axis=0)
+        writer.op("Reshape", [made, whole], name=node.name)
+
+
+def _left(writer: Writer, layer: StaticProduct, y: str, name: str) -> str:
+    """A product's result as codes, or as floats where that is what it gives."""
+    if len(layer.exit):
+        writer.encoded(y, layer.exit, name)
+    else:
+        writer.op("Identity", [y], name=name)
+    return name
 
 
 def _add(writer: Writer, node: fx.Node, layer: StaticAdd) -> None:
@@ -224,11 +367,31 @@ def _add(writer: Writer, node: fx.Node, layer: StaticAdd) -> None:
 
 
 def _mean(writer: Writer, node: fx.Node, layer: StaticMean) -> None:
-    pool, x = layer.pool, writer.decoded(source(node), layer.entry)
-    size = getattr(pool, "output_size", None) or (getattr(pool, "others", None) or [None])[0]
-    if size not in (1, (1, 1), [1, 1]):
-        raise _no_form(str(node.target), "a mean other than over whole images")
-    writer.encoded(writer.op("GlobalAveragePool", [x]), layer.exit, node.name)
+    """The pool of a module or of a function."""
+    x, pool = writer.decoded(source(node), layer.entry), layer.pool
+    if isinstance(pool, nn.Module):
+        name, attributes = MODULES[kind(pool)]
+        found: Arguments = {each: getattr(pool, each) for each in attributes}
+    else:
+        assert isinstance(pool, Call)
+        name = str(getattr(pool.target, "__name__", pool.target))
+        found = dict(zip(FUNCTIONS[name][0][1:], pool.others, strict=False)) | pool.named
+    shape = writer.shape(node.args[0])
+    writer.encoded(FUNCTIONS[name][1](_At(writer, x, shape), found | {"input": x}), layer.exit, node.name)
+
+
+class _At:
+    """A writer for which one value, that is no node of the graph, has a shape."""
+
+    def __init__(self, writer: Writer, x: str, shape: tuple[int, ...]) -> None:
+        self.writer, self.x, self.known, self.opset = writer, x, shape, writer.opset
+        self.op, self.constant, self.sizes = writer.op, writer.constant, writer.sizes
+
+    def value(self, x: Any) -> str:
+        return self.x if isinstance(x, str) else self.writer.value(x)
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        return self.known if isinstance(node, str) else self.writer.shape(node)
 
 
 def _max(writer: Writer, node: fx.Node, layer: StaticMax) -> None:
@@ -255,14 +418,20 @@ def _dequantize(writer: Writer, node: fx.Node, layer: Dequantize) -> None:
 
 def _table(writer: Writer, node: fx.Node, layer: Table) -> None:
     """A look-up, exactly."""
-    wide = writer.op("Cast", [source(node)], to=6)  # int32
-    index = writer.op("Add", [wide, writer.constant(torch.tensor(128, dtype=torch.int32))])
-    writer.op("Gather", [writer.constant(layer.table), index], name=node.name)
+    index = writer.op("Cast", [source(node)], to=6)  # int32
+    if not writer.shift:
+        index = writer.op("Add", [index, writer.constant(torch.tensor(128, dtype=torch.int32))])
+    writer.op("Gather", [writer.constant(writer.codes(layer.table)), index], name=node.name)
+
+
+def _stored(writer: Writer, node: fx.Node, layer: StoredWeight) -> None:
+    """A weight that is read by other operations."""
+    writer.op("Identity", [writer.constant(layer())], name=node.name)
 
 
 def _embedding(writer: Writer, node: fx.Node, layer: IntegerEmbedding) -> None:
     if layer.scale.shape[1] > 1:
-        raise _no_form(str(node.target), "an embedding in groups")
+        raise no_form(str(node.target), "an embedding in groups")
     index = source(node)
     rows = writer.op("Cast", [writer.op("Gather", [writer.constant(layer.codes), index])], to=1)  # float
     writer.op("Mul", [rows, writer.op("Gather", [writer.constant(layer.scale), index])], name=node.name)
@@ -273,7 +442,7 @@ def _packed(writer: Writer, node: fx.Node, layer: PackedLinear) -> None:
     q, bits, group = layer.quantized(), layer.scheme.levels.bits, layer.scheme.group
     N, K = q.codes.shape
     if bits not in (4, 8) or not isinstance(group, int):
-        raise _no_form(str(node.target), f"a weight of scheme {layer.scheme}")
+        raise no_form(str(node.target), f"a weight of scheme {layer.scheme}")
     G, low = math.ceil(K / group), code_range(layer.scheme)[0]
     codes = nn.functional.pad(q.codes.int() - low, (0, G * group - K), value=-low)
     parts = [_bytes(codes, bits).view(N, G, -1), q.scales.scale.flatten()]
@@ -288,7 +457,7 @@ def _packed(writer: Writer, node: fx.Node, layer: PackedLinear) -> None:
         bits=bits,
         block_size=group,
     )
-    if layer.bias.numel():
+    if layer.bias is not None:
         writer.op("Add", [x, writer.constant(layer.bias)], name=node.name)
     else:
         writer.op("Identity", [x], name=node.name)
@@ -302,36 +471,16 @@ def _bytes(codes: Tensor, bits: int) -> Tensor:
     return (even[:, ::2] | even[:, 1::2] << 4).to(torch.uint8)
 
 
-def _plain(kind: str) -> "Write":
-    def write(writer: Writer, node: fx.Node, module: Any) -> None:
-        writer.op(kind, [source(node)], name=node.name)
-
-    return write
-
-
-def _norm(writer: Writer, node: fx.Node, module: nn.LayerNorm) -> None:
-    inputs = [source(node), writer.constant(module.weight)]
-    inputs += [writer.constant(module.bias)] if isinstance(module.bias, Tensor) else []
-    axis = -len(module.normalized_shape)
-    writer.op("LayerNormalization", inputs, name=node.name, axis=axis, epsilon=module.eps)
-
-
 Write = Callable[[Writer, fx.Node, Any], None]
-MODULES: dict[type[nn.Module], Write] = {
+LAYERS: dict[type[nn.Module], Write] = {
     StaticProduct: _product,
     StaticAdd: _add,
     StaticMean: _mean,
     StaticMax: _max,
     Table: _table,
     IntegerEmbedding: _embedding,
+    StoredWeight: _stored,
     PackedLinear: _packed,
     Quantize: _quantize,
     Dequantize: _dequantize,
-    nn.LayerNorm: _norm,
-    **{kind: _plain("Identity") for kind in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)},
-    nn.Flatten: _plain("Flatten"),
-    nn.ReLU: _plain("Relu"),
-    nn.GELU: _plain("Gelu"),
-    nn.Sigmoid: _plain("Sigmoid"),
-    nn.Tanh: _plain("Tanh"),
 }

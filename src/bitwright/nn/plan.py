@@ -2,8 +2,8 @@
 
 from torch import fx, nn
 
-from bitwright.nn.dynamic import Kept
-from bitwright.nn.trace import ADD, CARRY, MEAN, OTHER, PRODUCT, RELU, UNARY, kind, role
+from bitwright.nn.trace import ADD, CARRY, MEAN, OTHER, PRODUCT, RELU, UNARY, first, role
+from bitwright.nn.tree import Kept, kind
 
 FOLLOWS = (ADD, MEAN, UNARY, RELU, CARRY)  # computed on codes if, and only if, codes come in and are wanted behind
 
@@ -14,7 +14,7 @@ def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Ke
         layer = graph.get_submodule(str(node.target))
         if has_no_integer_form(layer) or kept.covers(f"{prefix}.{node.target}".lstrip(".")):
             return OTHER
-    return role(graph, node)
+    return role(graph, node) if first(node) is not None else OTHER
 
 
 def has_no_integer_form(layer: nn.Module) -> bool:

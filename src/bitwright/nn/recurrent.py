@@ -1,16 +1,20 @@
-"""LSTM and GRU with integer products: the inputs of all steps at once, the state at each step, gates in float."""
+"""LSTM, GRU and RNN with integer products: the inputs of all steps at once, the state at each step, gates in float."""
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bitwright.errors import SchemeError
+from bitwright.nn.dropin import Replacement
 from bitwright.nn.layers import DynamicProduct
 from bitwright.nn.native import handles
 
-Recurrent = nn.LSTM | nn.GRU
-States = tuple[Tensor, ...]  # of one layer, each [B, H]: (h, c) for LSTM, (h,) for GRU
+Recurrent = nn.LSTM | nn.GRU | nn.RNN
+Cell = nn.LSTMCell | nn.GRUCell | nn.RNNCell
+States = tuple[Tensor, ...]  # of one layer, each [B, H]: (h, c) for LSTM, (h,) for the others
 Make = Callable[[nn.Linear, str], DynamicProduct]
 
 
@@ -28,50 +32,115 @@ def gru_step(x: Tensor, h: Tensor, states: States) -> States:
     return (torch.lerp(n, states[0], z),)
 
 
-STEPS = {nn.LSTM: lstm_step, nn.GRU: gru_step}
+def tanh_step(x: Tensor, h: Tensor, states: States) -> States:
+    """x, h [B, H]."""
+    return (torch.tanh(x + h),)
 
 
-class IntegerRecurrent(nn.Module):
-    """LSTM or GRU, any number of layers, both directions; called as the float module is.
+def relu_step(x: Tensor, h: Tensor, states: States) -> States:
+    """x, h [B, H]."""
+    return (torch.relu(x + h),)
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor, States], States]] = {
+    "LSTM": lstm_step, "GRU": gru_step, "RNN_TANH": tanh_step, "RNN_RELU": relu_step,
+}  # fmt: skip
+NATIVE = ("LSTM", "GRU")
+
+
+class IntegerRecurrent(Replacement):
+    """LSTM, GRU or RNN, any number of layers, both directions, packed sequences too; called as the float module is.
 
     ofinput, ofstate: a product for each layer and direction, whose inputs are rounded as they come.
     """
+
+    mode: str
+    hidden_size: int
+    num_layers: int
+    batch_first: bool
 
     def __init__(self, source: Recurrent, make: Make, *, where: str) -> None:
         super().__init__()
         if source.proj_size:
             raise SchemeError("a projected LSTM has no integer form here", where=where, remedy="keep it in float")
-        self.kind, self.where = type(source), where
-        self.hidden, self.layers, self.batch_first = source.hidden_size, source.num_layers, source.batch_first
-        self.directions = 2 if source.bidirectional else 1
-        names = [f"l{i}{reverse}" for i in range(self.layers) for reverse in ("", "_reverse")[: self.directions]]
+        self.describe(source)
+        self.where, self.directions = where, 2 if source.bidirectional else 1
+        names = [f"l{i}{reverse}" for i in range(self.num_layers) for reverse in ("", "_reverse")[: self.directions]]
         self.ofinput = nn.ModuleList(make(_linear(source, "ih", name), name) for name in names)
         self.ofstate = nn.ModuleList(make(_linear(source, "hh", name), name) for name in names)
 
-    def forward(self, x: Tensor, state: Tensor | tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, object]:
-        """x [T, B, K], [B, T, K] (batch_first) or [T, K]; state as the float module's -> (outputs, last state)."""
-        if not isinstance(x, Tensor):
-            remedy = "pad it with torch.nn.utils.rnn.pad_packed_sequence"
-            raise SchemeError("a packed sequence has no integer form here", where=self.where, remedy=remedy)
-        single = x.ndim == 2
-        y = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x
-        states = self.first_states(y, state, single=single)
-        last: list[States] = []
-        for layer in range(self.layers):
-            runs = [self.run(y, layer, way, states) for way in range(self.directions)]
-            y = runs[0][0] if len(runs) == 1 else torch.cat([outputs for outputs, _ in runs], dim=-1)
-            last += [end for _, end in runs]
-        y = y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
-        ends = tuple(torch.stack(parts)[:, 0] if single else torch.stack(parts) for parts in zip(*last, strict=True))
-        return y, ends if self.kind is nn.LSTM else ends[0]
+    def flatten_parameters(self) -> None:
+        """Nothing: the weights lie together already."""
 
-    def first_states(self, y: Tensor, state: Tensor | tuple[Tensor, Tensor] | None, *, single: bool) -> States:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, object]:
+        """[T, B, K], [B, T, K] (batch_first), [T, K] or a packed sequence; hx as in torch -> (outputs, last state)."""
+        if isinstance(input, PackedSequence):
+            return self.packed(input, hx)
+        single = input.ndim == 2
+        x = input[:, None] if single else input.transpose(0, 1) if self.batch_first else input
+        y, last = self.stacked(x, self.first_states(x, x.shape[1], hx, single=single), self.run)
+        y = y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
+        return y, self.ends([part[:, 0] for part in last] if single else last)
+
+    def packed(self, input: PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None) -> tuple[PackedSequence, object]:
+        """Sequences of several lengths, longest first, step by step side by side: each stretch of equal width is one run."""
+        order, back = input.sorted_indices, input.unsorted_indices
+        sizes: list[int] = input.batch_sizes.tolist()
+        states = self.first_states(input.data, sizes[0], hx, single=False)
+        states = states if order is None else tuple(part[:, order] for part in states)
+
+        def run(x: Tensor, layer: int, way: int, first: States) -> tuple[Tensor, States]:
+            return self.run_packed(x, sizes, layer, way, first)
+
+        y, last = self.stacked(input.data, states, run)
+        last = last if back is None else [part[:, back] for part in last]
+        return PackedSequence(y, input.batch_sizes, order, back), self.ends(last)
+
+    def stacked(
+        self, x: Tensor, states: States, run: Callable[[Tensor, int, int, States], tuple[Tensor, States]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers, one upon the other: outputs of the last, and the last states [L, B, H] of all."""
+        last: list[States] = []
+        for layer in range(self.num_layers):
+            runs = [run(x, layer, way, states) for way in range(self.directions)]
+            x = runs[0][0] if len(runs) == 1 else torch.cat([outputs for outputs, _ in runs], dim=-1)
+            last += [end for _, end in runs]
+        return x, [torch.stack(parts) for parts in zip(*last, strict=True)]
+
+    def ends(self, last: list[Tensor]) -> object:
+        """The last states as the float module gives them."""
+        return tuple(last) if self.mode == "LSTM" else last[0]
+
+    def first_states(
+        self, x: Tensor, batch: int, state: Tensor | tuple[Tensor, Tensor] | None, *, single: bool
+    ) -> States:
         """The states of all layers and directions before the first step, each [L, B, H]."""
-        count = 2 if self.kind is nn.LSTM else 1
+        count = 2 if self.mode == "LSTM" else 1
         if state is None:
-            return (y.new_zeros(self.layers * self.directions, y.shape[1], self.hidden),) * count
+            return (x.new_zeros(self.num_layers * self.directions, batch, self.hidden_size),) * count
         given = (state,) if isinstance(state, Tensor) else state
         return tuple(part[:, None] if single else part for part in given)
+
+    def run_packed(self, x: Tensor, sizes: list[int], layer: int, way: int, first: States) -> tuple[Tensor, States]:
+        """`run` on packed rows x [Σ sizes, K], sizes[t] of them for step t."""
+        steps = list(x.split(sizes))
+        places = [(size, len(list(same))) for size, same in groupby(sizes)]
+        stretches, at = [], 0
+        for size, length in places:
+            stretches.append((size, torch.stack(steps[at : at + length])))
+            at += length
+        states = [part.clone() for part in first]
+        outputs: list[Tensor] = []
+        for size, stretch in reversed(stretches) if way else stretches:
+            y, ends = self.run(stretch, layer, way, tuple(part[:, :size] for part in states))
+            at = layer * self.directions + way
+            for part, end in zip(states, ends, strict=True):
+                part[at, :size] = end.to(part.dtype)
+            outputs.append(y.flatten(0, 1))
+        y = torch.cat(outputs[::-1] if way else outputs)
+        return y, tuple(part[layer * self.directions + way] for part in states)
 
     def run(self, x: Tensor, layer: int, way: int, first: States) -> tuple[Tensor, States]:
         """One layer in one direction: its outputs [T, B, H] and last states."""
@@ -81,17 +150,49 @@ class IntegerRecurrent(nn.Module):
         states = tuple(part[at] for part in first)
         ofinput.check(x)
         ofstate.check(states[0])
-        if handles(x, torch.float32) and x.numel():
+        if handles(x, torch.float32) and x.numel() and self.mode in NATIVE:
             return natively(x.contiguous(), ofinput, ofstate, states, backwards=bool(way))
         outputs = []
         for gates in ofinput(x.flip(0) if way else x):
-            states = STEPS[self.kind](gates, ofstate(states[0]), states)
+            states = STEPS[self.mode](gates, ofstate(states[0]), states)
             outputs.append(states[0])
         y = torch.stack(outputs)
         return y.flip(0) if way else y, states
 
     def extra_repr(self) -> str:
-        return self.kind.__name__
+        return self.mode
+
+
+class IntegerCell(Replacement):
+    """LSTMCell, GRUCell or RNNCell; called as the float module is."""
+
+    def __init__(self, source: Cell, make: Make, *, where: str) -> None:
+        super().__init__()
+        self.describe(source)
+        self.input_size, self.hidden_size, self.where = source.input_size, source.hidden_size, where
+        tanh = isinstance(source, nn.RNNCell) and source.nonlinearity == "tanh"
+        named = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
+        self.mode = named.get(type(source), "RNN_TANH" if tanh else "RNN_RELU")
+        has_bias = isinstance(source.bias_ih, Tensor)
+        self.ofinput = make(linear(source.weight_ih, source.bias_ih if has_bias else None), "ih")
+        self.ofstate = make(linear(source.weight_hh, source.bias_hh if has_bias else None), "hh")
+
+    def forward(self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None) -> object:
+        """[B, K] or [K], and the state -> the next state."""
+        single = input.ndim == 1
+        x = input[None] if single else input
+        if hx is None:
+            zeros = x.new_zeros(len(x), self.hidden_size)
+            states: States = (zeros, zeros) if self.mode == "LSTM" else (zeros,)
+        else:
+            given = (hx,) if isinstance(hx, Tensor) else hx
+            states = tuple(part[None] if single else part for part in given)
+        states = STEPS[self.mode](self.ofinput(x), self.ofstate(states[0]), states)
+        states = tuple(part[0] for part in states) if single else states
+        return states if self.mode == "LSTM" else states[0]
+
+    def extra_repr(self) -> str:
+        return self.mode
 
 
 def natively(

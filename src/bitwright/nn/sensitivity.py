@@ -6,8 +6,11 @@ import torch
 from torch import nn
 
 from bitwright.errors import CalibrationError
-from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize, replaced, require_mode
-from bitwright.nn.prepare import Batch, run, tensors
+from bitwright.nn.batches import Batch, run, tensors
+from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize
+from bitwright.nn.integer import activations_of
+from bitwright.nn.plain import plain
+from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, replaced, require_mode
 from bitwright.numerics.loss import ratio
 from bitwright.numerics.scheme import Scheme
 
@@ -21,21 +24,21 @@ def sensitivity(
     does, and CalibrationError where there are no batches.
     """
     require_mode(module, training=False)
-    scheme, rounding, kept = Scheme.parse(weights), Scheme.parse(activations), list(batches)
+    scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), list(batches)
     if not kept:
         raise CalibrationError("no batches", remedy="give at least one batch of inputs")
-    names = [name for name, child in module.named_modules() if type(child) in DYNAMIC]
-    if not names:
+    module = plain(copied(module), Kept(module, {}))
+    layers = layers_of(module, DYNAMIC, Kept(module, {}))
+    if not layers:
         raise nothing_to_quantize(module)
-    expected = [tensors(run(module, batch)) for batch in kept]
-    costs = {}
-    for name in names:
-        layer = module.get_submodule(name)
-        trial = replaced(module, name, dynamic(layer, scheme, rounding, where=name).eval())
-        try:
-            costs[name] = _lost(expected, [tensors(run(trial, batch)) for batch in kept])
-        finally:
-            replaced(module, name, layer)
+    with no_fast_path():
+        expected = [tensors(run(module, batch)) for batch in kept]
+        costs = {}
+        for name, layer in layers:
+            integer = dynamic(layer, scheme, rounding, where=name).eval()
+            module = replaced(module, layer, integer)
+            costs[name] = _lost(expected, [tensors(run(module, batch)) for batch in kept])
+            module = replaced(module, integer, layer)
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import native
+from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import Window, images, like, taps
 from bitwright.nn.native import Memory, channels_last, dense, empty_output, handles
 
@@ -15,18 +16,18 @@ from bitwright.nn.native import Memory, channels_last, dense, empty_output, hand
 
 def to_codes(y: Tensor, affine: Tensor) -> Tensor:
     """Values already divided by the scale, zero point added, rounded to codes. Changes y."""
-    low, high = affine[2:].tolist()
+    low, high = affine[2:]
     return y.round_().clamp_(low, high).to(torch.int8)
 
 
-class Quantize(nn.Module):
+class Quantize(Replacement):
     """Float to codes."""
 
     affine: Tensor
 
     def __init__(self, affine: Tensor, *, where: str) -> None:
         super().__init__()
-        self.where, self.memory = where, Memory()
+        self.where, self.memory, self.dtype = where, Memory(), torch.float32
         self.register_buffer("affine", affine)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,20 +39,21 @@ class Quantize(nn.Module):
         return to_codes(x.float() / self.affine[0] + self.affine[1], self.affine)
 
 
-class Dequantize(nn.Module):
-    """Codes to float32."""
+class Dequantize(Replacement):
+    """Codes to float."""
 
     affine: Tensor
 
-    def __init__(self, affine: Tensor) -> None:
+    def __init__(self, affine: Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         self.register_buffer("affine", affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() - self.affine[1]) * self.affine[0]
+        return ((x.float() - self.affine[1]) * self.affine[0]).to(self.dtype)
 
 
-class StaticAdd(nn.Module):
+class StaticAdd(Replacement):
     """Codes + codes -> codes of another scale.
 
     left, right: the inputs' affines; exit: the output's. y = a · s_a / s + b · s_b / s + constant.
@@ -64,14 +66,19 @@ class StaticAdd(nn.Module):
 
     def __init__(self, left: Tensor, right: Tensor, exit: Tensor) -> None:
         super().__init__()
-        self.memory = Memory()
+        self.memory, self.dtype = Memory(), torch.float32
         constant = exit[1] - (left[0] * left[1] + right[0] * right[1]) / exit[0]
         for name, value in (("left", left), ("right", right), ("exit", exit)):
             self.register_buffer(name, value)
         self.register_buffer("factors", torch.stack([left[0] / exit[0], right[0] / exit[0], constant]))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if native is not None and handles(a, torch.int8) and handles(b, torch.int8) and a.stride() == b.stride():
+        if (
+            native is not None
+            and handles(a, torch.int8)
+            and handles(b, torch.int8)
+            and (a.shape, a.stride()) == (b.shape, b.stride())
+        ):
             y = torch.empty_like(a)
             factors, bounds = self.memory.of(self, lambda: (self.factors.tolist(), self.exit[2:].tolist()))
             native.add_codes(a, b, y, factors, *bounds, torch.get_num_threads())
@@ -80,7 +87,7 @@ class StaticAdd(nn.Module):
         return to_codes(y, self.exit)
 
 
-class StaticMean(nn.Module):
+class StaticMean(Replacement):
     """A pooling that averages, codes to codes of another scale."""
 
     entry: Tensor
@@ -88,7 +95,7 @@ class StaticMean(nn.Module):
 
     def __init__(self, pool: Callable[[Tensor], Tensor], entry: Tensor, exit: Tensor) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.dtype = pool, torch.float32
         self.register_buffer("entry", entry)
         self.register_buffer("exit", exit)
 
@@ -124,7 +131,7 @@ class StaticMax(nn.Module):
         return like(reduce(torch.maximum, taps(seen)), x, flat=self.flat)
 
 
-class Table(nn.Module):
+class Table(Replacement):
     """A function of one value, codes to codes: its value at each of the 256. table int8 [256], of codes from −128 on."""
 
     table: Tensor
@@ -134,7 +141,7 @@ class Table(nn.Module):
     def __init__(self, f: Callable[[Tensor], Tensor], entry: Tensor, exit: Tensor, *, label: str) -> None:
         super().__init__()
         x = (torch.arange(-128.0, 128.0) - entry[1]) * entry[0]
-        self.label = label
+        self.label, self.dtype = label, torch.float32
         self.register_buffer("table", to_codes(f(x) / exit[0] + exit[1], exit))
         self.register_buffer("entry", entry)
         self.register_buffer("exit", exit)

@@ -8,14 +8,19 @@ fx cannot trace is taken apart instead: its products become integers all the sam
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import has_side_effect
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.nn.utils.parametrize import type_before_parametrizations
+
+from bitwright.errors import RecipeError
+from bitwright.nn.rearranged import LEAVES
+from bitwright.nn.tree import kind
 
 PRODUCT, ADD, MEAN, UNARY, RELU, CARRY, SHAPE, OTHER = [
     "product",
@@ -46,16 +51,13 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     functional.adaptive_avg_pool1d: MEAN, functional.adaptive_avg_pool2d: MEAN,
     functional.gelu: UNARY, functional.silu: UNARY, functional.hardswish: UNARY, functional.leaky_relu: UNARY,
     functional.elu: UNARY, torch.sigmoid: UNARY, functional.sigmoid: UNARY, torch.tanh: UNARY, functional.tanh: UNARY,
+    functional.hardsigmoid: UNARY, functional.mish: UNARY, functional.softplus: UNARY,
     torch.flatten: CARRY, torch.reshape: CARRY, torch.permute: CARRY, torch.transpose: CARRY, torch.squeeze: CARRY,
     torch.unsqueeze: CARRY, functional.dropout: CARRY,
     getattr: SHAPE,
 }  # fmt: skip
-MATMULS = (
-    operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, functional.linear, functional.conv1d,
-    functional.conv2d,
-)  # fmt: skip
 METHODS: dict[str, str] = {
-    "add": ADD, "add_": ADD, "relu": RELU, "relu_": RELU, "sigmoid": UNARY, "tanh": UNARY,
+    "add": ADD, "relu": RELU, "sigmoid": UNARY, "tanh": UNARY,
     **dict.fromkeys(("view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"), CARRY),
     "size": SHAPE, "dim": SHAPE,
 }  # fmt: skip
@@ -63,24 +65,116 @@ BOUNDS: dict[Any, float] = {nn.ReLU6: 6.0, functional.relu6: 6.0}  # of those in
 
 
 class Tracer(fx.Tracer):
-    """Modules of torch.nn with nothing inside, and attention, are single operations; all others are looked into."""
+    """Modules of torch.nn with nothing inside, and attention, are single operations; all others are looked into.
+
+    fixed: parameters of the forward that the graph was made without; it refuses other values for them.
+    """
+
+    def __init__(self, fixed: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.fixed = fixed or {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a node's value."""
+        return Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = type(m).__module__.startswith("torch.nn") or isinstance(m, nn.MultiheadAttention)
+        if isinstance(m, LEAVES):
+            return True
+        own = kind(m).__module__.startswith("torch.nn.modules") and not isinstance(m, CONTAINERS)
         return own and (not list(m.children()) or isinstance(m, nn.MultiheadAttention))
 
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        """Placeholders for all parameters; in the forward itself those that are fixed have their values."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            name = str(arg.node.target) if isinstance(arg, fx.Proxy) else ""
+            if name in self.fixed:
+                self.create_proxy("call_function", require_same, (arg, self.fixed[name], name), {})
+                args[i] = self.fixed[name]
+        return function, args
 
-def traced(module: nn.Module, given: int) -> fx.GraphModule | str:
-    """The module, called with so many tensors, as a graph that shares its parameters; or why it cannot be one."""
-    if type(module).__module__.startswith("torch.nn.modules") and not list(module.children()):
-        module = nn.Sequential(module)
-    others = list(inspect.signature(module.forward).parameters.values())[given:]
-    fixed = {other.name: other.default for other in others if other.kind is other.POSITIONAL_OR_KEYWORD}
+
+class Value(fx.Proxy):
+    """A value of a graph that knows when it is changed in place: torch.fx's own takes `x += y` for `x = x + y`."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
+
+
+def _in_place(name: str) -> Callable[[Value, Any], Any]:
+    function = getattr(operator, f"__i{name}__")
+    return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})
+
+
+for _name in IN_PLACE:
+    setattr(Value, f"__i{_name}__", _in_place(_name))
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def require_same(value: Any, expected: Any, name: str) -> Any:
+    """RecipeError for an argument that the graph was made without."""
+    if isinstance(value, fx.Proxy):  # a graph that is read from a file is traced again
+        return value.tracer.create_proxy("call_function", require_same, (value, expected, name), {})
+    if value is not expected and (isinstance(value, Tensor) or value != expected):
+        message = f"the argument {name!r} was {expected!r} in example_inputs, and the graph was made for that"
+        raise RecipeError(message, where=name, remedy=f"prepare the module with example_inputs that give {name!r}")
+    return None
+
+
+has_side_effect(require_same)
+VARIOUS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+SIMPLE = (bool, int, float, str, type(None))
+
+
+def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
+    """The module, called with these arguments by name, as a graph that shares its weights; or why it cannot be one.
+
+    Tensors are the graph's inputs. Anything else has to be what the forward has as a default, and stays so.
+    """
+    fixed = {}
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        required = parameter.default is parameter.empty
+        value = given.get(name, None if required else parameter.default)
+        if isinstance(value, Tensor) or (parameter.kind in VARIOUS and not value):
+            continue
+        if not isinstance(value, SIMPLE) or (name in given and not required and value != parameter.default):
+            return f"its argument {name!r} is no tensor"
+        fixed[name] = value
     try:
-        graph = Tracer().trace(module, fixed or None)
+        graph = Tracer(fixed).trace(module)
     except Exception as error:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return fx.GraphModule(module, graph, type(module).__name__)
+
+
+def dropped_in_training(module: nn.Module, given: Mapping[str, Any], graph: fx.GraphModule) -> dict[str, float] | str:
+    """How much each F.dropout of a graph drops in training mode; or why the graph is not that of training."""
+    modes = {child: child.training for child in module.modules()}
+    module.train()
+    try:
+        other = traced(module, given)
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+    if isinstance(other, str):
+        return other
+    rates: dict[str, float] = {}
+    for a, b in zip_longest(graph.graph.nodes, other.graph.nodes):
+        if a is None or b is None or (a.op, a.target, a.name) != (b.op, b.target, b.name):
+            return "it computes something else in training mode"
+        if a.target is functional.dropout:
+            bound = inspect.signature(functional.dropout).bind(*b.args, **b.kwargs)
+            bound.apply_defaults()
+            rates |= {a.name: bound.arguments["p"]} if bound.arguments["training"] else {}
+        elif (str(a.args), str(a.kwargs)) != (str(b.args), str(b.kwargs)):
+            return "it computes something else in training mode"
+    return rates
 
 
 def role(graph: fx.GraphModule, node: fx.Node) -> str:
@@ -94,15 +188,9 @@ def role(graph: fx.GraphModule, node: fx.Node) -> str:
     return OTHER
 
 
-def kind(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, its weights parametrized or not."""
-    found: type[nn.Module] = type_before_parametrizations(module)
-    return found
-
-
 def bound(graph: fx.GraphModule, node: fx.Node) -> float:
     """How far up a node in role RELU goes."""
-    found = type(graph.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    found = kind(graph.get_submodule(str(node.target))) if node.op == "call_module" else node.target
     return BOUNDS.get(found, float("inf"))
 
 
@@ -137,13 +225,6 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     for parameter in fused.parameters():  # a bias that the layer did not have would not be trained
         parameter.requires_grad_(layer.weight.requires_grad)
     return fused
-
-
-def bare_weights(graph: fx.GraphModule) -> list[str]:
-    """Names of parameters that products read without a layer of torch.nn."""
-    read = [n for n in graph.graph.nodes if n.op == "get_attr" and any(user.target in MATMULS for user in n.users)]
-    parameters = dict(graph.named_parameters())
-    return [str(n.target) for n in read if str(n.target) in parameters]
 
 
 def first(node: fx.Node) -> fx.Node | None:

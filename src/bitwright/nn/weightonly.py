@@ -1,7 +1,7 @@
 """Weights in a few bits, products in float: any rounding method on the Linears of any module."""
 
-import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,37 +12,43 @@ from bitwright.calibration.statistics import Gram
 from bitwright.errors import CalibrationError, RecipeError, SchemeError, one_of
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
-from bitwright.nn.dynamic import Kept, nothing_to_quantize, replaced, require_mode
+from bitwright.nn.batches import Batch, outputs, run
+from bitwright.nn.check import Check, check_outputs, require_check
+from bitwright.nn.dropin import Replacement
+from bitwright.nn.dynamic import nothing_to_quantize, refuse_bare_weights
+from bitwright.nn.integer import storable
 from bitwright.nn.native import Memory, handles
-from bitwright.nn.prepare import Batch, run
-from bitwright.numerics.codec import code_dtype, code_range, decode
+from bitwright.nn.plain import plain
+from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, off_the_fast_path, replaced, require_mode
+from bitwright.numerics.codec import code_dtype, code_range, decode, per_column
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import Scheme
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Replacement):
     """Linear on packed codes: native products, with inputs rounded to 16 bits; where a gradient is wanted, or there is no
     extension, the weight is decoded as it is used.
 
     words  int32 [N, W]: codes, counted from the lowest, packed at `bits` each;  scale float16 or float32 [N, G]
-    zero   float16 [N, G]: zero points, with a scheme that has them, else [0];  bias float32 [N] or [0]
+    zero   float16 [N, G]: zero points, with a scheme that has them, else [0];  bias float32 [N] or None
     """
 
     words: Tensor
     scale: Tensor
     zero: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
-    def __init__(self, q: QTensor, bias: Tensor | None) -> None:
+    def __init__(self, source: nn.Linear, q: QTensor) -> None:
         super().__init__()
+        self.describe(source)
         self.scheme, self.shape, self.memory = q.scheme, q.shape, Memory()
         low = code_range(q.scheme)[0]
         stored = torch.float16 if q.scheme.scale == "f16" else torch.float32
         self.register_buffer("words", pack(q.codes.int() - low, q.scheme.levels.bits))
         self.register_buffer("scale", q.scales.scale.to(stored))
         self.register_buffer("zero", torch.zeros(0) if q.scales.zero is None else q.scales.zero.half())
-        self.register_buffer("bias", torch.zeros(0) if bias is None else bias.detach().float().clone())
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().float().clone())
 
     def quantized(self) -> QTensor:
         """The weight's codes and scales."""
@@ -51,14 +57,20 @@ class PackedLinear(nn.Module):
         zero = self.zero.float() if self.zero.numel() else None
         return QTensor(codes, Scales(self.scale.float(), zero), self.scheme, self.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, in the float layer's type."""
+        return decode(self.quantized()).to(self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if handles(x, x.dtype) and not (torch.is_grad_enabled() and x.requires_grad):
             packed = self.memory.of(self, lambda: matmul.pack(self.quantized()))
             if matmul.handles(packed, x):
                 y = matmul.product(x.reshape(-1, self.shape[1]), packed)
-                y = y.add_(self.bias) if self.bias.numel() else y
+                y = y if self.bias is None else y.add_(self.bias)
                 return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
-        bias = self.bias.to(x.dtype) if self.bias.numel() else None
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, decode(self.quantized()).to(x.dtype), bias)
 
     def extra_repr(self) -> str:
@@ -74,17 +86,22 @@ def quantize_weights(
     method: str = "gptq",
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
+    check: Check = "error",
 ) -> nn.Module:
     """A module whose Linears keep their weights in a few bits, rounded with the help of what the batches show.
 
     batches  inputs, as `calibrate`'s, all seen by the float module; not needed by "rtn", "search" and "hqq"
     scheme   one-level: integers with scales in f16, bf16 or f32
     method   a key of `METHODS`
+    check    what happens where the result, on the first batch, is not the module with rounded weights: "error", "warn", "off"
+
+    A weight that is exactly 0 stays 0: a pruned layer stays pruned. Scales that float16 cannot hold are stored in float32.
 
     Raises RecipeError for an unknown method, training mode or nothing to quantize; CalibrationError where a method
     needs batches and has none; SchemeError for a scheme that cannot be packed.
     """
     require_mode(module, training=False)
+    require_check(check)
     parsed = Scheme.parse(scheme)
     if not parsed.grid.startswith("int") or parsed.scale not in ("f16", "bf16", "f32") or parsed.zero == "min":
         raise SchemeError(
@@ -93,37 +110,76 @@ def quantize_weights(
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, METHODS))
     check_serves(method, parsed)
-    kept = Kept(module, keep or {})
-    names = [n for n, child in module.named_modules() if type(child) is nn.Linear and not kept.covers(n)]
-    if not names:
+    kept, batches = Kept(module, keep or {}), list(batches)
+    source = plain(copied(module), kept) if batches and check != "off" else None
+    target = plain(module if inplace else copied(module), kept)
+    refuse_bare_weights(target, kept, batches[0] if batches else None)
+    layers = layers_of(target, {nn.Linear: None}, kept)
+    if not layers:
         raise nothing_to_quantize(module)
-    grams = _grams(module, names, batches)
-    target = module if inplace else copy.deepcopy(module)
-    for name in names:
+    target = _packed(target, layers, batches, parsed, method)
+    target = off_the_fast_path(kept.apply(target)).eval()
+    if source is not None:
+        _check(source, target, batches[0], check)
+    return target
+
+
+def _packed(
+    target: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch], scheme: Scheme, method: str
+) -> nn.Module:
+    """The module with these layers rounded and packed."""
+    grams = _grams(target, layers, batches)
+    for name, layer in layers:
         if method in CALIBRATED and name not in grams:
             remedy = "give batches that reach this layer"
             raise CalibrationError(f"method {method} needs to see inputs", where=name, remedy=remedy)
-        layer = target.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
         gram = grams[name].value() if name in grams else None
-        q = METHODS[method](layer.get_parameter("weight").float(), gram, parsed).q
-        target = replaced(target, name, PackedLinear(q, layer.bias if isinstance(layer.bias, Tensor) else None))
-    return kept.apply(target).eval()
+        w = layer.weight.float()
+        q = METHODS[method](w, gram, storable(w, scheme)).q
+        target = replaced(target, layer, PackedLinear(layer, _still_zero(q, w)))
+    return target
 
 
-def _grams(module: nn.Module, names: list[str], batches: Iterable[Batch]) -> dict[str, Gram]:
+def _still_zero(q: QTensor, w: Tensor) -> QTensor:
+    """q with the code of 0 wherever w is 0, unless all of w is."""
+    gone = w == 0
+    if not bool(gone.any()) or bool(gone.all()) or q.order is not None:
+        return q
+    zero = q.scales.zero
+    code = 0 if zero is None else per_column(zero, q.scheme, w.shape[1]).expand_as(w)
+    return replace(q, codes=torch.where(gone, torch.as_tensor(code).to(q.codes.dtype), q.codes))
+
+
+def _check(source: nn.Module, target: nn.Module, batch: Batch, check: Check) -> None:
+    """Hold the packed module beside the float one with the same weights, which is what it should compute."""
+    expected = outputs(source, batch)
+    for name, layer in named_layers(target):
+        source.get_submodule(name).get_parameter("weight").copy_(layer.weight)
+    check_outputs(target, batch, expected, outputs(source, batch), check, source)
+
+
+def named_layers(target: nn.Module) -> list[tuple[str, PackedLinear]]:
+    """The packed layers of a module."""
+    return [(name, layer) for name, layer in target.named_modules() if isinstance(layer, PackedLinear)]
+
+
+def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
     """XᵀX of the inputs of each layer."""
     grams: dict[str, Gram] = {}
 
     def hook(name: str) -> Any:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            grams.setdefault(name, Gram(inputs[0].shape[-1])).update(inputs[0])
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else named["input"]
+            grams.setdefault(name, Gram(x.shape[-1])).update(x)
 
         return see
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
     try:
-        for batch in batches:
-            run(module, batch)
+        with no_fast_path():
+            for batch in batches:
+                run(module, batch)
     finally:
         for handle in handles:
             handle.remove()

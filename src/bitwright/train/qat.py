@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from bitwright.nn.dynamic import quantized, require_mode
-from bitwright.nn.fake import FakeWeight
+from bitwright.nn.batches import Batch, run
+from bitwright.nn.dynamic import quantized
 from bitwright.nn.integer import integer_weight
-from bitwright.nn.plan import has_no_integer_form, role_of
-from bitwright.nn.prepare import Batch, Prepared, prepare, run
-from bitwright.nn.trace import PRODUCT
+from bitwright.nn.plan import has_no_integer_form
+from bitwright.nn.prepare import Prepared, prepared_for_training
+from bitwright.nn.rounded import ROUNDED, round_weights
+from bitwright.nn.tree import kind, named, require_mode
 from bitwright.numerics.scheme import TOKEN
 
 
@@ -19,7 +19,7 @@ def prepare_qat(
     example_inputs: Batch,
     *,
     weights: str = "int8-channel",
-    activations: str = "int8-tensor",
+    activations: str = "int8-tensor-asym",
     learned: bool = True,
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
@@ -41,20 +41,17 @@ def prepare_qat(
     modes = {name: child.training for name, child in module.named_modules()}
     module.eval()
     try:
-        prepared = prepare(
-            module,
-            example_inputs,
-            weights=weights,
-            activations=activations,
-            observer="mse" if learned else "average",
-            keep=keep,
-            inplace=inplace,
-        )
+        observer = "mse" if learned else "average"
+        prepared = prepared_for_training(module, example_inputs, weights, activations, observer, keep, inplace)
     finally:
         for name, child in module.named_modules():
             child.training = modes.get(name, True)
     _start(prepared, example_inputs, learned=learned)
-    return prepared.train()
+    prepared.train()
+    for name, child in prepared.body.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not modes.get(name, True):
+            child.eval()
+    return prepared
 
 
 def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
@@ -67,13 +64,14 @@ def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
         edge.phase = "round" if learned else "follow"
         if learned and edge.scheme.group != TOKEN:
             edge.learn()
-    for name, layer in list(prepared.body.named_modules()):
-        rounded = isinstance(layer, nn.Embedding) or (role_of(layer) == PRODUCT and not has_no_integer_form(layer))
-        if rounded and not prepared.kept.covers(name):
-            q = quantized(layer.get_parameter("weight"), prepared.weights, name)
-            integer_weight(q, where=name)  # refuse now, not after training
-            fake = FakeWeight(layer.get_parameter("weight"), prepared.weights, learned=learned)
-            parametrize.register_parametrization(layer, "weight", fake, unsafe=True)
+    for names, layer in named(prepared.body):
+        if kind(layer) not in ROUNDED or has_no_integer_form(layer):
+            continue
+        if any(prepared.kept.covers(name) for name in names):
+            continue
+        for p in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
+            integer_weight(quantized(p, prepared.weights, names[0]), where=names[0])  # refuse now, not after training
+        round_weights(layer, prepared.weights, learned=learned)
 
 
 def freeze(prepared: Prepared) -> Prepared:

@@ -1,0 +1,62 @@
+"""The arguments of calls by the names that a forward gives them: of the module itself, and of everything inside it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.nn.batches import Batch, run
+from bitwright.nn.trace import SIMPLE
+from bitwright.nn.tree import copied, named
+
+
+def bound(module: nn.Module, batch: Batch) -> dict[str, Any] | str:
+    """The arguments of a call by the names that the forward gives them; or why there are none."""
+    args, named = _as_call(batch)
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **named).arguments)
+    except TypeError as error:
+        return str(error)
+
+
+def _as_call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, dict):
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+@torch.no_grad()
+def arguments(root: nn.Module, example: Batch) -> dict[str, list[dict[str, Any]]]:
+    """Of each submodule, under all of its names, the arguments of all of its calls; {} for one that does not bind."""
+    root = copied(root)
+    calls: dict[str, list[dict[str, Any]]] = {}
+
+    def hook(names: tuple[str, ...], signature: inspect.Signature) -> Any:
+        def record(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            try:
+                found = dict(signature.bind(*inputs, **named).arguments)
+            except TypeError:
+                found = {}
+            for name in names:
+                calls.setdefault(name, []).append(found)
+
+        return record
+
+    for names, module in named(root):
+        signature = inspect.signature(module.forward)
+        module.register_forward_pre_hook(hook(names, signature), with_kwargs=True)
+    run(root, example)
+    return calls
+
+
+def one_way(calls: list[dict[str, Any]]) -> dict[str, Any] | str:
+    """The arguments of the first call, if all calls give tensors for the same ones."""
+    if not calls or not calls[0]:
+        return "it is never called" if not calls else "it is called with more than tensors"
+    names = [{name for name, value in call.items() if isinstance(value, Tensor)} for call in calls]
+    others = [{name: value for name, value in call.items() if name not in names[0]} for call in calls]
+    plain = all(isinstance(value, SIMPLE) for call in others for value in call.values())
+    if not plain or any(each != names[0] for each in names) or any(each != others[0] for each in others):
+        return "it is called in more than one way"
+    return calls[0]

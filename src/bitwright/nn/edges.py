@@ -1,0 +1,186 @@
+"""Where values will be codes: a tree of modules made into graphs with an edge at each such place."""
+
+from typing import Any
+
+from torch import fx, nn
+
+from bitwright.errors import RecipeError
+from bitwright.nn.arguments import arguments, bound, one_way
+from bitwright.nn.batches import Batch, cloned
+from bitwright.nn.dynamic import DYNAMIC, bare_weight, read_by_products
+from bitwright.nn.fake import Edge
+from bitwright.nn.functionalize import forget, functionalized, lift_calls, lift_products
+from bitwright.nn.layers import check_group
+from bitwright.nn.plan import codes, fuses, has_no_integer_form, role_of, role_unless_kept
+from bitwright.nn.rounded import ROUNDED, Entered, HeldWeight
+from bitwright.nn.trace import CARRY, OTHER, PRODUCT, dropped_in_training, fold_norms, traced
+from bitwright.nn.tree import Kept, copied, kind
+from bitwright.numerics.scheme import TOKEN, Scheme
+
+
+class Maker:
+    """Makes graphs with edges out of a tree of modules. training: they are to be trained, not only run in eval mode."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        example: Batch,
+        weights: Scheme,
+        activations: Scheme,
+        observer: str,
+        percentile: float | None,
+        kept: Kept,
+        training: bool,
+    ) -> None:
+        self.root, self.example, self.training = root, example, training
+        self.weights, self.activations, self.kept = weights, activations, kept
+        self.observer, self.percentile = observer, percentile
+        self.multiplied = bare_names(root, kept, example)
+        self.calls: dict[str, list[dict[str, Any]]] = {}
+        self.done: dict[int, nn.Module] = {}
+
+    def made(self, module: nn.Module, name: str) -> nn.Module:
+        """The module as a graph with edges if it can be one; else itself, with its children so made."""
+        if id(module) not in self.done:
+            self.done[id(module)] = self._made(module, name)
+        return self.done[id(module)]
+
+    def _made(self, module: nn.Module, name: str) -> nn.Module:
+        if self.kept.covers(name) or (kind(module) in DYNAMIC and role_of(module) == OTHER):
+            return module
+        if role_of(module) == PRODUCT:
+            return self.entered(module, name)
+        graph = self.graph(module, name)
+        if isinstance(graph, str):
+            self.refuse_own_weights(module, name, graph)
+            if not name:
+                self.calls = arguments(self.root, self.example)
+            for child_name, child in list(module._modules.items()):
+                full = f"{name}.{child_name}".lstrip(".")
+                if child is not None and not (self.training and self.unreached(child, full)):
+                    setattr(module, child_name, self.made(child, full))
+            return module
+        self.insert_edges(graph, name)
+        return graph
+
+    def unreached(self, module: nn.Module, name: str) -> bool:
+        """Whether the example calls neither a module nor anything in it: an auxiliary head that only trains stays float."""
+        inside = (f"{name}.{path}".rstrip(".") for path, _ in module.named_modules(remove_duplicate=False))
+        return not any(path in self.calls for path in inside)
+
+    def entered(self, module: nn.Module, name: str) -> nn.Module:
+        """A single layer with its edge; itself where it has no integer form."""
+        if has_no_integer_form(module):
+            return module
+        check_group(self.weights, module, name)
+        return Entered(self.edge(f"{name}.input".lstrip("."), images=not isinstance(module, nn.Linear)), module)
+
+    def graph(self, module: nn.Module, name: str) -> fx.GraphModule | str:
+        """The module as a graph without side effects, whose products are layers; or why it cannot be one."""
+        if type(module).__module__.startswith("torch.nn.modules") and not list(module.children()):
+            return "a single operation"
+        given = bound(module, self.example) if not name else one_way(self.calls.get(name, []))
+        if isinstance(given, str):
+            return given
+        graph = traced(module, given)
+        if isinstance(graph, str):
+            return graph
+        dropped = dropped_in_training(module, given, graph) if self.training else {}
+        if isinstance(dropped, str):
+            return dropped
+        inputs = [
+            given.get(str(n.target), next(iter(n.args), None)) for n in graph.graph.nodes if n.op == "placeholder"
+        ]
+        reason = functionalized(graph, cloned(tuple(inputs)), root=not name)
+        if reason:
+            return reason
+        lifted = lift_products(graph, name, self.kept)
+        lift_calls(graph, dropped)
+        held = hold_weights(graph, module, name, self.kept)
+        for weight, p in graph.named_parameters():
+            full = f"{name}.{weight}".lstrip(".")
+            if full in self.multiplied and id(p) not in lifted | held:
+                raise bare_weight(full)
+        fold_norms(graph)
+        return graph
+
+    def refuse_own_weights(self, module: nn.Module, name: str, reason: str) -> None:
+        """RecipeError for a module that cannot be traced and multiplies by a matrix itself: nothing would quantize it."""
+        for parameter_name, _ in module.named_parameters(recurse=False):
+            full = f"{name}.{parameter_name}".lstrip(".")
+            if full in self.multiplied:
+                message = f"cannot be traced ({reason}), and holds the weight {parameter_name!r} itself"
+                where = name or type(module).__name__
+                remedy = f'put the weight into a layer of torch.nn, or keep={{"{full}": "float"}}'
+                raise RecipeError(message, where=where, remedy=remedy)
+
+    def insert_edges(self, graph: fx.GraphModule, prefix: str) -> None:
+        """Edges behind all values that will be codes: results of integer operations, and inputs of products."""
+        roles = {node: role_unless_kept(graph, node, prefix, self.kept) for node in graph.graph.nodes}
+        for node in (node for node in roles if roles[node] == PRODUCT):
+            check_group(self.weights, graph.get_submodule(str(node.target)), f"{prefix}.{node.target}".lstrip("."))
+        tokens = self.activations.group == TOKEN
+        emits = set() if tokens else codes(graph, roles)
+        for node in list(graph.graph.nodes):
+            if node in emits and roles[node] != CARRY and not fuses(node, roles):
+                self.insert(graph, node, list(node.users), prefix)
+        for node in list(graph.graph.nodes):
+            if roles.get(node) == PRODUCT:
+                source = node.args[0]
+                if source in roles and source not in emits:
+                    readers = [user for user in source.users if roles.get(user) == PRODUCT]
+                    images = {r: not isinstance(graph.get_submodule(str(r.target)), nn.Linear) for r in readers}
+                    alike = [r for r in readers if images[r] == images[node] or not tokens]
+                    self.insert(graph, source, alike, prefix, images=images[node])
+        graph.graph.lint()
+        graph.recompile()
+
+    def edge(self, where: str, *, images: bool) -> Edge:
+        """A place where values will be codes."""
+        return Edge(self.activations, observer=self.observer, percentile=self.percentile, where=where, images=images)
+
+    def insert(
+        self, graph: fx.GraphModule, node: fx.Node, readers: list[fx.Node], prefix: str, *, images: bool = False
+    ) -> None:
+        """An edge behind a node, for those that read it."""
+        what = str(node.target) if node.op in ("call_module", "placeholder") else node.name
+        name = f"{node.name}_codes"
+        name = f"{name}_images" if name in dict(graph.named_children()) else name
+        graph.add_submodule(name, self.edge(f"{prefix}.{what}".lstrip("."), images=images))
+        with graph.graph.inserting_after(node):
+            new = graph.graph.call_module(name, (node,))
+        for reader in readers:
+            reader.replace_input_with(node, new)
+
+
+def bare_names(root: nn.Module, kept: Kept, example: Batch) -> set[str]:
+    """Names of parameters that no layer holds, that are not kept, and that products read."""
+    held = {id(p) for child in root.modules() if kind(child) in DYNAMIC for p in child.parameters()}
+    names = {name for name, p in root.named_parameters() if p.ndim > 1 and id(p) not in held}
+    names = {name for name in names if not kept.covers(name)}
+    return names & read_by_products(copied(root), example) if names else set()
+
+
+def hold_weights(graph: fx.GraphModule, source: nn.Module, prefix: str, kept: Kept) -> set[int]:
+    """Weights of layers that are read without calling these become modules of their own; their ids.
+
+    So they are rounded, and stored as integers, where a layer's function is computed by other means.
+    """
+    found: set[int] = set()
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        owner, _, name = str(node.target).rpartition(".")
+        layer = source.get_submodule(owner)
+        weight = layer._parameters.get(name)
+        if weight is None or weight.ndim < 2 or kind(layer) not in ROUNDED:
+            continue
+        if kept.covers(f"{prefix}.{owner}".lstrip(".")):
+            continue
+        graph.add_submodule(f"{node.name}_held", HeldWeight(weight))
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_module(f"{node.name}_held", ())
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+        forget(graph, str(node.target))
+        found.add(id(weight))
+    graph.recompile()
+    return found

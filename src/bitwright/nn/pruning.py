@@ -1,0 +1,120 @@
+"""Weights of any module removed before it is quantized: a sparse module, whose zeros later steps keep."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.calibration.statistics import Gram
+from bitwright.errors import CalibrationError, RecipeError, one_of
+from bitwright.nn.batches import Batch, run
+from bitwright.nn.dynamic import nothing_to_quantize
+from bitwright.nn.layers import matrix
+from bitwright.nn.plain import plain
+from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, require_mode
+from bitwright.sparsity import PRUNERS
+
+KINDS: dict[type[nn.Module], None] = {nn.Linear: None, nn.Conv1d: None, nn.Conv2d: None}
+
+
+@torch.no_grad()
+def prune(
+    module: nn.Module,
+    batches: Iterable[Batch] = (),
+    *,
+    method: str = "magnitude",
+    sparsity: float | str = 0.5,
+    keep: Mapping[str, str] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """The module with weights of its Linears and convolutions set to 0.
+
+    batches   inputs, which "wanda" and "obs" need
+    method    "magnitude": the smallest; "wanda": |weight| · ‖input‖ (Sun et al. 2023, arXiv:2306.11695); "obs": those that cost
+              least, and the others make up for them (Frantar and Alistarh 2022, arXiv:2208.11580; up to 1024 inputs)
+    sparsity  the share that goes, such as 0.5, or n of m neighbours that stay, such as "2:4"
+    keep      patterns of module names -> "float": left as they are
+
+    A weight that is exactly 0 stays 0 in every later step: static and dynamic quantization, `prepare_qat`,
+    `quantize_weights`. Raises RecipeError for training mode, an unknown method or a share that means nothing;
+    CalibrationError where a method needs batches that reach a layer.
+    """
+    require_mode(module, training=False)
+    if method not in PRUNERS:
+        raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, PRUNERS))
+    target = _target(sparsity)
+    kept = Kept(module, keep or {})
+    pruned = plain(module if inplace else copied(module), kept)
+    layers = layers_of(pruned, KINDS, kept)
+    if not layers:
+        raise nothing_to_quantize(module)
+    grams = {} if method == "magnitude" else _grams(pruned, layers, list(batches))
+    for name, layer in layers:
+        weight = layer.get_parameter("weight")
+        if method != "magnitude" and name not in grams:
+            raise CalibrationError(
+                f"method {method} needs to see inputs", where=name, remedy="batches that reach this layer"
+            )
+        grouped = getattr(layer, "groups", 1) > 1  # groups see different inputs: by size alone
+        gram = grams[name].value() if name in grams and not grouped else None
+        found = PRUNERS["magnitude" if gram is None else method](matrix(weight), gram, **target).weight
+        weight.copy_(found if weight.ndim == 2 else _as_kernel(found, weight))
+    return pruned
+
+
+def _target(sparsity: float | str) -> dict[str, float | tuple[int, int]]:
+    """A share, or a pattern such as "2:4", as the pruners take it."""
+    if not isinstance(sparsity, str):
+        return {"sparsity": sparsity}
+    n, colon, m = sparsity.partition(":")
+    if not (colon and n.isdigit() and m.isdigit()):
+        raise RecipeError(f"sparsity {sparsity!r} is no share and no pattern", remedy='such as 0.5, or "2:4"')
+    return {"pattern": (int(n), int(m))}
+
+
+def _as_kernel(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows [N, K] with the channels last, in the order of a convolution's weight."""
+    return rows.view(len(rows), *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
+
+
+def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
+    """XᵀX of what each layer sees, in the order of `matrix`."""
+    grams: dict[str, Gram] = {}
+
+    def hook(name: str, layer: nn.Module) -> Any:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            rows = _rows(inputs[0] if inputs else named["input"], layer)
+            grams.setdefault(name, Gram(rows.shape[-1])).update(rows)
+
+        return see
+
+    watched = [each for each in layers if getattr(each[1], "groups", 1) == 1]
+    handles = [layer.register_forward_pre_hook(hook(name, layer), with_kwargs=True) for name, layer in watched]
+    try:
+        with no_fast_path():
+            for batch in batches:
+                run(module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in layers:
+        if getattr(layer, "groups", 1) > 1:
+            grams[name] = Gram(1)
+    return grams
+
+
+def _rows(x: Tensor, layer: nn.Module) -> Tensor:
+    """The inputs of a layer as rows [T, K]."""
+    if isinstance(layer, nn.Linear):
+        return x
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    one = isinstance(layer, nn.Conv1d)
+    x = x if x.ndim == (3 if one else 4) else x[None]
+    x = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
+    x = x.unsqueeze(-2) if one else x
+    first = (1,) if one else ()
+    seen = nn.functional.unfold(
+        x, first + layer.kernel_size, first + layer.dilation, 0, first + layer.stride
+    )  # fmt: skip
+    return seen.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1, 2).transpose(1, 2).flatten(0, 1)

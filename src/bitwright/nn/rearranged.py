@@ -1,0 +1,165 @@
+"""Transposed and three-dimensional convolutions as plain ones of rearranged inputs: a convolution has one integer form.
+
+Spreading: Dumoulin and Visin 2016, arXiv:1603.07285, section 4.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from bitwright.nn.dropin import Replacement
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+PLAIN: dict[type[nn.Module], type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    nn.ConvTranspose1d: nn.Conv1d, nn.ConvTranspose2d: nn.Conv2d, nn.ConvTranspose3d: nn.Conv3d,
+}  # fmt: skip
+
+
+class Spread(nn.Module):
+    """Zeros between the places of x [B, C, ...] and around them, so that a convolution gives what a transposed one does."""
+
+    def __init__(self, source: Transposed) -> None:
+        super().__init__()
+        self.stride = source.stride
+        reach = zip(source.dilation, source.kernel_size, source.padding, strict=True)
+        self.border = [d * (k - 1) - p for d, k, p in reach]  # type: ignore[operator]
+
+    def forward(self, x: Tensor, more: list[int]) -> Tensor:
+        """more: the output padding of each axis."""
+        n = len(self.stride)
+        for axis, step in zip(range(x.ndim - n, x.ndim), self.stride, strict=True):
+            if step > 1:
+                length = (x.shape[axis] - 1) * step + 1
+                x = pad(x.unsqueeze(axis + 1), [0, 0] * (x.ndim - axis - 1) + [0, step - 1])
+                x = x.flatten(axis, axis + 1).narrow(axis, 0, length)
+        sides = [side for b, extra in zip(self.border, more, strict=True) for side in (b + extra, b)]
+        return pad(x, sides[::-1])
+
+
+class TransposedConvolution(Replacement):
+    """ConvTranspose1d, 2d or 3d: its input spread, then a convolution with the kernel turned round."""
+
+    output_padding: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(self, source: Transposed) -> None:
+        super().__init__()
+        self.describe(source)
+        self.spread, axes = Spread(source), tuple(range(2, source.weight.ndim))
+        self.layer = next(plain for kind, plain in PLAIN.items() if isinstance(source, kind))(
+            source.in_channels,
+            source.out_channels,
+            source.kernel_size,  # type: ignore[arg-type]
+            dilation=source.dilation,  # type: ignore[arg-type]
+            groups=source.groups,
+            bias=source.bias is not None,
+            device="meta",
+        )
+        turned = _swapped(source.weight.detach(), source.groups).flip(axes).contiguous()
+        self.layer.weight, self.layer.bias = nn.Parameter(turned), source.bias
+        self.train(source.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """As the float layer's, [C, N / groups, ...]."""
+        w = self.layer.weight
+        return _swapped(w, self.groups).flip(tuple(range(2, w.ndim)))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As the float layer's."""
+        return self.layer.bias
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As torch's."""
+        more: Any = list(self.output_padding)
+        if output_size is not None:
+            n = len(self.stride)
+            shape = self.stride, self.padding, self.kernel_size, n, self.dilation
+            more = _ConvTransposeNd._output_padding(self, input, output_size, *shape)  # type: ignore[arg-type]
+        return self.layer(self.spread(input, more))
+
+
+def _swapped(w: Tensor, groups: int) -> Tensor:
+    """[C, N / groups, ...] -> [N, C / groups, ...], and back."""
+    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class Slices(nn.Module):
+    """x [B, C, D, H, W] -> [B·D', C·kd, H, W]: what a three-dimensional kernel sees, one plane of results at a time."""
+
+    def __init__(self, source: nn.Conv3d) -> None:
+        super().__init__()
+        self.border = source._reversed_padding_repeated_twice[4:]
+        self.depth, self.step, self.dilation = source.kernel_size[0], source.stride[0], source.dilation[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[None] if x.ndim == 4 else x
+        x = pad(x, [0, 0, 0, 0, *self.border])
+        seen = x.unfold(2, (self.depth - 1) * self.dilation + 1, self.step)[..., :: self.dilation]
+        return seen.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)
+
+
+class Planes(nn.Module):
+    """y [B·D', N, H', W'] -> [B, N, D', H', W'] for an input x [B, C, D, H, W]; without B if that has none."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        batch = 1 if x.ndim == 4 else x.shape[0]
+        y = y.unflatten(0, (batch, -1)).transpose(1, 2)
+        return y[0] if x.ndim == 4 else y
+
+
+class SlicedConvolution(Replacement):
+    """Conv3d: a Conv2d of its input's slices."""
+
+    def __init__(self, source: nn.Conv3d) -> None:
+        super().__init__()
+        self.describe(source)
+        self.depth, self.slices, self.planes = source.kernel_size[0], Slices(source), Planes()
+        left, _, top, *_ = source._reversed_padding_repeated_twice
+        same = source.padding == "same"
+        self.layer = nn.Conv2d(
+            source.in_channels * self.depth,
+            source.out_channels,
+            source.kernel_size[1:],  # type: ignore[arg-type]
+            stride=source.stride[1:],  # type: ignore[arg-type]
+            padding="same" if same else (top, left),
+            dilation=source.dilation[1:],  # type: ignore[arg-type]
+            groups=source.groups,
+            bias=source.bias is not None,
+            device="meta",
+        )
+        self.layer.weight, self.layer.bias = nn.Parameter(source.weight.detach().flatten(1, 2)), source.bias
+        self.train(source.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """As the float layer's."""
+        return self.layer.weight.unflatten(1, (-1, self.depth))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As the float layer's."""
+        return self.layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's."""
+        return self.planes(self.layer(self.slices(input)), input)
+
+
+def as_plain(module: nn.Module) -> nn.Module | None:
+    """The module as one whose convolutions are plain; None where it is no transposed or three-dimensional convolution."""
+    if isinstance(module, Transposed) and module.padding_mode == "zeros":
+        return TransposedConvolution(module)
+    if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros":
+        return SlicedConvolution(module)
+    return None
+
+
+LEAVES = (Spread, Slices, Planes)

@@ -1,0 +1,151 @@
+"""The tree of modules: kinds of layers, names, which of them stay float, and how one is put in another's place."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from bitwright.errors import RecipeError
+
+KEPT_AS = ("float", "bf16")
+
+
+def kind(module: nn.Module) -> type[nn.Module]:
+    """The class of torch.nn whose forward a module runs: its own class, or the one that a subclass leaves as it is."""
+    own: type[nn.Module] = type_before_parametrizations(module)
+    for found in own.__mro__:
+        if found.__module__.startswith("torch.nn.modules") and issubclass(found, nn.Module):
+            return found if _computes_as(own, found) else own
+    return own
+
+
+def _computes_as(own: type[nn.Module], found: type[nn.Module]) -> bool:
+    """Whether a subclass overrides nothing that its base computes with."""
+    return all(getattr(own, name, None) is getattr(found, name, None) for name in ("forward", "_conv_forward"))
+
+
+def named(root: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """Every submodule once, with all the names that it has, in the order of the tree."""
+    found: dict[int, tuple[list[str], nn.Module]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), ([], module))[0].append(name)
+    return [(tuple(names), module) for names, module in found.values()]
+
+
+def layers_of(root: nn.Module, kinds: Mapping[type[nn.Module], Any], kept: "Kept") -> list[tuple[str, nn.Module]]:
+    """First name and module of every layer of these kinds that is not kept, nor part of another such layer."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: set[int] = set()
+    for names, module in named(root):
+        if id(module) in inside or any(kept.covers(name) for name in names):
+            continue
+        if kind(module) in kinds:
+            found.append((names[0], module))
+            inside.update(id(child) for child in module.modules())
+    return found
+
+
+def replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The root with one submodule replaced under all of its names; the new module itself where the root is replaced."""
+    if root is old:
+        return new
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+    return root
+
+
+def off_the_fast_path(root: nn.Module) -> nn.Module:
+    """The root, with torch's transformer layers kept from a shortcut that reads weights past the modules that hold them."""
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # nothing else reads it
+    return root
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """The same for as long as the context lasts, whatever the modules."""
+    shortcut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also where hooks (torch.nn.utils.weight_norm, prune) have left a computed tensor in a module."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+class Bf16(nn.Module):
+    """A float module with its weights, and what it computes, in bfloat16; the result in the input's type."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.to(torch.bfloat16)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Tensors, or tuples of them, in and out."""
+        given = (x.dtype for x in (*inputs, *named.values()) if isinstance(x, Tensor))
+        dtype = next((dtype for dtype in given if dtype.is_floating_point), torch.float32)
+        names = {name: _cast(value, torch.bfloat16) for name, value in named.items()}
+        return _cast(self.inner(*_cast(inputs, torch.bfloat16), **names), dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors, in tuples too, in another type."""
+    if isinstance(value, tuple):
+        return tuple(_cast(each, dtype) for each in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class Kept:
+    """Which modules (and parameters of their own) stay float, and how: patterns of names -> "float" or "bf16"."""
+
+    def __init__(self, module: nn.Module, keep: Mapping[str, str]) -> None:
+        names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+        names += [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        for pattern, kind in keep.items():
+            if kind not in KEPT_AS:
+                raise RecipeError(f"cannot keep as {kind!r}", where=pattern, remedy=f"one of {', '.join(KEPT_AS)}")
+            if not any(fnmatchcase(name, pattern) for name in names):
+                remedy = f"names of submodules, such as {', '.join(names[1:4])}"
+                raise RecipeError("the pattern matches no submodule or parameter", where=pattern, remedy=remedy)
+        self.keep = dict(keep)
+
+    def covers(self, name: str) -> str | None:
+        """How a module, or one that it lies in, is kept; None: it is not."""
+        path = name.split(".")
+        above = [".".join(path[: i + 1]) for i in range(len(path))]
+        return next((kind for p, kind in self.keep.items() if any(fnmatchcase(each, p) for each in above)), None)
+
+    def apply(self, target: nn.Module) -> nn.Module:
+        """The module with those kept as bf16 put into bfloat16."""
+        for names, child in named(target):
+            patterns = [p for p, kind in self.keep.items() if kind == "bf16"]
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                target = replaced(target, child, Bf16(child))
+        return target
+
+
+def require_mode(module: nn.Module, *, training: bool) -> None:
+    """RecipeError where the module is not in the mode that is needed: eval all through, or training itself."""
+    wrong = next((name for name, child in module.named_modules() if child.training != training), None)
+    if wrong is not None and (not training or not module.training):
+        found, wanted = ("eval", "train") if training else ("train", "eval")
+        raise RecipeError(f"in {found} mode, where {wanted} is needed", where=wrong or "module", remedy=f".{wanted}()")
