@@ -12,7 +12,7 @@ from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import READERS, Reader
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import quantization_of
+from bitwright.models.skeleton import Skeleton, quantization_of
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 
@@ -32,8 +32,12 @@ class WeightSource:
         self.config = quantization_of(folder)
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint) if self.config else {}
+
+    @property
+    def plain(self) -> list[str]:
+        """The tensors that are not quantized."""
         parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
-        self.plain = [name for name in self.checkpoint.tensors if name not in parts]
+        return [name for name in self.checkpoint.tensors if name not in parts]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -120,9 +124,14 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def open_weights(path: Path) -> WeightSource | GgufWeightSource:
-    """A directory, or a GGUF file; errors as of the two."""
-    return GgufWeightSource(path) if is_gguf(path) else WeightSource(path)
+def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource | GgufWeightSource:
+    """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
+    if is_gguf(path):
+        return GgufWeightSource(path)
+    weight_source = WeightSource(path)
+    if skeleton is not None:
+        skeleton.split_experts(weight_source.checkpoint)
+    return weight_source
 
 
 def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:

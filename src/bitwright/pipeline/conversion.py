@@ -35,6 +35,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    skeleton.split_experts(checkpoint)
     names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
