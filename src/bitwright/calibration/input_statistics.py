@@ -23,6 +23,7 @@ class Inputs:
     drift [K, K] = (X₀ − X)ᵀX / T, X₀ what the float model has in the place of X
     residual [N, K] = (R₀ − R)ᵀX / T, R the residual stream that the module's output is added to, R₀ the float model's
     mean [K]: mean |x|;  low, high [K]: extremes;  sample [S, K]: some tokens, float32;  histogram: of all values
+    borrowed: tokens beside those that stand for all of a layer, where the router sends an expert few
     """
 
     names: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class Inputs:
     high: Tensor | None = None
     sample: Tensor | None = None
     histogram: Histogram | None = None
+    borrowed: int = 0
 
     @property
     def correlated(self) -> bool:

@@ -19,7 +19,7 @@ from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, matrix_of, read_config
+from bitwright.models.skeleton import Skeleton, is_linear, matrix_of, read_config
 from bitwright.models.source import WeightSource, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
@@ -67,11 +67,11 @@ class _Filling:
 
     def run(self) -> PreTrainedModel:
         """Module by module, so that a matrix is decoded only while it is being packed."""
-        model, linears, inside = self.skeleton.model, self.skeleton.linear_names(), self.skeleton.block_prefix + "."
+        model, inside = self.skeleton.model, self.skeleton.block_prefix + "."
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding and module is model.get_input_embeddings():
                 self._lookup(name, module)
-            elif name in linears:
+            elif is_linear(module):
                 self._linear(name, module, rounded=name.startswith(inside))
                 return_memory()  # what packing took lies between what stays
         for name, parameter in list(model.named_parameters()):

@@ -127,7 +127,7 @@ class Skeleton:
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def linear_names(self) -> list[str]:
-        """Every Linear or Conv1D of the model by full name, the output head included."""
+        """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def tied_names(self) -> set[str]:
@@ -171,7 +171,7 @@ class Skeleton:
         """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""
         prefix = f"{self.block_prefix}.{index}."
         named = self.blocks[index].named_modules()
-        return {prefix + name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
+        return {prefix + name: module for name, module in named if is_linear(module)}
 
     def source_names(self, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> dict[str, str]:
         """Parameter or persistent buffer name -> tensor name in a checkpoint that holds tensors of these shapes.
@@ -194,6 +194,17 @@ class Skeleton:
                 message = f"tensor {source!r} has shape {shape}, config.json means {meant}"
                 raise CheckpointError(message, where=where, remedy=remedy)
             found[name] = source
+        return found
+
+    def routers(self) -> set[str]:
+        """The modules that send tokens to experts, or say how much of a shared expert is added, by full name."""
+        found = set[str]()
+        for experts, layout in self.experts.items():
+            owner = experts.rpartition(".")[0]
+            for name, module in self.model.get_submodule(owner).named_modules(prefix=owner):
+                weight = dict(module.named_parameters(recurse=False)).get("weight")
+                steers = weight is not None and weight.ndim == 2 and len(weight) in (1, layout.E)
+                found |= {name} if steers and not name.startswith(f"{experts}.") else set()
         return found
 
     def split_experts(self, checkpoint: Checkpoint) -> None:
@@ -329,6 +340,11 @@ def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
             remedy="only decoder-only models are supported",
         )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else; a subclass of Linear may (PhiMoE's router)."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -68,7 +68,9 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    notes = _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    fused = any(info.take is not None for info in checkpoint.tensors.values())
+    return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
 
 def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
@@ -101,6 +103,7 @@ class _Chooser:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
+        self.routers = skeleton.routers()
         self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
 
@@ -117,6 +120,8 @@ class _Chooser:
             return replace(t, reason="outside the blocks")
         if len(t.shape) < 2:
             return replace(t, reason="a vector")
+        if any(f"{name}.".startswith(f"{router}.") for router in self.routers):
+            return replace(t, reason="a router of experts")
         rule = self.rules[name]
         if rule.scheme is None:
             return replace(t, reason=f"recipe: {rule.match}", rule=rule)
@@ -185,6 +190,21 @@ def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> l
     """What the usual engines will say to these files, or do with them."""
     notes = _format_notes(layers, format_)
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
+
+
+def _expert_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton, *, fused: bool) -> list[str]:
+    """Where transformers cannot load what is written of experts. fused: the source holds those of a layer in one tensor."""
+    inside = tuple(f"{name}." for name in skeleton.experts)
+    experts = [t.layer for t in planned if t.layer is not None and t.layer.name.startswith(inside)]
+    if not experts or format_.name != "compressed-tensors":
+        return []
+    packed = all(one.scheme.zero == "sym" and (one.activations is None or one.scheme.grid == "fp8") for one in experts)
+    if packed and not fused:
+        return []
+    why = (
+        "looks for the experts of these models in one tensor" if fused else "takes experts in packed symmetric integers"
+    )
+    return [f"experts are written one by one: transformers {why}, and does not load them; bitwright.load does"]
 
 
 def not_served(format_name: str, schemes: Iterable[Scheme]) -> list[str]:
