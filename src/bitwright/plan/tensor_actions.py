@@ -1,5 +1,6 @@
 """Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
+from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import COMPUTED, Skeleton
 from bitwright.numerics.scheme import PRESETS, Scheme
@@ -24,6 +26,8 @@ from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
+CONVERTED = "transformers makes other tensors of it as it loads it"
+PASSED_OVER = "transformers leaves it unread; other engines may want it"
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
@@ -47,12 +51,24 @@ def decide(
     odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
     odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
     chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
         parameter = parameters.get(source)
+        if source in converted:
+            made = converted[source].makes[0]
+            if ".experts." in made:
+                message = f"transformers joins the experts of a {skeleton.config.model_type!r} model in memory ({made})"
+                raise CheckpointError(message, where=source, remedy="this family's experts are not quantized yet")
+            place = blocks.get(made)
+            planned.append(PlannedTensor(source, source, place, info.dtype, info.shape, KEPT, CONVERTED))
+            continue
         if parameter is None:
             if is_unused(source) and not skeleton.predicts:
                 planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
+                continue
+            if not source.endswith(COMPUTED) and skeleton.is_passed_over(source):
+                planned.append(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT, PASSED_OVER))
                 continue
             if not source.endswith(COMPUTED):
                 raise unknown(source, skeleton)
@@ -114,12 +130,15 @@ class _Chooser:
             wide = self.names.is_float32(t.parameter, len(t.shape))
             t = replace(t, dtype=torch.float32) if wide else t
         if t.block is None and name not in self.modules:
-            return replace(t, reason="outside the blocks")
+            tower = self.skeleton.tower_of(t.parameter)
+            return replace(t, reason=f"{tower}: not the text model" if tower else "outside the blocks")
         if len(t.shape) < 2:
             return replace(t, reason="a vector")
         rule = self.rules[name]
         if rule.scheme is None:
             return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+        if rule.match == "*" and (why := self._kept_by_default(t, name)):
+            return replace(t, reason=why, rule=rule)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
             message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
@@ -131,6 +150,15 @@ class _Chooser:
             remedy = f"method gptq, or K up to {LARGEST_K}"
             raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
         return replace(t, action=QUANTIZED, layer=layer, rule=rule)
+
+    def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
+        """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if name in self.modules:
+            return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
+        if ".experts." in f"{t.parameter}.":
+            return ""
+        owner, _, leaf = t.parameter.rpartition(".")
+        return f"{leaf} of a {type(self.skeleton.model.get_submodule(owner)).__name__}"
 
     def _layer(self, t: PlannedTensor, name: str, rule: Rule) -> Layer:
         """The matrix as the format will store it."""
