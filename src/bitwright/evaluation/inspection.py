@@ -18,12 +18,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    config = read_config(folder)
-    weight_source = open_weights(folder)
+    skeleton = Skeleton(read_config(folder), torch.float32)
+    weight_source = open_weights(folder, skeleton)
+    names_in(weight_source, skeleton)
     ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
     entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
-    skeleton = Skeleton(config, torch.float32)
-    names_in(weight_source, skeleton)
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     renamed = (
         weight_source.stored if isinstance(weight_source, GgufWeightSource) else {}

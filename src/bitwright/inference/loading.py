@@ -58,8 +58,8 @@ class _Filling:
 
     def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.weight_source: WeightSource | GgufWeightSource = open_weights(path)
         self.skeleton = Skeleton(read_config(path), dtype)
+        self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
         self.names = names_in(self.weight_source, self.skeleton)
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
         if scheme is not None and not self.weight_source.is_float:

@@ -20,8 +20,11 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
+from bitwright.models.experts import one_by_one, split
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
+from bitwright.models.file_names import in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
 
@@ -34,7 +37,6 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
-ALIASES = {"lm_head.weight": "embed_out.weight"}  # what files call it where transformers has renamed it (GPT-NeoX)
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
@@ -100,6 +102,7 @@ class Skeleton:
                     where=str(config.name_or_path or config.model_type),
                     remedy="only decoder-only models of transformers are supported",
                 ) from error
+        self.experts = one_by_one(self.model)
         self.model.tie_weights()
         self.predicts = config.model_type not in ENCODERS
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
@@ -176,13 +179,12 @@ class Skeleton:
         A shape of None is not compared. Checkpoints of the bare model lack the causal model's prefix, and the other
         way round. CheckpointError names what is missing or has another shape than config.json means.
         """
-        stem = self.model.base_model_prefix + "."
-        tied = self.tied_names()
+        tied, parameters = self.tied_names(), self.model.state_dict(keep_vars=True)
         remedy = "config.json and weights must belong together"
+        files = in_model(self.model, shapes, parameters)
         found: dict[str, str] = {}
-        for name, parameter in self.model.state_dict(keep_vars=True).items():
-            candidates = (name, name.removeprefix(stem), stem + name, ALIASES.get(name, name))
-            source = next((c for c in candidates if c in shapes), None)
+        for name, parameter in parameters.items():
+            source = files.get(name)
             if source is None:
                 if name not in tied and not name.endswith(COMPUTED):
                     raise CheckpointError(f"the checkpoint lacks tensor {name!r}", where=where, remedy=remedy)
@@ -193,6 +195,16 @@ class Skeleton:
                 raise CheckpointError(message, where=where, remedy=remedy)
             found[name] = source
         return found
+
+    def split_experts(self, checkpoint: Checkpoint) -> None:
+        """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
+
+        CheckpointError if one has another shape than config.json means.
+        """
+        fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
+        for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).items():
+            name, part = fused[parameter]
+            split(checkpoint, source, name, part, self.experts[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Give the named parameters and buffers these values, in the skeleton's dtype."""

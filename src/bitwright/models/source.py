@@ -35,9 +35,13 @@ class WeightSource:
         self.config = quantization_of(folder)
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
-        parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
-        self.plain = [name for name in self.checkpoint.tensors if name not in parts]
         self._kinds: dict[str, type[nn.Module]] = {}  # of the modules, once it has met the model
+
+    @property
+    def plain(self) -> list[str]:
+        """The tensors that are not quantized."""
+        parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
+        return [name for name in self.checkpoint.tensors if name not in parts]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -51,9 +55,10 @@ class WeightSource:
         names = skeleton.source_names(self.shapes, str(self.folder))
         zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
         check_all_read(self.shapes, [*names.values(), *zeros], skeleton, str(self.folder))
-        parameters = skeleton.model.state_dict(keep_vars=True)
+        parameters, plain = skeleton.model.state_dict(keep_vars=True), set(self.plain)
         for parameter, source in names.items():
-            self._check_type(source, parameters[parameter])
+            if source in plain and parameters[parameter].is_floating_point():
+                self._check_type(source)
             self._kinds[source.rpartition(".")[0]] = type(skeleton.model.get_submodule(parameter.rpartition(".")[0]))
         return names
 
@@ -72,10 +77,8 @@ class WeightSource:
         module, _, leaf = name.rpartition(".")
         return leaf == "bias" and module in self.modules and not self.checkpoint.read(name).any()
 
-    def _check_type(self, source: str, parameter: Tensor) -> None:
+    def _check_type(self, source: str) -> None:
         """CheckpointError for codes where the model means numbers: a quantized tensor without its scales."""
-        if source not in self.checkpoint.tensors or source not in self.plain or not parameter.is_floating_point():
-            return
         dtype = self.checkpoint.tensors[source].dtype
         if dtype not in FLOATS and not (self.config is None and dtype.is_floating_point):
             message = (
@@ -169,9 +172,14 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def open_weights(path: Path) -> WeightSource | GgufWeightSource:
-    """A directory, or a GGUF file; errors as of the two."""
-    return GgufWeightSource(path) if is_gguf(path) else WeightSource(path)
+def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource | GgufWeightSource:
+    """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
+    if is_gguf(path):
+        return GgufWeightSource(path)
+    weight_source = WeightSource(path)
+    if skeleton is not None:
+        skeleton.split_experts(weight_source.checkpoint)
+    return weight_source
 
 
 def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:

@@ -32,7 +32,7 @@ class StreamedModel:
         """
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
-        self.weight_source = open_weights(folder)
+        self.weight_source = open_weights(folder, self.skeleton)
         self.engine = engine
         self.input_quantization = (
             self.weight_source.input_quantization if engine is None else _intake_of(engine, self.weight_source)

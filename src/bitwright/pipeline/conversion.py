@@ -35,6 +35,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    skeleton.split_experts(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))
     check_all_read(shapes, names.values(), skeleton, str(model))
