@@ -21,12 +21,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
+from bitwright.models.experts import one_by_one, split
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
+from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.stored_names import Conversion, stored_names
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -85,6 +87,7 @@ class Skeleton:
                 )
                 where = str(config.name_or_path or config.model_type)
                 raise CheckpointError(f"no model for it: {reason}", where=where, remedy=remedy) from error
+        self.experts = one_by_one(self.model)
         self.model.tie_weights()
         self.predicts = config.model_type not in ENCODERS
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
@@ -175,11 +178,12 @@ class Skeleton:
         A shape of None is not compared. Checkpoints of the bare model lack the causal model's prefix, and the other
         way round. CheckpointError names what is missing or has another shape than config.json means.
         """
-        stored = stored_names(self.model, shapes)
+        parameters = self.model.state_dict(keep_vars=True)
+        stored = in_model(self.model, shapes, parameters)
         self.conversions = stored.conversions
         made = {name for conversion in stored.conversions for name in conversion.makes}
         self._check_all_there(stored.names.keys() | made, where)
-        for name, parameter in self.model.state_dict(keep_vars=True).items():
+        for name, parameter in parameters.items():
             source = stored.names.get(name)
             shape, meant = shapes[source] if source is not None else None, tuple(parameter.shape)
             if shape is not None and shape != meant:
@@ -200,6 +204,16 @@ class Skeleton:
         if lacking:
             remedy = "config.json and weights must belong together"
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
+
+    def split_experts(self, checkpoint: Checkpoint) -> None:
+        """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
+
+        CheckpointError if one has another shape than config.json means.
+        """
+        fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
+        for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
+            name, part = fused[parameter]
+            split(checkpoint, source, name, part, self.experts[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Give the named parameters and buffers these values, in the skeleton's dtype; tensors of the file that others are

@@ -1,7 +1,7 @@
 """Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,8 +18,10 @@ from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.families import KEPT_LINEARS
+from bitwright.models.file_names import Conversion
 from bitwright.models.gguf_source import FloatGgufCheckpoint
-from bitwright.models.skeleton import COMPUTED, Skeleton
+from bitwright.models.skeleton import Skeleton
+from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe, Rule
@@ -27,7 +29,6 @@ from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
 CONVERTED = "transformers makes other tensors of it as it loads it"
-PASSED_OVER = "transformers leaves it unread; other engines may want it"
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
@@ -45,6 +46,7 @@ def decide(
     if untied:
         shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
     names = skeleton.source_names(shapes, str(checkpoint.folder))
+    check_all_read(shapes, names.values(), skeleton, str(checkpoint.folder))
     parameters = {source: parameter for parameter, source in names.items()}
     blocks = {p: i for i in range(len(skeleton)) for p in skeleton.state_names(i)}
     modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
@@ -54,31 +56,13 @@ def decide(
     converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
-        parameter = parameters.get(source)
+        t = PlannedTensor(source, parameters.get(source, source), None, info.dtype, info.shape, KEPT)
         if source in converted:
-            made = converted[source].makes[0]
-            if ".experts." in made:
-                message = f"transformers joins the experts of a {skeleton.config.model_type!r} model in memory ({made})"
-                raise CheckpointError(message, where=source, remedy="this family's experts are not quantized yet")
-            place = blocks.get(made)
-            planned.append(PlannedTensor(source, source, place, info.dtype, info.shape, KEPT, CONVERTED))
-            continue
-        if parameter is None:
-            if is_unused(source) and not skeleton.predicts:
-                planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
-                continue
-            if not source.endswith(COMPUTED) and skeleton.is_passed_over(source):
-                planned.append(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT, PASSED_OVER))
-                continue
-            if not source.endswith(COMPUTED):
-                raise unknown(source, skeleton)
-            planned.append(
-                PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it")
-            )
-            continue
-        planned.append(
-            chooser.decide(PlannedTensor(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT))
-        )
+            planned.append(_converted(t, converted[source], blocks))
+        elif source in parameters:
+            planned.append(chooser.decide(replace(t, block=blocks.get(t.parameter))))
+        else:
+            planned.append(_unread(t, skeleton, format_))
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
         planned.append(
@@ -87,16 +71,19 @@ def decide(
     return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
 
 
-def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
-    """The error for a tensor that the model does not have."""
-    remedy = "config.json and weights must belong together"
-    if not skeleton.predicts:
-        remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"
-    return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
+def _converted(t: PlannedTensor, conversion: Conversion, blocks: Mapping[str, int]) -> PlannedTensor:
+    """A tensor that transformers makes others of: its format holds float ones alone. CheckpointError for experts."""
+    made = conversion.makes[0]
+    if ".experts." in made:
+        message = f"transformers makes {made} of it, and this family's experts are not known here"
+        raise CheckpointError(message, where=t.source, remedy="quantize a model without experts")
+    return replace(t, block=blocks.get(made), reason=CONVERTED)
 
 
-def _unused(t: PlannedTensor, format_: Format) -> PlannedTensor:
-    """What an encoder has behind its last hidden state, which nothing here runs."""
+def _unread(t: PlannedTensor, skeleton: Skeleton, format_: Format) -> PlannedTensor:
+    """A tensor that the model does not read; of an encoder, what is behind its last hidden state may be kept."""
+    if not is_unused(t.source) or skeleton.predicts:
+        return replace(t, action=LEFT_OUT, reason=why_left(t.source, t.shape, skeleton) or "")
     if format_.one_file:
         return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
     return replace(t, reason="the pooling layer or a head")
