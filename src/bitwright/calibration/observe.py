@@ -177,7 +177,9 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
         if name in wanted:
             readers.setdefault(id(seen.inputs[name]), []).append(name)
     order = {name: at for at, name in enumerate(seen.inputs)}
-    written = _written(window, seen)
+    assert seen.out is not None
+    stream = run.skeleton.stream
+    written = _written(stream(window), stream(seen.out), seen)
     groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
     first = {group.names[0]: group for group in groups} | {mixture.name: mixture for mixture in mixtures}
     return [first[name] for name in sorted(first, key=lambda name: order[name])]
@@ -199,10 +201,9 @@ def _norms(run: BlockRun) -> list[str]:
     return [prefix + name for name, module in named if name and is_norm(module)]
 
 
-def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
+def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
     """The modules whose outputs, added to what the block is given, are what it gives; none if there are no such modules."""
-    assert seen.out is not None
-    written = seen.out.float() - window.float()
+    written = out.float() - window.float()
     candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
     for count in range(1, min(4, len(candidates)) + 1):
         for some in combinations(candidates, count):
@@ -305,9 +306,15 @@ def observe(
             other = None if floats is None else floats.of(b, group)
             ahead, counting = None, None
             if group.behind is not None and (other is not None or by_residual):
-                stream = None if other is None or floats is None else other.residual(floats.batches[b], group)
+                stream = (
+                    None
+                    if other is None or floats is None
+                    else other.residual(run.skeleton.stream(floats.batches[b]), group)
+                )
                 pair = None if other is None or stream is None else (stream, other.inputs[name])
-                ahead, counting = _towards(run.skeleton, group, x, seen.residual(batch, group), pair)
+                ahead, counting = _towards(
+                    run.skeleton, group, x, seen.residual(run.skeleton.stream(batch), group), pair
+                )
             original = None if other is None else other.inputs[name]
             gatherings[name].update(x, original, ahead, counting if by_residual else None)
     return [gathering.value() for gathering in gatherings.values()]

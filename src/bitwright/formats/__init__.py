@@ -9,13 +9,13 @@ from bitwright.errors import FormatError, one_of
 from bitwright.formats.awq import Awq
 from bitwright.formats.bitsandbytes import BitsAndBytes
 from bitwright.formats.compressed_tensors import CompressedTensors
-from bitwright.formats.format import Format, Layer, Reader
+from bitwright.formats.format import CheckpointReader, Format, Layer
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.native import Native
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
-READERS: tuple[Reader, ...] = (*FORMATS.values(), Awq(), BitsAndBytes())
+READERS: tuple[CheckpointReader, ...] = (CompressedTensors(), Gptq(), Native(), Awq(), BitsAndBytes())
 
 SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
@@ -45,4 +45,4 @@ def chosen(
     return name, scheme or SCHEMES.get(name, SCHEME), method or (ONE_SHOT if one_shot else METHOD)
 
 
-__all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen", "format_named"]
+__all__ = ["FORMATS", "READERS", "CheckpointReader", "Format", "Layer", "chosen", "format_named"]

@@ -6,12 +6,13 @@ scales  [G, N]       float16
 g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act)
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
@@ -30,6 +31,7 @@ class Gptq:
 
     name = "gptq"
     method = "gptq"
+    parts = frozenset(("qweight", "qzeros", "scales", "g_idx"))
     kv_cache = False
     embeddings = False
     one_file = False
@@ -106,6 +108,14 @@ class Gptq:
             "damp_percent": 0.01,
             **({"dynamic": excluded} if excluded else {}),
         }
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "qweight" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""

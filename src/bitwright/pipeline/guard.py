@@ -5,14 +5,13 @@ that the method itself minimises. Every block: by its output, beside the float m
 method saw. Where a plainer one loses less it is taken, and the ledger says so, as of any fallback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.calibration.observe import BlockRun
 from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy, ratio
@@ -63,10 +62,11 @@ def _energy(w: Tensor, metric: Tensor | None) -> Tensor:
     return energy(w if metric is None else w.to(metric.dtype), metric)
 
 
-def block_error(run: BlockRun, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def block_error(run: Callable[[Tensor], Tensor], given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """‖y − y₀‖² / ‖y₀‖² of a token's output, mean over all: a token with a massive activation counts as any other.
 
-    given: what the block is given, in batches [B, T, H]; wanted: what the float model's block makes of its own.
+    run: the block, its hidden state alone. given: what it is given, in batches [B, T, H]; wanted: what the float model's block
+    makes of its own.
     """
     shares = []
     for batch, meant in zip(given, wanted, strict=True):

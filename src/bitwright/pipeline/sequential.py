@@ -97,7 +97,10 @@ def better(
     aim at the float model, of what the float model gives it.
     """
     (done, run), (searched, plain) = asked, plainer
-    error, error_search = (block_error(one, held, wanted) for one in (run, plain))
+    stream = run.skeleton.stream
+    meant = [stream(batch) for batch in wanted]
+    error = block_error(lambda batch: stream(run(batch)), held, meant)
+    error_search = block_error(lambda batch: stream(plain(batch)), held, meant)
     if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]

@@ -179,7 +179,8 @@ class Verification:
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
         for name, value in self.kept.items():
-            if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
+            there, meant = (t.contiguous().reshape(-1).view(torch.uint8) for t in (written.read(name), value))
+            if not torch.equal(there, meant):
                 raise VerificationError("the tensor on disk is not the one that was meant", where=name)
         for module, q in self.meant.items():
             found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
