@@ -39,6 +39,7 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older tools wrote, and which
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
@@ -436,13 +437,25 @@ def best_dtype() -> torch.dtype:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, if it has one."""
-    file = folder / "config.json"
+    """The quantization_config of a checkpoint's config.json, or what AutoGPTQ and AutoAWQ wrote beside it; None: neither."""
+    raw = _json(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
+        for place in (raw, raw.get("text_config")):
+            if isinstance(place, dict) and isinstance(place.get(key), dict):
+                return dict(place[key])
+    for file, method in BESIDE.items():
+        found = _json(folder / file)
+        if found:
+            return {"quant_method": method, **found}
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is no file. CheckpointError for one that is damaged."""
     if not file.is_file():
-        return None
+        return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
-    found = raw.get("quantization_config") if isinstance(raw, dict) else None
-    return found if isinstance(found, dict) else None
+        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file)) from error
+    return raw if isinstance(raw, dict) else {}
