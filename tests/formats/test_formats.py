@@ -71,9 +71,12 @@ def test_the_librarys_own_compressor_writes_the_same_bytes(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["int4-g128-asym", "int3-g64-asym", "int2-g64", "int8-channel"])
-def test_gptq_v1_bit_by_bit(text: str) -> None:
-    """Every code lies at bit k·b of its column, every zero point − 1 at bit n·b of its group, lowest bit first."""
+def test_gptq_bit_by_bit(text: str) -> None:
+    """Every code lies at bit k·b of its column, every zero point at bit n·b of its group, lowest bit first: less 1 in
+    version 1, which symmetric files are."""
     layer, q = stored("gptq", text, torch.float16)
+    version = GPTQ.config([layer], [])["checkpoint_format"]
+    assert version == ("gptq_v2" if text.endswith("asym") else "gptq")
     tensors, bits, half = GPTQ.encode(q, layer, torch.float16), q.scheme.levels.bits, 1 << (q.scheme.levels.bits - 1)
 
     def field(words: list[int], index: int) -> int:
@@ -86,7 +89,8 @@ def test_gptq_v1_bit_by_bit(text: str) -> None:
     for g in range(layer.scheme.groups(256)):
         row = tensors["qzeros"][g].tolist()
         zeros = [0] * 64 if q.scales.zero is None else q.scales.zero[:, g].int().tolist()
-        assert [field(row, n) + 1 for n in range(64)] == [zero + half for zero in zeros]
+        least = 1 if version == "gptq" else 0
+        assert [field(row, n) + least for n in range(64)] == [zero + half for zero in zeros]
     assert tensors["g_idx"].tolist() == [k // layer.scheme.group_length(256) for k in range(256)]
     assert torch.equal(tensors["scales"].float(), q.scales.scale.T)
 
@@ -122,11 +126,14 @@ def test_bitsandbytes_number_by_number() -> None:
     assert torch.equal(scale, q.scales.scale.flatten())
 
 
-def test_gptq_never_needs_a_zero_point_below_1() -> None:
-    w = torch.rand(32, 128) + 0.5  # a plain asym zero point would be the lowest code
-    scheme = GPTQ.adapt(Layer("x", 32, 128, Scheme.parse("int4-g128-asym")), torch.float16).scheme
-    zero = fit(w, scheme).zero
-    assert zero is not None and (zero == -7).all()
+def test_gptq_holds_every_zero_point() -> None:
+    """The lowest code too, which version 1 has no place for."""
+    w = torch.rand(32, 128) + 0.5
+    layer = GPTQ.adapt(Layer("x", 32, 128, Scheme.parse("int4-g128-asym")), torch.float16)
+    q = encode(w, fit(w, layer.scheme), layer.scheme)
+    assert q.scales.zero is not None and (q.scales.zero == -8).all()
+    tensors = GPTQ.encode(q, layer, torch.float16)
+    assert torch.equal(GPTQ.decode(GPTQ.config([layer], []), "x", tensors), decode(q))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ HELD = {
         "IQ2_S": "int7-g16-f32", "IQ3_XXS": "int6-g32-f32", "IQ3_S": "int5-g32-f32", "Q1_0": "int2-g128-f32",
     },
     "gptq": {  # scales of other types are no f16s by themselves
-        "Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym1-f16", "Q5_0": "int8-g32-asym1-f16", "IQ4_NL": "int8-g32-asym1-f16",
+        "Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym-f16", "Q5_0": "int8-g32-asym-f16", "IQ4_NL": "int8-g32-asym-f16",
         "TQ1_0": "int2-g256", "TQ2_0": "int2-g256", "Q1_0": "int2-g128", "MXFP4": "int8-g32",
         "NVFP4": "int8-g16",
     },

@@ -15,13 +15,13 @@ from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.awq import Awq
 from bitwright.formats.format import Layer, differing, refuse_decomposed, refuse_rounded_inputs, refuse_short_groups
+from bitwright.formats.gptq import dynamic
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import CHANNEL, Scheme, Zero
+from bitwright.numerics.scheme import CHANNEL, Scheme
 
 WORD = 8  # outputs in a word
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in the word, of each of these outputs
-STORED: dict[Zero, Zero] = {"asym": "asym", "asym1": "asym1", "sym": "sym", "signed": "sym"}  # as the format has it
 
 
 class AwqWriter(Awq):
@@ -37,7 +37,7 @@ class AwqWriter(Awq):
         refuse_rounded_inputs(layer, "AWQ")
         s = layer.scheme
         plain = s.scale in ("f32", "f16", "bf16") and (isinstance(s.group, int) or s.group == CHANNEL)
-        if s.grid != "int4" or s.zero not in STORED or not plain:
+        if s.grid != "int4" or s.zero == "min" or not plain:
             remedy = "int4-g128-asym or int4-g128, groups of 16 to 256 or by channel"
             raise FormatError(f"AWQ files cannot hold {s}", where=layer.name, remedy=remedy)
         if layer.transposed:
@@ -49,7 +49,7 @@ class AwqWriter(Awq):
             raise FormatError(
                 message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
             )
-        return replace(layer, scheme=Scheme("int4", s.group, STORED[s.zero], "f16"))
+        return replace(layer, scheme=Scheme("int4", s.group, "sym" if s.symmetric else "asym", "f16"))
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""
@@ -74,7 +74,7 @@ class AwqWriter(Awq):
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`. Linear modules that stay float stand in `modules_to_not_convert`."""
+        """See `Format.config`. Modules that stay float stand in `modules_to_not_convert`, and for GPTQModel in `dynamic`."""
         groups = Counter(layer.scheme.group for layer in layers)
         if len(groups) > 1:
             named = ", ".join(sorted(map(str, groups)))
@@ -87,6 +87,7 @@ class AwqWriter(Awq):
             "group_size": group if isinstance(group, int) else -1,
             "zero_point": True,
             "modules_to_not_convert": kept,
+            **({"dynamic": excluded} if (excluded := dynamic(kept)) else {}),
         }
 
 

@@ -1,11 +1,15 @@
-"""GPTQ v1: the layout that GPTQModel, transformers and vLLM read.
+"""GPTQ: the layout that GPTQModel, transformers and vLLM read.
 
 qweight [K·b/32, N]  unsigned codes packed along K, eight 4-bit codes a word (3-bit codes straddle words)
-qzeros  [G, N·b/32]  zero point − 1, packed along N: v1's convention, so the lowest code cannot be a zero point ("asym1")
+qzeros  [G, N·b/32]  zero points packed along N: less 1 in version 1, as they are in version 2
 scales  [G, N]       float16
 g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act)
+
+`checkpoint_format` says which version: "gptq" or "gptq_v2". Symmetric files are written in the first, which everyone reads;
+others in the second: GPTQModel takes asymmetric files of version 1 from itself alone.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +31,10 @@ from bitwright.formats.format import (
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import Scheme, Zero
+from bitwright.numerics.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
-STORED: dict[str, Zero] = {"asym": "asym1", "signed": "sym"}  # as the format has it
+V1, V2 = "gptq", "gptq_v2"
 
 
 class Gptq:
@@ -60,7 +64,7 @@ class Gptq:
                 raise FormatError(
                     message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
                 )
-        return replace(layer, scheme=Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16"))
+        return replace(layer, scheme=Scheme(s.grid, s.group, "sym" if s.symmetric else "asym", "f16"))
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""
@@ -79,7 +83,7 @@ class Gptq:
         zero = torch.zeros_like(q.scales.scale) if q.scales.zero is None else q.scales.zero
         return {
             "qweight": pack(q.codes.short() + half, bits).T.contiguous(),
-            "qzeros": pack(zero.T.short() + (half - 1), bits),
+            "qzeros": pack(zero.T.short() + half - int(q.scheme.symmetric), bits),
             "scales": q.scales.scale.T.to(torch.float16).contiguous(),
             "g_idx": torch.arange(K, dtype=torch.int32) // q.scheme.group_length(K),
         }
@@ -95,10 +99,10 @@ class Gptq:
             named = ", ".join(sorted(map(str, schemes)))
             raise FormatError(f"a GPTQ file holds one scheme, not {named}", remedy="use compressed-tensors")
         scheme = schemes.pop()
-        excluded: dict[str, Any] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept if name != "lm_head"}
+        excluded = dynamic(kept)
         return {
             "quant_method": self.method,
-            "checkpoint_format": "gptq",
+            "checkpoint_format": V1 if scheme.symmetric else V2,
             "bits": scheme.levels.bits,
             "group_size": scheme.group if isinstance(scheme.group, int) else -1,
             "sym": scheme.zero == "sym",
@@ -116,7 +120,7 @@ class Gptq:
         """See `Format.decode`: bit by bit from the layout above, sharing nothing with the writer."""
         bits = int(config["bits"])
         codes = _bits_to_numbers(tensors["qweight"].numpy(), bits).T  # [N, K]
-        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1  # [N, G]
+        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + _least(config)  # [N, G]
         group = tensors["g_idx"].numpy()
         scale = tensors["scales"].numpy().astype(np.float32).T  # [N, G]
         return torch.from_numpy((codes - zeros[:, group]).astype(np.float32) * scale[:, group])
@@ -130,10 +134,20 @@ class Gptq:
             remedy = "get a good copy of the file"
             raise FormatError(f"its columns are not in groups of {length} (g_idx)", where=name, remedy=remedy)
         scheme = Scheme(f"int{bits}", "channel" if group < 0 else group, "asym")
-        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1 - (1 << (bits - 1))
+        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + _least(config) - (1 << (bits - 1))
         scales = Scales(tensors["scales"].float().T.contiguous(), torch.from_numpy(zeros).float())
         q = recovered(self.decode(config, name, tensors)[:, order], scheme, scales, name)
         return q if torch.equal(order, torch.arange(K)) else replace(q, order=order)
+
+
+def dynamic(kept: list[str]) -> dict[str, dict[str, Any]]:
+    """GPTQModel's rules, by expressions, for Linear modules that stay float; its own for the output head is no rule."""
+    return {f"-:^{re.escape(name)}$": {} for name in kept if name != "lm_head"}
+
+
+def _least(config: dict[str, Any]) -> int:
+    """The zero point that is stored as 0."""
+    return 0 if config.get("checkpoint_format", config.get("format", V1)) == V2 else 1
 
 
 def _bits_to_numbers(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

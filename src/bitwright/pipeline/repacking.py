@@ -52,6 +52,7 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
     scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
     same = {
         "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym": q.scheme.zero == "asym1",
         "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
         q.scheme.zero: True,
     }
