@@ -15,7 +15,7 @@ from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.awq import Awq
 from bitwright.formats.format import Layer, differing, refuse_decomposed, refuse_rounded_inputs, refuse_short_groups
-from bitwright.formats.gptq import dynamic
+from bitwright.formats.gptq import kept_in_float
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import CHANNEL, Scheme
@@ -87,7 +87,7 @@ class AwqWriter(Awq):
             "group_size": group if isinstance(group, int) else -1,
             "zero_point": True,
             "modules_to_not_convert": kept,
-            **({"dynamic": excluded} if (excluded := dynamic(kept)) else {}),
+            **({"dynamic": excluded} if (excluded := kept_in_float(kept)) else {}),
         }
 
 

@@ -7,11 +7,12 @@ the type transformers loads them into. Read back by the compressed-tensors libra
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
@@ -31,6 +32,10 @@ from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme, Zero
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+PARTS = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
+    "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
 NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not packed
 
 
@@ -39,6 +44,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     method = "compressed-tensors"
+    parts = frozenset(PARTS)
     kv_cache = True
     embeddings = False
     one_file = False
@@ -142,6 +148,14 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight_packed" in dtypes or ("weight_scale" in dtypes and dtypes.get("weight") in NARROW.values())
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""

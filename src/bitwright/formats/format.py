@@ -1,11 +1,11 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
@@ -62,6 +62,21 @@ class Reader(Protocol):
         """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives.
 
         FormatError for a layout that codes cannot be told from.
+        """
+
+
+class CheckpointReader(Reader, Protocol):
+    """A reader of directories with a quantization_config: which tensors are a module's, what is said of it."""
+
+    parts: frozenset[str]  # suffixes of the module's name that it reads; any other tensor has no reader
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Whether a module with tensors of these suffixes and types is a quantized one."""
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """What a quantization_config says of one module of a class: a config of it alone, which `decode` takes too.
+
+        FormatError if it says nothing of it, or that it is kept in float.
         """
 
 

@@ -23,10 +23,11 @@ out. Names are the model's; those of tensors may lack its prefix, or add it.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.format import Layer, Read, differing, recovered
@@ -49,6 +50,10 @@ from bitwright.numerics.packing import pack, words
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
 from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
 
+PARTS = (
+    "weight_shape", "weight_codes", "weight_scale", "weight_scale_outer", "weight_scale_mean", "weight_zero_point",
+    "weight_minimum", "weight_minimum_outer", "outlier_columns", "outlier_weight", "input_scale", "input_zero_point",
+)  # fmt: skip
 ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
 
 
@@ -57,6 +62,7 @@ class Native:
 
     name = "bitwright"
     method = "bitwright"
+    parts = frozenset(PARTS)
     kv_cache = True
     embeddings = False
     one_file = False
@@ -120,6 +126,14 @@ class Native:
             more = {"activations": activations, "outliers": outliers, "rotate": rotate}
             entries.append({"scheme": scheme, **{key: value for key, value in more.items() if value}, "modules": names})
         return {"quant_method": self.method, "format_version": VERSION, "modules": entries}
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight_codes" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""

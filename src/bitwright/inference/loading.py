@@ -20,7 +20,7 @@ from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton, matrix_of, read_config
-from bitwright.models.source import WeightSource, open_weights
+from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.system.memory import return_memory
@@ -58,9 +58,9 @@ class _Filling:
 
     def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.weight_source: WeightSource | GgufWeightSource = open_weights(path)
         self.skeleton = Skeleton(read_config(path), dtype)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(path))
+        self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
+        self.names = names_in(self.weight_source, self.skeleton)
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
         if scheme is not None and not self.weight_source.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")

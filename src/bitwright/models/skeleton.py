@@ -20,8 +20,11 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
+from bitwright.models.experts import one_by_one, split
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
+from bitwright.models.file_names import in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
 
@@ -34,7 +37,7 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
-ALIASES = {"lm_head.weight": "embed_out.weight"}  # what files call it where transformers has renamed it (GPT-NeoX)
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older tools wrote, and which
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
@@ -100,6 +103,7 @@ class Skeleton:
                     where=str(config.name_or_path or config.model_type),
                     remedy="only decoder-only models of transformers are supported",
                 ) from error
+        self.experts = one_by_one(self.model)
         self.model.tie_weights()
         self.predicts = config.model_type not in ENCODERS
         self.block_prefix, self.blocks = _find_blocks(self.model, config)
@@ -176,13 +180,12 @@ class Skeleton:
         A shape of None is not compared. Checkpoints of the bare model lack the causal model's prefix, and the other
         way round. CheckpointError names what is missing or has another shape than config.json means.
         """
-        stem = self.model.base_model_prefix + "."
-        tied = self.tied_names()
+        tied, parameters = self.tied_names(), self.model.state_dict(keep_vars=True)
         remedy = "config.json and weights must belong together"
+        files = in_model(self.model, shapes, parameters)
         found: dict[str, str] = {}
-        for name, parameter in self.model.state_dict(keep_vars=True).items():
-            candidates = (name, name.removeprefix(stem), stem + name, ALIASES.get(name, name))
-            source = next((c for c in candidates if c in shapes), None)
+        for name, parameter in parameters.items():
+            source = files.get(name)
             if source is None:
                 if name not in tied and not name.endswith(COMPUTED):
                     raise CheckpointError(f"the checkpoint lacks tensor {name!r}", where=where, remedy=remedy)
@@ -193,6 +196,16 @@ class Skeleton:
                 raise CheckpointError(message, where=where, remedy=remedy)
             found[name] = source
         return found
+
+    def split_experts(self, checkpoint: Checkpoint) -> None:
+        """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
+
+        CheckpointError if one has another shape than config.json means.
+        """
+        fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
+        for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).items():
+            name, part = fused[parameter]
+            split(checkpoint, source, name, part, self.experts[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Give the named parameters and buffers these values, in the skeleton's dtype."""
@@ -351,13 +364,25 @@ def best_dtype() -> torch.dtype:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, if it has one."""
-    file = folder / "config.json"
+    """The quantization_config of a checkpoint's config.json, or what AutoGPTQ and AutoAWQ wrote beside it; None: neither."""
+    raw = _json(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
+        for place in (raw, raw.get("text_config")):
+            if isinstance(place, dict) and isinstance(place.get(key), dict):
+                return dict(place[key])
+    for file, method in BESIDE.items():
+        found = _json(folder / file)
+        if found:
+            return {"quant_method": method, **found}
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is no file. CheckpointError for one that is damaged."""
     if not file.is_file():
-        return None
+        return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
-    found = raw.get("quantization_config") if isinstance(raw, dict) else None
-    return found if isinstance(found, dict) else None
+        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file)) from error
+    return raw if isinstance(raw, dict) else {}

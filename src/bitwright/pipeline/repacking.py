@@ -23,8 +23,8 @@ from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
-from bitwright.models.skeleton import COMPUTED, Skeleton, read_config
-from bitwright.models.source import open_weights
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
@@ -182,13 +182,9 @@ class _Source:
     def __init__(self, model: Path) -> None:
         self.model, self.weight_source = model, open_weights(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(model))
+        self.names = names_in(self.weight_source, self.skeleton)
         self._floats: list[str] = []  # notes on what is float here and was not
         self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
-        used = set(self.names.values())
-        odd = next((n for n in self.weight_source.shapes if n not in used and not n.endswith(COMPUTED)), None)
-        if odd is not None:
-            raise FormatError("a tensor that no conversion knows what to do with", where=odd, remedy="quantize anew")
 
     def shard(self, index: int, format_: Format) -> _Shard:
         """Block `index`, or behind the last what is outside the blocks."""

@@ -213,12 +213,12 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise CheckpointError(
             "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
         )
-    checkpoint = _open(source, format_name)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
@@ -255,10 +255,12 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     return plan
 
 
-def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
-    """The source's tensors. FormatError where a GGUF file is to become something else."""
+def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
+    """The source's tensors, fused experts apart. FormatError where a GGUF file is to become something else."""
     if not is_gguf(source):
-        return Checkpoint(source)
+        checkpoint = Checkpoint(source)
+        skeleton.split_experts(checkpoint)
+        return checkpoint
     if not FORMATS[format_name].one_file:
         remedy = "give the checkpoint's directory, or name OUT.gguf"
         raise FormatError(

@@ -17,7 +17,8 @@ from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.gguf_source import FloatGgufCheckpoint
-from bitwright.models.skeleton import COMPUTED, Skeleton
+from bitwright.models.skeleton import Skeleton
+from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe, Rule
@@ -41,6 +42,7 @@ def decide(
     if untied:
         shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
     names = skeleton.source_names(shapes, str(checkpoint.folder))
+    check_all_read(shapes, names.values(), skeleton, str(checkpoint.folder))
     parameters = {source: parameter for parameter, source in names.items()}
     blocks = {p: i for i in range(len(skeleton)) for p in skeleton.state_names(i)}
     modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
@@ -54,11 +56,8 @@ def decide(
             if is_unused(source) and not skeleton.predicts:
                 planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
                 continue
-            if not source.endswith(COMPUTED):
-                raise unknown(source, skeleton)
-            planned.append(
-                PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it")
-            )
+            reason = why_left(source, info.shape, skeleton) or ""
+            planned.append(PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, reason))
             continue
         planned.append(
             chooser.decide(PlannedTensor(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT))
@@ -69,14 +68,6 @@ def decide(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
     return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
-
-
-def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
-    """The error for a tensor that the model does not have."""
-    remedy = "config.json and weights must belong together"
-    if not skeleton.predicts:
-        remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"
-    return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
 
 
 def _unused(t: PlannedTensor, format_: Format) -> PlannedTensor:
