@@ -52,6 +52,7 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
     scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
     same = {
         "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym": q.scheme.zero == "asym1",
         "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
         q.scheme.zero: True,
     }
@@ -85,11 +86,18 @@ def _ways(q: QTensor) -> Iterator[QTensor]:
     kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
     wider = (in_integers(q, bits) for bits in range(2, 9) if q.scheme.grid != f"int{bits}")
     for same in itertools.chain([q], (other for other in wider if other is not None)):
-        encodings = (same.scheme.scale, "f32") if same.scheme.scale not in ("e8m0", "e4m3") else (same.scheme.scale,)
-        for scale, zero in itertools.product(dict.fromkeys(encodings), dict.fromkeys(kinds)):
+        for scale, zero in itertools.product(_encodings(same), dict.fromkeys(kinds)):
             way = expressed(same, zero, scale)
             if way is not None:
                 yield way
+
+
+def _encodings(q: QTensor) -> list[str]:
+    """How its scales may be stored as they are: as now, in float32, in half of that where nothing is lost."""
+    if q.scheme.scale in ("e8m0", "e4m3"):
+        return [q.scheme.scale]
+    halved = torch.equal(q.scales.scale.half().float(), q.scales.scale) and q.scheme.zero != "min"
+    return list(dict.fromkeys([q.scheme.scale, "f32", *(["f16"] if halved else [])]))
 
 
 def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:

@@ -183,7 +183,7 @@ class Verification:
             if not torch.equal(there, meant):
                 raise VerificationError("the tensor on disk is not the one that was meant", where=name)
         for module, q in self.meant.items():
-            found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
+            found = {n.removeprefix(f"{module}."): n for n in written.tensors if n.startswith(f"{module}.")}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
             wrong = self.format.wrong(self.config, module, parts, q)
             if wrong:

@@ -245,5 +245,6 @@ def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
     if format_.name == "gptq" and odd:
-        return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
+        said = "version 2 of the format, which GPTQModel loads, and transformers through it"
+        return [f"asymmetric GPTQ: {said}; vLLM's fast kernels want symmetric, older tools know version 1 alone"]
     return []
