@@ -1,9 +1,9 @@
-"""Watch the inputs of a block's matrices while calibration tokens pass through it.
+"""Observe the inputs of a block's matrices (forward hooks) while calibration tokens pass through it.
 
 A block is observed in the order of its forward: o_proj's inputs once q, k and v are quantized, down_proj's once gate and
-up are. For GPTQ this is the "true sequential" order. Methods that aim at the float model's outputs cannot do without it:
-were o_proj observed behind the float q, k and v, it would make up for errors that these, once quantized, have made up for
-already; every block would overshoot, and the next one more (docs/log.md).
+up are ("true sequential" in GPTQ's code). Methods whose target is the float model's output depend on it: if o_proj were
+observed behind the float q, k and v, it would correct errors that q, k and v have already corrected; every block would
+overshoot, and each more than the one before (docs/log.md).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,21 +21,23 @@ from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 from bitwright.numerics.input_quantization import InputQuantization
 
-SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
-REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for
-KEPT_BYTES = 512 << 20  # of the float model's activations in a block; where there are more, they are computed anew
+SAME = 1e-2  # relative difference that the order of a sum may make in bfloat16
+REACHED = 0.01  # of a norm's largest weight: channels with a smaller one are not corrected through
+KEPT_BYTES = (
+    512 << 20
+)  # most bytes of the float block's activations that are kept; more are computed anew for each group
 
 
 class EarlyStop(Exception):  # noqa: N818
-    """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
+    """Raised by a hook that has what it needs, to skip the rest of the forward."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are handed the very same tensor, by full name.
+    """Modules that read the very same tensor, by full name.
 
-    behind: where the output is added to the residual stream, the modules of the block whose outputs have been added to it
-    before; None: it goes elsewhere. norm: a root mean square norm that the output passes before it is added (Gemma), or "".
+    behind  if the output is added to the residual stream: the modules of the block whose outputs were added before; else None
+    norm    the RMS norm that the output passes before it is added (Gemma), or ""
     """
 
     names: tuple[str, ...]
@@ -53,11 +55,11 @@ class Mixture:
 
 @dataclass
 class BlockRun:
-    """Block `index` as it is run: on the weights that the skeleton holds, but for some.
+    """How block `index` is run: on the skeleton's weights, except for those that are replaced.
 
-    weights              parameters that are replaced, by name
-    input_quantizations  what is done to the inputs of modules before they multiply
-    cache                is handed the block's keys and values
+    weights              parameters to use instead, by name
+    input_quantizations  how inputs are quantized before they are multiplied, by module name
+    cache                the KV cache that receives the block's keys and values
     """
 
     skeleton: Skeleton
@@ -111,9 +113,9 @@ class BlockRun:
     def record(
         self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
     ) -> "Recorded":
-        """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed.
+        """Record inputs and outputs of these modules for hidden [B, T, H]; unless `whole`, stop the forward after the last.
 
-        A module that is not reached is missing from what is given back.
+        Modules that the forward does not reach are missing from the result.
         """
         seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
         wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
@@ -142,14 +144,14 @@ class BlockRun:
 
 @dataclass
 class Recorded:
-    """Of one batch: what modules were handed, what modules gave, by name; what the block gave, if it was run to its end."""
+    """One batch: inputs and outputs of modules by name; the block's output, if it was run to its end."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     out: Tensor | None = None
 
     def residual(self, hidden: Tensor, group: Group) -> Tensor:
-        """The residual stream [B, T, H], float32, before the group's output is added; hidden: what the block was given."""
+        """The residual stream [B, T, H], float32, to which the group's output is added; hidden: the block's input."""
         assert group.behind is not None
         return sum((self.outputs[name].float() for name in group.behind), hidden.float())
 
@@ -161,9 +163,9 @@ def _all_seen(unseen: set[str]) -> None:
 
 
 def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group | Mixture]:
-    """The modules `wanted`, in the order of the forward; window [1, T, H]: what the block is given to find out.
+    """Group the modules `wanted` by their input, in the order of the forward; found by running window [1, T, H].
 
-    BitwrightError for a module that is not reached; experts are, by all their tokens or none.
+    BitwrightError for a module that the forward does not reach; experts count as reached.
     """
     mixtures = _mixtures(run, wanted)
     inside = {name for mixture in mixtures for name in mixture.names}
@@ -196,13 +198,13 @@ def _mixtures(run: BlockRun, wanted: Collection[str]) -> list[Mixture]:
 
 
 def _norms(run: BlockRun) -> list[str]:
-    """The block's modules with one weight vector."""
+    """Names of the block's norms: modules with one weight vector."""
     prefix, named = f"{run.skeleton.block_prefix}.{run.index}.", run.skeleton.blocks[run.index].named_modules()
     return [prefix + name for name, module in named if name and is_norm(module)]
 
 
 def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
-    """The modules whose outputs, added to what the block is given, are what it gives; none if there are no such modules."""
+    """The modules whose outputs, added to the block's input, make its output; () if there are none such."""
     written = out.float() - window.float()
     candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
     for count in range(1, min(4, len(candidates)) + 1):
@@ -216,7 +218,7 @@ def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
 def _group(
     run: BlockRun, names: tuple[str, ...], written: tuple[str, ...], norms: Sequence[str], seen: Recorded
 ) -> Group:
-    """Whether and how the output of a group of one reaches the residual stream."""
+    """The group, with how its output reaches the residual stream, if it is one module."""
     if len(names) > 1:
         return Group(names)
     out = seen.outputs[names[0]]
@@ -227,12 +229,12 @@ def _group(
         return Group(names)
     meant = out.float() * _slope(run.skeleton, norm, out.float())
     moved = float((seen.outputs[norm].float() - meant).norm())
-    same = moved < SAME * float(meant.norm())  # no mean is taken away, nothing is added
+    same = moved < SAME * float(meant.norm())  # an RMS norm: no mean subtracted, no bias
     return Group(names, written[: written.index(norm)], norm) if same else Group(names)
 
 
 def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
-    """γ / rms(out), what a root mean square norm multiplies out [..., H] by, float32: as it does, its epsilon included."""
+    """γ / rms(out), by which an RMS norm multiplies out [..., H], with its epsilon; float32."""
     module = skeleton.model.get_submodule(norm)
     dtype, tiny = module.get_parameter("weight").dtype, torch.finfo(torch.float32).tiny
     with torch.no_grad():
@@ -243,9 +245,10 @@ def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
 
 
 class FloatStream:
-    """What the float model's block makes of its own activations, beside what the quantized model's does.
+    """The float block on the float model's activations, beside the quantized model's.
 
-    Kept where it fits into `KEPT_BYTES`, since a block is observed once for each group; else computed anew each time.
+    Its inputs and outputs are kept where they fit into `KEPT_BYTES`, since a block is observed once for each group; else
+    they are computed anew each time.
     """
 
     def __init__(self, run: BlockRun, batches: list[Tensor], stages: Sequence[Group | Mixture]) -> None:
@@ -263,11 +266,11 @@ class FloatStream:
         return self.run.record(batch, [group.names[0] for group in groups], outputs, whole=whole)
 
     def of(self, b: int, group: Group) -> Recorded:
-        """Batch b as far as the group."""
+        """Batch b, recorded at least up to the group."""
         return self._kept[b] if self._kept is not None else self._record(self.batches[b], [group])
 
     def move_on(self) -> None:
-        """Replace the batches by what the block makes of them."""
+        """Replace the batches by the block's outputs: the inputs of the next block."""
         for b, batch in enumerate(self.batches):
             out = None if self._kept is None else self._kept[b].out
             self.batches[b] = self.run(batch) if out is None else out
@@ -283,12 +286,13 @@ def observe(
     by_residual: bool = False,
     detailed: bool = False,
 ) -> list[Inputs]:
-    """Statistics of what the modules of each group are handed; given: what the block is, in batches [B, T, H].
+    """Statistics of the input of each group.
 
-    floats: the float model's stream, if it is to be compared.
-    by_residual: where the output is added to the residual stream, an error counts by its size beside the stream that it ends
-    up in, as what reads that is a norm: so a massive activation (arXiv:2402.17762) outweighs no other token.
-    detailed: ranges, a sample and a histogram beside the Gram.
+    given        the block's inputs, in batches [B, T, H]
+    floats       the float model's activations, for drift and residual; None: neither
+    by_residual  weigh each token's error by 1 / the size of the residual stream that it is added to: a norm reads that, and
+                 a token with massive activations (arXiv:2402.17762) must not outweigh all others
+    detailed     ranges, a sample and a histogram beside the Gram
     """
     expected = sum(batch.shape[0] * batch.shape[1] for batch in given)
     gatherings: dict[str, Gathering] = {}
@@ -323,9 +327,9 @@ def observe(
 def _towards(
     skeleton: Skeleton, group: Group, x: Tensor, stream: Tensor, float_pair: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor]:
-    """What the output is to make up for [B, T, N], beside its own float value; how much each token's error counts [B, T].
+    """What the output should add to its float value to correct the stream [B, T, N]; the weight of each token's error [B, T].
 
-    x: the input; stream: what the output will be added to; float_pair: both of the float model's, the stream first.
+    x: the input; stream: the residual stream; float_pair: both in the float model, the stream first.
     """
     name = group.names[0]
     out = _product(skeleton, name, x)
@@ -344,7 +348,7 @@ def _towards(
 
 
 def _product(skeleton: Skeleton, name: str, x: Tensor) -> Tensor:
-    """What module `name` makes of x [..., K] on the weight that the skeleton holds [..., N], float32."""
+    """Output of module `name` for x [..., K] on the skeleton's weights: [..., N] float32."""
     module = skeleton.model.get_submodule(name)
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     return functional.linear(x, matrix_of(module, module.get_parameter("weight")), bias).float()

@@ -1,7 +1,7 @@
-"""What a run will do, from config.json and tensor headers alone: nothing of a weight is read.
+"""Preflight: plan a run from config.json and tensor headers alone, before any weight is read.
 
-Decides for every tensor of the source whether it is quantized, kept on purpose or left out; lays out the files of the
-result to the byte; estimates peak memory; refuses what the format cannot hold; and says what engines will not load.
+Decides for every tensor of the source whether it is quantized, kept in float or left out; computes the size of the result to
+the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first weight is read."""
+    """A run's plan: everything known before the first weight is read."""
 
     source: Path
     skeleton: Skeleton
@@ -48,11 +48,11 @@ class Plan:
     samples: int
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
-    file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of a format that is one file
+    file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys of a format that is one file (GGUF)
 
     @property
     def calibrates_embeddings(self) -> bool:
-        """Whether the embedding or the output head is rounded by a method that looks at their inputs."""
+        """Whether the embedding or the output head is rounded by a method that needs statistics of them."""
         rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None]
         return any(rule is not None and rule.needs_calibration for rule in rules)
 
@@ -62,12 +62,12 @@ class Plan:
         return self.recipe.needs_calibration
 
     def shard(self, index: int) -> list[PlannedTensor]:
-        """The tensors written in shard `index`: one a block, and a last one for all outside the blocks."""
+        """The tensors of shard `index`: there is one shard a block, and a last one for all tensors outside the blocks."""
         block = index if index < len(self.skeleton) else None
         return [t for t in self.tensors if t.block == block and t.action != LEFT_OUT]
 
     def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]:
-        """Names, types and shapes in the files."""
+        """What the files will hold for these tensors: types and shapes by name."""
         specs: dict[str, Spec] = {}
         for t in tensors:
             if t.layer is None:
@@ -77,7 +77,7 @@ class Plan:
         return specs
 
     def kv_specs(self, index: int) -> dict[str, Spec]:
-        """Names, types and shapes of the scales of block `index`'s keys and values; none if its cache is in float."""
+        """Types and shapes of the scales of block `index`'s KV cache, by name; none if the cache stays in float."""
         attention = self.skeleton.attention_name(index) if self.recipe.kv_cache and index < len(self.skeleton) else None
         inside = (t for t in self.shard(index) if attention and t.parameter.startswith(f"{attention}."))
         some = next(inside, None)
@@ -87,12 +87,12 @@ class Plan:
         return {f"{stem}.{scale}": (some.dtype, (1,)) for scale in KV_SCALES}
 
     def shard_specs(self, index: int) -> dict[str, Spec]:
-        """Names, types and shapes of all that a shard holds."""
+        """Types and shapes of all that a shard will hold, by name."""
         return self.specs(self.shard(index)) | self.kv_specs(index)
 
     @property
     def bytes(self) -> int:
-        """Exact size of all weight files together, or of the one file with its keys."""
+        """Exact size in bytes of all weight files together, or of the one file with its keys."""
         if self.format.one_file:
             names, config = Names(self.skeleton.config), self.skeleton.config
             stored = [(names.of(t.parameter), len(t.shape), self._stored_bytes(t, names)) for t in self._written()]
@@ -102,14 +102,14 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the disk must hold at most: all weight files, and one shard a second time while it is joined to them."""
+        """Bytes that the disk must hold at most: all weight files, and one shard a second time while it is joined to them."""
         return self.bytes if self.format.one_file else self.bytes + max(map(file_bytes, self._shards()))
 
     def _shards(self) -> list[dict[str, Spec]]:
         return [self.shard_specs(i) for i in range(len(self.skeleton) + 1)]
 
     def _stored_bytes(self, t: PlannedTensor, names: Names) -> int:
-        """Of a tensor in a GGUF file, which need not have all its rows."""
+        """Bytes of a tensor in a GGUF file, which may leave out rows."""
         return spec_bytes(self.specs([t])) * names.height(t.parameter, t.shape[0]) // t.shape[0]
 
     def _written(self) -> list[PlannedTensor]:
@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the source, tied ones once, computed buffers not."""
+        """Parameters of the source; tied ones count once, computed buffers do not."""
         tied = self.skeleton.tied_names()
         own = (t for t in self._written() if not t.made_of)
         return sum(count(t.shape) for t in own if t.parameter not in tied)
@@ -129,13 +129,13 @@ class Plan:
 
     @property
     def statistics_bytes(self) -> int:
-        """Size of the float model's statistics on disk, at most: a Gram for every matrix."""
+        """Most bytes that the float model's statistics take on disk: a Gram for every matrix."""
         return sum(4 * t.layer.K * t.layer.K for t in self.tensors if t.layer is not None) if self.calibrated else 0
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """What config.json will say; FormatError if one file cannot hold these layers together."""
-        named = self.format.one_file  # no config.json follows: what it says is looked up by the shards' names
+        """config.json's quantization_config; FormatError if one checkpoint cannot hold these layers together."""
+        named = self.format.one_file  # there is no config.json: entries are looked up by the names in the file
         layers = [replace(t.layer, name=t.stem) if named else t.layer for t in self.tensors if t.layer is not None]
         unused = {t.stem for t in self.tensors if is_unused(t.source) and len(t.shape) == 2}
         names = set(self.skeleton.linear_names()) | unused
@@ -145,7 +145,7 @@ class Plan:
         return config if self.recipe.kv_cache is None else config | {"kv_cache_scheme": arguments(self.recipe.kv_cache)}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints."""
+        """The JSON of `--dry-run`."""
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT, LEFT_OUT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         return {
@@ -156,7 +156,7 @@ class Plan:
 
     @property
     def headline(self) -> str:
-        """The plan in a line, and its notes."""
+        """The plan in one line, then its notes."""
         schemes = ", ".join(sorted({str(t.layer.scheme) for t in self.tensors if t.layer}))
         first = (
             f"{self.parameters:,} parameters to {self.format.name}, {schemes}: {self.bytes / 1e6:,.1f} MB, "
@@ -205,7 +205,11 @@ class Plan:
 
 
 def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
-    """Plan a run. Raises the InputError of whatever would stop it: see the list in the module's docstring."""
+    """Plan a run: see the module's docstring.
+
+    samples, seqlen: calibration windows, and tokens in one. Raises CheckpointError for a source that is missing, damaged or
+    already quantized; FormatError for what the format cannot hold; RecipeError for a rule that does not fit the model.
+    """
     format_ = format_named(format_name)
     config = read_config(source)
     if quantization_of(source) is not None:
@@ -216,7 +220,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
-        config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
+        config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
     checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
@@ -247,16 +251,17 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
-        remedy = "give OUT.gguf, or leave out temper"
+        remedy = "give OUT.gguf, or leave temper out of the recipe"
         raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
     if not any(t.layer for t in tensors):
-        raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
-    _ = plan.quantization_config  # refuses schemes that cannot share a file
+        remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
+        raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(source), remedy=remedy)
+    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
     return plan
 
 
 def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
-    """The source's tensors, fused experts apart. FormatError where a GGUF file is to become something else."""
+    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
     if not is_gguf(source):
         checkpoint = Checkpoint(source)
         skeleton.split_experts(checkpoint)
@@ -270,7 +275,7 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | Fl
 
 
 def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
-    """What a GGUF file will say beside its tensors; errors as of `metadata`."""
+    """The keys of the GGUF file to write; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
         return carried_keys(checkpoint.weight_source.file, recipe.file_type)
     source = checkpoint.folder
@@ -278,10 +283,10 @@ def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton,
 
 
 def _check_kv(plan: Plan) -> None:
-    """Refuse a quantized cache where the format or the model knows of none."""
+    """FormatError or RecipeError where the format or the model has no place for a quantized KV cache."""
     if not plan.format.kv_cache:
-        remedy = "use compressed-tensors or bitwright"
-        raise FormatError(f"{plan.format.name} files cannot say what keys and values are kept in", remedy=remedy)
+        remedy = "use --format compressed-tensors, or leave out --kv-cache"
+        raise FormatError(f"{plan.format.name} files have no place for a quantized KV cache", remedy=remedy)
     if not plan.kv_specs(0):
         kind = plan.skeleton.config.model_type
         raise RecipeError(

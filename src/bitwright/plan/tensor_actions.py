@@ -41,7 +41,7 @@ def decide(
     *,
     untied: bool,
 ) -> tuple[list[PlannedTensor], list[str]]:
-    """An action for every tensor of the source; an error for one that no rule covers."""
+    """An action for every tensor of the source, and notes. CheckpointError for a tensor that the model does not have."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if untied:
         shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
@@ -92,7 +92,7 @@ def _unread(t: PlannedTensor, skeleton: Skeleton, format_: Format) -> PlannedTen
 
 
 class _Chooser:
-    """All that a decision about one tensor depends on."""
+    """Chooses the action for each tensor of a model."""
 
     def __init__(
         self,
@@ -111,9 +111,9 @@ class _Chooser:
         self.names = Names(skeleton.config) if format_.one_file else None
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
-        """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
+        """Quantize the blocks' matrices as the rules say; keep vectors, and what is outside the blocks.
 
-        Formats that hold the embedding and the head too have those quantized; GGUF's vectors are float32.
+        Formats that can (GGUF) have the embedding and the head quantized too; GGUF's vectors are float32.
         """
         name = t.parameter.removesuffix(".weight")
         if self.names is not None:
@@ -136,10 +136,11 @@ class _Chooser:
             message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
             raise RecipeError(message, where=name, remedy=remedy)
         if t.dtype not in FLOAT_NAMES:
-            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
+            remedy = "give a checkpoint in float32, float16 or bfloat16"
+            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy=remedy)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
-            remedy = f"method gptq, or K up to {LARGEST_K}"
+            remedy = f"use --method gptq, or K up to {LARGEST_K}"
             raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
         return replace(t, action=QUANTIZED, layer=layer, rule=rule)
 
@@ -172,7 +173,7 @@ class _Chooser:
         return self.format.adapt(layer, t.dtype)
 
     def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
-        """Where a tensor of that name in llama.cpp stands."""
+        """What the choice of a block type in a mix depends on; name: llama.cpp's."""
         config = self.skeleton.config
         part = name.split(".")[0] if block is None else name.split(".")[2]
         heads = config.num_attention_heads // (
@@ -184,25 +185,26 @@ class _Chooser:
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
-    """The rule's scheme for inputs; a fixed scale is stored in the model's own float type."""
+    """The rule's scheme for inputs; a static scale is stored in the model's own float type."""
     if rule.activations is None or not rule.static:
         return rule.activations
     return rule.activations.with_scale(FLOAT_NAMES[dtype])
 
 
 def by_threshold(rule: Rule) -> bool:
+    """Whether the number of outlier channels is known only after calibration."""
     separate = rule.transform(Outlier)
     return isinstance(separate, Outlier) and separate.fraction is None
 
 
 def _outliers(rule: Rule, K: int) -> int:
-    """How many input channels stay in float, as far as that is known beforehand: one stands for a number unknown."""
+    """How many input channels stay in float; 1 where that is known only after calibration."""
     separate = rule.transform(Outlier)
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
 def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
-    """What the usual engines will say to these files, or do with them."""
+    """Notes on what the usual engines will not load, or will do with these files."""
     notes = _format_notes(layers, format_)
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
