@@ -1,7 +1,7 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -127,6 +127,21 @@ def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Ou
             remedy = "get a good copy of the file"
             raise FormatError("its weights are not codes under its scales", where=name, remedy=remedy)
     return whole
+
+
+def refuse_ragged(layer: Layer) -> None:
+    """FormatError for a matrix whose K inputs are no whole groups, with a scheme that fits it."""
+    scheme = layer.scheme
+    if not isinstance(scheme.group, int) or layer.K % scheme.group == 0:
+        return
+    fitting = next((g for g in (256, 128, 64, 32, 16) if g < scheme.group and layer.K % g == 0), None)
+    remedy = f"--scheme {replace(scheme, group=fitting or 'channel')}"
+    if scheme.scale not in FLOAT_NAMES.values():  # MXFP4 and the like have one group
+        remedy = "another scheme, such as --scheme int4-g32"
+    message = f"K = {layer.K} is not a multiple of the group of {scheme.group}"
+    raise FormatError(
+        message, where=layer.name, remedy=f'{remedy}, or a recipe that keeps this matrix (scheme = "keep")'
+    )
 
 
 def refuse_decomposed(layer: Layer, format_name: str) -> None:

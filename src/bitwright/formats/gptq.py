@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed, refuse_ragged
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -47,14 +47,11 @@ class Gptq:
             remedy = "use compressed-tensors, or leave out --activations"
             raise FormatError("GPTQ files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
         if bits not in BITS or not plain:
-            remedy = "int2, int3, int4 or int8 in groups or per channel, sym or asym"
-            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
-        if isinstance(s.group, int) and layer.K % s.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {s.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
+            remedy = (
+                "--format bitwright, which holds every scheme; here int2, int3, int4 or int8 in groups or per channel"
             )
+            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
+        refuse_ragged(layer)
         for axis, extent in (("K", layer.K), ("N", layer.N)):
             if extent * bits % 32:
                 message = f"{axis} = {extent} codes of {bits} bits do not fill whole 32-bit words"
