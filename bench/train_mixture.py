@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from bench.train_builtin_model import BATCH, SEQLEN, VOCAB, held_out_perplexity, token_stream, train_tokenizer
+from bench.train_builtin_model import SEQLEN, VOCAB, held_out_perplexity, token_stream, train_tokenizer
 from bitwright.calibration.stdlib_text import HELD_OUT, module_text, training_text
 
-RATE = 3e-3
+BATCH, RATE = 8, 2e-3
 
 
 def config() -> MixtralConfig:

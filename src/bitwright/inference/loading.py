@@ -63,6 +63,7 @@ class _Filling:
         self.skeleton = Skeleton(read_config(path), dtype)
         self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
         self.names = names_in(self.weight_source, self.skeleton)
+        self.ties = self.skeleton.ties()
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
         if scheme is not None and not self.weight_source.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
@@ -111,8 +112,8 @@ class _Filling:
         """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""
         source, bias = self._source(f"{name}.weight"), None
         shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
-        if f"{name}.bias" in self.names:
-            bias = self.weight_source.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
+        if isinstance(dict(module.named_parameters(recurse=False)).get("bias"), nn.Parameter):
+            bias = self.weight_source.read(self._source(f"{name}.bias")).to(self.skeleton.dtype)
         q = self._quantized(source, module, rounded=rounded)
         if q is None:
             weight = self.tables.get(source)
@@ -141,8 +142,8 @@ class _Filling:
         return METHODS[self.method](matrix_of(module, self.weight_source.read(source)).float(), None, self.scheme).q
 
     def _source(self, parameter: str) -> str:
-        """The file's name for a parameter: of a tied head, the embedding's."""
-        return self.names.get(parameter) or self.names[f"{self.skeleton.embedding_name}.weight"]
+        """The file's name for a parameter: of a tied one, that of the other."""
+        return self.names.get(parameter) or self.names[self.ties[parameter]]
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""

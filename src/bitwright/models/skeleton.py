@@ -53,6 +53,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
         raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
         raise CheckpointError(
             "no config.json", where=str(folder), remedy="give the directory of a Hugging Face checkpoint"
         )
@@ -70,6 +72,18 @@ def read_config(folder: Path) -> PretrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
+
+
+def _merging(folder: Path) -> str:
+    """How to make a checkpoint of an adapter (peft) and its model."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = "BASE"
+    return (
+        f'merge it into its model first: peft.AutoPeftModelForCausalLM.from_pretrained("{folder}").merge_and_unload()'
+        f'.save_pretrained("MERGED"), copy the tokenizer files of {base} there, and quantize MERGED'
+    )
 
 
 class Skeleton:
@@ -132,9 +146,13 @@ class Skeleton:
 
     def tied_names(self) -> set[str]:
         """Parameters that are another parameter under a second name."""
+        return set(self.ties())
+
+    def ties(self) -> dict[str, str]:
+        """Each parameter that is another one under a second name -> the first name."""
         first = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         everywhere = self.model.named_parameters(remove_duplicate=False)
-        return {name for name, p in everywhere if first[id(p)] != name}
+        return {name: first[id(p)] for name, p in everywhere if first[id(p)] != name}
 
     def embedding_and_head(self) -> dict[str, nn.Module]:
         """The embedding and, unless it is the same matrix or there is none, the output head, by full name."""
