@@ -182,14 +182,14 @@ class Verification:
         for name, value in self.kept.items():
             if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
                 message = "the tensor on disk is not the one that was meant"
-            raise VerificationError(message, where=name, remedy=AGAIN)
+                raise VerificationError(message, where=name, remedy=AGAIN)
         for module, q in self.meant.items():
             found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
             wrong = self.format.wrong(self.config, module, parts, q)
             if wrong:
                 message = f"{wrong} weights on disk are not those that were meant"
-            raise VerificationError(message, where=module, remedy=AGAIN)
+                raise VerificationError(message, where=module, remedy=AGAIN)
 
 
 def copy_companions(source: Path, to: Path) -> None:
