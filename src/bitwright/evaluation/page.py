@@ -64,7 +64,7 @@ class Candidate:
             value, sized = getattr(self, name), name in ("bits_per_weight", "bytes")
             if value < 0 or (sized and not 0 < value < math.inf):
                 remedy = "run the comparison again with --restart"
-            raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}", remedy=remedy)
+                raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}", remedy=remedy)
 
 
 @dataclass(frozen=True)

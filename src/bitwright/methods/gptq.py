@@ -66,7 +66,7 @@ def gptq(
     if gram is None:
         raise RecipeError("gptq needs calibration", remedy="give --calib general, or --method search")
     if not torch.isfinite(gram).all():
-        remedy = "give other calibration text, or --method search"
+        remedy = "activations overflow: give other calibration text, or --method search"
         raise NumericsError("the Gram matrix of the inputs is not finite", remedy=remedy)
     _check_options(damping, block, scheme.unit)
     sweeps = (2 if scheme.levels.bits < 4 else 1) if sweeps is None else sweeps

@@ -190,7 +190,7 @@ class Verification:
             wrong = self.format.wrong(self.config, module, parts, q)
             if wrong:
                 message = f"{wrong} weights on disk are not those that were meant"
-            raise VerificationError(message, where=module, remedy=AGAIN)
+                raise VerificationError(message, where=module, remedy=AGAIN)
 
 
 def copy_companions(source: Path, to: Path) -> None:

@@ -4,7 +4,7 @@ Decides for every tensor of the source whether it is quantized, kept in float or
 the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
-from bitwright.formats import FORMATS, Format, format_named, gguf_writer
+from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
+from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.families import positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
@@ -32,6 +33,9 @@ from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation
 
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
+TOKENIZER = (
+    6.5  # times tokenizer.json: what a loaded tokenizer takes, by measurement on vocabularies of 49,000 and 262,000
+)
 
 
 @dataclass(frozen=True)
@@ -166,37 +170,72 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate of the largest resident set, in bytes: one block, its statistics, the calibration activations; and the
-        block before, whose codes and bytes are written and read back meanwhile."""
-        widths = [(t.layer.N, t.layer.K) for t in self.tensors if t.layer is not None and t.block == 0]
-        block = sum(N * K for N, K in widths)
-        outside = [t for t in self.tensors if t.block is None]
-        largest = max((t.layer.N * t.layer.K for t in self.tensors if t.layer is not None), default=0)
-        written = max(self._in_writing(self.shard(i)) for i in (0, len(self.skeleton)))
+        """Estimate of the largest resident set, in bytes.
+
+        The largest of three phases (the first hidden states, the blocks, the embedding and the head), and beside it the block
+        before, which is written and read back meanwhile.
+        """
         if not self.calibrated:
-            by_rows = all(t.layer.scheme.rowwise for t in self.tensors if t.layer is not None)
-            read = max(
-                spec_bytes({t.source: (t.dtype, t.shape) for t in self.shard(i)}) for i in (0, len(self.skeleton))
-            )
-            return PROCESS_BYTES + read + written + (max(block, largest) if by_rows else block * 4 + largest * 24)
+            return self._uncalibrated_peak
+        size, outside = self.skeleton.dtype.itemsize, [t for t in self.tensors if t.block is None]
+        stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
+        loaded = sum(size * count(t.shape) for t in outside if t.dtype != self.skeleton.dtype)
+        states = self._hidden_states
+        rounded = [_rounding_bytes(t.layer, gram=self.calibrates_embeddings) for t in outside if t.layer is not None]
+        embeddings = stored + max(loaded, *rounded) if rounded else stored
+        return (
+            self._process_bytes
+            + max(states + stored + loaded, states + self._block_bytes, states + embeddings)
+            + self._in_writing(self.shard(0))
+        )
+
+    @property
+    def _process_bytes(self) -> int:
+        """Bytes of the process without weights, the tokenizer included where the run needs it."""
+        file = self.source / "tokenizer.json"
+        loaded = file.is_file() and (self.calibrated or self.format.one_file)
+        return PROCESS_BYTES + int(TOKENIZER * file.stat().st_size if loaded else 0)
+
+    @property
+    def _hidden_states(self) -> int:
+        """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
+        models = 2 if self.recipe.needs_original else 1
+        hidden = self.skeleton.config.get_text_config().hidden_size
+        return 3 * models * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize
+
+    @property
+    def _block_bytes(self) -> int:
+        """Bytes for the first block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
+        layers = [t.layer for t in self.tensors if t.layer is not None and t.block == 0]
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
-        states = 2 if self.recipe.needs_original else 1
-        inputs = 2 * hidden + sum({K for _, K in widths})  # attention's and the MLP's, and what each ends with
-        kept = min(KEPT_BYTES, tokens * size * inputs) if states == 2 else 0
-        activations = 3 * states * tokens * hidden * size + kept  # and as they are saved, twice, for a resumption
-        widest = max((K for _, K in widths), default=0)
-        batch = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * widest)  # of a block's forward, as measured
-        square = 4 * max((K * K for _, K in widths), default=0)
-        statistics = square * (5 if states == 2 else 4)  # a Gram, a drift; H and its factor, a copy
+        widths = {layer.K for layer in layers}
+        activations = (
+            tokens * size * (2 * hidden + sum(widths))
+        )  # inputs of attention, of the MLP, and of what ends each
+        kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
+        forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
+        square = 4 * max((K * K for K in widths), default=0)
+        statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
-            statistics = max(statistics, sum(4 * K * K for K in {K for _, K in widths}) + 2 * square)
-        floats = sum(size * count(t.shape) for t in outside)
-        weights = block * (2 * size + 2)  # in float, as quantized; codes, and those of the search beside them
-        at_work = max(
-            floats + activations, activations + batch + weights + statistics, activations - kept + largest * 30
-        )
-        return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
+            statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
+        weights = sum(layer.N * layer.K for layer in layers) * (
+            2 * size + 2
+        )  # float; decoded; codes, twice (the guard's)
+        rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
+        return kept + weights + statistics + max(forward, rounding)
+
+    @property
+    def _uncalibrated_peak(self) -> int:
+        """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
+        layers = [t.layer for t in self.tensors if t.layer is not None]
+        block = sum(t.layer.N * t.layer.K for t in self.tensors if t.layer is not None and t.block == 0)
+        largest = max((layer.N * layer.K for layer in layers), default=0)
+        ends = [self.shard(i) for i in (0, len(self.skeleton))]
+        written = max(map(self._in_writing, ends))
+        read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in ends)
+        rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
+        return self._process_bytes + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
 
     def _in_writing(self, members: list[PlannedTensor]) -> int:
         """Codes of a shard, its bytes, and its bytes read back."""
@@ -227,14 +266,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     limit = positions_of(config.get_text_config()) or seqlen
-    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
-        notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
-    widest = max((t.layer.K for t in tensors if t.layer), default=0)
-    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
-        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
-        notes.append(f"{few}: give more --samples, or expect little of calibration")
-    if recipe.needs_calibration and seqlen > limit:
-        notes.append(f"calibration windows of {limit} tokens: the model knows no more positions than that")
+    notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
     plan = Plan(
         source,
         skeleton,
@@ -258,6 +290,35 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(source), remedy=remedy)
     _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
     return plan
+
+
+def _calibration_notes(
+    recipe: Recipe, tensors: list[PlannedTensor], samples: int, seqlen: int, limit: int
+) -> Iterator[str]:
+    """Notes on sizes that depend on calibration, on too few tokens, and on windows longer than the model's context."""
+    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
+        yield "how many channels stay in float depends on calibration: sizes are those of one in each matrix"
+    tokens, widest = samples * min(seqlen, limit), max((t.layer.K for t in tensors if t.layer), default=0)
+    if recipe.needs_calibration and tokens < widest:
+        few = f"{tokens} calibration tokens do not tell {widest} input channels apart"
+        yield f"{few}: give more --samples, or expect little of calibration"
+    if recipe.needs_calibration and seqlen > limit:
+        yield f"calibration windows of {limit} tokens: the model knows no more positions than that"
+
+
+def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
+    """Bytes for rounding one matrix, beside its float weights as stored.
+
+    Without a Gram, slabs of rows are rounded. With one, GPTQ has the whole matrix in float32 and rounds whole rows of
+    gptq.AT_ONCE weights at a time, which takes some 30 bytes a weight: the columns, their targets and their errors, under
+    fixed scales and under refitted ones; then coordinate descent has as many. All parts together are the quantized
+    matrix (int8 codes, float32 scales and zeros), which is there twice while they are joined.
+    """
+    weights = layer.N * layer.K
+    tables = 1 if layer.scheme.symmetric else 2
+    quantized = weights + 4 * tables * layer.N * layer.scheme.groups(layer.K)
+    working = 30 * min(weights, AT_ONCE)
+    return (4 * weights if gram else 0) + quantized + max(quantized, working)
 
 
 def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
