@@ -4,6 +4,7 @@ Decides for every tensor of the source whether it is quantized, kept in float or
 the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,7 +187,7 @@ class Plan:
         return (
             self._process_bytes
             + max(states + stored + loaded, states + self._block_bytes, states + embeddings)
-            + self._in_writing(self.shard(0))
+            + self._in_writing(self.shard(self._largest_block))
         )
 
     @property
@@ -205,8 +206,8 @@ class Plan:
 
     @property
     def _block_bytes(self) -> int:
-        """Bytes for the first block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
-        layers = [t.layer for t in self.tensors if t.layer is not None and t.block == 0]
+        """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
+        layers = [t.layer for t in self.shard(self._largest_block) if t.layer is not None]
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
         widths = {layer.K for layer in layers}
@@ -226,12 +227,21 @@ class Plan:
         return kept + weights + statistics + max(forward, rounding)
 
     @property
+    def _largest_block(self) -> int:
+        """The block with most weights to quantize: the first of a mixture of experts may have none."""
+        sizes = Counter[int]()
+        for t in self.tensors:
+            if t.layer is not None and t.block is not None:
+                sizes[t.block] += t.layer.N * t.layer.K
+        return max(sizes, key=lambda block: sizes[block], default=0)
+
+    @property
     def _uncalibrated_peak(self) -> int:
         """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
         layers = [t.layer for t in self.tensors if t.layer is not None]
-        block = sum(t.layer.N * t.layer.K for t in self.tensors if t.layer is not None and t.block == 0)
+        block = sum(t.layer.N * t.layer.K for t in self.shard(self._largest_block) if t.layer is not None)
         largest = max((layer.N * layer.K for layer in layers), default=0)
-        ends = [self.shard(i) for i in (0, len(self.skeleton))]
+        ends = [self.shard(i) for i in (self._largest_block, len(self.skeleton))]
         written = max(map(self._in_writing, ends))
         read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in ends)
         rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
