@@ -220,9 +220,9 @@ class Plan:
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
-        weights = sum(layer.N * layer.K for layer in layers) * (
-            2 * size + 2
-        )  # float; decoded; codes, twice (the guard's)
+        # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
+        stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
+        weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
         rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
         return kept + weights + statistics + max(forward, rounding)
 
