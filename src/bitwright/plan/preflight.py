@@ -153,10 +153,16 @@ class Plan:
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT, LEFT_OUT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         return {
-            "model": str(self.source), "format": self.format.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4), "peak_memory_bytes": self.peak_memory,
-            **counts, "notes": list(self.notes),
-        }  # fmt: skip
+            "model": str(self.source),
+            "format": self.format.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "peak_memory_bytes": self.peak_memory,
+            **counts,
+            "notes": list(self.notes),
+        }
 
     @property
     def headline(self) -> str:
