@@ -26,6 +26,7 @@ class Inputs:
     low, high  [K] extremes
     sample     [S, K] some tokens
     histogram  of all values, channels pooled
+    borrowed   tokens beside its own that stand for all of the layer, of an expert to which the router sends few
     """
 
     names: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class Inputs:
     high: Tensor | None = None
     sample: Tensor | None = None
     histogram: Histogram | None = None
+    borrowed: int = 0
 
     @property
     def correlated(self) -> bool:

@@ -6,13 +6,13 @@ observed behind the float q, k and v, it would correct errors that q, k and v ha
 overshoot, and each more than the one before (docs/log.md).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.calibration.input_statistics import Gathering, Inputs
@@ -45,6 +45,14 @@ class Group:
     norm: str = ""
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer, by the full name of their module; names: of the matrices asked for."""
+
+    name: str
+    names: tuple[str, ...]
+
+
 @dataclass
 class BlockRun:
     """How block `index` is run: on the skeleton's weights, except for those that are replaced.
@@ -66,6 +74,42 @@ class BlockRun:
         with self.skeleton.quantizing_inputs(self.input_quantizations), self.skeleton.caching(self.cache):
             return self.skeleton.run_with(self.index, hidden, self.weights)
 
+    def handed(self, hidden: Tensor, name: str) -> tuple[Tensor, ...]:
+        """All that module `name` is called with, for hidden [B, T, H]; the rest is not computed."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen.extend([*args, *named.values()])
+            raise EarlyStop
+
+        self._stopped_at(name, keep, lambda: self(hidden))
+        return tuple(seen)
+
+    @torch.no_grad()
+    def expert_inner(self, experts: str, e: int, x: Tensor) -> Tensor:
+        """What down_proj of expert e reads [n, I], for its tokens x [n, H]."""
+        name, seen = f"{experts}.{e}", list[Tensor]()
+        own = {n.removeprefix(f"{name}."): w for n, w in self.weights.items() if n.startswith(f"{name}.")}
+        expert = self.skeleton.model.get_submodule(name)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Tensor]) -> None:
+            seen.append(args[0])
+            raise EarlyStop
+
+        some = {n: done for n, done in self.input_quantizations.items() if n.startswith(f"{name}.")}
+        with self.skeleton.quantizing_inputs(some):
+            self._stopped_at(f"{name}.down_proj", keep, lambda: torch.func.functional_call(expert, own, (x,)))
+        return seen[0]
+
+    def _stopped_at(self, name: str, keep: Callable[..., None], forward: Callable[[], Tensor]) -> None:
+        """Run `forward` until module `name` is called; keep: a hook that sees with what, and raises EarlyStop."""
+        hook = self.skeleton.model.get_submodule(name).register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+        try:
+            with suppress(EarlyStop):
+                forward()
+        finally:
+            hook.remove()
+
     def record(
         self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
     ) -> "Recorded":
@@ -84,7 +128,9 @@ class BlockRun:
         hooks = [
             module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
             if into is seen.inputs
-            else module(name).register_forward_hook(lambda _, __, out, n=name: keep(seen.outputs, n, out))
+            else module(name).register_forward_hook(
+                lambda _, __, out, n=name: keep(seen.outputs, n, out[0] if isinstance(out, tuple) else out)
+            )
             for into, name in wanted
         ]
         try:
@@ -116,22 +162,39 @@ def _all_seen(unseen: set[str]) -> None:
         raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
 
 
-def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group]:
+def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group | Mixture]:
     """Group the modules `wanted` by their input, in the order of the forward; found by running window [1, T, H].
 
-    BitwrightError for a module that the forward does not reach.
+    BitwrightError for a module that the forward does not reach; experts count as reached.
     """
-    linears, norms = list(run.skeleton.linears(run.index)), _norms(run)
-    seen = run.record(window, [*(n for n in linears if n in wanted), *norms], [*linears, *norms], whole=True)
-    _all_seen(set(wanted) - seen.inputs.keys())
+    mixtures = _mixtures(run, wanted)
+    inside = {name for mixture in mixtures for name in mixture.names}
+    linears, norms = [n for n in run.skeleton.linears(run.index) if n not in inside], _norms(run)
+    read = [*(n for n in linears if n in wanted), *norms, *(mixture.name for mixture in mixtures)]
+    layers = [mixture.name.rpartition(".")[0] for mixture in mixtures]
+    seen = run.record(window, read, [*linears, *norms, *layers], whole=True)
+    _all_seen({n for n in wanted if n not in inside} - seen.inputs.keys())
     readers: dict[int, list[str]] = {}
     for name in linears:
         if name in wanted:
             readers.setdefault(id(seen.inputs[name]), []).append(name)
     order = {name: at for at, name in enumerate(seen.inputs)}
-    written = _written(window, seen)
+    assert seen.out is not None
+    stream = run.skeleton.stream
+    written = _written(stream(window), stream(seen.out), seen)
     groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
-    return sorted(groups, key=lambda group: order[group.names[0]])
+    first = {group.names[0]: group for group in groups} | {mixture.name: mixture for mixture in mixtures}
+    return [first[name] for name in sorted(first, key=lambda name: order[name])]
+
+
+def _mixtures(run: BlockRun, wanted: Collection[str]) -> list[Mixture]:
+    """The layers of experts of the block that hold any of the modules `wanted`."""
+    prefix, found = f"{run.skeleton.block_prefix}.{run.index}.", []
+    for name in run.skeleton.experts:
+        if name.startswith(prefix):
+            names = tuple(n for n in run.skeleton.linears(run.index) if n in wanted and n.startswith(f"{name}."))
+            found += [Mixture(name, names)] if names else []
+    return found
 
 
 def _norms(run: BlockRun) -> list[str]:
@@ -140,10 +203,9 @@ def _norms(run: BlockRun) -> list[str]:
     return [prefix + name for name, module in named if name and is_norm(module)]
 
 
-def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
+def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
     """The modules whose outputs, added to the block's input, make its output; () if there are none such."""
-    assert seen.out is not None
-    written = seen.out.float() - window.float()
+    written = out.float() - window.float()
     candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
     for count in range(1, min(4, len(candidates)) + 1):
         for some in combinations(candidates, count):
@@ -189,8 +251,9 @@ class FloatStream:
     they are computed anew each time.
     """
 
-    def __init__(self, run: BlockRun, batches: list[Tensor], groups: Sequence[Group]) -> None:
-        """run: the float block; batches [B, T, H]: its inputs in the float model."""
+    def __init__(self, run: BlockRun, batches: list[Tensor], stages: Sequence[Group | Mixture]) -> None:
+        """run: the float block; batches [B, T, H]: what the float model gives it."""
+        groups = [stage for stage in stages if isinstance(stage, Group)]
         self.run, self.batches = run, batches
         linears = run.skeleton.linears(run.index)
         widths = [_shape(linears[group.names[0]])[1] for group in groups]
@@ -247,9 +310,15 @@ def observe(
             other = None if floats is None else floats.of(b, group)
             ahead, counting = None, None
             if group.behind is not None and (other is not None or by_residual):
-                stream = None if other is None or floats is None else other.residual(floats.batches[b], group)
+                stream = (
+                    None
+                    if other is None or floats is None
+                    else other.residual(run.skeleton.stream(floats.batches[b]), group)
+                )
                 pair = None if other is None or stream is None else (stream, other.inputs[name])
-                ahead, counting = _towards(run.skeleton, group, x, seen.residual(batch, group), pair)
+                ahead, counting = _towards(
+                    run.skeleton, group, x, seen.residual(run.skeleton.stream(batch), group), pair
+                )
             original = None if other is None else other.inputs[name]
             gatherings[name].update(x, original, ahead, counting if by_residual else None)
     return [gathering.value() for gathering in gatherings.values()]

@@ -22,6 +22,7 @@ def summary(done: Result, model: Path) -> list[str]:
         f"quantized: {len(matrices)} of {len(done.ledger)} tensors, {_schemes(matrices)}",
         *_losses(matrices),
         *_replaced(done, matrices),
+        *_experts(matrices),
         f"judge it: bitwright eval {done.out} --reference {model} --text FILE",
         f"try it:   bitwright generate {done.out} --prompt TEXT",
     ]
@@ -46,6 +47,17 @@ def _losses(matrices: list[Entry]) -> Iterator[str]:
     yield f"{what}: {mean(k.error for k in known):.4f} ({beside} {mean(k.plainer for k in known):.4f}); largest:"
     for k in largest(known, WORST):
         yield f"  {k.error:.4f} ({beside} {k.plainer:.4f})  {k.name.removesuffix('.weight')}"
+
+
+def _experts(matrices: list[Entry]) -> Iterator[str]:
+    """How many experts were judged by other tokens than their own alone."""
+    few = [entry for entry in matrices if entry.borrowed]
+    none = sum(not entry.tokens for entry in few)
+    if few:
+        yield (
+            f"experts: {len(few)} matrices saw few tokens ({min(entry.tokens for entry in few)} at least, {none} none): "
+            "they are judged by all tokens of their layer too; more --samples would help"
+        )
 
 
 def _replaced(done: Result, matrices: list[Entry]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,17 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is stored: file, offset of its first byte, type and shape."""
+    """Where a tensor is stored: file, offset of its first byte, type and shape.
+
+    stored, take: of a part of a larger tensor, the shape of what is read, and the function that takes this one from it.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stored: tuple[int, ...] | None = None
+    take: Callable[[Tensor], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -83,12 +88,13 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own. CheckpointError if the file is shorter than its header says."""
         info = self.tensors[name]
-        data = bytearray(info.nbytes)
+        stored = info.shape if info.stored is None else info.stored
+        data = bytearray(info.dtype.itemsize * count(stored))
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
             view, got = memoryview(data), 0
-            while got < len(data) and (count := stream.readinto(view[got:])):
-                got += count
+            while got < len(data) and (more := stream.readinto(view[got:])):
+                got += more
         if got < len(data):
             raise CheckpointError(
                 f"tensor {name!r} is cut short: {got} of {len(data)} bytes",
@@ -97,7 +103,8 @@ class Checkpoint:
             )
         if not data:
             return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        whole = torch.frombuffer(data, dtype=info.dtype).reshape(stored)
+        return whole if info.take is None else info.take(whole)
 
     def fingerprint(self) -> list[list[str | int]]:
         """Each file's name, size and time of change: different as soon as the weights are."""

@@ -5,11 +5,12 @@ qzeros  [G, N/8]  zero points, likewise
 scales  [G, N]    float16; w = (code − zero) · scale
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
@@ -25,6 +26,15 @@ class Awq:
 
     name = "awq"
     method = "awq"
+    parts = frozenset(("qweight", "qzeros", "scales"))
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "qweight" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Reader.input_quantization`."""

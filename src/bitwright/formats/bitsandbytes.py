@@ -7,11 +7,12 @@ weight.quant_state.bitsandbytes__nf4  a JSON object as bytes: shape, blocksize, 
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
@@ -20,6 +21,7 @@ from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, GROUPS, Scheme
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
+PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE)
 
 
 class BitsAndBytes:
@@ -27,6 +29,15 @@ class BitsAndBytes:
 
     name = "bitsandbytes"
     method = "bitsandbytes"
+    parts = frozenset(PARTS)
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight.absmax" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Reader.input_quantization`."""

@@ -7,15 +7,24 @@ the type transformers loads them into. Read back by the compressed-tensors libra
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import (
+    FLOAT_NAMES,
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -23,6 +32,10 @@ from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme, Zero
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+PARTS = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
+    "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
 NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not packed
 
 
@@ -31,6 +44,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     method = "compressed-tensors"
+    parts = frozenset(PARTS)
     kv_cache = True
     embeddings = False
     one_file = False
@@ -46,12 +60,7 @@ class CompressedTensors:
                 where=layer.name,
                 remedy="use --format gptq",
             )
-        if isinstance(scheme.group, int) and layer.K % scheme.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {scheme.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
-            )
+        refuse_short_groups(layer)
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         plain = scheme.scale in ("f32", "f16", "bf16")
         return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)
@@ -139,6 +148,14 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight_packed" in dtypes or ("weight_scale" in dtypes and dtypes.get("weight") in NARROW.values())
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""
@@ -274,7 +291,8 @@ def _container(layer: Layer) -> str:
     raise FormatError(
         f"compressed-tensors has no container for {s}",
         where=layer.name,
-        remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
+        remedy="--format bitwright, which holds every scheme; here int2 to int8 (sym or asym), ternary, fp8-channel, "
+        "fp8-tensor, mxfp4 or nvfp4",
     )
 
 

@@ -27,6 +27,11 @@ class Lookup(nn.Module):
         wanted, place = ids.unique(return_inverse=True)
         return self.decode(self.rows[wanted]).to(self.dtype)[place]
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole table [V, H] in float, decoded; some models ask it where it lies."""
+        return self.decode(self.rows).to(self.dtype)
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The table under an embedding's usual name."""
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -242,6 +242,18 @@ def _snap_dq8(scale: Tensor, zero: Tensor | None) -> Scales:
     return Scales(snapped, zero, absmax, mean)
 
 
+def dq8_index(scale: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """What is stored of scales [N, G] that stand under absmax [blocks, 1] and a mean [1, 1]: uint8 [N, G].
+
+    The first entry of the map that gives exactly this scale: where the mean is large, several may.
+    """
+    flat = scale.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    meanings = dynamic_map().to(scale.device) * absmax + mean  # [B, 256], rising
+    index = torch.searchsorted(meanings, blocks).clamp(max=SUPERBLOCK - 1)
+    return index.view(-1)[: flat.numel()].view(scale.shape).to(torch.uint8)
+
+
 def nearest(x: Tensor, table: Tensor) -> Tensor:
     """Index of the nearest entry of a sorted table; ties go down."""
     return torch.bucketize(x, (table[1:] + table[:-1]) / 2)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.observe import BlockRun, groups_of, observe
+from bitwright.calibration.observe import BlockRun, Group, Mixture, groups_of, observe
+from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
@@ -121,7 +122,10 @@ def observe_block(
     with skeleton.quantizing_inputs(turned):
         folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
     groups = groups_of(BlockRun(skeleton, index, input_quantizations=turned), given[0][:1], layers)
-    inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
+    detailed = everything or recipe.needs_details
+    inputs = observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
+    for mixture in (g for g in groups if isinstance(g, Mixture)):
+        inputs += statistics_in_order(run, given, mixture, detailed=detailed)
     heard = seen if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"

@@ -5,14 +5,13 @@ against the float model's, on held-out calibration windows. Where a plainer meth
 ledger records that as a fallback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.calibration.observe import BlockRun
 from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy, ratio
@@ -68,10 +67,11 @@ def _energy(w: Tensor, metric: Tensor | None) -> Tensor:
     return energy(w if metric is None else w.to(metric.dtype), metric)
 
 
-def block_error(run: BlockRun, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def block_error(run: Callable[[Tensor], Tensor], given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Relative output error of a block: mean over tokens of ‖y − y₀‖² / ‖y₀‖², so that every token counts alike.
 
-    given: the block's inputs, in batches [B, T, H]; wanted: the float block's outputs y₀ on the float model's activations.
+    run: the block, giving hidden states. given: its inputs, in batches [B, T, H]; wanted: the float block's outputs y₀ on the
+    float model's activations.
     """
     shares = []
     for batch, meant in zip(given, wanted, strict=True):

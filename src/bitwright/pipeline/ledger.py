@@ -22,6 +22,8 @@ class Entry:
                   type of activations, on which the last digits depend
     bytes         its size in the file
     activations   the scheme that the engine rounds its inputs to; transforms: what was done to it before rounding
+    tokens        that its inputs were observed of; borrowed: beside its own, of an expert that the router sends few, those that
+                  stand for all tokens of its layer
     outliers      how many of its input channels stay in float
     """
 
@@ -47,6 +49,7 @@ class Entry:
     block_error: float | None = None
     block_error_search: float | None = None
     arithmetic: str = ""
+    borrowed: int = 0
 
 
 @dataclass(frozen=True)

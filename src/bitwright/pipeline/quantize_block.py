@@ -94,7 +94,7 @@ def _quantize_pile(
         taken, method, losses = _better(plan, t, matrix, inputs, own)
         loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
         spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, taken.outcome, method, loss, inputs.tokens, spent, origin)
+        entry = _entry(plan, t, taken.outcome, method, loss, inputs, spent, origin)
         assert t.rule is not None
         gram = inputs.gram if t.rule.method in BLOCKWISE else None
         done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization))
@@ -164,12 +164,13 @@ def _entry(
     outcome: Outcome,
     method: str,
     loss: Losses,
-    tokens: int,
+    inputs: Inputs,
     seconds: float,
     origin: Origin,
 ) -> Entry:
     """The ledger entry of a matrix quantized by `method`."""
     assert t.layer is not None and t.rule is not None
+    observed = inputs.tokens + inputs.borrowed
     dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
     return Entry(
         t.source,
@@ -182,16 +183,17 @@ def _entry(
         loss.own,
         loss.rtn,
         outcome.damping,
-        tokens,
+        inputs.tokens,
         seconds,
         fallback,
         stored_bytes(plan, t),
         str(t.layer.activations or ""),
         origin.transforms.get(t.layer.name, ""),
-        origin.statistics if tokens else "",
+        origin.statistics if observed else "",
         t.layer.outliers,
         loss.search,
-        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
+        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if observed else "",
+        borrowed=inputs.borrowed,
     )
 
 

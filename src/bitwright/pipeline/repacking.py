@@ -23,8 +23,8 @@ from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
-from bitwright.models.skeleton import COMPUTED, Skeleton, read_config
-from bitwright.models.source import open_weights
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
@@ -52,6 +52,7 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
     scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
     same = {
         "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym": q.scheme.zero == "asym1",
         "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
         q.scheme.zero: True,
     }
@@ -85,11 +86,18 @@ def _ways(q: QTensor) -> Iterator[QTensor]:
     kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
     wider = (in_integers(q, bits) for bits in range(2, 9) if q.scheme.grid != f"int{bits}")
     for same in itertools.chain([q], (other for other in wider if other is not None)):
-        encodings = (same.scheme.scale, "f32") if same.scheme.scale not in ("e8m0", "e4m3") else (same.scheme.scale,)
-        for scale, zero in itertools.product(dict.fromkeys(encodings), dict.fromkeys(kinds)):
+        for scale, zero in itertools.product(_encodings(same), dict.fromkeys(kinds)):
             way = expressed(same, zero, scale)
             if way is not None:
                 yield way
+
+
+def _encodings(q: QTensor) -> list[str]:
+    """How its scales may be stored as they are: as now, in float32, in half of that where nothing is lost."""
+    if q.scheme.scale in ("e8m0", "e4m3"):
+        return [q.scheme.scale]
+    halved = torch.equal(q.scales.scale.half().float(), q.scales.scale) and q.scheme.zero != "min"
+    return list(dict.fromkeys([q.scheme.scale, "f32", *(["f16"] if halved else [])]))
 
 
 def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
@@ -175,17 +183,9 @@ class _Source:
     def __init__(self, model: Path) -> None:
         self.model, self.weight_source = model, open_weights(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(model))
+        self.names = names_in(self.weight_source, self.skeleton)
         self._floats: list[str] = []  # notes on tensors that were quantized and become float
         self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
-        used = set(self.names.values())
-        odd = next((n for n in self.weight_source.shapes if n not in used and not n.endswith(COMPUTED)), None)
-        if odd is not None:
-            raise FormatError(
-                "a tensor that no conversion knows what to do with",
-                where=odd,
-                remedy="quantize the float original to this format: `bitwright quantize`",
-            )
 
     def shard(self, index: int, format_: Format) -> _Shard:
         """Block `index`; after the last, the tensors outside the blocks."""

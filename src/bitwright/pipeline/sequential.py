@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bitwright.calibration.observe import BlockRun, FloatStream, groups_of, observe
+from bitwright.calibration.observe import BlockRun, FloatStream, groups_of
+from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.models.kv_cache import KvCache, KvRounding
 from bitwright.models.skeleton import Skeleton, as_source
 from bitwright.numerics.codec import decode
@@ -43,13 +44,14 @@ def quantize_in_order(
     done, searched = list[Rounded](), list[Rounded]()
     guarded = bool(states.held) and any(by_search(t) is not t for t in layers.values())
     for group in groups:
-        (inputs,) = observe(run, states.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
-        members = [layers[name] for name in group.names]
-        new = quantize_together(plan, members, weights, inputs, origin)
-        take(run, skeleton, new)
-        done += new
-        if guarded:
-            searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+        detailed = plan.recipe.needs_details
+        for inputs in statistics_in_order(run, states.given, group, original, by_residual=True, detailed=detailed):
+            members = [layers[name] for name in inputs.names]
+            new = quantize_together(plan, members, weights, inputs, origin)
+            take(run, skeleton, new)
+            done += new
+            if guarded:
+                searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
     if original is not None and states.original is not None:
         original.move_on()
         tuned = tune_block(plan, index, done, weights, states.given, states.original)
@@ -95,7 +97,10 @@ def better(
     the float model, on the float model's activations.
     """
     (done, run), (searched, plain) = asked, plainer
-    error, error_search = (block_error(one, held, wanted) for one in (run, plain))
+    stream = run.skeleton.stream
+    meant = [stream(batch) for batch in wanted]
+    error = block_error(lambda batch: stream(run(batch)), held, meant)
+    error_search = block_error(lambda batch: stream(plain(batch)), held, meant)
     if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]

@@ -12,7 +12,7 @@ Statistics of another model, text, tokenizer or code are never used: they are ta
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bitwright.transforms.folds import Fold
 DAMAGED = "remove this directory, or name another, and the statistics are taken anew"
 KV = ("keys", "values")
 OTHERS = ("reference-", "rotated-")  # beginnings of other names that may be in a store's directory
+COUNTS = ("names", "tokens", "borrowed")  # the fields of Inputs that are no tensors
 TENSORS = ("gram", "mean", "low", "high", "sample")
 
 
@@ -99,7 +100,7 @@ class Store:
             tensors |= {f"{name}.{n}": t for n, t in histogram.state().items()}
         write_shard(self._file(index, "safetensors"), tensors)
         content = {
-            "inputs": [{"names": one.names, "tokens": one.tokens} for one in statistics.inputs],
+            "inputs": [{name: getattr(one, name) for name in COUNTS} for one in statistics.inputs],
             "folds": [asdict(fold) for fold in statistics.folds],
         }
         write_file(self._file(index, "json"), json.dumps(content, indent=1).encode())
@@ -173,12 +174,13 @@ def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 def _inputs(tensors: Checkpoint, i: int, entry: dict[str, Any]) -> Inputs:
     """Input i of a file."""
     own = {name.removeprefix(f"{i}."): name for name in tensors.tensors if name.startswith(f"{i}.")}
-    known = {f.name for f in fields(Inputs)}
-    plain = {short: tensors.read(name) for short, name in own.items() if short in known}
+    known = {f.name for f in fields(Inputs)} - {*COUNTS}
+    plain: dict[str, Any] = {short: tensors.read(name) for short, name in own.items() if short in known}
     for name, tensor in plain.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} of {entry['names']} is not finite")
-    return Inputs(tuple(entry["names"]), entry["tokens"], histogram=_histogram(tensors, f"{i}.histogram"), **plain)
+    found = Inputs(tuple(entry["names"]), entry["tokens"], borrowed=entry["borrowed"])
+    return replace(found, histogram=_histogram(tensors, f"{i}.histogram"), **plain)
 
 
 def _histogram(tensors: Checkpoint, name: str) -> Histogram | None:

@@ -180,11 +180,12 @@ class Verification:
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
         for name, value in self.kept.items():
-            if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
+            there, meant = (t.contiguous().reshape(-1).view(torch.uint8) for t in (written.read(name), value))
+            if not torch.equal(there, meant):
                 message = "the tensor on disk is not the one that was meant"
                 raise VerificationError(message, where=name, remedy=AGAIN)
         for module, q in self.meant.items():
-            found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
+            found = {n.removeprefix(f"{module}."): n for n in written.tensors if n.startswith(f"{module}.")}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
             wrong = self.format.wrong(self.config, module, parts, q)
             if wrong:

@@ -4,6 +4,7 @@ Decides for every tensor of the source whether it is quantized, kept in float or
 the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -192,7 +193,7 @@ class Plan:
         return (
             self._process_bytes
             + max(states + stored + loaded, states + self._block_bytes, states + embeddings)
-            + self._in_writing(self.shard(0))
+            + self._in_writing(self.shard(self._largest_block))
         )
 
     @property
@@ -211,8 +212,8 @@ class Plan:
 
     @property
     def _block_bytes(self) -> int:
-        """Bytes for the first block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
-        layers = [t.layer for t in self.tensors if t.layer is not None and t.block == 0]
+        """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
+        layers = [t.layer for t in self.shard(self._largest_block) if t.layer is not None]
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
         widths = {layer.K for layer in layers}
@@ -232,12 +233,21 @@ class Plan:
         return kept + weights + statistics + max(forward, rounding)
 
     @property
+    def _largest_block(self) -> int:
+        """The block with most weights to quantize: the first of a mixture of experts may have none."""
+        sizes = Counter[int]()
+        for t in self.tensors:
+            if t.layer is not None and t.block is not None:
+                sizes[t.block] += t.layer.N * t.layer.K
+        return max(sizes, key=lambda block: sizes[block], default=0)
+
+    @property
     def _uncalibrated_peak(self) -> int:
         """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
         layers = [t.layer for t in self.tensors if t.layer is not None]
-        block = sum(t.layer.N * t.layer.K for t in self.tensors if t.layer is not None and t.block == 0)
+        block = sum(t.layer.N * t.layer.K for t in self.shard(self._largest_block) if t.layer is not None)
         largest = max((layer.N * layer.K for layer in layers), default=0)
-        ends = [self.shard(i) for i in (0, len(self.skeleton))]
+        ends = [self.shard(i) for i in (self._largest_block, len(self.skeleton))]
         written = max(map(self._in_writing, ends))
         read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in ends)
         rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
@@ -262,12 +272,12 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise CheckpointError(
             "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
         )
-    checkpoint = _open(source, format_name)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
@@ -327,10 +337,12 @@ def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
     return (4 * weights if gram else 0) + quantized + max(quantized, working)
 
 
-def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
-    """The source's tensors. FormatError for a GGUF file and an output format that is a directory."""
+def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
+    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
     if not is_gguf(source):
-        return Checkpoint(source)
+        checkpoint = Checkpoint(source)
+        skeleton.split_experts(checkpoint)
+        return checkpoint
     if not FORMATS[format_name].one_file:
         remedy = "give the checkpoint's directory, or name OUT.gguf"
         raise FormatError(

@@ -213,6 +213,6 @@ def _unmoved(skeleton: Skeleton, index: int, hidden: Tensor, plain: Tensor, fold
         s = fold.tied(torch.exp2(drawn.float()), "amax")
         changed, _ = applied(fold, s, {**weights, **own}, linears)
         own |= {name: tensor.to(skeleton.dtype) for name, tensor in changed.items()}
-    after = skeleton.run_with(index, hidden, own)
-    moved = (after.float() - plain.float()).norm() / (plain.float() - hidden.float()).norm().clamp(min=1e-30)
+    after, before, given = (skeleton.stream(x).float() for x in (skeleton.run_with(index, hidden, own), plain, hidden))
+    moved = (after - before).norm() / (before - given).norm().clamp(min=1e-30)
     return bool(moved < (MOVED_ROUNDING if any(fold.offset for fold in folds) else MOVED))
