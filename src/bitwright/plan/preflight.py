@@ -217,18 +217,16 @@ class Plan:
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
         widths = {layer.K for layer in layers}
-        activations = (
-            tokens * size * (2 * hidden + sum(widths))
-        )  # inputs of attention, of the MLP, and of what ends each
+        # the inputs of attention, of the MLP, and of the matrices that end them
+        activations = tokens * size * (2 * hidden + sum(widths))
         kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
         forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
         square = 4 * max((K * K for K in widths), default=0)
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
-        weights = sum(layer.N * layer.K for layer in layers) * (
-            2 * size + 2
-        )  # float; decoded; codes, twice (the guard's)
+        # float, and decoded; codes, and those of the guard's search
+        weights = sum(layer.N * layer.K for layer in layers) * (2 * size + 2)
         rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
         return kept + weights + statistics + max(forward, rounding)
 
