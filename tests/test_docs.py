@@ -50,8 +50,8 @@ def test_the_chinese_page_has_the_english_one_s_commands_and_numbers(name: str) 
 
     def figures(page: str) -> tuple[list[str], list[str]]:
         text = (DOCS.parent / page).read_text("utf-8")
-        blocks = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-        commands = [line.split("#")[0].strip() for line in blocks.splitlines()]
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        commands = [line.split("#")[0].strip() for word, block in blocks if not word for line in block.splitlines()]
         rows = "\n".join(re.findall(r"^\|.*", text, re.MULTILINE))
         return commands, re.findall(r"\d+\.\d+|`[^`]+`", rows)
 
