@@ -188,8 +188,19 @@ def _operator(
 
 
 @_operator.register_fake
-def _(x: Tensor, panels: Tensor, scale: Tensor, point: Tensor | None, minimum: Tensor | None, unit: Tensor,
-      scheme: str, N: int, K: int, bits: int, by_row: bool) -> Tensor:  # fmt: skip
+def _(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    point: Tensor | None,
+    minimum: Tensor | None,
+    unit: Tensor,
+    scheme: str,
+    N: int,
+    K: int,
+    bits: int,
+    by_row: bool,
+) -> Tensor:
     return x.new_empty((len(x), N), dtype=torch.float32)
 
 

@@ -106,10 +106,15 @@ class GgufPlan:
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         weights = spec_bytes(self.specs(list(self.tensors)))
         return {
-            "model": str(self.source), "format": GGUF.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(8 * weights / self.parameters, 4), **counts,
+            "model": str(self.source),
+            "format": GGUF.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(8 * weights / self.parameters, 4),
+            **counts,
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
     @property
     def headline(self) -> str:

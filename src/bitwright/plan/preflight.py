@@ -154,10 +154,16 @@ class Plan:
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT, LEFT_OUT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         return {
-            "model": str(self.source), "format": self.format.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4), "peak_memory_bytes": self.peak_memory,
-            **counts, "notes": list(self.notes),
-        }  # fmt: skip
+            "model": str(self.source),
+            "format": self.format.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "peak_memory_bytes": self.peak_memory,
+            **counts,
+            "notes": list(self.notes),
+        }
 
     @property
     def headline(self) -> str:
@@ -211,9 +217,8 @@ class Plan:
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
         widths = {layer.K for layer in layers}
-        activations = (
-            tokens * size * (2 * hidden + sum(widths))
-        )  # inputs of attention, of the MLP, and of what ends each
+        # the inputs of attention, of the MLP, and of the matrices that end them
+        activations = tokens * size * (2 * hidden + sum(widths))
         kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
         forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
         square = 4 * max((K * K for K in widths), default=0)

@@ -141,11 +141,15 @@ class Rule:
     def describe(self) -> dict[str, Any]:
         """The rule as plain data, for manifests."""
         return {
-            "match": self.match, "scheme": KEEP if self.scheme is None else str(self.scheme), "method": self.method,
-            "options": self.options, "activations": None if self.activations is None else str(self.activations),
-            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms], "observer": self.observer,
+            "match": self.match,
+            "scheme": KEEP if self.scheme is None else str(self.scheme),
+            "method": self.method,
+            "options": self.options,
+            "activations": None if self.activations is None else str(self.activations),
+            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
+            "observer": self.observer,
             "mix": self.mix,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -307,9 +311,14 @@ def _content(file: Path) -> dict[str, Any]:
 def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
     kinds = {
-        "match": str, "scheme": str, "method": str, "options": dict, "activations": str, "transforms": list,
+        "match": str,
+        "scheme": str,
+        "method": str,
+        "options": dict,
+        "activations": str,
+        "transforms": list,
         "observer": str,
-    }  # fmt: skip
+    }
     _known_keys(entry, set(kinds), where)
     assert isinstance(entry, dict)  # see _known_keys
     for key, kind in kinds.items():
