@@ -30,6 +30,7 @@ class Card:
 
     config   of the model, as config.json says it
     predicts whether the model predicts tokens; else it is an encoder
+    loader   the class of transformers that loads it; "": the usual one
     method   what was asked for, such as awq+gptq; calibration: see `calibration`. Empty: not known here
     """
 
@@ -40,6 +41,7 @@ class Card:
     predicts: bool
     method: str = ""
     calibration: str = ""
+    loader: str = ""
 
     def __str__(self) -> str:
         parts = (
@@ -134,7 +136,7 @@ def _replaced(card: Card) -> str:
 
 def _use(card: Card) -> str:
     """How to load it, by those that can."""
-    kind = "AutoModelForCausalLM" if card.predicts else "AutoModel"
+    kind = card.loader or ("AutoModelForCausalLM" if card.predicts else "AutoModel")
     load = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("OUT")'
     if card.format == "bitwright":
         load = 'import bitwright\n\nmodel = bitwright.load("OUT")  # a model of transformers'
