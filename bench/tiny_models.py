@@ -36,7 +36,8 @@ SIZES = {
     8: "qk_nope_head_dim query_pre_attn_scalar rotary_dim mamba_num_heads mamba_n_heads",
     4: "qk_rope_head_dim num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "attention_heads linear_num_value_heads linear_num_heads num_encoder_attention_heads num_decoder_attention_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts swa_num_attention_heads conf_num_attention_heads index_n_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts swa_num_attention_heads conf_num_attention_heads "
+    "index_n_heads "
     "num_sliding_attention_heads",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_key_value_heads num_kv_heads "
     "n_head_kv multi_query_group_num num_encoder_layers num_decoder_layers linear_num_key_heads num_experts_per_tok "
