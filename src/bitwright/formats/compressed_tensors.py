@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed, refuse_ragged
+from bitwright.formats.format import (
+    FLOAT_NAMES,
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -52,7 +60,7 @@ class CompressedTensors:
                 where=layer.name,
                 remedy="use --format gptq",
             )
-        refuse_ragged(layer)
+        refuse_short_groups(layer)
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         plain = scheme.scale in ("f32", "f16", "bf16")
         return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)

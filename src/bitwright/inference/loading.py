@@ -21,7 +21,7 @@ from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, matrix_of, read_config
+from bitwright.models.skeleton import Skeleton, is_linear, matrix_of, read_config
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
@@ -70,11 +70,11 @@ class _Filling:
 
     def run(self) -> PreTrainedModel:
         """Module by module, so that a matrix is decoded only while it is being packed."""
-        model, linears, inside = self.skeleton.model, self.skeleton.linear_names(), self.skeleton.block_prefix + "."
+        model, inside = self.skeleton.model, self.skeleton.block_prefix + "."
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding and module is model.get_input_embeddings():
                 self._lookup(name, module)
-            elif name in linears and not self._stays(name):
+            elif is_linear(module) and not self._stays(name):
                 self._linear(name, module, rounded=name.startswith(inside))
                 return_memory()  # what packing took lies between what stays
         self._fill_rest()

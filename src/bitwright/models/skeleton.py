@@ -39,6 +39,7 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older tools wrote, and which
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
@@ -140,7 +141,7 @@ class Skeleton:
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def linear_names(self) -> list[str]:
-        """Every Linear or Conv1D of the model by full name, the output head included."""
+        """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def tied_names(self) -> set[str]:
@@ -188,7 +189,7 @@ class Skeleton:
         """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""
         prefix = f"{self.block_prefix}.{index}."
         named = self.blocks[index].named_modules()
-        return {prefix + name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
+        return {prefix + name: module for name, module in named if is_linear(module)}
 
     def source_names(self, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> dict[str, str]:
         """Parameter or persistent buffer name -> tensor name in a checkpoint that holds tensors of these shapes.
@@ -222,6 +223,17 @@ class Skeleton:
         if lacking:
             remedy = "config.json and weights must belong together"
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
+
+    def routers(self) -> set[str]:
+        """The modules that send tokens to experts, or say how much of a shared expert is added, by full name."""
+        found = set[str]()
+        for experts, layout in self.experts.items():
+            owner = experts.rpartition(".")[0]
+            for name, module in self.model.get_submodule(owner).named_modules(prefix=owner):
+                weight = dict(module.named_parameters(recurse=False)).get("weight")
+                steers = weight is not None and weight.ndim == 2 and len(weight) in (1, layout.E)
+                found |= {name} if steers and not name.startswith(f"{experts}.") else set()
+        return found
 
     def split_experts(self, checkpoint: Checkpoint) -> None:
         """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
@@ -406,6 +418,11 @@ def _towers(model: PreTrainedModel, text: str) -> tuple[str, ...]:
     return tuple(name for name in others if not any(name.startswith(f"{other}.") for other in others))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else; a subclass of Linear may (PhiMoE's router)."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has one weight vector of its own."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
@@ -438,13 +455,25 @@ def best_dtype() -> torch.dtype:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, if it has one."""
-    file = folder / "config.json"
+    """The quantization_config of a checkpoint's config.json, or what AutoGPTQ and AutoAWQ wrote beside it; None: neither."""
+    raw = _json(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
+        for place in (raw, raw.get("text_config")):
+            if isinstance(place, dict) and isinstance(place.get(key), dict):
+                return dict(place[key])
+    for file, method in BESIDE.items():
+        found = _json(folder / file)
+        if found:
+            return {"quant_method": method, **found}
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is no file. CheckpointError for one that is damaged."""
     if not file.is_file():
-        return None
+        return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
-    found = raw.get("quantization_config") if isinstance(raw, dict) else None
-    return found if isinstance(found, dict) else None
+        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file)) from error
+    return raw if isinstance(raw, dict) else {}

@@ -15,10 +15,10 @@ from bitwright.numerics.scheme import Scheme
 class InputQuantization:
     """In this order:
 
-    rotate    0, or the block of an online Hadamard rotation (QuaRot, arXiv:2404.00456) that the weights have undone
-    outliers  channels [k] that are not rounded, and do not count for the range of those that are (arXiv:2208.07339)
-    scheme    what the inputs are rounded to, by token or as a whole tensor; None: they stay as they are
-    scales    fixed by calibration (static); None: from the inputs as they come (dynamic)
+    rotate    block length of an online Hadamard rotation (QuaRot, arXiv:2404.00456), whose inverse is in the weights; 0: none
+    outliers  channels [k] that stay in float, and do not count for the range of the others (LLM.int8(), arXiv:2208.07339)
+    scheme    what the inputs are rounded to, per token or per tensor; None: they stay in float
+    scales    fixed by calibration (static); None: from each input's own range (dynamic)
     """
 
     scheme: Scheme | None = None
