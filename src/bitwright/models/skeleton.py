@@ -24,6 +24,7 @@ from bitwright.gguf.reader import is_gguf
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
+from bitwright.models.own_head import has_own_head
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -40,7 +41,8 @@ TOKENS_PER_BATCH = 4096
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config. CheckpointError if it is missing, damaged, of no known architecture, or quantized already."""
+    """The model's config, which says that the output head is the embedding only where it is. CheckpointError if it is missing,
+    damaged, or of no known architecture."""
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
@@ -57,11 +59,14 @@ def read_config(folder: Path) -> PretrainedConfig:
             raise ValueError("not a JSON object")
         raw.pop("quantization_config", None)
         kind = raw.pop("model_type")
-        return AutoConfig.for_model(kind, **raw)
+        config = AutoConfig.for_model(kind, **raw)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}", where=str(file)) from error
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
+    if config.tie_word_embeddings and has_own_head(folder):
+        config.tie_word_embeddings = False
+    return config
 
 
 class _Port(nn.Module):

@@ -4,7 +4,7 @@ Decides for every tensor of the source whether it is quantized, kept on purpose 
 result to the byte; estimates peak memory; refuses what the format cannot hold; and says what engines will not load.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec
 from bitwright.files.joined import joined
 from bitwright.formats import FORMATS, Format, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.gguf.metadata import metadata
+from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
@@ -223,14 +223,9 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     limit = positions_of(config.get_text_config()) or seqlen
-    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
-        notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
-    widest = max((t.layer.K for t in tensors if t.layer), default=0)
-    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
-        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
-        notes.append(f"{few}: give more --samples, or expect little of calibration")
-    if recipe.needs_calibration and seqlen > limit:
-        notes.append(f"calibration windows of {limit} tokens: the model knows no more positions than that")
+    notes += _calibration_notes(tensors, recipe, samples, seqlen, limit)
+    keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
+    notes += said
     plan = Plan(
         source,
         skeleton,
@@ -242,7 +237,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(checkpoint, skeleton, recipe) if format_.one_file else {},
+        keys,
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
@@ -253,6 +248,20 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
     _ = plan.quantization_config  # refuses schemes that cannot share a file
     return plan
+
+
+def _calibration_notes(
+    tensors: list[PlannedTensor], recipe: Recipe, samples: int, seqlen: int, limit: int
+) -> Iterator[str]:
+    """What is to be expected of the calibration text, of a model that knows `limit` positions."""
+    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
+        yield "how many channels stay in float depends on calibration: sizes are those of one in each matrix"
+    widest = max((t.layer.K for t in tensors if t.layer), default=0)
+    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
+        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
+        yield f"{few}: give more --samples, or expect little of calibration"
+    if recipe.needs_calibration and seqlen > limit:
+        yield f"calibration windows of {limit} tokens: the model knows no more positions than that"
 
 
 def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
@@ -267,10 +276,10 @@ def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
     return FloatGgufCheckpoint(source)
 
 
-def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
     """What a GGUF file will say beside its tensors; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
-        return carried_keys(checkpoint.weight_source.file, recipe.file_type)
+        return Metadata(carried_keys(checkpoint.weight_source.file, recipe.file_type), ())
     source = checkpoint.folder
     return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 

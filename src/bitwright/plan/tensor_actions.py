@@ -101,8 +101,14 @@ class _Chooser:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
-        self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
+        self.rules = recipe.assign({name: self._other(name) for name in (*self.modules, *odd)})
+
+    def _other(self, module: str) -> str:
+        """What llama.cpp calls a module's weight; nothing for another format, or a tensor that it does not have."""
+        if self.names is None or not self.names.has(f"{module}.weight"):
+            return ""
+        return self.names.of(f"{module}.weight")
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
         """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
