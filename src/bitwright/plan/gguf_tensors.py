@@ -161,7 +161,7 @@ class _Chooser:
 
     def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool) -> None:
         self.file, self.recipe, self.weighted = file, recipe, weighted
-        self.rules = recipe.assign([name.removesuffix(".weight") for name in file.tensors if self._may(name)])
+        self.rules = recipe.assign({name.removesuffix(".weight"): name for name in file.tensors if self._may(name)})
 
     def _may(self, name: str) -> bool:
         """Whether llama.cpp reads a quantized tensor of that name."""

@@ -19,7 +19,7 @@ from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec
 from bitwright.files.joined import joined
 from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.gguf.metadata import metadata
+from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
@@ -286,6 +286,8 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     notes += _notes_on_towers(source, skeleton)
     limit = positions_of(config.get_text_config()) or seqlen
     notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
+    keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
+    notes += said
     plan = Plan(
         source,
         skeleton,
@@ -297,7 +299,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(checkpoint, skeleton, recipe) if format_.one_file else {},
+        keys,
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
@@ -364,10 +366,10 @@ def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
     return notes
 
 
-def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
     """The keys of the GGUF file to write; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
-        return carried_keys(checkpoint.weight_source.file, recipe.file_type)
+        return Metadata(carried_keys(checkpoint.weight_source.file, recipe.file_type), ())
     source = checkpoint.folder
     return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 

@@ -4,7 +4,7 @@ The last rule whose pattern matches a module's name wins, as in .gitignore. An u
 are errors. In TOML:
 
     [[rule]]
-    match = "*"                    # fnmatch pattern on module names
+    match = "*"                    # fnmatch pattern on module names; for GGUF on llama.cpp's tensor names too
     scheme = "int4-g128"           # or "keep": leave it in float, on purpose
     method = "gptq"                # optional, as all below; the command line's otherwise
     options = { sweeps = 4 }       # keywords of the method
@@ -20,7 +20,7 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -228,13 +228,17 @@ class Recipe:
         ]
         return replace(self, rules=tuple(rules))
 
-    def assign(self, modules: list[str]) -> dict[str, Rule]:
-        """The rule of each module. RecipeError if a rule's pattern matches no module at all."""
+    def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
+        """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
+
+        RecipeError if a rule's pattern matches no module at all.
+        """
         for rule in self.rules:
-            if not any(fnmatchcase(name, rule.match) for name in modules):
-                some = ", ".join(modules[:3])
+            if not any(_means(rule.match, name, other) for name, other in modules.items()):
+                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
                 raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
-        return {name: next(r for r in reversed(self.rules) if fnmatchcase(name, r.match)) for name in modules}
+        last_first = list(reversed(self.rules))
+        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
 
     @property
     def needs_calibration(self) -> bool:
@@ -280,6 +284,11 @@ class Recipe:
                 "rules tune blocks with different options", remedy="give all autoround rules the same options"
             )
         return Options.of(rules[0].options).windows if rules else None
+
+
+def _means(pattern: str, module: str, other: str) -> bool:
+    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
+    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def decide(
     modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
     odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
     odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
-    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd, names)
     converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
@@ -102,13 +102,22 @@ class _Chooser:
         rotation: Rotation | None,
         modules: dict[str, nn.Module],
         odd: list[str],
+        files: Mapping[str, str],
     ) -> None:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
-        self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
+        self.skeleton, self.recipe, self.format, self.rotation, self.files = skeleton, recipe, format_, rotation, files
         self.modules = modules | ends
         self.routers = skeleton.routers()
-        self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
+        self.rules = recipe.assign({name: self._other(name) for name in (*self.modules, *odd)})
+
+    def _other(self, module: str) -> str:
+        """What else a module may be called: in a GGUF file llama.cpp's name of its weight, else the source's own name of it."""
+        if self.names is None:
+            return self.files.get(f"{module}.weight", "").removesuffix(".weight")
+        if not self.names.has(f"{module}.weight"):
+            return ""
+        return self.names.of(f"{module}.weight")
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
         """Quantize the blocks' matrices as the rules say; keep vectors, and what is outside the blocks.
