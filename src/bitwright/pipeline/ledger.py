@@ -23,6 +23,7 @@ class Entry:
     bytes         what the file holds of it
     activations   the scheme that the engine rounds its inputs to; transforms: what was done to it before rounding
     outliers      how many of its input channels stay in float
+    source        how the source has it quantized, which is decoded first; "": it is float there
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     block_error: float | None = None
     block_error_search: float | None = None
     arithmetic: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class PlannedTensor:
     reason: str = ""
     layer: Layer | None = None
     rule: Rule | None = None
+    stored_as: str = ""  # how the source has it quantized; "": it is float there
     made_of: str = ""  # the source's tensor, where that has another name: an untied head is made of the embedding
 
     @property
