@@ -62,6 +62,7 @@ def quantize(
     seqlen: int = 2048,
     seed: int = 0,
     store: str | Path | None = None,
+    requantize: bool = False,
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -87,6 +88,7 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
         store=where,
+        requantize=requantize,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 

@@ -31,6 +31,7 @@ class PlannedTensor:
     reason: str = ""
     layer: Layer | None = None
     rule: Rule | None = None
+    stored_as: str = ""  # how the source has it quantized; "": it is float there
     made_of: str = ""  # another tensor of the source that it is copied from: an untied head from the embedding
 
     @property

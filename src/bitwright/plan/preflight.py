@@ -24,6 +24,7 @@ from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.gptq import AT_ONCE
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
@@ -46,7 +47,7 @@ class Plan:
 
     source: Path
     skeleton: Skeleton
-    checkpoint: Checkpoint | FloatGgufCheckpoint
+    checkpoint: FloatCheckpoint
     format: Format
     tensors: tuple[PlannedTensor, ...]
     recipe: Recipe
@@ -261,19 +262,25 @@ class Plan:
         return codes + 2 * spec_bytes(self.specs(members))
 
 
-def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
+def preflight(
+    source: Path,
+    recipe: Recipe,
+    format_name: str,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    requantize: bool = False,
+) -> Plan:
     """Plan a run: see the module's docstring.
 
-    samples, seqlen: calibration windows, and tokens in one. Raises CheckpointError for a source that is missing, damaged or
-    already quantized; FormatError for what the format cannot hold; RecipeError for a rule that does not fit the model.
+    samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
+    rounded once more. Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what
+    the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
-    if quantization_of(source) is not None:
-        remedy = "quantize the float original; rounding twice only loses"
-        raise CheckpointError(
-            "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
-        )
+    if not requantize:
+        _refuse_integers(source)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
@@ -281,6 +288,8 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
     checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        notes.append(_decoded_note(tensors))
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
@@ -342,9 +351,28 @@ def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
     return (4 * weights if gram else 0) + quantized + max(quantized, working)
 
 
-def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
+def _refuse_integers(source: Path) -> None:
+    """CheckpointError for a source that is quantized, and has a float original."""
+    quantization = quantization_of(source)
+    if quantization is not None and not has_no_original(quantization):
+        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
+        raise CheckpointError(message, where=str(source), remedy=remedy)
+
+
+def _decoded_note(tensors: list[PlannedTensor]) -> str:
+    """What is said of a source that is quantized."""
+    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
+    many = sum(bool(t.stored_as) for t in tensors)
+    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
+    return f"{what}; losses are counted from there"
+
+
+def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
     """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
     if not is_gguf(source):
+        if quantization_of(source) is not None:
+            return DecodedCheckpoint(source, skeleton)
         checkpoint = Checkpoint(source)
         skeleton.split_experts(checkpoint)
         return checkpoint
@@ -366,7 +394,7 @@ def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
     return notes
 
 
-def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
+def _file_keys(checkpoint: FloatCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
     """The keys of the GGUF file to write; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
         return Metadata(carried_keys(checkpoint.weight_source.file, recipe.file_type), ())

@@ -9,7 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
@@ -17,9 +16,9 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.file_names import Conversion
-from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
@@ -34,7 +33,7 @@ ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed
 
 def decide(
     skeleton: Skeleton,
-    checkpoint: Checkpoint | FloatGgufCheckpoint,
+    checkpoint: FloatCheckpoint,
     recipe: Recipe,
     format_: Format,
     rotation: Rotation | None,
@@ -68,6 +67,8 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
+    if isinstance(checkpoint, DecodedCheckpoint):
+        planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
     notes = _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
     fused = any(info.take is not None for info in checkpoint.tensors.values())
     return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
