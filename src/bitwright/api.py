@@ -22,11 +22,13 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.system.progress import Progress
+from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "quantize",
+    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "prepare_for_training", "prepare_qat", "quantize",
     "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
+from bitwright.models.families import auto_class
 from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
     HiddenStates,
@@ -343,5 +344,6 @@ def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: floa
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated)
+    loader = auto_class(plan.skeleton.config)
+    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))

@@ -24,7 +24,7 @@ from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.gptq import AT_ONCE
-from bitwright.models.families import positions_of
+from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype, quantization_of, read_config
@@ -33,6 +33,7 @@ from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = (
     6.5  # times tokenizer.json: what a loaded tokenizer takes, by measurement on vocabularies of 49,000 and 262,000
@@ -147,6 +148,8 @@ class Plan:
         kept = [t.parameter.removesuffix(".weight") for t in self.tensors if t.layer is None]
         outside = [name for name in names if name in kept or name not in {layer.name for layer in layers}]
         config = self.format.config(layers, sorted(outside))
+        if self.format.name == "compressed-tensors" and self.skeleton.config.model_type in DECOMPRESSED:
+            config |= {"dequantize": True}
         return config if self.recipe.kv_cache is None else config | {"kv_cache_scheme": arguments(self.recipe.kv_cache)}
 
     def as_dict(self) -> dict[str, Any]:
@@ -225,8 +228,9 @@ class Plan:
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
-        # float, and decoded; codes, and those of the guard's search
-        weights = sum(layer.N * layer.K for layer in layers) * (2 * size + 2)
+        # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
+        stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
+        weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
         rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
         return kept + weights + statistics + max(forward, rounding)
 
@@ -279,6 +283,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
+    notes += _notes_on_towers(source, skeleton)
     limit = positions_of(config.get_text_config()) or seqlen
     notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
     plan = Plan(
@@ -347,6 +352,16 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | Fl
             f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
         )
     return FloatGgufCheckpoint(source)
+
+
+def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
+    """What becomes of the parts for images or sound, and of the files that say how those are prepared."""
+    if not skeleton.towers:
+        return []
+    notes = [f"{', '.join(skeleton.towers)}: kept in float; the text model is quantized, calibrated on text alone"]
+    if source.is_dir() and not any((source / name).is_file() for name in PROCESSORS):
+        notes.append(f"no {' or '.join(PROCESSORS)} here: the result knows text alone until they are put beside it")
+    return notes
 
 
 def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
