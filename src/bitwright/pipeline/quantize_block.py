@@ -197,7 +197,8 @@ def _entry(
 def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
     """The ledger entry of a tensor that stays in float, or is left out. changed: a transform has been folded into it."""
     dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
-    return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+    size = stored_bytes(plan, t) if t.action == KEPT else 0
+    return Entry(t.source, t.shape, dtype, t.action, reason, fallback=t.fallback, bytes=size)
 
 
 def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:

@@ -244,7 +244,7 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
         remedy = "give OUT.gguf, or leave out temper"
         raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
-    if not any(t.layer for t in tensors):
+    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
     _ = plan.quantization_config  # refuses schemes that cannot share a file
     return plan

@@ -28,7 +28,7 @@ from typing import Any
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import RecipeError, SchemeError, one_of
 from bitwright.formats.ggml import TYPES
-from bitwright.gguf.file_types import FILE_TYPES, MIXES
+from bitwright.gguf.file_types import FILE_TYPES, FLOAT_TYPES, MIXES
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
@@ -43,7 +43,7 @@ SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipel
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a recipe. scheme None: keep in float."""
+    """One line of a recipe. scheme None: keep in float, in the type that `mix` names if it names one."""
 
     match: str
     scheme: Scheme | None
@@ -130,7 +130,7 @@ class Rule:
     def describe(self) -> dict[str, Any]:
         """Plain data: what a manifest stores and compares."""
         return {
-            "match": self.match, "scheme": KEEP if self.scheme is None else str(self.scheme), "method": self.method,
+            "match": self.match, "scheme": str(self.scheme or self.mix.lower() or KEEP), "method": self.method,
             "options": self.options, "activations": None if self.activations is None else str(self.activations),
             "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms], "observer": self.observer,
             "mix": self.mix,
@@ -245,7 +245,7 @@ class Recipe:
     @property
     def file_type(self) -> int | None:
         """llama.cpp's number of the mix, if all that is quantized is of one that has a number."""
-        mixes = {rule.mix for rule in self.active}
+        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -313,8 +313,8 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
-    mix = name.upper() if name.upper() in MIXES else ""
-    scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,

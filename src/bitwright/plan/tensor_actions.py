@@ -19,7 +19,15 @@ from bitwright.methods.obq import LARGEST_K
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import COMPUTED, Skeleton
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import (
+    KEPT,
+    LEFT_OUT,
+    QUANTIZED,
+    SMALLEST,
+    PlannedTensor,
+    half_precision,
+    in_float,
+)
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
@@ -68,7 +76,7 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    return planned, _engine_notes(planned, format_, skeleton)
 
 
 def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
@@ -125,13 +133,16 @@ class _Chooser:
             return replace(t, reason="a vector")
         rule = self.rules[name]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule, one_file=self.names is not None)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
             message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
             raise RecipeError(message, where=name, remedy=remedy)
         if t.dtype not in FLOAT_NAMES:
             raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
+        K = t.shape[0] if isinstance(self.modules[name], Conv1D) else t.shape[1]
+        if self.names is not None and K % SMALLEST:
+            return half_precision(replace(t, rule=rule), K)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
             remedy = f"method gptq, or K up to {LARGEST_K}"
@@ -187,9 +198,11 @@ def _outliers(rule: Rule, K: int) -> int:
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
-def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
+def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton) -> list[str]:
     """What the usual engines will say to these files, or do with them."""
-    notes = _format_notes(layers, format_)
+    notes = _format_notes([t.layer for t in planned if t.layer], format_)
+    floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
+    notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
 
