@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, Architecture, named
+from bitwright.gguf.architectures import ARCHITECTURES, VISION, Architecture, check_is_model, named
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_tokens import ends_of
 
@@ -120,6 +120,11 @@ def config_of(
 
     CheckpointError for an architecture that is not in the table, or a key that is missing or makes no sense.
     """
+    check_is_model(keys, where)
+    if keys.get("general.architecture") == VISION:
+        message = "the encoder of images (mmproj) of a model, not the model itself"
+        remedy = "give the model's own file; `bitwright quantize` makes a smaller mmproj of this one, with --calib none"
+        raise CheckpointError(message, where=where, remedy=remedy)
     row = named(keys.get("general.architecture"))
     if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
         row = _distilled(keys, where)

@@ -51,6 +51,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
+    if folder.is_file():
+        message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
+        raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
     if not folder.is_dir():
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
         raise CheckpointError("no such directory", where=str(folder), remedy=remedy)

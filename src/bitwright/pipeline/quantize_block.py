@@ -207,6 +207,7 @@ def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
         dtype,
         t.action,
         reason,
+        fallback=t.fallback,
         bytes=stored_bytes(plan, t) if t.action == KEPT else 0,
         source=t.stored_as,
     )

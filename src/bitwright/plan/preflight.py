@@ -315,7 +315,7 @@ def preflight(
     if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
         remedy = "give OUT.gguf, or leave temper out of the recipe"
         raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
-    if not any(t.layer for t in tensors):
+    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(source), remedy=remedy)
     _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint

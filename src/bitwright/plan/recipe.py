@@ -30,7 +30,7 @@ from typing import Any
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import RecipeError, SchemeError, one_of
 from bitwright.formats.ggml import TYPES
-from bitwright.gguf.file_types import FILE_TYPES, MIXES
+from bitwright.gguf.file_types import FILE_TYPES, FLOAT_TYPES, MIXES
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
@@ -54,7 +54,10 @@ SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipel
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a recipe. scheme None: keep in float. RecipeError for parts that do not fit together."""
+    """One rule of a recipe. scheme None: keep in float, in the type that `mix` names if it names one.
+
+    RecipeError for parts that do not fit together.
+    """
 
     match: str
     scheme: Scheme | None
@@ -142,7 +145,7 @@ class Rule:
         """The rule as plain data, for manifests."""
         return {
             "match": self.match,
-            "scheme": KEEP if self.scheme is None else str(self.scheme),
+            "scheme": str(self.scheme or self.mix.lower() or KEEP),
             "method": self.method,
             "options": self.options,
             "activations": None if self.activations is None else str(self.activations),
@@ -262,8 +265,8 @@ class Recipe:
 
     @property
     def file_type(self) -> int | None:
-        """llama.cpp's file type number, if all rules name one mix that has a number."""
-        mixes = {rule.mix for rule in self.active}
+        """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
+        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -341,8 +344,8 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
-    mix = name.upper() if name.upper() in MIXES else ""
-    scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,

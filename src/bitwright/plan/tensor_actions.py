@@ -22,7 +22,15 @@ from bitwright.models.file_names import Conversion
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import (
+    KEPT,
+    LEFT_OUT,
+    QUANTIZED,
+    SMALLEST,
+    PlannedTensor,
+    half_precision,
+    in_float,
+)
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
@@ -69,7 +77,7 @@ def decide(
         )
     if isinstance(checkpoint, DecodedCheckpoint):
         planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
-    notes = _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    notes = _engine_notes(planned, format_, skeleton)
     fused = any(info.take is not None for info in checkpoint.tensors.values())
     return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
@@ -138,7 +146,7 @@ class _Chooser:
             return replace(t, reason="a router of experts")
         rule = self.rules[name]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule, one_file=self.names is not None)
         if rule.match == "*" and (why := self._kept_by_default(t, name)):
             return replace(t, reason=why, rule=rule)
         if name not in self.modules:
@@ -148,6 +156,9 @@ class _Chooser:
         if t.dtype not in FLOAT_NAMES:
             remedy = "give a checkpoint in float32, float16 or bfloat16"
             raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy=remedy)
+        K = t.shape[0] if isinstance(self.modules[name], Conv1D) else t.shape[1]
+        if self.names is not None and K % SMALLEST:
+            return half_precision(replace(t, rule=rule), K)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
             remedy = f"use --method gptq, or K up to {LARGEST_K}"
@@ -213,9 +224,11 @@ def _outliers(rule: Rule, K: int) -> int:
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
-def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
-    """Notes on what the usual engines will not load, or will do with these files."""
-    notes = _format_notes(layers, format_)
+def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton) -> list[str]:
+    """What the usual engines will say to these files, or do with them."""
+    notes = _format_notes([t.layer for t in planned if t.layer], format_)
+    floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
+    notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
 
