@@ -106,6 +106,7 @@ class _Chooser:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
+        self.lent = {name for index in range(len(skeleton)) for name in skeleton.lent_names(index)}
         self.routers = skeleton.routers()
         self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
@@ -146,6 +147,8 @@ class _Chooser:
 
     def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
         """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if t.parameter in self.lent:
+            return "shared by several blocks"
         if name in self.modules:
             return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
         if ".experts." in f"{t.parameter}.":
