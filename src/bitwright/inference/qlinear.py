@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from bitwright.errors import KernelError
@@ -77,24 +78,34 @@ class QLinear(nn.Module):
             self.in_features,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] in float32, decoded anew each time: for models that read it rather than call the module."""
+        return self._times(torch.eye(self.in_features), lambda x: product(self._ordered(x), self.packed, bits=16)).T
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's type."""
-        rows = x.reshape(-1, *x.shape[-1:])
-        rows = hadamard(rows, self.input_quantization.rotate) if self.input_quantization.rotate else rows
-        if self.outlier_columns is None or self.outlier_weight is None:
-            y = self._product(rows)
-        else:
-            spared = rows[:, self.outlier_columns]
-            y = self._product(rows.index_fill(1, self.outlier_columns, 0))
-            y += spared.float() @ self.outlier_weight.float().T
+        y = self._times(x.reshape(-1, *x.shape[-1:]), self._product)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
+    def _times(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """rows [M, K] -> [M, N], float32: rotated, and their outlier columns multiplied apart, where the checkpoint says so."""
+        rows = hadamard(rows, self.input_quantization.rotate) if self.input_quantization.rotate else rows
+        if self.outlier_columns is None or self.outlier_weight is None:
+            return multiply(rows)
+        spared = rows[:, self.outlier_columns]
+        y = multiply(rows.index_fill(1, self.outlier_columns, 0))
+        y += spared.float() @ self.outlier_weight.float().T
+        return y
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[:, self.order]
+
     def _product(self, x: Tensor) -> Tensor:
         """x [M, K], quantized as the checkpoint says, times the weight: [M, N] float32."""
-        if self.order is not None:
-            x = x[:, self.order]
+        x = self._ordered(x)
         if self.input_quantization.scheme is None:
             return product(x, self.packed, bits=self.activations)
         if self.input_quantization.scheme == INT8_TOKEN:

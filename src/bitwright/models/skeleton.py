@@ -209,6 +209,9 @@ class Skeleton:
         """
         parameters = self.model.state_dict(keep_vars=True)
         stored = in_model(self.model, shapes, parameters)
+        for name, first in self.ties().items():  # whichever of its names the file has a tied one by
+            if first not in stored.names and name in stored.names:
+                stored.names[first] = stored.names.pop(name)
         self.conversions = stored.conversions
         made = {name for conversion in stored.conversions for name in conversion.makes}
         self._check_all_there(stored.names.keys() | made, where)
