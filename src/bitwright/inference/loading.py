@@ -78,6 +78,7 @@ class _Filling:
                 self._linear(name, module, rounded=name.startswith(inside))
                 return_memory()  # what packing took lies between what stays
         self._fill_rest()
+        model.tie_weights = _are_tied
         if isinstance(self.weight_source, WeightSource) and self.scheme is None:
             if self.weight_source.config is not None:
                 model.config.quantization_config = self.weight_source.config
@@ -160,6 +161,10 @@ class _Filling:
 def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, part)
+
+
+def _are_tied(*_: object, **__: object) -> None:
+    """Instead of `tie_weights`: they are, in modules that it does not know."""
 
 
 def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:

@@ -29,6 +29,7 @@ from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
+from bitwright.models.own_head import has_own_head
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -45,10 +46,14 @@ TOKENS_PER_BATCH = 4096
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config. CheckpointError if it is missing, damaged, of no known architecture, or quantized already."""
+    """The model's config, which says that the output head is the embedding only where it is. CheckpointError if it is missing,
+    damaged, or of no known architecture."""
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
+    if folder.is_file():
+        message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
+        raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
     if not folder.is_dir():
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
         raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
@@ -71,6 +76,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     config.name_or_path = str(raw.get("_name_or_path", ""))  # not where it lies here
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if config.tie_word_embeddings and has_own_head(folder):
+        config.tie_word_embeddings = False
     return config
 
 

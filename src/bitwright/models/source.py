@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class WeightSource:
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
         self._kinds: dict[str, type[nn.Module]] = {}  # of the modules, once it has met the model
+
+    @classmethod
+    def for_model(cls, folder: Path, skeleton: Skeleton) -> Self:
+        """The same with fused experts told apart."""
+        weight_source = cls(folder)
+        skeleton.split_experts(weight_source.checkpoint)
+        return weight_source
 
     @property
     def plain(self) -> list[str]:
@@ -176,10 +183,7 @@ def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource |
     """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
     if is_gguf(path):
         return GgufWeightSource(path)
-    weight_source = WeightSource(path)
-    if skeleton is not None:
-        skeleton.split_experts(weight_source.checkpoint)
-    return weight_source
+    return WeightSource(path) if skeleton is None else WeightSource.for_model(path, skeleton)
 
 
 def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:

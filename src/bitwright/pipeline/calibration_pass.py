@@ -14,8 +14,7 @@ from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
-from bitwright.models.gguf_source import FloatGgufCheckpoint
+from bitwright.models.decoded_source import FloatCheckpoint
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
@@ -216,7 +215,7 @@ def read_lent(plan: Plan, index: int) -> dict[str, Tensor]:
     return {name: read_finite(plan.checkpoint, sources[name]) for name in plan.skeleton.lent_names(index)}
 
 
-def read_finite(checkpoint: Checkpoint | FloatGgufCheckpoint, name: str) -> Tensor:
+def read_finite(checkpoint: FloatCheckpoint, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
     if tensor.is_floating_point() and not _finite(tensor):

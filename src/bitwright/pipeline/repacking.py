@@ -249,7 +249,8 @@ class _Source:
         else:
             said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         stale = ("quantization_config", "torch_dtype")
-        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32"}
+        tied = {"tie_word_embeddings": bool(self.skeleton.config.tie_word_embeddings)}
+        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32", **tied}
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:

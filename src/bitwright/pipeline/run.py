@@ -339,8 +339,8 @@ def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float,
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
     """Write the configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
-    if any(t.made_of for t in plan.tensors):
-        config["tie_word_embeddings"] = False
+    if not plan.skeleton.config.tie_word_embeddings and config.get("tie_word_embeddings", True):
+        config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)

@@ -26,6 +26,7 @@ from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
 AGAIN = "check the disk, then run the same command again"
+OF_WEIGHTS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how the source's were quantized
 CARD, ORIGINAL = "README.md", "README.original.md"  # the model card; the source's own card
 
 
@@ -202,6 +203,6 @@ def copy_companions(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         own = file.name.lower() == CARD.lower() and not (source / ORIGINAL).exists()
         name = ORIGINAL if own else file.name
-        known = (to / name).exists() or name.startswith(".")
+        known = (to / name).exists() or name.startswith(".") or name in OF_WEIGHTS
         if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
             write_file(to / name, file.read_bytes())
