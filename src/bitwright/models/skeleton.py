@@ -242,6 +242,8 @@ class Skeleton:
         lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
         if lacking:
             remedy = "config.json and weights must belong together"
+            if ".experts." in min(lacking):
+                remedy += ", or this family's files hold experts in a form that is not known here"
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
 
     def routers(self) -> set[str]:

@@ -234,7 +234,8 @@ def _quantize_shard(
     def put() -> None:
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
-            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            called = {r.planned.stem: r.planned.layer.name for r in done if r.planned.layer is not None}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors, called)
             place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
