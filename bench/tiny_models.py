@@ -10,7 +10,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
+
+from bitwright.models.families import ENCODERS
 
 MAPPINGS = (  # which name a family's class, the first before the others
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -84,13 +87,14 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def families() -> list[str]:
-    """Every type of model that predicts a next token, from text with or without images and sound."""
-    return sorted({kind for mapping in MAPPINGS for kind in mapping})
+    """Every type of model that predicts a next token, from text with or without images and sound; and encoders."""
+    return sorted({kind for mapping in MAPPINGS for kind in mapping} | set(ENCODERS))
 
 
 def model_class(kind: str) -> type[PreTrainedModel]:
     """The class that transformers has for it."""
-    found: type[PreTrainedModel] = getattr(transformers, next(m[kind] for m in MAPPINGS if kind in m))
+    name = MODEL_MAPPING_NAMES[kind] if kind in ENCODERS else next(m[kind] for m in MAPPINGS if kind in m)
+    found: type[PreTrainedModel] = getattr(transformers, name)
     return found
 
 
@@ -106,7 +110,8 @@ def tiny_config(kind: str) -> PretrainedConfig:
 def tiny_model(kind: str) -> PreTrainedModel:
     """A model of a family with random weights; vectors too, as norms of ones and biases of zeros would hide mistakes."""
     torch.manual_seed(0)
-    model = model_class(kind)(tiny_config(kind)).float().eval()
+    options = {"add_pooling_layer": False} if kind in ENCODERS and kind != "distilbert" else {}
+    model = model_class(kind)(tiny_config(kind), **options).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1 and parameter.is_floating_point():
@@ -128,6 +133,9 @@ def _shrunk(options: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options with small sizes, and with the first blocks only."""
     depth = next((options[key] for key in DEPTHS if isinstance(options.get(key), int)), None)
     few = _blocks(options, depth)
+    rotated = options.get("qk_rope_head_dim")  # what head_dim is, where attention is latent
+    if rotated and options.get("head_dim") == rotated:
+        options = {**options, "head_dim": SIZE_OF["qk_rope_head_dim"]}
     return {str(key): _small(str(key), value, depth, few) for key, value in options.items() if key not in IDENTITY}
 
 

@@ -102,12 +102,14 @@ class _Filling:
             self.skeleton.load({name: read(name) for name in conversion.sources})
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
-                value = read(self._source(name)).to(self.skeleton.dtype)
-                _replace(model, name, nn.Parameter(value, requires_grad=False))
+                value = nn.Parameter(read(self._source(name)).to(self.skeleton.dtype), requires_grad=False)
+                for twin, whole in list(model.named_parameters(remove_duplicate=False)):
+                    if whole is parameter:
+                        _replace(model, twin, value)
         for name, buffer in list(model.named_buffers()):
             if name in self.names:
-                value = read(self.names[name])
-                _replace(model, name, value.to(self.skeleton.dtype) if buffer.is_floating_point() else value)
+                state = read(self.names[name])
+                _replace(model, name, state.to(self.skeleton.dtype) if buffer.is_floating_point() else state)
 
     def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
         """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""

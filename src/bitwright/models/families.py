@@ -32,7 +32,9 @@ PREDICTING = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
 }
 # Whose class reads or initialises weights of linear modules by itself, so that transformers must decompress them as it loads.
-DECOMPRESSED = ("falcon", "falcon_mamba", "mamba", "mamba2")
+DECOMPRESSED = (
+    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma",
+)  # fmt: skip
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

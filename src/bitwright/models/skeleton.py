@@ -147,6 +147,16 @@ class Skeleton:
         """Names of the parameters and persistent buffers of block `index`."""
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
+    def lent_names(self, index: int) -> list[str]:
+        """Parameters of other blocks that block `index` shares (Zamba 2's transformer), by the name that files have them by."""
+        own, prefix = f"{self.block_prefix}.{index}.", f"{self.block_prefix}."
+        ties = self.ties().items()
+        return [
+            first
+            for name, first in ties
+            if name.startswith(own) and first.startswith(prefix) and first[: len(own)] != own
+        ]
+
     def linear_names(self) -> list[str]:
         """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -206,6 +216,9 @@ class Skeleton:
         """
         parameters = self.model.state_dict(keep_vars=True)
         stored = in_model(self.model, shapes, parameters)
+        for name, first in self.ties().items():  # whichever of its names the file has a tied one by
+            if first not in stored.names and name in stored.names:
+                stored.names[first] = stored.names.pop(name)
         self.conversions = stored.conversions
         made = {name for conversion in stored.conversions for name in conversion.makes}
         self._check_all_there(stored.names.keys() | made, where)
@@ -229,6 +242,8 @@ class Skeleton:
         lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
         if lacking:
             remedy = "config.json and weights must belong together"
+            if ".experts." in min(lacking):
+                remedy += ", or this family's files hold experts in a form that is not known here"
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
 
     def routers(self) -> set[str]:
@@ -264,7 +279,10 @@ class Skeleton:
         self.model.tie_weights()
 
     def unload(self, index: int) -> None:
-        """Free the weights of block `index`; buffers stay."""
+        """Free the weights of block `index`, those that it shares too; buffers stay."""
+        for name in self.lent_names(index):
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner).register_parameter(leaf, _empty(self.model.get_parameter(name)))
         for module in self.blocks[index].modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 module.register_parameter(leaf, _empty(parameter))
@@ -332,6 +350,11 @@ class Skeleton:
             else self.blocks[index](*args, **kwargs)
         )
         return self._calls.then(index, hidden, call, out)
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks hand on keys and values to later ones: what one is given is known once those before it have run."""
+        return any(at is not None for at in self._calls.shared)
 
     def stream(self, hidden: Tensor) -> Tensor:
         """The hidden state alone, of what is carried from block to block."""

@@ -35,6 +35,7 @@ from bitwright.pipeline.calibration_pass import (
     observe_block,
     one_shot,
     read_block,
+    read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
@@ -175,7 +176,7 @@ def _quantize_blocks(
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
-        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
+        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None, first)
         if first == 0:
             begin_with_quantized_embedding(plan, states, tokens)
     progress("block", first, depth + 1)
@@ -233,7 +234,8 @@ def _quantize_shard(
     def put() -> None:
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
-            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            called = {r.planned.stem: r.planned.layer.name for r in done if r.planned.layer is not None}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors, called)
             place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
@@ -279,7 +281,7 @@ def _quantize_block(
         return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
             plan, known
         )
-    skeleton.load(weights)
+    skeleton.load(weights | read_lent(plan, index))
     kv, done = None, dict[str, str]()
     if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
         known = observe_block(plan, index, layers, source.given, everything=False)

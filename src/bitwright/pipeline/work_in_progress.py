@@ -10,8 +10,9 @@ out/                       what becomes OUT; all other files serve only to resum
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -173,10 +174,16 @@ class Verification:
     """Compares a written shard, read by the format's independent reader, bit for bit with what was meant."""
 
     def __init__(
-        self, format_: Format, config: dict[str, Any], meant: dict[str, QTensor], kept: dict[str, Tensor]
+        self,
+        format_: Format,
+        config: dict[str, Any],
+        meant: dict[str, QTensor],
+        kept: dict[str, Tensor],
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """meant: quantized weights by module name, as in the files; kept: float tensors by name."""
-        self.format, self.config, self.meant, self.kept = format_, config, meant, kept
+        """meant: quantized weights by module name, as in the files; kept: float tensors by name; called: what the model calls
+        a module, where that differs, as configs name it so."""
+        self.format, self.config, self.meant, self.kept, self.called = format_, config, meant, kept, called
 
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
@@ -188,7 +195,7 @@ class Verification:
         for module, q in self.meant.items():
             found = {n.removeprefix(f"{module}."): n for n in written.tensors if n.startswith(f"{module}.")}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
-            wrong = self.format.wrong(self.config, module, parts, q)
+            wrong = self.format.wrong(self.config, self.called.get(module, module), parts, q)
             if wrong:
                 message = f"{wrong} weights on disk are not those that were meant"
                 raise VerificationError(message, where=module, remedy=AGAIN)

@@ -36,6 +36,7 @@ from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
 CONVERTED = "transformers makes other tensors of it as it loads it"
+FEW_INPUTS = 32  # a matrix of fewer is kept: no group of scales fits, and it is small
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
@@ -116,6 +117,7 @@ class _Chooser:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation, self.files = skeleton, recipe, format_, rotation, files
         self.modules = modules | ends
+        self.lent = {name for index in range(len(skeleton)) for name in skeleton.lent_names(index)}
         self.routers = skeleton.routers()
         self.names = Names(skeleton.config) if format_.one_file else None
         self.rules = recipe.assign({name: self._other(name) for name in (*self.modules, *odd)})
@@ -167,6 +169,14 @@ class _Chooser:
 
     def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
         """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if t.parameter in self.lent:
+            return "shared by several blocks"
+        if (
+            name in self.modules
+            and t.block is not None
+            and t.shape[not isinstance(self.modules[name], Conv1D)] < FEW_INPUTS
+        ):
+            return f"a matrix of fewer than {FEW_INPUTS} inputs"
         if name in self.modules:
             return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
         if ".experts." in f"{t.parameter}.":
