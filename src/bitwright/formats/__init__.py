@@ -6,16 +6,20 @@ What writes a format and what reads it back share no code. Imports: errors, nume
 from pathlib import Path
 
 from bitwright.errors import FormatError, one_of
+from bitwright.formats.auto_round import AutoRound
 from bitwright.formats.awq import Awq
 from bitwright.formats.bitsandbytes import BitsAndBytes
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.formats.format import CheckpointReader, Format, Layer
+from bitwright.formats.fp8 import Fp8
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.native import Native
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
-READERS: tuple[CheckpointReader, ...] = (CompressedTensors(), Gptq(), Native(), Awq(), BitsAndBytes())
+READERS: tuple[CheckpointReader, ...] = (
+    CompressedTensors(), Gptq(), Native(), Awq(), BitsAndBytes(), AutoRound(), Fp8(),
+)  # fmt: skip
 
 SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from bitwright.errors import KernelError
 from bitwright.kernels.matmul import Packed, pack, product
-from bitwright.numerics.codec import rounded
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
@@ -96,9 +95,9 @@ class QLinear(nn.Module):
             x = x[:, self.order]
         if self.input_quantization.scheme is None:
             return product(x, self.packed, bits=self.activations)
-        if self.input_quantization.scheme == INT8_TOKEN:
+        if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:
             return product(x, self.packed, bits=8, by_row=True)
-        return product(rounded(x, self.input_quantization.scheme, self.input_quantization.scales), self.packed)
+        return product(self.input_quantization.round(x), self.packed)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The tensors of the file, so that what is saved is what was loaded."""
