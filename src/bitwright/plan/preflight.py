@@ -228,20 +228,9 @@ def preflight(
         config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
     checkpoint = _open(source, format_name, skeleton)
-    tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        notes.append(_decoded_note(tensors))
-    if untied:
-        notes.append("a rotation unties the output head from the embedding: both are written")
+    tensors, said = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     limit = positions_of(config.get_text_config()) or seqlen
-    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
-        notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
-    widest = max((t.layer.K for t in tensors if t.layer), default=0)
-    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
-        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
-        notes.append(f"{few}: give more --samples, or expect little of calibration")
-    if recipe.needs_calibration and seqlen > limit:
-        notes.append(f"calibration windows of {limit} tokens: the model knows no more positions than that")
+    notes = [*said, *_notes(checkpoint, recipe, tensors, samples=samples, seqlen=seqlen, limit=limit, untied=untied)]
     plan = Plan(
         source,
         skeleton,
@@ -264,6 +253,33 @@ def preflight(
         raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
     _ = plan.quantization_config  # refuses schemes that cannot share a file
     return plan
+
+
+def _notes(
+    checkpoint: FloatCheckpoint,
+    recipe: Recipe,
+    tensors: list[PlannedTensor],
+    *,
+    samples: int,
+    seqlen: int,
+    limit: int,
+    untied: bool,
+) -> list[str]:
+    """What is said of the source, and of calibration on so many windows in a model that knows `limit` positions."""
+    notes = []
+    if isinstance(checkpoint, DecodedCheckpoint):
+        notes.append(_decoded_note(tensors))
+    if untied:
+        notes.append("a rotation unties the output head from the embedding: both are written")
+    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
+        notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
+    widest = max((t.layer.K for t in tensors if t.layer), default=0)
+    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
+        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
+        notes.append(f"{few}: give more --samples, or expect little of calibration")
+    if recipe.needs_calibration and seqlen > limit:
+        notes.append(f"calibration windows of {limit} tokens: the model knows no more positions than that")
+    return notes
 
 
 def _refuse_integers(source: Path) -> None:
