@@ -41,7 +41,7 @@ def chosen(
 
     FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
     """
-    file = out.suffix == ".gguf"
+    file = out.suffix.lower() == ".gguf"
     name = format_named(format_name or ("gguf" if file else "compressed-tensors")).name
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"

@@ -386,7 +386,8 @@ def _container(layer: Layer) -> str:
     raise FormatError(
         f"compressed-tensors has no container for {s}",
         where=layer.name,
-        remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
+        remedy="--format bitwright, which holds every scheme; here int2 to int8 (sym or asym), ternary, fp8-channel, "
+        "fp8-tensor, mxfp4 or nvfp4",
     )
 
 

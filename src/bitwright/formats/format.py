@@ -145,9 +145,14 @@ def refuse_rounded_inputs(layer: Layer, format_name: str) -> None:
 
 
 def refuse_short_groups(layer: Layer) -> None:
-    """FormatError for a layer whose groups do not divide K, in a format that has whole groups alone."""
-    group = layer.scheme.group
-    if isinstance(group, int) and layer.K % group:
-        fitting = next((g for g in reversed(GROUPS) if g < group and layer.K % g == 0), CHANNEL)
-        remedy = f"--scheme {replace(layer.scheme, group=fitting)}, or a recipe that keeps this layer"
-        raise FormatError(f"K = {layer.K} is not a multiple of the group of {group}", where=layer.name, remedy=remedy)
+    """FormatError for a matrix whose K inputs are no whole groups, with a scheme that fits it."""
+    scheme = layer.scheme
+    if not isinstance(scheme.group, int) or layer.K % scheme.group == 0:
+        return
+    fitting = next((g for g in reversed(GROUPS) if g < scheme.group and layer.K % g == 0), CHANNEL)
+    remedy = f"--scheme {replace(scheme, group=fitting)}"
+    if scheme.scale not in FLOAT_NAMES.values():  # MXFP4 and the like have one group
+        remedy = "another scheme, such as --scheme int4-g32"
+    message = f"K = {layer.K} is not a multiple of the group of {scheme.group}"
+    remedy = f'{remedy}, or a recipe that keeps this matrix (scheme = "keep")'
+    raise FormatError(message, where=layer.name, remedy=remedy)

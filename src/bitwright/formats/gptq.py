@@ -64,7 +64,9 @@ class Gptq:
         )
         refuse_rounded_inputs(layer, "GPTQ")
         if bits not in BITS or not plain:
-            remedy = "int2, int3, int4 or int8 in groups or per channel, sym or asym"
+            remedy = (
+                "--format bitwright, which holds every scheme; here int2, int3, int4 or int8 in groups or per channel"
+            )
             raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
         refuse_short_groups(layer)
         for axis, extent in (("K", layer.K), ("N", layer.N)):

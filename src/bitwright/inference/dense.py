@@ -1,12 +1,12 @@
-"""Dense: a linear layer whose float weight stays in the type the file has it in, whatever it computes in."""
+"""Dense: a linear layer whose float weight stays in the file's type, whatever type it computes in."""
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import native
 
-FEW = 4  # inputs up to which every weight is read once by the extension
-WEIGHTS_AT_ONCE = 1 << 22  # brought to the inputs' type in one go where torch multiplies
+FEW = 4  # most inputs for which the extension is used: it reads every weight once
+WEIGHTS_AT_ONCE = 1 << 22  # weights converted to the inputs' type at a time where torch multiplies
 
 
 def handles(x: Tensor, w: Tensor) -> bool:
@@ -18,7 +18,7 @@ def handles(x: Tensor, w: Tensor) -> bool:
 
 
 class Dense(nn.Linear):
-    """y = x W' + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # Linear would make a weight

@@ -46,7 +46,7 @@ class StreamedModel:
 
     def load(self, parameters: list[str]) -> None:
         """Read and decode these parameters into the skeleton."""
-        tensors = {}
+        tensors = self._converted(set(parameters))
         for name in parameters:
             if name not in self.names:
                 continue
@@ -60,6 +60,11 @@ class StreamedModel:
                 )
             tensors[name] = tensor
         self.skeleton.load(tensors)
+
+    def _converted(self, parameters: set[str]) -> dict[str, Tensor]:
+        """The tensors of the file, by their own names, that some of these parameters are made of."""
+        wanted = [one for one in self.skeleton.conversions if parameters.intersection(one.makes)]
+        return {name: self.weight_source.read(name) for one in wanted for name in one.sources}
 
     @property
     def vocabulary(self) -> int:

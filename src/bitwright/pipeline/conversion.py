@@ -20,11 +20,11 @@ from bitwright.pipeline.work_in_progress import check_out
 
 
 def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
-    """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
+    """Write a checkpoint in another container: a float directory as a GGUF file, a quantized one in another format.
 
-    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors,
-    notes}. CheckpointError for a tensor that the model does not have; FormatError for what cannot be said in the other format,
-    number by number the same.
+    In a GGUF file every tensor keeps its type, but vectors are float32, as llama.cpp needs them. Gives {out, bytes, tensors,
+    notes}. CheckpointError for a tensor that the model does not have; FormatError for what the other format cannot hold
+    number by number.
     """
     check_out(out)
     chosen_format, _, _ = chosen(out, format_name, None, None)
@@ -42,7 +42,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
     members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
-    keys = metadata(model, skeleton.config, load_tokenizer(model), None)
+    keys, said = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     unfinished.unlink(missing_ok=True)
     with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
@@ -51,7 +51,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": notes}
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": [*notes, *said]}
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:
