@@ -7,7 +7,7 @@ import time
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
