@@ -130,7 +130,9 @@ class Skeleton:
         inside, tied = (f"{self.block_prefix}.", *(f"{tower}." for tower in self.towers)), self.tied_names()
         start = f"{self.model.base_model_prefix}." if base_only and self._base is not self.model else ""
         names = self.model.state_dict(keep_vars=True)
-        return [n for n in names if n.startswith(start) and not n.startswith(inside) and n not in tied]
+        needed = {first for name, first in self.ties().items() if name.startswith(start)}
+        wanted = [n for n in names if (n.startswith(start) or n in needed) and n not in tied]
+        return [n for n in wanted if not n.startswith(inside)]
 
     @property
     def _base(self) -> nn.Module:
@@ -185,7 +187,18 @@ class Skeleton:
     def output_name(self) -> str:
         """The module that makes logits. CheckpointError for an encoder, which has none."""
         self._must_predict()
-        return self._name_of(self.model.get_output_embeddings())
+        return self._name_of(self.head_module)
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The output head, which the text model inside may have. CheckpointError if no model names one."""
+        inner = [m for n, m in self.model.named_modules() if self.block_prefix.startswith(f"{n}." if n else "")]
+        heads = [m.get_output_embeddings() for m in inner if isinstance(m, PreTrainedModel)]
+        found = next((head for head in heads if head is not None), None)
+        if found is None:
+            message = f"models of type {self.config.model_type!r} do not say which module is their output head"
+            raise CheckpointError(message, remedy="a model that has one (get_output_embeddings)")
+        return found
 
     @property
     def head_name(self) -> str:
@@ -434,11 +447,18 @@ def _find_blocks(model: PreTrainedModel, config: PretrainedConfig) -> tuple[str,
     decoder = model.get_decoder()
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set[int]()
-    found = [(n, m) for n, m in lists if id(m) in within] or lists
+    own = [(n, m) for n, m in lists if _model_around(model, n) is decoder]
+    found = own or [(n, m) for n, m in lists if id(m) in within] or lists
     if not found:
         message = f"{type(model).__name__} has no ModuleList of {depth} blocks"
         raise CheckpointError(message, remedy="models of blocks in a row are supported")
     return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _model_around(model: PreTrainedModel, name: str) -> nn.Module:
+    """The innermost of transformers' models that a module lies in."""
+    owners = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
+    return next((m for m in map(model.get_submodule, owners) if isinstance(m, PreTrainedModel)), model)
 
 
 def _towers(model: PreTrainedModel, text: str) -> tuple[str, ...]:
