@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from bitwright import evaluate, quantize
 from bitwright.errors import CheckpointError
-from bitwright.models.source import WeightSource
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import WeightSource, open_weights
 from bitwright.pipeline.ledger import from_jsonl
+from conftest import save_tokenizer
 
 ROUNDED = {"method": "rtn", "calib": "none"}
 OWN = {**ROUNDED, "format": "bitwright"}  # whose scales are in float16, whatever the source is in
@@ -57,3 +60,36 @@ def test_a_quantized_source_gives_what_its_decoded_model_gives(
     assert said["quant_method"] == "bitwright" and not (tmp_path / "a/quantize_config.json").exists()
     found = evaluate(tmp_path / "a", reference=source, text=text, seqlen=32, tokens=128)
     assert found.kl_mean is not None and 0 < found.kl_mean < 0.1
+
+
+def test_gpt_oss_is_read_as_transformers_decodes_it(text: str, tmp_path: Path) -> None:
+    """Experts in MXFP4, rows of gate and up taking turns; against transformers' own decoder."""
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=257, max_position_embeddings=64,
+        layer_types=["full_attention"] * 2, rope_scaling=None, pad_token_id=None, eos_token_id=256, bos_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "q")
+    tensors, meant = load_file(tmp_path / "q/model.safetensors"), dict[str, torch.Tensor]()
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, K, N = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (E, N, K // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 123, (E, N, K // 32), dtype=torch.uint8)
+        meant[name] = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])  # [E, K, N]
+    save_file(tensors, tmp_path / "q/model.safetensors", metadata={"format": "pt"})
+    said = json.loads((tmp_path / "q/config.json").read_text())
+    said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "q/config.json").write_text(json.dumps(said))
+    save_tokenizer(tmp_path / "q")
+    source = open_weights(tmp_path / "q", Skeleton(read_config(tmp_path / "q"), torch.float32))
+    fused = meant["model.layers.1.mlp.experts.gate_up_proj"][2].float()
+    for leaf, expected in (("gate_proj", fused[:, ::2].T), ("up_proj", fused[:, 1::2].T)):
+        assert torch.equal(source.read(f"model.layers.1.mlp.experts.2.{leaf}.weight"), expected)
+    down = meant["model.layers.0.mlp.experts.down_proj"][3].float().T
+    assert torch.equal(source.read("model.layers.0.mlp.experts.3.down_proj.weight"), down)
+    quantize(tmp_path / "q", tmp_path / "out", scheme="int8-channel", **OWN)
+    entries = {e.name: e for e in from_jsonl(tmp_path / "out/ledger.jsonl")}
+    assert entries["model.layers.0.mlp.experts.3.down_proj.weight"].source == "mxfp4"
+    found = evaluate(tmp_path / "out", reference=tmp_path / "q", text=text, seqlen=32, tokens=64)
+    assert found.kl_mean is not None and 0 <= found.kl_mean < 0.01

@@ -60,7 +60,7 @@ class Awq:
 
 def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int:
     """How many inputs share a scale. FormatError for what is not AWQ's GEMM layout in 4 bits."""
-    version = str(config.get("version", "gemm")).lower()
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or config.get("bits", config.get("w_bit")) != 4:
         found = f"version {version!r} with {config.get('bits', config.get('w_bit'))} bits"
         raise FormatError(f"AWQ's {found} is not read here", where=name, remedy="gemm with 4 bits")

@@ -58,8 +58,9 @@ class Reader(Protocol):
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
 
-    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives.
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
+        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives. None: no scheme here has
+        such codes, so it is computed in float.
 
         FormatError for a layout that codes cannot be told from.
         """

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from bitwright.errors import FormatError, KernelError
 from bitwright.kernels.matmul import Packed, decoded, pack, product
-from bitwright.numerics.codec import rounded
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
@@ -130,9 +129,9 @@ class QLinear(nn.Linear):
             x = x[:, self.order]
         if self.input_quantization.scheme is None:
             return product(x, self.packed, bits=self.activations)
-        if self.input_quantization.scheme == INT8_TOKEN:
+        if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:
             return product(x, self.packed, bits=8, by_row=True)
-        inputs = rounded(x, self.input_quantization.scheme, self.input_quantization.scales)
+        inputs = self.input_quantization.round(x)
         if x.requires_grad and torch.is_grad_enabled():
             inputs = x + (inputs - x).detach()  # straight through: rounding has no gradient
         return product(inputs, self.packed)

@@ -24,7 +24,7 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
-from bitwright.models.experts import one_by_one, split
+from bitwright.models.experts import one_by_one, split, split_blocks
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
@@ -279,6 +279,8 @@ class Skeleton:
         for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
             name, part = fused[parameter]
             split(checkpoint, source, name, part, self.experts[name])
+        for name, layout in self.experts.items():
+            split_blocks(checkpoint, name, layout)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Give the named parameters and buffers these values, in the skeleton's dtype; tensors of the file that others are

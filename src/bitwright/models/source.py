@@ -43,6 +43,8 @@ class WeightSource:
         """The same with fused experts told apart."""
         weight_source = cls(folder)
         skeleton.split_experts(weight_source.checkpoint)
+        if weight_source.format is not None:
+            weight_source.modules = _quantized_modules(weight_source.checkpoint, weight_source.format)
         return weight_source
 
     @property
