@@ -98,6 +98,11 @@ def model_class(kind: str) -> type[PreTrainedModel]:
     return found
 
 
+def construction(kind: str) -> dict[str, bool]:
+    """What its class is made with beside a config: encoders come without a pooling layer."""
+    return {"add_pooling_layer": False} if kind in ENCODERS and kind != "distilbert" else {}
+
+
 def tiny_config(kind: str) -> PretrainedConfig:
     """The default config of a family, shrunk: hidden 64, as many blocks as it has kinds of them, 257 tokens."""
     options = {key: value for key, value in AutoConfig.for_model(kind).to_dict().items() if key not in IDENTITY}
@@ -110,8 +115,7 @@ def tiny_config(kind: str) -> PretrainedConfig:
 def tiny_model(kind: str) -> PreTrainedModel:
     """A model of a family with random weights; vectors too, as norms of ones and biases of zeros would hide mistakes."""
     torch.manual_seed(0)
-    options = {"add_pooling_layer": False} if kind in ENCODERS and kind != "distilbert" else {}
-    model = model_class(kind)(tiny_config(kind), **options).float().eval()
+    model = model_class(kind)(tiny_config(kind), **construction(kind)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1 and parameter.is_floating_point():

@@ -30,7 +30,7 @@ def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
         gathering.update(args[0], None)
         raise EarlyStop
 
-    handle = skeleton.model.get_output_embeddings().register_forward_pre_hook(observe_block)
+    handle = skeleton.head_module.register_forward_pre_hook(observe_block)
     try:
         for batch in hidden:
             with suppress(EarlyStop):

@@ -33,7 +33,8 @@ PREDICTING = {
 }
 # Whose class reads or initialises weights of linear modules by itself, so that transformers must decompress them as it loads.
 DECOMPRESSED = (
-    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma",
+    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "rwkv",
+    "xlstm",
 )  # fmt: skip
 
 

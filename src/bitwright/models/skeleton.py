@@ -30,6 +30,7 @@ from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.own_head import has_own_head
+from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -112,8 +113,8 @@ class Skeleton:
         self.experts = one_by_one(self.model)
         self.model.tie_weights()
         self.predicts = config.model_type not in ENCODERS
-        self.block_prefix, self.blocks = _find_blocks(self.model, config)
-        self.towers = _towers(self.model, self.block_prefix)
+        self.block_prefix, self.blocks = find_blocks(self.model, config)
+        self.towers = towers_of(self.model, self.block_prefix)
         self.conversions: tuple[Conversion, ...] = ()
         self._calls = Calls(len(self.blocks))
         self._recorded: dict[int, list[Call]] = {}
@@ -130,7 +131,9 @@ class Skeleton:
         inside, tied = (f"{self.block_prefix}.", *(f"{tower}." for tower in self.towers)), self.tied_names()
         start = f"{self.model.base_model_prefix}." if base_only and self._base is not self.model else ""
         names = self.model.state_dict(keep_vars=True)
-        return [n for n in names if n.startswith(start) and not n.startswith(inside) and n not in tied]
+        needed = {first for name, first in self.ties().items() if name.startswith(start)}
+        wanted = [n for n in names if (n.startswith(start) or n in needed) and n not in tied]
+        return [n for n in wanted if not n.startswith(inside)]
 
     @property
     def _base(self) -> nn.Module:
@@ -185,7 +188,18 @@ class Skeleton:
     def output_name(self) -> str:
         """The module that makes logits. CheckpointError for an encoder, which has none."""
         self._must_predict()
-        return self._name_of(self.model.get_output_embeddings())
+        return self._name_of(self.head_module)
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The output head, which the text model inside may have. CheckpointError if no model names one."""
+        inner = [m for n, m in self.model.named_modules() if self.block_prefix.startswith(f"{n}." if n else "")]
+        heads = [m.get_output_embeddings() for m in inner if isinstance(m, PreTrainedModel)]
+        found = next((head for head in heads if head is not None), None)
+        if found is None:
+            message = f"models of type {self.config.model_type!r} do not say which module is their output head"
+            raise CheckpointError(message, remedy="a model that has one (get_output_embeddings)")
+        return found
 
     @property
     def head_name(self) -> str:
@@ -407,47 +421,13 @@ class Skeleton:
         """Ports in the place of all blocks for a while."""
         owner, _, attribute = self.block_prefix.rpartition(".")
         port = ports(self.model.get_submodule(owner), attribute, self.blocks, record, form, inject)
-        with _no_longer_meta(self.model), port:
+        with no_longer_meta(self.model), port:
             yield
-
-
-@contextmanager
-def _no_longer_meta(model: nn.Module) -> Iterator[None]:
-    """For a while, a model tells by its first parameter where it is: that may be a vision tower's, which is never loaded."""
-    name, parameter = next(iter(model.named_parameters()))
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if parameter.is_meta:
-        module.register_parameter(leaf, nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False))
-    try:
-        yield
-    finally:
-        module.register_parameter(leaf, parameter)
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
     """The same parameter without memory."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _find_blocks(model: PreTrainedModel, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The ModuleList of the text model's blocks: the largest of those as long as its config's number of layers."""
-    depth = config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set[int]()
-    found = [(n, m) for n, m in lists if id(m) in within] or lists
-    if not found:
-        message = f"{type(model).__name__} has no ModuleList of {depth} blocks"
-        raise CheckpointError(message, remedy="models of blocks in a row are supported")
-    return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _towers(model: PreTrainedModel, text: str) -> tuple[str, ...]:
-    """The models inside that are not the text model, such as a vision tower, by name; text: where the blocks are."""
-    inner = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
-    others = [name for name in inner if not f"{text}.".startswith(f"{name}.") and not name.startswith(f"{text}.")]
-    return tuple(name for name in others if not any(name.startswith(f"{other}.") for other in others))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -310,21 +310,22 @@ def preflight(
         rotation,
         keys,
     )
-    _check(plan)
+    _check_recipe(plan)
+    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
     return plan
 
 
-def _check(plan: Plan) -> None:
-    """The errors of `preflight` for what does not go together."""
-    if plan.recipe.kv_cache is not None:
+def _check_recipe(plan: Plan) -> None:
+    """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
+    recipe = plan.recipe
+    if recipe.kv_cache is not None:
         _check_kv(plan)
-    if plan.recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
+    if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
         remedy = "give OUT.gguf, or leave temper out of the recipe"
         raise FormatError(f"{plan.format.name} keeps the last norm as it was", where="temper", remedy=remedy)
     if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
-    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
 
 
 def _calibration_notes(
