@@ -1,11 +1,11 @@
-"""The Python API: the command line's functions, one for a single tensor, and those for any module."""
+"""The Python API: the command line's functions, one for a single tensor, and functions for any torch module."""
 
 from pathlib import Path
 from typing import overload
 
 from torch import Tensor
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, one_of
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.evaluate import evaluate as _evaluate
 from bitwright.inference.loading import load
@@ -32,12 +32,14 @@ __all__ = [
 
 
 def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:
-    """Quantize one tensor [N, ...]; `bitwright.numerics.codec.decode` gives the float weights back.
+    """Quantize one tensor w [N, ...]; `bitwright.numerics.codec.decode` gives the float weights back.
 
-    gram [K, K]: XᵀX / T of the inputs, which "gptq" needs and "search" uses. Raises SchemeError or RecipeError.
+    scheme  such as "int4-g128" or "q4_k"; method: such as "search" or "gptq"
+    gram    [K, K] = XᵀX / T of the inputs: "search" can use it, calibrated methods such as "gptq" need it
+    Raises SchemeError for an unknown scheme, RecipeError for an unknown method or one that lacks a Gram.
     """
     if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}", remedy=f"one of {', '.join(METHODS)}")
+        raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, METHODS))
     return METHODS[method](w, gram, Scheme.parse(scheme)).q
 
 
@@ -61,9 +63,11 @@ def quantize(
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Quantize the checkpoint directory `model` into the new directory (or .gguf file) `out`; see `bitwright quantize --help`.
+    """Quantize the checkpoint `model` (a directory or GGUF file) into a new directory or .gguf file `out`.
 
-    Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
+    Arguments are the options of `bitwright quantize` (see docs/options.md); samples and seqlen: calibration windows, and
+    tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
+    written does not read back as meant.
     """
     where = Path(store) if store else None
     plan = planned(
@@ -124,12 +128,15 @@ def evaluate(
     engine: str | None = None,
     chat: bool = False,
 ) -> Evaluation | list[Evaluation]:
-    """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
+    """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
-    text: a UTF-8 file or a built-in text by name; of several, in a list, each is judged for itself, in one pass.
-    predictions: a directory to keep what the reference predicts in, for other evaluations on the same texts.
-    engine: "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float.
-    chat: the texts are conversations, in the model's chat template; paragraphs in turn, or a .jsonl file of messages.
+    model, reference  checkpoint directories or GGUF files; reference: usually the float original
+    text              a UTF-8 file or a built-in text by name; several in a list are judged in one pass, a result for each
+    seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
+    predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
+    engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
         Path(model),

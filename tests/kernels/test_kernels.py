@@ -19,7 +19,7 @@ from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
-from bitwright.numerics.codec import decode, encode, fit, folded
+from bitwright.numerics.codec import decode, encode, fit, pairwise_sum
 from bitwright.numerics.loss import energy, loss
 from bitwright.numerics.scheme import Scheme
 from conftest import ISAS
@@ -254,7 +254,7 @@ def test_the_environment_forces_one(value: str, status: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 100, 256, 300])
 def test_folding_sums_the_last_axis(n: int) -> None:
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    assert torch.allclose(folded(x), x.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(pairwise_sum(x), x.sum(-1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -267,6 +267,6 @@ def test_codes_and_losses_are_those_of_the_twins(isa: str, text: str, N: int, K:
     w[5] = 0  # whose squares vanish in float32
     for known in (None, importance):
         for found, expected in zip(
-            rounding.missed(w, q, known), (energy(w - decode(q), known), energy(w, known)), strict=True
+            rounding.error_energy(w, q, known), (energy(w - decode(q), known), energy(w, known)), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-30)

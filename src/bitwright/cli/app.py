@@ -223,7 +223,7 @@ def evaluate(
 
 
 def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
-    """A row for each text, and what it means; or all numbers for a program to read."""
+    """A row for each text and what it means; or everything as JSON."""
     from bitwright.evaluation.report import evaluation_table
     from bitwright.evaluation.verdict import verdict
 
@@ -316,7 +316,7 @@ for command in (generate, chat, bench):
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """What a run did; quiet: what is worse than asked alone; verbose: every kind of tensor too."""
+    """Print a run's result; quiet: only what is worse than asked; verbose: a table of all tensors too."""
     from bitwright.cli.summary import summary
     from bitwright.evaluation.report import ledger_table
 
@@ -335,15 +335,15 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
 
 def main() -> None:
     """Entry point."""
-    # Threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
-    # slept at once it would take twice as long on an idle machine; if they spun on, as is the default, up to eight
-    # times as long on a busy one. Must be set before torch loads its OpenMP.
+    # OpenMP threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
+    # slept at once it would take twice as long on an idle machine; if they spun on, the default, up to eight times as
+    # long on a busy one. Must be set before torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads only wait, busily
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Importing torch and transformers makes a million objects that stay: do not count them often, nor take them apart at
-    # the end, which takes as long as a small command.
+    # Importing torch and transformers makes a million objects that stay: have the garbage collector look at them rarely, and
+    # skip taking them apart at exit, which takes as long as a small command.
     gc.set_threshold(100_000)
     interruption.listen()
     try:

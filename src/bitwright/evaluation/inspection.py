@@ -1,4 +1,4 @@
-"""Inspect a checkpoint: every tensor's shape, scheme, bytes and loss, from headers and its ledger alone."""
+"""Inspect a checkpoint: shape, scheme, bytes and loss of every tensor, from headers and the ledger alone."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in skeleton.model.parameters())
     renamed = (
         weight_source.stored if isinstance(weight_source, GgufWeightSource) else {}
-    )  # a file made by name has a ledger by name
+    )  # a GGUF file quantized without its model has a ledger by the file's own names
     tensors = []
     for name, shape in sorted(weight_source.shapes.items()):
         entry = entries.get(name) or entries.get(renamed.get(name, ""))

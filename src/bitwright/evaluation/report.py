@@ -1,4 +1,4 @@
-"""Tables of what was done and what it cost, for a terminal or for Markdown."""
+"""Tables of ledgers, comparisons and evaluations, for a terminal or for Markdown."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table: text to the left, numbers to the right."""
+    """A rich table, text aligned to the left, numbers to the right."""
     made = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
@@ -36,7 +36,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ledger_table(ledger: Sequence[Entry]) -> Table:
-    """One line for each kind of tensor and what was done with it: count, megabytes, mean loss beside RTN's."""
+    """A row for each kind of tensor and what was done with it: count, megabytes, mean loss beside RTN's."""
     kinds: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in ledger:
         kind = ".".join(part for part in entry.name.split(".")[-3:-1] if not part.isdigit()) or entry.name
@@ -52,9 +52,9 @@ def ledger_table(ledger: Sequence[Entry]) -> Table:
 
 
 def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Table:
-    """What each method costs at each scheme: the best of each scheme marked, and what else nothing beats in size and KL.
+    """A row for each method and scheme; the best of each scheme and the Pareto front of size and KL are marked.
 
-    A star: statistics taken block by block, on what the quantized blocks before give.
+    A star: sequential statistics, taken behind the quantized blocks before.
     """
     header = ("scheme", "method", "bits", "perplexity", "KL", "top-1", "seconds", "")
     perplexity = f"{original.perplexity:.2f} ± {original.perplexity_stderr:.2f}"

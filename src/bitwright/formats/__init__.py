@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bitwright.errors import FormatError, one_of
 from bitwright.formats.auto_round import AutoRound
-from bitwright.formats.awq import Awq
-from bitwright.formats.bitsandbytes import BitsAndBytes
+from bitwright.formats.awq_writer import AwqWriter
+from bitwright.formats.bitsandbytes_writer import BitsAndBytesWriter
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.formats.format import CheckpointReader, Format, Layer
 from bitwright.formats.fp8 import Fp8
@@ -16,12 +16,14 @@ from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.native import Native
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter(), Gguf(), Native())
+}
 READERS: tuple[CheckpointReader, ...] = (
-    CompressedTensors(), Gptq(), Native(), Awq(), BitsAndBytes(), AutoRound(), Fp8(),
+    CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter(), Native(), AutoRound(), Fp8(),
 )  # fmt: skip
 
-SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
+SCHEMES = {"gguf": "q4_k_m", "awq": "int4-g128-asym", "bitsandbytes": "nf4-g64-dq"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
 
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import (
+    FLOAT_NAMES,
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -53,12 +61,7 @@ class CompressedTensors:
                 where=layer.name,
                 remedy="use --format gptq",
             )
-        if isinstance(scheme.group, int) and layer.K % scheme.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {scheme.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
-            )
+        refuse_short_groups(layer)
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         plain = scheme.scale in ("f32", "f16", "bf16")
         return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)
@@ -383,7 +386,8 @@ def _container(layer: Layer) -> str:
     raise FormatError(
         f"compressed-tensors has no container for {s}",
         where=layer.name,
-        remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
+        remedy="--format bitwright, which holds every scheme; here int2 to int8 (sym or asym), ternary, fp8-channel, "
+        "fp8-tensor, mxfp4 or nvfp4",
     )
 
 

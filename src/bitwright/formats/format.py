@@ -1,7 +1,7 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from bitwright.files.checkpoint import Spec
 from bitwright.numerics.codec import code_dtype, decode, encode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
-from bitwright.numerics.scheme import Scheme
+from bitwright.numerics.scheme import CHANNEL, GROUPS, Scheme
 
 Read = Callable[[str], Tensor | None]
 WEIGHTS_AT_ONCE = 1 << 22  # looked at together when codes are taken out of a file
@@ -135,3 +135,24 @@ def refuse_decomposed(layer: Layer, format_name: str) -> None:
     if layer.outliers or layer.rotate:
         what = "input channels kept in float" if layer.outliers else "a rotation of the inputs at run time"
         raise FormatError(f"{format_name} has no place for {what}", where=layer.name, remedy="use --format bitwright")
+
+
+def refuse_rounded_inputs(layer: Layer, format_name: str) -> None:
+    """FormatError for a layer whose inputs are to be rounded, in a format that cannot say so."""
+    if layer.activations is not None:
+        remedy = "use compressed-tensors, or leave out --activations"
+        raise FormatError(f"{format_name} files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
+
+
+def refuse_short_groups(layer: Layer) -> None:
+    """FormatError for a matrix whose K inputs are no whole groups, with a scheme that fits it."""
+    scheme = layer.scheme
+    if not isinstance(scheme.group, int) or layer.K % scheme.group == 0:
+        return
+    fitting = next((g for g in reversed(GROUPS) if g < scheme.group and layer.K % g == 0), CHANNEL)
+    remedy = f"--scheme {replace(scheme, group=fitting)}"
+    if scheme.scale not in FLOAT_NAMES.values():  # MXFP4 and the like have one group
+        remedy = "another scheme, such as --scheme int4-g32"
+    message = f"K = {layer.K} is not a multiple of the group of {scheme.group}"
+    remedy = f'{remedy}, or a recipe that keeps this matrix (scheme = "keep")'
+    raise FormatError(message, where=layer.name, remedy=remedy)

@@ -1,4 +1,4 @@
-"""GPTQ: the layout that GPTQModel, transformers and vLLM read. Version 1 is written, 1 and 2 are read.
+"""GPTQ: the layout that GPTQModel, transformers and vLLM read.
 
 qweight [K·b/32, N]  unsigned codes packed along K, eight 4-bit codes a word (3-bit codes straddle words)
 qzeros  [G, N·b/32]  zero points, packed along N. v1 ("checkpoint_format": "gptq", or nothing) has each zero point − 1, so
@@ -6,6 +6,9 @@ qzeros  [G, N·b/32]  zero points, packed along N. v1 ("checkpoint_format": "gpt
 scales  [G, N]       float16
 g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act);
                      missing: k // g
+
+Symmetric files are written as version 1, which everyone reads; others as version 2: of version 1 GPTQModel takes asymmetric
+files from itself alone.
 
 GPTQModel's `dynamic` says otherwise for some modules: {"-:regex": {}} keeps them in float, {"+:regex": {bits, group_size, …}}
 (or no sign) stores them so; the first that matches from the start of the module's name counts.
@@ -23,16 +26,23 @@ from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import (
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_rounded_inputs,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import GROUPS, Scheme, Zero
+from bitwright.numerics.scheme import GROUPS, Scheme
 
 BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format
 SAID_BY_MODULE = ("bits", "group_size", "sym", "desc_act", "mse", "pack_dtype")  # what `dynamic` may say otherwise
-STORED: dict[str, Zero] = {"asym": "asym1", "signed": "sym"}  # as the format has it
 
 
 class Gptq:
@@ -52,25 +62,20 @@ class Gptq:
         plain = (
             s.grid.startswith("int") and s.scale in ("f32", "f16", "bf16") and s.zero != "min" and s.group != "tensor"
         )
-        if layer.activations is not None:
-            remedy = "use compressed-tensors, or leave out --activations"
-            raise FormatError("GPTQ files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
+        refuse_rounded_inputs(layer, "GPTQ")
         if bits not in BITS or not plain:
-            remedy = "int2, int3, int4 or int8 in groups or per channel, sym or asym"
-            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
-        if isinstance(s.group, int) and layer.K % s.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {s.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
+            remedy = (
+                "--format bitwright, which holds every scheme; here int2, int3, int4 or int8 in groups or per channel"
             )
+            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
+        refuse_short_groups(layer)
         for axis, extent in (("K", layer.K), ("N", layer.N)):
             if extent * bits % 32:
                 message = f"{axis} = {extent} codes of {bits} bits do not fill whole 32-bit words"
                 raise FormatError(
                     message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
                 )
-        return replace(layer, scheme=Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16"))
+        return replace(layer, scheme=Scheme(s.grid, s.group, "sym" if s.symmetric else "asym", "f16"))
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""
@@ -89,7 +94,7 @@ class Gptq:
         zero = torch.zeros_like(q.scales.scale) if q.scales.zero is None else q.scales.zero
         return {
             "qweight": pack(q.codes.short() + half, bits).T.contiguous(),
-            "qzeros": pack(zero.T.short() + (half - 1), bits),
+            "qzeros": pack(zero.T.short() + half - int(q.scheme.symmetric), bits),
             "scales": q.scales.scale.T.to(torch.float16).contiguous(),
             "g_idx": torch.arange(K, dtype=torch.int32) // q.scheme.group_length(K),
         }
@@ -105,10 +110,10 @@ class Gptq:
             named = ", ".join(sorted(map(str, schemes)))
             raise FormatError(f"a GPTQ file holds one scheme, not {named}", remedy="use compressed-tensors")
         scheme = schemes.pop()
-        excluded: dict[str, Any] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept if name != "lm_head"}
+        excluded = kept_in_float(kept)
         return {
             "quant_method": self.method,
-            "checkpoint_format": "gptq",
+            "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
             "bits": scheme.levels.bits,
             "group_size": scheme.group if isinstance(scheme.group, int) else -1,
             "sym": scheme.zero == "sym",
@@ -174,6 +179,11 @@ class Gptq:
         tables = (t.repeat_interleave(times, 1)[:, : scheme.groups(K)] for t in (tensors["scales"].float().T, zeros))
         q = recovered(w[:, order], scheme, Scales(*(t.contiguous() for t in tables)), name)
         return q if torch.equal(order, torch.arange(K)) else replace(q, order=order)
+
+
+def kept_in_float(names: list[str]) -> dict[str, dict[str, Any]]:
+    """`dynamic` for Linear modules that stay float; the output head does by itself."""
+    return {f"-:^{re.escape(name)}$": {} for name in names if name != "lm_head"}
 
 
 def _dynamic(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from bitwright.formats.native_reader import (
     scales_of,
     static_range,
 )
-from bitwright.numerics.codec import dynamic_map, integers_of, is_signed
+from bitwright.numerics.codec import dq8_index, integers_of, is_signed
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, words
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
@@ -202,7 +202,7 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
         return {name: (table * outer).to(FP8), f"{name}_outer": outer.reshape(1)}
     if s.scale == "dq8":
         assert q.scales.outer_zero is not None
-        index = _dq8_index(table, outer, q.scales.outer_zero)
+        index = dq8_index(table, outer, q.scales.outer_zero)
         return {name: index, f"{name}_outer": outer.reshape(-1), f"{name}_mean": q.scales.outer_zero.reshape(1)}
     bits = int(s.scale[1:])
     integers = integers_of(table, outer, s).int()
@@ -213,15 +213,6 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
 def _stream(numbers: Tensor, bits: int) -> Tensor:
     """Numbers of any shape, packed one after the other: rows would end in padding that the scheme has not promised."""
     return pack(numbers.reshape(1, -1), bits)[0]
-
-
-def _dq8_index(scale: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
-    """The first code of its block that stands for exactly this scale: where the mean is large, several may."""
-    flat = scale.reshape(-1)
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
-    meanings = dynamic_map().to(scale.device) * absmax + mean  # [B, 256], rising
-    index = torch.searchsorted(meanings, blocks).clamp(max=SUPERBLOCK - 1)
-    return index.view(-1)[: flat.numel()].view(scale.shape).to(torch.uint8)
 
 
 def _outlier_tensors(q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""QLinear: a linear layer on a packed weight, in the place of an nn.Linear (or GPT-2's Conv1D)."""
+"""QLinear: a linear layer on a packed quantized weight, in place of an nn.Linear (or GPT-2's Conv1D)."""
 
 from collections.abc import Callable
 
@@ -12,17 +12,18 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 
 PARTS = ("panels", "scale", "point", "minimum", "unit")
-BITS = (8, 16)  # that inputs may be rounded to
+BITS = (8, 16)  # to which inputs may be rounded
 INT8_TOKEN = Scheme("int8", "token", "sym", "f32")
 
 
 class QLinear(nn.Module):
-    """y = x W' + b for x [..., K], W [N, K] quantized.
+    """y = x Wᵀ + b for x [..., K], W [N, K] quantized.
 
-    activations  bits that inputs are rounded to on the way into the product: 16, finer than bfloat16, or 8, which is
-                 about twice as fast for many tokens. What the checkpoint itself says of its inputs comes before.
-    stored       gives the tensors of the file that the weight came from, by suffix: what `state_dict` holds; without it
-                 that holds the packed ones
+    input_quantization  the checkpoint's own quantization of inputs, applied first; None: none
+    activations  bits that inputs are rounded to for the product: 16, finer than bfloat16, or 8, about twice as fast for many
+                 tokens
+    stored       gives the file's tensors of this weight by suffix, for `state_dict`; None: `state_dict` has the packed ones
+    KernelError for other bits.
     """
 
     panels: Tensor
@@ -45,7 +46,7 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         if activations not in BITS:
-            raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
+            raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="give --activations 8 or 16")
         packed = pack(q)
         for name in PARTS:
             self.register_buffer(name, getattr(packed, name), persistent=stored is None)
@@ -63,7 +64,7 @@ class QLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The weight as the kernels read it."""
+        """The weight in the kernels' layout."""
         return Packed(
             self.panels,
             self.scale,
@@ -90,7 +91,7 @@ class QLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x [M, K] as the engine hands it on, times the weight: [M, N] float32."""
+        """x [M, K], quantized as the checkpoint says, times the weight: [M, N] float32."""
         if self.order is not None:
             x = x[:, self.order]
         if self.input_quantization.scheme is None:
@@ -100,11 +101,11 @@ class QLinear(nn.Module):
         return product(self.input_quantization.round(x), self.packed)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """The tensors of the file, so that what is saved is what was loaded."""
+        """The file's own tensors, so that a model is saved as it was loaded."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.stored is not None:
             destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in self.stored().items()}
 
     def extra_repr(self) -> str:
-        """What the module prints of itself."""
+        """Sizes and scheme, for printing."""
         return f"{self.in_features} -> {self.out_features}, {self.scheme}"

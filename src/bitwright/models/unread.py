@@ -10,6 +10,7 @@ from bitwright.models.skeleton import Skeleton
 Shapes = Mapping[str, tuple[int, ...] | None]
 COMPUTED = "the model computes it"
 MTP = "multi-token prediction: no part of predicting the next token"
+PASSED_OVER = "transformers leaves it unread on purpose"
 KV_SCALES = "a scale for keys and values, which config.json does not ask to round (kv_cache_scheme)"
 SHOWN = 3  # names in an error
 
@@ -36,7 +37,7 @@ def why_left(name: str, shape: tuple[int, ...] | None, skeleton: Skeleton) -> st
     for pattern, (axes, reason) in MAY_BE_LEFT.items():
         if re.search(pattern, name) and (not axes or (shape is not None and len(shape) in axes)):
             return reason
-    return None
+    return PASSED_OVER if skeleton.is_passed_over(name) else None
 
 
 def _beyond_depth(name: str, skeleton: Skeleton) -> bool:
@@ -48,7 +49,7 @@ def _beyond_depth(name: str, skeleton: Skeleton) -> bool:
 
 def check_all_read(shapes: Shapes, read: Iterable[str], skeleton: Skeleton, where: str) -> None:
     """CheckpointError for tensors of these names and shapes that are neither read nor may be left."""
-    read = set(read)
+    read = {*read, *(source for conversion in skeleton.conversions for source in conversion.sources)}
     found = [name for name, shape in shapes.items() if name not in read and why_left(name, shape, skeleton) is None]
     if found:
         raise unread(found, skeleton, where)

@@ -20,11 +20,11 @@ from bitwright.pipeline.work_in_progress import check_out
 
 
 def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
-    """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
+    """Write a checkpoint in another container: a float directory as a GGUF file, a quantized one in another format.
 
-    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors,
-    notes}. CheckpointError for a tensor that the model does not have; FormatError for what cannot be said in the other format,
-    number by number the same.
+    In a GGUF file every tensor keeps its type, but vectors are float32, as llama.cpp needs them. Gives {out, bytes, tensors,
+    notes}. CheckpointError for a tensor that the model does not have; FormatError for what the other format cannot hold
+    number by number.
     """
     check_out(out)
     chosen_format, _, _ = chosen(out, format_name, None, None)

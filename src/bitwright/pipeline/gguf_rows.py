@@ -1,6 +1,6 @@
-"""Quantize a GGUF file in streaming rows: read, round, write into their place, read back, compare; blocks side by side.
+"""Quantize a GGUF file without its model, rows at a time: read, round, write in place, read back, compare.
 
-The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
+The output file has its full size from the beginning. After a crash, the ledgers tell which blocks are complete.
 """
 
 import time
@@ -34,7 +34,7 @@ from bitwright.version import __version__
 def quantize_gguf(
     plan: GgufPlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
 ) -> Result:
-    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    """Carry out a plan: see `pipeline.run.run`. calib: an importance matrix's file; anything else is not used."""
     begun = time.monotonic()
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
@@ -58,7 +58,7 @@ def quantize_gguf(
                 place.note(index, entries)
                 return entries
 
-            noted = []  # in order: one writer thread waits for the disk while the next block is rounded
+            noted = []  # in order; one writer thread waits for the disk while the next block is rounded
             jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
             with ahead(lambda job: _make_rows(plan.file, writer, *job, importance.get(job[0].source)), jobs) as parts:
                 for index in range(first, len(shards)):
@@ -77,7 +77,12 @@ def quantize_gguf(
 
 
 class Part(NamedTuple):
-    """Some rows: the energy of each and of its error, float64 [n]; every so manieth row, and its energy; seconds."""
+    """What is recorded of n quantized rows.
+
+    whole, lost      [n] float64 energy of each row, and of its error
+    sample, sampled  every k-th row, and its energy: what RTN is compared on
+    seconds          that quantizing took
+    """
 
     whole: Tensor
     lost: Tensor
@@ -94,17 +99,17 @@ def _height(t: PlannedTensor) -> int:
 
 
 def _step(t: PlannedTensor) -> int:
-    """Rows taken at a time."""
+    """Rows quantized at a time."""
     return max(1, SLAB // t.shape[-1])
 
 
 def _parts_of(t: PlannedTensor, parts: Iterator[Part]) -> list[Part]:
-    """All of a tensor's, which come next."""
+    """All parts of tensor t, which come next in `parts`."""
     return list(islice(parts, -(-_height(t) // _step(t))))
 
 
 def _inputs(t: PlannedTensor, importance: Tensor | None) -> Inputs:
-    """What is known of a matrix's columns; nothing if the importance is of another shape: experts have one each."""
+    """The importance of a matrix's columns as statistics; none if it has another shape, as for experts, which have one each."""
     known = importance is not None and t.layer is not None and len(importance) == t.layer.K
     return Inputs((t.stem,), gram=importance) if known else Inputs()
 
@@ -112,7 +117,7 @@ def _inputs(t: PlannedTensor, importance: Tensor | None) -> Inputs:
 def _make_rows(
     file: GgufFile, writer: gguf_writer.GgufWriter, t: PlannedTensor, first: int, importance: Tensor | None
 ) -> Part:
-    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
+    """Quantize the rows from `first` on: read, round, write, read back, compare. CheckpointError for NaN or Inf."""
     begun = time.monotonic()
     last = min(first + _step(t), _height(t))
     w = file.floats(t.source, first, last)
@@ -125,7 +130,7 @@ def _make_rows(
         if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
             raise
         message = "it has values that are NaN or Inf"
-        raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
+        raise CheckpointError(message, where=t.source, remedy="the file is damaged: get a good copy") from error
     q = fit.outcome.q
     writer.put_rounded(t.source, t.layer, q, first)
     some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
@@ -133,7 +138,7 @@ def _make_rows(
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
-    """What the ledger says of a tensor."""
+    """The ledger entry of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
         return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))

@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""The result of a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from bitwright.pipeline.ledger import Entry
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives back; `as_dict` is the command line's JSON."""
+    """The result of a run; `as_dict` is the command line's JSON."""
 
     out: Path
     bytes: int
@@ -21,7 +21,7 @@ class Result:
 
     @property
     def fallbacks(self) -> list[str]:
-        """What was quantized worse than asked."""
+        """What was quantized otherwise than asked, a sentence each."""
         return [f"{entry.name}: {entry.fallback}" for entry in self.ledger if entry.fallback]
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,8 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
+from bitwright.models.families import KEPT_LINEARS
+from bitwright.models.file_names import Conversion
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read, why_left
@@ -25,6 +28,7 @@ from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
+CONVERTED = "transformers makes other tensors of it as it loads it"
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
@@ -37,7 +41,7 @@ def decide(
     *,
     untied: bool,
 ) -> tuple[list[PlannedTensor], list[str]]:
-    """An action for every tensor of the source; an error for one that no rule covers."""
+    """An action for every tensor of the source, and notes. CheckpointError for a tensor that the model does not have."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if untied:
         shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
@@ -49,36 +53,46 @@ def decide(
     odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
     odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
     chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
-        parameter = parameters.get(source)
-        if parameter is None:
-            if is_unused(source) and not skeleton.predicts:
-                planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
-                continue
-            reason = why_left(source, info.shape, skeleton) or ""
-            planned.append(PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, reason))
-            continue
-        planned.append(
-            chooser.decide(PlannedTensor(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT))
-        )
+        t = PlannedTensor(source, parameters.get(source, source), None, info.dtype, info.shape, KEPT)
+        if source in converted:
+            planned.append(_converted(t, converted[source], blocks))
+        elif source in parameters:
+            planned.append(chooser.decide(replace(t, block=blocks.get(t.parameter))))
+        else:
+            planned.append(_unread(t, skeleton, format_))
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    notes = _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    fused = any(info.take is not None for info in checkpoint.tensors.values())
+    return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
 
-def _unused(t: PlannedTensor, format_: Format) -> PlannedTensor:
-    """What an encoder has behind its last hidden state, which nothing here runs."""
+def _converted(t: PlannedTensor, conversion: Conversion, blocks: Mapping[str, int]) -> PlannedTensor:
+    """A tensor that transformers makes others of: its format holds float ones alone. CheckpointError for experts."""
+    made = conversion.makes[0]
+    if ".experts." in made:
+        message = f"transformers makes {made} of it, and this family's experts are not known here"
+        raise CheckpointError(message, where=t.source, remedy="quantize a model without experts")
+    return replace(t, block=blocks.get(made), reason=CONVERTED)
+
+
+def _unread(t: PlannedTensor, skeleton: Skeleton, format_: Format) -> PlannedTensor:
+    """A tensor that the model does not read; of an encoder, what is behind its last hidden state may be kept."""
+    if not is_unused(t.source) or skeleton.predicts:
+        return replace(t, action=LEFT_OUT, reason=why_left(t.source, t.shape, skeleton) or "")
     if format_.one_file:
         return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
     return replace(t, reason="the pooling layer or a head")
 
 
 class _Chooser:
-    """All that a decision about one tensor depends on."""
+    """Chooses the action for each tensor of a model."""
 
     def __init__(
         self,
@@ -92,36 +106,52 @@ class _Chooser:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
         self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
         self.modules = modules | ends
+        self.routers = skeleton.routers()
         self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
-        """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
+        """Quantize the blocks' matrices as the rules say; keep vectors, and what is outside the blocks.
 
-        Formats that hold the embedding and the head too have those quantized; GGUF's vectors are float32.
+        Formats that can (GGUF) have the embedding and the head quantized too; GGUF's vectors are float32.
         """
         name = t.parameter.removesuffix(".weight")
         if self.names is not None:
             wide = self.names.is_float32(t.parameter, len(t.shape))
             t = replace(t, dtype=torch.float32) if wide else t
         if t.block is None and name not in self.modules:
-            return replace(t, reason="outside the blocks")
+            tower = self.skeleton.tower_of(t.parameter)
+            return replace(t, reason=f"{tower}: not the text model" if tower else "outside the blocks")
         if len(t.shape) < 2:
             return replace(t, reason="a vector")
+        if any(f"{name}.".startswith(f"{router}.") for router in self.routers):
+            return replace(t, reason="a router of experts")
         rule = self.rules[name]
         if rule.scheme is None:
             return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+        if rule.match == "*" and (why := self._kept_by_default(t, name)):
+            return replace(t, reason=why, rule=rule)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
             message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
             raise RecipeError(message, where=name, remedy=remedy)
         if t.dtype not in FLOAT_NAMES:
-            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
+            remedy = "give a checkpoint in float32, float16 or bfloat16"
+            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy=remedy)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
-            remedy = f"method gptq, or K up to {LARGEST_K}"
+            remedy = f"use --method gptq, or K up to {LARGEST_K}"
             raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
         return replace(t, action=QUANTIZED, layer=layer, rule=rule)
+
+    def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
+        """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if name in self.modules:
+            return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
+        if ".experts." in f"{t.parameter}.":
+            return ""
+        owner, _, leaf = t.parameter.rpartition(".")
+        return f"{leaf} of a {type(self.skeleton.model.get_submodule(owner)).__name__}"
 
     def _layer(self, t: PlannedTensor, name: str, rule: Rule) -> Layer:
         """The matrix as the format will store it."""
@@ -143,7 +173,7 @@ class _Chooser:
         return self.format.adapt(layer, t.dtype)
 
     def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
-        """Where a tensor of that name in llama.cpp stands."""
+        """What the choice of a block type in a mix depends on; name: llama.cpp's."""
         config = self.skeleton.config
         part = name.split(".")[0] if block is None else name.split(".")[2]
         heads = config.num_attention_heads // (
@@ -155,27 +185,43 @@ class _Chooser:
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
-    """The rule's scheme for inputs; a fixed scale is stored in the model's own float type."""
+    """The rule's scheme for inputs; a static scale is stored in the model's own float type."""
     if rule.activations is None or not rule.static:
         return rule.activations
     return rule.activations.with_scale(FLOAT_NAMES[dtype])
 
 
 def by_threshold(rule: Rule) -> bool:
+    """Whether the number of outlier channels is known only after calibration."""
     separate = rule.transform(Outlier)
     return isinstance(separate, Outlier) and separate.fraction is None
 
 
 def _outliers(rule: Rule, K: int) -> int:
-    """How many input channels stay in float, as far as that is known beforehand: one stands for a number unknown."""
+    """How many input channels stay in float; 1 where that is known only after calibration."""
     separate = rule.transform(Outlier)
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
 def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
-    """What the usual engines will say to these files, or do with them."""
+    """Notes on what the usual engines will not load, or will do with these files."""
     notes = _format_notes(layers, format_)
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
+
+
+def _expert_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton, *, fused: bool) -> list[str]:
+    """Where transformers cannot load what is written of experts. fused: the source holds those of a layer in one tensor."""
+    inside = tuple(f"{name}." for name in skeleton.experts)
+    experts = [t.layer for t in planned if t.layer is not None and t.layer.name.startswith(inside)]
+    if not experts or format_.name != "compressed-tensors":
+        return []
+    packed = all(one.scheme.zero == "sym" and (one.activations is None or one.scheme.grid == "fp8") for one in experts)
+    if packed and not fused:
+        return []
+    why = (
+        "looks for the experts of these models in one tensor" if fused else "takes experts in packed symmetric integers"
+    )
+    return [f"experts are written one by one: transformers {why}, and does not load them; bitwright.load does"]
 
 
 def not_served(format_name: str, schemes: Iterable[Scheme]) -> list[str]:
@@ -201,5 +247,6 @@ def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
     if format_.name == "gptq" and odd:
-        return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
+        said = "version 2 of the format, which GPTQModel loads, and transformers through it"
+        return [f"asymmetric GPTQ: {said}; vLLM's fast kernels want symmetric, older tools know version 1 alone"]
     return []
