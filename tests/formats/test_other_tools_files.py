@@ -152,10 +152,10 @@ def fp8(w: Tensor, rows: int, columns: int, suffix: str = "weight_scale_inv") ->
 def test_fp8_in_blocks(llama: Path, tmp_path: Path) -> None:
     """The weights are those that transformers decodes; inputs are rounded in groups too, which it does on GPUs alone."""
     theirs, meant = stored(llama, tmp_path, BLOCKS, blocks_only(lambda w: fp8(w, 32, 64)))
-    decoded = transformers_logits(theirs)
-    assert distance(transformers_logits(meant), decoded) < 1e-3
+    exact = transformers_logits(meant)
+    assert distance(exact, transformers_logits(theirs, dtype=torch.bfloat16)) < 2e-2
     for _, logits in ours(theirs):
-        assert 1e-3 < distance(logits, decoded) < 0.1
+        assert 1e-3 < distance(logits, exact) < 0.1
     found = Fp8().input_quantization(BLOCKS, "m", {}.get)
     assert found is not None and found.scheme == Scheme("fp8", 64, "sym", "f32")
 
