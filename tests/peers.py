@@ -26,6 +26,41 @@ def words(numbers: Tensor, bits: int) -> Tensor:
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
 
+def gptq(w: Tensor, bits: int = 4, group: int = 32, v: int = 1, sym: bool = False, g_idx: bool = True) -> Stored:
+    """A matrix [N, K] as GPTQModel stores it, and what that stands for."""
+    N, K = w.shape
+    length = K if group < 0 else group
+    groups, top = w.view(N, -1, length), (1 << bits) - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if sym:
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+    scale = ((high - low) / top).half().float()
+    zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(1, top)
+    codes = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, top)
+    tensors = {
+        "qweight": words(codes.view(N, K), bits).T, "qzeros": words(zero.T - int(v == 1), bits),
+        "scales": scale.T.half(), **({"g_idx": (torch.arange(K) // length).int()} if g_idx else {}),
+    }  # fmt: skip
+    return tensors, ((codes - zero[..., None]) * scale[..., None]).view(N, K)
+
+
+def awq(w: Tensor, group: int = 32) -> Stored:
+    """A matrix [N, K] as AutoAWQ's gemm stores it, and what that stands for."""
+    tensors, meant = gptq(w, 4, group, v=2)
+    codes, zeros = (unpacked(tensors["qweight"].T).T, unpacked(tensors["qzeros"]))
+    order = torch.arange(len(w)).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    return {
+        "qweight": words(codes[:, order], 4),
+        "qzeros": words(zeros[:, order], 4),
+        "scales": tensors["scales"],
+    }, meant
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """Undoes `words` for 4 bits."""
+    return (packed[..., None].long() >> 4 * torch.arange(8) & 15).flatten(1)
+
+
 def stored(model: Path, folder: Path, config: dict[str, Any] | None, pack: Pack) -> tuple[Path, Path]:
     """The model with matrices stored as a tool stores them, and the same decoded, as a float checkpoint."""
     packed, meant = dict[str, Tensor](), dict[str, Tensor]()

@@ -11,28 +11,10 @@ from torch import Tensor
 from bitwright import load
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gptq import Gptq
-from peers import Stored, assert_same_logits, blocks_only, stored, transformers_logits, words
+from peers import Stored, assert_same_logits, blocks_only, gptq, stored, transformers_logits, words
 
 V1 = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 V2 = V1 | {"checkpoint_format": "gptq_v2"}
-
-
-def gptq(w: Tensor, bits: int = 4, group: int = 32, v: int = 1, sym: bool = False, g_idx: bool = True) -> Stored:
-    """A matrix [N, K] as GPTQModel stores it, and what that stands for."""
-    N, K = w.shape
-    length = K if group < 0 else group
-    groups, top = w.view(N, -1, length), (1 << bits) - 1
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    if sym:
-        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-    scale = ((high - low) / top).half().float()
-    zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(1, top)
-    codes = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, top)
-    tensors = {
-        "qweight": words(codes.view(N, K), bits).T, "qzeros": words(zero.T - int(v == 1), bits),
-        "scales": scale.T.half(), **({"g_idx": (torch.arange(K) // length).int()} if g_idx else {}),
-    }  # fmt: skip
-    return tensors, ((codes - zero[..., None]) * scale[..., None]).view(N, K)
 
 
 DYNAMIC = {

@@ -86,6 +86,7 @@ def _scale(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> tup
     (N, K), block = tensors["weight"].shape, config.get("weight_block_size")
     suffix = next(suffix for suffix in SCALES if suffix in tensors)
     scale = tensors[suffix].float()
+    scale = scale.view(1, 1) if block is not None and scale.ndim == 0 else scale
     if block is not None and scale.shape == (-(-N // block[0]), -(-K // block[1])):
         return scale, (block[0], block[1])
     if block is None and scale.numel() == 1:

@@ -169,6 +169,8 @@ def _runs_natively(model: PreTrainedModel) -> bool:
     config = model.config
     if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
         return False
+    if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
+        return False
     layers = model.model.layers
     known = all(_is_known(layer.get_submodule(name)) for layer in layers for name in MATRICES)
     known = known and (isinstance(model.lm_head, Dense) or _is_known(model.lm_head))

@@ -1,5 +1,7 @@
 """Dense: a linear layer whose float weight stays in the file's type, whatever type it computes in."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,12 @@ def handles(x: Tensor, w: Tensor) -> bool:
 class Dense(nn.Linear):
     """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
+    ) -> None:
+        """stored: gives the file's tensors of this weight by suffix, for `state_dict`; None: the weight is its own."""
         nn.Module.__init__(self)  # Linear would make a weight
+        self.stored = stored
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = weight.shape
@@ -38,3 +44,10 @@ class Dense(nn.Linear):
             y = torch.cat([rows @ part.to(x.dtype).T for part in self.weight.split(some)], 1)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """The file's own tensors, so that a model is saved as it was loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored is not None:
+            del destination[f"{prefix}weight"]
+            destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in self.stored().items()}

@@ -6,6 +6,7 @@ be rounded on the way in (`scheme`), so that the peak is the quantized size plus
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeError
 from bitwright.inference.dense import Dense
+from bitwright.inference.key_values import round_keys_and_values
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
@@ -79,6 +81,7 @@ class _Filling:
                 return_memory()  # what packing took lies between what stays
         self._fill_rest()
         model.tie_weights = _are_tied
+        round_keys_and_values(self.skeleton, self.weight_source)
         if isinstance(self.weight_source, WeightSource) and self.scheme is None:
             if self.weight_source.config is not None:
                 model.config.quantization_config = self.weight_source.config
@@ -119,12 +122,12 @@ class _Filling:
             bias = self.weight_source.read(self._source(f"{name}.bias")).to(self.skeleton.dtype)
         q = self._quantized(source, module, rounded=rounded)
         if q is None:
-            weight = self.tables.get(source)
-            weight = matrix_of(module, self.weight_source.read(source)).contiguous() if weight is None else weight
+            weight = self._float(source, module)
             self._check(source, tuple(weight.shape), shape)
-            return _replace(self.skeleton.model, name, Dense(weight, bias))
+            stored = self._stored(name, source) if self.weight_source.is_packed(source) else None
+            return _replace(self.skeleton.model, name, Dense(weight, bias, stored=stored))
         self._check(source, tuple(q.codes.shape), shape)
-        stored = partial(self.weight_source.parts, source) if self.scheme is None else None
+        stored = self._stored(name, source) if self.scheme is None else None
         packed = QLinear(
             q,
             bias,
@@ -133,6 +136,17 @@ class _Filling:
             stored=stored,
         )
         return _replace(self.skeleton.model, name, packed)
+
+    def _float(self, source: str, module: nn.Module) -> Tensor:
+        """A matrix [N, K] that is computed in float: it is so in the file, or no scheme has its codes."""
+        if source in self.tables:
+            return self.tables[source]
+        weight = self.weight_source.read(source)
+        return (weight if self.weight_source.is_packed(source) else matrix_of(module, weight)).contiguous()
+
+    def _stored(self, name: str, source: str) -> Callable[[], dict[str, Tensor]]:
+        """What gives the file's tensors of a module; a tied one has none of its own."""
+        return partial(self.weight_source.parts, source) if f"{name}.weight" in self.names else dict
 
     def _check(self, source: str, found: tuple[int, ...], meant: tuple[int, ...]) -> None:
         if found != meant:
@@ -150,12 +164,13 @@ class _Filling:
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
-        rows, decode = self.weight_source.rows(self.names[f"{name}.weight"])
-        width = module.embedding_dim
+        source, width = self.names[f"{name}.weight"], module.embedding_dim
+        rows, decode = self.weight_source.rows(source)
+        stored = partial(self.weight_source.parts, source) if self.weight_source.is_packed(source) else None
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():
-            self.tables[self.names[f"{name}.weight"]] = rows
-        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width))
+            self.tables[source] = rows
+        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width, stored=stored))
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:

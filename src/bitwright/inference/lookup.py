@@ -12,12 +12,22 @@ class Lookup(nn.Module):
     rows    [V, ...] the table: bytes of blocks, or float numbers
     decode  some of its rows -> float [n, H]
     dtype   of the output
+    stored  gives the file's tensors of the table by suffix, for `state_dict`; None: it is one tensor, the rows
     """
 
     rows: Tensor
 
-    def __init__(self, rows: Tensor, decode: Callable[[Tensor], Tensor], dtype: torch.dtype, *, width: int) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        *,
+        width: int,
+        stored: Callable[[], dict[str, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
+        self.stored = stored
         self.register_buffer("rows", rows, persistent=False)
         self.decode, self.dtype = decode, dtype
         self.num_embeddings, self.embedding_dim = len(rows), width
@@ -33,6 +43,7 @@ class Lookup(nn.Module):
         return self.decode(self.rows).to(self.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """The table under an embedding's usual name."""
+        """The table under an embedding's usual name, or the file's own tensors of it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.rows
+        own = {"weight": self.rows} if self.stored is None else self.stored()
+        destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in own.items()}

@@ -13,6 +13,7 @@ from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import READERS, CheckpointReader
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.gguf_source import GgufWeightSource
+from bitwright.models.kv_cache import KvRounding, read_rounding
 from bitwright.models.skeleton import Skeleton, quantization_of
 from bitwright.models.unread import check_all_read
 from bitwright.numerics.input_quantization import InputQuantization
@@ -205,6 +206,23 @@ def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dic
         if isinstance(source, WeightSource)
         else skeleton.source_names(source.shapes, str(source.folder))
     )
+
+
+def kv_rounding(source: WeightSource | GgufWeightSource, skeleton: Skeleton, attention: str) -> KvRounding | None:
+    """What a checkpoint says of the keys and values of one attention module; None: they stay in float.
+
+    CheckpointError as of `read_rounding`.
+    """
+    if source.config is None:
+        return None
+    stem = skeleton.model.base_model_prefix + "."
+    places = (attention, attention.removeprefix(stem), stem + attention)
+
+    def read(scale: str) -> Tensor | None:
+        found = (source.scalar(f"{place}.{scale}") for place in places)
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    return read_rounding(source.config, read, attention)
 
 
 def _format_of(folder: Path, config: dict[str, Any] | None) -> CheckpointReader | None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.kv_cache import KvCache, read_rounding
+from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of, read_config
-from bitwright.models.source import WeightSource, names_in, open_weights
+from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -104,17 +104,7 @@ class StreamedModel:
         if self.engine == ENGINE:
             return KvCache(rounding=(cached, cached))
         name = self.skeleton.attention_name(index)
-        config = self.weight_source.config
-        if name is None or config is None:
-            return None
-        stem = self.skeleton.model.base_model_prefix + "."
-        places = (name, name.removeprefix(stem), stem + name)
-
-        def read(scale: str) -> Tensor | None:
-            found = (self.weight_source.scalar(f"{place}.{scale}") for place in places)
-            return next((tensor for tensor in found if tensor is not None), None)
-
-        rounding = read_rounding(config, read, name)
+        rounding = None if name is None else kv_rounding(self.weight_source, self.skeleton, name)
         return None if rounding is None else KvCache(rounding=rounding)
 
 

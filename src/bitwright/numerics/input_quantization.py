@@ -16,13 +16,12 @@ from bitwright.numerics.scheme import Scheme
 class InputQuantization:
     """In this order:
 
-    rotate     0, or the block of an online Hadamard rotation (QuaRot, arXiv:2404.00456) that the weights have undone
-    outliers   channels [k] that are not rounded, and do not count for the range of those that are (arXiv:2208.07339)
-    threshold  0, or the magnitude from which a value makes its channel one of those, for as long as it is there (LLM.int8(),
-               the same paper)
-    scheme     what the inputs are rounded to: by token, in groups along K, or as a whole tensor; None: they stay as they are
-    scales     fixed by calibration (static); None: from the inputs as they come (dynamic)
-    outer      [1, 1], the divisor of dynamic scales in e4m3 that calibration fixed (NVFP4's input_global_scale)
+    rotate     block length of an online Hadamard rotation (QuaRot, arXiv:2404.00456), whose inverse is in the weights; 0: none
+    outliers   channels [k] that stay in float, and do not count for the range of the others (LLM.int8(), arXiv:2208.07339)
+    threshold  magnitude from which a value puts its channel among those for this call (LLM.int8(), as well); 0: none does
+    scheme     what the inputs are rounded to: by token, in groups along K, or as a whole tensor; None: they stay in float
+    scales     fixed by calibration (static); None: from each input's own range (dynamic)
+    outer      [1, 1], the divisor of dynamic scales in e4m3, fixed by calibration (NVFP4's input_global_scale)
     """
 
     scheme: Scheme | None = None
