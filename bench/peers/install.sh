@@ -37,9 +37,10 @@ case "${1:-}" in
     onnxruntime)
         packages=("onnxruntime==1.32.0" "onnx==1.23.2" "transformers==5.23.0" "safetensors" "onnxscript")
         ;;
+    lmeval) packages=("lm_eval==0.4.13" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
     bitsandbytes) packages=("bitsandbytes==0.50.2") ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, onnxruntime, bitsandbytes" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, onnxruntime, lmeval, bitsandbytes" >&2
         exit 2
         ;;
 esac

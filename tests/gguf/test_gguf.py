@@ -502,7 +502,7 @@ def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
         (["x", "--scheme", "q4_k_m"], "is a mix of llama.cpp"),
         (["x.gguf", "--scheme", "q4_k_m", "--pure"], "is a mix of llama.cpp"),
         (["x.gguf", "--scheme", "int4-g128"], "no block type for int4-g128"),
-        (["x.gguf", "--kv-cache", "int8-tensor"], "keys and values"),
+        (["x.gguf", "--kv-cache", "int8-tensor"], "KV cache"),
         (["x.gguf", "--method", "outlier+gptq"], "no place for"),
     ]:
         done = CliRunner().invoke(app, ["quantize", str(MODEL), str(tmp_path / arguments[0]), *arguments[1:], "--json"])

@@ -1,27 +1,29 @@
-"""Dense: a linear layer whose float weight stays in the type the file has it in, whatever it computes in."""
+"""Dense: a linear layer whose float weight stays in the file's type, whatever type it computes in."""
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import native
 
-FEW = 4  # inputs up to which every weight is read once by the extension
-WEIGHTS_AT_ONCE = 1 << 22  # brought to the inputs' type in one go where torch multiplies
+FEW = 4  # most inputs for which the extension is used: it reads every weight once
+WEIGHTS_AT_ONCE = 1 << 22  # weights converted to the inputs' type at a time where torch multiplies
 
 
 def handles(x: Tensor, w: Tensor) -> bool:
     """Whether the extension multiplies these: few float32 inputs on a CPU, weights in float32, float16 or bfloat16."""
     known = w.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return native is not None and known and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    few = len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.float32
+    return native is not None and known and few and not differentiated
 
 
-class Dense(nn.Module):
-    """y = x W' + b for x [..., K], W [N, K] in its own float type."""
+class Dense(nn.Linear):
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # Linear would make a weight
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The model is built without memory, then filled a module at a time: a matrix that
 be rounded on the way in (`scheme`), so that the peak is the quantized size plus one block.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -18,9 +19,10 @@ from bitwright.inference.dense import Dense
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
+from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, matrix_of, read_config
-from bitwright.models.source import WeightSource, open_weights
+from bitwright.models.skeleton import Skeleton, is_linear, matrix_of, read_config
+from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.system.memory import return_memory
@@ -58,26 +60,25 @@ class _Filling:
 
     def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.weight_source: WeightSource | GgufWeightSource = open_weights(path)
         self.skeleton = Skeleton(read_config(path), dtype)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(path))
+        self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
+        self.names = names_in(self.weight_source, self.skeleton)
+        self.ties = self.skeleton.ties()
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
         if scheme is not None and not self.weight_source.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
 
     def run(self) -> PreTrainedModel:
         """Module by module, so that a matrix is decoded only while it is being packed."""
-        model, linears, inside = self.skeleton.model, self.skeleton.linear_names(), self.skeleton.block_prefix + "."
+        model, inside = self.skeleton.model, self.skeleton.block_prefix + "."
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding and module is model.get_input_embeddings():
                 self._lookup(name, module)
-            elif name in linears:
+            elif is_linear(module) and not self._stays(name):
                 self._linear(name, module, rounded=name.startswith(inside))
                 return_memory()  # what packing took lies between what stays
-        for name, parameter in list(model.named_parameters()):
-            if parameter.is_meta:
-                value = self.weight_source.read(self._source(name)).to(self.skeleton.dtype)
-                _replace(model, name, nn.Parameter(value, requires_grad=False))
+        self._fill_rest()
+        model.tie_weights = _are_tied
         if isinstance(self.weight_source, WeightSource) and self.scheme is None:
             if self.weight_source.config is not None:
                 model.config.quantization_config = self.weight_source.config
@@ -87,12 +88,35 @@ class _Filling:
             model.generation_config = GenerationConfig.from_pretrained(self.path)
         return model.eval()
 
+    def _stays(self, name: str) -> bool:
+        """Whether a linear module is left as it is: float ones outside the text model, and those whose weight may be read."""
+        source = self.names.get(f"{name}.weight", "")
+        made = any(f"{name}.weight" in conversion.makes for conversion in self.skeleton.conversions)
+        apart = self.skeleton.tower_of(name) or any(re.search(pattern, name) for pattern in KEPT_LINEARS)
+        return made or bool(apart and not self.weight_source.is_packed(source))
+
+    def _fill_rest(self) -> None:
+        """Parameters that are no matrices of linear modules, and persistent buffers, as the file has them."""
+        model, read = self.skeleton.model, self.weight_source.read
+        for conversion in self.skeleton.conversions:
+            self.skeleton.load({name: read(name) for name in conversion.sources})
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:
+                value = nn.Parameter(read(self._source(name)).to(self.skeleton.dtype), requires_grad=False)
+                for twin, whole in list(model.named_parameters(remove_duplicate=False)):
+                    if whole is parameter:
+                        _replace(model, twin, value)
+        for name, buffer in list(model.named_buffers()):
+            if name in self.names:
+                state = read(self.names[name])
+                _replace(model, name, state.to(self.skeleton.dtype) if buffer.is_floating_point() else state)
+
     def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
         """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""
         source, bias = self._source(f"{name}.weight"), None
         shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
-        if f"{name}.bias" in self.names:
-            bias = self.weight_source.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
+        if isinstance(dict(module.named_parameters(recurse=False)).get("bias"), nn.Parameter):
+            bias = self.weight_source.read(self._source(f"{name}.bias")).to(self.skeleton.dtype)
         q = self._quantized(source, module, rounded=rounded)
         if q is None:
             weight = self.tables.get(source)
@@ -121,8 +145,8 @@ class _Filling:
         return METHODS[self.method](matrix_of(module, self.weight_source.read(source)).float(), None, self.scheme).q
 
     def _source(self, parameter: str) -> str:
-        """The file's name for a parameter: of a tied head, the embedding's."""
-        return self.names.get(parameter) or self.names[f"{self.skeleton.embedding_name}.weight"]
+        """The file's name for a parameter: of a tied one, that of the other."""
+        return self.names.get(parameter) or self.names[self.ties[parameter]]
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
@@ -134,9 +158,13 @@ class _Filling:
         _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width))
 
 
-def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, part)
+
+
+def _are_tied(*_: object, **__: object) -> None:
+    """Instead of `tie_weights`: they are, in modules that it does not know."""
 
 
 def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:

@@ -16,7 +16,8 @@ def has_own_head(folder: Path) -> bool:
     if not any(folder.glob("*.safetensors")):
         return False
     checkpoint = Checkpoint(folder)
-    heads = [name for name in checkpoint.tensors if name.split(".")[0] in HEADS and not name.endswith(".bias")]
+    plain = {name: name.removeprefix("language_model.") for name in checkpoint.tensors}
+    heads = [name for name in plain if plain[name].split(".")[0] in HEADS and not name.endswith(".bias")]
     embedding = next((name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)), None)
     if not heads or embedding is None:
         return False

@@ -1,6 +1,6 @@
-"""Quantize a GGUF file in streaming rows: read, round, write into their place, read back, compare; blocks side by side.
+"""Quantize a GGUF file without its model, rows at a time: read, round, write in place, read back, compare.
 
-The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
+The output file has its full size from the beginning. After a crash, the ledgers tell which blocks are complete.
 """
 
 import time
@@ -33,15 +33,18 @@ from bitwright.version import __version__
 def quantize_gguf(
     plan: GgufPlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
 ) -> Result:
-    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    """Carry out a plan: see `pipeline.run.run`. calib: an importance matrix's file; anything else is not used."""
     begun = time.monotonic()
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
     manifest = {
-        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
-    }  # fmt: skip
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
+        "calib": calib,
+    }
     place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
@@ -82,8 +85,12 @@ def quantize_gguf(
 
 
 class Part(NamedTuple):
-    """Some rows: the energy of each and of its error, float64 [n]; every so manieth row, its energy, and what is known of its
-    columns; seconds."""
+    """What is recorded of n quantized rows.
+
+    whole, lost      [n] float64 energy of each row, and of its error
+    sample, sampled  every k-th row, and its energy: what RTN is compared on
+    seconds          that quantizing took
+    """
 
     whole: Tensor
     lost: Tensor
@@ -138,7 +145,7 @@ def _make_rows(file: GgufFile, writer: gguf_writer.GgufWriter, job: Rows) -> Par
         if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
             raise
         message = "it has values that are NaN or Inf"
-        raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
+        raise CheckpointError(message, where=t.source, remedy="the file is damaged: get a good copy") from error
     q = fit.outcome.q
     writer.put_rounded(t.source, t.layer, q, first)
     some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
@@ -156,7 +163,7 @@ def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
-    """What the ledger says of a tensor."""
+    """The ledger entry of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
         size = t.dtype.itemsize * prod(t.shape)

@@ -15,7 +15,15 @@ QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"  # a
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the source and what becomes of it. `block` is None outside the blocks."""
+    """One tensor of the source and its action.
+
+    source     its name in the source's files; parameter: its name in the model
+    block      index of its block; None outside the blocks
+    dtype      the type that it is kept in
+    reason     why it is kept or left out
+    layer      how the format will store it, if it is quantized
+    rule       the recipe's rule for it
+    """
 
     source: str
     parameter: str
@@ -26,8 +34,9 @@ class PlannedTensor:
     reason: str = ""
     layer: Layer | None = None
     rule: Rule | None = None
+    stored_as: str = ""  # how the source has it quantized; "": it is float there
     fallback: str = ""  # why it is in float where it was to be quantized
-    made_of: str = ""  # the source's tensor, where that has another name: an untied head is made of the embedding
+    made_of: str = ""  # another tensor of the source that it is copied from: an untied head from the embedding
 
     @property
     def stem(self) -> str:
