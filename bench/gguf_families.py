@@ -32,7 +32,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
     "gemma3_text": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
     "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "seed_oss": {"head_dim": 16},
-    "exaone4": {"head_dim": 16, "sliding_window": None},
     "glm4": {"head_dim": 16}, "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "olmo": {"clip_qkv": 4.0}, "gpt_neox": {"num_key_value_heads": None},

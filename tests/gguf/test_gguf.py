@@ -295,8 +295,6 @@ def small_config(kind: str) -> Any:
         values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
     if kind in ("gemma", "gemma2", "gemma3_text", "qwen3"):
         values["head_dim"] = 16
-    if kind == "exaone4":
-        values["sliding_window"] = None
     if kind in ("gemma2", "gemma3_text"):
         values |= {"query_pre_attn_scalar": 16, "num_hidden_layers": 6}
     return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)

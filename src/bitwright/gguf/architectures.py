@@ -93,7 +93,6 @@ ARCHITECTURES = {
         ),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
-        Architecture("exaone4", "exaone4", (*GROUPED, *RMS, *HEADS, ("vocab_size", "vocab_size"))),
         Architecture("glm4", "glm4", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("ernie4_5", "ernie4_5", (*GROUPED, *RMS, *HEADS)),
         Architecture("cohere", "command-r", (*GROUPED, *NORM, SCALED_LOGITS)),

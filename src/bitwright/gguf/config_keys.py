@@ -40,7 +40,6 @@ FIXED: dict[str, Keys] = {
     "olmo": {"hidden_act": "silu", "attention_bias": False},
     "olmo2": {"hidden_act": "silu", "attention_bias": False},
     "seed_oss": {"hidden_act": "silu", "attention_out_bias": False, "mlp_bias": False},
-    "exaone4": {"hidden_act": "silu", "sliding_window": None},
     "glm4": {"hidden_act": "silu"},
     "ernie4_5": {"hidden_act": "silu", "use_bias": False},
     "cohere": {"hidden_act": "silu", "use_qk_norm": False, "attention_bias": False},
