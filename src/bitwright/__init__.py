@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         layers,
         load,
         prepare,
+        prepare_for_training,
         prepare_qat,
         prune,
         quantize,
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat",
-    "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights",
+    "sensitivity",
 ]  # fmt: skip
 
 

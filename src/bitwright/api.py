@@ -1,11 +1,11 @@
-"""The Python API: the command line's functions, one for a single tensor, and those for any module."""
+"""The Python API: the command line's functions, one for a single tensor, and functions for any torch module."""
 
 from pathlib import Path
 from typing import overload
 
 from torch import Tensor
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, one_of
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.evaluate import evaluate as _evaluate
 from bitwright.inference.loading import load
@@ -23,22 +23,26 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.system.progress import Progress
+from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "prune",
-    "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
+    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights",
+    "sensitivity",
 ]  # fmt: skip
 
 
 def quantize_tensor(w: Tensor, scheme: str, *, method: str = "search", gram: Tensor | None = None) -> QTensor:
-    """Quantize one tensor [N, ...]; `bitwright.numerics.codec.decode` gives the float weights back.
+    """Quantize one tensor w [N, ...]; `bitwright.numerics.codec.decode` gives the float weights back.
 
-    gram [K, K]: XᵀX / T of the inputs, which "gptq" needs and "search" uses. Raises SchemeError or RecipeError.
+    scheme  such as "int4-g128" or "q4_k"; method: such as "search" or "gptq"
+    gram    [K, K] = XᵀX / T of the inputs: "search" can use it, calibrated methods such as "gptq" need it
+    Raises SchemeError for an unknown scheme, RecipeError for an unknown method or one that lacks a Gram.
     """
     if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}", remedy=f"one of {', '.join(METHODS)}")
+        raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, METHODS))
     return METHODS[method](w, gram, Scheme.parse(scheme)).q
 
 
@@ -59,12 +63,15 @@ def quantize(
     seqlen: int = 2048,
     seed: int = 0,
     store: str | Path | None = None,
+    requantize: bool = False,
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Quantize the checkpoint directory `model` into the new directory (or .gguf file) `out`; see `bitwright quantize --help`.
+    """Quantize the checkpoint `model` (a directory or GGUF file) into a new directory or .gguf file `out`.
 
-    Raises an InputError before anything is written, a VerificationError if the result does not read back as meant.
+    Arguments are the options of `bitwright quantize` (see docs/options.md); samples and seqlen: calibration windows, and
+    tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
+    written does not read back as meant.
     """
     where = Path(store) if store else None
     plan = planned(
@@ -82,6 +89,7 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
         store=where,
+        requantize=requantize,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
@@ -125,12 +133,15 @@ def evaluate(
     engine: str | None = None,
     chat: bool = False,
 ) -> Evaluation | list[Evaluation]:
-    """Perplexity of a checkpoint directory on a text and, with a reference, KL and top-1 agreement.
+    """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
-    text: a UTF-8 file or a built-in text by name; of several, in a list, each is judged for itself, in one pass.
-    predictions: a directory to keep what the reference predicts in, for other evaluations on the same texts.
-    engine: "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float.
-    chat: the texts are conversations, in the model's chat template; paragraphs in turn, or a .jsonl file of messages.
+    model, reference  checkpoint directories or GGUF files; reference: usually the float original
+    text              a UTF-8 file or a built-in text by name; several in a list are judged in one pass, a result for each
+    seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
+    predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
+    engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
         Path(model),

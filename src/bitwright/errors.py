@@ -18,14 +18,14 @@ from difflib import get_close_matches
 
 
 def one_of(word: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: the nearest that there is, and all of them."""
+    """A remedy for a misspelt name: the nearest known one, if any is near, and all of them."""
     names = list(known)
     near = get_close_matches(word.lower(), names, 1)
     return f"did you mean {near[0]}? One of {', '.join(names)}" if near else f"one of {', '.join(names)}"
 
 
 class BitwrightError(Exception):
-    """An error that names the thing (`where`) and says what to do about it (`remedy`)."""
+    """An error: what was found and expected (message), in which tensor or file (where), what to do about it (remedy)."""
 
     def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(message)
@@ -70,7 +70,7 @@ class KernelError(InputError):
 
 
 class OutputError(InputError):
-    """OUT exists, the disk is full, or unfinished work of another kind lies there."""
+    """OUT exists or cannot be written, the disk is full, or other unfinished work lies beside it."""
 
 
 class NumericsError(BitwrightError):

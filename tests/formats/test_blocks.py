@@ -32,10 +32,10 @@ def test_a_search_in_one_go_gives_the_same_bits(isa: str, text: str, N: int, K: 
     for known, steps in [(None, 8), (importance, 8), (None, 2), (importance, 2)]:
         found = search(w, known, scheme, steps=steps)
         expected = in_torch(lambda known=known, steps=steps: search(w.float(), known, scheme, steps=steps))
-        assert same(found.q, expected.q) and expected.missed is None and found.missed is not None
+        assert same(found.q, expected.q) and expected.energies is None and found.energies is not None
         missing = w.float() - decode(found.q)
-        torch.testing.assert_close(found.missed[0], energy(missing, known), rtol=1e-5, atol=1e-30)
-        torch.testing.assert_close(found.missed[1], energy(w.float(), known), rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(found.energies[0], energy(missing, known), rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(found.energies[1], energy(w.float(), known), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("text", ["q4_0", "q8_0", "q4_1", "q5_0", "int4-g32-asym"])
@@ -53,8 +53,8 @@ def test_a_quick_search_finds_almost_as_much(text: str, monkeypatch: pytest.Monk
 @needs_native
 def test_losses_by_another_measure_are_not_given(isa: str) -> None:
     w, gram = weights(16, 64), torch.eye(64)
-    assert search(w, gram, Scheme.parse("int4-g32")).missed is None
-    assert search(w, torch.ones(64), Scheme.parse("int4-g32"), objective="mse").missed is None
+    assert search(w, gram, Scheme.parse("int4-g32")).energies is None
+    assert search(w, torch.ones(64), Scheme.parse("int4-g32"), objective="mse").energies is None
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,6 @@ def test_what_bitsandbytes_holds_otherwise_is_refused() -> None:
                 read(BNB, "m", tensors)
     wrapped = nf4(torch.randn(8, 96))
     assert BitsAndBytes().decode(BNB, "m", wrapped).shape == (8, 96)
-    with pytest.raises(FormatError, match="blocks of 64 do not fill rows of 96"):
-        BitsAndBytes().quantized(BNB, "m", wrapped)
+    assert BitsAndBytes().quantized(BNB, "m", wrapped) is None  # blocks run on into the next row: computed in float
     with pytest.raises(FormatError, match="not NF4"):
         BitsAndBytes().quantized(BNB, "m", good | {"weight.quant_map": torch.linspace(-1, 1, 16)})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor
 import bitwright
 from bitwright.errors import CheckpointError, FormatError, InputError, SchemeError
 from bitwright.files.checkpoint import Checkpoint, write_shard
-from bitwright.formats import FORMATS, Layer
+from bitwright.formats import FORMATS, READERS, Layer
 from bitwright.formats.native_reader import dynamic_type, minifloat
-from bitwright.models.source import MARKERS, WeightSource
+from bitwright.models.source import WeightSource
 from bitwright.numerics import codec
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
@@ -535,12 +536,15 @@ def test_a_directory_knows_its_modules(tmp_path: Path) -> None:
     assert found is not None and found.rotate == 32 and weight_source.input_quantization("m.a.weight") is None
 
 
-def test_the_marker_is_this_formats_alone() -> None:
+def test_no_other_reader_takes_this_format_s_modules_for_its_own() -> None:
     for format_ in (f for f in FORMATS.values() if f.name != "gguf"):  # which is one file, not a directory
-        layers = [Layer("x", 64, 256, Scheme.parse(text)) for text in ("int4-g128", "int8-g32-asym")]
-        names = {name for layer in layers for name in format_.layout(layer, torch.float16)}
-        assert len(names & set(MARKERS)) == 1, (format_.name, names)
-    assert "weight" not in NATIVE.layout(Layer("x", 64, 256, Scheme.parse("fp8-channel")), torch.float16)
+        for text in ("int4-g128", "int8-g32-asym", "fp8-channel"):
+            with suppress(FormatError):
+                layer = format_.adapt(Layer("x", 64, 256, Scheme.parse(text)), torch.float16)
+                types = {name: dtype for name, (dtype, _) in format_.layout(layer, torch.float16).items()}
+                others = {"awq", "gptq", "auto-round"} if format_.name in ("awq", "gptq") else set()
+                assert {r.name for r in READERS if r.holds(types)} <= {format_.name, *others}, text
+                assert types.keys() <= next(r for r in READERS if r.name == format_.name).parts
 
 
 def test_a_damaged_directory_is_an_error(tmp_path: Path) -> None:

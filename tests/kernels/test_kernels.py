@@ -19,7 +19,7 @@ from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
-from bitwright.numerics.codec import decode, encode, fit, folded
+from bitwright.numerics.codec import decode, encode, fit, pairwise_sum
 from bitwright.numerics.loss import energy, loss
 from bitwright.numerics.scheme import Scheme
 from conftest import ISAS
@@ -185,16 +185,26 @@ raise SystemExit(os.waitpid(child, 0)[1])
 def test_shapes_are_checked() -> None:
     scheme = Scheme.parse("int4-g32")
     good = {
-        "target": torch.zeros(32, 8), "original": torch.zeros(32, 8), "propagation": torch.zeros(32, 32), "scheme": scheme,
-        "groups": torch.zeros(32, dtype=torch.int64), "scale": torch.ones(1, 8), "zero": None,
-    }  # fmt: skip
+        "target": torch.zeros(32, 8),
+        "original": torch.zeros(32, 8),
+        "propagation": torch.zeros(32, 32),
+        "scheme": scheme,
+        "groups": torch.zeros(32, dtype=torch.int64),
+        "scale": torch.ones(1, 8),
+        "zero": None,
+    }
     rounding.round_columns(**good)
     bad = [
-        {"original": torch.zeros(31, 8)}, {"original": torch.zeros(32, 9)}, {"propagation": torch.zeros(31, 32)},
-        {"groups": torch.zeros(31, dtype=torch.int64)}, {"groups": torch.ones(32, dtype=torch.int64)},
-        {"groups": -torch.ones(32, dtype=torch.int64)}, {"scale": torch.ones(1, 7)}, {"zero": torch.ones(1, 8)},
+        {"original": torch.zeros(31, 8)},
+        {"original": torch.zeros(32, 9)},
+        {"propagation": torch.zeros(31, 32)},
+        {"groups": torch.zeros(31, dtype=torch.int64)},
+        {"groups": torch.ones(32, dtype=torch.int64)},
+        {"groups": -torch.ones(32, dtype=torch.int64)},
+        {"scale": torch.ones(1, 7)},
+        {"zero": torch.ones(1, 8)},
         {"scheme": Scheme.parse("int4-g32-asym")},
-    ]  # fmt: skip
+    ]
     for change in bad:
         with pytest.raises(ValueError, match=r"must be|zero goes|group beyond"):
             rounding.round_columns(**(good | change))
@@ -254,7 +264,7 @@ def test_the_environment_forces_one(value: str, status: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 100, 256, 300])
 def test_folding_sums_the_last_axis(n: int) -> None:
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    assert torch.allclose(folded(x), x.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(pairwise_sum(x), x.sum(-1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -267,6 +277,6 @@ def test_codes_and_losses_are_those_of_the_twins(isa: str, text: str, N: int, K:
     w[5] = 0  # whose squares vanish in float32
     for known in (None, importance):
         for found, expected in zip(
-            rounding.missed(w, q, known), (energy(w - decode(q), known), energy(w, known)), strict=True
+            rounding.error_energy(w, q, known), (energy(w - decode(q), known), energy(w, known)), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-30)

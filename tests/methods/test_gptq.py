@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.methods.gptq import DAMPINGS, Factor, How, _round_columns, column_order, factorize, gptq, pick_rows
+from bitwright.methods.gptq import (
+    DAMPINGS,
+    Factor,
+    LoopOptions,
+    _round_columns,
+    column_order,
+    factorize,
+    gptq,
+    pick_rows,
+)
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
@@ -204,7 +213,7 @@ def test_the_loss_of_each_row_is_exact(text: str, refit_from: int) -> None:
     assert factor is not None
     importance = gram.diagonal()
     q, row_losses = _round_columns(
-        w, factor, scheme, best_scales(w, scheme, importance), importance, How(64), refit_from=refit_from
+        w, factor, scheme, best_scales(w, scheme, importance), importance, LoopOptions(64), refit_from=refit_from
     )
     E = w.double() - decode(q).double()
     expected = torch.einsum("nj,jk,nk->n", E, damped(gram), E)
@@ -224,7 +233,7 @@ def test_a_refit_finds_what_a_search_finds(text: str) -> None:
     assert factor is not None
     expected = best_scales(w, scheme, diagonal)
     wrong = best_scales(3 * w, scheme, diagonal)
-    q, _ = _round_columns(w, factor, scheme, wrong, diagonal, How(), refit_from=2)
+    q, _ = _round_columns(w, factor, scheme, wrong, diagonal, LoopOptions(), refit_from=2)
     assert torch.equal(q.scales.scale[2:], expected.scale[2:])
     assert torch.equal(q.scales.scale[:2], wrong.scale[:2])
     if q.scales.zero is not None and expected.zero is not None:
@@ -419,7 +428,7 @@ def test_a_gram_that_is_not_finite_is_an_error(bad: float) -> None:
 def test_no_gram_is_an_error() -> None:
     with pytest.raises(RecipeError, match="gptq needs calibration") as caught:
         gptq(random_weight(4, 72), None, Scheme.parse("int4-g32"))
-    assert "--method search or rtn" in caught.value.remedy
+    assert "or --method search" in caught.value.remedy
 
 
 # ----------------------------------------------------------------------------------------- order of visit, pick_rows

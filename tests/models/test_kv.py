@@ -108,7 +108,7 @@ def test_schemes_that_no_engine_keeps(scheme: str, message: str) -> None:
 
 
 def test_what_cannot_be(llama: Path, text: str, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="cannot say what keys"):
+    with pytest.raises(FormatError, match="no place for a quantized KV cache"):
         quantize(
             llama, tmp_path / "a", scheme="int8-channel", format="gptq", kv_cache="fp8-tensor", calib=text, **SMALL
         )

@@ -34,8 +34,9 @@ HELD = {
         "IQ2_S": "int7-g16-f32", "IQ3_XXS": "int6-g32-f32", "IQ3_S": "int5-g32-f32", "Q1_0": "int2-g128-f32",
     },
     "gptq": {  # scales of other types are no f16s by themselves
-        "Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym1-f16", "Q5_0": "int8-g32-asym1-f16", "IQ4_NL": "int8-g32-asym1-f16",
-        "TQ1_0": "int2-g256", "TQ2_0": "int2-g256", "Q1_0": "int2-g128",
+        "Q8_0": "int8-g32-sym-f16", "Q4_0": "int4-g32-asym-f16", "Q5_0": "int8-g32-asym-f16", "IQ4_NL": "int8-g32-asym-f16",
+        "TQ1_0": "int2-g256", "TQ2_0": "int2-g256", "Q1_0": "int2-g128", "MXFP4": "int8-g32",
+        "NVFP4": "int8-g16",
     },
     "bitwright": {name: str(kind.scheme) for name, kind in TYPES.items()} | READ_ONLY,
 }  # fmt: skip
@@ -130,6 +131,24 @@ def test_directories_become_other_directories(wide: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "scheme", "others"),
+    [("bitsandbytes", "nf4-g64-dq", ("gptq", "awq")), ("awq", "int4-g32-asym", ("bitsandbytes",))],
+)
+def test_awq_s_and_bitsandbytes_files_become_others_and_come_back(
+    name: str, scheme: str, others: tuple[str, ...], wide: Path, tmp_path: Path
+) -> None:
+    how = ["--scheme", scheme, "--method", "rtn", "--calib", "none"]
+    run("quantize", str(wide), str(tmp_path / "a"), "--format", name, *how)
+    run("convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "bitwright")
+    run("convert", str(tmp_path / "b"), str(tmp_path / "c"), "--format", name)
+    a, b, c = (weights(tmp_path / folder) for folder in "abc")
+    assert all(torch.equal(a[key], b[key]) and torch.equal(b[key], c[key]) for key in a)
+    for other in others:
+        refused = run("convert", str(tmp_path / "a"), str(tmp_path / "d"), "--format", other, fine=(2,))
+        assert "cannot hold" in refused["error"]
+
+
+@pytest.mark.parametrize(
     ("text", "zero"), [("q4_0", "asym"), ("q5_0", "asym"), ("int3-g16-signed-k6", "asym1"), ("int4-g32-asym", "asym1")]
 )
 def test_numbers_stay_as_they_are(text: str, zero: Any) -> None:
@@ -152,8 +171,17 @@ def test_columns_in_an_order_of_their_own_are_refused() -> None:
 
 
 def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    run("quantize", str(wide), str(tmp_path / "w8a8"), "--scheme", "int8-channel", "--activations", "int8-token",
-        "--method", "rtn")  # fmt: skip
+    run(
+        "quantize",
+        str(wide),
+        str(tmp_path / "w8a8"),
+        "--scheme",
+        "int8-channel",
+        "--activations",
+        "int8-token",
+        "--method",
+        "rtn",
+    )
     for model, out, says in [
         (wide, "x", "nothing quantized"),
         (tmp_path / "w8a8", "x", "changes the inputs too"),

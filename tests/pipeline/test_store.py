@@ -114,7 +114,7 @@ def test_other_peoples_directories_are_left_alone(llama: Path, text: str, tmp_pa
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
-    with pytest.raises(OutputError, match="other things"):
+    with pytest.raises(OutputError, match="other files"):
         quantize(llama, tmp_path / "a", scheme="int4-g32", calib=text, store=mine, **SMALL)
     with pytest.raises(OutputError, match="not a directory"):
         quantize(llama, tmp_path / "a", scheme="int4-g32", calib=text, store=mine / "thesis.txt", **SMALL)

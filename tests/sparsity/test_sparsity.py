@@ -298,8 +298,8 @@ def test_pruned_then_quantized() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either a sparsity or a pattern"),
-        ({"sparsity": 0.5, "pattern": (2, 4)}, "either a sparsity or a pattern"),
+        ({}, "give one of the two"),
+        ({"sparsity": 0.5, "pattern": (2, 4)}, "give one of the two"),
         ({"sparsity": 1.0}, r"outside \[0, 1\)"),
         ({"sparsity": -0.1}, r"outside \[0, 1\)"),
         ({"sparsity": float("nan")}, r"outside \[0, 1\)"),

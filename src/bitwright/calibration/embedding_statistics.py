@@ -1,11 +1,10 @@
-"""What a change of the embedding or of the output head costs: a Gram for each, so that both are rounded like any matrix.
+"""A Gram for the embedding and one for the output head, so that both are rounded like any matrix.
 
-The head reads its inputs, as every matrix does. An embedding reads nothing: its row is looked up. But a change e of a row
-changes what the first block gives by J e, J being the block's derivative at that token, and E[Jᵀ J] takes the place of
-the Gram: |J e|² = eᵀ Jᵀ J e. With random signs r in place of the outputs' directions, E[(Jᵀ r)(Jᵀ r)ᵀ] is that very
-matrix (Hutchinson's estimator), one pass backward through one block. Measured on a small model it serves as well as the
-derivative through the whole model (docs/log.md): a block that stands first makes the small numbers of an embedding large,
-and what follows treats all directions much alike.
+The head's is the Gram of its inputs. An embedding has no inputs: rows are looked up. But an error e of a row changes the first
+block's output by J e, J being the block's Jacobian at that token, so E[Jᵀ J] takes the place of the Gram: |J e|² = eᵀ Jᵀ J e.
+With random signs r as output gradients, E[(Jᵀ r)(Jᵀ r)ᵀ] = E[Jᵀ J] (Hutchinson's estimator): one backward pass through one
+block. On a small model the Jacobian of the first block served as well as that of the whole model (docs/log.md): the first
+block amplifies the small numbers of an embedding, and the blocks after it treat all directions much alike.
 """
 
 from collections.abc import Sequence
@@ -19,19 +18,19 @@ from bitwright.calibration.observe import EarlyStop
 from bitwright.calibration.statistics import Gram
 from bitwright.models.skeleton import Skeleton
 
-TOKENS = 16384  # are enough for a derivative
-HEAD_SHARE = 0.8  # of a matrix that is both: the rest is the embedding's; by measurement, and flat around it
+TOKENS = 16384  # that the embedding's Gram is taken of, at most
+HEAD_SHARE = 0.8  # weight of the head's Gram where the two matrices are tied: by measurement, and flat around it
 
 
 def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
-    """Statistics of what the output head is given behind the last block; the parameters outside must be loaded."""
+    """Statistics of the output head's inputs. hidden [B, T, H]: outputs of the last block; outer parameters must be loaded."""
     gathering = Gathering([skeleton.head_name], Gram(hidden[0].shape[-1], hidden[0].device))
 
     def observe_block(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         gathering.update(args[0], None)
         raise EarlyStop
 
-    handle = skeleton.model.get_output_embeddings().register_forward_pre_hook(observe_block)
+    handle = skeleton.head_module.register_forward_pre_hook(observe_block)
     try:
         for batch in hidden:
             with suppress(EarlyStop):
@@ -42,7 +41,7 @@ def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
 
 
 def observe_embedding(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
-    """E[Jᵀ J] of the first block, whose weights must be loaded, at the embedded tokens [B, T, H]."""
+    """E[Jᵀ J] of the first block at the embedded tokens [B, T, H]; the block's weights must be loaded."""
     generator = torch.Generator(hidden[0].device).manual_seed(0)
     gram = Gram(hidden[0].shape[-1], hidden[0].device)
     for batch in hidden:
@@ -56,7 +55,7 @@ def observe_embedding(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
 
 
 def summed_up(head: Inputs, embedding: Inputs) -> Inputs:
-    """For a matrix that is the head and the embedding: the two Grams in their shares, after bringing them to one size."""
+    """For tied matrices: the weighted mean of the two Grams, each divided by its trace."""
     assert head.gram is not None and embedding.gram is not None
     parts = ((head.gram, HEAD_SHARE), (embedding.gram, 1 - HEAD_SHARE))
     gram = sum((share * g / g.trace().clamp(min=torch.finfo(g.dtype).tiny) for g, share in parts), torch.zeros(()))

@@ -24,7 +24,7 @@ NO_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Document:
-    """One document. kind, language, source: as the file says; text, or the turns of a dialogue."""
+    """One document: kind, language and source as in the file; its text, or the turns of a dialogue."""
 
     kind: str
     language: str
@@ -33,13 +33,13 @@ class Document:
     turns: tuple[tuple[str, str], ...] = ()
 
     def plain(self) -> str:
-        """Its words; of a dialogue, paragraphs that begin with who speaks."""
+        """The text; a dialogue as paragraphs, each beginning with its speaker."""
         if not self.turns:
             return f"{self.text}\n\n"
         return "".join(f"{role.capitalize()}: {content}\n\n" for role, content in self.turns)
 
     def chat(self, tokenizer: Any) -> str:
-        """Its words; a dialogue in the tokenizer's own chat template, less the token that begins every text."""
+        """The text; a dialogue in the tokenizer's chat template, without a leading BOS token."""
         if not self.turns:
             return self.plain()
         return _rendered(tokenizer, [{"role": role, "content": content} for role, content in self.turns])
@@ -63,13 +63,13 @@ def mixed_documents() -> list[Document]:
 
 
 def plain_text() -> str:
-    """All words, kinds and languages mixed."""
+    """The whole text, kinds and languages mixed."""
     return "".join(document.plain() for document in mixed_documents())
 
 
 def general_pieces(tokenizer: Any, *, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
-    """The text in pieces of at most about `size` characters, in an order that a seed picks, every kind and language
-    everywhere; and a note where the tokenizer has a chat template that is of no use, given the model's vocabulary."""
+    """The text in pieces of about `size` characters at most, in a seeded order, kinds and languages evenly mixed; and a note
+    where the tokenizer's chat template cannot be used with the model's vocabulary."""
     chats = _chats(tokenizer, vocabulary)
     pieces, keys = list[str](), list[tuple[str, ...]]()
     for document in documents():
@@ -85,7 +85,7 @@ def _keys(document: Document) -> tuple[str, ...]:
 
 
 def spread(keys: Sequence[tuple[str, ...]], *, seed: int) -> list[int]:
-    """An order of items in which any stretch holds every kind of them about as often as the whole does.
+    """A random order in which any stretch of items holds each kind in about its overall share.
 
     keys: each item's kind, from the coarsest distinction to the finest. Within a kind the order is random; item i of n stands
     at (i + u) / n of the way, with one random u a kind (systematic sampling).
@@ -109,7 +109,7 @@ def spread(keys: Sequence[tuple[str, ...]], *, seed: int) -> list[int]:
 
 
 def cut_at_lines(text: str, size: int) -> list[str]:
-    """The text in pieces of about so many characters, cut behind a line's end where there is one."""
+    """The text in pieces of about `size` characters, cut after a line's end where there is one."""
     pieces, at = [], 0
     while at < len(text):
         end = min(at + size, len(text))
@@ -121,7 +121,7 @@ def cut_at_lines(text: str, size: int) -> list[str]:
 
 
 def _chats(tokenizer: Any, vocabulary: int) -> bool:
-    """Whether the tokenizer has a chat template that renders four turns of text, nothing left out, in the model's tokens."""
+    """Whether the tokenizer's chat template renders four turns completely, in tokens of the model's vocabulary."""
     if not tokenizer.chat_template:
         return False
     try:

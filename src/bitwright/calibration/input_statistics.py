@@ -1,6 +1,6 @@
-"""What calibration knows of an input: gathered while a model runs, then given to methods as plain tensors.
+"""Statistics of a layer's input: gathered while the model runs, then passed to methods as plain tensors.
 
-Statistics belong to an *input*, not to a layer: modules that read the same tensor share one `Inputs`.
+They belong to an *input*, not to a layer: modules that read the same tensor share one `Inputs`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,17 +12,21 @@ from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.statistics import Cross, Gram, Range
 from bitwright.errors import CalibrationError
 
-SAMPLED = 512  # tokens of an input that are kept as they are
+SAMPLED = 512  # tokens of an input that are kept as a sample
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Statistics of one input x [T, K] and the full names of the modules that read it; None: not gathered.
+    """Statistics of one input x [T, K], float32, and the full names of the modules that read it. None: not gathered.
 
-    gram [K, K] = XᵀX / T, or [K], its diagonal, where that is all there is
-    drift [K, K] = (X₀ − X)ᵀX / T, X₀ what the float model has in the place of X
-    residual [N, K] = (R₀ − R)ᵀX / T, R the residual stream that the module's output is added to, R₀ the float model's
-    mean [K]: mean |x|;  low, high [K]: extremes;  sample [S, K]: some tokens, float32;  histogram: of all values
+    gram       [K, K] XᵀX / T, or only its diagonal [K], as from an importance matrix
+    drift      [K, K] (X₀ − X)ᵀX / T; X₀: the same input in the float model
+    residual   [N, K] (R₀ − R)ᵀX / T; R: the residual stream that the module's output is added to, R₀: the float model's
+    mean       [K] mean |x|
+    low, high  [K] extremes
+    sample     [S, K] some tokens
+    histogram  of all values, channels pooled
+    borrowed   tokens beside its own that stand for all of the layer, of an expert to which the router sends few
     """
 
     names: tuple[str, ...] = ()
@@ -35,23 +39,26 @@ class Inputs:
     high: Tensor | None = None
     sample: Tensor | None = None
     histogram: Histogram | None = None
+    borrowed: int = 0
 
     @property
     def correlated(self) -> bool:
-        """Whether it is known how channels go together."""
+        """Whether the Gram is known in full, with correlations between channels."""
         return self.gram is not None and self.gram.ndim == 2
 
     @property
     def peak(self) -> Tensor:
         """max |x| of each channel [K]. CalibrationError if ranges were not gathered."""
         if self.low is None or self.high is None:
-            raise CalibrationError("the ranges of this input were not gathered", where=", ".join(self.names))
+            remedy = "calibrate with a text, not with an importance matrix: --calib general"
+            message = "the ranges of this input were not gathered"
+            raise CalibrationError(message, where=", ".join(self.names), remedy=remedy)
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def divided(self, s: Tensor) -> "Inputs":
         """The statistics of x / s, s [K] > 0.
 
-        All follow exactly but the histogram, whose channels were pooled: it is that of the sample, between the exact
+        All are exact but the histogram, in which channels are pooled: it becomes that of the sample, between the exact
         extremes.
         """
         gram, drift = (None if m is None else m / s / s[:, None] for m in (self.gram, self.drift))
@@ -62,7 +69,7 @@ class Inputs:
         return replace(changed, histogram=changed._histogram_of_sample())
 
     def without(self, columns: Tensor) -> "Inputs":
-        """The statistics of x with these channels [k] set to 0. The histogram as in `divided`."""
+        """The statistics of x with these channels [k] set to 0; the histogram as in `divided`."""
         residual, mean, low, high, sample = (
             None if t is None else t.index_fill(-1, columns, 0)
             for t in (self.residual, self.mean, self.low, self.high, self.sample)
@@ -85,10 +92,7 @@ class Inputs:
 
 @dataclass
 class Gathering:
-    """The statistics of one input while batches come in.
-
-    detailed: ranges, a sample and a histogram too, as some methods ask for. expected: tokens that will come.
-    """
+    """Running statistics of one input, batch by batch."""
 
     names: list[str]
     gram: Gram
@@ -101,7 +105,10 @@ class Gathering:
 
     @classmethod
     def of(cls, x: Tensor, *, detailed: bool, expected: int) -> "Gathering":
-        """Nothing seen yet of an input like x [..., K]."""
+        """Empty statistics for inputs like x [..., K].
+
+        detailed: ranges, a sample and a histogram too, which some methods need; expected: tokens to come in all.
+        """
         K = x.shape[-1]
         gathering = cls([], Gram(K, x.device))
         if detailed:
@@ -114,9 +121,9 @@ class Gathering:
     ) -> None:
         """One more batch x [..., K].
 
-        original: what the float model has in its place; ahead [..., N]: the float model's residual stream less this one;
-        counting [...]: how much each token counts. The differences are taken in float32, before anything is multiplied:
-        X₀ᵀX − XᵀX would be one of nearly equal sums, of which bfloat16 leaves nothing.
+        original [..., K]: the float model's, for drift; ahead [..., N]: the float model's residual stream minus this one;
+        counting [...]: each token's weight. X₀ − X is taken in float32 before it is multiplied: X₀ᵀX − XᵀX would be a
+        difference of nearly equal sums, which cancels in bfloat16.
         """
         apart = None if original is None else original.float() - x.float()
         counted = x
@@ -137,7 +144,7 @@ class Gathering:
             self.sample.append(x.detach().reshape(-1, x.shape[-1])[:: self.stride].float())
 
     def value(self) -> Inputs:
-        """What was gathered; the running sums are used up."""
+        """The statistics; takes the running sums' memory, so nothing can be added afterwards."""
         tokens, names = self.gram.tokens, tuple(self.names)
         drift, residual = (None if cross is None else cross.value() for cross in (self.drift, self.residual))
         gram, self.drift, self.residual = self.gram.value(), None, None

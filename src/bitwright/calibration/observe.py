@@ -1,18 +1,18 @@
-"""Watch the inputs of a block's matrices while calibration tokens pass through it.
+"""Observe the inputs of a block's matrices (forward hooks) while calibration tokens pass through it.
 
 A block is observed in the order of its forward: o_proj's inputs once q, k and v are quantized, down_proj's once gate and
-up are. For GPTQ this is the "true sequential" order. Methods that aim at the float model's outputs cannot do without it:
-were o_proj observed behind the float q, k and v, it would make up for errors that these, once quantized, have made up for
-already; every block would overshoot, and the next one more (docs/log.md).
+up are ("true sequential" in GPTQ's code). Methods whose target is the float model's output depend on it: if o_proj were
+observed behind the float q, k and v, it would correct errors that q, k and v have already corrected; every block would
+overshoot, and each more than the one before (docs/log.md).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.calibration.input_statistics import Gathering, Inputs
@@ -21,21 +21,23 @@ from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 from bitwright.numerics.input_quantization import InputQuantization
 
-SAME = 1e-2  # relative difference that bfloat16 may cause between two orders of one sum
-REACHED = 0.01  # of a norm's largest weight: through smaller ones nothing is made up for
-KEPT_BYTES = 512 << 20  # of the float model's activations in a block; where there are more, they are computed anew
+SAME = 1e-2  # relative difference that the order of a sum may make in bfloat16
+REACHED = 0.01  # of a norm's largest weight: channels with a smaller one are not corrected through
+KEPT_BYTES = (
+    512 << 20
+)  # most bytes of the float block's activations that are kept; more are computed anew for each group
 
 
 class EarlyStop(Exception):  # noqa: N818
-    """Raised by a hook that has seen what it wanted: what the model would do with it is of no interest."""
+    """Raised by a hook that has what it needs, to skip the rest of the forward."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are handed the very same tensor, by full name.
+    """Modules that read the very same tensor, by full name.
 
-    behind: where the output is added to the residual stream, the modules of the block whose outputs have been added to it
-    before; None: it goes elsewhere. norm: a root mean square norm that the output passes before it is added (Gemma), or "".
+    behind  if the output is added to the residual stream: the modules of the block whose outputs were added before; else None
+    norm    the RMS norm that the output passes before it is added (Gemma), or ""
     """
 
     names: tuple[str, ...]
@@ -43,13 +45,21 @@ class Group:
     norm: str = ""
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer, by the full name of their module; names: of the matrices asked for."""
+
+    name: str
+    names: tuple[str, ...]
+
+
 @dataclass
 class BlockRun:
-    """Block `index` as it is run: on the weights that the skeleton holds, but for some.
+    """How block `index` is run: on the skeleton's weights, except for those that are replaced.
 
-    weights              parameters that are replaced, by name
-    input_quantizations  what is done to the inputs of modules before they multiply
-    cache                is handed the block's keys and values
+    weights              parameters to use instead, by name
+    input_quantizations  how inputs are quantized before they are multiplied, by module name
+    cache                the KV cache that receives the block's keys and values
     """
 
     skeleton: Skeleton
@@ -64,12 +74,48 @@ class BlockRun:
         with self.skeleton.quantizing_inputs(self.input_quantizations), self.skeleton.caching(self.cache):
             return self.skeleton.run_with(self.index, hidden, self.weights)
 
+    def handed(self, hidden: Tensor, name: str) -> tuple[Tensor, ...]:
+        """All that module `name` is called with, for hidden [B, T, H]; the rest is not computed."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen.extend([*args, *named.values()])
+            raise EarlyStop
+
+        self._stopped_at(name, keep, lambda: self(hidden))
+        return tuple(seen)
+
+    @torch.no_grad()
+    def expert_inner(self, experts: str, e: int, x: Tensor) -> Tensor:
+        """What down_proj of expert e reads [n, I], for its tokens x [n, H]."""
+        name, seen = f"{experts}.{e}", list[Tensor]()
+        own = {n.removeprefix(f"{name}."): w for n, w in self.weights.items() if n.startswith(f"{name}.")}
+        expert = self.skeleton.model.get_submodule(name)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Tensor]) -> None:
+            seen.append(args[0])
+            raise EarlyStop
+
+        some = {n: done for n, done in self.input_quantizations.items() if n.startswith(f"{name}.")}
+        with self.skeleton.quantizing_inputs(some):
+            self._stopped_at(f"{name}.down_proj", keep, lambda: torch.func.functional_call(expert, own, (x,)))
+        return seen[0]
+
+    def _stopped_at(self, name: str, keep: Callable[..., None], forward: Callable[[], Tensor]) -> None:
+        """Run `forward` until module `name` is called; keep: a hook that sees with what, and raises EarlyStop."""
+        hook = self.skeleton.model.get_submodule(name).register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+        try:
+            with suppress(EarlyStop):
+                forward()
+        finally:
+            hook.remove()
+
     def record(
         self, hidden: Tensor, inputs: Iterable[str], outputs: Iterable[str], *, whole: bool = False
     ) -> "Recorded":
-        """What these modules are handed and give, for hidden [B, T, H]; without `whole`, the rest is not computed.
+        """Record inputs and outputs of these modules for hidden [B, T, H]; unless `whole`, stop the forward after the last.
 
-        A module that is not reached is missing from what is given back.
+        Modules that the forward does not reach are missing from the result.
         """
         seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
         wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
@@ -82,7 +128,9 @@ class BlockRun:
         hooks = [
             module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
             if into is seen.inputs
-            else module(name).register_forward_hook(lambda _, __, out, n=name: keep(seen.outputs, n, out))
+            else module(name).register_forward_hook(
+                lambda _, __, out, n=name: keep(seen.outputs, n, out[0] if isinstance(out, tuple) else out)
+            )
             for into, name in wanted
         ]
         try:
@@ -96,14 +144,14 @@ class BlockRun:
 
 @dataclass
 class Recorded:
-    """Of one batch: what modules were handed, what modules gave, by name; what the block gave, if it was run to its end."""
+    """One batch: inputs and outputs of modules by name; the block's output, if it was run to its end."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     out: Tensor | None = None
 
     def residual(self, hidden: Tensor, group: Group) -> Tensor:
-        """The residual stream [B, T, H], float32, before the group's output is added; hidden: what the block was given."""
+        """The residual stream [B, T, H], float32, to which the group's output is added; hidden: the block's input."""
         assert group.behind is not None
         return sum((self.outputs[name].float() for name in group.behind), hidden.float())
 
@@ -114,34 +162,50 @@ def _all_seen(unseen: set[str]) -> None:
         raise BitwrightError("calibration never reached this module", where=min(unseen), remedy=remedy)
 
 
-def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group]:
-    """The modules `wanted`, in the order of the forward; window [1, T, H]: what the block is given to find out.
+def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Group | Mixture]:
+    """Group the modules `wanted` by their input, in the order of the forward; found by running window [1, T, H].
 
-    BitwrightError for a module that is not reached.
+    BitwrightError for a module that the forward does not reach; experts count as reached.
     """
-    linears, norms = list(run.skeleton.linears(run.index)), _norms(run)
-    seen = run.record(window, [*(n for n in linears if n in wanted), *norms], [*linears, *norms], whole=True)
-    _all_seen(set(wanted) - seen.inputs.keys())
+    mixtures = _mixtures(run, wanted)
+    inside = {name for mixture in mixtures for name in mixture.names}
+    linears, norms = [n for n in run.skeleton.linears(run.index) if n not in inside], _norms(run)
+    read = [*(n for n in linears if n in wanted), *norms, *(mixture.name for mixture in mixtures)]
+    layers = [mixture.name.rpartition(".")[0] for mixture in mixtures]
+    seen = run.record(window, read, [*linears, *norms, *layers], whole=True)
+    _all_seen({n for n in wanted if n not in inside} - seen.inputs.keys())
     readers: dict[int, list[str]] = {}
     for name in linears:
         if name in wanted:
             readers.setdefault(id(seen.inputs[name]), []).append(name)
     order = {name: at for at, name in enumerate(seen.inputs)}
-    written = _written(window, seen)
+    assert seen.out is not None
+    stream = run.skeleton.stream
+    written = _written(stream(window), stream(seen.out), seen)
     groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
-    return sorted(groups, key=lambda group: order[group.names[0]])
+    first = {group.names[0]: group for group in groups} | {mixture.name: mixture for mixture in mixtures}
+    return [first[name] for name in sorted(first, key=lambda name: order[name])]
+
+
+def _mixtures(run: BlockRun, wanted: Collection[str]) -> list[Mixture]:
+    """The layers of experts of the block that hold any of the modules `wanted`."""
+    prefix, found = f"{run.skeleton.block_prefix}.{run.index}.", []
+    for name in run.skeleton.experts:
+        if name.startswith(prefix):
+            names = tuple(n for n in run.skeleton.linears(run.index) if n in wanted and n.startswith(f"{name}."))
+            found += [Mixture(name, names)] if names else []
+    return found
 
 
 def _norms(run: BlockRun) -> list[str]:
-    """The block's modules with one weight vector."""
+    """Names of the block's norms: modules with one weight vector."""
     prefix, named = f"{run.skeleton.block_prefix}.{run.index}.", run.skeleton.blocks[run.index].named_modules()
     return [prefix + name for name, module in named if name and is_norm(module)]
 
 
-def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
-    """The modules whose outputs, added to what the block is given, are what it gives; none if there are no such modules."""
-    assert seen.out is not None
-    written = seen.out.float() - window.float()
+def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
+    """The modules whose outputs, added to the block's input, make its output; () if there are none such."""
+    written = out.float() - window.float()
     candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
     for count in range(1, min(4, len(candidates)) + 1):
         for some in combinations(candidates, count):
@@ -154,7 +218,7 @@ def _written(window: Tensor, seen: Recorded) -> tuple[str, ...]:
 def _group(
     run: BlockRun, names: tuple[str, ...], written: tuple[str, ...], norms: Sequence[str], seen: Recorded
 ) -> Group:
-    """Whether and how the output of a group of one reaches the residual stream."""
+    """The group, with how its output reaches the residual stream, if it is one module."""
     if len(names) > 1:
         return Group(names)
     out = seen.outputs[names[0]]
@@ -165,12 +229,12 @@ def _group(
         return Group(names)
     meant = out.float() * _slope(run.skeleton, norm, out.float())
     moved = float((seen.outputs[norm].float() - meant).norm())
-    same = moved < SAME * float(meant.norm())  # no mean is taken away, nothing is added
+    same = moved < SAME * float(meant.norm())  # an RMS norm: no mean subtracted, no bias
     return Group(names, written[: written.index(norm)], norm) if same else Group(names)
 
 
 def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
-    """γ / rms(out), what a root mean square norm multiplies out [..., H] by, float32: as it does, its epsilon included."""
+    """γ / rms(out), by which an RMS norm multiplies out [..., H], with its epsilon; float32."""
     module = skeleton.model.get_submodule(norm)
     dtype, tiny = module.get_parameter("weight").dtype, torch.finfo(torch.float32).tiny
     with torch.no_grad():
@@ -181,13 +245,15 @@ def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
 
 
 class FloatStream:
-    """What the float model's block makes of its own activations, beside what the quantized model's does.
+    """The float block on the float model's activations, beside the quantized model's.
 
-    Kept where it fits into `KEPT_BYTES`, since a block is observed once for each group; else computed anew each time.
+    Its inputs and outputs are kept where they fit into `KEPT_BYTES`, since a block is observed once for each group; else
+    they are computed anew each time.
     """
 
-    def __init__(self, run: BlockRun, batches: list[Tensor], groups: Sequence[Group]) -> None:
+    def __init__(self, run: BlockRun, batches: list[Tensor], stages: Sequence[Group | Mixture]) -> None:
         """run: the float block; batches [B, T, H]: what the float model gives it."""
+        groups = [stage for stage in stages if isinstance(stage, Group)]
         self.run, self.batches = run, batches
         linears = run.skeleton.linears(run.index)
         widths = [_shape(linears[group.names[0]])[1] for group in groups]
@@ -200,11 +266,11 @@ class FloatStream:
         return self.run.record(batch, [group.names[0] for group in groups], outputs, whole=whole)
 
     def of(self, b: int, group: Group) -> Recorded:
-        """Batch b as far as the group."""
+        """Batch b, recorded at least up to the group."""
         return self._kept[b] if self._kept is not None else self._record(self.batches[b], [group])
 
     def move_on(self) -> None:
-        """Replace the batches by what the block makes of them."""
+        """Replace the batches by the block's outputs: the inputs of the next block."""
         for b, batch in enumerate(self.batches):
             out = None if self._kept is None else self._kept[b].out
             self.batches[b] = self.run(batch) if out is None else out
@@ -220,12 +286,13 @@ def observe(
     by_residual: bool = False,
     detailed: bool = False,
 ) -> list[Inputs]:
-    """Statistics of what the modules of each group are handed; given: what the block is, in batches [B, T, H].
+    """Statistics of the input of each group.
 
-    floats: the float model's stream, if it is to be compared.
-    by_residual: where the output is added to the residual stream, an error counts by its size beside the stream that it ends
-    up in, as what reads that is a norm: so a massive activation (arXiv:2402.17762) outweighs no other token.
-    detailed: ranges, a sample and a histogram beside the Gram.
+    given        the block's inputs, in batches [B, T, H]
+    floats       the float model's activations, for drift and residual; None: neither
+    by_residual  weigh each token's error by 1 / the size of the residual stream that it is added to: a norm reads that, and
+                 a token with massive activations (arXiv:2402.17762) must not outweigh all others
+    detailed     ranges, a sample and a histogram beside the Gram
     """
     expected = sum(batch.shape[0] * batch.shape[1] for batch in given)
     gatherings: dict[str, Gathering] = {}
@@ -243,9 +310,15 @@ def observe(
             other = None if floats is None else floats.of(b, group)
             ahead, counting = None, None
             if group.behind is not None and (other is not None or by_residual):
-                stream = None if other is None or floats is None else other.residual(floats.batches[b], group)
+                stream = (
+                    None
+                    if other is None or floats is None
+                    else other.residual(run.skeleton.stream(floats.batches[b]), group)
+                )
                 pair = None if other is None or stream is None else (stream, other.inputs[name])
-                ahead, counting = _towards(run.skeleton, group, x, seen.residual(batch, group), pair)
+                ahead, counting = _towards(
+                    run.skeleton, group, x, seen.residual(run.skeleton.stream(batch), group), pair
+                )
             original = None if other is None else other.inputs[name]
             gatherings[name].update(x, original, ahead, counting if by_residual else None)
     return [gathering.value() for gathering in gatherings.values()]
@@ -254,9 +327,9 @@ def observe(
 def _towards(
     skeleton: Skeleton, group: Group, x: Tensor, stream: Tensor, float_pair: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor]:
-    """What the output is to make up for [B, T, N], beside its own float value; how much each token's error counts [B, T].
+    """What the output should add to its float value to correct the stream [B, T, N]; the weight of each token's error [B, T].
 
-    x: the input; stream: what the output will be added to; float_pair: both of the float model's, the stream first.
+    x: the input; stream: the residual stream; float_pair: both in the float model, the stream first.
     """
     name = group.names[0]
     out = _product(skeleton, name, x)
@@ -275,7 +348,7 @@ def _towards(
 
 
 def _product(skeleton: Skeleton, name: str, x: Tensor) -> Tensor:
-    """What module `name` makes of x [..., K] on the weight that the skeleton holds [..., N], float32."""
+    """Output of module `name` for x [..., K] on the skeleton's weights: [..., N] float32."""
     module = skeleton.model.get_submodule(name)
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     return functional.linear(x, matrix_of(module, module.get_parameter("weight")), bias).float()

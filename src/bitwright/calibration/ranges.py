@@ -1,13 +1,13 @@
-"""Static ranges of activations: a histogram that streams, and five ways to read a range from it.
+"""Static ranges of activations: a streaming histogram, and five observers that choose a range from it.
 
-An engine that rounds activations with one fixed scale per tensor must know their range before it has seen them. While
-calibration runs, a `Histogram` counts an input's values; afterwards an observer of `RANGES` says where to clip, and
-`static_scales` turns that into the scale that the file will hold.
+An engine that rounds activations with one fixed scale per tensor must know their range beforehand. During calibration a
+`Histogram` counts an input's values; then an observer of `RANGES` says where to clip, and `static_scales` turns that into
+the scale that the file will hold.
 
-The bins are those of a short floating-point number: sign, exponent and nine bits of mantissa. A bin thus lies within
-2^-10 of each of its values, whatever their size, and every bfloat16 number is a bin of its own: for inputs in bfloat16
-nothing is lost. The bins never move, so merging is addition, the order of batches does not matter, and one value of a
-million takes no resolution from a million values near one, as it would if bins of equal width had to reach it.
+Bins are short floating-point numbers: sign, exponent and nine bits of mantissa. So a bin's value is within a relative 2^-10
+of all values in it, and every bfloat16 number has a bin of its own: for inputs in bfloat16 nothing is lost. Bins never
+move, so merging is addition and the order of batches does not matter; and unlike with bins of equal width, one outlier
+of a million does not take the resolution of a million values near one.
 """
 
 import math
@@ -25,8 +25,8 @@ from bitwright.numerics.codec import code_range, raw_scales, round_to, snap
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import TENSOR, Scheme
 
-DROPPED = 14  # low bits of a float32 that a bin does not see: 23 of mantissa less the 9 that it does
-BINS = 1 << (31 - DROPPED)  # for each sign
+DROPPED = 14  # low bits of a float32 that a bin ignores: 23 bits of mantissa minus 9
+BINS = 1 << (31 - DROPPED)  # bins for each sign
 CHUNK = 1 << 21  # values binned at a time
 
 
@@ -57,7 +57,7 @@ class Histogram:
             raise RecipeError(f"momentum {self.momentum} is outside [0, 1)", where=self.where, remedy="such as 0.9")
 
     def update(self, x: Tensor) -> None:
-        """x [..., K], any float type: one more batch. NumericsError, and nothing counted, if a value is not finite."""
+        """Count one more batch x [..., K] of any float type. NumericsError, with nothing counted, if a value is not finite."""
         flat, counts = x.detach().reshape(-1), torch.zeros(2 * BINS, dtype=torch.int64)
         if not len(flat):
             return
@@ -69,7 +69,7 @@ class Histogram:
         self.merge(Histogram(self.where, self.momentum, counts.view(2, BINS), low, high, low, high, tokens, batches=1))
 
     def merge(self, other: "Histogram") -> None:
-        """Add what another stream has seen; for the moving averages, its batches come after these."""
+        """Add another histogram; for the moving averages, its batches come after these."""
         if other.momentum != self.momentum:
             message = f"averages of momentum {self.momentum} and {other.momentum} cannot be merged"
             raise RecipeError(message, where=self.where, remedy="calibrate both with one momentum")
@@ -84,7 +84,7 @@ class Histogram:
         self.tokens, self.batches = self.tokens + other.tokens, self.batches + other.batches
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """What was seen: values float32 [P], ascending, the first and last exact, and how often int64 [P]."""
+        """Values float32 [P], ascending, the first and last exact, and their counts int64 [P]."""
         table = bin_values()
         n = torch.cat([self.counts[0].flip(0), self.counts[1]])
         x = torch.cat([-table.flip(0), table])[n > 0]
@@ -93,7 +93,7 @@ class Histogram:
         return x, n[n > 0]
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to store: of the bins, only those that hold something."""
+        """The tensors that a store keeps: non-empty bins only."""
         bins = self.counts.view(-1).nonzero()[:, 0]
         reals = [self.low, self.high, self.average_low, self.average_high, self.momentum]
         return {
@@ -105,7 +105,7 @@ class Histogram:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], *, where: str = "") -> Self:
-        """The histogram that `state` described. CheckpointError where the tensors cannot be one."""
+        """Undoes `state`. CheckpointError for tensors that are no histogram."""
         _check_state(state, where)
         low, high, average_low, average_high, momentum = state["reals"].tolist()
         counts = torch.zeros(2 * BINS, dtype=torch.int64)
@@ -128,21 +128,21 @@ class Histogram:
 
 
 def bin_of(x: Tensor) -> Tensor:
-    """The bin of each value, int32, 0 to 2·BINS: its float32 bits rounded to the nine highest of the mantissa.
+    """The bin of each value, int32, 0 to 2·BINS: its float32 bits, rounded to nine bits of mantissa.
 
-    An arithmetic shift leaves the sign in front, so that the negative values' bins come first, by rising magnitude.
+    An arithmetic shift keeps the sign in front, so that negative values come first, by rising magnitude.
     """
     return x.float().view(torch.int32).add(1 << (DROPPED - 1)).bitwise_right_shift_(DROPPED).add_(BINS)
 
 
 @lru_cache(maxsize=1)
 def bin_values() -> Tensor:
-    """The magnitude that each bin stands for, float32 [BINS]; of those that are not finite, only infinity's is used."""
+    """The magnitude of each bin, float32 [BINS]; of the non-finite ones only infinity is used."""
     return (torch.arange(BINS, dtype=torch.int32) << DROPPED).view(torch.float32)
 
 
 def finite_extremes(x: Tensor, where: str) -> tuple[float, float]:
-    """The least and the greatest value; a NaN shows in both."""
+    """The least and the greatest value. NumericsError for NaN or Inf among them."""
     low, high = (float(extreme) for extreme in x.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         remedy = "run the model in bfloat16 or float32, or look for NaN in its weights"
@@ -175,7 +175,7 @@ def minmax(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
 
 
 def average(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
-    """The moving averages of the batches' extremes: a rare extreme counts by its share of the batches."""
+    """Moving averages of the batches' extremes: a rare extreme counts by its share of the batches."""
     extremes(histogram)
     return histogram.average_low, histogram.average_high
 
@@ -189,7 +189,7 @@ def quantiles(histogram: Histogram, scheme: Scheme, *, percentile: float = 99.9)
         raise RecipeError(f"percentile {percentile} is outside (0, 100]", where=histogram.where, remedy="such as 99.9")
     low, high = extremes(histogram)
     x, n = histogram.points()
-    share = Fraction(str(percentile)) / 100  # as it is written: in binary, 99.9 % of 1000 would round up to all 1000
+    share = Fraction(str(percentile)) / 100  # in decimal: in binary, 99.9 % of 1000 would round up to all 1000
     if scheme.zero == "sym":
         limit = _quantile(x.abs(), n, share)
         return max(low, -limit), min(high, limit)
@@ -197,7 +197,7 @@ def quantiles(histogram: Histogram, scheme: Scheme, *, percentile: float = 99.9)
 
 
 def _quantile(x: Tensor, n: Tensor, share: Fraction) -> float:
-    """The least x that, with all below it, holds at least `share` of the counts n."""
+    """The least x for which values up to x make at least `share` of the counts n."""
     x, order = x.sort()
     reached = n[order].cumsum(0)
     return float(x[torch.searchsorted(reached, math.ceil(share * int(reached[-1])))])
@@ -208,12 +208,12 @@ def _quantile(x: Tensor, n: Tensor, share: Fraction) -> float:
 Cost = Callable[[Tensor, Tensor], Tensor]  # low, high [C] float64 -> float64 [C]
 FINE = torch.exp2(torch.linspace(-1 / 8, 1 / 8, 129, dtype=torch.float64))  # steps of 1/512 octave: a bin's width
 BOTH, LOW, HIGH = (torch.tensor(sides) for sides in ([True, True], [True, False], [False, True]))
-AT_ONCE = 16  # candidates whose costs are computed together: what lies between stays in the cache
+AT_ONCE = 16  # candidates whose costs are computed together, so that intermediates stay in the cache
 REFINE = 4  # bins of the reference distribution for each code
 
 
 def mse(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
-    """The clip of least expected squared error, clipping and rounding together, under the scales as they are stored."""
+    """The range of least squared error, clipping and rounding together, under scales as they are stored."""
     moves = [BOTH] if scheme.zero == "sym" else [BOTH, HIGH, LOW, HIGH, LOW]
     return _search(partial(_squared_error, *histogram.points(), scheme), histogram, scheme, moves)
 
@@ -222,15 +222,15 @@ def kl(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     """The clip whose quantized distribution diverges least from the original: entropy calibration.
 
     Source: S. Migacz, "8-bit Inference with TensorRT", NVIDIA, GPU Technology Conference 2017. The reference P is the
-    histogram inside the clip with what lies outside piled on its end bins; the candidate Q is the histogram inside the
-    clip, without those piles, averaged over the bins that share a code; the candidate of least KL(P‖Q) wins.
+    histogram inside the clip, with all values outside added to its end bins; the candidate Q is the histogram inside the
+    clip, without those, averaged over the bins that share a code; the clip of least KL(P‖Q) wins.
 
-    As in the talk, one magnitude is sought for both sides: with two, a whole side could be folded away, since the
-    divergence does not ask how far values have moved. Four differences. The bins are cut anew for each candidate,
-    `REFINE` a code (the talk: 1 to 16), so that one outlier does not put all other values into one bin. Codes, scales
-    and zero points are the scheme's own, as stored. Exact zeros are left out: every clip represents them exactly. And
-    what few values diverge by chance, on average (bins − codes) / 2n in use (G. Miller, "Note on the bias of
-    information estimates", 1955), is taken off. RecipeError for codebooks such as fp8: their steps are unequal.
+    As in the talk, one magnitude is searched for both sides: with two, a whole side could be clipped away, since KL does
+    not measure how far values move. Four differences. Bins are cut anew for each candidate, `REFINE` a code (the talk: 1 to
+    16), so that one outlier does not put all other values into one bin. Codes, scales and zero points are the scheme's own,
+    as stored. Exact zeros are left out: every clip represents them exactly. And the divergence that few values have by
+    chance, (bins − codes) / 2n on average (G. Miller, "Note on the bias of information estimates", 1955), is subtracted.
+    RecipeError for codebooks such as fp8: their steps are unequal.
     """
     if scheme.levels.levels is not None:
         message = f"observer kl needs codes in equal steps, which {scheme.grid} does not have"
@@ -239,7 +239,7 @@ def kl(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
 
 
 def _search(cost: Cost, histogram: Histogram, scheme: Scheme, moves: list[Tensor]) -> tuple[float, float]:
-    """The range of least cost, found by cutting sides, one move after the other, at the magnitude that costs least."""
+    """The range of least cost: each move clips one side, or both, at the best magnitude, given the moves before it."""
     low, high = min(extremes(histogram)[0], 0.0), max(histogram.high, 0.0)
     reach = max(-low, high)
     limit = torch.tensor((-reach, reach) if scheme.zero == "sym" else (low, high), dtype=torch.float64)
@@ -252,7 +252,7 @@ def _search(cost: Cost, histogram: Histogram, scheme: Scheme, moves: list[Tensor
 
 
 def _coarse(histogram: Histogram, reach: float) -> Tensor:
-    """Factors on the range: eight an octave, to two octaves below the median magnitude of what is not 0; then 0."""
+    """Candidate factors on the range: eight an octave, down to two octaves below the median non-zero magnitude; then 0."""
     x, n = histogram.points()
     octaves = math.ceil(math.log2(4 * reach / _quantile(x[x != 0].abs(), n[x != 0], Fraction(1, 2)))) if reach else 0
     factors = torch.exp2(-torch.arange(8 * octaves + 1, dtype=torch.float64) / 8)
@@ -260,7 +260,7 @@ def _coarse(histogram: Histogram, reach: float) -> Tensor:
 
 
 def _cut(cost: Cost, limit: Tensor, best: tuple[float, Tensor], sides: Tensor, coarse: Tensor) -> tuple[float, Tensor]:
-    """The best cost with its range [2] after one coarse and one fine search for where to cut `sides` of the limits."""
+    """The best cost and its range [2] after one coarse and one fine search for where to clip `sides` of the limits."""
     top = limit[sides].abs().max()
     for factors in (coarse, FINE):
         t = (top * factors)[:, None]
@@ -281,9 +281,9 @@ def _squared_error(x: Tensor, n: Tensor, scheme: Scheme, low: Tensor, high: Tens
 
 
 def _distribution(histogram: Histogram) -> tuple[Tensor, Tensor]:
-    """The values other than 0 as a density: edges [M], ascending, and how many lie below each, both float64.
+    """The distribution of non-zero values: edges [M], ascending, and how many values lie below each, both float64.
 
-    Each is spread over all numbers that round to the same bfloat16: bfloat16's lattice is not structure to preserve.
+    Each value is spread over all numbers that round to the same bfloat16, whose spacing is no structure to preserve.
     """
     near = torch.nn.functional.pad(histogram.counts, (2, 2)).view(2, -1, 4).sum(-1)[:, 1:]
     last = 0x7F80  # infinity, as a bfloat16: the largest finite numbers are nearest to it, and its cell ends with them
@@ -299,14 +299,16 @@ def _divergence(histogram: Histogram, edge: Tensor, below: Tensor, scheme: Schem
     start, stop = low.clamp(min=min(histogram.low, 0.0))[:, None], high.clamp(max=max(histogram.high, 0.0))[:, None]
     cut = start + (stop - start) * torch.linspace(0, 1, REFINE * codes + 1, dtype=torch.float64)
     cumulative = _interpolated(cut, edge, below)
-    # Half of an extreme's cell lies beyond it; a cut at the extreme leaves nothing outside.
+    # Half of the extreme's cell lies beyond it; a clip at the extreme leaves nothing outside.
     cumulative[:, 0].masked_fill_(start[:, 0] <= histogram.low, 0)
     cumulative[:, -1].masked_fill_(stop[:, 0] >= histogram.high, float(below[-1]))
     inside = cumulative.diff()
     s = _scales(low, high, scheme)
     code, _ = round_to((cut[:, 1:] + cut[:, :-1]).float() / 2, s.scale, s.zero, scheme)
     q, by_code = _averaged(inside, code.long() - code_range(scheme)[0], codes)
-    q = (q + 1 / q.shape[1]) / (q.sum(1, keepdim=True) + 1)  # one more value, spread evenly: no bin of Q is empty
+    q = (q + 1 / q.shape[1]) / (
+        q.sum(1, keepdim=True) + 1
+    )  # one more value, spread evenly, so that no bin of Q is empty
     n, p = below[-1].clamp(min=1), inside.clone()
     p[:, 0] += cumulative[:, 0]
     p[:, -1] += below[-1] - cumulative[:, -1]
@@ -315,7 +317,7 @@ def _divergence(histogram: Histogram, edge: Tensor, below: Tensor, scheme: Schem
 
 
 def _interpolated(x: Tensor, edge: Tensor, below: Tensor) -> Tensor:
-    """How many values lie below x, spread evenly between the edges."""
+    """How many values lie below x, interpolated linearly between edges."""
     at = torch.searchsorted(edge, x, right=True).sub_(1).clamp_(0, len(edge) - 2)
     share = ((x - edge[at]) / (edge[at + 1] - edge[at])).clamp_(0, 1)
     return torch.lerp(below[at], below[at + 1], share)
@@ -342,20 +344,24 @@ def static_scales(
     observer    a key of `RANGES`: how the range is chosen
     percentile  for that observer; None: 99.9
 
-    Raises CalibrationError where nothing was seen; RecipeError for an unknown observer, one that does not suit the grid,
-    a percentile out of bounds or not asked for; SchemeError for a scheme of more than one scale.
+    Raises CalibrationError where nothing was seen; RecipeError for an unknown observer or one that does not fit the grid,
+    and for a percentile out of bounds or with another observer; SchemeError for a scheme of more than one scale.
     """
     if observer not in RANGES:
         raise RecipeError(f"unknown observer {observer!r}", where=histogram.where, remedy=f"one of {', '.join(RANGES)}")
     if percentile is not None and observer != "percentile":
-        raise RecipeError(f"observer {observer} has no percentile", where=histogram.where, remedy="leave it out")
+        raise RecipeError(
+            f"observer {observer} has no percentile",
+            where=histogram.where,
+            remedy="leave it out, or use observer percentile",
+        )
     choose = RANGES[observer] if percentile is None else partial(quantiles, percentile=percentile)
     low, high = (torch.tensor([end], dtype=torch.float64) for end in choose(histogram, scheme))
     return _scales(low, high, scheme)
 
 
 def _scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
-    """The stored scale of each range: low, high [C] -> scale [C, 1]."""
+    """The scale of each range, as stored: low, high [C] -> scale [C, 1]."""
     if scheme.group != TENSOR or scheme.scale not in ("f32", "f16", "bf16") or scheme.levels.reach is None:
         remedy = "a scheme such as int8-tensor, int8-tensor-asym or fp8-tensor, its scale in f32, f16 or bf16"
         raise SchemeError(f"scheme {str(scheme)!r} has not one scale that a range decides", remedy=remedy)

@@ -1,6 +1,6 @@
-"""What calibration remembers of an input: update with a batch, merge with another's, ask for the value.
+"""Streaming statistics of an input: Gram, cross moments, ranges. Update with a batch, merge, ask for the value.
 
-Statistics belong to an *input*, not to a layer: q, k and v read the same tensor and share one Gram.
+They belong to an *input*, not to a layer: q, k and v read the same tensor and share one Gram.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Gram:
         self.tokens += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add what another stream has seen."""
+        """Add the statistics of another one."""
         self.total += other.total
         self.tokens += other.tokens
 
@@ -54,14 +54,14 @@ class Gram:
 
 
 class Cross:
-    """Streaming AᵀX / T, float32 [M, K]: how another quantity goes along with an input. Added up as in `Gram`."""
+    """Streaming AᵀX / T, float32 [M, K]: cross moments of another quantity A with an input X. Summed as in `Gram`."""
 
     def __init__(self, M: int, K: int, device: torch.device | None = None) -> None:
         self.total = torch.zeros(M, K, device=device)
         self.tokens = 0
 
     def update(self, a: Tensor, x: Tensor) -> None:
-        """a [..., M], x [..., K]: one more batch, the same tokens in both; computed in the type of x."""
+        """One more batch a [..., M], x [..., K] of the same tokens; computed in the type of x."""
         a, x = (t.detach().reshape(-1, t.shape[-1]) for t in (a, x))
         for left, right in zip(a.split(CHUNK), x.split(CHUNK), strict=True):
             right = right if right.dtype == torch.bfloat16 else right.float()
@@ -71,7 +71,7 @@ class Cross:
         self.tokens += len(x)
 
     def merge(self, other: "Cross") -> None:
-        """Add what another stream has seen."""
+        """Add the statistics of another one."""
         self.total += other.total
         self.tokens += other.tokens
 
@@ -104,7 +104,7 @@ class Range:
         self.tokens += len(x)
 
     def merge(self, other: "Range") -> None:
-        """Add what another stream has seen."""
+        """Add the statistics of another one."""
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.magnitude = self.magnitude + other.magnitude
         self.tokens += other.tokens

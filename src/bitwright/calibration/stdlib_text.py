@@ -1,7 +1,7 @@
-"""Python source text that every machine with Python has: the standard library's own modules.
+"""The texts `stdlib` and `stdlib-heldout`: source code of Python's standard library, which every machine with Python has.
 
-The built-in model was trained on it, so the demo needs no download: it calibrates on modules that the model has seen and
-evaluates on modules that were held out of its training, tests of those modules included.
+The built-in model was trained on it, so the demo needs no download: it calibrates on modules from the training text and
+evaluates on modules held out of it, together with their tests.
 """
 
 import sysconfig
@@ -29,7 +29,7 @@ def is_held_out(path: Path) -> bool:
 
 
 def module_text(names: tuple[str, ...]) -> str:
-    """The sources of the named modules, joined; a name that this Python lacks is passed over (Pythons differ)."""
+    """The sources of the named modules, joined; names that this version of Python lacks are skipped."""
     files = [stdlib() / f"{name}.py" for name in names]
     return "\n\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
@@ -44,7 +44,7 @@ def training_text() -> list[str]:
 
 
 def _read(path: Path) -> str:
-    """The file's text, or nothing for the few test files that are deliberately not UTF-8."""
+    """The file's text; "" for the few test files that are deliberately not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What `--calib` says: one text, or several with shares, as in general:0.7,code.txt:0.3."""
+"""The argument of `--calib`: one text, or several with shares, as in general:0.7,code.txt:0.3."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from math import inf
 from bitwright.errors import CalibrationError
 from bitwright.gguf.imatrix import is_imatrix
 
-BUILT_IN = ("general", "stdlib", "stdlib-heldout")  # texts that need no file of the user's
+BUILT_IN = ("general", "stdlib", "stdlib-heldout")  # names of texts that come with the package or with Python
 EXAMPLE = "as in general:0.7,code.txt:0.3"
 
 
@@ -20,10 +20,10 @@ class Text:
 
 
 def texts_of(calib: str) -> tuple[Text, ...]:
-    """The texts of a mix, with shares that sum to 1: equal ones where none is given.
+    """The texts of a mix, with shares that sum to 1; equal shares where none are given.
 
-    What exists as a file is that file, commas and colons in its name included. CalibrationError for a share that is not a
-    positive number, or that only some texts have; for a text named twice or not at all; for what is no text in a mix.
+    An existing file may have commas and colons in its name. CalibrationError for a share that is not a positive number, or
+    that only some texts have; for an empty name or one given twice; for an importance matrix in a mix.
     """
     parts = [_part(entry, calib) for entry in _entries(calib)]
     names, shares = [name for name, _ in parts], [share for _, share in parts]
@@ -47,7 +47,7 @@ def texts_of(calib: str) -> tuple[Text, ...]:
 
 
 def windows_of(texts: tuple[Text, ...], samples: int, calib: str) -> list[int]:
-    """How many of `samples` windows each text gives: whole numbers nearest to the shares that sum to it.
+    """How many of `samples` windows each text gives: whole numbers nearest to the shares, that sum to `samples`.
 
     CalibrationError where a text would give none.
     """
@@ -65,7 +65,7 @@ def windows_of(texts: tuple[Text, ...], samples: int, calib: str) -> list[int]:
 
 
 def _entries(calib: str) -> list[str]:
-    """Cut at commas, but not inside the name of a file."""
+    """The parts between commas; commas in an existing file's name do not count."""
     pieces, entries = calib.split(","), []
     while pieces:
         joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
@@ -82,7 +82,7 @@ def _part(entry: str, calib: str) -> tuple[str, float | None]:
         return entry, None
     number = _number(share)
     if number is None and name not in BUILT_IN and not os.path.isfile(name):
-        return entry, None  # a file that is not there, with a colon in its name
+        return entry, None  # a missing file with a colon in its name
     if number is None or not 0 < number < inf:
         message = f"the share {share!r} of {name!r} is not a positive number"
         raise CalibrationError(message, where=calib, remedy=f"write it {EXAMPLE}")
@@ -97,7 +97,7 @@ def _number(text: str) -> float | None:
 
 
 def _check_texts(names: list[str], calib: str) -> None:
-    """Shares are of windows, and only texts give those."""
+    """CalibrationError for an importance matrix in a mix: it has no windows to take a share of."""
     for name in names:
         if name == "none" or is_imatrix(name):
             what = "none" if name == "none" else f"the importance matrix {name!r}"

@@ -1,4 +1,4 @@
-"""Text -> token windows [S, T], seeded, no padding: every token that a statistic sees is a real one."""
+"""Text -> windows of tokens [S, T], seeded; without padding, so that statistics are of real tokens only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +26,7 @@ BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Token ids: seen [S, T], of which statistics are taken, held_out [H, T], which only judge what was made of them; and
-    what there is to say of the texts that they are from.
-    """
+    """Windows of token ids: seen [S, T] for calibration, held_out [H, T] for judging its result; notes on their texts."""
 
     seen: Tensor
     held_out: Tensor
@@ -64,22 +62,24 @@ def read_text(source: str) -> str:
 
 
 def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None) -> Tensor:
-    """All whole, non-overlapping windows of a text, or the first so many, in order: token ids [W, seqlen].
+    """The whole, non-overlapping windows of a text in order, `most` of them at most: token ids [W, seqlen].
 
-    A tokenizer that begins every text with a token of its own (BOS) has it at the start of every window, since the
-    model never saw a text without. CalibrationError if the text is shorter than one window, or the tokenizer's ids
-    do not fit the model's vocabulary.
+    If the tokenizer begins every text with a special token (BOS), every window begins with it, as texts did in training.
+    CalibrationError if the text is shorter than one window, or the tokenizer's ids do not fit the model's vocabulary.
     """
-    pieces = cut_at_lines(read_text(source), 1 << 18)  # at once it would take a hundred bytes of memory a token
+    pieces = cut_at_lines(
+        read_text(source), 1 << 18
+    )  # tokenizing it all at once would take a hundred bytes of memory a token
     return cut_windows(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
 
 
 def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int, spare: int = 0) -> Drawn:
-    """Up to `samples` windows of a text, or of several by their shares, evenly mixed; a note for each that is too short.
+    """Up to `samples` windows of a text, or of several by their shares, evenly mixed; with a note for each text too short.
 
-    Each text gives windows from places that a seed of its own picks; else as `windows`. Only about as much text is tokenized
-    as is needed, whatever its length. calib: as `mix.texts_of` reads it. spare: about so many windows more are held out; of a
-    text that is too short an eighth. CalibrationError as of `texts_of` and of `windows`.
+    calib  one text or a mix: see text_mix.py
+    spare  about so many more windows are held out; an eighth of all, of a text that is too short
+    Windows begin at seeded random places; otherwise they are as in `windows`. Only about as much text is tokenized as is
+    needed. CalibrationError as of `texts_of` and of `windows`.
     """
     texts, parts, notes = texts_of(calib), list[tuple[float, int, Tensor]](), tuple[str, ...]()
     held_out: list[Tensor] = []
@@ -99,12 +99,12 @@ def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: i
 
 
 def sample(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int) -> Tensor:
-    """The windows of `draw` [S, T]."""
+    """Calibration windows [S, T] alone: see `draw`."""
     return draw(tokenizer, calib, samples=samples, seqlen=seqlen, vocabulary=vocabulary, seed=seed).seen
 
 
 def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int) -> tuple[list[str], tuple[str, ...]]:
-    """A text in pieces of about so many characters, in an order that a seed picks; and notes."""
+    """A text in pieces of about `size` characters in a seeded order, and notes."""
     if source == "general":
         return general_pieces(tokenizer, size=size, vocabulary=vocabulary, seed=seed)
     pieces = cut_at_lines(read_text(source), size)
@@ -115,8 +115,8 @@ def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int
 def cut_windows(
     tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int
 ) -> Tensor:
-    """Tokenize pieces of text until there are enough windows, and cut them."""
-    tokenizer.model_max_length = int(1e30)  # a long text is cut here, not an error
+    """Tokenize pieces of text until there are `most` windows, and cut them: [W, seqlen]."""
+    tokenizer.model_max_length = int(1e30)  # no warning for a text longer than the model's context: it is cut here
     start = opening(tokenizer)
     length = seqlen - len(start)
     ids: list[int] = []
@@ -134,7 +134,7 @@ def cut_windows(
 
 
 def too_short(tokens: int, seqlen: int, source: str) -> CalibrationError:
-    """What to say of a text of so many tokens, which fill no window."""
+    """The error for a text whose tokens fill no window."""
     message = f"{tokens} tokens are shorter than one window of {seqlen}"
     return CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
 
@@ -148,7 +148,7 @@ def check_ids(tokenizer: Any, ids: Tensor, vocabulary: int) -> None:
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
+    """The special tokens that the tokenizer puts before a text (BOS)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []

@@ -85,7 +85,9 @@ def quantize(
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = None,
-    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq, gguf or bitwright.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
     activations: Activations = None,
     observer: Observer = "mse",
@@ -96,6 +98,9 @@ def quantize(
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
     store: Store = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
+    ] = False,
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
@@ -109,6 +114,7 @@ def quantize(
         plan = planned(
             model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
             kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+            requantize=requantize,
         )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -223,7 +229,7 @@ def evaluate(
 
 
 def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
-    """A row for each text, and what it means; or all numbers for a program to read."""
+    """A row for each text and what it means; or everything as JSON."""
     from bitwright.evaluation.report import evaluation_table
     from bitwright.evaluation.verdict import verdict
 
@@ -301,7 +307,9 @@ def convert(
     out: Annotated[
         Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
     ],
-    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or bitwright, for a directory.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or bitwright, for a directory.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
@@ -316,7 +324,7 @@ for command in (generate, chat, bench):
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """What a run did; quiet: what is worse than asked alone; verbose: every kind of tensor too."""
+    """Print a run's result; quiet: only what is worse than asked; verbose: a table of all tensors too."""
     from bitwright.cli.summary import summary
     from bitwright.evaluation.report import ledger_table
 
@@ -335,15 +343,15 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
 
 def main() -> None:
     """Entry point."""
-    # Threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
-    # slept at once it would take twice as long on an idle machine; if they spun on, as is the default, up to eight
-    # times as long on a busy one. Must be set before torch loads its OpenMP.
+    # OpenMP threads that wait for work spin for some microseconds, then sleep. Rounding is a chain of small steps: if they
+    # slept at once it would take twice as long on an idle machine; if they spun on, the default, up to eight times as
+    # long on a busy one. Must be set before torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are read 3 % faster
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies nothing here: its threads only wait, busily
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Importing torch and transformers makes a million objects that stay: do not count them often, nor take them apart at
-    # the end, which takes as long as a small command.
+    # Importing torch and transformers makes a million objects that stay: have the garbage collector look at them rarely, and
+    # skip taking them apart at exit, which takes as long as a small command.
     gc.set_threshold(100_000)
     interruption.listen()
     try:

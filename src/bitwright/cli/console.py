@@ -19,13 +19,15 @@ INTERRUPTED = 130  # exit status, as shells have it
 
 
 class Interruption:
-    """Ctrl-C, not lost: Python drops a KeyboardInterrupt that happens to be raised while an object is being finalized."""
+    """Remembers Ctrl-C: Python drops a KeyboardInterrupt that is raised while an object is being finalized."""
 
     seen = False
 
     def listen(self) -> None:
-        """From now on, remember it as well as raise it."""
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        """Remember SIGINT from now on, as well as raise KeyboardInterrupt."""
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # unless SIGINT is ignored, as in background jobs
             signal.signal(signal.SIGINT, self._raise)
             sys.unraisablehook = _unless_interrupted
 
@@ -40,7 +42,7 @@ class Interruption:
 
 
 def _unless_interrupted(dropped: "sys.UnraisableHookArgs") -> None:
-    """Show an exception that Python drops, unless it is the one that `Interruption` remembers."""
+    """Report an exception that Python drops, unless it is Ctrl-C, which `Interruption` remembers."""
     if dropped.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(dropped)
 
@@ -50,9 +52,9 @@ interruption = Interruption()
 
 @contextmanager
 def reporting(as_json: bool, kept: str = "nothing was written") -> Iterator[None]:
-    """Errors of ours become a message (or JSON) and an exit status; any other is a bug and keeps its traceback.
+    """Turn a BitwrightError into a message (or JSON) and an exit status; any other error is a bug and keeps its traceback.
 
-    kept: what an interrupted command leaves, and how to go on.
+    kept: what to say after Ctrl-C of work that is kept, and how to resume it.
     """
     from bitwright.errors import BitwrightError, InputError
 
@@ -76,13 +78,13 @@ def reporting(as_json: bool, kept: str = "nothing was written") -> Iterator[None
 
 
 def plain(text: str) -> str:
-    """Text that rich prints as it is."""
+    """Text without rich's markup, so that brackets print as they are."""
     return text.replace("[", r"\[")
 
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Any]:
-    """A callback that draws a bar on stderr, if that is a terminal; else says each step in a line. quiet: it does neither."""
+    """A progress callback: a bar on stderr, if that is a terminal; else a line a step; nothing if quiet."""
     with _bar() if errors.is_terminal and not quiet else nullcontext(_log(quiet)) as update:
 
         def step(what: str, done: int, total: int) -> None:
@@ -111,13 +113,13 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def log_lines(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """A callback that says each step in a line: which of how many, its seconds, what came of it, and the time left."""
-    begun: list[tuple[float, int]] = []  # when this run started counting, from which step; when the last one ended
+    """A progress callback that prints a line a step: which of how many, its seconds, its result, and the time left."""
+    begun: list[tuple[float, int]] = []  # (time, step): where counting started; where the last step ended
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         kind, _, outcome = what.partition(", ")
-        if not begun or done <= begun[0][1]:  # the first word of a run, or of its next kind of step
+        if not begun or done <= begun[0][1]:  # the first call of a run, or of its next kind of step
             begun[:] = [(now, done), (now, done)]
             return
         each = (now - begun[0][0]) / (done - begun[0][1])
@@ -130,7 +132,7 @@ def log_lines(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
 
 
 def duration(seconds: float) -> str:
-    """Of a wait, to two figures or so: 42 s, 3 min, 1 h 20 min."""
+    """A duration to about two figures: 42 s, 3 min, 1 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -138,7 +140,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in the unit that suits them: 94.2 MB, 1.31 GB."""
+    """A number of bytes: 94.2 MB, 1.31 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -1,4 +1,4 @@
-"""The whole main job on the built-in model, with no network: quantize, verify, evaluate, compare."""
+"""`bitwright demo`: quantize the built-in model, verify, evaluate and compare, with no network."""
 
 import tempfile
 from collections.abc import Callable

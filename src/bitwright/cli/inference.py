@@ -105,7 +105,7 @@ def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, until there is nothing."""
+    """The lines that the user types, up to an empty one or Ctrl-D."""
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
@@ -117,7 +117,7 @@ def _lines() -> Iterator[str]:
 
 
 def _written(stream: Iterator[str], *, quiet: bool) -> str:
-    """Print pieces as they come; what was printed when they end or the user interrupts."""
+    """Print pieces of text as they come, until they end or the user interrupts; the text printed."""
     parts = []
     try:
         for part in stream:

@@ -1,4 +1,4 @@
-"""What `quantize` says at its end: ten lines on what came out, what is worst in it, and what to do next."""
+"""The summary at the end of `quantize`: about ten lines on size, worst losses, fallbacks, and what to do next."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WORST = 3  # blocks or matrices that are named
 
 
 def summary(done: Result, model: Path) -> list[str]:
-    """The lines. Errors are relative energies, beside those of a plainer method."""
+    """The lines of the summary. Errors are relative energies, beside those of a plainer method."""
     matrices = [entry for entry in done.ledger if entry.action == QUANTIZED]
     return [
         f"{done.out}: {size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight, "
@@ -22,6 +22,7 @@ def summary(done: Result, model: Path) -> list[str]:
         f"quantized: {len(matrices)} of {len(done.ledger)} tensors, {_schemes(matrices)}",
         *_losses(matrices),
         *_replaced(done, matrices),
+        *_experts(matrices),
         f"judge it: bitwright eval {done.out} --reference {model} --text FILE",
         f"try it:   bitwright generate {done.out} --prompt TEXT",
     ]
@@ -36,7 +37,7 @@ def _schemes(matrices: list[Entry]) -> str:
 
 
 def _losses(matrices: list[Entry]) -> Iterator[str]:
-    """By block where outputs were compared on held-out windows, else by matrix: the mean, and the largest three."""
+    """Errors of the blocks' outputs, where measured on held-out windows, else losses of matrices: the mean, and the largest."""
     known, of_blocks = judged(matrices)
     if not known:
         return
@@ -48,8 +49,19 @@ def _losses(matrices: list[Entry]) -> Iterator[str]:
         yield f"  {k.error:.4f} ({beside} {k.plainer:.4f})  {k.name.removesuffix('.weight')}"
 
 
+def _experts(matrices: list[Entry]) -> Iterator[str]:
+    """How many experts were judged by other tokens than their own alone."""
+    few = [entry for entry in matrices if entry.borrowed]
+    none = sum(not entry.tokens for entry in few)
+    if few:
+        yield (
+            f"experts: {len(few)} matrices saw few tokens ({min(entry.tokens for entry in few)} at least, {none} none): "
+            "they are judged by all tokens of their layer too; more --samples would help"
+        )
+
+
 def _replaced(done: Result, matrices: list[Entry]) -> Iterator[str]:
-    """What is worse than asked, in a line."""
+    """The matrices that were quantized worse than asked, in a line."""
     worse = [entry for entry in matrices if entry.fallback]
     if worse:
         yield f"worse than asked: {len(worse)} matrices, such as {worse[0].name}: {worse[0].fallback}"

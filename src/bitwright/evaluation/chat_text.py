@@ -1,6 +1,6 @@
-"""Text as a chat model meets it: conversations in the tokenizer's own chat template -> token windows [W, T].
+"""Conversations in the tokenizer's chat template -> token windows [W, T]: the text that a chat model is used on.
 
-A model that was trained on conversations is used on nothing else, and what quantization costs it is to be seen there.
+What quantization costs such a model should be measured there.
 """
 
 import json
@@ -22,17 +22,16 @@ LINE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", 
 def chat_windows(
     tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, where: Path, most: int | None = None
 ) -> Tensor:
-    """All whole, non-overlapping windows of a text's conversations, one behind the other, or the first so many: token ids
-    [W, seqlen].
+    """The whole, non-overlapping windows of a text's conversations in order, `most` of them at most: token ids [W, seqlen].
 
-    As for plain text (see `windows`) every window begins with what the tokenizer puts before a text; not twice, where a
-    conversation in the template begins so itself and a window with it. where: the model, for errors: InputError if it has no
-    chat template, or the template refuses a conversation; CalibrationError as of `windows` and `conversations`.
+    As for plain text (see `windows`) every window begins with the tokenizer's BOS token; once only, where a conversation in the
+    template begins with it too. where: the model, for errors. InputError if it has no chat template, or the template refuses a
+    conversation; CalibrationError as of `windows` and `conversations`.
     """
     if not tokenizer.chat_template:
         remedy = "leave out --chat, or put the model's chat_template.jinja there"
         raise InputError("the model has no chat template", where=str(where), remedy=remedy)
-    tokenizer.model_max_length = int(1e30)  # a long conversation is cut here, not an error
+    tokenizer.model_max_length = int(1e30)  # no warning for a text longer than the model's context: it is cut here
     ids: list[int] = []
     for number, conversation in enumerate(conversations(source), 1):
         if most is not None and len(ids) >= most * seqlen:
@@ -50,9 +49,9 @@ def chat_windows(
 def conversations(source: str) -> list[list[Message]]:
     """The conversations in a text.
 
-    Each line of a .jsonl file is one, {"messages": [{"role", "content"}, …]}; what else a line says is not for the model.
-    Of any other text, paragraphs take turns: each two are what a user and the assistant say. CalibrationError as of
-    `read_text`, or for a line that is not of this form.
+    Each line of a .jsonl file is one: {"messages": [{"role", "content"}, …]}; other keys of a line are ignored. Of any other
+    text, paragraphs take turns: each two are a user's message and the assistant's answer. CalibrationError as of `read_text`,
+    or for a line of another form.
     """
     text = read_text(source)
     if not source.endswith(".jsonl"):
@@ -67,7 +66,7 @@ def _turns(said: list[str]) -> list[Message]:
 
 
 def _messages(line: str, where: str) -> list[Message]:
-    """The messages of a .jsonl file's line."""
+    """The messages of one line of a .jsonl file."""
     try:
         messages = json.loads(line)["messages"]
         roles = [(message["role"], message["content"]) for message in messages]
@@ -80,7 +79,7 @@ def _messages(line: str, where: str) -> list[Message]:
 
 
 def _rendered(tokenizer: Any, conversation: list[Message], where: str) -> str:
-    """A conversation in the template, with its special tokens as text."""
+    """A conversation in the chat template, special tokens as text."""
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False))
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -90,7 +89,7 @@ def _rendered(tokenizer: Any, conversation: list[Message], where: str) -> str:
 
 
 def _rows(ids: list[int], start: list[int], seqlen: int) -> list[list[int]]:
-    """Whole windows of a stream of tokens, `start` before each that does not begin so already."""
+    """Whole windows of a stream of tokens, with `start` before each that does not already begin with it."""
     rows, at = list[list[int]](), 0
     while len(start) < seqlen:
         lead = [] if ids[at : at + len(start)] == start else start

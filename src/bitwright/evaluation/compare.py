@@ -1,9 +1,9 @@
-"""Many methods and number formats on one model, for about the price of one: one calibration pass, one table, one page.
+"""Compare many methods and number formats on one model: one calibration pass, one table, one HTML page.
 
-Statistics are taken once, on the float model, and serve every method that asks for no more; what the float model
-predicts of the text is computed once, too. Methods that compare with what the quantized blocks before give (gptaq,
-autoround) have to run block by block, and are labelled as such. All work lies in OUT.partial until OUT appears: a
-candidate that is finished is never done again, one that is not goes on where it stopped.
+Statistics are taken once, on the float model ("one-shot"), for every method that needs no others; the float model's predictions
+on the text are computed once, too. Methods that compare with the float model behind quantized blocks (gptaq, autoround) have
+to run block by block ("sequential"), and are labelled so. All work is in OUT.partial until OUT appears: a finished candidate
+is not done again, an unfinished one is resumed.
 """
 
 import json
@@ -32,17 +32,19 @@ from bitwright.system.progress import Progress
 from bitwright.transforms import split_method
 from bitwright.version import __version__
 
-FORMATS_IN_TURN = ("compressed-tensors", "bitwright")  # the first that can hold a candidate
+FORMATS_IN_TURN = ("compressed-tensors", "bitwright")  # the first that can hold a candidate is taken
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all candidates have in common; as for `quantize` and `evaluate`.
+    """Settings of all candidates, as for `quantize` and `evaluate`.
 
-    calib, samples, seqlen, seed  calibration;  text, tokens, eval_seqlen  evaluation
-    activations, observer         rounding of inputs;  format: None: the first that can hold a candidate
-    sequential                    take statistics anew for each candidate, block by block, as `quantize` does
-    keep                          keep what was written; else each candidate is removed once it is judged
+    calib, samples, seqlen, seed  calibration
+    text, tokens, eval_seqlen     evaluation
+    activations, observer         quantization of inputs
+    format                        file format; None: the first that can hold a candidate
+    sequential                    take statistics for each candidate, block by block, as `quantize` does
+    keep                          keep the quantized checkpoints; else each is removed once it is evaluated
     """
 
     calib: str = "general"
@@ -61,10 +63,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
-    refused: combinations that cannot be, with the reason. shared_seconds: plans and the calibration pass;
-    original_seconds: the float model's own evaluation; seconds: all together.
+    refused           impossible combinations, with the reason
+    shared_seconds    for planning and the calibration pass; original_seconds: for evaluating the float model
+    seconds           all together
     """
 
     out: Path
@@ -79,11 +82,16 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """{out, page, original, candidates, refused, notes, shared_seconds, original_seconds, seconds}."""
         return {
-            "out": str(self.out), "page": str(self.out / PAGE), "original": asdict(self.original),
-            "candidates": [asdict(one) for one in self.candidates], "refused": self.refused, "notes": self.notes,
-            "shared_seconds": round(self.shared_seconds, 2), "original_seconds": round(self.original_seconds, 2),
+            "out": str(self.out),
+            "page": str(self.out / PAGE),
+            "original": asdict(self.original),
+            "candidates": [asdict(one) for one in self.candidates],
+            "refused": self.refused,
+            "notes": self.notes,
+            "shared_seconds": round(self.shared_seconds, 2),
+            "original_seconds": round(self.original_seconds, 2),
             "seconds": round(self.seconds, 2),
-        }  # fmt: skip
+        }
 
 
 PAGE, JSON = "compare.html", "compare.json"
@@ -91,7 +99,7 @@ PAGE, JSON = "compare.html", "compare.json"
 
 @dataclass(frozen=True)
 class _Contest:
-    """A candidate before it is run."""
+    """A combination of scheme and method, planned but not yet run."""
 
     scheme: str
     method: str
@@ -99,11 +107,11 @@ class _Contest:
 
     @property
     def name(self) -> str:
-        """Its directory in OUT."""
+        """The name of its directory in OUT."""
         return f"{self.scheme}-{self.method}"
 
     def statistics(self, shared: Path, settings: Settings) -> Path | None:
-        """Where the statistics that it can use lie: those of a rotated model apart. None: it takes its own."""
+        """The store of statistics that it can use (a rotated model has its own); None: it takes sequential statistics."""
         if settings.sequential or not self.plan.calibrated or self.plan.recipe.needs_original:
             return None
         turn = self.plan.rotation.rotate if self.plan.rotation else None
@@ -122,10 +130,11 @@ def compare(
     command: str = "",
     progress: Progress = lambda *_: None,
 ) -> Comparison:
-    """Quantize `model` by every method to every scheme, judge each result, and write table and page to OUT.
+    """Quantize `model` by every method to every scheme, evaluate each result, and write table and page to OUT.
 
-    store: a directory to keep statistics in, for other runs; None: they go when the work is done. Combinations that
-    mean nothing are listed, not run. Raises the InputError of whatever stops all of them before anything is written.
+    store    a directory that keeps statistics for other runs; None: they are removed in the end
+    command  the command line, which the page shows
+    Impossible combinations are listed, not run. Raises an InputError before anything is written if all are impossible.
     """
     begun = time.monotonic()
     check_out(out)
@@ -156,7 +165,7 @@ def compare(
 def _contests(
     model: Path, schemes: list[str], methods: list[str], settings: Settings
 ) -> tuple[list[_Contest], list[str]]:
-    """Plans of all combinations that can be, and why the others cannot. InputError if none can, or one is named twice."""
+    """Plans of all possible combinations, and why the others are not. InputError if none is, or a name is given twice."""
     for kind, names in (("scheme", schemes), ("method", methods)):
         if not names or len(set(names)) < len(names):
             raise RecipeError(
@@ -174,7 +183,9 @@ def _contests(
             refused.append(f"{scheme} by {method} was not run: {error.message}")
     if not contests:
         raise RecipeError(
-            "none of these combinations can be", where="; ".join(refused), remedy="other methods or schemes"
+            "none of these combinations is possible",
+            where="; ".join(refused),
+            remedy="give other methods or schemes, such as --methods search,gptq --schemes int4-g128",
         )
     return contests, refused
 
@@ -192,16 +203,18 @@ def _plan(model: Path, scheme: str, method: str, settings: Settings) -> Plan:
 
 
 def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resume: bool) -> Path:
-    """OUT.partial, new or with the very same comparison in it. OutputError for other work, or too full a disk."""
+    """Make OUT.partial, or open it to resume the same comparison. OutputError for other work, or too full a disk."""
     work = out.with_name(out.name + ".partial")
     if work.exists() and not resume:
         shutil.rmtree(work)
     note = work / "comparison.json"
     plan = contests[0].plan
     manifest = {
-        "version": __version__, "model": [str(plan.source), plan.checkpoint.fingerprint()],
-        "candidates": [c.name for c in contests], "settings": asdict(settings),
-    }  # fmt: skip
+        "version": __version__,
+        "model": [str(plan.source), plan.checkpoint.fingerprint()],
+        "candidates": [c.name for c in contests],
+        "settings": asdict(settings),
+    }
     text = json.dumps(manifest, indent=1)
     if work.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != text):
         remedy = "finish it with the same arguments, or start afresh with --restart"
@@ -221,25 +234,25 @@ def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resum
 
 
 class _Meter:
-    """One progress display for all: statistics, every candidate's shards, every judgement."""
+    """One progress bar for all steps: statistics, every candidate's shards, every evaluation."""
 
     def __init__(self, progress: Progress, contests: list[_Contest]) -> None:
         self.progress, self.before = progress, 0
         depth = len(contests[0].plan.skeleton)
-        self.each = depth + 2  # shards, and the judgement
+        self.each = depth + 2  # steps of a candidate: shards, and the evaluation
         self.total = depth + self.each * len(contests)
 
     def part(self, what: str, done: int) -> None:
-        """So much of the present part is done."""
+        """Report that `done` steps of the current part are done."""
         self.progress(what, self.before + done, self.total)
 
     def next(self, size: int) -> None:
-        """A part of that size is over."""
+        """Begin the next part; the one that is over had `size` steps."""
         self.before += size
 
 
 def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings, meter: _Meter) -> list[str]:
-    """The shared pass, if any candidate can use it; what it has to say."""
+    """Take the shared statistics, if any candidate can use them; their notes."""
     notes: list[str] = []
     with disk_errors(shared):
         shared.mkdir(parents=True, exist_ok=True)
@@ -283,13 +296,13 @@ def _judged(folder: Path, reference: Path | None, predictions: Path | None, sett
 def _candidate(
     contest: _Contest, model: Path, work: Path, shared: Path, settings: Settings, meter: _Meter
 ) -> Candidate:
-    """Quantize and judge one, or read what an earlier run had found."""
+    """Quantize and evaluate one candidate, or read the result of an earlier run."""
     found, folder = work / f"{contest.name}.json", work / contest.name
     if not found.is_file():
         forget_peak()
         took = work / f"{contest.name}.took.json"
         if not took.is_file():
-            if folder.exists():  # written, but killed before it was noted what that took
+            if folder.exists():  # complete, but the run was killed before it noted the seconds
                 shutil.rmtree(folder)
             _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
         meter.part(f"{contest.name}: evaluation", meter.each - 1)
@@ -305,7 +318,7 @@ def _candidate(
 def _quantize(
     contest: _Contest, folder: Path, note: Path, store: Path | None, settings: Settings, meter: _Meter
 ) -> None:
-    """Quantize one candidate, and note what it took."""
+    """Quantize one candidate, and note the seconds that it took."""
     done = run(
         contest.plan,
         folder,
@@ -315,10 +328,13 @@ def _quantize(
         progress=lambda _, block, __: meter.part(contest.name, block),
     )
     took = {
-        "seconds": done.seconds, "peak_rss_bytes": peak_since(), "bytes": done.bytes, "fallbacks": len(done.fallbacks),
+        "seconds": done.seconds,
+        "peak_rss_bytes": peak_since(),
+        "bytes": done.bytes,
+        "fallbacks": len(done.fallbacks),
         "statistics": next((e.statistics for e in done.ledger if e.statistics), "none"),
         "losses": dict(_losses(done.ledger)),
-    }  # fmt: skip
+    }
     write_file(note, json.dumps(took).encode())
 
 
@@ -329,7 +345,7 @@ def _losses(ledger: list[Entry]) -> Iterator[tuple[str, float]]:
 
 
 def _read(contest: _Contest, found: Path) -> Candidate:
-    """A finished candidate. CheckpointError for a note that is damaged."""
+    """The result of a finished candidate. CheckpointError for a damaged file."""
     try:
         content = json.loads(found.read_text(encoding="utf-8"))
         e = content.pop("judged")
@@ -342,7 +358,7 @@ def _read(contest: _Contest, found: Path) -> Candidate:
 
 
 def _finish(done: Comparison, model: Path, work: Path, command: str) -> None:
-    """Write table and page, drop what only a resumption needs, and let OUT appear."""
+    """Write table and page, remove what only a resumed run needs, and make OUT appear."""
     for leftover in [*work.glob("*.took.json"), *(work / f"{c.scheme}-{c.method}.json" for c in done.candidates)]:
         leftover.unlink(missing_ok=True)
     shutil.rmtree(work / "statistics", ignore_errors=True)

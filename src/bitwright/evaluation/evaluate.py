@@ -1,8 +1,8 @@
-"""What quantization cost: perplexity, and KL divergence, top-1 agreement against the original.
+"""Evaluate: perplexity, and KL divergence and top-1 agreement against the float original.
 
-A text's tokens are cut into non-overlapping windows, each predicted from its own start; both models are streamed over all
-texts at once, so weights are read once (see models/streamed.py). Standard errors are those of the mean over windows: tokens
-of one window are not independent.
+A text's tokens are cut into non-overlapping windows, each predicted from its own start. Both models are streamed block by block
+over all texts at once, so that weights are read once (see models/streamed.py). Standard errors are those of the mean over
+windows, since tokens of one window are not independent.
 """
 
 import json
@@ -27,12 +27,13 @@ from bitwright.pipeline.statistics_store import code_version
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The command line's JSON. KL is KL(reference ‖ model) in nats a token; None without a reference.
+    """One text's result; the JSON of `bitwright eval`. KL is KL(reference ‖ model) in nats a token; None without a reference.
 
     perplexity_ratio  the model's perplexity over the reference's; its standard error is that of the difference window by
-                      window, which is far smaller than either's own
-    kl_p99, kl_p999   what 99 % and 99.9 % of the tokens do not exceed
-    seconds           for all texts that were judged together
+                      window, far smaller than those of the two
+    kl_p99, kl_p999   quantiles of KL over tokens: 99 % and 99.9 %
+    top1              share of tokens whose most likely prediction is the reference's
+    seconds           for all texts that were evaluated together
     """
 
     text: str
@@ -68,13 +69,13 @@ def evaluate(
     engine: str | None = None,
     chat: bool = False,
 ) -> list[Evaluation]:
-    """Judge a checkpoint directory on texts, one by one, beside a reference if one is given.
+    """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
-    seqlen       tokens in a window, at least 2; at most what the models know positions for
+    seqlen       tokens in a window: at least 2, at most the models' context
     tokens       stop after so many of each text (whole windows); None: the whole text
-    predictions  a store of this reference's predictions: used if they are there, written if they are not. KL is then
-                 that of its most likely tokens (see reference.py)
-    engine       "llama.cpp": inputs, keys and values are rounded as that engine does it (GGUF files)
+    predictions  a directory with this reference's predictions, written if they are missing. KL is then over the reference's
+                 most likely tokens (see reference.py)
+    engine       "llama.cpp": round inputs, keys and values as that engine does (GGUF files)
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
     run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
@@ -95,17 +96,19 @@ def evaluate(
     return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
 
 
-Against = Callable[[Piece, Tensor], Compared]  # of some tokens, from what the model predicts of them, log q [n, V]
+Against = Callable[
+    [Piece, Tensor], Compared
+]  # compares the model's predictions log q [n, V] of some tokens with the reference's
 
 
 def _carried(streamed: StreamedModel, texts: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Each text's batches behind the last block. No batch holds two texts: what is found does not depend on the others."""
+    """Each text's hidden states behind the last block. No batch holds two texts, so results do not depend on other texts."""
     hidden = iter(streamed.carried([part for parts in texts for part in parts]))
     return [list(islice(hidden, len(parts))) for parts in texts]
 
 
 def _references(other: StreamedModel, texts: list[list[Tensor]], folder: Path | None) -> list[Against]:
-    """The reference's side of each text: from the model itself, or from its stored predictions, made where they are not."""
+    """The reference's predictions of each text: from the model itself, or stored ones, made where they are missing."""
     if folder is None:
         return [_exactly(other, *one) for one in zip(_carried(other, texts), texts, strict=True)]
     stored = [Predictions(folder, _key(other, parts)) for parts in texts]
@@ -118,7 +121,7 @@ def _references(other: StreamedModel, texts: list[list[Tensor]], folder: Path | 
 
 
 def _store(stored: Predictions, other: StreamedModel, hidden: list[Tensor], parts: list[Tensor]) -> None:
-    """Keep what the reference predicts of one text."""
+    """Store the reference's predictions of one text."""
     stored.begin()
     for piece in pieces(parts, other.vocabulary):
         log_p = other.log_probabilities(hidden, piece)
@@ -143,7 +146,7 @@ def _exactly(other: StreamedModel, hidden: list[Tensor], parts: list[Tensor]) ->
 
 
 def _key(other: StreamedModel, parts: list[Tensor]) -> str:
-    """A hash of all that predictions depend on: the model, the windows and the code."""
+    """A hash of all that predictions depend on: model, windows and code."""
     ids = torch.cat(parts)
     model = [other.weight_source.fingerprint(), other.skeleton.config.to_json_string()]
     return sha256(json.dumps([model, code_version(), ids.shape]).encode() + ids.numpy().tobytes()).hexdigest()
@@ -152,7 +155,7 @@ def _key(other: StreamedModel, parts: list[Tensor]) -> str:
 def _costs(
     streamed: StreamedModel, hidden: list[Tensor], parts: list[Tensor], against: Against | None
 ) -> tuple[Tensor, Compared | None]:
-    """−log p of each token of a text, and what the reference makes of it; all [W, T − 1]."""
+    """−log p of each token of a text, and its comparison with the reference; all [W, T − 1]."""
     nll, beside = list[Tensor](), list[Compared]()
     for piece in pieces(parts, streamed.vocabulary):
         log_q = streamed.log_probabilities(hidden, piece)
@@ -173,7 +176,7 @@ def _costs(
 def _evaluation(
     streamed: StreamedModel, text: str, costs: tuple[Tensor, Compared | None], seconds: float
 ) -> Evaluation:
-    """Means, their standard errors and quantiles of what each token cost."""
+    """Means, standard errors and quantiles over a text's tokens."""
     nll, beside = costs
     perplexity, stderr = _exponential(nll)
     found = Evaluation(
@@ -211,13 +214,13 @@ def _mean(per_token: Tensor) -> tuple[float, float]:
 
 
 def _exponential(nll: Tensor) -> tuple[float, float]:
-    """e to the mean of [W, T − 1], and its standard error to first order."""
+    """exp of the mean of [W, T − 1], and its standard error to first order."""
     mean, stderr = _mean(nll)
     found = perplexity_of(mean)
     return found, found * stderr
 
 
 def _quantile(values: Tensor, q: float) -> float:
-    """The q-quantile, for any number of values: the one nearest to that rank."""
+    """The q-quantile by nearest rank, for any number of values."""
     flat = values.flatten().sort().values
     return float(flat[round(q * (len(flat) - 1))])

@@ -1,11 +1,11 @@
-"""Inspect a checkpoint: every tensor's shape, scheme, bytes and loss, from headers and its ledger alone."""
+"""Inspect a checkpoint: shape, scheme, bytes and loss of every tensor, from headers and the ledger alone."""
 
 from pathlib import Path
 from typing import Any
 
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton, read_config
-from bitwright.models.source import open_weights
+from bitwright.models.source import names_in, open_weights
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.pipeline.work_in_progress import ledger_beside
 
@@ -13,18 +13,20 @@ from bitwright.pipeline.work_in_progress import ledger_beside
 def inspect(folder: Path) -> dict[str, Any]:
     """{bytes, bits_per_weight, tensors: [{name, shape, scheme, bytes, loss}]}, one entry a tensor of the float model.
 
-    `scheme` is the float type of a tensor that is not quantized; `loss` is known where a ledger is.
+    `scheme` is the float type of a tensor that is not quantized; `loss` is known where a ledger is. CheckpointError for a
+    tensor that the model lacks, or that it does not read.
     """
     import torch
 
-    config = read_config(folder)
-    weight_source = open_weights(folder)
+    skeleton = Skeleton(read_config(folder), torch.float32)
+    weight_source = open_weights(folder, skeleton)
+    names_in(weight_source, skeleton)
     ledger = folder / "ledger.jsonl" if folder.is_dir() else ledger_beside(folder)
     entries = {entry.name: entry for entry in from_jsonl(ledger)} if ledger.is_file() else {}
-    parameters = sum(p.numel() for p in Skeleton(config, torch.float32).model.parameters())
+    parameters = sum(p.numel() for p in skeleton.model.parameters())
     renamed = (
         weight_source.stored if isinstance(weight_source, GgufWeightSource) else {}
-    )  # a file made by name has a ledger by name
+    )  # a GGUF file quantized without its model has a ledger by the file's own names
     tensors = []
     for name, shape in sorted(weight_source.shapes.items()):
         entry = entries.get(name) or entries.get(renamed.get(name, ""))

@@ -1,4 +1,4 @@
-"""The texts that models are judged on: cut by a model's own tokenizer, and read alike by both that are compared."""
+"""Evaluation texts: cut into windows by the model's own tokenizer, which must agree with the reference's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bitwright.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class JudgedText:
-    """Which texts, and how they are cut.
+    """The texts to evaluate on, and how they are cut into windows.
 
     seqlen  tokens in a window, at least 2
     tokens  stop after so many of each text (whole windows); None: the whole text
@@ -27,8 +27,8 @@ class JudgedText:
     chat: bool
 
     def windows(self, streamed: StreamedModel) -> list[Tensor]:
-        """Each text's windows [W, T]. InputError for a window that is longer than the model's context; as `windows` and
-        `chat_windows` for texts."""
+        """Each text's windows [W, T]. InputError for a window longer than the model's context; other errors as of `windows` and
+        `chat_windows`."""
         limit = getattr(streamed.skeleton.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
         if not 2 <= self.seqlen <= limit:
             message = f"windows of {self.seqlen} tokens, and the model knows 2 to {limit} positions"
@@ -46,8 +46,8 @@ class JudgedText:
         return windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, most=most)
 
     def check_reference(self, streamed: StreamedModel, ours: list[Tensor], other: StreamedModel) -> None:
-        """InputError if a reference's predictions are not of the model's tokens: another vocabulary, or a tokenizer that
-        reads a text otherwise. ours: the model's windows of each text."""
+        """InputError if the reference has another vocabulary, or a tokenizer that gives other tokens. ours: the model's windows
+        of each text."""
         if other.vocabulary != streamed.vocabulary:
             message = f"the reference's vocabulary has {other.vocabulary} tokens, the model's {streamed.vocabulary}"
             raise InputError(message, where=str(other.folder), remedy=f"give what {streamed.folder} was made of")
@@ -60,7 +60,7 @@ class JudgedText:
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:
-    """Where two lists of tokens differ first; nothing if they do not."""
+    """Where two lists of tokens first differ, in words; "" if they do not."""
     if ours == theirs:
         return ""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)

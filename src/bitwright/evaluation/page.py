@@ -1,7 +1,7 @@
-"""The page of `compare`: many methods and schemes on one model, as one HTML file that needs nothing else.
+"""The HTML page of `compare`: many methods and schemes on one model, in one file without external parts.
 
-`pareto` and `winner` are the rules by which candidates are judged; a table on a terminal uses the same two.
-Python computes every coordinate; `page.html` gives numbers their place and look.
+`pareto` and `winner` are the rules by which candidates are ranked, here and in the terminal's table. Python computes every
+coordinate; the template `page.html` has the layout and looks.
 """
 
 import math
@@ -15,16 +15,16 @@ from jinja2 import Environment, StrictUndefined
 
 from bitwright.errors import InputError, NumericsError
 
-RTN = "rtn"  # the method that the others are measured by
-# A plot's edges in pixels; ZERO is where 0 is drawn, under a logarithmic axis that ends at BOTTOM.
+RTN = "rtn"  # the baseline method
+# A plot's edges in pixels; ZERO is where 0 is drawn, below a logarithmic axis that ends at BOTTOM.
 LEFT, RIGHT, TOP, BOTTOM, ZERO = 44.0, 468.0, 20.0, 282.0, 304.0
-BITS = (16, 4, 2, 8, 32, 3, 1, 6, 5, 12, 24, 1.5)  # to be marked on an axis, in this order while there is room
-COLOURS, SHAPES = 8, 7  # that page.html has; the first of each is rtn's
+BITS = (16, 4, 2, 8, 32, 3, 1, 6, 5, 12, 24, 1.5)  # ticks of bits per weight, in this order while they fit
+COLOURS, SHAPES = 8, 7  # defined in page.html; the first of each is RTN's
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model before: the size and perplexity that every candidate is compared with. Its KL is 0."""
+    """The float original: the size and perplexity that candidates are compared with. Its KL is 0."""
 
     scheme: str  # "bfloat16"
     bits_per_weight: float
@@ -35,11 +35,12 @@ class Original:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method at one scheme. KL in nats a token against the original; errors are standard errors, NaN if unknown.
+    """The result of one method at one scheme. KL in nats a token; errors are standard errors, NaN if unknown.
 
-    `statistics` says where the method took its own: "one-shot" (all at the original), "sequential" (each block's behind
-    the rounded ones before it) or "none". `seconds` leaves out the calibration pass that all share. `losses`: relative
-    output loss by module name. Raises NumericsError for a number that cannot be: a size of 0, a negative KL.
+    statistics  "one-shot" (from the float model), "sequential" (each block's behind the quantized blocks before) or "none"
+    seconds     without the shared calibration pass
+    losses      relative output loss by module name
+    Raises NumericsError for an impossible number: a size of 0, a negative KL.
     """
 
     scheme: str
@@ -62,12 +63,13 @@ class Candidate:
         for name in ("bits_per_weight", "bytes", "perplexity", "kl_mean", "seconds", "peak_rss_bytes"):
             value, sized = getattr(self, name), name in ("bits_per_weight", "bytes")
             if value < 0 or (sized and not 0 < value < math.inf):
-                raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}")
+                remedy = "run the comparison again with --restart"
+                raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}", remedy=remedy)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who won at a scheme: indices of candidates, and by how much.
+    """The winner at a scheme: indices of candidates, and by how much it won.
 
     sigmas  standard errors from the winner's KL to the runner-up's, NaN if unknown: distinguishable if > 2
     """
@@ -80,12 +82,12 @@ class Verdict:
 
 
 def pareto(candidates: Sequence[Candidate]) -> set[int]:
-    """Those for which no other has both ≤ bytes and ≤ KL, one of them strictly. Never one whose KL is not finite."""
+    """The Pareto front: candidates that no other beats in bytes or KL while being no worse in both. KL must be finite."""
     return front([(c.bytes, c.kl_mean) for c in candidates])
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """`pareto` for any (size, cost): sorted by both, a point stays if it costs less than all before it, or is its equal."""
+    """The Pareto front of points (size, cost): sorted by both, those that cost less than all before, and their equals."""
     finite = [i for i, (_, cost) in enumerate(points) if math.isfinite(cost)]
     kept: list[int] = []
     for i in sorted(finite, key=lambda i: points[i]):
@@ -95,7 +97,7 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def schemes(candidates: Sequence[Candidate]) -> list[str]:
-    """Every scheme once, from the fewest bits to the most."""
+    """The candidates' schemes, each once, from the fewest bits to the most."""
     names = dict.fromkeys(c.scheme for c in candidates)
     return sorted(names, key=lambda name: min(c.bits_per_weight for c in candidates if c.scheme == name))
 
@@ -104,8 +106,8 @@ def winner(candidates: Sequence[Candidate], scheme: str) -> Verdict:
     """The winner at one scheme, where all spend about the same bits: the lowest mean KL to the original.
 
     Ties go to fewer bytes, then to the first listed; a KL that is NaN comes last. `sigmas` is the difference to the
-    runner-up, the second lowest, in standard errors √(a² + b²), as if the two were independent. Both are measured on the
-    same text, and share its hard windows, so the true error is smaller. Raises InputError if no candidate has that scheme.
+    runner-up in standard errors √(a² + b²), as if the two were independent. Both are measured on the same text, so the true
+    error of the difference is smaller. Raises InputError if no candidate has that scheme.
     """
     here = [i for i, c in enumerate(candidates) if c.scheme == scheme]
     if not here:
@@ -119,12 +121,12 @@ def winner(candidates: Sequence[Candidate], scheme: str) -> Verdict:
 
 
 def _cost(c: Candidate) -> float:
-    """The KL that candidates are ordered by."""
+    """The KL by which candidates are ordered; infinite where it is NaN."""
     return math.inf if math.isnan(c.kl_mean) else c.kl_mean
 
 
 def _sigmas(a: Candidate, b: Candidate) -> float:
-    """How many standard errors b's KL lies above a's; no number of them reaches a KL that is not finite."""
+    """How many standard errors b's KL is above a's; infinite if b's KL is not finite."""
     if math.isfinite(a.kl_mean) and not math.isfinite(b.kl_mean):
         return math.inf
     difference, error = b.kl_mean - a.kl_mean, math.hypot(a.kl_stderr, b.kl_stderr)
@@ -134,7 +136,7 @@ def _sigmas(a: Candidate, b: Candidate) -> float:
 
 
 def number(value: float) -> str:
-    """A number that is not negative to three significant digits; a dash for what is not known."""
+    """A non-negative number to three significant digits; a dash if it is unknown."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞"
     value = float(f"{value:.3g}")
@@ -152,7 +154,7 @@ def _bytes(value: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A logarithmic axis: `low` is drawn at pixel `start`, `high` at `end`; what is not finite at `end`, 0 at `zero`."""
+    """A logarithmic axis: `low` is drawn at pixel `start`, `high` at `end`, non-finite values at `end`, 0 at `zero`."""
 
     low: float
     high: float
@@ -171,7 +173,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], pads: tuple[float, float], start: float, end: float, zero: float) -> Axis:
-    """An axis over all values above 0, wider by shares of its length; one value alone gets a factor of 2 either way."""
+    """An axis over all values above 0, padded by shares of its length; a single value gets a factor of 2 either way."""
     known = [value for value in values if math.isfinite(value) and value > 0] or [1e-3, 1]
     low, high = min(known), max(known)
     low, high = (low / 2, high * 2) if high < 1.001 * low else (low, high)
@@ -179,7 +181,7 @@ def axis(values: Sequence[float], pads: tuple[float, float], start: float, end: 
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """A few round numbers from low to high, for a logarithmic axis: decades if they are three, else finer and finer."""
+    """Ticks for a logarithmic axis: decades if there are at least three, else finer steps."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for marks in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         found = [float(f"{mark}e{e}") for e in decades for mark in marks if low <= float(f"{mark}e{e}") <= high]
@@ -192,7 +194,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a plot, with the ends of its error bar where the error is known; or a tick with its text."""
+    """A point of a plot, with the ends of its error bar if the error is known; or a tick with its text."""
 
     x: float
     y: float
@@ -202,7 +204,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """Size against a cost, in pixels: `points` are in the candidates' order, `front` in that of size."""
+    """A plot of size against a cost, in pixels: `points` in the candidates' order, `front` in order of size."""
 
     points: list[Mark]
     original: Mark
@@ -212,9 +214,9 @@ class Plot:
 
 
 def plot(candidates: Sequence[Candidate], original: Original, cost: str, stderr: str, base: float) -> Plot:
-    """Size against the fields `cost` ± 2 `stderr`. `base` is the original's cost; if it is 0, there is a place for 0.
+    """Plot size against the fields `cost` ± 2 `stderr`. `base`: the original's cost; if it is 0, the axis has a place for 0.
 
-    Else the axis ends at three times the original's: the rest, and what is not finite, stands on its edge under an arrow.
+    Otherwise the axis ends at three times the original's cost: larger and non-finite values are drawn at its edge.
     """
     pairs = [(getattr(c, cost), 2 * getattr(c, stderr)) for c in candidates]
     bottom, pads = (ZERO, (0.1, 0.05)) if base else (BOTTOM, (0.05, 0.05))
@@ -234,7 +236,7 @@ def plot(candidates: Sequence[Candidate], original: Original, cost: str, stderr:
 
 
 def _sizes(x: Axis, original: Original) -> list[Mark]:
-    """Ticks of bits per weight, with the bytes that they amount to, far enough from each other to be read."""
+    """Ticks of bits per weight, with their bytes, far enough apart to be read."""
     bits = [float(tick) for tick in BITS if x.low <= tick <= x.high]
     marks: list[Mark] = []
     for tick in bits if len(bits) > 2 else ticks(x.low, x.high):
@@ -244,7 +246,9 @@ def _sizes(x: Axis, original: Original) -> list[Mark]:
     return marks
 
 
-Place = tuple[bool, str, int, str]  # outside of any block, what the blocks are called, which one, the kind of matrix
+Place = tuple[
+    bool, str, int, str
+]  # outside all blocks?, name of the list of blocks, number of the block, kind of matrix
 
 
 def _place(module: str) -> Place:
@@ -259,7 +263,7 @@ def _place(module: str) -> Place:
 
 
 def heat(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Losses for the script: block by block (rows), kind by kind (columns), one flat list of cells a candidate.
+    """Data of the heat map: blocks (rows), kinds of matrices (columns), and one flat list of cells for each candidate.
 
     A cell is None, a loss, or [mean, count, worst, its module] where a block has several of a kind, such as experts.
     """
@@ -279,14 +283,14 @@ def heat(candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _cell(here: list[tuple[float, str]]) -> Any:
-    """What is not finite becomes None: JSON has no word for it."""
+    """A cell of the heat map; non-finite losses become None, since JSON has no NaN."""
     mean = sum(loss for loss, _ in here) / len(here)
     known = mean if math.isfinite(mean) else None
     return known if len(here) == 1 or known is None else [mean, len(here), *max(here)]
 
 
 def best(candidates: Sequence[Candidate]) -> set[tuple[int, str]]:
-    """(index, field) of the best values of each scheme: of KL, its tail and perplexity the lowest, of top 1 the highest."""
+    """(index, field) of the best values at each scheme: lowest KL, KL tail and perplexity, highest top 1."""
     found = set()
     for scheme in schemes(candidates):
         here = [(i, c) for i, c in enumerate(candidates) if c.scheme == scheme]
@@ -297,7 +301,7 @@ def best(candidates: Sequence[Candidate]) -> set[tuple[int, str]]:
 
 
 def _names(candidates: Sequence[Candidate]) -> list[str]:
-    """The methods, with where their statistics are from if a method comes with several."""
+    """Names of the candidates' methods, with the kind of statistics where a method occurs with both."""
     kinds = defaultdict(set)
     for c in candidates:
         kinds[c.method].add(c.statistics)
@@ -305,7 +309,7 @@ def _names(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _markers(candidates: Sequence[Candidate]) -> dict[str, tuple[int, int]]:
-    """Each method's colour and shape, in order of appearance; together they do not repeat for 42 methods."""
+    """Each method's colour and shape, in order of appearance; pairs do not repeat for 42 methods."""
     others = [method for method in dict.fromkeys(c.method for c in candidates) if method != RTN]
     return {RTN: (0, 0)} | {m: (1 + i % (COLOURS - 1), 1 + i % (SHAPES - 1)) for i, m in enumerate(others)}
 
@@ -313,7 +317,7 @@ def _markers(candidates: Sequence[Candidate]) -> dict[str, tuple[int, int]]:
 def headline(
     verdicts: list[Verdict], candidates: list[Candidate], names: list[str]
 ) -> dict[tuple[Any, ...], list[str]]:
-    """The page's first sentence: (a candidate of the winning method, what it does, a reservation) -> at which schemes."""
+    """The page's first sentence: (a candidate of the winning method, verb, reservation) -> schemes where that holds."""
     found: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for v in verdicts:
         does, but = "wins", ""
@@ -336,9 +340,11 @@ def page(
     notes: list[str],
     command: str,
 ) -> str:
-    """A whole HTML document. InputError if there is no candidate."""
+    """The whole HTML document. InputError if there is no candidate."""
     if not candidates:
-        raise InputError("nothing to compare", where=model, remedy="name at least one scheme and one method")
+        raise InputError(
+            "nothing to compare", where=model, remedy="name at least one of each: --schemes int4-g128 --methods gptq"
+        )
     verdicts = [winner(candidates, scheme) for scheme in schemes(candidates)]
     order = {verdict.scheme: place for place, verdict in enumerate(verdicts)}
     names = _names(candidates)

@@ -1,9 +1,9 @@
-"""What the float model predicts of a text, on disk, so that many candidates can be judged without it.
+"""The float model's predictions on a text, on disk, so that many candidates can be evaluated without running it again.
 
-For each token the `TOP` most likely next ones with their log-probabilities, and what is left for all others together;
-and −log p of the one that came, for the float model's own perplexity.
-KL(p ‖ q) over these TOP + 1 events is a lower bound of that over the vocabulary (merging events never adds divergence), and
-misses what p and q differ by among unlikely tokens: see docs/log.md for how little that is.
+For each token: the `TOP` most likely next tokens with their log-probabilities, the probability of all others together, and
+−log p of the actual next token, for the float model's own perplexity.
+KL(p ‖ q) over these TOP + 1 events is a lower bound of KL over the vocabulary (merging events never raises it); it misses
+differences among unlikely tokens, which are small: see docs/log.md.
 """
 
 import json
@@ -21,7 +21,7 @@ TOP = 512
 
 @dataclass(frozen=True)
 class Compared:
-    """What a reference makes of some tokens [n]: KL(reference ‖ model) in nats, whether the top 1 agrees, its own −log p."""
+    """Comparison with a reference, by token [n]: KL(reference ‖ model) in nats, top-1 agreement, the reference's −log p."""
 
     kl: Tensor
     same: Tensor
@@ -29,7 +29,7 @@ class Compared:
 
 
 class Predictions:
-    """The predictions for one text, in pieces as they were computed; complete only after `finish`."""
+    """The stored predictions on one text, in pieces as they were computed; complete only after `finish`."""
 
     def __init__(self, folder: Path, text: str) -> None:
         """text: a hash of the tokens."""
@@ -37,7 +37,7 @@ class Predictions:
 
     @property
     def complete(self) -> bool:
-        """Whether all pieces are there."""
+        """Whether all pieces have been written."""
         return (self.folder / f"{self.stem}.json").is_file()
 
     def begin(self) -> None:
@@ -46,24 +46,26 @@ class Predictions:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, begin: int, log_p: Tensor, nll: Tensor) -> None:
-        """Keep what is predicted for the tokens from number `begin` on, log_p [n, V], and −log p of what came, nll [n]."""
+        """Store predictions log_p [n, V] of the tokens from number `begin` on, and −log p of the actual tokens, nll [n]."""
         top = log_p.topk(min(TOP, log_p.shape[1]), dim=-1)
         tensors = {"log_p": top.values.to(torch.float32), "token": top.indices.to(torch.int32), "nll": nll}
         write_shard(self._piece(begin), tensors)
 
     def finish(self, tokens: int) -> None:
-        """All pieces are written."""
+        """Mark the predictions as complete."""
         write_file(self.folder / f"{self.stem}.json", json.dumps({"tokens": tokens, "top": TOP}).encode())
 
     def against(self, begin: int, log_q: Tensor) -> Compared:
-        """The reference beside log_q [n, V], for the piece that begins at `begin`.
+        """Compare log_q [n, V] with the reference, for the piece that begins at token `begin`.
 
         CheckpointError for a piece that is missing, damaged or of another length.
         """
         piece = Checkpoint(self.folder, only=self._piece(begin))
         log_p, token = piece.read("log_p"), piece.read("token").long()
         if len(log_p) != len(log_q):
-            raise CheckpointError(f"{len(log_p)} predictions for {len(log_q)} tokens", where=str(self._piece(begin)))
+            message = f"{len(log_p)} predictions for {len(log_q)} tokens"
+            remedy = "delete that directory of predictions and run again"
+            raise CheckpointError(message, where=str(self._piece(begin)), remedy=remedy)
         log_q_top = log_q.gather(-1, token)
         kl = (log_p.exp() * (log_p - log_q_top)).sum(-1)
         if log_p.shape[1] < log_q.shape[1]:
@@ -76,5 +78,5 @@ class Predictions:
 
 
 def _rest(log_top: Tensor) -> Tensor:
-    """The probability of all tokens that are not among the top, [n]."""
+    """The probability of all tokens outside the top, [n]."""
     return (1 - log_top.double().exp().sum(-1)).clamp(min=1e-12).float()

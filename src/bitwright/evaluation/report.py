@@ -1,4 +1,4 @@
-"""Tables of what was done and what it cost, for a terminal or for Markdown."""
+"""Tables of ledgers, comparisons and evaluations, for a terminal or for Markdown."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table: text to the left, numbers to the right."""
+    """A rich table, text aligned to the left, numbers to the right."""
     made = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
@@ -36,7 +36,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ledger_table(ledger: Sequence[Entry]) -> Table:
-    """One line for each kind of tensor and what was done with it: count, megabytes, mean loss beside RTN's."""
+    """A row for each kind of tensor and what was done with it: count, megabytes, mean loss beside RTN's."""
     kinds: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in ledger:
         kind = ".".join(part for part in entry.name.split(".")[-3:-1] if not part.isdigit()) or entry.name
@@ -44,17 +44,24 @@ def ledger_table(ledger: Sequence[Entry]) -> Table:
         what = entry.scheme + inputs if entry.action == QUANTIZED else f"{entry.action}: {entry.reason}"
         kinds[(kind, what)].append(entry)
     rows = [
-        (kind, str(len(entries)), what, f"{sum(e.bytes for e in entries) / 1e6:.2f}", _mean([e.loss for e in entries]),
-         _mean([e.loss_rtn for e in entries]), str(sum(bool(e.fallback) for e in entries) or ""))
+        (
+            kind,
+            str(len(entries)),
+            what,
+            f"{sum(e.bytes for e in entries) / 1e6:.2f}",
+            _mean([e.loss for e in entries]),
+            _mean([e.loss_rtn for e in entries]),
+            str(sum(bool(e.fallback) for e in entries) or ""),
+        )
         for (kind, what), entries in kinds.items()
-    ]  # fmt: skip
+    ]
     return table("What happened to every tensor", ("tensors", "count", "scheme", "MB", "loss", "RTN's", "worse"), rows)
 
 
 def comparison_table(original: Original, candidates: Sequence[Candidate]) -> Table:
-    """What each method costs at each scheme: the best of each scheme marked, and what else nothing beats in size and KL.
+    """A row for each method and scheme; the best of each scheme and the Pareto front of size and KL are marked.
 
-    A star: statistics taken block by block, on what the quantized blocks before give.
+    A star: sequential statistics, taken behind the quantized blocks before.
     """
     header = ("scheme", "method", "bits", "perplexity", "KL", "top-1", "seconds", "")
     perplexity = f"{original.perplexity:.2f} ± {original.perplexity_stderr:.2f}"
@@ -88,10 +95,17 @@ def evaluation_table(found: "Sequence[Evaluation]") -> Table:
         ]
         return table("Evaluation", ("text", "tokens", "perplexity"), rows)
     beside = [
-        (name, with_error(one.perplexity, None, 2), with_error(one.perplexity_ratio, None, 4), with_error(one.kl_mean, None, 5),
-         with_error(one.kl_p99, None, 4), with_error(one.kl_p999, None, 4), f"{100 * (one.top1 or 0):.1f} %")
+        (
+            name,
+            with_error(one.perplexity, None, 2),
+            with_error(one.perplexity_ratio, None, 4),
+            with_error(one.kl_mean, None, 5),
+            with_error(one.kl_p99, None, 4),
+            with_error(one.kl_p999, None, 4),
+            f"{100 * (one.top1 or 0):.1f} %",
+        )
         for name, one in zip(names, found, strict=True)
-    ]  # fmt: skip
+    ]
     header = ("text", "perplexity", "ratio", "KL", "99 %", "99.9 %", "top-1")
     return table("Beside the reference: KL's mean and quantiles in nats a token", header, beside)
 

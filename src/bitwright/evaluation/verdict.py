@@ -1,4 +1,4 @@
-"""What an evaluation says, in words: how much was lost, and what cannot be told from it."""
+"""An evaluation in words: how much was lost, and what the figures cannot tell."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from bitwright.evaluation.evaluate import Evaluation
 
 
-# Mean KL below so many nats a token, and what that means for a model's use.
+# Upper bound of mean KL in nats a token, and what that means for the model's use.
 BANDS = (
     (0.01, "practically lossless"),
     (0.05, "very good"),
@@ -21,12 +21,12 @@ ALONE = "Perplexity alone does not tell what was lost: give the original as --re
 
 
 def band(kl: float) -> str:
-    """What a mean KL means; not finite is poor, too."""
+    """The verdict on a mean KL; poor if it is not finite."""
     return next((words for below, words in BANDS if kl < below), BANDS[-1][1])
 
 
 def verdict(found: "Sequence[Evaluation]") -> list[str]:
-    """Sentences about texts that were judged together: one for each and how to read them, if there was a reference."""
+    """Sentences about texts evaluated together: one for each text and how to read them; none without a reference."""
     if any(one.kl_mean is None for one in found):
         return [ALONE]
     steps = [f"below {below:g} {words}" for below, words in BANDS[:-1]]
@@ -35,7 +35,7 @@ def verdict(found: "Sequence[Evaluation]") -> list[str]:
 
 
 def _sentence(one: "Evaluation", kl: float) -> str:
-    """One text's outcome."""
+    """The sentence about one text."""
     own = with_error(one.perplexity, one.perplexity_stderr, 2)
     theirs = with_error(one.reference_perplexity, one.reference_perplexity_stderr, 2)
     ratio = with_error(one.perplexity_ratio, one.perplexity_ratio_stderr, 4)
@@ -55,11 +55,11 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
 
 
 def _written(number: float, digits: int) -> str:
-    """A broken model's perplexity may have any size."""
+    """A number of any size, such as a broken model's perplexity."""
     return f"{number:,.{digits}f}" if abs(number) < 1e6 else f"{number:.2e}"
 
 
 def short_name(text: str, most: int = 24) -> str:
-    """A text's name for a line of a terminal: of a file without its directory, long ones with a gap in the middle."""
+    """A text's name for a terminal: a file without its directory, a long one shortened in the middle."""
     name = Path(text).name
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Safetensors shards on disk: headers checked before they are believed, tensors read one by one, files written atomically.
+"""Safetensors files: checked headers, tensors read one by one, atomic writes; which tensor goes into which file.
 
 Imports: errors, system.
 """

@@ -1,14 +1,14 @@
 """Safetensors checkpoints: an index of a directory's tensors, lazy reads, atomic writes.
 
 Tensors are read with plain file reads, not memory maps: mapped pages count as this process's memory, and a checkpoint
-larger than memory must stay on the disk. Headers are checked against the file's size before anything is believed.
+larger than memory must stay on the disk. Headers are checked against the file's size before they are used.
 """
 
 import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from bitwright.errors import CheckpointError, OutputError
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-Spec = tuple[torch.dtype, tuple[int, ...]]  # a tensor to come: type and shape
+Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor yet to be written: type and shape
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # the format's own limit
@@ -33,16 +33,21 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: file, first byte, type and shape."""
+    """Where a tensor is stored: file, offset of its first byte, type and shape.
+
+    stored, take: of a part of a larger tensor, the shape of what is read, and the function that takes this one from it.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stored: tuple[int, ...] | None = None
+    take: Callable[[Tensor], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
+        """Size of the data in bytes."""
         return self.dtype.itemsize * count(self.shape)
 
 
@@ -58,50 +63,57 @@ class Checkpoint:
     """The tensors of a directory of safetensors files, by name."""
 
     def __init__(self, folder: Path, *, only: Path | None = None) -> None:
-        """Reads headers only, of all files that belong together or of `only` one.
+        """Read the headers, of all files that belong together or of `only` one.
 
-        Raises CheckpointError for a directory, index or file that is not what it should be.
+        Raises CheckpointError for a missing directory, a damaged index or file, and a tensor missing or stored twice.
         """
         self.folder = folder
         if not folder.is_dir():
-            raise CheckpointError("no such directory", where=str(folder), remedy="give a directory with a checkpoint")
+            remedy = "give a directory with config.json and model.safetensors"
+            raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
         self.tensors: dict[str, TensorInfo] = {}
         for file, wanted in sorted(({only: []} if only else _weight_files(folder)).items()):
             found = read_header(file)
             for name in wanted or found:
                 if name not in found:
-                    raise CheckpointError(f"the index promises tensor {name!r}, the file lacks it", where=str(file))
+                    message = f"the index promises tensor {name!r}, the file lacks it"
+                    raise CheckpointError(message, where=str(file), remedy="download the file and its index again")
                 if name in self.tensors:
-                    raise CheckpointError(f"tensor {name!r} is also in {self.tensors[name].file.name}", where=str(file))
+                    message = f"tensor {name!r} is also in {self.tensors[name].file.name}"
+                    raise CheckpointError(message, where=str(file), remedy="download the index again")
                 self.tensors[name] = found[name]
         if not self.tensors:
-            raise CheckpointError("the checkpoint holds no tensors", where=str(folder))
+            raise CheckpointError("the checkpoint holds no tensors", where=str(folder), remedy="download it again")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own. CheckpointError if the file is shorter than its header says."""
+        """A tensor, in memory of its own. CheckpointError if the file is shorter than its header says."""
         info = self.tensors[name]
-        data = bytearray(info.nbytes)
+        stored = info.shape if info.stored is None else info.stored
+        data = bytearray(info.dtype.itemsize * count(stored))
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
             view, got = memoryview(data), 0
-            while got < len(data) and (count := stream.readinto(view[got:])):
-                got += count
+            while got < len(data) and (more := stream.readinto(view[got:])):
+                got += more
         if got < len(data):
             raise CheckpointError(
-                f"tensor {name!r} is cut short", where=str(info.file), remedy="download the file again"
+                f"tensor {name!r} is cut short: {got} of {len(data)} bytes",
+                where=str(info.file),
+                remedy="download the file again",
             )
         if not data:
             return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        whole = torch.frombuffer(data, dtype=info.dtype).reshape(stored)
+        return whole if info.take is None else info.take(whole)
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What changes when the weights do: each file's name, size and time of change."""
+        """Each file's name, size and time of change: different as soon as the weights are."""
         files = sorted({info.file for info in self.tensors.values()})
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Each file and the tensors that the index promises in it (none listed: whatever it holds)."""
+    """Each weight file and the tensors that the index lists for it; an empty list: all that the file holds."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         try:
@@ -109,10 +121,14 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
             files: dict[Path, list[str]] = {}
             for name, file in promised.items():
                 if Path(file).name != file:
-                    raise CheckpointError(f"the index points outside its directory: {file!r}", where=str(index))
+                    message = f"the index points outside its directory: {file!r}"
+                    raise CheckpointError(
+                        message, where=str(index), remedy="download the index from a source you trust"
+                    )
                 files.setdefault(folder / file, []).append(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"not a weight index: {error}", where=str(index)) from error
+            remedy = "download the index again"
+            raise CheckpointError(f"not a weight index: {error}", where=str(index), remedy=remedy) from error
         for file in files:
             if not file.is_file():
                 raise CheckpointError("a shard is missing", where=str(file), remedy="download it, or repair the index")
@@ -123,7 +139,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     if len(others) == 1:
         return {others[0]: []}
     if others:
-        raise CheckpointError(f"{len(others)} safetensors files but no {INDEX}", where=str(folder))
+        remedy = f"download {INDEX} too"
+        raise CheckpointError(f"{len(others)} safetensors files but no {INDEX}", where=str(folder), remedy=remedy)
     if any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise CheckpointError(
             "only pickled weights here; unpickling can run code, so they are never opened",
@@ -136,7 +153,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file says it holds, checked against its size and against each other."""
+    """The tensors of a safetensors file by its header, checked against the file's size and for overlaps."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -157,7 +174,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, info in sorted(found.items(), key=lambda item: item[1].offset):
         if info.offset < end:
-            raise CheckpointError(f"tensor {name!r} overlaps another", where=str(file))
+            raise CheckpointError(f"tensor {name!r} overlaps another", where=str(file), remedy="download it again")
         end = info.offset + info.nbytes
     if end > size:
         raise CheckpointError(
@@ -182,12 +199,12 @@ def _entry(file: Path, base: int, name: str, entry: dict[str, object]) -> Tensor
 
 
 def _by_width(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Tensors in the order of their data: widest type first, as alignment wants; else as they are given."""
+    """Tensors in the order of their data: widest type first, for alignment; otherwise in the given order."""
     return dict(sorted(specs.items(), key=lambda item: -item[1][0].itemsize))
 
 
 def _header(specs: Mapping[str, Spec]) -> bytes:
-    """The bytes before the data of tensors that follow one another in this order."""
+    """Length and header of a safetensors file whose tensors follow one another in this order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape) in specs.items():
@@ -200,7 +217,7 @@ def _header(specs: Mapping[str, Spec]) -> bytes:
 
 
 def spec_bytes(specs: Mapping[str, Spec]) -> int:
-    """The data of tensors of these types and shapes."""
+    """Bytes of data of tensors of these types and shapes."""
     return sum(dtype.itemsize * count(shape) for dtype, shape in specs.values())
 
 
@@ -210,7 +227,7 @@ def file_bytes(specs: Mapping[str, Spec]) -> int:
 
 
 def begin_file(file: Path, specs: Mapping[str, Spec]) -> None:
-    """A safetensors file of its full size whose data is yet to be written; until then it takes no room on the disk."""
+    """Make a sparse safetensors file: header and full size, no data yet, so that it takes no room on the disk."""
     header = _header(_by_width(specs))
     with _replacing(file) as stream:
         stream.write(header)
@@ -218,7 +235,7 @@ def begin_file(file: Path, specs: Mapping[str, Spec]) -> None:
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is there whole or not at all, one tensor after the other, no copy of them all."""
+    """Write a safetensors file atomically, one tensor after the other: no copy of all of them in memory."""
     specs = _by_width({name: (t.dtype, tuple(t.shape)) for name, t in sorted(tensors.items())})
     with _replacing(file) as stream:
         stream.write(_header(specs))
@@ -227,14 +244,14 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically: it exists complete or not at all."""
     with _replacing(file) as stream:
         stream.write(data)
 
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[BinaryIO]:
-    """Write beside, flush to the disk, rename: a crash leaves the old file or the new one, never half of one."""
+    """Write another file beside, flush it to the disk, rename it: a crash leaves the old file or the new one."""
     beside = file.with_name(file.name + ".tmp")
     with disk_errors(file):
         try:
@@ -248,13 +265,13 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Come back when the names in a directory are on the disk as they are now; where that cannot be asked for, at once."""
+    """Flush a directory's names to the disk (fsync), where the file system can do that."""
     with disk_errors(folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network file systems say
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot
                 raise
         finally:
             os.close(descriptor)
@@ -262,11 +279,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and a forbidden path into errors that say what to do."""
+    """Turn OSError (a full disk, no permission) into OutputError with a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "free some space and run the same command again: it goes on where it stopped"
             raise OutputError("the disk is full", where=str(path), remedy=remedy) from error
-        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+        remedy = "name a place that you may write to"
+        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path), remedy=remedy) from error

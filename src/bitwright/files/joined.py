@@ -1,6 +1,6 @@
-"""The tensors of many shards in one file, or in a few of 5 GB: which goes where, and bytes carried from one to the other.
+"""Many shards joined into one safetensors file, or a few of up to 5 GB: which tensor goes where, and copying its bytes.
 
-Names and cuts are those of transformers: model.safetensors, or model-00001-of-00003.safetensors and an index.
+File names and sizes are those of transformers: model.safetensors, or model-00001-of-00003.safetensors and an index.
 """
 
 import zlib
@@ -11,11 +11,11 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Spec, TensorInfo, spec_bytes
 
 MAX_BYTES = 5_000_000_000  # of the tensors in one file
-PIECE = 1 << 20  # bytes in memory
+PIECE = 1 << 20  # bytes copied at a time
 
 
 def joined(shards: Iterable[Mapping[str, Spec]]) -> dict[str, dict[str, Spec]]:
-    """File name -> its tensors: shard after shard, by name within one. A new file begins where one more would be too much."""
+    """File name -> its tensors: shard after shard, by name within one; a new file begins before `MAX_BYTES` are exceeded."""
     files: list[dict[str, Spec]] = [{}]
     size = 0
     for shard in shards:
@@ -32,7 +32,7 @@ def joined(shards: Iterable[Mapping[str, Spec]]) -> dict[str, dict[str, Spec]]:
 
 
 def copy_tensor(source: TensorInfo, stream: BinaryIO, to: TensorInfo) -> int:
-    """Write a tensor's bytes to its place in another file, open as `stream`. Gives the checksum of what was read."""
+    """Copy a tensor's bytes to its place in another file, open as `stream`; their CRC-32."""
     stream.seek(to.offset)
     found = 0
     for piece in _pieces(source):
@@ -50,13 +50,14 @@ def checksum(info: TensorInfo) -> int:
 
 
 def _pieces(info: TensorInfo) -> Iterator[bytes]:
-    """A tensor's bytes, some at a time. CheckpointError if the file ends before they do."""
+    """A tensor's bytes, `PIECE` at a time. CheckpointError if the file is too short."""
     left = info.nbytes
     with info.file.open("rb", buffering=0) as stream:
         stream.seek(info.offset)
         while left:
             piece = stream.read(min(left, PIECE))
             if not piece:
-                raise CheckpointError("the file was cut short while it was read", where=str(info.file))
+                remedy = "run the same command again with --restart"
+                raise CheckpointError("the file was cut short while it was read", where=str(info.file), remedy=remedy)
             left -= len(piece)
             yield piece

@@ -6,18 +6,22 @@ What writes a format and what reads it back share no code. Imports: errors, nume
 from pathlib import Path
 
 from bitwright.errors import FormatError, one_of
-from bitwright.formats.awq import Awq
-from bitwright.formats.bitsandbytes import BitsAndBytes
+from bitwright.formats.auto_round import AutoRound
+from bitwright.formats.awq_writer import AwqWriter
+from bitwright.formats.bitsandbytes_writer import BitsAndBytesWriter
 from bitwright.formats.compressed_tensors import CompressedTensors
-from bitwright.formats.format import Format, Layer, Reader
+from bitwright.formats.format import CheckpointReader, Format, Layer
+from bitwright.formats.fp8 import Fp8
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
+from bitwright.formats.mxfp4 import Mxfp4
 from bitwright.formats.native import Native
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Gptq(), Gguf(), Native())}
-READERS: tuple[Reader, ...] = (*FORMATS.values(), Awq(), BitsAndBytes())
+_ENGINES, _OWN = (CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter()), Native()
+FORMATS: dict[str, Format] = {f.name: f for f in (*_ENGINES, Gguf(), _OWN)}
+READERS: tuple[CheckpointReader, ...] = (*_ENGINES, _OWN, AutoRound(), Fp8(), Mxfp4())
 
-SCHEMES = {"gguf": "q4_k_m"}  # where none is asked for
+SCHEMES = {"gguf": "q4_k_m", "awq": "int4-g128-asym", "bitsandbytes": "nf4-g64-dq"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
 
 
@@ -37,7 +41,7 @@ def chosen(
 
     FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
     """
-    file = out.suffix == ".gguf"
+    file = out.suffix.lower() == ".gguf"
     name = format_named(format_name or ("gguf" if file else "compressed-tensors")).name
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"
@@ -45,4 +49,4 @@ def chosen(
     return name, scheme or SCHEMES.get(name, SCHEME), method or (ONE_SHOT if one_shot else METHOD)
 
 
-__all__ = ["FORMATS", "READERS", "Format", "Layer", "Reader", "chosen", "format_named"]
+__all__ = ["FORMATS", "READERS", "CheckpointReader", "Format", "Layer", "chosen", "format_named"]

@@ -5,11 +5,12 @@ qzeros  [G, N/8]  zero points, likewise
 scales  [G, N]    float16; w = (code − zero) · scale
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
@@ -25,6 +26,15 @@ class Awq:
 
     name = "awq"
     method = "awq"
+    parts = frozenset(("qweight", "qzeros", "scales"))
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "qweight" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Reader.input_quantization`."""
@@ -50,7 +60,7 @@ class Awq:
 
 def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int:
     """How many inputs share a scale. FormatError for what is not AWQ's GEMM layout in 4 bits."""
-    version = str(config.get("version", "gemm")).lower()
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or config.get("bits", config.get("w_bit")) != 4:
         found = f"version {version!r} with {config.get('bits', config.get('w_bit'))} bits"
         raise FormatError(f"AWQ's {found} is not read here", where=name, remedy="gemm with 4 bits")

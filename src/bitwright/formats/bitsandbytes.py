@@ -1,17 +1,25 @@
-"""bitsandbytes' 4-bit checkpoints (NF4, QLoRA's double quantization included), read.
+"""bitsandbytes' checkpoints, read: NF4 and FP4 (QLoRA's double quantization included), and LLM.int8().
 
-weight              uint8 [N·K/2, 1]: codes of all weights row by row, two in a byte, the first in the high half
+NF4, FP4:
+weight              [N·K/2 bytes, 1] in any type (bnb_4bit_quant_storage): codes of all weights row by row, two in a byte,
+                    the first in the high half
 weight.absmax       [blocks] float32; or uint8, with weight.nested_absmax, weight.nested_quant_map: one number for 256 of them
 weight.quant_map    [16] float32
-weight.quant_state.bitsandbytes__nf4  a JSON object as bytes: shape, blocksize, nested_offset, nested_blocksize, …
+weight.quant_state.bitsandbytes__nf4  (or __fp4) a JSON object as bytes: shape, blocksize, nested_offset, nested_blocksize, …
+
+LLM.int8() (load_in_8bit):
+weight              int8 [N, K]
+SCB                 [N] the largest magnitude of each row: w = code · SCB / 127
+weight_format       uint8: 0, the order of the rows
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.formats.format import Read, recovered
@@ -19,53 +27,89 @@ from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, GROUPS, Scheme
 
-STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE, FP4_STATE = "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"
+FOUR_BITS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE, FP4_STATE)
+SCB, ORDER = "SCB", "weight_format"
+THRESHOLD = 6.0  # magnitude from which LLM.int8() multiplies a channel in float, where the config does not say
+INPUTS = Scheme("int8", "token", "sym", "f32")
 
 
 class BitsAndBytes:
-    """NF4 in blocks of neighbours in memory."""
+    """NF4 and FP4 in blocks of neighbours in memory; integers of 8 bits by row."""
 
     name = "bitsandbytes"
     method = "bitsandbytes"
+    parts = frozenset(("weight", *FOUR_BITS, SCB, ORDER))
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight.absmax" in dtypes or (SCB in dtypes and dtypes.get("weight") == torch.int8)
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
-        """See `Reader.input_quantization`."""
-        return None
+        """See `Reader.input_quantization`: LLM.int8() rounds inputs by token, but for channels that hold large values."""
+        if read(SCB) is None:
+            return None
+        threshold = config.get("llm_int8_threshold", THRESHOLD)
+        return InputQuantization(INPUTS, threshold=float(threshold))
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Reader.decode`."""
+        if SCB in tensors:
+            return tensors["weight"].float() * _row_scales(tensors, name)
         state = _state(tensors, name)
         N, K = state["shape"]
-        octets = tensors["weight"].numpy().reshape(-1)
+        octets = tensors["weight"].reshape(-1).view(torch.uint8).numpy()
         codes = np.stack([octets >> 4, octets & 15], 1).reshape(-1)
         scale = np.repeat(_absmax(tensors, state), state["blocksize"])[: N * K]
         w = tensors["weight.quant_map"].float().numpy()[codes[: N * K]] * scale
         return torch.from_numpy(w.reshape(N, K))
 
-    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """See `Reader.quantized`. FormatError also where a block runs on into the next row."""
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
+        """See `Reader.quantized`; None for FP4, whose smallest number no grid here has, and blocks that run on into the next
+        row."""
+        if SCB in tensors:
+            scales = Scales(_row_scales(tensors, name))
+            return recovered(self.decode(config, name, tensors), Scheme("int8", "channel", "sym", "f32"), scales, name)
         state = _state(tensors, name)
         (N, K), length = state["shape"], state["blocksize"]
-        if K % length or length not in GROUPS:
-            raise FormatError(f"blocks of {length} do not fill rows of {K}", where=name, remedy="load it in float")
+        group = length if length in GROUPS else max(GROUPS)
+        if FP4_STATE in tensors or K % length or length % group:
+            return None
         levels = torch.tensor(GRIDS["nf4"].levels)
         if not torch.allclose(tensors["weight.quant_map"].float(), levels, rtol=0, atol=1e-6):
             raise FormatError("its 16 levels are not NF4's", where=name, remedy="bnb_4bit_quant_type nf4")
         exact = {**tensors, "weight.quant_map": levels}
-        scales = Scales(torch.from_numpy(_absmax(tensors, state)).view(N, K // length))
-        return recovered(self.decode(config, name, exact), Scheme("nf4", length, "sym", "f32"), scales, name)
+        scale = torch.from_numpy(_absmax(tensors, state)).view(N, K // length).repeat_interleave(length // group, 1)
+        scheme = Scheme("nf4", group, "sym", "f32")
+        return recovered(self.decode(config, name, exact), scheme, Scales(scale.contiguous()), name)
+
+
+def _row_scales(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """LLM.int8()'s scale of each row [N, 1]. FormatError for another order of the weights, or scales of another number."""
+    weight, scale = tensors["weight"], tensors[SCB].float().reshape(-1, 1)
+    if ORDER in tensors and tensors[ORDER].any():
+        message = f"its weights lie in an order for one kind of GPU ({ORDER} {tensors[ORDER].flatten().tolist()})"
+        raise FormatError(message, where=name, remedy="save it anew with bitsandbytes 0.45 or later")
+    if weight.ndim != 2 or len(scale) != len(weight) or weight.dtype != torch.int8 or (FOUR_BITS[0] in tensors):
+        message = f"{len(scale)} scales (SCB) are not those of weights {tuple(weight.shape)} in {weight.dtype}"
+        raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
+    return scale / 127
 
 
 def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-    """What a matrix is. FormatError for other than NF4, or sizes that do not belong together."""
-    if STATE not in tensors:
-        raise FormatError(
-            "lacks its quant_state of NF4", where=name, remedy="bnb_4bit_quant_type nf4; FP4 and int8 are not read"
-        )
+    """What a matrix of 4 bits is. FormatError for one that does not say it, or sizes that do not belong together."""
+    found = [suffix for suffix in (STATE, FP4_STATE) if suffix in tensors]
+    if len(found) != 1:
+        message = "lacks its quant_state of NF4 or FP4" if not found else "has a quant_state of NF4 and one of FP4"
+        raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
     try:
-        state = json.loads(tensors[STATE].numpy().tobytes())
+        state = json.loads(tensors[found[0]].numpy().tobytes())
         (N, K), length = state["shape"], state["blocksize"]
-        fits = N > 0 and K > 0 and length > 0 and tensors["weight"].numel() == -(-N * K // 2)
+        fits = N > 0 and K > 0 and length > 0 and tensors["weight"].nbytes == -(-N * K // 2)
         fits = fits and tensors["weight.absmax"].numel() == -(-N * K // length)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"its quant_state cannot be read: {error}", where=name, remedy="get a good copy") from error

@@ -7,22 +7,36 @@ the type transformers loads them into. Read back by the compressed-tensors libra
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import FLOAT_NAMES, Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import (
+    FLOAT_NAMES,
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme, Zero
+from bitwright.numerics.scheme import GROUPS, TENSOR, TOKEN, Scheme, Zero
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+READ = (PACKED, INT8, FP8, MXFP4, NVFP4, "naive-quantized", "mxfp8-quantized")
+PARTS = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
+    "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
 NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not packed
 
 
@@ -31,6 +45,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     method = "compressed-tensors"
+    parts = frozenset(PARTS)
     kv_cache = True
     embeddings = False
     one_file = False
@@ -46,12 +61,7 @@ class CompressedTensors:
                 where=layer.name,
                 remedy="use --format gptq",
             )
-        if isinstance(scheme.group, int) and layer.K % scheme.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {scheme.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
-            )
+        refuse_short_groups(layer)
         scheme = replace(scheme, zero="sym") if scheme.zero == "signed" else scheme
         plain = scheme.scale in ("f32", "f16", "bf16")
         return replace(layer, scheme=scheme.with_scale(FLOAT_NAMES[dtype]) if plain else scheme)
@@ -140,18 +150,31 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
 
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight_packed" in dtypes or ("weight_scale" in dtypes and dtypes.get("weight") in NARROW.values())
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`: the one config group that the library's own rule gives."""
+        _refuse_transforms(config, name)
+        group = _group_of(config, name, kind)
+        container = group.get("format") or config.get("format")
+        container = _inferred(group, kind) if container in (None, "mixed-precision") else container
+        if container not in READ:
+            remedy = f"known: {', '.join(READ)}"
+            raise FormatError(f"its container {container!r} is not read here", where=name, remedy=remedy)
+        return {**config, "format": container, "ignore": [], "config_groups": {"group_0": {**group, "targets": [name]}}}
+
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""
         found = _group_of(config, name).get("input_activations")
         if found is None:
             return None
-        strategy, dynamic = found.get("strategy"), bool(found.get("dynamic"))
-        known = (strategy == TOKEN and dynamic) or (strategy == TENSOR and not dynamic)
-        if not known or found["num_bits"] not in range(2, 9):
-            raise FormatError(f"its inputs are rounded in a way that is not computed here: {found}", where=name)
-        grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
-        scheme = Scheme(grid, strategy, "sym" if found["symmetric"] else "asym", "f32")
-        if dynamic:
+        scheme = _scheme_of_inputs(found, name)
+        if scheme.scale == "e4m3":
+            outer = read("input_global_scale")
+            return InputQuantization(scheme, outer=(torch.ones(1) if outer is None else outer.float()).view(1, 1))
+        if found["dynamic"]:
             return InputQuantization(scheme)
         scale, zero = read("input_scale"), read("input_zero_point")
         if scale is None or (zero is None and not found["symmetric"]):
@@ -165,10 +188,11 @@ class CompressedTensors:
         from compressed_tensors.compressors.base import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
+        config = self.module_config(config, name)
         group = _group_of(config, name)
-        kind = group.get("format") or config["format"]
-        _check_whole(group["weights"], name, tensors)
-        compressor = BaseCompressor.get_value_from_registry(kind)
+        _check_parts(group, name, tensors)
+        scheme_of(group["weights"], name)
+        compressor = BaseCompressor.get_value_from_registry(config["format"])
         weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
         return weight
 
@@ -178,28 +202,43 @@ class CompressedTensors:
         exact = {
             suffix: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for suffix, t in tensors.items()
         }
-        scheme = scheme_of(_group_of(config, name)["weights"], name)
-        return recovered(self.decode(config, name, exact), scheme, _scales(scheme, exact), name)
+        config = self.module_config(config, name)
+        weights = _group_of(config, name)["weights"]
+        scheme, block = scheme_of(weights, name), weights.get("block_structure") or [0]
+        return recovered(self.decode(config, name, exact), scheme, _scales(scheme, exact, block[0]), name)
 
 
-def _check_whole(weights: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
-    """CheckpointError for a module without a tensor that its config promises: the library would do without a zero point."""
-    needed = ["weight_scale", *(["weight_shape"] if "weight_packed" in tensors and weights["type"] == "int" else [])]
-    needed += [] if weights.get("symmetric", True) else ["weight_zero_point"]
-    for suffix in needed:
-        if suffix not in tensors:
-            message = f"its quantization_config promises tensor {name}.{suffix}, which is missing"
-            raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
+def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError for a module without a tensor that its config promises (the library would do without a zero point), or
+    with one that the config has no use for; zero points of zero are none."""
+    weights, inputs = group["weights"], group.get("input_activations")
+    packed = "weight_packed" in tensors
+    needed = {"weight_packed" if packed else "weight", "weight_scale"}
+    needed |= {"weight_shape"} if packed and weights["type"] == "int" else set()
+    needed |= set() if weights["symmetric"] else {"weight_zero_point"}
+    needed |= {"weight_global_scale"} if weights["strategy"] == "tensor_group" else set()
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        message = f"its quantization_config promises tensor {name}.{missing[0]}, which is missing"
+        raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
+    known = needed | ({"input_scale", "input_zero_point", "input_global_scale"} if inputs else set())
+    known |= {s for s in ("weight_zero_point", "input_zero_point") if s in tensors and not tensors[s].any()}
+    odd = sorted(tensors.keys() - known)
+    if odd:
+        message = f"tensor {name}.{odd[0]} is none that its quantization_config has a use for"
+        raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
 
 
-def _scales(scheme: Scheme, tensors: dict[str, Tensor]) -> Scales:
-    """Scales and zero points out of a module's tensors."""
+def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scales:
+    """Scales and zero points out of a module's tensors. block: how many rows share a row of scales; 0: none do."""
     given, N = (
         tensors["weight_scale"].float(),
         len(tensors["weight_packed" if "weight_packed" in tensors else "weight"]),
     )
     if scheme.scale == "e8m0":
         return Scales(torch.exp2(given - 127))
+    if block:
+        return Scales(given.repeat_interleave(block, 0)[:N].contiguous())
     if scheme.scale == "e4m3":
         return Scales(given / tensors["weight_global_scale"].float())
     scale = given.reshape(1, 1) if scheme.group == TENSOR else given.reshape(N, -1)
@@ -215,18 +254,42 @@ def scheme_of(arguments: dict[str, Any], where: str) -> Scheme:
     """The scheme of the library's QuantizationArgs for weights; undoes `arguments`. FormatError if there is none."""
     bits, kind, strategy = arguments["num_bits"], arguments["type"], arguments["strategy"]
     length = arguments.get("group_size") or 0
-    if arguments.get("actorder") in ("group", "dynamic"):
-        raise FormatError("its columns are in an order of their own (actorder)", where=where)
     zero: Zero = "sym" if arguments["symmetric"] else "asym"
+    microscaled = "uint8" in str(arguments.get("scale_dtype"))
     if kind == "int" and strategy in ("group", "channel", "tensor"):
         return Scheme(f"int{bits}", length if strategy == "group" else strategy, zero, "f32")
-    if kind == "float" and bits == 8 and strategy in ("channel", "tensor"):
-        return Scheme("fp8", strategy, "sym", "f32")
+    if kind == "float" and bits == 8 and zero == "sym":
+        if strategy in ("channel", "tensor"):
+            return Scheme("fp8", strategy, "sym", "f32")
+        if strategy == "group":
+            return Scheme("fp8", length, "sym", "e8m0" if microscaled else "f32")
+        if strategy == "block" and arguments["block_structure"][1] in GROUPS:
+            return Scheme("fp8", arguments["block_structure"][1], "sym", "f32")
     if kind == "float" and bits == 4 and (strategy, length) == ("group", 32):
         return Scheme("fp4", 32, "sym", "e8m0")
     if kind == "float" and bits == 4 and (strategy, length) == ("tensor_group", 16):
         return Scheme("fp4", 16, "sym", "e4m3")
     raise FormatError(f"its weights are rounded in a way that is not computed here: {arguments}", where=where)
+
+
+def _scheme_of_inputs(arguments: dict[str, Any], where: str) -> Scheme:
+    """The scheme of the library's QuantizationArgs for inputs. FormatError for what is not computed here."""
+    bits, kind, strategy, dynamic = (arguments[key] for key in ("num_bits", "type", "strategy", "dynamic"))
+    grid = f"int{bits}" if kind == "int" else {8: "fp8", 4: "fp4"}.get(bits, "")
+    length = arguments.get("group_size")
+    zero: Zero = "sym" if arguments["symmetric"] else "asym"
+    microscaled = "uint8" in str(arguments.get("scale_dtype"))
+    if grid and strategy == TENSOR and grid != "fp4":
+        return Scheme(grid, TENSOR, zero, "f32")
+    if grid and strategy == TOKEN and dynamic and grid != "fp4":
+        return Scheme(grid, TOKEN, zero, "f32")
+    if grid and strategy == "group" and dynamic and length in GROUPS and (microscaled or grid != "fp4"):
+        return Scheme(grid, length, zero, "e8m0" if microscaled else "f32")
+    if (grid, strategy, length, zero) == ("fp4", "tensor_group", 16, "sym") and dynamic:
+        return Scheme("fp4", 16, "sym", "e4m3")
+    message = f"its inputs are rounded in a way that is not computed here: {arguments}"
+    remedy = "inputs by token, by tensor, in groups (FP8, MXFP8, MXFP4) or as NVFP4 has them"
+    raise FormatError(message, where=where, remedy=remedy)
 
 
 def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:
@@ -245,12 +308,61 @@ def _input_tensors(inputs: Scales | None, dtype: torch.dtype) -> dict[str, Tenso
     return {"input_scale": inputs.scale.reshape(1).to(dtype), **zero}
 
 
-def _group_of(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The config group of one module."""
-    for group in config["config_groups"].values():
-        if name in group["targets"] or "Linear" in group["targets"]:
-            return dict(group)
-    raise FormatError("no config group covers this module", where=name)
+def _group_of(config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+    """The config group of one module of a class, all that the library would infer filled in: a module's name counts before
+    regular expressions, those before classes. FormatError if no group covers it, or it is to be ignored."""
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+    from compressed_tensors.utils.match import is_match, match_targets
+
+    module = kind.__new__(kind)  # without its parts: only its class is looked at
+    groups = {target: (key, group) for key, group in config["config_groups"].items() for target in _targets(group)}
+    found = match_targets(name, module, groups)
+    if not found:
+        remedy = "get a good copy of the checkpoint"
+        raise FormatError("it is quantized in the file, and no config group covers it", where=name, remedy=remedy)
+    if is_match(name, module, config.get("ignore") or []):
+        message = "it is quantized in the file, and its quantization_config says that it is not (ignore)"
+        raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
+    key, group = groups[found[0]]
+    try:
+        parsed = preset_name_to_scheme(key, group) if isinstance(group, list) else QuantizationScheme(**group)
+    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise FormatError(f"its config group cannot be read: {error}", where=name) from error
+    said: dict[str, Any] = parsed.model_dump(mode="python")
+    if said["weights"] is None or said["output_activations"] is not None:
+        what = (
+            "outputs are rounded, which"
+            if said["weights"]
+            else "weights are in float by its config group, and packed in the file:"
+        )
+        raise FormatError(f"its {what} is not computed here", where=name)
+    return said
+
+
+def _inferred(group: dict[str, Any], kind: type[nn.Module]) -> str:
+    """The container that the library would choose for a module of a class."""
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationScheme
+
+    return str(infer_module_format(kind, QuantizationScheme(**group)).value)
+
+
+def _targets(group: dict[str, Any] | list[str]) -> list[str]:
+    """The targets of a config group; of a preset of the library's they are all that is said."""
+    return group if isinstance(group, list) else list(group.get("targets") or [])
+
+
+def _refuse_transforms(config: dict[str, Any], name: str) -> None:
+    """FormatError for files that hold less, or mean more, than codes under scales."""
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        message = f"weights that are sparse as well ({sparsity}) are not read here"
+        raise FormatError(
+            message, where=name, remedy="decompress it with compressed-tensors 0.14, or take the original"
+        )
+    if (config.get("transform_config") or {}).get("config_groups"):
+        message = "rotations (transform_config) are not computed here, and its weights mean nothing without"
+        raise FormatError(message, where=name, remedy="use it with vLLM, or quantize the original")
 
 
 def _container(layer: Layer) -> str:
@@ -274,7 +386,8 @@ def _container(layer: Layer) -> str:
     raise FormatError(
         f"compressed-tensors has no container for {s}",
         where=layer.name,
-        remedy="int2 to int8 (sym or asym), ternary, fp8-channel, fp8-tensor, mxfp4, nvfp4",
+        remedy="--format bitwright, which holds every scheme; here int2 to int8 (sym or asym), ternary, fp8-channel, "
+        "fp8-tensor, mxfp4 or nvfp4",
     )
 
 

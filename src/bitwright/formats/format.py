@@ -1,18 +1,18 @@
 """What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.numerics.codec import code_dtype, decode, encode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
-from bitwright.numerics.scheme import Scheme
+from bitwright.numerics.scheme import CHANNEL, GROUPS, Scheme
 
 Read = Callable[[str], Tensor | None]
 WEIGHTS_AT_ONCE = 1 << 22  # looked at together when codes are taken out of a file
@@ -58,10 +58,26 @@ class Reader(Protocol):
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
 
-    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives.
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
+        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives. None: no scheme here has
+        such codes, so it is computed in float.
 
         FormatError for a layout that codes cannot be told from.
+        """
+
+
+class CheckpointReader(Reader, Protocol):
+    """A reader of directories with a quantization_config: which tensors are a module's, what is said of it."""
+
+    parts: frozenset[str]  # suffixes of the module's name that it reads; any other tensor has no reader
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Whether a module with tensors of these suffixes and types is a quantized one."""
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """What a quantization_config says of one module of a class: a config of it alone, which `decode` takes too.
+
+        FormatError if it says nothing of it, or that it is kept in float.
         """
 
 
@@ -119,3 +135,24 @@ def refuse_decomposed(layer: Layer, format_name: str) -> None:
     if layer.outliers or layer.rotate:
         what = "input channels kept in float" if layer.outliers else "a rotation of the inputs at run time"
         raise FormatError(f"{format_name} has no place for {what}", where=layer.name, remedy="use --format bitwright")
+
+
+def refuse_rounded_inputs(layer: Layer, format_name: str) -> None:
+    """FormatError for a layer whose inputs are to be rounded, in a format that cannot say so."""
+    if layer.activations is not None:
+        remedy = "use compressed-tensors, or leave out --activations"
+        raise FormatError(f"{format_name} files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
+
+
+def refuse_short_groups(layer: Layer) -> None:
+    """FormatError for a matrix whose K inputs are no whole groups, with a scheme that fits it."""
+    scheme = layer.scheme
+    if not isinstance(scheme.group, int) or layer.K % scheme.group == 0:
+        return
+    fitting = next((g for g in reversed(GROUPS) if g < scheme.group and layer.K % g == 0), CHANNEL)
+    remedy = f"--scheme {replace(scheme, group=fitting)}"
+    if scheme.scale not in FLOAT_NAMES.values():  # MXFP4 and the like have one group
+        remedy = "another scheme, such as --scheme int4-g32"
+    message = f"K = {layer.K} is not a multiple of the group of {scheme.group}"
+    remedy = f'{remedy}, or a recipe that keeps this matrix (scheme = "keep")'
+    raise FormatError(message, where=layer.name, remedy=remedy)

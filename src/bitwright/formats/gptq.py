@@ -1,35 +1,56 @@
-"""GPTQ v1: the layout that GPTQModel, transformers and vLLM read.
+"""GPTQ: the layout that GPTQModel, transformers and vLLM read.
 
 qweight [K·b/32, N]  unsigned codes packed along K, eight 4-bit codes a word (3-bit codes straddle words)
-qzeros  [G, N·b/32]  zero point − 1, packed along N: v1's convention, so the lowest code cannot be a zero point ("asym1")
+qzeros  [G, N·b/32]  zero points, packed along N. v1 ("checkpoint_format": "gptq", or nothing) has each zero point − 1, so
+                     the lowest code cannot be one ("asym1"); v2 ("gptq_v2") has them as they are
 scales  [G, N]       float16
-g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act)
+g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act);
+                     missing: k // g
+
+Symmetric files are written as version 1, which everyone reads; others as version 2: of version 1 GPTQModel takes asymmetric
+files from itself alone.
+
+GPTQModel's `dynamic` says otherwise for some modules: {"-:regex": {}} keeps them in float, {"+:regex": {bits, group_size, …}}
+(or no sign) stores them so; the first that matches from the start of the module's name counts.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
-from bitwright.formats.format import Layer, Read, differing, recovered, refuse_decomposed
+from bitwright.formats.format import (
+    Layer,
+    Read,
+    differing,
+    recovered,
+    refuse_decomposed,
+    refuse_rounded_inputs,
+    refuse_short_groups,
+)
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import Scheme, Zero
+from bitwright.numerics.scheme import GROUPS, Scheme
 
 BITS = (2, 3, 4, 8)
-STORED: dict[str, Zero] = {"asym": "asym1", "signed": "sym"}  # as the format has it
+VERSIONS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format
+SAID_BY_MODULE = ("bits", "group_size", "sym", "desc_act", "mse", "pack_dtype")  # what `dynamic` may say otherwise
 
 
 class Gptq:
-    """Integers of 2, 3, 4 or 8 bits, one scheme for the whole file."""
+    """Integers of 2, 3, 4 or 8 bits; one scheme for the whole file in what is written."""
 
     name = "gptq"
     method = "gptq"
+    parts = frozenset(("qweight", "qzeros", "scales", "g_idx"))
     kv_cache = False
     embeddings = False
     one_file = False
@@ -41,25 +62,20 @@ class Gptq:
         plain = (
             s.grid.startswith("int") and s.scale in ("f32", "f16", "bf16") and s.zero != "min" and s.group != "tensor"
         )
-        if layer.activations is not None:
-            remedy = "use compressed-tensors, or leave out --activations"
-            raise FormatError("GPTQ files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
+        refuse_rounded_inputs(layer, "GPTQ")
         if bits not in BITS or not plain:
-            remedy = "int2, int3, int4 or int8 in groups or per channel, sym or asym"
-            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
-        if isinstance(s.group, int) and layer.K % s.group:
-            raise FormatError(
-                f"K = {layer.K} is not a multiple of the group of {s.group}",
-                where=layer.name,
-                remedy="a smaller group that divides K, 'channel', or a recipe that keeps this layer",
+            remedy = (
+                "--format bitwright, which holds every scheme; here int2, int3, int4 or int8 in groups or per channel"
             )
+            raise FormatError(f"GPTQ files cannot hold {s}", where=layer.name, remedy=remedy)
+        refuse_short_groups(layer)
         for axis, extent in (("K", layer.K), ("N", layer.N)):
             if extent * bits % 32:
                 message = f"{axis} = {extent} codes of {bits} bits do not fill whole 32-bit words"
                 raise FormatError(
                     message, where=layer.name, remedy="keep this layer by a recipe, or use compressed-tensors"
                 )
-        return replace(layer, scheme=Scheme(s.grid, s.group, STORED.get(s.zero, s.zero), "f16"))
+        return replace(layer, scheme=Scheme(s.grid, s.group, "sym" if s.symmetric else "asym", "f16"))
 
     def layout(self, layer: Layer, dtype: torch.dtype) -> dict[str, Spec]:
         """See `Format.layout`."""
@@ -78,7 +94,7 @@ class Gptq:
         zero = torch.zeros_like(q.scales.scale) if q.scales.zero is None else q.scales.zero
         return {
             "qweight": pack(q.codes.short() + half, bits).T.contiguous(),
-            "qzeros": pack(zero.T.short() + (half - 1), bits),
+            "qzeros": pack(zero.T.short() + half - int(q.scheme.symmetric), bits),
             "scales": q.scales.scale.T.to(torch.float16).contiguous(),
             "g_idx": torch.arange(K, dtype=torch.int32) // q.scheme.group_length(K),
         }
@@ -94,10 +110,10 @@ class Gptq:
             named = ", ".join(sorted(map(str, schemes)))
             raise FormatError(f"a GPTQ file holds one scheme, not {named}", remedy="use compressed-tensors")
         scheme = schemes.pop()
-        excluded: dict[str, Any] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept if name != "lm_head"}
+        excluded = kept_in_float(kept)
         return {
             "quant_method": self.method,
-            "checkpoint_format": "gptq",
+            "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
             "bits": scheme.levels.bits,
             "group_size": scheme.group if isinstance(scheme.group, int) else -1,
             "sym": scheme.zero == "sym",
@@ -107,32 +123,120 @@ class Gptq:
             **({"dynamic": excluded} if excluded else {}),
         }
 
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "qweight" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`. FormatError also for other layouts than v1 and v2."""
+        config = config | _dynamic(config.get("dynamic") or {}, name)
+        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if layout not in VERSIONS:
+            remedy = f"known: {', '.join(VERSIONS)}; GPTQModel converts others"
+            raise FormatError(f"GPTQ's layout {layout!r} is not read here", where=name, remedy=remedy)
+        bits, group = config.get("bits"), config.get("group_size", -1)
+        if bits not in BITS or type(group) is not int or (group != -1 and group < 1):
+            remedy = f"{', '.join(map(str, BITS))} bits; a group of columns, or -1"
+            raise FormatError(f"{bits!r} bits in groups of {group!r} are not read here", where=name, remedy=remedy)
+        if config.get("pack_dtype", "int32") != "int32":
+            message = f"codes packed in {config['pack_dtype']} are not read here"
+            raise FormatError(message, where=name, remedy="pack_dtype int32")
+        return {**config, "dynamic": {}, "checkpoint_format": layout, "group_size": group}
+
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Format.decode`: bit by bit from the layout above, sharing nothing with the writer."""
-        bits = int(config["bits"])
-        codes = _bits_to_numbers(tensors["qweight"].numpy(), bits).T  # [N, K]
-        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1  # [N, G]
-        group = tensors["g_idx"].numpy()
-        scale = tensors["scales"].numpy().astype(np.float32).T  # [N, G]
+        config = self.module_config(config, name)
+        codes = _bits_to_numbers(tensors["qweight"].numpy(), config["bits"]).T  # [N, K]
+        group = _group_of_each_column(config, name, tensors, codes.shape[1])
+        zeros = _zeros(config, tensors["qzeros"])
+        scale = tensors["scales"].float().numpy().T  # [N, G]
+        _check_groups(name, group, codes.shape[0], scale.shape, zeros.shape, given="g_idx" in tensors)
         return torch.from_numpy((codes - zeros[:, group]).astype(np.float32) * scale[:, group])
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
         """See `Format.quantized`."""
-        bits, group, K = int(config["bits"]), int(config["group_size"]), len(tensors["g_idx"])
+        config = self.module_config(config, name)
+        w, bits, group = self.decode(config, name, tensors), config["bits"], config["group_size"]
+        K = w.shape[1]
         length = K if group < 0 else group
-        groups, order = tensors["g_idx"].long().sort(stable=True)
+        each = _group_of_each_column(config, name, tensors, K)
+        groups, order = torch.from_numpy(each).sort(stable=True)
         if not torch.equal(groups, torch.arange(K) // length):
             remedy = "get a good copy of the file"
             raise FormatError(f"its columns are not in groups of {length} (g_idx)", where=name, remedy=remedy)
-        scheme = Scheme(f"int{bits}", "channel" if group < 0 else group, "asym")
-        zeros = _bits_to_numbers(tensors["qzeros"].numpy().T, bits) + 1 - (1 << (bits - 1))
-        scales = Scales(tensors["scales"].float().T.contiguous(), torch.from_numpy(zeros).float())
-        q = recovered(self.decode(config, name, tensors)[:, order], scheme, scales, name)
+        known = group in (-1, *GROUPS)
+        if not known and group % max(GROUPS):
+            raise FormatError(
+                f"groups of {group} are not computed here", where=name, remedy="quantize the original anew"
+            )
+        scheme = Scheme(f"int{bits}", "channel" if group < 0 else group if known else max(GROUPS), "asym")
+        zeros = torch.from_numpy(_zeros(config, tensors["qzeros"]) - (1 << (bits - 1))).float()
+        times = 1 if known else group // max(GROUPS)  # larger groups: several of the largest with one scale
+        tables = (t.repeat_interleave(times, 1)[:, : scheme.groups(K)] for t in (tensors["scales"].float().T, zeros))
+        q = recovered(w[:, order], scheme, Scales(*(t.contiguous() for t in tables)), name)
         return q if torch.equal(order, torch.arange(K)) else replace(q, order=order)
+
+
+def kept_in_float(names: list[str]) -> dict[str, dict[str, Any]]:
+    """`dynamic` for Linear modules that stay float; the output head does by itself."""
+    return {f"-:^{re.escape(name)}$": {} for name in names if name != "lm_head"}
+
+
+def _dynamic(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What GPTQModel's `dynamic` says of one module. FormatError if that is to keep it in float, or is not known here."""
+    for rule, said in rules.items():
+        sign, pattern = (rule[0], rule[2:]) if rule[:2] in ("+:", "-:") else ("+", rule)
+        try:
+            matches = re.match(pattern, name)
+        except re.error as error:
+            raise FormatError(f"dynamic has no regular expression {rule!r}: {error}", where=name) from error
+        if matches and sign == "-":
+            message = f"it is quantized in the file, and {rule!r} in `dynamic` says that it is not"
+            raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
+        if matches:
+            return {key: value for key, value in (said or {}).items() if key in SAID_BY_MODULE}
+    return {}
+
+
+def _group_of_each_column(config: dict[str, Any], name: str, tensors: dict[str, Tensor], K: int) -> NDArray[np.int64]:
+    """The group of each of K columns. FormatError for columns in an order of their own that no g_idx tells."""
+    if "g_idx" in tensors:
+        return tensors["g_idx"].numpy().astype(np.int64)
+    if config.get("desc_act"):
+        message = "its columns are in the order of activations (desc_act), and it lacks the g_idx that says which"
+        remedy = "quantize the original anew, or get the file from a GPTQ of May 2023 or later"
+        raise FormatError(message, where=name, remedy=remedy)
+    return np.arange(K) // (K if config["group_size"] < 0 else config["group_size"])
+
+
+def _check_groups(
+    name: str, group: NDArray[np.int64], N: int, scales: tuple[int, ...], zeros: tuple[int, ...], *, given: bool
+) -> None:
+    """FormatError for scales or zero points that are not those of the groups of N rows. given: the groups, in the file."""
+    G = int(group.max(initial=0)) + 1
+    fits = scales == zeros == (N, scales[1]) and (scales[1] == G or (given and scales[1] > G))
+    if not fits or int(group.min(initial=0)) < 0:
+        message = f"scales {scales} and zero points {zeros} are not those of {G} groups in {N} rows"
+        raise FormatError(message, where=name, remedy="get a good copy of the file, with its bits and group_size")
+
+
+def _zeros(config: dict[str, Any], qzeros: Tensor) -> NDArray[np.int32]:
+    """Zero points [N, G] as codes.
+
+    Version 1 subtracts 1 of whole words, so a zero point of 0 borrows of its neighbour, and adding 1 to whole words undoes
+    that, as GPTQModel does it; codes of 3 bits do not fill words, there each wraps around by itself.
+    """
+    bits, packed = config["bits"], qzeros.numpy().T
+    if VERSIONS[config["checkpoint_format"]] == 2:
+        return _bits_to_numbers(packed, bits)
+    if 32 % bits:
+        return (_bits_to_numbers(packed, bits) + 1) & ((1 << bits) - 1)
+    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    return _bits_to_numbers((packed.view(np.uint32) + ones).view(np.int32), bits)
 
 
 def _bits_to_numbers(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

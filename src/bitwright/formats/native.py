@@ -23,10 +23,11 @@ out. Names are the model's; those of tensors may lack its prefix, or add it.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.files.checkpoint import Spec
 from bitwright.formats.format import Layer, Read, differing, recovered
@@ -43,12 +44,16 @@ from bitwright.formats.native_reader import (
     scales_of,
     static_range,
 )
-from bitwright.numerics.codec import dynamic_map, integers_of, is_signed
+from bitwright.numerics.codec import dq8_index, integers_of, is_signed
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, words
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
 from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
 
+PARTS = (
+    "weight_shape", "weight_codes", "weight_scale", "weight_scale_outer", "weight_scale_mean", "weight_zero_point",
+    "weight_minimum", "weight_minimum_outer", "outlier_columns", "outlier_weight", "input_scale", "input_zero_point",
+)  # fmt: skip
 ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
 
 
@@ -57,6 +62,7 @@ class Native:
 
     name = "bitwright"
     method = "bitwright"
+    parts = frozenset(PARTS)
     kv_cache = True
     embeddings = False
     one_file = False
@@ -120,6 +126,14 @@ class Native:
             more = {"activations": activations, "outliers": outliers, "rotate": rotate}
             entries.append({"scheme": scheme, **{key: value for key, value in more.items() if value}, "modules": names})
         return {"quant_method": self.method, "format_version": VERSION, "modules": entries}
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return "weight_codes" in dtypes
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""
@@ -188,7 +202,7 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
         return {name: (table * outer).to(FP8), f"{name}_outer": outer.reshape(1)}
     if s.scale == "dq8":
         assert q.scales.outer_zero is not None
-        index = _dq8_index(table, outer, q.scales.outer_zero)
+        index = dq8_index(table, outer, q.scales.outer_zero)
         return {name: index, f"{name}_outer": outer.reshape(-1), f"{name}_mean": q.scales.outer_zero.reshape(1)}
     bits = int(s.scale[1:])
     integers = integers_of(table, outer, s).int()
@@ -199,15 +213,6 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
 def _stream(numbers: Tensor, bits: int) -> Tensor:
     """Numbers of any shape, packed one after the other: rows would end in padding that the scheme has not promised."""
     return pack(numbers.reshape(1, -1), bits)[0]
-
-
-def _dq8_index(scale: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
-    """The first code of its block that stands for exactly this scale: where the mean is large, several may."""
-    flat = scale.reshape(-1)
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
-    meanings = dynamic_map().to(scale.device) * absmax + mean  # [B, 256], rising
-    index = torch.searchsorted(meanings, blocks).clamp(max=SUPERBLOCK - 1)
-    return index.view(-1)[: flat.numel()].view(scale.shape).to(torch.uint8)
 
 
 def _outlier_tensors(q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -3,7 +3,11 @@
 Rows are read in both directions, by config_keys.py; neither library is needed to look a name up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from bitwright.errors import CheckpointError
 
 SHAPE = (
     ("max_position_embeddings", "context_length"), ("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"),
@@ -24,6 +28,13 @@ GPT2 = (
     ("n_head", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
 )  # fmt: skip
 NORM = (("layer_norm_eps", "attention.layer_norm_epsilon"),)
+EPSILON = NORM[0][1]
+SCALED_LOGITS = ("logit_scale", "logit_scale")
+MULTIPLIERS = (
+    ("attention_multiplier", "attention.scale"), ("embedding_multiplier", "embedding_scale"),
+    ("residual_multiplier", "residual_scale"), ("logits_scaling", "logit_scale"),
+)  # fmt: skip
+BIASES = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
 DISTILLED = (
     ("max_position_embeddings", "context_length"), ("dim", "embedding_length"), ("n_layers", "block_count"),
     ("hidden_dim", "feed_forward_length"), ("n_heads", "attention.head_count"),
@@ -39,6 +50,9 @@ class Architecture:
     shifted  whether norms are stored as 1 + w
     causal   whether it predicts the next token; else it is an encoder, of which llama.cpp gives the last hidden state
     padded   whether positions count from behind the padding token's id
+    fused    whether a matrix of queries, keys and values has them head by head, where llama.cpp wants all queries first
+    constant (key, value): what the model's code has and its config does not say
+    biases   (config attribute, tensor that tells on reading), beside those of llama and qwen3
     """
 
     kind: str
@@ -49,7 +63,16 @@ class Architecture:
     shifted: bool = False
     causal: bool = True
     padded: bool = False
+    fused: bool = False
+    constant: tuple[tuple[str, float], ...] = ()
+    biases: tuple[tuple[str, str], ...] = ()
 
+
+OTHERS = {  # what general.type says of files that are no models, and what to do with them
+    "adapter": ("a LoRA adapter", "merge it into its model, and give that; llama.cpp takes both, as -m and --lora"),
+    "imatrix": ("an importance matrix", "give it as --calib, and a model's file"),
+}
+VISION = "clip"  # of mmproj files: what sees, without the model that it sees for
 
 ARCHITECTURES = {
     row.kind: row
@@ -62,6 +85,24 @@ ARCHITECTURES = {
         Architecture("gemma", "gemma", GEMMA, shifted=True),
         Architecture("gemma2", "gemma2", (*GEMMA, *SOFT_CAPS, *SLIDING), shifted=True),
         Architecture("gemma3_text", "gemma3", (*GEMMA, SOFT_CAPS[1], *SLIDING), shifted=True),
+        Architecture("smollm3", "smollm3", (*GROUPED, *RMS, ("vocab_size", "vocab_size")), pairs=True, biases=BIASES),
+        Architecture("arcee", "arcee", LLAMA, pairs=True, biases=BIASES),
+        Architecture("granite", "granite", (*GROUPED, *RMS, *MULTIPLIERS, ("vocab_size", "vocab_size")), pairs=True),
+        Architecture(
+            "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
+        ),
+        Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
+        Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
+        Architecture("glm4", "glm4", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
+        Architecture("ernie4_5", "ernie4_5", (*GROUPED, *RMS, *HEADS)),
+        Architecture("cohere", "command-r", (*GROUPED, *NORM, SCALED_LOGITS)),
+        Architecture("cohere2", "cohere2", (*GROUPED, *NORM, *SLIDING, SCALED_LOGITS, ("vocab_size", "vocab_size"))),
+        Architecture("stablelm", "stablelm", (*GROUPED, *NORM), biases=(("use_qkv_bias", "blk.0.attn_q.bias"),)),
+        Architecture("phi", "phi2", (*GROUPED, *NORM)),
+        Architecture("nemotron", "nemotron", (*GROUPED, ("norm_eps", EPSILON)), shifted=True),
+        Architecture(
+            "gpt_neox", "gptneox", (*SHAPE, *NORM, ("use_parallel_residual", "use_parallel_residual")), fused=True
+        ),
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
         *(
@@ -71,6 +112,14 @@ ARCHITECTURES = {
         Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),
     )
 }
+
+
+def check_is_model(keys: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for a file that is something else than a model: an adapter, an importance matrix."""
+    kind = keys.get("general.type", "model")
+    if kind in OTHERS:
+        what, remedy = OTHERS[kind]
+        raise CheckpointError(f"a file of {what}, not a model", where=where, remedy=remedy)
 
 
 def named(name: object) -> Architecture | None:

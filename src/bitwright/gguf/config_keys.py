@@ -15,8 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, Architecture, named
+from bitwright.gguf.architectures import ARCHITECTURES, VISION, Architecture, check_is_model, named
 from bitwright.gguf.rope import head_dim_of
+from bitwright.gguf.special_tokens import ends_of
 
 Keys = dict[str, Any]
 
@@ -33,10 +34,28 @@ FIXED: dict[str, Keys] = {
     "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
+    "smollm3": {"hidden_act": "silu", "use_sliding_window": False},
+    "arcee": {"hidden_act": "relu2"},
+    "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "olmo": {"hidden_act": "silu", "attention_bias": False},
+    "olmo2": {"hidden_act": "silu", "attention_bias": False},
+    "seed_oss": {"hidden_act": "silu", "attention_out_bias": False, "mlp_bias": False},
+    "glm4": {"hidden_act": "silu"},
+    "ernie4_5": {"hidden_act": "silu", "use_bias": False},
+    "cohere": {"hidden_act": "silu", "use_qk_norm": False, "attention_bias": False},
+    "cohere2": {"hidden_act": "silu", "attention_bias": False},
+    "stablelm": {"hidden_act": "silu", "qk_layernorm": False},
+    "phi": {"hidden_act": GELU, "qk_layernorm": False},
+    "nemotron": {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
+    "gpt_neox": {"hidden_act": "gelu", "attention_bias": True},
     **{kind: {"hidden_act": "gelu", "is_decoder": False} for kind in ("bert", "roberta", "xlm-roberta")},
     "distilbert": {"activation": "gelu"},
 }
-EVERY = {"gemma2": 2, "gemma3_text": 6}  # layer of so many attends to all positions, the others to a window
+EVERY = {
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "cohere2": 4,
+}  # layer of so many attends to all positions, the others to a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of those whose scores are divided by √(width / heads), not √head_dim
 WINDOWLESS = ("mistral", "qwen2", "qwen3", "phi3", "starcoder2")  # llama.cpp attends to all positions
 
@@ -70,6 +89,7 @@ def keys_of(config: PretrainedConfig) -> Keys:
         value = head_dim_of(config) if attribute == "head_dim" else getattr(config, attribute, None)
         if value is not None:
             found[f"{row.name}.{key}"] = value - first_position(config) if key == "context_length" else value
+    found |= {f"{row.name}.{key}": value for key, value in row.constant}
     if row.kind == "gpt2":
         found["gpt2.feed_forward_length"] = config.n_inner or 4 * config.n_embd
     if row.kind == "distilbert":
@@ -82,8 +102,11 @@ def keys_of(config: PretrainedConfig) -> Keys:
 def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys:
     """Config attributes that llama.cpp leaves no choice about, for a model of this shape."""
     found = dict(FIXED[kind])
-    if kind in EVERY:
+    if kind in WIDE:
         found["query_pre_attn_scalar"] = width // heads if depth == WIDE[kind] else head_dim
+    if kind == "smollm3":  # each fourth layer knows no positions
+        found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
+    if kind in EVERY:
         found["layer_types"] = [rope.LOCAL if (i + 1) % EVERY[kind] else rope.GLOBAL for i in range(depth)]
     return found
 
@@ -119,6 +142,11 @@ def config_of(
 
     CheckpointError for an architecture that is not in the table, or a key that is missing or makes no sense.
     """
+    check_is_model(keys, where)
+    if keys.get("general.architecture") == VISION:
+        message = "the encoder of images (mmproj) of a model, not the model itself"
+        remedy = "give the model's own file; `bitwright quantize` makes a smaller mmproj of this one, with --calib none"
+        raise CheckpointError(message, where=where, remedy=remedy)
     row = named(keys.get("general.architecture"))
     if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
         row = _distilled(keys, where)
@@ -140,13 +168,21 @@ def config_of(
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     biased = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    values |= biased if row.name in ("llama", "qwen3") else {}
+    values |= biased if row.name in ("llama", "qwen3") else {a: name in tensors for a, name in row.biases}
+    values |= {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors} if row.kind == "stablelm" else {}
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    values |= _ends(keys)
     try:
         return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
+
+
+def _ends(keys: Mapping[str, Any]) -> Keys:
+    """What ends what the model says: a token, or several."""
+    found = ends_of(keys)
+    return {} if not found else {"eos_token_id": found[0] if len(found) == 1 else found}
 
 
 def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:

@@ -40,6 +40,10 @@ class Names:
         kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == self.row.name)
         self._map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
+    def has(self, parameter: str) -> bool:
+        """Whether its architecture has such a tensor."""
+        return self._map.get_name(parameter, try_suffixes=(".weight", ".bias")) is not None
+
     def of(self, parameter: str) -> str:
         """llama.cpp's name. FormatError for a tensor that its architecture does not have."""
         found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
@@ -59,6 +63,9 @@ class Names:
         if parameter.endswith(POSITIONS) and first_position(self.config):
             return torch.arange(first_position(self.config), N)
         leaf = parameter.rpartition(".")[0].rpartition(".")[2]
+        if self.row.fused and leaf == "query_key_value":
+            heads = self.config.num_attention_heads
+            return torch.arange(N).view(heads, 3, N // heads // 3).transpose(0, 1).reshape(N)
         if not self.row.pairs or leaf not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if leaf == "q_proj" else self.config.num_key_value_heads

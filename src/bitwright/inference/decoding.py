@@ -1,9 +1,9 @@
-"""A prompt, then one token after another: in native code for models built like Llama, through the modules for all others.
+"""Prefill and decoding: in native code for models built like Llama, through the modules for all others.
 
-A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights
-does, and on a prompt they carry every number to memory and back. So for quantized Llama, Mistral, Qwen2 and Qwen3 the
-extension runs whole blocks (runtime/decoder.cpp) on the very tensors that the modules hold; for all others, and where there
-is no extension, the modules run with transformers' cache. Both give the same logits.
+A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights, and
+on a prompt every intermediate goes to memory and back. So for quantized Llama, Mistral, Qwen2 and Qwen3 the extension runs
+whole blocks (csrc/runtime/decoder.cpp) on the tensors that the modules hold; for all others, and without the extension, the
+modules run with transformers' cache. Both give the same logits.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ Matrix = tuple[object, Tensor | None, Tensor | None]  # packed or float; its bia
 Block = tuple[
     list[Matrix], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]
 ]  # matrices; norms; norms of heads
-TOKENS_AT_ONCE = 512  # of a prompt: what passes between modules stays small
+TOKENS_AT_ONCE = 512  # of a prompt, so that activations stay small
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -33,17 +33,17 @@ MATRICES = (
 
 
 class Decoder(Protocol):
-    """A model with the tokens so far in its memory."""
+    """A model with a KV cache of the tokens so far."""
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Forget everything, take in a prompt [T]: logits [V] for the token after it."""
+        """Clear the cache and read a prompt [T]: logits [V] for the token after it."""
 
     def step(self, token: int) -> Tensor:
-        """Take in one more token: logits [V] for the one after it."""
+        """Read one more token: logits [V] for the one after it."""
 
 
 class ModuleDecoder:
-    """Any causal language model, through its own forward."""
+    """Any causal language model, through transformers' forward."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.cache = model, DynamicCache()
@@ -65,13 +65,13 @@ class ModuleDecoder:
 
 
 class NativeDecoder:
-    """A model built like Llama in native code, but for the attention of many tokens, which is torch's.
+    """A model built like Llama in native code, except for the attention of many tokens at once, which is torch's.
 
-    Keys and values are float16 [L, 2, key heads, room, D]: a token reads them all.
+    The KV cache is float16 [L, 2, key heads, room, D].
     """
 
     def __init__(self, model: PreTrainedModel, room: int) -> None:
-        """room: the most tokens, prompt included."""
+        """room: context length, the most tokens with the prompt included."""
         assert native is not None
         self.model, self.position, config = model, 0, model.config
         attention = model.model.layers[0].self_attn
@@ -102,7 +102,7 @@ class NativeDecoder:
 
     @torch.no_grad()
     def extend(self, ids: Tensor) -> Tensor:
-        """Take in more tokens [T], behind what is there already: logits [V] for the one after them."""
+        """Read more tokens [T] behind those in the cache: logits [V] for the one after them."""
         self._check(self.position + len(ids))
         for part in ids.split(TOKENS_AT_ONCE):
             x = self._embedded(part)
@@ -113,7 +113,7 @@ class NativeDecoder:
         return self.logits.clone()
 
     def _block(self, layer: int, x: Tensor) -> None:
-        """One block's work on x [T, H], in place."""
+        """One block's forward on x [T, H], in place."""
         T, threads, end = len(x), torch.get_num_threads(), self.position + len(x)
         q = torch.empty(T, self.width)
         self.native.enter(layer, x, self.position, q, self.cache, threads)
@@ -131,7 +131,7 @@ class NativeDecoder:
         self.native.leave(layer, mixed[0].transpose(0, 1).reshape(T, -1), x, threads)
 
     def _mask(self, first: int, end: int) -> Tensor | None:
-        """Which of the positions first..end each new token looks at [T, S]; None: simply those up to itself."""
+        """Attention mask [T, S] of the new tokens first..end; None: plain causal attention."""
         if not self.window and self.position == 0:
             return None
         back = torch.arange(self.position, end)[:, None] - torch.arange(first, end)[None]
@@ -152,11 +152,12 @@ class NativeDecoder:
     def _check(self, wanted: int) -> None:
         room = self.cache.shape[3]
         if wanted > room:
-            raise InputError(f"{wanted} tokens, and room for {room}", remedy="a shorter prompt, or more room")
+            message = f"{wanted} tokens in a context of {room}"
+            raise InputError(message, remedy=f"give a shorter prompt, or --room {wanted} if the model reaches that far")
 
 
 def decoder_of(model: PreTrainedModel, room: int) -> Decoder:
-    """The fastest there is for this model. room: the most tokens, prompt included. CheckpointError for an encoder."""
+    """The fastest decoder for this model. room: context length, prompt included. CheckpointError for an encoder."""
     if not model.can_generate():
         message = f"models of type {model.config.model_type!r} predict no next token"
         raise CheckpointError(message, remedy="`bitwright.load` gives their hidden states")
@@ -164,9 +165,11 @@ def decoder_of(model: PreTrainedModel, room: int) -> Decoder:
 
 
 def _runs_natively(model: PreTrainedModel) -> bool:
-    """Whether every part is one that the extension knows."""
+    """Whether the extension knows every part of the model."""
     config = model.config
     if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
+        return False
+    if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
         return False
     layers = model.model.layers
     known = all(_is_known(layer.get_submodule(name)) for layer in layers for name in MATRICES)
@@ -176,7 +179,7 @@ def _runs_natively(model: PreTrainedModel) -> bool:
 
 
 def _is_known(matrix: nn.Module) -> bool:
-    """A matrix whose inputs the file leaves alone."""
+    """Whether a module is a packed or float matrix without quantized activations of the file's own."""
     if not isinstance(matrix, QLinear) or matrix.outlier_columns is not None:
         return False
     plain = matrix.input_quantization.scheme is None and not matrix.input_quantization.rotate
@@ -184,7 +187,7 @@ def _is_known(matrix: nn.Module) -> bool:
 
 
 def _window(model: PreTrainedModel) -> int | None:
-    """How far attention looks back, 0: to the beginning; None: not equally far in all layers."""
+    """The sliding window of attention in tokens, 0 for full attention; None: it differs between layers."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     width = getattr(model.config, "sliding_window", None)
     if model.config.model_type == "mistral":
@@ -195,7 +198,7 @@ def _window(model: PreTrainedModel) -> int | None:
 
 
 def _bits(model: PreTrainedModel) -> int:
-    """What inputs of its packed matrices are rounded to."""
+    """Bits that inputs of packed matrices are rounded to."""
     return next((m.activations for m in model.modules() if isinstance(m, QLinear)), 16)
 
 
@@ -228,7 +231,7 @@ def _weight(owner: nn.Module, name: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: at temperature 0 the likeliest; else from the fewest that have top_p of the mass."""
+    """How the next token is chosen: the likeliest at temperature 0; else drawn from the fewest that have probability top_p."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -241,7 +244,7 @@ class Sampling:
             )
 
     def pick(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token from logits [V]."""
+        """Choose a token from logits [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
         chances, order = (logits / self.temperature).softmax(-1).sort(descending=True)
@@ -250,7 +253,7 @@ class Sampling:
 
 
 def tokens(decoder: Decoder, prompt: Tensor, *, most: int, stop: frozenset[int], sampling: Sampling) -> Iterator[int]:
-    """Up to `most` tokens behind a prompt [T], the stopping one left out."""
+    """Generate up to `most` tokens behind a prompt [T], without the stop token. InputError for an empty prompt."""
     if not len(prompt):
         raise InputError("an empty prompt", remedy="give at least one token")
     generator = torch.Generator().manual_seed(sampling.seed)

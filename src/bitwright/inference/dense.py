@@ -1,27 +1,35 @@
-"""Dense: a linear layer whose float weight stays in the type the file has it in, whatever it computes in."""
+"""Dense: a linear layer whose float weight stays in the file's type, whatever type it computes in."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import native
 
-FEW = 4  # inputs up to which every weight is read once by the extension
-WEIGHTS_AT_ONCE = 1 << 22  # brought to the inputs' type in one go where torch multiplies
+FEW = 4  # most inputs for which the extension is used: it reads every weight once
+WEIGHTS_AT_ONCE = 1 << 22  # weights converted to the inputs' type at a time where torch multiplies
 
 
 def handles(x: Tensor, w: Tensor) -> bool:
     """Whether the extension multiplies these: few float32 inputs on a CPU, weights in float32, float16 or bfloat16."""
     known = w.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return native is not None and known and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    few = len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.float32
+    return native is not None and known and few and not differentiated
 
 
-class Dense(nn.Module):
-    """y = x W' + b for x [..., K], W [N, K] in its own float type."""
+class Dense(nn.Linear):
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
+    ) -> None:
+        """stored: gives the file's tensors of this weight by suffix, for `state_dict`; None: the weight is its own."""
+        nn.Module.__init__(self)  # Linear would make a weight
+        self.stored = stored
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,3 +44,10 @@ class Dense(nn.Module):
             y = torch.cat([rows @ part.to(x.dtype).T for part in self.weight.split(some)], 1)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """The file's own tensors, so that a model is saved as it was loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored is not None:
+            del destination[f"{prefix}weight"]
+            destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in self.stored().items()}

@@ -1,4 +1,4 @@
-"""Text out of a loaded model, piece by piece as it becomes readable."""
+"""Generate text with a loaded model, piece by piece as it can be read."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from bitwright.errors import InputError
 from bitwright.inference.decoding import Decoder, Sampling, decoder_of, tokens
 from bitwright.inference.loading import load
 
-UNFINISHED = "\ufffd"  # what a decoder makes of half a character
+UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
 
 Message = dict[str, str]  # role and content
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model, its tokenizer, and room for prompt and answer."""
+    """A model with its tokenizer, decoder and context length (`room`)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class Generator:
 
     @classmethod
     def open(cls, path: Path, *, scheme: str | None = None, activations: int = 16, room: int = 4096) -> "Generator":
-        """Load a checkpoint. room: the most tokens of prompt and answer; less where the model was made for less.
+        """Load a checkpoint. room: context length, prompt and answer together; at most what the model was trained for.
 
         Raises what `load` does, and CheckpointError for an encoder.
         """
@@ -37,11 +37,11 @@ class Generator:
         return cls(model, load_tokenizer(path), decoder_of(model, room), room)
 
     def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Iterator[str]:
-        """What the model writes on behind a text: up to `most` tokens, in pieces. InputError for a text that is too long."""
+        """The model's continuation of a text: up to `most` tokens, in pieces. InputError for a text that is too long."""
         return self._stream(self.tokenizer.encode(prompt), most, sampling)
 
     def answer(self, messages: list[Message], *, most: int, sampling: Sampling) -> Iterator[str]:
-        """The model's next message, by its chat template. InputError if it has none."""
+        """The model's answer to a conversation, in its chat template. InputError if it has none."""
         if not self.tokenizer.chat_template:
             raise InputError("the model has no chat template", remedy="use `bitwright generate` without --chat")
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -49,7 +49,8 @@ class Generator:
 
     def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Iterator[str]:
         if len(ids) >= self.room:
-            raise InputError(f"a prompt of {len(ids)} tokens, and room for {self.room}", remedy="a shorter prompt")
+            remedy = f"give a shorter prompt, or --room {len(ids) + most} if the model reaches that far"
+            raise InputError(f"a prompt of {len(ids)} tokens in a context of {self.room}", remedy=remedy)
         most = min(most, self.room - len(ids))
         found = tokens(
             self.decoder, torch.tensor(ids, dtype=torch.long), most=most, stop=self._stop(), sampling=sampling
@@ -69,9 +70,9 @@ class Generator:
 
 
 def pieces(found: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """Tokens as text, each piece when no character of it can change any more."""
+    """Tokens as text, each piece as soon as none of its characters can change any more."""
     ids: list[int] = []
-    before = ""  # what was given out of the tokens since the last line's end
+    before = ""  # text already yielded of the tokens since the last line's end
     for token in found:
         ids.append(token)
         text = decode(ids)

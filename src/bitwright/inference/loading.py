@@ -5,6 +5,8 @@ The model is built without memory, then filled a module at a time: a matrix that
 be rounded on the way in (`scheme`), so that the peak is the quantized size plus one block.
 """
 
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,12 +17,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeError
 from bitwright.inference.dense import Dense
+from bitwright.inference.key_values import round_keys_and_values
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
+from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, matrix_of, read_config
-from bitwright.models.source import WeightSource, open_weights
+from bitwright.models.skeleton import Skeleton, is_linear, matrix_of, read_config
+from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.system.memory import return_memory
@@ -58,26 +62,26 @@ class _Filling:
 
     def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.weight_source: WeightSource | GgufWeightSource = open_weights(path)
         self.skeleton = Skeleton(read_config(path), dtype)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(path))
+        self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
+        self.names = names_in(self.weight_source, self.skeleton)
+        self.ties = self.skeleton.ties()
         self.tables: dict[str, Tensor] = {}  # float embeddings, which a tied head shares
         if scheme is not None and not self.weight_source.is_float:
             raise RecipeError("it is quantized already", where=str(path), remedy="load it without a scheme")
 
     def run(self) -> PreTrainedModel:
         """Module by module, so that a matrix is decoded only while it is being packed."""
-        model, linears, inside = self.skeleton.model, self.skeleton.linear_names(), self.skeleton.block_prefix + "."
+        model, inside = self.skeleton.model, self.skeleton.block_prefix + "."
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding and module is model.get_input_embeddings():
                 self._lookup(name, module)
-            elif name in linears:
+            elif is_linear(module) and not self._stays(name):
                 self._linear(name, module, rounded=name.startswith(inside))
                 return_memory()  # what packing took lies between what stays
-        for name, parameter in list(model.named_parameters()):
-            if parameter.is_meta:
-                value = self.weight_source.read(self._source(name)).to(self.skeleton.dtype)
-                _replace(model, name, nn.Parameter(value, requires_grad=False))
+        self._fill_rest()
+        model.tie_weights = _are_tied
+        round_keys_and_values(self.skeleton, self.weight_source)
         if isinstance(self.weight_source, WeightSource) and self.scheme is None:
             if self.weight_source.config is not None:
                 model.config.quantization_config = self.weight_source.config
@@ -87,20 +91,43 @@ class _Filling:
             model.generation_config = GenerationConfig.from_pretrained(self.path)
         return model.eval()
 
+    def _stays(self, name: str) -> bool:
+        """Whether a linear module is left as it is: float ones outside the text model, and those whose weight may be read."""
+        source = self.names.get(f"{name}.weight", "")
+        made = any(f"{name}.weight" in conversion.makes for conversion in self.skeleton.conversions)
+        apart = self.skeleton.tower_of(name) or any(re.search(pattern, name) for pattern in KEPT_LINEARS)
+        return made or bool(apart and not self.weight_source.is_packed(source))
+
+    def _fill_rest(self) -> None:
+        """Parameters that are no matrices of linear modules, and persistent buffers, as the file has them."""
+        model, read = self.skeleton.model, self.weight_source.read
+        for conversion in self.skeleton.conversions:
+            self.skeleton.load({name: read(name) for name in conversion.sources})
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:
+                value = nn.Parameter(read(self._source(name)).to(self.skeleton.dtype), requires_grad=False)
+                for twin, whole in list(model.named_parameters(remove_duplicate=False)):
+                    if whole is parameter:
+                        _replace(model, twin, value)
+        for name, buffer in list(model.named_buffers()):
+            if name in self.names:
+                state = read(self.names[name])
+                _replace(model, name, state.to(self.skeleton.dtype) if buffer.is_floating_point() else state)
+
     def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
         """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""
         source, bias = self._source(f"{name}.weight"), None
         shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
-        if f"{name}.bias" in self.names:
-            bias = self.weight_source.read(self.names[f"{name}.bias"]).to(self.skeleton.dtype)
+        if isinstance(dict(module.named_parameters(recurse=False)).get("bias"), nn.Parameter):
+            bias = self.weight_source.read(self._source(f"{name}.bias")).to(self.skeleton.dtype)
         q = self._quantized(source, module, rounded=rounded)
         if q is None:
-            weight = self.tables.get(source)
-            weight = matrix_of(module, self.weight_source.read(source)).contiguous() if weight is None else weight
+            weight = self._float(source, module)
             self._check(source, tuple(weight.shape), shape)
-            return _replace(self.skeleton.model, name, Dense(weight, bias))
+            stored = self._stored(name, source) if self.weight_source.is_packed(source) else None
+            return _replace(self.skeleton.model, name, Dense(weight, bias, stored=stored))
         self._check(source, tuple(q.codes.shape), shape)
-        stored = partial(self.weight_source.parts, source) if self.scheme is None else None
+        stored = self._stored(name, source) if self.scheme is None else None
         packed = QLinear(
             q,
             bias,
@@ -109,6 +136,17 @@ class _Filling:
             stored=stored,
         )
         return _replace(self.skeleton.model, name, packed)
+
+    def _float(self, source: str, module: nn.Module) -> Tensor:
+        """A matrix [N, K] that is computed in float: it is so in the file, or no scheme has its codes."""
+        if source in self.tables:
+            return self.tables[source]
+        weight = self.weight_source.read(source)
+        return (weight if self.weight_source.is_packed(source) else matrix_of(module, weight)).contiguous()
+
+    def _stored(self, name: str, source: str) -> Callable[[], dict[str, Tensor]]:
+        """What gives the file's tensors of a module; a tied one has none of its own."""
+        return partial(self.weight_source.parts, source) if f"{name}.weight" in self.names else dict
 
     def _check(self, source: str, found: tuple[int, ...], meant: tuple[int, ...]) -> None:
         if found != meant:
@@ -121,22 +159,27 @@ class _Filling:
         return METHODS[self.method](matrix_of(module, self.weight_source.read(source)).float(), None, self.scheme).q
 
     def _source(self, parameter: str) -> str:
-        """The file's name for a parameter: of a tied head, the embedding's."""
-        return self.names.get(parameter) or self.names[f"{self.skeleton.embedding_name}.weight"]
+        """The file's name for a parameter: of a tied one, that of the other."""
+        return self.names.get(parameter) or self.names[self.ties[parameter]]
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
-        rows, decode = self.weight_source.rows(self.names[f"{name}.weight"])
-        width = module.embedding_dim
+        source, width = self.names[f"{name}.weight"], module.embedding_dim
+        rows, decode = self.weight_source.rows(source)
+        stored = partial(self.weight_source.parts, source) if self.weight_source.is_packed(source) else None
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():
-            self.tables[self.names[f"{name}.weight"]] = rows
-        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width))
+            self.tables[source] = rows
+        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width, stored=stored))
 
 
-def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, part)
+
+
+def _are_tied(*_: object, **__: object) -> None:
+    """Instead of `tie_weights`: they are, in modules that it does not know."""
 
 
 def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Lookup: an embedding whose rows stay as the file has them, and are decoded when a token asks for them."""
+"""Lookup: an embedding whose rows stay in the file's bytes and are decoded when a token needs them."""
 
 from collections.abc import Callable
 
@@ -7,27 +7,43 @@ from torch import Tensor, nn
 
 
 class Lookup(nn.Module):
-    """ids [...] -> rows [..., H] of a table [V, H] that lies in memory as it lies in the file.
+    """ids [...] -> rows [..., H] of an embedding table [V, H] kept in the file's own bytes.
 
     rows    [V, ...] the table: bytes of blocks, or float numbers
     decode  some of its rows -> float [n, H]
-    dtype   of what is given out
+    dtype   of the output
+    stored  gives the file's tensors of the table by suffix, for `state_dict`; None: it is one tensor, the rows
     """
 
     rows: Tensor
 
-    def __init__(self, rows: Tensor, decode: Callable[[Tensor], Tensor], dtype: torch.dtype, *, width: int) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        *,
+        width: int,
+        stored: Callable[[], dict[str, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
+        self.stored = stored
         self.register_buffer("rows", rows, persistent=False)
         self.decode, self.dtype = decode, dtype
         self.num_embeddings, self.embedding_dim = len(rows), width
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Each row is decoded once however often it is asked for."""
+        """ids [...] -> [..., H]; a row that occurs several times is decoded once."""
         wanted, place = ids.unique(return_inverse=True)
         return self.decode(self.rows[wanted]).to(self.dtype)[place]
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole table [V, H] in float, decoded; some models ask it where it lies."""
+        return self.decode(self.rows).to(self.dtype)
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """The table under an embedding's usual name."""
+        """The table under an embedding's usual name, or the file's own tensors of it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.rows
+        own = {"weight": self.rows} if self.stored is None else self.stored()
+        destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in own.items()}

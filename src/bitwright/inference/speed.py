@@ -1,4 +1,4 @@
-"""How fast a model runs here: prefill, decoding, memory; and how far decoding is from what the memory could feed it."""
+"""Measure how fast a model runs here: prefill, decoding, memory, and decoding's share of the memory bandwidth."""
 
 import time
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
 from bitwright.system.memory import forget_peak, peak_since
 
-PROBE_BYTES = 1 << 29  # read to measure the memory's bandwidth: more than caches hold
+PROBE_BYTES = 1 << 29  # read to measure memory bandwidth: more than caches hold
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The command line's JSON. Rates in tokens a second, times in seconds, medians of several.
+    """The JSON of `bitwright bench`. Rates in tokens a second, times in seconds; medians of several runs.
 
-    bytes_per_token     of weights that one token reads
-    bandwidth           bytes a second that the same threads read from memory
-    bandwidth_fraction  of it that decoding uses: 1 is the limit
+    bytes_per_token     bytes of weights that one token reads
+    bandwidth           bytes a second that the same threads can read from memory
+    bandwidth_fraction  share of it that decoding uses: 1 is the limit
     """
 
     prefill_tokens_per_second: float
@@ -56,9 +56,9 @@ def measure(
     decode: int = 128,
     repeat: int = 3,
 ) -> Speed:
-    """Run a checkpoint on random tokens: a prompt, then tokens after it, several times.
+    """Run a checkpoint on random tokens: `prompt` tokens, then `decode` after them, `repeat` times.
 
-    Raises what `load` does, and InputError where the model has no room for so many tokens.
+    Raises what `load` does, and InputError where the model's context is too short.
     """
     forget_peak()
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
@@ -69,7 +69,7 @@ def measure(
         )
     ids = torch.randint(model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0))
     decoder = decoder_of(model, prompt + decode)
-    decoder.prefill(ids)  # what is set up at first use is not counted
+    decoder.prefill(ids)  # warm up: what is set up at first use does not count
     rounds = [_round(decoder, ids, decode) for _ in range(repeat)]
     first, each = median(r[0] for r in rounds), median(r[1] for r in rounds)
     peak, bandwidth, size = peak_since(), read_bandwidth(), bytes_per_token(model)
@@ -95,7 +95,7 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _round(decoder: Decoder, ids: torch.Tensor, decode: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of a token after it."""
+    """Seconds for the prompt, and for a token after it."""
     first, logits = _timed(lambda: decoder.prefill(ids))
     steps = []
     for _ in range(decode):
@@ -105,13 +105,13 @@ def _round(decoder: Decoder, ids: torch.Tensor, decode: int) -> tuple[float, flo
 
 
 def bytes_per_token(model: torch.nn.Module) -> int:
-    """Bytes of the weights that every token is multiplied with."""
+    """Bytes of the weights that every token reads."""
     packed = sum(m.packed.nbytes for m in model.modules() if isinstance(m, QLinear))
     return packed + sum(m.weight.nbytes for m in model.modules() if isinstance(m, Dense))
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a product with one input reads: the best of several, on torch's number of threads."""
+    """Bytes a second that a matrix-vector product reads on torch's number of threads: the best of several runs."""
     rows = PROBE_BYTES // (4 * 4096)
     w, x, y = torch.ones(rows, 4096), torch.ones(1, 4096), torch.empty(1, rows)
 

@@ -1,8 +1,8 @@
 """The native extension, if it was built: which instruction set it uses, and whether it can take these tensors.
 
-The extension holds the few loops that tensor operations do badly: chains of small steps, one column or one group at a
-time. Every one of them has a plain-torch twin beside its caller, which runs where the extension was not built (no
-compiler at install), on a GPU, and for formats that the extension does not know; both give the same codes.
+The extension holds the few loops that are slow as tensor operations: chains of small steps, one column or one group at a
+time. Each has a twin in torch beside its caller, which runs where the extension was not built (no compiler at install),
+on a GPU, and for schemes that the extension does not know. Both give the same codes.
 
 The environment variable BITWRIGHT_KERNELS forces one: "torch" for none, or an instruction set ("scalar", "avx2",
 "avx512"). An instruction set that this CPU or this build lacks is an error, not a silent other choice.

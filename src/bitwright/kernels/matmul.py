@@ -1,19 +1,21 @@
-"""Products of float inputs and packed weights: `Packed` is a quantized matrix as the kernels read it.
+"""Products of float inputs with packed quantized weights: `Packed` is a quantized matrix in the kernels' layout.
 
-y = x W', x [M, K] in float32 or bfloat16, W [N, K] quantized. Inputs are rounded on the way in: to 16 bits, which is
-finer than bfloat16 and stands for "weight-only", or to 8, twice as fast. With both as integers,
+y = x Wᵀ, x [M, K] in float32 or bfloat16, W [N, K] quantized. Inputs are rounded first: to 16 bits, which is finer than
+bfloat16 and serves as "weight-only", or to 8, twice as fast. With both as integers,
 
     y = s_x s_w (Σ X_q W_q − z_w Σ X_q)    or, with minima,    s_x s_w Σ X_q W_q + s_x m Σ X_q
 
-where Σ X_q of each group is computed once for all outputs. Sums are exact 32-bit integers over at most 256 columns;
-floats only meet at the end of each. One layout serves every instruction set: panels of 16 rows, tiles of 32 columns.
+where Σ X_q of each group is computed once for all outputs. Sums over at most 256 columns are exact 32-bit integers, and
+are then added up in float32. One layout serves every instruction set: panels of 16 rows, tiles of 32 columns.
 
 Where the extension was not built, `product` decodes some rows at a time and multiplies in torch.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
 
 PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
-WEIGHTS_AT_ONCE = 1 << 22  # packed in one go; decoded, where torch multiplies
+WEIGHTS_AT_ONCE = 1 << 22  # weights packed at a time, or decoded where torch multiplies
 # A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
 FACTORS = {
     "fp4": 2.0, "iq4nl": 1.0, "iq1": 8.0, "iq2": 8.0, "iq3xxs": 2.0, "iq3s": 1.0, "binary": 1.0, "nf4": 32512.0,
@@ -34,11 +36,11 @@ FACTORS = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix [N, K] as the kernels read it, in flat tensors; P = N / 16 panels (N padded to 64), tiles of 32 columns.
+    """A quantized matrix [N, K] in the kernels' layout: flat tensors, P = N / 16 panels (N padded to 64), tiles of 32 columns.
 
-    panels   uint8 [P · K/32 · 64 · bits]: per tile, planes of 4, 2 and 1 bits, [16 rows][4 columns] a vector
-    scale    float16 [P · G · 16], in units of each row's `unit` [N] float32, a power of two
-    point    uint8, as scale: the zero point, counted from the lowest code; None: the same for all
+    panels   uint8 [P · K/32 · 64 · bits]: tile by tile, bit planes of 4, 2 and 1 bits, each vector [16 rows][4 columns]
+    scale    float16 [P · G · 16], in units of its row's power of two `unit` [N] float32
+    point    uint8, as scale: the zero point, counted from the lowest code; None: one zero point for all groups
     minimum  float16, as scale: the offset of groups that have one
     """
 
@@ -59,17 +61,17 @@ class Packed:
 
 
 def handles(p: Packed, x: Tensor) -> bool:
-    """Whether the extension is there and multiplies this: all but 8-bit codebooks, on a CPU, in float32 or bfloat16."""
+    """Whether the extension is built and takes this: all but 8-bit codebooks, on a CPU, x in float32 or bfloat16."""
     known = p.scheme.levels.levels is None or p.scheme.grid in FACTORS
     return native is not None and known and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def pack(q: QTensor) -> Packed:
-    """A quantized matrix in the kernels' layout, its scales rounded to float16 multiples of their row's power of two."""
+    """Pack a quantized matrix for the kernels; its scales are rounded to float16 multiples of a power of two a row."""
     N, K = q.codes.shape
     scheme = q.scheme
     lowest = code_range(scheme)[0]
-    some = max(FOUR, WEIGHTS_AT_ONCE // K // FOUR * FOUR)  # rows at a time: what packing takes besides is little
+    some = max(FOUR, WEIGHTS_AT_ONCE // K // FOUR * FOUR)  # rows at a time, to save memory
     panels = [_panels((part.short() - lowest).to(torch.uint8), scheme.levels.bits) for part in q.codes.split(some)]
     G = scheme.groups(K)
     scale = q.scales.scale.expand(N, G) if scheme.group == TENSOR else q.scales.scale
@@ -90,14 +92,14 @@ def pack(q: QTensor) -> Packed:
 
 
 def _table(values: Tensor) -> Tensor:
-    """[N, G] -> [P · G · 16], zeros behind the last row."""
+    """A value per group [N, G] -> the panels' order [P · G · 16], padded with zeros."""
     N = len(values)
     padded = torch.nn.functional.pad(values, (0, 0, 0, -N % FOUR))
     return padded.view(-1, FOUR, values.shape[1]).transpose(1, 2).reshape(-1).contiguous()
 
 
 def _panels(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [N, K], from 0 up -> panels."""
+    """Unsigned codes uint8 [N, K] -> panels, as in `Packed`."""
     N, K = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -K % TILE, 0, -N % FOUR))
     vectors = padded.view(-1, 4, PANEL, padded.shape[1] // TILE, 8, 4).permute(0, 3, 1, 4, 2, 5).reshape(-1, 8, 64)
@@ -107,7 +109,7 @@ def _panels(codes: Tensor, bits: int) -> Tensor:
     for width in (4, 2, 1):
         if bits & width:
             part = vectors >> below & ((1 << width) - 1)
-            side = part.view(len(part), width, 8 // width, 64)  # 8 / width vectors share the octets of one
+            side = part.view(len(part), width, 8 // width, 64)  # one vector of bytes holds 8 / width vectors of codes
             shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
             planes.append((side << shifts).sum(2, dtype=torch.uint8))
             below += width
@@ -137,7 +139,7 @@ def matrix_of(p: Packed) -> object:
 
 @lru_cache(maxsize=64)
 def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
-    """What each code multiplies as, high and low byte, and what that counts from."""
+    """The integer that stands for each code in a product, as high and low bytes, and the offset that it counts from."""
     levels = scheme.levels.levels
     if levels is None:
         return [], [], -code_range(scheme)[0]
@@ -150,23 +152,47 @@ def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
 
 
 def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Tensor:
-    """x [M, K] times a packed matrix: [M, N] float32.
+    """x [M, K] times a packed matrix [N, K]: x Wᵀ [M, N] float32.
 
     bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
-    KernelError for x of another shape, or not of floats.
+    Differentiable in x, as if it were not rounded. KernelError for x of another shape, or not of floats.
     """
     if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
         kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-        raise KernelError(f"inputs of {kind} for a matrix {p.N} × {p.K}", remedy="floats [M, K]")
+        raise KernelError(f"inputs of {kind} for a matrix {p.N} × {p.K}", remedy=f"give floats [M, {p.K}]")
     if torch.compiler.is_compiling():
         parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Differentiable.apply(x, p, bits, by_row)  # type: ignore[no-untyped-call]
+    return _product(x, p, bits=bits, by_row=by_row)
+
+
+def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
+    """The same without its gradient."""
     if not handles(p, x):
         return _in_torch(x.float(), p, bits=bits, by_row=by_row)
     assert native is not None
     y = torch.empty(len(x), p.N)
     native.product(matrix_of(p), x.contiguous(), y, bits // 8, by_row, torch.get_num_threads())
     return y
+
+
+class _Differentiable(torch.autograd.Function):
+    """`product`, and dx = dy W by decoded rows, some at a time: no float copy of a weight is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool) -> Tensor:
+        ctx.p, ctx.dtype = p, x.dtype
+        return _product(x, p, bits=bits, by_row=by_row)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p: Packed = ctx.p
+        dx = torch.zeros(len(dy), p.K, device=dy.device)
+        for first, last in _steps(p):
+            dx += dy[:, first:last] @ decoded(p, first, last)
+        return dx.to(ctx.dtype), None, None, None
 
 
 @torch.library.custom_op("bitwright::product", mutates_args=())
@@ -188,8 +214,19 @@ def _operator(
 
 
 @_operator.register_fake
-def _(x: Tensor, panels: Tensor, scale: Tensor, point: Tensor | None, minimum: Tensor | None, unit: Tensor,
-      scheme: str, N: int, K: int, bits: int, by_row: bool) -> Tensor:  # fmt: skip
+def _(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    point: Tensor | None,
+    minimum: Tensor | None,
+    unit: Tensor,
+    scheme: str,
+    N: int,
+    K: int,
+    bits: int,
+    by_row: bool,
+) -> Tensor:
     return x.new_empty((len(x), N), dtype=torch.float32)
 
 
@@ -197,12 +234,16 @@ def _(x: Tensor, panels: Tensor, scale: Tensor, point: Tensor | None, minimum: T
 
 
 def _in_torch(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
-    """`product` by decoded rows, some at a time; inputs rounded to 8 bits as the kernels do, left alone for 16."""
+    """`product` on decoded weights, some rows at a time; inputs are rounded to 8 bits as in the kernels, not to 16."""
     if bits == 8:
         x = rounded_spans(x, p.K if by_row else BLOCK)
+    return torch.cat([x @ decoded(p, first, last).T for first, last in _steps(p)], 1)
+
+
+def _steps(p: Packed) -> Iterator[tuple[int, int]]:
+    """First and last of the rows that are decoded in one go."""
     step = max(1, WEIGHTS_AT_ONCE // p.K // FOUR) * FOUR
-    parts = [x @ decoded(p, first, min(first + step, p.N)).T for first in range(0, p.N, step)]
-    return torch.cat(parts, 1)
+    return ((first, min(first + step, p.N)) for first in range(0, p.N, step))
 
 
 def rounded_spans(x: Tensor, span: int) -> Tensor:
@@ -235,7 +276,7 @@ def decoded(p: Packed, first: int, last: int) -> Tensor:
 
 
 def _codes(panels: Tensor, bits: int, K: int) -> Tensor:
-    """Undoes `_panels` for some fours of panels: uint8 [n, K]."""
+    """Codes uint8 [n, K] of consecutive groups of four panels: undoes `_panels`."""
     tiles = panels.view(-1, bits, 64)
     if bits == 8:
         vectors = tiles

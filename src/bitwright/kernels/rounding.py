@@ -1,9 +1,9 @@
 """Rounding in native code: codes, the scale search and its second level, GPTQ's column loop, a sweep of coordinate
 descent, AutoRound's step.
 
-Each function does what its torch twin does (codec.py, methods/search.py, superblocks.py, gptq.py, coordinate_descent.py,
-autoround.py), in place of it where `handles` says so. All give the same bits as their twins but the sweep: that adds up
-in another order, so its codes may differ where two are equally good.
+Each function takes the place of its twin in torch (codec.py, methods/search.py, superblocks.py, gptq.py,
+coordinate_descent.py, autoround.py) where `handles` is true, and gives the same bits; all but the sweep, which adds in
+another order, so that its codes may differ where two are equally good.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from bitwright.numerics.loss import energy
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import TENSOR, Scheme
 
-ENCODINGS = ("f32", "f16", "bf16", "e8m0")  # by the extension's numbers; all others are searched as f32
-WIDEST = 16  # levels of a codebook
+ENCODINGS = ("f32", "f16", "bf16", "e8m0")  # index: the extension's number; all others are searched as f32
+WIDEST = 16  # most levels of a codebook
 
 
 def handles(scheme: Scheme, w: Tensor) -> bool:
-    """Whether the extension is there and knows this format on this tensor's device."""
+    """Whether the extension is built and knows this scheme on this tensor's device."""
     levels = scheme.levels.levels
     known = levels is None or (len(levels) <= WIDEST and scheme.symmetric)
     return native is not None and w.device.type == "cpu" and scheme.group != TENSOR and known
@@ -38,7 +38,7 @@ def _format(scheme: Scheme) -> object:
     lo, hi = code_range(scheme)
     codes: dict[float, int] = {}
     for code, level in enumerate(grid.levels or ()):
-        codes.setdefault(level, code)  # a second code for an equal value is never chosen
+        codes.setdefault(level, code)  # of codes of equal value only the first is used
     rising = sorted(codes.items())
     return native.Format(
         zero={"sym": 0, "signed": 0, "asym": 1, "asym1": 1, "min": 2}[scheme.zero],
@@ -56,10 +56,10 @@ def _format(scheme: Scheme) -> object:
 def search(
     w: Tensor, importance: Tensor, scheme: Scheme, shrinks: list[tuple[float, float]], *, quick: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales (and zeros) [N, G] of least weighted squared error, as `methods.search` finds them, by itself rounded.
+    """Scales (and zeros) [N, G] of least weighted squared error, for encodings of one level: see methods/search.py.
 
-    w [N, K], importance [K]; shrinks: factors on the range below and above 0, tried in turn, or quickly. A group with a weight
-    that is not finite gets the scale NaN.
+    w [N, K]; importance [K]; shrinks: candidate factors on the range below and above 0; quick: as there. A group with a
+    weight that is not finite gets the scale NaN.
     """
     assert native is not None
     scale, zero = _no_scales(w, scheme)
@@ -83,7 +83,7 @@ def _no_scales(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
 
 
 def _ranges(scheme: Scheme, shrinks: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """Factors on the range as the extension wants them."""
+    """Candidate factors on the range below and above 0, divided by the grid's reach as the extension takes them."""
     below = [pair[0] for pair in shrinks]
     above = [pair[0] / (scheme.reach or 1.0) if scheme.symmetric else pair[1] for pair in shrinks]
     return torch.tensor(below), torch.tensor(above)
@@ -92,7 +92,7 @@ def _ranges(scheme: Scheme, shrinks: list[tuple[float, float]]) -> tuple[Tensor,
 def searched(
     w: Tensor, importance: Tensor | None, scheme: Scheme, shrinks: list[tuple[float, float]], *, quick: bool = False
 ) -> tuple[QTensor, Tensor, Tensor]:
-    """`search`, `encode` under what it finds, and `missed`, in one go: for encodings of one level.
+    """`search`, `encode` and `error_energy` in one pass over w, for encodings of one level.
 
     w [N, K] float32 or bfloat16; importance [K] or None.
     """
@@ -120,9 +120,9 @@ def searched(
 def refine(
     w: Tensor, weight: Tensor, scheme: Scheme, start: Scales, moves: Tensor, integers: tuple[int, int], rounds: int
 ) -> Scales:
-    """Scales of the k encodings made better in turns, as `methods.superblocks` does; all as there.
+    """Refine scales of the k encodings: see methods/superblocks.py.
 
-    moves [C, 2]: what is tried around each group's integers; integers: the lowest and the highest that there are.
+    moves [C, 2]: candidate steps of each group's two integers; integers: the lowest and the highest allowed.
     """
     assert native is not None and start.outer is not None
     zero, outer_zero = (None if t is None else t.clone() for t in (start.zero, start.outer_zero))
@@ -145,7 +145,7 @@ def refine(
 
 
 def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
-    """`codec.encode`, in native code where that knows the scheme."""
+    """`codec.encode`, in native code where `handles` is true."""
     if not handles(scheme, w):
         return in_torch(w, scales, scheme)
     assert native is not None
@@ -158,8 +158,8 @@ def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
     return QTensor(codes, scales, scheme, tuple(w.shape))
 
 
-def missed(w: Tensor, q: QTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`loss.energy` of the error and of w [N, K], each [N] float64: added up in float32, which tells six digits."""
+def error_energy(w: Tensor, q: QTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`loss.energy` of the error w − decoded and of w [N, K], each [N] float64; summed in float32, exact to six digits."""
     if not handles(q.scheme, w) or q.outliers is not None:
         return energy(w - decode(q), importance), energy(w, importance)
     assert native is not None
@@ -189,10 +189,12 @@ def round_columns(
     scale: Tensor,
     zero: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Round n columns in turn and carry each error on to the later of them. Codes [n, N] and errors [n, N].
+    """GPTQ's inner loop: round n columns in turn and propagate each error to the later ones. Codes [n, N] and errors [n, N].
 
-    aim [n, N] becomes what each column aimed at; original [n, N]; spread [n, n]; groups [n] int64, the rows of
-    scale (and zero) [G, N] that belong to each column.
+    target       [n, N] the columns plus the errors propagated so far; updated in place
+    original     [n, N] the float weights; an error is original − decoded
+    propagation  [n, n] share of column i's error that column k takes on: see methods/gptq.py, `Factor`
+    groups       [n] int64, the row of scale (and zero) [G, N] that belongs to each column
     """
     assert native is not None
     errors = torch.empty_like(target)
@@ -227,10 +229,10 @@ def sweep(
     begin: int,
     g: int,
 ) -> None:
-    """One pass of coordinate descent over n columns from `begin` on, in place.
+    """One pass of coordinate descent over n columns from `begin` on, in place: see methods/coordinate_descent.py.
 
-    decoded, pull, codes [n, N]; scale, zero [G, N]; H [n, n] without the ridge; curvature [n] its diagonal with it;
-    solve: whether scales may move; g: the group length.
+    decoded, pull, codes [n, N]; scale, zero [G, N]; H [n, n] without the ridge; curvature [n]: its diagonal with the
+    ridge; solve: whether scales may change too; g: the group length.
     """
     assert native is not None
     native.sweep(
@@ -252,14 +254,15 @@ def sweep(
 
 @dataclass(frozen=True)
 class RoundingVariables:
-    """What AutoRound tunes of one matrix, and what that stands for; all but w, base, start and zero change in place.
+    """AutoRound's variables for one matrix; all but w, base, start and zero change in place.
 
-    w, base         [N, K] the float weights; what is added to each, in codes, so that it starts at the start's code
-    offset, stretch [N, K] and [N, G] the variables: added to w in codes; the relative change of scales
-    square, stretch_square: the running means of their gradients' squares
-    start, scale    [N, G] scales before any stretch, and as they are stored now; zero [N, G] or None
+    w, base         [N, K] the float weights; a constant added to each, in units of codes, so that it starts at its given code
+    offset          [N, K] variable, in units of codes: added to w before it is rounded (the paper's V)
+    stretch         [N, G] variable: relative change of the scale
+    square, stretch_square  running means of the squared gradients of the two
+    start, scale    [N, G] scales without stretch, and as stored now; zero [N, G] or None
     decoded         [N, K] float32 or bfloat16, the weights that the variables stand for
-    movable         whether scales may move
+    movable         whether scales may change
     """
 
     scheme: Scheme
@@ -277,9 +280,9 @@ class RoundingVariables:
 
 
 def tune(k: RoundingVariables, gradient: Tensor | None, *, rate: float, scale_rate: float, fresh: float) -> None:
-    """A step of the variables against the gradient [N, K] of the decoded weights, if there is one; then decode them anew.
+    """One step of the variables against the gradient [N, K] by the decoded weights (None: no step); then decode anew.
 
-    rate, scale_rate: steps of offset and stretch; fresh: the share of this gradient in the running means.
+    rate, scale_rate: step sizes of offset and stretch; fresh: weight of this gradient in the running means.
     """
     assert native is not None
     native.tune(

@@ -25,17 +25,19 @@ METHODS: dict[str, Callable[..., Outcome]] = {
     "gptaq": gptaq,
     "autoround": autoround,
 }
-CALIBRATED = ("obq", "gptq", "gptaq", "autoround")  # cannot do without a Gram; all of them have the option `fast`
-BLOCKWISE = ("autoround",)  # go on to tune a whole block
-ASYMMETRIC = ("gptaq", "autoround")  # also look at the float model's activations; have `drift` and `residual`
+CALIBRATED = ("obq", "gptq", "gptaq", "autoround")  # need a Gram; all of them take the option `fast`
+BLOCKWISE = ("autoround",)  # then tune all matrices of a block together
+ASYMMETRIC = ("gptaq", "autoround")  # compare with the float model's activations; take `drift` and `residual`
 
 
 def check_serves(method: str, scheme: Scheme) -> None:
     """RecipeError for a method on a scheme that it cannot choose codes for."""
     if method == "autoround" and scheme.levels.levels is not None:
-        raise RecipeError(f"autoround tunes integer codes, not {scheme.grid}", remedy="int2 to int8, or method gptaq")
+        raise RecipeError(
+            f"autoround tunes integer codes, not {scheme.grid}", remedy="give int2 to int8, or --method gptaq"
+        )
     if method == "hqq" and scheme.zero != "min":
-        remedy = "a min scheme such as q4_1, or method search"
+        remedy = "give --scheme q4_1, or --method search"
         raise RecipeError(f"hqq tunes float minima, and {scheme} has none", remedy=remedy)
 
 

@@ -1,16 +1,15 @@
-"""AutoRound: choose the codes of a whole block by gradient on the block's output.
+"""AutoRound: choose the codes of a block's matrices together, by gradient descent on the block's output error.
 
-After Cheng et al. 2023 (SignRound, arXiv:2309.05516). Every weight gets an offset V in [−½, ½] before rounding and every
-group a stretch of its scale; gradients pass straight through the rounding, and are followed in steps of one size, that
-shrinks to nothing. What is minimised is the squared difference between the rounded block's output and the float
-block's, each on the inputs that it would really get, as a share of the float one token by token; so a block also makes up
-for what the blocks before it lost.
+After Cheng et al. 2023 (SignRound, arXiv:2309.05516). Every weight has a variable V in [−½, ½] that is added before
+rounding, and every group a variable stretch of its scale. Gradients pass straight through the rounding (straight-through
+estimator); step sizes fall linearly to 0. The loss is the squared difference between the output of the quantized block
+on what the quantized blocks before give, and that of the float block on the float model's activations, relative to the
+latter's size token by token. So a block also makes up for the errors of the blocks before it.
 
-Three things are done otherwise than in the paper. Not the sign of a gradient is followed but the gradient over its own
-root mean square: steps of the same size on average, and less noise where a sign means nothing. The start is GPTAQ's
-result rather than the nearest codes: `base` moves each weight towards the middle of the interval that rounds to its
-code, so V = 0 *is* that start. And the better of start and end, on a sample of the inputs, is kept, so that tuning does
-not make a block worse.
+Three differences from the paper. Steps follow the gradient divided by its root mean square (as in RMSprop) rather than its
+sign: steps of the same size on average, with less noise where a gradient is near 0. The start is GPTAQ's result rather than
+the nearest codes: `base` moves each weight well inside the interval that rounds to its GPTAQ code, so that V = 0 is that
+result. And of start and end the better on a sample of the inputs is kept, so that tuning never makes a block worse.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,21 +25,29 @@ from bitwright.kernels import rounding
 from bitwright.kernels.rounding import RoundingVariables
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.outcome import Outcome
-from bitwright.numerics.codec import code_dtype, code_range, decode, folded, group_view, safe, snap
+from bitwright.numerics.codec import code_dtype, code_range, decode, group_view, pairwise_sum, safe, snap
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TENSOR, Scheme
 
-MEMORY = 0.95  # of a gradient's mean square, from step to step
-INSIDE = 0.4  # how far from its code a weight may start: what GPTQ moved must not fall back at the first step
-WALK = 0.11  # first step of offsets times the root of the number of steps: how far chance alone takes one
-JUDGED = 32  # windows, or somewhat more, on which the end is compared with the start
+MEMORY = 0.95  # decay of the running mean of squared gradients, a step
+INSIDE = (
+    0.4  # most codes between a weight and its code at the start: a code of GPTAQ's must not flip back at the first step
+)
+WALK = 0.11  # default lr times √iterations: how far a random walk takes V
+JUDGED = 32  # windows, or somewhat more, on which end and start are compared
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Options:
-    """iterations: steps; windows: calibration windows in a step; lr: first step of V, falling to 0 (None: so that
-    chance alone takes V a tenth of its range); scale_lr: the same for the relative stretch of scales; seed: of the draw.
+    """Options of the tuning.
+
+    iterations  steps
+    windows     calibration windows in a step
+    lr          first step of V, falling linearly to 0; None: 0.11 / √iterations (a random walk over a tenth of V's range)
+    scale_lr    the same for the relative stretch of scales
+    seed        of the order in which windows are drawn
+    Raises RecipeError for a number out of range.
     """
 
     iterations: int = 200
@@ -51,12 +58,15 @@ class Options:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Options":
-        """Those of a method's options that are about tuning; the others are about its start."""
+        """The tuning options among a method's options; the others are GPTAQ's."""
         return cls(**{name: value for name, value in options.items() if name in cls.__dataclass_fields__})
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.windows < 1 or self.scale_lr < 0 or (self.lr is not None and self.lr <= 0):
-            raise RecipeError("iterations, windows and steps must be above 0", remedy="such as 200, 8 and 0.005")
+            found = f"iterations {self.iterations}, windows {self.windows}, lr {self.lr}, scale_lr {self.scale_lr}"
+            remedy = "options = { iterations = 200, windows = 8, lr = 0.005 }"
+            message = f"{found}: iterations and scale_lr must be at least 0, windows and lr must be above 0"
+            raise RecipeError(message, remedy=remedy)
 
 
 def autoround(
@@ -73,14 +83,14 @@ def autoround(
     residual: Tensor | None = None,
     fast: bool = False,
 ) -> Outcome:
-    """Where tuning starts: GPTAQ's result. `tune` does the rest, on a block.
+    """The start of AutoRound: GPTAQ's result for one matrix. `tune` goes on from there, block by block.
 
-    w, gram, drift, residual as for `gptaq`; the other options are those of `Options`. Raises RecipeError for a grid that is
-    not of integers.
+    w, gram, drift, residual, fast: as for `gptaq`; the other options: see `Options`. Raises RecipeError for a codebook.
     """
     Options(iterations, windows, lr, scale_lr, seed)
     if scheme.levels.levels is not None:
-        raise RecipeError(f"autoround tunes integer codes, not {scheme.grid}", remedy="int2 to int8, or method gptaq")
+        remedy = "give int2 to int8, or --method gptaq"
+        raise RecipeError(f"autoround tunes integer codes, not {scheme.grid}", remedy=remedy)
     return gptaq(w, gram, scheme, drift=drift, residual=residual, fast=fast)
 
 
@@ -92,12 +102,12 @@ def tune(
     start: dict[str, QTensor],
     how: Options,
 ) -> dict[str, QTensor]:
-    """Better codes and scales for the matrices of a block.
+    """Tune codes and scales of a block's matrices; the start where the end is no better.
 
     forward          (decoded weights by name, x [B, T, H]) -> the block's output [B, T, H], differentiable in the weights
-    inputs, targets  [S, T, H]: what the rounded block is given, and what the float block made of the float inputs; the
-                     decoded weights are of their type
-    weights          the float matrices [N, K] by name; start: what they were rounded to
+    inputs, targets  [S, T, H]: inputs of the quantized block; outputs of the float block on the float model's activations.
+                     Decoded weights are of their float type
+    weights, start   the float matrices [N, K] by name; what they were quantized to
     """
     if how.iterations == 0:
         return start
@@ -108,7 +118,7 @@ def tune(
         missed = forward({name: k.decoded for name, k in variables.items()}, inputs[some]) - targets[some]
         error = (missed.float() / sizes[some]).square().mean()
         gradients = torch.autograd.grad(error, [k.decoded for k in variables.values()])
-        left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # a young running mean is too small
+        left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # bias correction, as in Adam
         for k, gradient in zip(variables.values(), gradients, strict=True):
             move(k, gradient, rate=left * (how.lr or WALK / how.iterations**0.5), scale_rate=left * how.scale_lr)
     end = {name: result(variables[name], q) for name, q in start.items()}
@@ -117,14 +127,14 @@ def tune(
 
 
 def _sizes(targets: Tensor) -> Tensor:
-    """The root mean square of each token [S, T, 1]: what reads a block's output is a norm, so an error counts by its share of
-    it, and a token with a massive activation (arXiv:2402.17762) as any other.
+    """The root mean square of each token [S, T, 1], by which its error is divided: the next reader of a block's output is a
+    norm, and a token with massive activations (arXiv:2402.17762) must not outweigh all others.
     """
     return targets.float().square().mean(-1, keepdim=True).sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _draws(windows: int, how: Options) -> Iterator[Tensor]:
-    """Which windows each step looks at: all in turn, shuffled anew each time."""
+    """Indices of each step's windows: all in turn, shuffled anew for each pass."""
     generator = torch.Generator().manual_seed(how.seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(how.iterations):
@@ -136,7 +146,7 @@ def _draws(windows: int, how: Options) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTensor], windows: int) -> float:
-    """The squared difference of outputs over a sample of the inputs, as many windows at a time as in a step."""
+    """The loss of quantized matrices on a sample of the inputs, as many windows at a time as in a step."""
     decoded = {name: decode(replace(one, shape=tuple(one.codes.shape))).to(inputs.dtype) for name, one in q.items()}
     parts = zip(inputs.split(windows), targets.split(windows), strict=True)
     judged = islice(parts, 0, None, max(1, len(inputs) // JUDGED))
@@ -145,7 +155,7 @@ def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTens
 
 
 def variables_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> RoundingVariables:
-    """Rounding variables that stand for q, each weight well inside the interval that rounds to its code; decoded as `dtype`."""
+    """Variables that stand for q, each weight well inside the interval that rounds to its code; decoded weights of `dtype`."""
     scheme, w = q.scheme, w.float().contiguous()
     scale, zero = q.scales.scale.contiguous(), None if q.scales.zero is None else q.scales.zero.contiguous()
     movable = scheme.scale in ("f32", "f16", "bf16") and scheme.group != TENSOR
@@ -166,10 +176,10 @@ def variables_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> RoundingVariables
 
 @torch.no_grad()
 def move(k: RoundingVariables, gradient: Tensor | None, *, rate: float = 0.0, scale_rate: float = 0.0) -> None:
-    """One step against the gradient [N, K] of the decoded weights, if there is one; then decode anew.
+    """One step against the gradient [N, K] by the decoded weights (None: no step); then decode anew.
 
-    Every knob moves by its gradient over that gradient's root mean square so far, times its rate. Rounding counts as if
-    it were none, except where a code is clamped.
+    Every variable moves by rate · gradient / its running root mean square. Rounding has derivative 1, and 0 where a code
+    is clamped.
     """
     if rounding.handles(k.scheme, k.w):
         rounding.tune(k, gradient, rate=rate, scale_rate=scale_rate, fresh=1 - MEMORY)
@@ -194,21 +204,21 @@ def _move(k: RoundingVariables, gradient: Tensor, rate: float, scale_rate: float
 
 
 def _slopes(k: RoundingVariables, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of the decoded weights [N, G, g] those of offset [N, G, g] and stretch [N, G]."""
+    """From the gradient by the decoded weights [N, G, g] those by offset [N, G, g] and stretch [N, G]."""
     (by, inside), (plain, _) = _rounded(k), _places(k)
-    to_stretch = folded(gradient * (by - torch.where(inside, plain, 0.0))) * k.start
+    to_stretch = pairwise_sum(gradient * (by - torch.where(inside, plain, 0.0))) * k.start
     return torch.where(inside, gradient * k.scale[..., None], 0.0), to_stretch
 
 
-def _follow(knob: Tensor, gradient: Tensor, square: Tensor, rate: float) -> None:
-    """A step against the gradient over its root mean square: one operation at a time, as native code does it."""
+def _follow(variable: Tensor, gradient: Tensor, square: Tensor, rate: float) -> None:
+    """A step against the gradient over its running root mean square, operation by operation as in native code."""
     square += (gradient * gradient - square) * (1 - MEMORY)
-    size = square.double().sqrt_().float()  # torch's root of a float32 is not always the nearest number
-    knob -= gradient / size.clamp_(min=torch.finfo(size.dtype).tiny) * rate
+    size = square.double().sqrt_().float()  # torch's float32 square root is not always correctly rounded
+    variable -= gradient / size.clamp_(min=torch.finfo(size.dtype).tiny) * rate
 
 
 def _places(k: RoundingVariables) -> tuple[Tensor, Tensor]:
-    """Where the weights lie among the codes before any offset [N, G, g]: w over its scale, and the integer zero point."""
+    """w / scale (over its minimum, where there is one), before any offset [N, G, g]; and the integer zero point."""
     w, divisor = group_view(k.w, k.scheme), safe(k.scale)[..., None]
     zero = torch.zeros(()) if k.zero is None else k.zero[..., None]
     if k.scheme.zero == "min":
@@ -217,19 +227,19 @@ def _places(k: RoundingVariables) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(k: RoundingVariables) -> tuple[Tensor, Tensor]:
-    """What multiplies the scales: codes less the integer zero point [N, G, g]; and which codes are not clamped."""
+    """Codes minus the integer zero point [N, G, g], which multiply the scales; and which codes are not clamped."""
     (plain, zero), (lo, hi) = _places(k), code_range(k.scheme)
     codes = torch.round(plain + zero + group_view(k.base + k.offset, k.scheme))
     return codes.clamp(lo, hi) - zero, (codes >= lo) & (codes <= hi)
 
 
 def _matrix(grouped: Tensor, like: Tensor) -> Tensor:
-    """[N, G, g] -> [N, K] without padding: the way back from `group_view`."""
+    """[N, G, g] -> [N, K] without padding: undoes `group_view`."""
     return grouped.reshape(len(like), -1)[:, : like.shape[1]].contiguous()
 
 
 def result(k: RoundingVariables, start: QTensor) -> QTensor:
-    """Codes and scales as they are now. Raises SchemeError if the gradients were not finite."""
+    """The quantized matrix that the variables stand for. Raises SchemeError if gradients were not finite."""
     snap(k.scale, None, replace(k.scheme, zero="sym"))
     by, _ = _rounded(k)
     codes = _matrix(by + _places(k)[1], k.w).to(code_dtype(k.scheme))

@@ -1,10 +1,10 @@
-"""AWQ: weights that meet large inputs are rounded finely, by scaling them up and their inputs down.
+"""AWQ: scale up the weights of salient input channels before rounding, and scale those inputs down.
 
-Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = (mean |x|)^α for each input channel, over √(max s · min s); α from a
-grid of 20 points in [0, 1), 0 being no scaling. What is minimised is the error of the outputs. The paper runs the layer
+Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = (mean |x|)^α for each input channel, divided by √(max s · min s); α from
+a grid of 20 points in [0, 1), of which 0 means no scaling. The α of least output error is taken. The paper runs the layer
 for each α; the Gram of the inputs gives the same squared error, tr(E gram Eᵀ) with E = w − Q(w s) / s, without a run.
-Clipping, the method's second part, is the scale search of `search`, which follows by default, and which Q already
-contains: scales chosen for rounding that does not clip are not the best for rounding that does.
+Clipping, the method's second part, is the scale search of `search`, which follows by default. Q contains it too, where it
+will follow: scales that are best without clipping are not the best with it.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,26 @@ from bitwright.errors import RecipeError
 from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
 from bitwright.numerics.loss import energy
 
-SMALLEST = 1e-4  # of the largest mean |x|: channels that are hardly ever active do not blow up their weights
+SMALLEST = 1e-4  # of the largest mean |x|, at least: channels that are hardly ever active must not make s huge
 
 
 @dataclass(frozen=True)
 class Awq:
-    """points: of the grid of α. RecipeError for none."""
+    """AWQ's options. points: size of the grid of α, at least 1; RecipeError for less."""
 
     points: int = 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.points, int) or self.points < 1:
-            raise RecipeError(f"a grid of {self.points} points", remedy="awq's points must be at least 1, such as 20")
+            remedy = 'transforms = [{ name = "awq", points = 20 }]'
+            raise RecipeError(f"a grid of {self.points} points: awq's points must be at least 1", remedy=remedy)
 
     def scaling(self, readers: Sequence[Reader], gram: Tensor, mean: Tensor) -> Scaling:
         """Channel scales for the matrices that read one input.
 
-        readers  the matrices [N, K]; those without a scheme do not count
-        gram     [K, K] = XᵀX / T;  mean [K]: mean |x|, the same for channels that must share a scale
+        readers  the matrices [N, K]; those that stay in float (no scheme) do not count
+        gram     [K, K] = XᵀX / T
+        mean     [K] mean |x|, equal for channels that must share a scale
         """
         some = [reader.sampled() for reader in readers]
         importance = gram.diagonal().clamp(min=0)

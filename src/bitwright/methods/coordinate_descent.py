@@ -2,9 +2,11 @@
 
 With all other codes fixed, the best code of column j is the one nearest to decodedⱼ + (E H)ⱼ / Hⱼⱼ
 (QuantEase, Behdin et al. 2023, arXiv:2309.01885, eq. 7), and with all codes fixed the best scale of a group solves one
-linear equation. A sweep visits the groups in turn, scale first, then its columns. Neither step can raise the loss, so
-the result is never worse than the start. GPTQ looks at each column once, before the later ones are rounded; a sweep
-looks again, knowing what became of them: it takes 4 to 12 % off the loss, the more the fewer bits.
+linear equation. A sweep goes through the groups in turn, scale first, then its columns. Neither step can raise the loss,
+so the result is never worse than the start. GPTQ rounds each column once, before the later ones; a sweep rounds it again,
+knowing them: it takes 4 to 12 % off the loss, more at fewer bits.
+
+`pull` [K, N] is (E H)ᵀ, minus half the gradient of the loss by the decoded weights: what each column is drawn towards.
 """
 
 from dataclasses import replace
@@ -18,16 +20,18 @@ from bitwright.numerics.matmul import add_product
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import TENSOR
 
-SOLVABLE = ("f32", "f16", "bf16")  # encodings where one group's scale can change alone
+SOLVABLE = ("f32", "f16", "bf16")  # encodings where a group's scale is stored by itself, and almost freely
 
 
 def coordinate_descent(
     w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0, fast: bool = False
 ) -> QTensor:
-    """Improve codes (and one-level scales of 16 to 256 weights) of q, a rounding of w [N, K] under H = gram + ridge·I.
+    """Improve the codes of q, a quantization of w [N, K], under H = gram + ridge·I; and scales, if groups store their own.
 
-    A ridge, as GPTQ's damping is one, keeps few calibration tokens from being fitted to the last digit. fast: large
-    products in bfloat16, see numerics/matmul.py; that a step never raises the loss is then true but for their rounding.
+    sweeps  passes over all columns; 0 returns q
+    block   columns whose changes reach the others in one product
+    ridge   like GPTQ's damping, keeps few calibration tokens from being overfitted
+    fast    large products in bfloat16 (see numerics/matmul.py): a step may then raise the loss by their rounding errors
     """
     if sweeps <= 0:
         return q
@@ -43,7 +47,7 @@ def coordinate_descent(
 
 
 class _Sweep:
-    """One visit of all columns, in the order they have."""
+    """One pass over all columns, in their own order."""
 
     def __init__(self, state: "_State", gram: Tensor, ridge: float, *, solve: bool, span: int, fast: bool) -> None:
         floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
@@ -52,7 +56,7 @@ class _Sweep:
         self.solve, self.span, self.fast = solve, span, fast
 
     def run(self) -> None:
-        """All columns, from H Eᵀ as the state is now."""
+        """All columns, beginning with the pull H Eᵀ of the current state."""
         before = self.state.decoded.clone()
         missing = self.state.wt - before
         pull = missing * self.ridge  # [K, N], H Eᵀ
@@ -61,7 +65,7 @@ class _Sweep:
         self._columns(0, len(pull), pull, before)
 
     def _columns(self, begin: int, end: int, pull: Tensor, before: Tensor) -> None:
-        """Columns begin..end: the first half, what it changed carried to the second, then the second."""
+        """Columns begin..end: the first half, then the pull that its changes cause on the second, then the second."""
         spans = -(-(end - begin) // self.span)
         if spans < 2:
             here = slice(begin, end)
@@ -88,7 +92,7 @@ class _State:
         self.zero = None if q.scales.zero is None else q.scales.zero.expand(N, G).T.contiguous()
 
     def improve(self, here: slice, pull: Tensor, H: Tensor, curvature: Tensor, ridge: float, *, solve: bool) -> None:
-        """Visit the columns `here`, whose pull [n, N] and H [n, n] these are: group by group, the scale first."""
+        """Improve the columns `here`, group by group, the scale first; pull [n, N] and H [n, n] are those of these columns."""
         if rounding.handles(self.scheme, pull):
             rounding.sweep(
                 self.decoded[here],
@@ -116,7 +120,7 @@ class _State:
             pull[end:].addmm_(H[end:, own], self.decoded[here][own] - moved, alpha=-1)
 
     def sweep_columns(self, begin: int, end: int, own: Tensor, near: Tensor, curvature: list[float]) -> None:
-        """Choose each code of columns begin..end anew; their pull `own` is kept right."""
+        """Choose each code of columns begin..end anew, and keep their pull `own` up to date."""
         chosen, became = [], []
         for i, old in enumerate(self.decoded[begin:end].unbind()):
             if i == 0 or (begin + i) % self.g == 0:
@@ -132,7 +136,7 @@ class _State:
         self.decoded[begin:end] = torch.stack(became)
 
     def solve_scale(self, begin: int, end: int, pull: Tensor, H: Tensor, ridge: float) -> None:
-        """Move the scale of the group begin..end to its least-squares value where, once stored, that loses less."""
+        """Set the scale of the group begin..end to its least-squares value, rounded as stored, where that loses less."""
         group, own = begin // self.g, slice(begin, end)
         c = values(self.codes[own], self.scheme)
         if self.zero is not None and self.scheme.zero != "min":
@@ -152,7 +156,7 @@ class _State:
         pull.addcmul_(bent, change, value=-1)
 
     def _decoded(self, own: slice, group: int) -> Tensor:
-        """What the codes of one group stand for, by the very operations of `codec.decode`."""
+        """Decoded weights of one group, by the same operations as `codec.decode`: the same bits."""
         c = values(self.codes[own], self.scheme)
         if self.zero is None:
             return c * self.scale[group]
@@ -161,7 +165,7 @@ class _State:
         return (c - self.zero[group]) * self.scale[group]
 
     def result(self) -> QTensor:
-        """The quantized weight as it now stands."""
+        """The quantized weight as it is now."""
         s = self.q.scales
         scale = s.scale if self.scheme.group == TENSOR else self.scale.T.contiguous()
         return replace(self.q, codes=self.codes.T.contiguous(), scales=Scales(scale, s.zero, s.outer, s.outer_zero))

@@ -2,18 +2,17 @@
 
 The layer's loss is tr(E H Eᵀ) with E = w − decoded and H the (damped) Gram of its inputs. With H = U Uᵀ, U upper
 triangular in column order, it is ‖E U‖², and column k of E U holds no error of a later column:
-Eₖ Uₖₖ + Σ (i < k) Eᵢ Uᵢₖ. So when column k's turn comes, the best it can aim at is wₖ + Σ (i < k) Eᵢ Uᵢₖ / Uₖₖ, and
-missing that by e costs (e Uₖₖ)². This is GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), whose R with
-H⁻¹ = RᵀR is U⁻¹; but neither H nor U is ever inverted, which saves more than half of the preparation.
+Eₖ Uₖₖ + Σ (i < k) Eᵢ Uᵢₖ. So the best target for column k is wₖ + Σ (i < k) Eᵢ Uᵢₖ / Uₖₖ, and missing that by e costs
+(e Uₖₖ)². This is GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), whose R with H⁻¹ = RᵀR is U⁻¹; but neither
+H nor U is ever inverted, which saves more than half of the preparation.
 
-What a plain version lacks and this one does:
-- columns are visited in the order of falling diag(H), *units* (the columns whose scales are chosen together) kept whole
-  and in place, so no index is needed at run time;
-- a unit's scales are searched when it is reached, on weights that already carry earlier errors, with the importance
-  Uₖₖ² that a rounding error really has; rows are rounded alongside with scales fixed beforehand, and whichever
-  loses less is kept;
-- inputs that are never active get w = 0; damping grows until the factor exists; else the fallback is on record;
-- `coordinate_descent` then improves codes and scales by coordinate descent.
+Beyond the paper:
+- columns are rounded in the order of falling diag(H) ("act-order"), but *units*, the columns whose scales are chosen
+  together, stay whole and in place: static groups, so no index is needed at run time;
+- a unit's scales are searched when its turn comes, on weights that already carry earlier errors, with the importance
+  Uₖₖ² that a rounding error has there; each row is also rounded with scales fixed beforehand, and keeps the better;
+- input channels that are never active get w = 0; damping grows until the factor exists; else `search` takes over, on record;
+- coordinate descent then improves codes and scales: see coordinate_descent.py.
 
 The loop works on wᵀ, so that each column of w is contiguous.
 """
@@ -34,9 +33,11 @@ from bitwright.numerics.matmul import add_product
 from bitwright.numerics.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
 from bitwright.numerics.scheme import TENSOR, Scheme
 
-TRIAL_ROWS = 256  # rows that decide for a matrix of more than four times as many
-AT_ONCE = 1 << 23  # weights rounded at a time, whole rows: all that is needed meanwhile is a few times 32 MB
-RIDGE = 0.1  # share of the damping that descent keeps: enough where tokens are few, little where they are many
+TRIAL_ROWS = (
+    256  # sampled rows that decide between fixed and refitted scales, for a matrix of more than four times as many
+)
+AT_ONCE = 1 << 23  # weights rounded at a time, in whole rows: their float32 copies take 32 MB each
+RIDGE = 0.1  # share of the damping that coordinate descent keeps: by measurement, with few tokens and with many
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
@@ -51,11 +52,11 @@ def gptq(
     compensated_scales: bool = True,
     fast: bool = False,
 ) -> Outcome:
-    """Round w with error feedback.
+    """Round w with error feedback (Frantar et al. 2022, algorithm 1).
 
     w                   [N, K], or a convolution's [N, ...]
     gram                [K, K] = XᵀX / T; required
-    damping             share of the mean diagonal added to the diagonal; raised tenfold, twice, if H cannot be factored
+    damping             share of the mean diagonal added to the diagonal; times 10 and times 100 if H cannot be factored
     block               columns rounded before their errors reach the others, in one product (lazy batches)
     sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
     compensated_scales  try scales searched on compensated weights beside those fixed beforehand
@@ -63,9 +64,10 @@ def gptq(
     Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite.
     """
     if gram is None:
-        raise RecipeError("gptq needs calibration", remedy="give calibration text, or use --method search or rtn")
+        raise RecipeError("gptq needs calibration", remedy="give --calib general, or --method search")
     if not torch.isfinite(gram).all():
-        raise NumericsError("the Gram matrix of the inputs is not finite", remedy="look for overflow in the model")
+        remedy = "activations overflow: give other calibration text, or --method search"
+        raise NumericsError("the Gram matrix of the inputs is not finite", remedy=remedy)
     _check_options(damping, block, scheme.unit)
     sweeps = (2 if scheme.levels.bits < 4 else 1) if sweeps is None else sweeps
     matrix = w.reshape(w.shape[0], -1).float()
@@ -76,7 +78,7 @@ def gptq(
     if factor is None:
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
         return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
-    how = How(block, fast)
+    how = LoopOptions(block, fast)
     how = replace(how, way=_best_way(matrix, factor, scheme, how) if compensated_scales else "fixed")
     ridge = RIDGE * factor.damping * float(gram.diagonal().mean())
     parts = []
@@ -90,8 +92,10 @@ def gptq(
 class Factor:
     """H = U Uᵀ in column order.
 
-    order [K]: columns as visited; spread [K, K]: Uᵢₖ / Uₖₖ, what of column i's error column k takes on; pivots [K]: Uₖₖ;
-    damping: the share of the mean diagonal that it took.
+    order        [K] the columns in the order in which they are rounded
+    propagation  [K, K] Uᵢₖ / Uₖₖ: the share of column i's error that column k takes on
+    pivots       [K] Uₖₖ
+    damping      share of the mean diagonal that was added
     """
 
     order: Tensor
@@ -101,11 +105,12 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class How:
-    """How the column loop is carried out.
+class LoopOptions:
+    """Options of the column loop.
 
-    block: columns in a block; fast: large products in bfloat16; way: scales "fixed" beforehand, "refit" unit by unit on
-    compensated weights, or "both" and each row keeps the better.
+    block  columns whose errors reach the others in one product
+    fast   large products in bfloat16
+    way    scales "fixed" beforehand, "refit" unit by unit on compensated weights, or "both": each row keeps the better
     """
 
     block: int = 128
@@ -114,7 +119,7 @@ class How:
 
 
 def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
-    """Columns by falling diagonal; units by falling mean and kept together; a short last unit stays last."""
+    """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last."""
     K = len(diagonal)
     if unit is None or unit >= K:
         return diagonal.argsort(descending=True, stable=True)
@@ -128,7 +133,7 @@ def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
 
 
 def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
-    """U by one Cholesky of H in reversed order; None if H is not positive however much it is damped."""
+    """U by one Cholesky factorization of H in reversed order; None if H is not positive definite at any damping."""
     diagonal = gram.diagonal()
     order = column_order(diagonal, scheme.unit)
     backwards = order.flip(0)
@@ -147,14 +152,15 @@ def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
 
 def _check_options(damping: float, block: int, unit: int | None) -> None:
     if not damping > 0 or block < 1:
-        raise RecipeError(f"damping {damping} and block {block} must be above 0", remedy="such as 0.01 and 128")
+        remedy = "options = { damping = 0.01, block = 128 }"
+        raise RecipeError(f"damping {damping} and block {block} must be above 0", remedy=remedy)
     if unit is not None and unit % block and block % unit:
         message = f"blocks of {block} columns cut through units of {unit}"
-        raise RecipeError(message, remedy="a block that divides the unit, or is a multiple of it")
+        raise RecipeError(message, remedy=f"options = {{ block = {unit} }}")
 
 
-def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> Literal["fixed", "refit", "both"]:
-    """Both ways for a small matrix; of a large one a sample of its rows is rounded, and all go the way that won there."""
+def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: LoopOptions) -> Literal["fixed", "refit", "both"]:
+    """ "both" for a small matrix; for a large one the better of "fixed" and "refit" on a sample of its rows."""
     N, K = w.shape
     if scheme.unit is None or scheme.unit >= K:
         return "fixed"
@@ -164,8 +170,8 @@ def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> Literal["f
     return "refit" if refitted < fixed else "fixed"
 
 
-def _round(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> tuple[QTensor, Tensor]:
-    """Round the rows of w. Also their losses: [2, N] under fixed and refitted scales if it goes both ways, else [N]."""
+def _round(w: Tensor, factor: Factor, scheme: Scheme, how: LoopOptions) -> tuple[QTensor, Tensor]:
+    """Round the rows of w. Also their losses: [N]; or, both ways, [2, N] under fixed and under refitted scales."""
     N, K = w.shape
     importance = torch.empty(K, device=w.device)
     importance[factor.order] = factor.pivots.square()
@@ -181,18 +187,18 @@ def _round(w: Tensor, factor: Factor, scheme: Scheme, how: How) -> tuple[QTensor
 
 
 def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Row by row a where the mask [N] holds, else b; both of one scheme and shape."""
+    """Row by row a where the mask [N] is true, else b; both of one scheme and shape."""
     column = mask[:, None]
     scales = map_rows(lambda x, y: torch.where(column, x, y), a.scheme, a.scales, b.scales)
     return QTensor(torch.where(column, a.codes, b.codes), scales, a.scheme, a.shape)
 
 
 def _round_columns(
-    w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, *, refit_from: int
+    w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: LoopOptions, *, refit_from: int
 ) -> tuple[QTensor, Tensor]:
     """The column loop: round each column, propagate its error to the later ones. Also each row's loss [N].
 
-    Rows from `refit_from` on get new scales at the first column of each unit.
+    From row `refit_from` on, scales are searched anew at the first column of each unit.
     """
     round_columns = _ColumnLoop(w, factor, scheme, scales, importance, how, refit_from)
     round_columns.columns(0, w.shape[1])
@@ -207,12 +213,19 @@ class _ColumnLoop:
     """All columns in column order, transposed: [K, N]."""
 
     def __init__(
-        self, w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: How, refit_from: int
+        self,
+        w: Tensor,
+        factor: Factor,
+        scheme: Scheme,
+        scales: Scales,
+        importance: Tensor,
+        how: LoopOptions,
+        refit_from: int,
     ) -> None:
         N, K = w.shape
         self.factor, self.importance, self.how = factor, importance, how
         self.original = w.T[factor.order]
-        self.target = self.original.clone()  # what each column aims at, as errors come in
+        self.target = self.original.clone()  # the columns plus the errors propagated so far
         self.errors = torch.empty_like(self.target)  # original − decoded
         self.codes = torch.empty(K, N, dtype=code_dtype(scheme), device=w.device)
         self.lost = torch.zeros(N, device=w.device)
@@ -222,9 +235,9 @@ class _ColumnLoop:
         self.refit_from = refit_from
 
     def columns(self, begin: int, end: int) -> None:
-        """Visit columns begin..end: the first half, its errors carried to the second, then the second.
+        """Round columns begin..end: the first half, its errors propagated to the second, then the second.
 
-        Halving puts most of the work into few large products. Units are never cut unless nothing else is left.
+        Halving puts most of the work into a few large products. Units are cut only where they are longer than a block.
         """
         step = self.how.block if self.unit >= end - begin else max(self.how.block, self.unit)
         steps = -(-(end - begin) // step)
@@ -238,7 +251,7 @@ class _ColumnLoop:
         self.columns(middle, end)
 
     def _block(self, begin: int, end: int) -> None:
-        """Columns begin..end unit by unit: new scales where they are wanted, then one column after the other."""
+        """Columns begin..end unit by unit: new scales where rows are refitted, then one column after the other."""
         for start in range(begin, end, min(self.unit, self.how.block)):
             stop = min(start + self.unit, end)
             own = slice(start, stop)
@@ -249,7 +262,7 @@ class _ColumnLoop:
             self.codes[own], self.errors[own] = codes, errors
             add_product(self.target[stop:end], self.factor.propagation[own, stop:end].T, errors)
         here = slice(begin, end)
-        missed = self.target[here] - self.original[here] + self.errors[here]  # aim − decoded
+        missed = self.target[here] - self.original[here] + self.errors[here]  # target − decoded
         self.lost += missed.mul_(self.factor.pivots[here, None]).square_().sum(0)
 
 
@@ -265,7 +278,7 @@ class _Tables:
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
 
     def round_columns(self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Round n columns in turn: codes [n, N], errors [n, N]; aim [n, N] takes on the errors of earlier ones."""
+        """Round n columns in turn: codes [n, N], errors [n, N]; target [n, N] takes on the errors of earlier ones."""
         if rounding.handles(self.scheme, target):
             return rounding.round_columns(target, true, propagation, self.scheme, groups, self.scale, self.zero)
         codes, errors = [], torch.empty_like(target)
@@ -278,7 +291,7 @@ class _Tables:
         return torch.stack(codes), errors
 
     def refit(self, target: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
-        """Search the scales of the unit that begins at visit `at` on the weights as they stand, rows `first` on."""
+        """Search the scales of the unit that begins at order[at], on compensated weights, for rows from `first` on."""
         columns = order[at : at + unit]
         begin = int(columns.min())
         here = slice(begin, begin + len(columns))
@@ -298,7 +311,7 @@ class _Tables:
                     table[first:, block : block + 1] = new
 
     def scales(self) -> Scales:
-        """Back to the shapes they came in."""
+        """The scales as `Scales` has them, [N, G]."""
         if self.scheme.group == TENSOR:
             return self.start
         zero = None if self.zero is None else self.zero.T.contiguous()

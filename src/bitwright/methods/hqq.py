@@ -1,12 +1,12 @@
-"""HQQ: group minima that suit most weights rather than the extremes; no calibration.
+"""HQQ: tune each group's float minimum by an error norm that is robust to outliers; no calibration.
 
-Badri & Shaji 2023 (half-quadratic quantization): minimise Σ |w − decoded|ᵖ with p < 1, a norm that hardly minds outliers,
-over the offset of each group. With an auxiliary error e it splits into two steps that are solved in closed form,
+Badri & Shaji 2023 (half-quadratic quantization): minimise Σ |w − decoded|ᵖ with p < 1 over the offset of each group. With an
+auxiliary error e it splits into two steps that are solved in closed form,
 
     e = shrink(w − decoded, β),   shrink(x, β) = sign(x) · max(0, |x| − |x|ᵖ⁻¹ / β)
     m = mean over the group of w − e − s c
 
-and β grows from step to step. Here the best offset of all steps is kept, judged by the norm itself *after* it was stored.
+and β grows from step to step. Here the best offset of all steps is kept, by the norm itself after rounding to its encoding.
 """
 
 import torch
@@ -29,11 +29,11 @@ def hqq(
     beta: float = 10.0,
     growth: float = 1.01,
 ) -> Outcome:
-    """Round w [N, K] (or [N, ...]) to nearest under minima that are tuned to it.
+    """Round w [N, K] (or [N, ...]) to nearest under tuned minima.
 
-    norm p, steps, β's start (in units of 1 / scale) and growth as in the paper; the Gram is not looked at.
-    Raises RecipeError for a scheme without a float minimum (an integer zero point hardly ever moves a whole step), or
-    options out of range.
+    norm p, steps, β's start (in units of 1 / scale) and growth as in the paper; the Gram is not used.
+    Raises RecipeError for a scheme without a float minimum (an integer zero point would hardly ever move by a whole step),
+    and for options out of range.
     """
     if scheme.zero != "min":
         raise RecipeError(
@@ -43,7 +43,7 @@ def hqq(
         raise RecipeError("norm must be in (0, 1], beta above 0, growth at least 1", remedy="such as 0.7, 10 and 1.01")
     matrix = w.reshape(w.shape[0], -1).float()
     v = group_view(matrix, scheme)
-    real = group_view(torch.ones_like(matrix[:1]), scheme)  # zeros where a short last group was padded
+    real = group_view(torch.ones_like(matrix[:1]), scheme)  # 0 where a short last group was padded
     found = snap(*raw_scales(v, matrix.shape[1], scheme), scheme)
     best, least = found, _lost(v, found, scheme, norm, real)
     for step in range(steps):

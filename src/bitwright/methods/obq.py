@@ -1,13 +1,13 @@
-"""OBQ: one weight at a time, the one that costs least first, and the rest of its row makes up for it exactly.
+"""OBQ (Optimal Brain Quantizer): round one weight at a time, the cheapest first; the rest of its row makes up for it exactly.
 
 Optimal Brain Surgeon (Hassibi & Stork 1992) removes the weight p of least wₚ² / [H⁻¹]ₚₚ and moves all others by
 −wₚ [H⁻¹]₍:,ₚ₎ / [H⁻¹]ₚₚ. ExactOBS (Frantar & Alistarh 2022, arXiv:2208.11580) does so row by row and updates the inverse by
 removing a row and a column (Lemma 1, `Inverses`) instead of inverting again; OBQ is the same with the distance to the
-nearest code in the place of wₚ. GPTQ is OBQ with one order for all rows; with that order (`order="curvature"`) both give
-the same codes, which makes this the oracle of `gptq`. Its cost is N K³, so it serves small layers only.
+nearest code in place of wₚ. GPTQ is OBQ with one order for all rows; with that order (`order="curvature"`) both give the same
+codes, so the tests hold `gptq` against this. The cost is N K³: for small layers only.
 
-Pruning and quantizing go together: weights that are to be zero are removed first, exactly, and the others are then
-rounded with what is left of each row's inverse.
+Pruning and quantizing combine: weights that are to be zero are removed first, exactly, and the others are then rounded with
+what is left of each row's inverse.
 """
 
 from typing import Literal
@@ -24,7 +24,7 @@ from bitwright.numerics.qtensor import QTensor, reshaped
 from bitwright.numerics.scheme import Scheme
 
 LARGEST_K = 1024
-AT_ONCE = 1 << 24  # entries of inverses held at a time
+AT_ONCE = 1 << 24  # numbers in the inverses held at a time
 
 
 def obq(
@@ -43,18 +43,18 @@ def obq(
     damping  share of the mean diagonal added to the diagonal
     order    "greedy": each row takes its cheapest weight next; "curvature": all rows by falling diagonal, as GPTQ
     pruned   bool, of w's shape: True where the weight is to be exactly zero; the others make up for it, then are rounded
-    fast     taken for the sake of a common signature; nothing here is large
+    fast     ignored: the same signature as the other calibrated methods
     Raises RecipeError without a Gram, for larger K, another order or a mask of another shape; SchemeError if weights are
     pruned and the scheme has no code for zero; NumericsError if H is not positive definite.
     """
     if gram is None:
-        raise RecipeError("obq needs calibration", remedy="give calibration text, or use --method search or rtn")
+        raise RecipeError("obq needs calibration", remedy="give --calib general, or --method search")
     if order not in ("greedy", "curvature"):
-        raise RecipeError(f"unknown order {order!r}", remedy="greedy or curvature")
+        raise RecipeError(f"unknown order {order!r}", remedy='options = { order = "greedy" }, or "curvature"')
     matrix = w.reshape(w.shape[0], -1).float().masked_fill(gram.diagonal() == 0, 0.0)
     N, K = matrix.shape
     if K > LARGEST_K:
-        raise RecipeError(f"obq on K = {K} would take hours", remedy=f"method gptq, or K up to {LARGEST_K}")
+        raise RecipeError(f"obq on K = {K} would take hours", remedy=f"give --method gptq, or K up to {LARGEST_K}")
     inverse = inverse_hessian(gram, damping)
     gone = torch.zeros_like(matrix, dtype=torch.bool)
     if pruned is not None:
@@ -73,29 +73,37 @@ def obq(
 
 
 def holds_zero(scheme: Scheme) -> bool:
-    """Whether some code stands for exactly 0 under any scale: not so over a float minimum, or on a grid without it."""
+    """Whether some code stands for exactly 0 under any scale: false with a float minimum, or on a grid without 0."""
     levels = scheme.levels.levels
     return scheme.zero != "min" and (levels is None or 0.0 in levels)
 
 
 def _mask(pruned: Tensor, w: Tensor, scheme: Scheme) -> Tensor:
-    """The mask as a matrix [N, K], once it has been checked."""
+    """The mask as a matrix [N, K], checked: SchemeError or RecipeError as of `obq`."""
     if not holds_zero(scheme):
-        raise SchemeError(f"{scheme} has no code for zero", remedy="a sym or asym scheme of integers, nf4, fp4 or fp8")
+        raise SchemeError(
+            f"{scheme} has no code for zero",
+            remedy="give a sym or asym scheme of integers, nf4, fp4 or fp8, such as int4-g128",
+        )
     if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool or pruned.shape != w.shape:
-        raise RecipeError(f"pruned is not a mask of bool, {list(w.shape)}", remedy="the mask of a pruner")
+        raise RecipeError(
+            f"pruned is not a mask of bool, {list(w.shape)}",
+            remedy="give the mask that a function of bitwright.sparsity returned",
+        )
     return pruned.reshape(len(w), -1)
 
 
 def inverse_hessian(gram: Tensor, damping: float) -> Tensor:
     """(gram + damping · mean diagonal · I)⁻¹ in float64.
 
-    NumericsError if that is not positive definite, or if in the Gram's own precision a column is a sum of others.
+    NumericsError if that is not positive definite, or if to the Gram's own precision a column depends linearly on others.
     """
     H = gram.to(torch.float64, copy=True)
     H.diagonal().add_(damping * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
     factor, failed = torch.linalg.cholesky_ex(H)
-    own = factor.diagonal().square() / H.diagonal()  # share of each column's energy that earlier ones do not explain
+    own = (
+        factor.diagonal().square() / H.diagonal()
+    )  # share of each column's variance that earlier columns do not explain
     if failed or not float(own.min()) > torch.finfo(gram.dtype).eps:
         raise NumericsError("the damped Gram is not positive definite", remedy="more damping, or more calibration text")
     return torch.cholesky_inverse(factor)
@@ -104,13 +112,13 @@ def inverse_hessian(gram: Tensor, damping: float) -> Tensor:
 class Inverses:
     """H⁻¹ of R rows, as each row loses its weights one by one: Lemma 1 of ExactOBS.
 
-    The lemma takes from H⁻¹ the outer product of its column p, over the root of [H⁻¹]ₚₚ, with itself. Here the inverse is
-    left as it is and those columns are kept, since a step needs only the diagonal and one column of the difference.
-    That is half of the arithmetic and next to no writing.
+    Lemma 1 subtracts from H⁻¹ the outer product u uᵀ with u its column p divided by √[H⁻¹]ₚₚ. Here H⁻¹ is left as it is and
+    the vectors u are kept, since a step needs only the diagonal and one column of the difference: half of the arithmetic
+    and hardly any writing.
 
-    diagonal  [R, K] of each row's inverse as it stands
-    here      bool [R, K]: weights that have not gone
-    columns   [R, steps, K]: what has been taken off, one for each of the `gone` steps so far
+    diagonal  [R, K] of each row's inverse as it is now
+    here      bool [R, K]: weights not removed yet
+    columns   [R, steps, K]: the vectors u of the `gone` steps so far
     """
 
     def __init__(self, inverse: Tensor, R: int, steps: int) -> None:
@@ -120,7 +128,7 @@ class Inverses:
         self.columns, self.gone = inverse.new_empty(R, steps, K), 0
 
     def remove(self, p: Tensor) -> Tensor:
-        """Weight p [R] of each row goes. Returns [H⁻¹]₍:,ₚ₎ / [H⁻¹]ₚₚ [R, K] as it was before, zeros where weights had gone."""
+        """Remove weight p [R] of each row. Gives [H⁻¹]₍:,ₚ₎ / [H⁻¹]ₚₚ [R, K] from before, 0 where weights had been removed."""
         some = torch.arange(len(p), device=p.device)
         earlier = self.columns[:, : self.gone]
         column = (self.inverse[p] - (earlier[some, :, p][:, None] @ earlier)[:, 0]) * self.here
@@ -133,17 +141,17 @@ class Inverses:
 
 
 def without(w: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
-    """w [N, K] with zeros where `pruned` [N, K] is True, the other weights of each row making up for them.
+    """w [N, K] with zeros where `pruned` [N, K] is True, the other weights of each row refitted.
 
     Optimal Brain Surgeon for many weights at a time (arXiv:2208.11580, section 4, group OBS): with P the pruned weights
-    of a row, w − H⁻¹₍:,P₎ (H⁻¹₍P,P₎)⁻¹ w₍P₎, which is the least-squares solution. Any multiple of H⁻¹ does as well.
-    Rows without P, and columns that go with no other, stay as they are, to the bit. float64 inside, then w's own type.
+    of a row, w − H⁻¹₍:,P₎ (H⁻¹₍P,P₎)⁻¹ w₍P₎, which is the least-squares solution. `inverse` may be any multiple of H⁻¹.
+    Rows without pruned weights, and columns uncorrelated with all others, keep their bits. float64 inside, then w's type.
     """
     K = w.shape[1]
     parts = []
     for own, gone in zip(*(t.split(max(1, AT_ONCE // (K * K))) for t in (w.double(), pruned)), strict=True):
         there = inverse * (gone[:, :, None] & gone[:, None, :])
-        there.diagonal(dim1=1, dim2=2).add_(~gone)  # 1 on the diagonal of those that stay: they solve to 0
+        there.diagonal(dim1=1, dim2=2).add_(~gone)  # the identity for weights that stay: they solve to 0
         share = torch.linalg.solve(there, own * gone)  # [R, K]
         parts.append((own - share @ inverse).masked_fill(gone, 0.0))
     return torch.cat(parts).to(w.dtype)
@@ -152,7 +160,7 @@ def without(w: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
 def _rounded(
     w: Tensor, inverse: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None, order: Tensor | None, pruned: Tensor
 ) -> Tensor:
-    """Codes [R, K] of a few rows; order [K], or None: greedy; those `pruned` [R, K], zeros in w, go first."""
+    """Codes [R, K] of a few rows; order [K], or None: greedy; weights `pruned` [R, K], zeros in w, are removed first."""
     R, K = w.shape
     some = torch.arange(R, device=w.device)
     now, left = w.double(), Inverses(inverse, R, K)

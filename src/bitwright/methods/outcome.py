@@ -1,4 +1,4 @@
-"""What a rounding method returns: the quantized weight, and what the ledger must know about how it came to be."""
+"""What a rounding method returns: the quantized weight, and what the ledger records of it."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,15 @@ from bitwright.numerics.qtensor import QTensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """q: the quantized weight. damping: share of the mean diagonal added to the Gram; fallback: why less was done; missed: the
-    energy of each row's error and of each row [N] float64, by the columns' importance, where the method came by them.
+    """What a method returns.
+
+    q         the quantized weight
+    damping   share of the mean diagonal that was added to the Gram
+    fallback  what was done instead of what was asked, and why; "" if nothing
+    energies  energy of each row's error and of each row, both [N] float64 (see numerics/loss.py), if the method computed them
     """
 
     q: QTensor
     damping: float = 0.0
     fallback: str = ""
-    missed: tuple[Tensor, Tensor] | None = None
+    energies: tuple[Tensor, Tensor] | None = None

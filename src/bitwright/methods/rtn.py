@@ -1,4 +1,4 @@
-"""RTN: round to nearest under scales taken from each group's extremes. The baseline of every comparison."""
+"""RTN: round to nearest under scales from each group's extremes. The baseline of every comparison."""
 
 from torch import Tensor
 
@@ -9,5 +9,5 @@ from bitwright.numerics.scheme import Scheme
 
 
 def rtn(w: Tensor, gram: Tensor | None, scheme: Scheme) -> Outcome:
-    """w [N, K] (or a convolution's [N, ...]) -> codes and scales; the Gram is not looked at."""
+    """w [N, K] (or a convolution's [N, ...]) rounded to nearest; the Gram is not used."""
     return Outcome(encode(w, fit(w.reshape(w.shape[0], -1), scheme), scheme))

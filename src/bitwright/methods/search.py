@@ -1,11 +1,11 @@
-"""Search: choose each group's scale (and zero) so that rounding to nearest loses least.
+"""Search: choose each group's scale (and zero) for the least weighted squared error of rounding to nearest.
 
-For every group, the range [min, max] is narrowed (or its two ends are moved) in steps and then, for the codes that each
-step gives, the scale (and minimum) is solved for by least squares; the candidate with the smallest weighted squared error
-wins. Clipping an outlier buys finer steps for everyone else. The weights of the error are 1 ("mse"), the Gram's diagonal
-("weighted": the mean squared input that each column meets), or whatever importance the caller has (GPTQ's is in gptq.py).
-With two steps at most, quickly: candidates are told apart by what the range's own codes lose under the solved scale, which
-follows from the sums that solved it, and only the winner is rounded again; a second level's integers are tried once.
+For every group, the range [min, max] is narrowed (or its two ends are moved) in steps; for the codes of each step the scale
+(and minimum) is solved for by least squares, and the candidate of least weighted squared error wins. Clipping an outlier
+buys finer steps for all others. The error's weights are 1 ("mse"), the Gram's diagonal ("weighted": the mean squared input
+of each column), or an importance that the caller has (GPTQ's is in gptq.py). With at most `QUICK` steps it is quick:
+candidates are compared by the error of their own codes under the solved scale, which follows from the sums of the least
+squares, only the winner is rounded again, and a second level's integers are tried once.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from bitwright.methods.superblocks import ROUNDS, Best, refine
 from bitwright.numerics.codec import (
     decode,
     fit,
-    folded,
     group_view,
+    pairwise_sum,
     raw_scales,
     round_to,
     safe,
@@ -36,11 +36,11 @@ from bitwright.numerics.qtensor import Scales, map_rows
 from bitwright.numerics.scheme import TENSOR, Scheme
 
 Objective = Literal["mse", "weighted", "percentile"]
-QUICK = 2  # steps at most
+QUICK = 2  # most steps of a quick search
 ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
 SUPERBLOCKS = ("k8", "k6", "k4")  # integers under a common f16
-SECOND = {4: 0.93, 5: 1.06, 6: 1.03, 8: 1.01}  # beside the range as it is, by bits: where one more finds most
-CHUNK = 1 << 19  # weights searched at a time: enough to keep the threads busy, little memory
+SECOND = {4: 0.93, 5: 1.06, 6: 1.03, 8: 1.01}  # by bits: the one factor beside 1 that gains most, for a quick search
+CHUNK = 1 << 19  # weights searched at a time: enough to keep all threads busy, in little memory
 
 
 def search(
@@ -54,15 +54,19 @@ def search(
 ) -> Outcome:
     """Round to nearest under searched scales.
 
-    w [N, K] of any float type; gram [K, K] or its diagonal [K] (needed by "weighted"; None falls back to "mse" by definition
-    of an unknown input: all columns alike). "percentile" clips each group at that percentile of |w| instead of searching.
-    Raises RecipeError for an unknown objective or a percentile outside (0, 100].
+    w           [N, K] of any float type
+    gram        [K, K] or its diagonal [K], for "weighted"; None: all columns count alike, as for "mse"
+    objective   "weighted", "mse", or "percentile": clip each group at that percentile of |w| instead of searching
+    steps       candidates for the range
+    Raises RecipeError for an unknown objective or a percentile outside (0, 100], SchemeError for a weight that is not finite.
     """
     if objective == "percentile":
         matrix = w.reshape(w.shape[0], -1).float()
         return Outcome(rounding.encode(w, _clipped(matrix, scheme, percentile), scheme))
     if objective not in ("mse", "weighted"):
-        raise RecipeError(f"unknown objective {objective!r}", remedy="mse, weighted or percentile")
+        raise RecipeError(
+            f"unknown objective {objective!r}", remedy='options = { objective = "weighted" }, or "mse" or "percentile"'
+        )
     known = gram if objective == "weighted" else None
     importance = None if known is None else (known if known.ndim == 1 else known.diagonal()).clamp(min=0)
     if w.ndim == 2 and scheme.scale in ONE_LEVEL and rounding.handles(scheme, w):
@@ -70,21 +74,21 @@ def search(
             w, importance, scheme, _shrinks(scheme, steps, nearest=True), quick=steps <= QUICK
         )
         if not bool(lost.sum().isfinite()):
-            snap(q.scales.scale, None, scheme)  # SchemeError for a weight that is not
-        return Outcome(q, missed=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
+            snap(q.scales.scale, None, scheme)  # raises SchemeError where a weight is not finite
+        return Outcome(q, energies=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
     w = w.float()
     scales = best_scales(w.reshape(len(w), -1), scheme, importance, steps=steps, nearest=True)
     return Outcome(rounding.encode(w, scales, scheme))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
-    """Scales of the weights clipped, group by group, at a percentile of their magnitude."""
+    """Scales from each group's extremes after clipping at a percentile of |w|, group by group."""
     if not 0 < percentile <= 100:
-        raise RecipeError(f"percentile {percentile} is outside (0, 100]", remedy="such as 99.9")
+        raise RecipeError(f"percentile {percentile} is outside (0, 100]", remedy="options = { percentile = 99.9 }")
     v = group_view(w, scheme)
     padding = torch.zeros(v.shape[1], dtype=torch.long, device=w.device)
     if isinstance(scheme.group, int):
-        padding[-1] = -w.shape[1] % scheme.group  # zeros behind a short last group sort first and do not count
+        padding[-1] = -w.shape[1] % scheme.group  # the padding of a short last group sorts first and does not count
     rank = (percentile / 100 * (v.shape[-1] - padding)).round().long().clamp(min=1) + padding - 1
     limit = v.abs().sort(dim=-1).values.gather(-1, rank[None, :, None].expand(len(v), -1, 1))
     return snap(*raw_scales(v.clamp(-limit, limit), w.shape[1], scheme), scheme)
@@ -99,10 +103,12 @@ def best_scales(
     steps: int = 8,
     nearest: bool = False,
 ) -> Scales:
-    """The scales of least weighted squared error. w [N, K], importance [K] ≥ 0 or None, outer as in `fit`; nearest: what round
-    to nearest takes is tried in any case."""
+    """The scales of least weighted squared error.
+
+    w [N, K], importance [K] ≥ 0 or None, outer as in `codec.fit`; nearest: have RTN's scales among the candidates.
+    """
     if outer is None and scheme.scale == "e4m3":
-        outer = fit(w, scheme).outer  # the second level belongs to the whole tensor: from the extremes
+        outer = fit(w, scheme).outer  # one divisor for the whole tensor, from its extremes
     chunks = w.split(max(1, CHUNK // w.shape[1])) if scheme.group != TENSOR else [w]
     shrinks, quick = _shrinks(scheme, steps, nearest=nearest), steps <= QUICK
     parts = [_best_raw(chunk, scheme, importance, shrinks, quick) for chunk in chunks]
@@ -128,7 +134,7 @@ def _split(scales: Scales, scheme: Scheme, chunks: Sequence[Tensor]) -> list[Sca
 
 
 def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scales, plain: Scales) -> Scales:
-    """Rounding scales to a second level can undo what the search won: keep the plain ones, row by row, where it did."""
+    """The found scales, or row by row RTN's where rounding to the second level has lost more than the search gained."""
     weight = torch.ones_like(w[0]) if importance is None else importance
     lost = [((w - decode(rounding.encode(w, s, scheme))).square() * weight).sum(1) for s in (found, plain)]
     if not scheme.rowwise:
@@ -140,7 +146,7 @@ def _no_worse(w: Tensor, scheme: Scheme, importance: Tensor | None, found: Scale
 def _best_raw(
     w: Tensor, scheme: Scheme, importance: Tensor | None, shrinks: list[tuple[float, float]], quick: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Search before the encoding's second level: scale [N, G], zero [N, G] or None."""
+    """The search, not yet rounded to a second level: scale [N, G], zero [N, G] or None."""
     one_level = scheme if scheme.scale in ONE_LEVEL else replace(scheme, scale="f32")
     weight = torch.ones_like(w[0]) if importance is None else importance.float()
     if rounding.handles(scheme, w):
@@ -162,18 +168,18 @@ def _best_raw(
 
 
 def _rounded(v: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The codes of groups v [N, G, g] under a scale and zero, and what they lose [N, G]."""
+    """The codes of groups v [N, G, g] under a scale and zero, and their weighted squared error [N, G]."""
     zero = None if s.zero is None else s.zero[..., None]
     codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True)
-    return codes, folded((v - decoded).square_() * weight)
+    return codes, pairwise_sum((v - decoded).square_() * weight)
 
 
 def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple[float, float]]:
-    """Factors on the range, of its parts below and above 0: coarse grids clip hard; fine ones hardly, and gain by a range
-    that is wider than the weights are.
+    """Candidate factors on the range, for its parts below and above 0.
 
-    With an offset the two ends are moved apart from each other, 2 · steps times, and a little outwards too: in groups that
-    have about as many weights as there are codes, much depends on how the two happen to fall.
+    Coarse grids gain by clipping; fine ones clip little, and gain by ranges a little wider than the weights'. With an offset
+    the two ends move independently, in 2 · steps pairs, a little outwards too: in groups with about as many weights as
+    codes, much depends on how weights happen to fall between codes.
     """
     bits = scheme.levels.bits
     if not scheme.symmetric:
@@ -184,32 +190,34 @@ def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple
             bits, (widest, narrowest)
         )
     if scheme.scale == "e8m0":
-        widest = 1.5  # powers of two may round down to a range too narrow
+        widest = 1.5  # a power of two may round down to a range that is too narrow
     if steps <= 2:
         return [(s, s) for s in (1.0, SECOND.get(bits, 0.85))[:steps]]
     tried = torch.linspace(widest, narrowest, steps)
-    tried[(tried - 1).abs().argmin()] = 1  # one of them is the range as it is
+    tried[(tried - 1).abs().argmin()] = 1  # one candidate is the range itself
     if scheme.zero != "signed" or not scheme.reach or not scheme.levels.reach:
         return [(s, s) for s in tried.tolist()]
-    wider = scheme.reach / scheme.levels.reach  # these are factors on a range that does not reach as far
+    wider = (
+        scheme.reach / scheme.levels.reach
+    )  # RTN's range reaches further than that of `levels.reach`, which the factors multiply
     own = [(1.0, 1.0)] if nearest else []
     return own + [(sign * s * wider, sign * s * wider) for s in tried.tolist() for sign in (1, -1)]
 
 
 def _pairs(scheme: Scheme, bits: int, steps: int) -> list[tuple[float, float]]:
-    """The same with an offset."""
+    """`_shrinks` for schemes with an offset."""
     outer, inner = {1: (1.1, 0.5), 2: (1.1, 0.5), 3: (1.1, 0.6), 4: (1.1, 0.8)}.get(bits, (1.07, 0.93))
     tried = max(2, round((2 * steps) ** 0.5))
     if scheme.zero == "min":
         inner = 0.85 if bits == 4 else inner
-        # A second level undoes at two bits what more would find; without one, more is found at four and five.
+        # By measurement: at two bits the second level undoes what more pairs find; without one they gain at four and five bits.
         tried = tried + (bits >= 4) if scheme.scale in ONE_LEVEL else min(tried, 3) if bits <= 2 else tried
     ends = torch.linspace(outer, inner, tried).tolist()
     return [(1.0, 1.0), *product(ends, repeat=2)]
 
 
 class Totals(NamedTuple):
-    """Sums over each group, [N, G], whatever the codes: of u v², u, u v for weights v and their importance u."""
+    """Sums over each group that do not depend on codes, [N, G]: of u v², u, u v for weights v of importance u."""
 
     vv: Tensor
     u: Tensor
@@ -217,13 +225,13 @@ class Totals(NamedTuple):
 
 
 def _totals(v: Tensor, weight: Tensor) -> Totals:
-    """Those of groups v [N, G, g]."""
+    """`Totals` of groups v [N, G, g]."""
     wv = weight * v
-    return Totals(folded(wv * v), folded(weight), folded(wv))
+    return Totals(pairwise_sum(wv * v), pairwise_sum(weight), pairwise_sum(wv))
 
 
 class Moments(NamedTuple):
-    """Sums over each group, [N, G]: of u c², u c v, u c for the values c of codes."""
+    """Sums over each group that depend on codes, [N, G]: of u c², u c v, u c for the values c of codes."""
 
     cc: Tensor
     cv: Tensor
@@ -231,17 +239,17 @@ class Moments(NamedTuple):
 
 
 def _moments(v: Tensor, codes: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> Moments:
-    """Those of codes [N, G, g] whose zero is that of s."""
+    """`Moments` of codes [N, G, g], counted from the zero point in s."""
     c = values(codes, scheme)
     if scheme.zero == "asym" or scheme.zero == "asym1":
         assert s.zero is not None
         c = c - s.zero[..., None]
     wc = weight * c
-    return Moments(folded(wc * c), folded(wc * v), folded(wc))
+    return Moments(pairwise_sum(wc * c), pairwise_sum(wc * v), pairwise_sum(wc))
 
 
 def _least_squares(m: Moments, t: Totals, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """The scale (and minimum) that minimises Σ u · (v − decoded)² for codes that are fixed; s where there is none."""
+    """The scale (and minimum) that minimises Σ u · (v − decoded)² for fixed codes; that of s where the system is singular."""
     if scheme.zero != "min":
         solved = m.cv / safe(m.cc)
         return torch.where(same_sign(solved, s.scale) & solved.isfinite(), solved, s.scale), s.zero
@@ -255,7 +263,7 @@ def _least_squares(m: Moments, t: Totals, s: Scales, scheme: Scheme) -> tuple[Te
 
 
 def _lost_by(m: Moments, t: Totals, s: Scales, scheme: Scheme) -> Tensor:
-    """Σ u · (v − decoded)² of those codes under another scale (and minimum)."""
+    """Σ u · (v − decoded)² of fixed codes under the scale (and minimum) s."""
     lost = t.vv + s.scale * (s.scale * m.cc - 2 * m.cv)
     if scheme.zero != "min":
         return lost

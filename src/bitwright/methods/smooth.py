@@ -1,8 +1,8 @@
-"""SmoothQuant: what makes inputs hard to round, channels much larger than the others, moves into the weights.
+"""SmoothQuant: move the outlier channels of activations into the weights, so that inputs are easier to round.
 
 Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max |x|^α / max |w|^(1 − α) for each input channel, the maximum over all
-matrices that read it. The paper takes one α for a model; here each input has its own, the one whose outputs,
-with inputs and weights rounded as they will be, come nearest to the float ones on a sample of tokens.
+matrices that read it. The paper takes one α for a model; here each input has its own: the α of least output error on a
+sample of tokens, with inputs and weights rounded as they will be.
 """
 
 from collections.abc import Sequence
@@ -16,29 +16,29 @@ from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, id
 from bitwright.numerics.codec import fit, rounded
 from bitwright.numerics.scheme import TENSOR, Scheme
 
-SMALLEST = 1e-5  # of the largest: what a channel that is never active, or never read, counts as
+SMALLEST = 1e-5  # of the largest channel, at least: for channels that are never active, or have no weights
 
 
 @dataclass(frozen=True)
 class Smooth:
-    """points: of the grid of α. RecipeError for none."""
+    """SmoothQuant's options. points: size of the grid of α, at least 1; RecipeError for less."""
 
     points: int = 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.points, int) or self.points < 1:
-            raise RecipeError(
-                f"a grid of {self.points} points", remedy="smooth's points must be at least 1, such as 20"
-            )
+            remedy = 'transforms = [{ name = "smooth", points = 20 }]'
+            raise RecipeError(f"a grid of {self.points} points: smooth's points must be at least 1", remedy=remedy)
 
     def scaling(
         self, readers: Sequence[Reader], sample: Tensor, extremes: Tensor, reach: Tensor, peak: Tensor
     ) -> Scaling:
         """Channel scales for the matrices that read one input.
 
-        readers  the matrices [N, K]; those without a scheme count as float
-        sample   [S, K]: some tokens;  extremes [2, K]: least and greatest x, from which a static range follows
-        reach    [K]: max |w| over the readers, peak [K]: max |x|; the same for channels that must share a scale
+        readers   the matrices [N, K]; those without a scheme stay in float
+        sample    [S, K] some tokens
+        extremes  [2, K] min and max of x, for static ranges
+        reach     [K] max |w| over the readers; peak [K]: max |x|; both equal for channels that must share a scale
         """
         x, w = relative(peak, SMALLEST), relative(reach, SMALLEST)
         grid = [identity(peak)]
@@ -54,14 +54,14 @@ class Smooth:
 
 
 def _missed(reader: Reader, meant: Tensor, sample: Tensor, extremes: Tensor, s: Tensor) -> float:
-    """Relative squared error of one matrix's outputs."""
+    """Relative squared error of one matrix's outputs on the sample; meant: the float outputs."""
     w = reader.rounded(s, sample.square().mean(0) if reader.searched else None)
     x = sample if reader.activations is None else _rounded_inputs(sample, extremes, s, reader.activations)
     return float((x @ w.T - meant).square().sum() / meant.square().sum().clamp(min=1e-30))
 
 
 def _rounded_inputs(sample: Tensor, extremes: Tensor, s: Tensor, scheme: Scheme) -> Tensor:
-    """Q(x / s) s: the inputs as the unscaled matrix would meet them."""
+    """Q(x / s) s: rounded inputs in terms of the unscaled matrix."""
     scales = fit(extremes / s, scheme) if scheme.group == TENSOR else None
     return rounded(sample / s, scheme, scales) * s
 

@@ -1,9 +1,9 @@
-"""The second level of the k-quants' scales: integers of 4, 6 or 8 bits under one f16 in 256 weights.
+"""Refine the second level of the k-quants' scales: integers of 4, 6 or 8 bits under one f16 per 256 weights.
 
-Searched scales that are merely rounded to the second level lose much of what the search has won, most of all at 4 bits
-(Q2_K). So, as llama.cpp does for its k-quants, codes are chosen again under the stored scales; and further: each group
-tries the integers next to its own, the f16 that they all stand under is solved for by least squares, and both are
-repeated. Each step keeps what loses least, so no step can make it worse.
+Merely rounding searched scales to the second level loses much of what the search gained, most of all at 4 bits (Q2_K). So, as
+in llama.cpp's k-quants, codes are chosen again under the stored scales. Beyond that, each group tries the integers next to
+its own, the super-block's f16 is solved for by least squares, and both are repeated. Each step keeps the better, so none
+can raise the error.
 """
 
 from dataclasses import replace
@@ -15,9 +15,9 @@ from bitwright.kernels import rounding
 from bitwright.numerics.codec import (
     by_block,
     each_group,
-    folded,
     group_view,
     integers_of,
+    pairwise_sum,
     round_to,
     safe,
     scale_range,
@@ -27,14 +27,14 @@ from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
 
 ROUNDS = 2
-MOVES = torch.tensor([[0.0, 0], [-1, 0], [1, 0], [-2, 0], [2, 0]])  # of a scale's integer
+MOVES = torch.tensor([[0.0, 0], [-1, 0], [1, 0], [-2, 0], [2, 0]])  # steps of a scale's integer
 MOVES_OF_TWO = torch.tensor(
     [[0.0, 0], [0, -1], [0, 1], [-1, 0], [1, 0], [-1, -1], [1, 1], [-1, 1], [1, -1]]
-)  # and a minimum's
+)  # steps of a scale's integer and a minimum's
 
 
 def refine(w: Tensor, scheme: Scheme, weight: Tensor, start: Scales, *, rounds: int = ROUNDS) -> Scales:
-    """Better integers and f16s for scales of the k encodings. w [N, K], weight [K] ≥ 0: the importance of columns."""
+    """Refine scales of the k encodings, from `start`. w [N, K]; weight [K] ≥ 0: importance of the columns."""
     moves = MOVES_OF_TWO if scheme.zero == "min" else MOVES
     if rounding.handles(scheme, w):
         return rounding.refine(w, weight, scheme, start, moves, scale_range(scheme), rounds)
@@ -47,7 +47,7 @@ def refine(w: Tensor, scheme: Scheme, weight: Tensor, start: Scales, *, rounds: 
 
 
 class _State:
-    """The scales as they stand, and what each group loses under them [N, G]."""
+    """The current scales, and each group's weighted squared error under them [N, G]."""
 
     def __init__(self, w: Tensor, scheme: Scheme, weight: Tensor, start: Scales) -> None:
         self.scheme, self.scales = scheme, start
@@ -55,7 +55,7 @@ class _State:
         self.error = torch.full_like(start.scale, torch.inf)
 
     def try_neighbours(self, moves: Tensor) -> None:
-        """Each group takes the best of the integers around its own, scale and minimum together."""
+        """Give each group the best of the integers around its own, scale and minimum together."""
         s, (low, high) = self.scales, scale_range(self.scheme)
         own = self._integers(s.scale, s.outer)
         other = None if s.zero is None or s.outer_zero is None else self._integers(-s.zero, s.outer_zero)
@@ -68,14 +68,14 @@ class _State:
         self.error, self.scales = best.error, replace(s, scale=best.scale, zero=best.zero)
 
     def try_outer(self) -> None:
-        """Each super-block takes the f16s of least squares for the codes and integers that it has, if they lose less."""
+        """Give each super-block the least-squares f16s for its codes and integers, where they lower the error."""
         s = self.scales
         outer, outer_zero = self._solved()
         scale, zero = self._under(self._integers(s.scale, s.outer), outer), s.zero
         if zero is not None and outer_zero is not None:
             zero = -self._under(self._integers(-zero, s.outer_zero), outer_zero)
         error = self._error(scale, zero)
-        better = folded(by_block(error, self.scheme)) < folded(by_block(self.error, self.scheme))  # [N, S]
+        better = pairwise_sum(by_block(error, self.scheme)) < pairwise_sum(by_block(self.error, self.scheme))  # [N, S]
         each = each_group(better, self.scheme, error.shape[1])
         self.error = torch.where(each, error, self.error)
         self.scales = Scales(
@@ -88,7 +88,7 @@ class _State:
     def _error(self, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Each group's weighted squared error under a scale and zero."""
         _, decoded = self._rounded(scale, zero)
-        return folded((self.v - decoded).square_() * self.u)
+        return pairwise_sum((self.v - decoded).square_() * self.u)
 
     def _rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
         return round_to(self.v, scale[..., None], None if zero is None else zero[..., None], self.scheme, inverse=True)
@@ -100,14 +100,14 @@ class _State:
         if s.zero is not None and s.outer_zero is None:
             c = c - s.zero[..., None]
         uc = u * c
-        cc, cv = by_block(folded(uc * c), scheme), by_block(folded(uc * v), scheme)
+        cc, cv = by_block(pairwise_sum(uc * c), scheme), by_block(pairwise_sum(uc * v), scheme)
         own = by_block(self._integers(s.scale, s.outer), scheme)
-        aa, av = folded(own * own * cc), folded(own * cv)
+        aa, av = pairwise_sum(own * own * cc), pairwise_sum(own * cv)
         if s.zero is None or s.outer is None or s.outer_zero is None:
             return _stored(av / safe(aa), s.outer), None
-        uu, c1, v1 = (by_block(folded(x), scheme) for x in (u.expand_as(v), uc, u * v))
+        uu, c1, v1 = (by_block(pairwise_sum(x), scheme) for x in (u.expand_as(v), uc, u * v))
         other = by_block(self._integers(-s.zero, s.outer_zero), scheme)
-        ab, bb, bv = folded(own * other * c1), folded(other * other * uu), folded(other * v1)
+        ab, bb, bv = pairwise_sum(own * other * c1), pairwise_sum(other * other * uu), pairwise_sum(other * v1)
         det = aa * bb - ab * ab
         outer, outer_zero = (bb * av - ab * bv) / safe(det), (ab * av - aa * bv) / safe(det)
         good = (det > 0) & (outer > 0) & (outer_zero >= 0)
@@ -124,14 +124,14 @@ class _State:
 
 
 def _stored(wanted: Tensor, old: Tensor | None) -> Tensor | None:
-    """As an f16; the old one where there is nothing to want."""
+    """`wanted` rounded to f16; `old` where it is not finite."""
     assert old is not None
     wanted = torch.where(wanted.isfinite(), wanted, old)
     return wanted.clamp(-65504, 65504).half().float()
 
 
 class Best:
-    """What has lost least so far, group by group: error, scale, zero [N, G]; the first of equals."""
+    """The best candidate so far, group by group: error, scale, zero [N, G]; the first among equals."""
 
     error: Tensor
     scale: Tensor
@@ -139,7 +139,7 @@ class Best:
     empty = True
 
     def meet(self, error: Tensor, s: Scales) -> None:
-        """Replace what has been beaten."""
+        """Take over the groups where this candidate has a lower error."""
         if self.empty:
             self.error, self.scale, self.zero, self.empty = error, s.scale, s.zero, False
             return

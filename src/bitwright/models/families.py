@@ -5,7 +5,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from bitwright.gguf.config_keys import first_position
 
@@ -13,15 +18,58 @@ from bitwright.gguf.config_keys import first_position
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
 
 
+# Linear modules that stay in float unless a rule of the recipe names them, as they are small and steer a state: what they end
+# with -> why. Models may read such a weight without calling the module.
+KEPT_LINEARS = {
+    r"\.dt_proj$": "the step size of a state space",
+    r"\.(in_proj_ba|in_proj_a|in_proj_b)$": "the step size and decay of a state",
+    r"\.altup\.\w+$": "mixes the few streams of the hidden state",
+}
+# Config classes of these mappings make models that predict a next token, the first that knows a config before the others.
+PREDICTING = {
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForMultimodalLM": MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+}
+# Whose class reads or initialises weights of linear modules by itself, so that transformers must decompress them as it loads.
+DECOMPRESSED = (
+    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "rwkv",
+    "xlstm",
+)  # fmt: skip
+
+
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model with random weights, not training; an encoder without its pooling layer."""
+    """The model with random weights, not training; an encoder without its pooling layer.
+
+    Of a model with towers for images or sound all of it. ValueError for a config of no model that predicts tokens.
+    """
     if config.model_type == "distilbert":  # which has no pooling layer
         found = AutoModel.from_config(config, dtype=dtype)
     elif config.model_type in ENCODERS:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
     else:
-        found = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        found = class_of(config)._from_config(config, dtype=dtype)
     return found.eval()
+
+
+def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config names in `architectures`, if it predicts tokens; else the one that transformers has for it."""
+    known = [mapping[type(config)] for mapping in PREDICTING.values() if type(config) in mapping]
+    if not known or config.is_encoder_decoder:
+        kind = "is an encoder and a decoder" if known else "predicts no next token"
+        raise ValueError(f"a model of type {config.model_type!r} {kind}")
+    named = config.architectures or []
+    return next((one for one in known if one.__name__ in named), known[0])
+
+
+def auto_class(config: PretrainedConfig) -> str:
+    """The name of the Auto class that loads such a model."""
+    if config.model_type in ENCODERS:
+        return "AutoModel"
+    made = class_of(config)
+    return next(
+        name for name, mapping in PREDICTING.items() if type(config) in mapping and mapping[type(config)] is made
+    )
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

@@ -72,9 +72,17 @@ def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], 
     found = config.get("kv_cache_scheme")
     if found is None:
         return None
-    grid = "fp8" if found["type"] == "float" else f"int{found['num_bits']}"
-    if found.get("strategy") != TENSOR or found.get("dynamic") or grid not in GRIDS or not found["symmetric"]:
-        raise CheckpointError(f"keys and values are kept in a way that is not computed here: {found}", where=where)
+    said = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": TENSOR} | (
+        found if type(found) is dict else {}
+    )
+    grid = f"fp{said['num_bits']}" if said["type"] == "float" else f"int{said['num_bits']}"
+    known = type(found) is dict and said["strategy"] == TENSOR and not said.get("dynamic") and said["symmetric"]
+    if not known or grid not in GRIDS:
+        message = f"keys and values are kept in a way that is not computed here: {found}"
+        remedy = (
+            "int8 or FP8, symmetric, one fixed scale a layer; or take kv_cache_scheme out of config.json: kept in float"
+        )
+        raise CheckpointError(message, where=where, remedy=remedy)
     keys, values = (read(name) for name in SCALES)
     if keys is None or values is None:
         raise CheckpointError("the scales of its keys and values are missing", where=where)

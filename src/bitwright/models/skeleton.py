@@ -8,7 +8,8 @@ input are found by watching which tensor they are given. What cannot be found is
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,20 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
+from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
+from bitwright.models.experts import one_by_one, split, split_blocks
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
+from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
+from bitwright.models.own_head import has_own_head
+from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -34,20 +41,26 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
-ALIASES = {"lm_head.weight": "embed_out.weight"}  # what files call it where transformers has renamed it (GPT-NeoX)
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older tools wrote, and which
 CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
 TOKENS_PER_BATCH = 4096
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config. CheckpointError if it is missing, damaged, of no known architecture, or quantized already."""
+    """The model's config, which says that the output head is the embedding only where it is. CheckpointError if it is missing,
+    damaged, or of no known architecture."""
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
+    if folder.is_file():
+        message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
+        raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
     if not folder.is_dir():
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
         raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
         raise CheckpointError(
             "no config.json", where=str(folder), remedy="give the directory of a Hugging Face checkpoint"
         )
@@ -55,33 +68,30 @@ def read_config(folder: Path) -> PretrainedConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
-        raw.pop("quantization_config", None)
-        kind = raw.pop("model_type")
-        return AutoConfig.for_model(kind, **raw)
+        _ = raw["model_type"]
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error}", where=str(file)) from error
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
+    config.name_or_path = str(raw.get("_name_or_path", ""))  # not where it lies here
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    if config.tie_word_embeddings and has_own_head(folder):
+        config.tie_word_embeddings = False
+    return config
 
 
-class _Port(nn.Module):
-    """Stands in for a block: records what it is called with, or hands out a hidden state of our own."""
-
-    def __init__(self, block: nn.Module, record: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
-        super().__init__()
-        object.__setattr__(self, "block", block)
-        self.record = record
-        self.inject: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.record.append(((hidden, *args), kwargs))
-        return hidden if self.inject is None else self.inject
+def _merging(folder: Path) -> str:
+    """How to make a checkpoint of an adapter (peft) and its model."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = "BASE"
+    return (
+        f'merge it into its model first: peft.AutoPeftModelForCausalLM.from_pretrained("{folder}").merge_and_unload()'
+        f'.save_pretrained("MERGED"), copy the tokenizer files of {base} there, and quantize MERGED'
+    )
 
 
 class Skeleton:
@@ -95,43 +105,74 @@ class Skeleton:
                 self.model = model_of(config, dtype)
             except (ValueError, KeyError, ImportError) as error:
                 reason = str(error).splitlines()[0]
-                raise CheckpointError(
-                    f"no causal language model of type {config.model_type!r}: {reason}",
-                    where=str(config.name_or_path or config.model_type),
-                    remedy="only decoder-only models of transformers are supported",
-                ) from error
+                remedy = (
+                    "give a language model that predicts the next token, with or without towers for images or sound"
+                )
+                where = str(config.name_or_path or config.model_type)
+                raise CheckpointError(f"no model for it: {reason}", where=where, remedy=remedy) from error
+        self.experts = one_by_one(self.model)
         self.model.tie_weights()
         self.predicts = config.model_type not in ENCODERS
-        self.block_prefix, self.blocks = _find_blocks(self.model, config)
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.block_prefix, self.blocks = find_blocks(self.model, config)
+        self.towers = towers_of(self.model, self.block_prefix)
+        self.conversions: tuple[Conversion, ...] = ()
+        self._calls = Calls(len(self.blocks))
+        self._recorded: dict[int, list[Call]] = {}
         self._cache: KvCache | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def outer_names(self, *, base_only: bool = False) -> list[str]:
-        """Names of the parameters and persistent buffers outside the blocks; tied ones once.
+        """Names of the parameters and persistent buffers outside the blocks and other towers; tied ones once.
 
         base_only: only those of the model without its output head, which embedding needs.
         """
-        inside, tied = f"{self.block_prefix}.", self.tied_names()
-        start = f"{self.model.base_model_prefix}." if base_only and self.predicts else ""
+        inside, tied = (f"{self.block_prefix}.", *(f"{tower}." for tower in self.towers)), self.tied_names()
+        start = f"{self.model.base_model_prefix}." if base_only and self._base is not self.model else ""
         names = self.model.state_dict(keep_vars=True)
-        return [n for n in names if n.startswith(start) and not n.startswith(inside) and n not in tied]
+        needed = {first for name, first in self.ties().items() if name.startswith(start)}
+        wanted = [n for n in names if (n.startswith(start) or n in needed) and n not in tied]
+        return [n for n in wanted if not n.startswith(inside)]
+
+    @property
+    def _base(self) -> nn.Module:
+        """The model without its output head."""
+        prefix = self.model.base_model_prefix
+        found = dict(self.model.named_children()).get(prefix, self.model)
+        return found if self.predicts and f"{self.block_prefix}.".startswith(f"{prefix}.") else self.model
+
+    def tower_of(self, name: str) -> str | None:
+        """The other tower, for images or sound, that a parameter or module belongs to; None: it is the text model's."""
+        return next((tower for tower in self.towers if f"{name}.".startswith(f"{tower}.")), None)
 
     def state_names(self, index: int) -> list[str]:
         """Names of the parameters and persistent buffers of block `index`."""
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
+    def lent_names(self, index: int) -> list[str]:
+        """Parameters of other blocks that block `index` shares (Zamba 2's transformer), by the name that files have them by."""
+        own, prefix = f"{self.block_prefix}.{index}.", f"{self.block_prefix}."
+        ties = self.ties().items()
+        return [
+            first
+            for name, first in ties
+            if name.startswith(own) and first.startswith(prefix) and first[: len(own)] != own
+        ]
+
     def linear_names(self) -> list[str]:
-        """Every Linear or Conv1D of the model by full name, the output head included."""
+        """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def tied_names(self) -> set[str]:
         """Parameters that are another parameter under a second name."""
+        return set(self.ties())
+
+    def ties(self) -> dict[str, str]:
+        """Each parameter that is another one under a second name -> the first name."""
         first = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         everywhere = self.model.named_parameters(remove_duplicate=False)
-        return {name for name, p in everywhere if first[id(p)] != name}
+        return {name: first[id(p)] for name, p in everywhere if first[id(p)] != name}
 
     def embedding_and_head(self) -> dict[str, nn.Module]:
         """The embedding and, unless it is the same matrix or there is none, the output head, by full name."""
@@ -147,7 +188,18 @@ class Skeleton:
     def output_name(self) -> str:
         """The module that makes logits. CheckpointError for an encoder, which has none."""
         self._must_predict()
-        return self._name_of(self.model.get_output_embeddings())
+        return self._name_of(self.head_module)
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The output head, which the text model inside may have. CheckpointError if no model names one."""
+        inner = [m for n, m in self.model.named_modules() if self.block_prefix.startswith(f"{n}." if n else "")]
+        heads = [m.get_output_embeddings() for m in inner if isinstance(m, PreTrainedModel)]
+        found = next((head for head in heads if head is not None), None)
+        if found is None:
+            message = f"models of type {self.config.model_type!r} do not say which module is their output head"
+            raise CheckpointError(message, remedy="a model that has one (get_output_embeddings)")
+        return found
 
     @property
     def head_name(self) -> str:
@@ -168,7 +220,7 @@ class Skeleton:
         """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""
         prefix = f"{self.block_prefix}.{index}."
         named = self.blocks[index].named_modules()
-        return {prefix + name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
+        return {prefix + name: module for name, module in named if is_linear(module)}
 
     def source_names(self, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> dict[str, str]:
         """Parameter or persistent buffer name -> tensor name in a checkpoint that holds tensors of these shapes.
@@ -176,33 +228,77 @@ class Skeleton:
         A shape of None is not compared. Checkpoints of the bare model lack the causal model's prefix, and the other
         way round. CheckpointError names what is missing or has another shape than config.json means.
         """
-        stem = self.model.base_model_prefix + "."
-        tied = self.tied_names()
-        remedy = "config.json and weights must belong together"
-        found: dict[str, str] = {}
-        for name, parameter in self.model.state_dict(keep_vars=True).items():
-            candidates = (name, name.removeprefix(stem), stem + name, ALIASES.get(name, name))
-            source = next((c for c in candidates if c in shapes), None)
-            if source is None:
-                if name not in tied and not name.endswith(COMPUTED):
-                    raise CheckpointError(f"the checkpoint lacks tensor {name!r}", where=where, remedy=remedy)
-                continue
-            shape, meant = shapes[source], tuple(parameter.shape)
+        parameters = self.model.state_dict(keep_vars=True)
+        stored = in_model(self.model, shapes, parameters)
+        for name, first in self.ties().items():  # whichever of its names the file has a tied one by
+            if first not in stored.names and name in stored.names:
+                stored.names[first] = stored.names.pop(name)
+        self.conversions = stored.conversions
+        made = {name for conversion in stored.conversions for name in conversion.makes}
+        self._check_all_there(stored.names.keys() | made, where)
+        for name, parameter in parameters.items():
+            source = stored.names.get(name)
+            shape, meant = shapes[source] if source is not None else None, tuple(parameter.shape)
             if shape is not None and shape != meant:
                 message = f"tensor {source!r} has shape {shape}, config.json means {meant}"
-                raise CheckpointError(message, where=where, remedy=remedy)
-            found[name] = source
+                raise CheckpointError(message, where=where, remedy="config.json and weights must belong together")
+        return stored.names
+
+    def is_passed_over(self, source: str) -> bool:
+        """Whether transformers leaves a tensor of the file unread on purpose, such as layers that predict further tokens."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, source) for pattern in patterns)
+
+    def _check_all_there(self, found: Set[str], where: str) -> None:
+        """CheckpointError for a parameter that the checkpoint does not hold, unless transformers does without it too."""
+        spared = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        missing = self.model.state_dict(keep_vars=True).keys() - found - self.tied_names()
+        lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
+        if lacking:
+            remedy = "config.json and weights must belong together"
+            if ".experts." in min(lacking):
+                remedy += ", or this family's files hold experts in a form that is not known here"
+            raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
+
+    def routers(self) -> set[str]:
+        """The modules that send tokens to experts, or say how much of a shared expert is added, by full name."""
+        found = set[str]()
+        for experts, layout in self.experts.items():
+            owner = experts.rpartition(".")[0]
+            for name, module in self.model.get_submodule(owner).named_modules(prefix=owner):
+                weight = dict(module.named_parameters(recurse=False)).get("weight")
+                steers = weight is not None and weight.ndim == 2 and len(weight) in (1, layout.E)
+                found |= {name} if steers and not name.startswith(f"{experts}.") else set()
         return found
 
+    def split_experts(self, checkpoint: Checkpoint) -> None:
+        """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
+
+        CheckpointError if one has another shape than config.json means.
+        """
+        fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
+        for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
+            name, part = fused[parameter]
+            split(checkpoint, source, name, part, self.experts[name])
+        for name, layout in self.experts.items():
+            split_blocks(checkpoint, name, layout)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Give the named parameters and buffers these values, in the skeleton's dtype."""
+        """Give the named parameters and buffers these values, in the skeleton's dtype; tensors of the file that others are
+        made of come by the file's names."""
+        for conversion in self.conversions:
+            if all(name in tensors for name in conversion.sources):
+                tensors = {**tensors, **conversion.applied(self.model, tensors)}
         cast = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         self.model.load_state_dict(cast, strict=False, assign=True)
         self.model.requires_grad_(False)
         self.model.tie_weights()
 
     def unload(self, index: int) -> None:
-        """Free the weights of block `index`; buffers stay."""
+        """Free the weights of block `index`, those that it shares too; buffers stay."""
+        for name in self.lent_names(index):
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner).register_parameter(leaf, _empty(self.model.get_parameter(name)))
         for module in self.blocks[index].modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 module.register_parameter(leaf, _empty(parameter))
@@ -217,36 +313,68 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> what the first block is given [B, T, H]. The outer parameters must be loaded."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
-        with self._ports(calls, None):
-            base(input_ids=ids, use_cache=False)
-        hidden = calls[0][0][0]
-        self._calls[len(ids)] = [(args[1:], kwargs) for args, kwargs in calls]
-        return hidden
+        """Token ids [B, T] -> what the first block is given [B, T, H], packed with whatever else depends on the tokens.
+
+        The outer parameters must be loaded. CheckpointError for a model whose blocks cannot be run one by one.
+        """
+        if not self._calls.given:
+            probe = torch.arange(PROBE[0] * PROBE[1]).view(PROBE) % (self.config.get_text_config().vocab_size - 1)
+            self._calls.form, one = self._learnt_form(probe)
+            self._calls.learn(one, self._listen(probe + 1, self._calls.form))
+        calls = self._listen(ids, self._calls.form)
+        self._recorded[len(ids)] = calls
+        return self._calls.first(calls)
+
+    def _learnt_form(self, ids: Tensor) -> tuple[int, list[Call]]:
+        """In which form the model takes what a block gives, and how it calls the blocks."""
+        reason = ""
+        for form in range(len(FORMS)):
+            try:
+                return form, self._listen(ids, form)
+            except TOO_ODD as error:
+                reason = reason or str(error).splitlines()[0]
+        kind = self.config.model_type
+        raise CheckpointError(
+            f"the forward of a {kind!r} model cannot be followed block by block: {reason}", remedy=ALONE
+        )
+
+    def _listen(self, ids: Tensor, form: int) -> list[Call]:
+        """How the blocks are called for these tokens."""
+        calls: list[Call] = []
+        with self._ports(calls, form):
+            self._base(input_ids=ids, use_cache=False)
+        if len(calls) != len(self):
+            raise CheckpointError(f"the model calls its {len(self)} blocks {len(calls)} times", remedy=ALONE)
+        return calls
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Block `index` on hidden [B, T, H], called as the model would; `embed` has seen a batch of this size."""
-        args, kwargs = self._call(len(hidden), index)
-        out = self.blocks[index](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return self.run_with(index, hidden, {})
 
     def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """As `run`, with other weights for some parameters (full names), and differentiable in them."""
-        args, kwargs = self._call(len(hidden), index)
+        call = self._calls.fill(index, self._recorded[len(hidden)][index], hidden)
+        args, kwargs = call.arguments()
+        if self._cache is not None:
+            kwargs |= {name: self._cache for name in CACHES if name in kwargs}
         prefix = f"{self.block_prefix}.{index}."
         own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        out = torch.func.functional_call(self.blocks[index], own, (hidden, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = (
+            torch.func.functional_call(self.blocks[index], own, args, kwargs)
+            if own
+            else self.blocks[index](*args, **kwargs)
+        )
+        return self._calls.then(index, hidden, call, out)
 
-    def _call(self, windows: int, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What block `index` is called with beside a hidden state of so many windows."""
-        args, kwargs = self._calls[windows][index]
-        if self._cache is None:
-            return args, kwargs
-        return args, kwargs | {name: self._cache for name in CACHES if name in kwargs}
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks hand on keys and values to later ones: what one is given is known once those before it have run."""
+        return any(at is not None for at in self._calls.shared)
+
+    def stream(self, hidden: Tensor) -> Tensor:
+        """The hidden state alone, of what is carried from block to block."""
+        return self._calls.own(hidden)
 
     @contextmanager
     def caching(self, cache: KvCache | None) -> Iterator[None]:
@@ -284,22 +412,17 @@ class Skeleton:
         """What the last block gave [B, T, H] -> logits [B, T, V], float32. CheckpointError for an encoder, which has none."""
         self._must_predict()
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._ports([], hidden):
-            return self.model(input_ids=ids, use_cache=False).logits.float()
+        with self._ports([], self._calls.form, self._calls.last(hidden)):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()
 
     @contextmanager
-    def _ports(self, record: list[tuple[tuple[Any, ...], dict[str, Any]]], inject: Tensor | None) -> Iterator[None]:
-        """Put ports in the place of all blocks for a while."""
-        parent = self.model.get_submodule(self.block_prefix.rpartition(".")[0])
-        attribute = self.block_prefix.rpartition(".")[2]
-        ports = [_Port(block, record) for block in self.blocks]
-        for port in ports:
-            port.inject = inject
-        setattr(parent, attribute, nn.ModuleList(ports))
-        try:
+    def _ports(self, record: list[Call], form: int, inject: Tensor | None = None) -> Iterator[None]:
+        """Ports in the place of all blocks for a while."""
+        owner, _, attribute = self.block_prefix.rpartition(".")
+        port = ports(self.model.get_submodule(owner), attribute, self.blocks, record, form, inject)
+        with no_longer_meta(self.model), port:
             yield
-        finally:
-            setattr(parent, attribute, self.blocks)
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
@@ -307,16 +430,9 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The ModuleList of decoder blocks: the largest of those as long as the config's number of layers."""
-    depth = config.get_text_config().num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise CheckpointError(
-            f"{type(model).__name__} has no ModuleList of {depth} blocks",
-            remedy="only decoder-only models are supported",
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else; a subclass of Linear may (PhiMoE's router)."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -351,13 +467,25 @@ def best_dtype() -> torch.dtype:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, if it has one."""
-    file = folder / "config.json"
+    """The quantization_config of a checkpoint's config.json, or what AutoGPTQ and AutoAWQ wrote beside it; None: neither."""
+    raw = _json(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
+        for place in (raw, raw.get("text_config")):
+            if isinstance(place, dict) and isinstance(place.get(key), dict):
+                return dict(place[key])
+    for file, method in BESIDE.items():
+        found = _json(folder / file)
+        if found:
+            return {"quant_method": method, **found}
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is no file. CheckpointError for one that is damaged."""
     if not file.is_file():
-        return None
+        return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
-    found = raw.get("quantization_config") if isinstance(raw, dict) else None
-    return found if isinstance(found, dict) else None
+        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file)) from error
+    return raw if isinstance(raw, dict) else {}

@@ -1,25 +1,29 @@
 """A checkpoint directory as a source of float weights, whether its tensors are float or quantized in a known format."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
-from bitwright.formats import READERS, Reader
+from bitwright.formats import READERS, CheckpointReader
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import quantization_of
+from bitwright.models.kv_cache import KvRounding, read_rounding
+from bitwright.models.skeleton import Skeleton, quantization_of
+from bitwright.models.unread import check_all_read
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 
 T = TypeVar("T")
 
-# The tensor of each format that a quantized module certainly has, and no float module.
-MARKERS = ("weight_packed", "qweight", "weight_codes", "weight.absmax")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What certainly belongs to a quantized module, by the last part of its name, whoever made it.
+QUANTIZED = ("qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "absmax", "SCB")
 
 
 class WeightSource:
@@ -31,15 +35,68 @@ class WeightSource:
         self.folder = folder
         self.config = quantization_of(folder)
         self.format = _format_of(folder, self.config)
-        self.modules = _quantized_modules(self.checkpoint) if self.config else {}
+        self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
+        self._kinds: dict[str, type[nn.Module]] = {}  # of the modules, once it has met the model
+        self._called: dict[str, str] = {}  # what the model calls them, by which configs speak of them
+
+    @classmethod
+    def for_model(cls, folder: Path, skeleton: Skeleton) -> Self:
+        """The same with fused experts told apart."""
+        weight_source = cls(folder)
+        skeleton.split_experts(weight_source.checkpoint)
+        if weight_source.format is not None:
+            weight_source.modules = _quantized_modules(weight_source.checkpoint, weight_source.format)
+        return weight_source
+
+    @property
+    def plain(self) -> list[str]:
+        """The tensors that are not quantized."""
         parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
-        self.plain = [name for name in self.checkpoint.tensors if name not in parts]
+        return [name for name in self.checkpoint.tensors if name not in parts]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Every tensor of the float model and its shape; None for a quantized one, which only decoding tells."""
         plain = {name: self.checkpoint.tensors[name].shape for name in self.plain}
         return {**plain, **{f"{module}.weight": None for module in self.modules}}
+
+    def meet(self, skeleton: Skeleton) -> dict[str, str]:
+        """See `names_in`; from now on the modules' classes, which configs speak of, are known."""
+        self._check_described()
+        names = skeleton.source_names(self.shapes, str(self.folder))
+        zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
+        check_all_read(self.shapes, [*names.values(), *zeros], skeleton, str(self.folder))
+        parameters, plain = skeleton.model.state_dict(keep_vars=True), set(self.plain)
+        for parameter, source in names.items():
+            if source in plain and parameters[parameter].is_floating_point():
+                self._check_type(source)
+            module, called = source.rpartition(".")[0], parameter.rpartition(".")[0]
+            self._called[module], self._kinds[module] = called, type(skeleton.model.get_submodule(called))
+        return names
+
+    def _check_described(self) -> None:
+        """CheckpointError for a directory that holds quantized tensors, and a config.json that does not say how."""
+        found = next((name for name in self.plain if name.rpartition(".")[2] in QUANTIZED), None)
+        if found is not None and self.config is None:
+            message = f"holds quantized weights ({found}), and neither config.json nor quantize_config.json says how"
+            remedy = (
+                "get config.json with its quantization_config (or quantize_config.json) from where the file is from"
+            )
+            raise CheckpointError(message, where=str(self.folder), remedy=remedy)
+
+    def _is_bias_of_zeros(self, name: str) -> bool:
+        """Whether a tensor is the bias that AutoGPTQ and its heirs give to a layer that has none."""
+        module, _, leaf = name.rpartition(".")
+        return leaf == "bias" and module in self.modules and not self.checkpoint.read(name).any()
+
+    def _check_type(self, source: str) -> None:
+        """CheckpointError for codes where the model means numbers: a quantized tensor without its scales."""
+        dtype = self.checkpoint.tensors[source].dtype
+        if dtype not in FLOATS and not (self.config is None and dtype.is_floating_point):
+            message = (
+                f"tensor {source!r} is {str(dtype).removeprefix('torch.')} without the scales of a quantized weight"
+            )
+            raise CheckpointError(message, where=str(self.folder), remedy="get a good copy of the checkpoint")
 
     @property
     def is_float(self) -> bool:
@@ -56,12 +113,12 @@ class WeightSource:
         module = name.removesuffix(".weight")
         if module not in self.modules or self.format is None or self.config is None:
             return None
-        tensors = self.modules[module]
+        tensors, config = self.modules[module], self._config_of(module)
 
         def read(suffix: str) -> Tensor | None:
             return self.checkpoint.read(tensors[suffix]) if suffix in tensors else None
 
-        return self.format.input_quantization(self.config, module, read)
+        return self.format.input_quantization(config, self._name(module), read)
 
     def is_packed(self, name: str) -> bool:
         """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
@@ -87,8 +144,9 @@ class WeightSource:
         """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
         if not self.is_packed(name) or self.format is None or self.config is None:
             return self.checkpoint.read(name)
-        format, config, module = self.format, self.config, _module(name)
-        return self._parsed(module, lambda: format.decode(config, module, self.parts(name)))
+        format, module = self.format, _module(name)
+        config = self._config_of(module)
+        return self._parsed(module, lambda: format.decode(config, self._name(module), self.parts(name)))
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """A table of rows as it is kept in memory, and what gives some of them in float."""
@@ -102,8 +160,18 @@ class WeightSource:
         """A weight as codes and scales; None: it is float. CheckpointError or FormatError for one that cannot be had so."""
         if not self.is_packed(name) or self.format is None or self.config is None:
             return None
-        format, config, module = self.format, self.config, _module(name)
-        return self._parsed(module, lambda: format.quantized(config, module, self.parts(name)))
+        format, module = self.format, _module(name)
+        config = self._config_of(module)
+        return self._parsed(module, lambda: format.quantized(config, self._name(module), self.parts(name)))
+
+    def _name(self, module: str) -> str:
+        """What the model calls a module of the files."""
+        return self._called.get(module, module)
+
+    def _config_of(self, module: str) -> dict[str, Any]:
+        """What the quantization_config says of one module."""
+        assert self.format is not None and self.config is not None
+        return self.format.module_config(self.config, self._name(module), self._kinds.get(module, nn.Linear))
 
     def _parsed(self, module: str, parse: Callable[[], T]) -> T:
         """What parse makes of a module's tensors; CheckpointError where they are not what the config promises."""
@@ -120,12 +188,44 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def open_weights(path: Path) -> WeightSource | GgufWeightSource:
-    """A directory, or a GGUF file; errors as of the two."""
-    return GgufWeightSource(path) if is_gguf(path) else WeightSource(path)
+def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource | GgufWeightSource:
+    """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
+    if is_gguf(path):
+        return GgufWeightSource(path)
+    return WeightSource(path) if skeleton is None else WeightSource.for_model(path, skeleton)
 
 
-def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:
+def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:
+    """Parameter or persistent buffer of a model -> the tensor of the source that it is read from.
+
+    CheckpointError for a tensor that is missing, of another shape or type than the model means, or that nothing reads
+    (`GgufWeightSource` refuses the latter itself).
+    """
+    return (
+        source.meet(skeleton)
+        if isinstance(source, WeightSource)
+        else skeleton.source_names(source.shapes, str(source.folder))
+    )
+
+
+def kv_rounding(source: WeightSource | GgufWeightSource, skeleton: Skeleton, attention: str) -> KvRounding | None:
+    """What a checkpoint says of the keys and values of one attention module; None: they stay in float.
+
+    CheckpointError as of `read_rounding`.
+    """
+    if source.config is None:
+        return None
+    stem = skeleton.model.base_model_prefix + "."
+    places = (attention, attention.removeprefix(stem), stem + attention)
+
+    def read(scale: str) -> Tensor | None:
+        found = (source.scalar(f"{place}.{scale}") for place in places)
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    return read_rounding(source.config, read, attention)
+
+
+def _format_of(folder: Path, config: dict[str, Any] | None) -> CheckpointReader | None:
     if config is None:
         return None
     method = config.get("quant_method")
@@ -138,20 +238,15 @@ def _format_of(folder: Path, config: dict[str, Any] | None) -> Reader | None:
     )
 
 
-def _quantized_modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Module name -> {suffix: tensor name} of all its tensors but the bias."""
-    quantized = set()
-    for name, info in checkpoint.tensors.items():
-        module, suffix = _parted(name)
-        narrow = suffix == "weight" and info.dtype in (torch.float8_e4m3fn, torch.int8)
-        if suffix in MARKERS or (narrow and f"{module}.weight_scale" in checkpoint.tensors):
-            quantized.add(module)
-    modules: dict[str, dict[str, str]] = {module: {} for module in sorted(quantized)}
+def _quantized_modules(checkpoint: Checkpoint, reader: CheckpointReader) -> dict[str, dict[str, str]]:
+    """Module name -> {suffix: tensor name} of those of its tensors that the format reads."""
+    parts = defaultdict[str, dict[str, str]](dict)
     for name in checkpoint.tensors:
         module, suffix = _parted(name)
-        if module in modules and suffix != "bias":
-            modules[module][suffix] = name
-    return modules
+        if suffix in reader.parts:
+            parts[module][suffix] = name
+    types = {module: {s: checkpoint.tensors[n].dtype for s, n in own.items()} for module, own in parts.items()}
+    return {module: parts[module] for module in sorted(parts) if reader.holds(types[module])}
 
 
 def _parted(name: str) -> tuple[str, str]:

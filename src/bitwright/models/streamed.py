@@ -14,9 +14,9 @@ from torch import Tensor
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.kv_cache import KvCache, read_rounding
+from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of, read_config
-from bitwright.models.source import WeightSource, open_weights
+from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -32,12 +32,12 @@ class StreamedModel:
         """
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
-        self.weight_source = open_weights(folder)
+        self.weight_source = open_weights(folder, self.skeleton)
         self.engine = engine
         self.input_quantization = (
             self.weight_source.input_quantization if engine is None else _intake_of(engine, self.weight_source)
         )
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(folder))
+        self.names = names_in(self.weight_source, self.skeleton)
 
     @property
     def bits_per_weight(self) -> float:
@@ -46,7 +46,7 @@ class StreamedModel:
 
     def load(self, parameters: list[str]) -> None:
         """Read and decode these parameters into the skeleton."""
-        tensors = {}
+        tensors = self._converted(set(parameters))
         for name in parameters:
             if name not in self.names:
                 continue
@@ -60,6 +60,11 @@ class StreamedModel:
                 )
             tensors[name] = tensor
         self.skeleton.load(tensors)
+
+    def _converted(self, parameters: set[str]) -> dict[str, Tensor]:
+        """The tensors of the file, by their own names, that some of these parameters are made of."""
+        wanted = [one for one in self.skeleton.conversions if parameters.intersection(one.makes)]
+        return {name: self.weight_source.read(name) for one in wanted for name in one.sources}
 
     @property
     def vocabulary(self) -> int:
@@ -75,7 +80,7 @@ class StreamedModel:
         self.load(self.skeleton.outer_names())
         hidden = [self.skeleton.embed(part) for part in parts]
         for index in range(len(self.skeleton)):
-            self.load(self.skeleton.state_names(index))
+            self.load([*self.skeleton.state_names(index), *self.skeleton.lent_names(index)])
             names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
             input_quantizations = {module: self.input_quantization(name) for module, name in names.items()}
             with self.skeleton.quantizing_inputs(input_quantizations), self.skeleton.caching(self._cache(index)):
@@ -99,17 +104,7 @@ class StreamedModel:
         if self.engine == ENGINE:
             return KvCache(rounding=(cached, cached))
         name = self.skeleton.attention_name(index)
-        config = self.weight_source.config
-        if name is None or config is None:
-            return None
-        stem = self.skeleton.model.base_model_prefix + "."
-        places = (name, name.removeprefix(stem), stem + name)
-
-        def read(scale: str) -> Tensor | None:
-            found = (self.weight_source.scalar(f"{place}.{scale}") for place in places)
-            return next((tensor for tensor in found if tensor is not None), None)
-
-        rounding = read_rounding(config, read, name)
+        rounding = None if name is None else kv_rounding(self.weight_source, self.skeleton, name)
         return None if rounding is None else KvCache(rounding=rounding)
 
 

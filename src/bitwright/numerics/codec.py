@@ -1,8 +1,8 @@
 """The arithmetic of number formats: fit scales, snap them to their encoding, encode, decode.
 
-The scale encoding is applied *before* rounding: `snap` turns the scales one would like into the scales that will be read
-back from the file, and codes are only ever chosen against those. So w ≈ decode(codes, scales) holds bit for bit in every
-file format, and GPTQ's error feedback works in all of them.
+The scale encoding is applied *before* rounding: `snap` rounds wanted scales to those that will be read back from the
+file, and codes are only ever chosen against those. So `decode` gives the same bits in memory and from every file
+format, and GPTQ's error feedback works in all of them.
 
 Axes: w [N, K], groups of g along K, scale [N, G] with G = ceil(K / g). Everything is float32 and pure.
 """
@@ -19,7 +19,7 @@ from bitwright.numerics.scheme import CHANNEL, SUPERBLOCK, TENSOR, Scheme
 
 
 def is_signed(scheme: Scheme) -> bool:
-    """Whether codes count from below zero (int8) or from zero (uint8: codebooks, and codes over a minimum)."""
+    """Whether codes are signed (int8) or unsigned (uint8: indices into a codebook, and codes over a minimum)."""
     return scheme.levels.levels is None and scheme.zero != "min"
 
 
@@ -30,7 +30,7 @@ def code_range(scheme: Scheme) -> tuple[int, int]:
 
 
 def group_view(w: Tensor, scheme: Scheme) -> Tensor:
-    """w [N, K] -> [N, G, g], zeros behind a short last group; [1, 1, N·K] for group "tensor"."""
+    """w [N, K] -> [N, G, g], a short last group padded with zeros; [1, 1, N·K] for group "tensor"."""
     if scheme.group == TENSOR:
         return w.reshape(1, 1, -1)
     if scheme.group == CHANNEL:
@@ -54,7 +54,7 @@ def fit(w: Tensor, scheme: Scheme, *, shrink: Tensor | float = 1.0, outer: Tenso
 
     w       [N, K]
     shrink  factor on the range, a number or [N, G]; below 1 it clips outliers for finer steps
-    outer   a second level fixed beforehand (e4m3)
+    outer   NVFP4's divisor of the whole tensor, if fixed beforehand (e4m3)
 
     >>> q = fit(torch.tensor([[-7.59, 10.8]]), Scheme.parse("int8-tensor-asym"))
     >>> q.zero.item(), round(q.scale.item(), 3)
@@ -67,21 +67,21 @@ def fit(w: Tensor, scheme: Scheme, *, shrink: Tensor | float = 1.0, outer: Tenso
 def raw_scales(
     v: Tensor, K: int, scheme: Scheme, shrink: Tensor | float = 1.0, above: Tensor | float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales one would like, before any encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None.
+    """Scales from each group's extremes, not yet rounded to an encoding: v [N, G, g] -> scale [N, G], zero [N, G] or None.
 
-    shrink: a factor on the range; above: another for its part above 0, where a scheme has an offset.
+    shrink: a factor on the range; above: a factor of its own for the positive part, where a scheme has an offset.
     """
     grid = scheme.levels
     if scheme.symmetric:
         if scheme.reach is not None:
             largest = v.abs().amax(-1) * (shrink / scheme.reach)
-            if scheme.zero == "signed":  # the longer side, below 0, is for the one that the largest weight is on
+            if scheme.zero == "signed":  # codes reach further below 0: the scale's sign turns the largest weight there
                 largest = torch.where(v.amax(-1) > -v.amin(-1), -largest, largest)
             return largest, None
         counts = torch.full(v.shape[1:2], float(v.shape[2]))
         if isinstance(scheme.group, int) and K % scheme.group:
             counts[-1] = K % scheme.group
-        return folded(v.abs()) / counts.to(v.device) * shrink, None
+        return pairwise_sum(v.abs()) / counts.to(v.device) * shrink, None
     low = v.amin(-1).clamp(max=0) * shrink
     high = v.amax(-1).clamp(min=0) * (shrink if above is None else above)
     scale = (high - low) / (grid.hi - grid.lo)
@@ -90,8 +90,8 @@ def raw_scales(
     return scale, integer_zero(low, scale, scheme)
 
 
-def folded(x: Tensor) -> Tensor:
-    """Sum over the last axis in halves, the order in which the native kernels add."""
+def pairwise_sum(x: Tensor) -> Tensor:
+    """Pairwise sum over the last axis, in the order in which the native kernels add: the same bits."""
     n = 1 << (x.shape[-1] - 1).bit_length()
     x = torch.nn.functional.pad(x, (0, n - x.shape[-1])) if n > x.shape[-1] else x
     while n > 1:
@@ -101,7 +101,7 @@ def folded(x: Tensor) -> Tensor:
 
 
 def integer_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """The code that stands for 0 when the lowest code stands for `low`."""
+    """The zero point: the code that stands for 0 when the lowest code stands for `low`; all [N, G]."""
     grid = scheme.levels
     first = grid.lo + (scheme.zero == "asym1")
     return (grid.lo - torch.round(low / safe(scale))).clamp(first, grid.hi)
@@ -121,9 +121,15 @@ def safe(scale: Tensor) -> Tensor:
 
 
 def snap(scale: Tensor, zero: Tensor | None, scheme: Scheme, *, outer: Tensor | None = None) -> Scales:
-    """Round scales (and minima) to what the scheme's encoding can hold; `outer` fixes e4m3's divisor."""
+    """Round scales (and minima) [N, G] to what the scheme's encoding can hold; `outer` fixes e4m3's divisor.
+
+    Raises SchemeError for a scale that is NaN or infinite.
+    """
     if not torch.isfinite(scale).all():
-        raise SchemeError("scales are not finite", remedy="look for NaN or Inf in the weights")
+        remedy = "look for NaN or Inf in the weights: get a good copy of the checkpoint"
+        raise SchemeError(
+            f"{int((~torch.isfinite(scale)).sum())} of {scale.numel()} scales are not finite", remedy=remedy
+        )
     encoding = scheme.scale
     if encoding in _FLOATS:
         low, high = torch.finfo(_FLOATS[encoding]).smallest_normal, torch.finfo(_FLOATS[encoding]).max
@@ -146,13 +152,13 @@ _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _to_float(x: Tensor, encoding: str, low: float, high: float) -> Tensor:
-    """Rounded to the float type, kept between its smallest normal number and its largest; exact zeros stay."""
+    """x rounded to the float type, |x| clamped to its normal numbers; exact zeros stay."""
     bounded = torch.where(x == 0, x, x.sign() * x.abs().clamp(low, high))
     return bounded.to(_FLOATS[encoding]).float()
 
 
 def _snap_e4m3(scale: Tensor, zero: Tensor | None, outer: Tensor | None) -> Scales:
-    """NVFP4's two levels: scale = e4m3 / divisor, one divisor a tensor that sends the largest scale to 448."""
+    """NVFP4's two levels: scale = e4m3 / divisor, with one divisor a tensor, which maps the largest scale to 448."""
     if outer is None:
         outer = (448.0 / safe(scale.max())).clamp(max=torch.finfo(torch.float32).max).reshape(1, 1)
     local = (scale * outer).clamp(-448, 448).to(torch.float8_e4m3fn).float()
@@ -162,8 +168,8 @@ def _snap_e4m3(scale: Tensor, zero: Tensor | None, outer: Tensor | None) -> Scal
 def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
     """The k-quants' two levels: integers of 8, 6 or 4 bits under one f16 per 256 weights (llama.cpp's block_q*_K).
 
-    "signed" stores integers of either sign, of which the largest scale takes the lowest; "sym" only those from 0 on;
-    those with a minimum unsigned ones for both.
+    "signed": integers of either sign, the largest scale mapped to the lowest; "sym": integers from 0 on; "min": unsigned
+    integers for scales and minima both.
     """
     low, high = scale_range(scheme)
     scale, outer = _two_level(scale, low, high, scheme)
@@ -174,7 +180,7 @@ def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
 
 
 def scale_range(scheme: Scheme) -> tuple[int, int]:
-    """The integers that a scale of the k encodings may be."""
+    """The lowest and the highest integer that stores a scale of the k encodings."""
     bits = int(scheme.scale[1:])
     if scheme.zero == "min":
         return 0, (1 << bits) - 1
@@ -183,7 +189,7 @@ def scale_range(scheme: Scheme) -> tuple[int, int]:
 
 
 def by_block(x: Tensor, scheme: Scheme) -> Tensor:
-    """Scales [..., G] of the k encodings, super-block by super-block [..., S, 256 / g], padded with zeros."""
+    """Scales [..., G] of the k encodings grouped by super-block: [..., S, 256 / g], padded with zeros."""
     assert isinstance(scheme.group, int)  # Scheme refuses anything else
     per_block = SUPERBLOCK // scheme.group
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % per_block)).unflatten(-1, (-1, per_block))
@@ -196,12 +202,12 @@ def each_group(blocks: Tensor, scheme: Scheme, G: int) -> Tensor:
 
 
 def integers_of(table: Tensor, outer: Tensor, scheme: Scheme) -> Tensor:
-    """What is stored of scales (or minima) [N, G] that stand under the f16s [N, S], as floats."""
+    """The stored integers, as floats, of scales (or minima) [N, G] under the super-blocks' f16 scales [N, S]."""
     return torch.round(table / safe(each_group(outer, scheme, table.shape[1])))
 
 
 def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """x [N, G] -> integers low..high times an f16 per super-block, and that f16 [N, S]."""
+    """Round x [N, G] to integers low..high times an f16 per super-block; also that f16 [N, S]."""
     blocks = by_block(x, scheme)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     outer = largest / (low or high)
@@ -214,8 +220,7 @@ def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, 
 def dynamic_map() -> Tensor:
     """The 256 values of bitsandbytes' signed 8-bit dynamic data type (Dettmers, arXiv:1511.04561), sorted.
 
-    Seven decades; the decade below 10^-i is cut into 2^(6-i) equal parts, of which the midpoints count, with both
-    signs; and 0 and 1.
+    The midpoints of 2^(6-i) equal parts of the decade below 10^-i, i = 0 … 6, with both signs; and 0 and 1.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -226,7 +231,7 @@ def dynamic_map() -> Tensor:
 
 
 def _snap_dq8(scale: Tensor, zero: Tensor | None) -> Scales:
-    """QLoRA's double quantization (arXiv:2305.14314, section 3): scales less their mean, in 8 bits, blocks of 256."""
+    """QLoRA's double quantization (arXiv:2305.14314, section 3): scales minus their mean, in 8 bits, by blocks of 256."""
     mean = scale.mean().reshape(1, 1)
     flat = (scale - mean).reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
@@ -235,6 +240,18 @@ def _snap_dq8(scale: Tensor, zero: Tensor | None) -> Scales:
     codes = nearest(blocks / safe(absmax), table)
     snapped = (table[codes] * absmax).view(-1)[: flat.numel()].view(scale.shape) + mean
     return Scales(snapped, zero, absmax, mean)
+
+
+def dq8_index(scale: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """What is stored of scales [N, G] that stand under absmax [blocks, 1] and a mean [1, 1]: uint8 [N, G].
+
+    The first entry of the map that gives exactly this scale: where the mean is large, several may.
+    """
+    flat = scale.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    meanings = dynamic_map().to(scale.device) * absmax + mean  # [B, 256], rising
+    index = torch.searchsorted(meanings, blocks).clamp(max=SUPERBLOCK - 1)
+    return index.view(-1)[: flat.numel()].view(scale.shape).to(torch.uint8)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -246,7 +263,7 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
 
 
 def choose(x: Tensor, scheme: Scheme) -> Tensor:
-    """The codes, as a float or integer tensor, nearest to x = w / s (+ z), any shape."""
+    """The codes nearest to x = w / s (+ z), any shape; a float or integer tensor."""
     grid = scheme.levels
     if grid.levels is None:
         low, high = code_range(scheme)
@@ -259,7 +276,7 @@ def choose(x: Tensor, scheme: Scheme) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _sorted_levels(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Codes in the order of their value, and the values; a second code for an equal value is never chosen."""
+    """Codes in rising order of their value, and those values; of codes of equal value only the first."""
     unique = sorted({value: code for code, value in reversed(list(enumerate(levels)))}.items())
     return torch.tensor([code for _, code in unique]), torch.tensor([value for value, _ in unique])
 
@@ -273,9 +290,9 @@ def values(codes: Tensor, scheme: Scheme) -> Tensor:
 def round_to(
     w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Codes and decoded weights for w and scales of shapes that broadcast: the one place where rounding happens.
+    """Codes and decoded weights for w under scales that broadcast to it: the one place where rounding happens.
 
-    inverse: multiply by 1 / scale, which is faster than to divide; a weight half way may go the other way (searches).
+    inverse: multiply by 1 / scale, which is faster than dividing; ties may then round the other way (fit for searches).
     """
     divisor = 1 / safe(scale) if inverse else safe(scale)
     over = torch.mul if inverse else torch.div
@@ -327,9 +344,9 @@ def decode(q: QTensor) -> Tensor:
 
 
 def rounded(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Tensor:
-    """Activations x [..., K] (or a matrix) as an engine that rounds them to `scheme` sees them: decode(encode(x)).
+    """Activations x [..., K] (or a matrix) rounded to `scheme` and decoded again: what the engine multiplies.
 
-    scales: fixed beforehand (static); None: from x itself, each token's by its own range where the group is "token".
+    scales: fixed by calibration (static); None: from x itself (dynamic), token by token where the group is "token".
 
     >>> rounded(torch.tensor([[0.34, -12.7], [0.34, 2.54]]), Scheme.parse("int8-token"))
     tensor([[  0.3000, -12.7000],

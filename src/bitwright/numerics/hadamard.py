@@ -1,9 +1,9 @@
 """Hadamard rotations: orthogonal matrices of ±1/√n, which spread an outlier over all channels.
 
-QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) rotates what a model's blocks hand to one another; since the rotation is
-orthogonal it can be folded into the weights and the function stays the same. H₁ = 1, H₂ₙ = [[H, H], [H, −H]] / √2
+QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) rotates the residual stream; since the rotation is orthogonal it can be
+folded into the weights, and the model's function stays the same. H₁ = 1, H₂ₙ = [[H, H], [H, −H]] / √2
 (Sylvester) exists for powers of two; a length K that is none is rotated in blocks of the largest power of two that
-divides it. Signs drawn from a seed, diag(±1) H, make a *random* Hadamard rotation, which no weight is aligned with.
+divides it. With random signs, diag(±1) H, it is a *random* Hadamard rotation, with which no weight is aligned.
 """
 
 import torch
@@ -13,7 +13,7 @@ from bitwright.errors import SchemeError
 
 
 def block_of(K: int) -> int:
-    """The largest power of two that divides K: what blocks a channel axis of that length is rotated in."""
+    """The largest power of two that divides K: the block length in which K channels are rotated."""
     return K & -K
 
 

@@ -1,15 +1,15 @@
-"""The one loss: searches minimise it, tests check it, the planner spends by it, the report shows it."""
+"""The relative output error of a quantized matrix: searches minimise it, guards compare it, reports show it."""
 
 import torch
 from torch import Tensor
 
-CACHED = 1 << 17  # weights looked at together where a pass over memory is all it costs
-PANEL = 1024  # columns of a symmetric matrix multiplied at a time
-ROWS = 2048  # of the weight at a time: what lies between stays in the cache
+CACHED = 1 << 17  # weights at a time where memory bandwidth is the limit: they stay in the cache
+PANEL = 1024  # columns of the Gram multiplied at a time
+ROWS = 2048  # rows of the weight at a time: the products stay in the cache
 
 
 def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
-    """tr(E gram Eᵀ) / tr(w gram wᵀ) with E = w − decoded: the part of the layer's output energy that is lost.
+    """tr(E gram Eᵀ) / tr(w gram wᵀ) with E = w − decoded: squared error of the layer's outputs, relative to the outputs.
 
     w, decoded [N, K]; gram as of `energy`. Unitless; 0 for an all-zero w.
     """
@@ -17,9 +17,9 @@ def loss(w: Tensor, decoded: Tensor, gram: Tensor | None = None) -> float:
 
 
 def energy(w: Tensor, gram: Tensor | None) -> Tensor:
-    """w gram wᵀ of each row [N], float64: the mean squared output of each.
+    """Mean squared output of each row, wₙ gram wₙᵀ: [N] float64.
 
-    gram [K, K], [K] for a diagonal one, or None for the identity. Both of one float type.
+    w [N, K]; gram [K, K], its diagonal [K], or None for the identity; both of one float type.
     """
     if gram is None or gram.ndim == 1:
         root = None if gram is None else gram.sqrt()
@@ -30,7 +30,7 @@ def energy(w: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def _energy(w: Tensor, gram: Tensor) -> Tensor:
-    """w gram wᵀ of each of a few rows."""
+    """The same for a few rows and a full Gram."""
     total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
     for start in range(0, len(gram), PANEL):  # gram is symmetric: half of it, off-diagonal panels twice
         here = slice(start, start + PANEL)
@@ -41,6 +41,6 @@ def _energy(w: Tensor, gram: Tensor) -> Tensor:
 
 
 def ratio(lost: Tensor, whole: Tensor) -> float:
-    """The share of the energy that is lost, over all rows; 0 where there was none."""
+    """Energy of the errors over that of the outputs, both [N], summed over rows; 0 where the outputs are 0."""
     total = float(whole.sum())
     return float(lost.sum()) / total if total > 0 else 0.0

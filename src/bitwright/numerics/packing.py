@@ -26,7 +26,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     rows, count = codes.shape
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
-        raise SchemeError(f"codes outside 0..{(1 << bits) - 1} cannot be packed in {bits} bits")
+        found, top = f"codes from {int(codes.min())} to {int(codes.max())}", (1 << bits) - 1
+        raise SchemeError(f"{found} do not fit into {bits} bits", remedy=f"codes from 0 to {top}, or more bits")
     if not codes.numel():
         return torch.zeros(rows, words(count, bits), dtype=torch.int32, device=codes.device)
     padded = torch.nn.functional.pad(codes, (0, -count % WORD)).view(rows, -1, 8)
@@ -41,7 +42,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 words [R, W] -> the first `count` unsigned codes of each row, uint8 [R, count]. Undoes `pack`."""
     _check_bits(bits)
     if packed.shape[1] < words(count, bits):
-        raise SchemeError(f"{packed.shape[1]} words a row cannot hold {count} codes of {bits} bits")
+        message = f"{packed.shape[1]} words a row, where {count} codes of {bits} bits take {words(count, bits)}"
+        raise SchemeError(message, remedy="give the bits and the columns that the file was written with")
     rows, lanes_per_row = packed.shape[0], -(-count // 8)
     octets = packed.contiguous().view(torch.uint8)
     octets = torch.nn.functional.pad(octets, (0, max(0, lanes_per_row * bits - octets.shape[1])))

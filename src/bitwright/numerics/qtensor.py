@@ -1,4 +1,4 @@
-"""QTensor: codes and the scales they stand under, as the file will hold them; whole, by rows, stacked."""
+"""QTensor: a quantized weight, codes and their scales as the file will hold them; its rows, and several stacked."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from bitwright.numerics.scheme import TENSOR, Scheme
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of a matrix as they will be read back.
+    """The scales of a matrix, exactly as they will be read back from a file.
 
     scale       [N, G] float32 ([1, 1] for group "tensor")
     zero        None; integers in the code range as float32 ("asym"); minima m ≤ 0 ("min"); shape as scale
-    outer       second level of the scale: f16 per super-block [N, S] (k8, k6, k4), absmax per block of 256 scales (dq8),
-                the per-tensor divisor [1, 1] (e4m3); None for one-level encodings
+    outer       second level of the scales: f16 per super-block [N, S] (k8, k6, k4), absmax per block of 256 scales (dq8),
+                per-tensor divisor [1, 1] (e4m3); None for encodings of one level
     outer_zero  the same for the minima (k6, k4), and dq8's mean [1, 1]
     """
 
@@ -30,7 +30,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Input channels that are not quantized (LLM.int8(), arXiv:2208.07339): columns [k] int64, rising; weight [N, k] float."""
+    """Input channels that stay in float (LLM.int8(), arXiv:2208.07339): columns [k] int64, rising; weight [N, k] float."""
 
     columns: Tensor
     weight: Tensor
@@ -43,9 +43,11 @@ class QTensor:
     codes     [N, K] int8 for int grids with "sym" or "asym" and for ternary, else uint8
     scales    `Scales`, exactly as the file will hold them
     shape     of the source tensor; codes have it reshaped to [shape[0], -1]
-    outliers  columns whose weights are these instead of what their codes stand for; None: there are none
-    order     [K] int64, the input that each column of the codes belongs to, where a file has them in an order of their own
-              (GPTQ's desc_act); None: column k belongs to input k
+    outliers  columns that stay in float, in place of what their codes stand for; None: none do
+    order     [K] int64, the input that each column of the codes belongs to, for files with permuted columns (GPTQ's
+              desc_act); None: column k belongs to input k
+
+    Raises SchemeError where the shapes do not fit together.
     """
 
     codes: Tensor
@@ -57,16 +59,18 @@ class QTensor:
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.numel() != math.prod(self.shape):
-            raise SchemeError(f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}")
+            message = f"codes {tuple(self.codes.shape)} do not fill a tensor of shape {self.shape}"
+            raise SchemeError(message, remedy="give codes [N, K] with N K weights")
         if self.outliers is not None and self.outliers.weight.shape != (len(self.codes), len(self.outliers.columns)):
-            found = tuple(self.outliers.weight.shape)
-            raise SchemeError(f"outlier weights {found} do not fill {len(self.codes)} rows of their columns")
+            message = f"outlier weights {tuple(self.outliers.weight.shape)} do not fill {len(self.codes)} rows"
+            raise SchemeError(message, remedy=f"give weights [{len(self.codes)}, {len(self.outliers.columns)}]")
         if self.order is not None and len(self.order) != self.codes.shape[1]:
-            raise SchemeError(f"an order of {len(self.order)} for {self.codes.shape[1]} columns")
+            message = f"an order of {len(self.order)} columns, but codes of {self.codes.shape[1]}"
+            raise SchemeError(message, remedy=f"give an order [{self.codes.shape[1]}]")
 
 
 def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:
-    """Apply f to those tables of the scales that have a row for each output; what belongs to the tensor stays."""
+    """Apply f to the scale tensors that have a row for each output (of each of `tables`); those of the whole tensor stay."""
     grouped, blocked = scheme.group != TENSOR, scheme.scale in ("k8", "k6", "k4")
 
     def one(name: str, by_row: bool) -> Tensor | None:
@@ -79,7 +83,7 @@ def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scale
 
 
 def rows(q: QTensor, start: int, stop: int, step: int = 1) -> QTensor:
-    """Rows start..stop of a matrix, or every step-th of them: undoes stacking."""
+    """Rows start..stop, or every step-th of them: undoes `stacked`."""
     here = slice(start, stop, step)
     scales = map_rows(lambda t: t[here], q.scheme, q.scales)
     kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[here])
@@ -88,13 +92,13 @@ def rows(q: QTensor, start: int, stop: int, step: int = 1) -> QTensor:
 
 
 def reordered(q: QTensor, order: Tensor) -> QTensor:
-    """A matrix with its rows taken in this order [N]."""
+    """The same matrix with its rows permuted: row i of the result is row order[i]."""
     kept = None if q.outliers is None else replace(q.outliers, weight=q.outliers.weight[order])
     return replace(q, codes=q.codes[order], scales=map_rows(lambda t: t[order], q.scheme, q.scales), outliers=kept)
 
 
 def stacked(parts: list[QTensor]) -> QTensor:
-    """Matrices of one scheme, one above the other."""
+    """Matrices of one scheme and K, concatenated along N."""
     if len(parts) == 1:
         return parts[0]
     codes, scheme = torch.cat([q.codes for q in parts]), parts[0].scheme
@@ -103,5 +107,5 @@ def stacked(parts: list[QTensor]) -> QTensor:
 
 
 def reshaped(q: QTensor, shape: tuple[int, ...]) -> QTensor:
-    """The same weight under its source's shape."""
+    """The same weight with another shape of the source tensor, such as a convolution's."""
     return replace(q, shape=shape)

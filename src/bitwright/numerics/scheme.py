@@ -31,9 +31,10 @@ SUPERBLOCK = 256  # weights under one f16 scale in the k encodings; scales in on
 class Grid:
     """The numbers that one code stands for, before scaling.
 
-    `levels[code]` for a codebook; without levels the code is its own value, `lo..hi`. `reach` is the value that the
-    largest |w| of a group is sent to: at 8 bits the field's absmax/127; below, half a step further out, where the
-    extreme still rounds within half a step and all the others gain; None: the scale is the mean |w| (BitNet).
+    levels  values by code, for a codebook; None: the code is its own value, `lo..hi`
+    reach   the value that the largest |w| of a group is mapped to. At 8 bits 127, as in absmax / 127; below, half a step
+            beyond the last code: the extreme still rounds within half a step, and all others gain finer steps.
+            None: the scale is the mean |w| (BitNet)
     """
 
     bits: int
@@ -44,7 +45,7 @@ class Grid:
 
     @property
     def lopsided(self) -> bool:
-        """Whether the numbers below zero are not those above it."""
+        """Whether the negative values are other than the positive ones, as in −8..7."""
         if self.levels is None:
             return self.lo != -self.hi
         return sorted(self.levels) != sorted(-level for level in self.levels)
@@ -69,8 +70,8 @@ _NF4 = (
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # llama.cpp's IQ4_NL and IQ4_XS.
 _IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-# The magnitudes in the lattices of llama.cpp's IQ1, IQ2 and IQ3 types, in units of a group's odd scale. Which of them may stand
-# side by side those types restrict to what an index reaches; a code says any.
+# Magnitudes in the lattices of llama.cpp's IQ1, IQ2 and IQ3 types, in units of a group's odd scale. Those types allow only the
+# combinations that their codebooks list; a code here stands for any one magnitude.
 _IQ1 = (0.125, 0.875, 1.125)
 _IQ2 = (1.0, 3.125, 5.375)
 _IQ3XXS = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.5)
@@ -214,8 +215,8 @@ class Scheme:
 
     @property
     def reach(self) -> float | None:
-        """What the largest |w| of a group is sent to: the grid's own reach; where scales may be negative its very end, on
-        whichever side that is, as llama.cpp has it."""
+        """The value that the largest |w| of a group is mapped to: the grid's own reach, or, where scales may be negative, its
+        outermost level, as in llama.cpp."""
         grid = self.levels
         if self.zero != "signed" or grid.reach is None:
             return grid.reach
@@ -223,7 +224,7 @@ class Scheme:
 
     @property
     def rowwise(self) -> bool:
-        """Whether each output row is quantized apart from all others, so that matrices may be stacked."""
+        """Whether each output row is quantized independently of all others, so that matrices may be stacked."""
         return self.group != TENSOR and self.scale not in ("e4m3", "dq8")
 
     @property
@@ -242,7 +243,7 @@ class Scheme:
         return self.group if isinstance(self.group, int) else K
 
     def bits_per_weight(self, K: int) -> float:
-        """Stored bits per weight of a long matrix with rows of K, by the arithmetic alone (a file may pad)."""
+        """Stored bits per weight of a matrix with rows of K weights, scales and zeros included, without a file's padding."""
         each = SCALE_BITS[self.scale]
         blocks = math.ceil(K / SUPERBLOCK)
         super_bits = 16 * blocks if self.scale in ("k8", "k6", "k4") else 0
@@ -254,12 +255,12 @@ class Scheme:
         return self.levels.bits + (scale_bits + zero_bits) / K
 
     def with_scale(self, scale: str) -> Self:
-        """The same format with its scales stored otherwise."""
+        """The same scheme with another encoding of its scales."""
         return replace(self, scale=scale)
 
 
 def _nearest(text: str) -> str:
-    """The beginning of a remedy: the usual scheme whose text is nearest to one that is none; "" if none is near."""
+    """The beginning of a remedy for a misspelt scheme: the common one of nearest text; "" if none is near."""
     groups = [*(f"g{g}" for g in GROUPS), CHANNEL, TENSOR]
     usual = [f"{grid}-{group}{zero}" for grid in GRIDS for group in groups for zero in ("", "-asym")]
     near = get_close_matches(text.lower(), [*PRESETS, *usual], 1)
@@ -267,7 +268,7 @@ def _nearest(text: str) -> str:
 
 
 def _default_scale(grid: str, group: str) -> str:
-    """How scales are stored where a text does not say."""
+    """The encoding of scales where a scheme's text does not name one."""
     return DEFAULT_SCALE.get(group, DEFAULT_SCALE.get(grid, "f16"))
 
 

@@ -1,4 +1,5 @@
 """Quantize and convert: a plan carried out block by block, verified, committed, resumed after a crash.
 
-`quantize.py` is the whole job, `run.py` the loop over the blocks. Imports everything above it.
+`quantize.py` is the whole job, `run.py` the loop over the blocks, `quantize_block.py` and `quantize_matrix.py` its inside.
+Imports everything above it.
 """

@@ -1,4 +1,4 @@
-"""The calibration pass: hidden states of token windows carried from block to block, and the statistics taken of them."""
+"""The calibration pass: hidden states carried from block to block, and statistics taken of them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.observe import BlockRun, groups_of, observe
+from bitwright.calibration.observe import BlockRun, Group, Mixture, groups_of, observe
+from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
-from bitwright.models.gguf_source import FloatGgufCheckpoint
+from bitwright.models.decoded_source import FloatCheckpoint
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
@@ -28,10 +28,11 @@ from bitwright.transforms.folds import find_folds
 
 @dataclass
 class HiddenStates:
-    """What the next block is given, in batches [B, T, H].
+    """Inputs of the next block, in batches [B, T, H].
 
-    given: by the quantized blocks before it. original: by the float ones; None where no method asks for it.
-    held, held_original: the same of the windows that are held out.
+    given                from the quantized blocks before it
+    original             from the float blocks; None where no method needs them
+    held, held_original  the same for the held-out windows
     """
 
     given: list[Tensor]
@@ -40,15 +41,15 @@ class HiddenStates:
     held_original: list[Tensor] | None
 
     def whole(self) -> dict[str, Tensor]:
-        """Each stream in one piece [S, T, H]; those that are empty left out."""
+        """The same as one tensor each [S, T, H], by name; empty ones are left out."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: torch.cat(batches) for name, batches in parts.items() if batches}
 
 
-def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> HiddenStates:
-    """What the first block to be done is given: from the embeddings, or as saved by the run that is resumed.
+def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None, first: int = 0) -> HiddenStates:
+    """Inputs of the first block to do: from the embedding, or as saved for block `first` by the run that is resumed.
 
-    The outer parameters are loaded for a while, so that the skeleton knows how its blocks are called.
+    The outer parameters are loaded meanwhile, since a run through them records how the blocks are called.
     """
     skeleton = plan.skeleton
     sources = {t.parameter: t.made_of or t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
@@ -66,14 +67,24 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
         if plan.recipe.needs_original:
             states = HiddenStates(given, list(given), held, list(held))
     else:
+        if skeleton.hands_on:
+            _run_through(plan, first, given[0][:1])
         parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
         states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return states
 
 
+def _run_through(plan: Plan, first: int, hidden: Tensor) -> None:
+    """Run the blocks before `first`, so that the skeleton knows what they hand on; hidden: what the first of all is given."""
+    for index in range(first):
+        plan.skeleton.load(read_block(plan, index) | read_lent(plan, index))
+        hidden = plan.skeleton.run(index, hidden)
+        plan.skeleton.unload(index)
+
+
 def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
-    """Of a text or several (see `mix`); notes: those of the plan, and on a text that gives fewer windows than asked for."""
+    """The calibration windows of one or several texts (see text_mix.py), with the plan's notes and those on texts too short."""
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
         remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
@@ -87,14 +98,14 @@ def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
 
 
 def held_out_windows(samples: int) -> int:
-    """How many windows are held out beside so many that are calibrated on."""
+    """How many windows are held out beside `samples` calibration windows."""
     return min(8, max(2, samples // 16))
 
 
 def check_rotation(plan: Plan) -> None:
-    """RecipeError if the model's first block does not commute with the plan's rotation, proved in float32.
+    """RecipeError if the model's first block does not commute with the plan's rotation; computed in float32.
 
-    In bfloat16 a rotated block differs from the plain one by some percent, as any two orders of its sums do.
+    (In bfloat16 a rotated block differs from the plain one by some percent, by rounding alone.)
     """
     if plan.rotation is None:
         return
@@ -108,9 +119,9 @@ def check_rotation(plan: Plan) -> None:
 def observe_block(
     plan: Plan, index: int, layers: Mapping[str, PlannedTensor], given: list[Tensor], *, everything: bool
 ) -> BlockStatistics:
-    """The statistics of all inputs of block `index`, whose float weights are loaded, and where it takes channel scales.
+    """Statistics of all inputs of block `index`, whose float weights must be loaded, its folds, and its KV cache's ranges.
 
-    everything: what any method may ask for, rather than what this plan's methods do.
+    everything: all statistics that any method may need, rather than those that this plan's methods need.
     """
     recipe, skeleton = plan.recipe, plan.skeleton
     seen = (Histogram(), Histogram())
@@ -120,7 +131,10 @@ def observe_block(
     with skeleton.quantizing_inputs(turned):
         folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
     groups = groups_of(BlockRun(skeleton, index, input_quantizations=turned), given[0][:1], layers)
-    inputs = observe(run, given, groups, detailed=everything or recipe.needs_details)
+    detailed = everything or recipe.needs_details
+    inputs = observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
+    for mixture in (g for g in groups if isinstance(g, Mixture)):
+        inputs += statistics_in_order(run, given, mixture, detailed=detailed)
     heard = seen if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
@@ -129,7 +143,7 @@ def observe_block(
 
 
 def rotations(layers: Mapping[str, PlannedTensor]) -> dict[str, InputQuantization]:
-    """Those modules whose weights expect rotated inputs."""
+    """Online rotations by module name, for modules whose weights expect rotated inputs."""
     return {
         name: InputQuantization(rotate=t.layer.rotate)
         for name, t in layers.items()
@@ -138,7 +152,7 @@ def rotations(layers: Mapping[str, PlannedTensor]) -> dict[str, InputQuantizatio
 
 
 def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> Store:
-    """The statistics of the float model in `folder`: those that are there, and what is missing, taken now.
+    """The float model's statistics in `folder`; those that are missing are taken now.
 
     Errors as of `Store`; CheckpointError for a weight that is not finite.
     """
@@ -149,24 +163,24 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     if first == depth:
         return store
     only = Drawn(tokens, tokens[:0])
-    states = first_hidden_states(plan, only, {"given": store.hidden(first)} if first else None)
+    states = first_hidden_states(plan, only, {"given": store.hidden(first)} if first else None, first)
     for index in range(first, depth):
         progress("statistics", index, depth)
         layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
-        plan.skeleton.load(read_block(plan, index))
+        plan.skeleton.load(read_block(plan, index) | read_lent(plan, index))
         statistics = observe_block(plan, index, layers, states.given, everything=True)
         if index + 1 < depth:
             with plan.skeleton.quantizing_inputs(rotations(layers)):
                 states.given = [plan.skeleton.run(index, batch) for batch in states.given]
             store.keep_hidden(index + 1, torch.cat(states.given))
-        store.write(index, statistics)  # commits the block: what the next is given must be there by then
+        store.write(index, statistics)  # commits the block, so the next one's inputs must be saved before
         plan.skeleton.unload(index)
     progress("statistics", depth, depth)
     return store
 
 
 def _key(plan: Plan, tokens: Tensor) -> dict[str, Any]:
-    """What statistics belong to."""
+    """The key of the store: what its statistics depend on."""
     tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
     return {
         "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],
@@ -179,7 +193,7 @@ def _key(plan: Plan, tokens: Tensor) -> dict[str, Any]:
 
 
 def digest(content: bytes) -> str:
-    """Its SHA-256."""
+    """SHA-256, in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -195,7 +209,13 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
 
 
-def read_finite(checkpoint: Checkpoint | FloatGgufCheckpoint, name: str) -> Tensor:
+def read_lent(plan: Plan, index: int) -> dict[str, Tensor]:
+    """The parameters that block `index` shares with others, which stay in float, by name."""
+    sources = {t.parameter: t.source for t in plan.tensors}
+    return {name: read_finite(plan.checkpoint, sources[name]) for name in plan.skeleton.lent_names(index)}
+
+
+def read_finite(checkpoint: FloatCheckpoint, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
     if tensor.is_floating_point() and not _finite(tensor):
@@ -208,7 +228,7 @@ def read_finite(checkpoint: Checkpoint | FloatGgufCheckpoint, name: str) -> Tens
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are, by the extremes: NaN is both."""
+    """Whether all values are finite, by the extremes alone: a NaN is both of them."""
     if not tensor.numel():
         return True
     low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()

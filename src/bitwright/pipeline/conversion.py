@@ -12,19 +12,19 @@ from bitwright.formats import chosen
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
-from bitwright.models.skeleton import COMPUTED, Skeleton, quantization_of, read_config
+from bitwright.models.skeleton import Skeleton, quantization_of, read_config
+from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.repacking import repack
 from bitwright.pipeline.work_in_progress import check_out
-from bitwright.plan.tensor_actions import unknown
 
 
 def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str, Any]:
-    """A checkpoint in another container: a float directory as a GGUF file, or a quantized one as a directory of another format.
+    """Write a checkpoint in another container: a float directory as a GGUF file, a quantized one in another format.
 
-    In a GGUF file every tensor has its own type, and vectors, as llama.cpp wants, are in float32. Gives {out, bytes, tensors,
-    notes}. CheckpointError for a tensor that the model does not have; FormatError for what cannot be said in the other format,
-    number by number the same.
+    In a GGUF file every tensor keeps its type, but vectors are float32, as llama.cpp needs them. Gives {out, bytes, tensors,
+    notes}. CheckpointError for a tensor that the model does not have; FormatError for what the other format cannot hold
+    number by number.
     """
     check_out(out)
     chosen_format, _, _ = chosen(out, format_name, None, None)
@@ -35,11 +35,14 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
-    names = skeleton.source_names({name: info.shape for name, info in checkpoint.tensors.items()}, str(model))
+    skeleton.split_experts(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    names = skeleton.source_names(shapes, str(model))
+    check_all_read(shapes, names.values(), skeleton, str(model))
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
     members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
-    keys = metadata(model, skeleton.config, load_tokenizer(model), None)
+    keys, said = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     unfinished.unlink(missing_ok=True)
     with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
@@ -48,15 +51,10 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": notes}
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": [*notes, *said]}
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:
     """What is said of tensors that are not written."""
-    said = []
-    for source in sorted(others):
-        if is_unused(source) and not skeleton.predicts:
-            said.append(f"{source} is left out: llama.cpp does without an encoder's pooling layer and heads")
-        elif not source.endswith(COMPUTED):
-            raise unknown(source, skeleton)
-    return said
+    unused = [source for source in sorted(others) if is_unused(source) and not skeleton.predicts]
+    return [f"{source} is left out: llama.cpp does without an encoder's pooling layer and heads" for source in unused]

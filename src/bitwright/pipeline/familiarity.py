@@ -1,9 +1,9 @@
-"""Does the model know its calibration text? The float model's own perplexity on it, beside that on the general text.
+"""Check that the model knows its calibration text: the float model's perplexity on it, beside that on the text `general`.
 
-Statistics of a text that a model hardly knows say little of what it is used for, and nothing else shows it: the losses on that
-very text are as low as on any other. An encoded text, or words in no order, have a perplexity many times that of the general
-text, which mixes languages, code and dialogue. Not so a script that the model never learnt: the bytes of one character
-foretell each other (docs/log.md).
+Statistics of a text unlike the model's training text serve its real use badly, and losses do not show it: on that very text
+they are as low as on any other. Encoded text or shuffled words have a perplexity many times that of `general`, which mixes
+languages, code and dialogue. (A script that the model never learnt is not noticed: the bytes of one character predict each
+other, see docs/log.md.)
 """
 
 from bitwright.calibration.general_text import mixed_documents
@@ -11,13 +11,13 @@ from bitwright.calibration.windows import Drawn, cut_windows, load_tokenizer
 from bitwright.models.streamed import float_perplexities
 from bitwright.plan.preflight import Plan
 
-WINDOWS, LONGEST = 2, 2048  # of each text, and tokens in one: a factor is looked for, not a figure
-DOCUMENTS = 40  # of the general text, of all kinds, are more than enough for them
-FOREIGN = 10.0  # times the general text's perplexity: see docs/log.md
+WINDOWS, LONGEST = 2, 2048  # windows of each text, tokens in one at most: a rough figure is enough
+DOCUMENTS = 40  # documents of `general`, of all kinds: more than enough for them
+FOREIGN = 10.0  # times the perplexity on `general`, from which on there is a note: see docs/log.md
 
 
 def unfamiliar(plan: Plan, tokens: Drawn) -> tuple[str, ...]:
-    """A note, with the remedy, on calibration windows that the model hardly knows; encoders predict nothing, and get none."""
+    """A note, with a remedy, if the model hardly knows its calibration text; none for encoders, which predict nothing."""
     if not plan.skeleton.predicts:
         return ()
     pieces = [document.plain() for document in mixed_documents()[:DOCUMENTS]]

@@ -1,4 +1,4 @@
-"""Write a model's GGUF file: parameters by transformers' names, rows in llama.cpp's order, each verified as it is written."""
+"""Write a model's GGUF file: parameters by transformers' names, rows in llama.cpp's order, each read back and compared."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from bitwright.pipeline.quantize_matrix import SLAB
 
 
 class Member(NamedTuple):
-    """A parameter that the file will hold: its type and shape in transformers; the layer if it is quantized."""
+    """A parameter that the file will hold: its type and shape in transformers; its layer, if it is quantized."""
 
     parameter: str
     dtype: torch.dtype
@@ -27,12 +27,12 @@ class Member(NamedTuple):
 
 
 class GgufModelWriter:
-    """Begun, or gone on with if it is there; see `gguf_writer.Making`. VerificationError where it does not read back."""
+    """A GGUF file being written; an existing one is continued. VerificationError for what does not read back as written."""
 
     def __init__(
         self, path: Path, keys: Mapping[str, Any], config: PretrainedConfig, members: Iterable[Member]
     ) -> None:
-        """What is computed from the config is put in at once. FormatError as of `Names`."""
+        """Begin or continue the file, and write the tensors that follow from the config. FormatError as of `Names`."""
         self._names = Names(config)
         described = [self._described(member) for member in members]
         computed = tensors_of(config)
@@ -44,7 +44,7 @@ class GgufModelWriter:
             self._making.put_floats(name, tensor)
 
     def _described(self, member: Member) -> tuple[str, Types, Tensor]:
-        """A tensor's name and type, and its shape without its numbers."""
+        """A tensor's name and types in the file, and a tensor of its shape without data."""
         name, layer = self._names.of(member.parameter), member.layer
         if layer is None:
             whole = torch.empty(member.shape, dtype=member.dtype, device="meta")
@@ -55,11 +55,11 @@ class GgufModelWriter:
         return name, type_named(kind.name), blocks
 
     def put_floats(self, parameter: str, tensor: Tensor) -> None:
-        """A parameter that stays in float."""
+        """Write a parameter that stays in float."""
         self._making.put_floats(self._names.of(parameter), self._names.written(parameter, tensor).contiguous())
 
     def put_rounded(self, parameter: str, layer: Layer, q: QTensor) -> None:
-        """A quantized one, some rows at a time."""
+        """Write a quantized parameter, some rows at a time."""
         name, order = self._names.of(parameter), self._names.rows(parameter, len(q.codes))
         q = q if order is None else reordered(q, order)
         N, step = len(q.codes), max(1, SLAB // layer.K)
@@ -67,7 +67,7 @@ class GgufModelWriter:
             self._making.put_rounded(name, layer, rows(q, first, min(first + step, N)), first)
 
     def flush(self) -> None:
-        """Come back when all that was put is on the disk."""
+        """Flush all that was written to the disk."""
         self._making.flush()
 
     def __enter__(self) -> "GgufModelWriter":

@@ -1,14 +1,13 @@
-"""Quantize a GGUF file in streaming rows: read, round, write into their place, read back, compare; blocks side by side.
+"""Quantize a GGUF file without its model, rows at a time: read, round, write in place, read back, compare.
 
-The file is there from the beginning, with room for everything. What a crash leaves is known by the ledgers of whole blocks.
+The output file has its full size from the beginning. After a crash, the ledgers tell which blocks are complete.
 """
 
 import time
-from collections.abc import Iterator
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +33,12 @@ from bitwright.version import __version__
 def quantize_gguf(
     plan: GgufPlan, out: Path, *, calib: str, resume: bool = True, progress: Progress = lambda *_: None
 ) -> Result:
-    """Carry out a plan; see `pipeline.run`. calib: an importance matrix's file, or anything else."""
+    """Carry out a plan: see `pipeline.run.run`. calib: an importance matrix's file; anything else is not used."""
     begun = time.monotonic()
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
-    manifest = {
-        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
-    }  # fmt: skip
-    place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, _manifest(plan, calib), needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     made = place.path / "model.gguf"
@@ -59,11 +54,15 @@ def quantize_gguf(
                 return entries
 
             noted = []  # in order: one writer thread waits for the disk while the next block is rounded
-            jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
-            with ahead(lambda job: _make_rows(plan.file, writer, *job, importance.get(job[0].source)), jobs) as parts:
+            jobs = [Rows(t, *cut) for members in shards[first:] for t in members for cut in _cuts(t, importance)]
+            with ahead(lambda job: _make_rows(plan.file, writer, job), jobs) as parts:
                 for index in range(first, len(shards)):
                     progress("block", index, len(shards))
-                    noted.append(writer_thread.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
+                    noted.append(
+                        writer_thread.submit(
+                            commit, index, [list(islice(parts, len(_cuts(t, importance)))) for t in shards[index]]
+                        )
+                    )
             for one in noted:
                 ledger += one.result()
     except CheckpointError:
@@ -73,17 +72,45 @@ def quantize_gguf(
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
+    unseen = [entry for entry in ledger if "saw no token" in entry.reason]
+    more = [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
+    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, (*plan.notes, *more))
+
+
+def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
+    """What unfinished work belongs to: the same source, recipe, importance and code."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
+        "calib": calib,
+    }
 
 
 class Part(NamedTuple):
-    """Some rows: the energy of each and of its error, float64 [n]; every so manieth row, and its energy; seconds."""
+    """What is recorded of n quantized rows.
+
+    whole, lost      [n] float64 energy of each row, and of its error
+    sample, sampled  every k-th row, and its energy: what RTN is compared on
+    seconds          that quantizing took
+    """
 
     whole: Tensor
     lost: Tensor
     sample: Tensor
     sampled: Tensor
+    gram: Tensor | None
     seconds: float
+
+
+class Rows(NamedTuple):
+    """A job: rows [first, last) of a tensor, which are one expert's; the importance of their columns [K] where it is known."""
+
+    tensor: PlannedTensor
+    first: int
+    last: int
+    importance: Tensor | None
 
 
 NOTHING = torch.empty(0)
@@ -93,53 +120,61 @@ def _height(t: PlannedTensor) -> int:
     return prod(t.shape[:-1])
 
 
-def _step(t: PlannedTensor) -> int:
-    """Rows taken at a time."""
-    return max(1, SLAB // t.shape[-1])
+def _cuts(t: PlannedTensor, importance: dict[str, Tensor]) -> list[tuple[int, int, Tensor | None]]:
+    """The rows that are taken at a time, and the importance of their columns: none if that is of another shape."""
+    step, height, known = max(1, SLAB // t.shape[-1]), _height(t), importance.get(t.source)
+    each = None if known is None or t.layer is None else imatrix.experts_of(known, t.layer.K, height)
+    if each is None:
+        return [(row, min(row + step, height), None) for row in range(0, height, step)]
+    own = height // len(each)
+    return [
+        (e * own + row, e * own + min(row + step, own), imatrix.evenly(values))
+        for e, values in enumerate(each)
+        for row in range(0, own, step)
+    ]
 
 
-def _parts_of(t: PlannedTensor, parts: Iterator[Part]) -> list[Part]:
-    """All of a tensor's, which come next."""
-    return list(islice(parts, -(-_height(t) // _step(t))))
-
-
-def _inputs(t: PlannedTensor, importance: Tensor | None) -> Inputs:
-    """What is known of a matrix's columns; nothing if the importance is of another shape: experts have one each."""
-    known = importance is not None and t.layer is not None and len(importance) == t.layer.K
-    return Inputs((t.stem,), gram=importance) if known else Inputs()
-
-
-def _make_rows(
-    file: GgufFile, writer: gguf_writer.GgufWriter, t: PlannedTensor, first: int, importance: Tensor | None
-) -> Part:
-    """Rows from `first` on: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
+def _make_rows(file: GgufFile, writer: gguf_writer.GgufWriter, job: Rows) -> Part:
+    """Some rows: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
     begun = time.monotonic()
-    last = min(first + _step(t), _height(t))
+    t, first, last, importance = job
     w = file.floats(t.source, first, last)
     if t.layer is None or t.rule is None:
-        writer.put_floats(t.source, w, first)
-        return Part(NOTHING, NOTHING, NOTHING, NOTHING, 0)
+        writer.put_floats(t.source, w.to(t.dtype), first)
+        return Part(NOTHING, NOTHING, NOTHING, NOTHING, None, 0)
+    inputs = Inputs() if importance is None else Inputs((t.stem,), gram=importance)
     try:
-        fit = quantize_matrix(torch.float32, t, w, _inputs(t, importance))
+        fit = quantize_matrix(torch.float32, t, w, inputs)
     except SchemeError as error:
         if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
             raise
         message = "it has values that are NaN or Inf"
-        raise CheckpointError(message, where=t.source, remedy="get a good copy") from error
+        raise CheckpointError(message, where=t.source, remedy="the file is damaged: get a good copy") from error
     q = fit.outcome.q
     writer.put_rounded(t.source, t.layer, q, first)
     some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
-    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], time.monotonic() - begun)
+    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], importance, time.monotonic() - begun)
+
+
+def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
+    """What is said of experts that saw no token."""
+    each = None if importance is None or t.layer is None else imatrix.experts_of(importance, t.layer.K, _height(t))
+    count = 0 if each is None else imatrix.unseen(each)
+    if each is None or not count:
+        return ""
+    who = "it" if len(each) == 1 else f"{count} of {len(each)} experts"
+    return f"{who} saw no token: all columns count evenly"
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
-    """What the ledger says of a tensor."""
+    """The ledger entry of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
-        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
+        size = t.dtype.itemsize * prod(t.shape)
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, fallback=t.fallback, bytes=size)
     loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
     if t.rule.method != "rtn":
-        rounded = rtn_lost(torch.cat([part.sample for part in parts]), t.layer.scheme, _inputs(t, importance).gram)
+        rounded = torch.cat([rtn_lost(part.sample, t.layer.scheme, part.gram) for part in parts])
         by_rtn = ratio(rounded, torch.cat([part.sampled for part in parts]))
     nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
     return Entry(
@@ -147,7 +182,7 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
         t.shape,
         dtype,
         QUANTIZED,
-        t.reason,
+        _unseen(t, importance) or t.reason,
         str(t.layer.scheme),
         t.rule.method,
         loss,

@@ -1,18 +1,17 @@
-"""The guard: no method may do worse than a search of scales, or than round to nearest, without the ledger saying so.
+"""The guard: compare every method with a search of scales and with round to nearest (RTN), and replace it where it loses more.
 
-Two plainer methods are tried beside the one that was asked for, twice. Every matrix: on the same statistics, by the loss
-that the method itself minimises. Every block: by its output, beside the float model's, on calibration windows that no
-method saw. Where a plainer one loses less it is taken, and the ledger says so, as of any fallback.
+Twice. Each matrix: on the same statistics, by the loss that the method itself minimises. Each block: by its output error
+against the float model's, on held-out calibration windows. Where a plainer method loses less it is taken instead, and the
+ledger records that as a fallback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.calibration.observe import BlockRun
 from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy, ratio
@@ -20,25 +19,30 @@ from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, metric_of, quantize_matrix_by
 from bitwright.plan.planned_tensor import PlannedTensor
 
-PLAINER: dict[str, tuple[str, ...]] = {"rtn": (), "search": ("rtn",)}  # what a method is held against
-BOTH = ("rtn", "search")  # what every other one is
-BETTER = 0.99  # of a method's loss is what a plainer one's must be below: a sample of the rows tells it
-BETTER_BLOCK = 0.95  # of a block's error: a few windows tell it, and at 8 bits most of it came in with the inputs
-NEGLIGIBLE = 1e-5  # a block's error that no one need be told of: outputs are right to three digits
+PLAINER: dict[str, tuple[str, ...]] = {
+    "rtn": (),
+    "search": ("rtn",),
+}  # the plainer methods that a method is compared with
+BOTH = ("rtn", "search")  # for every other method
+BETTER = 0.99  # share of a method's loss below which a plainer one replaces it: losses are of a sample of the rows
+BETTER_BLOCK = (
+    0.95  # the same for a block's error: it is measured on few windows, and at 8 bits most of it is in the inputs
+)
+NEGLIGIBLE = 1e-5  # a block's error below which nothing is replaced: outputs are right to three digits
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the methods tried lose of a matrix, relative, by name; the name of the one to take."""
+    """Relative loss of a matrix by method, and the method to take."""
 
     losses: dict[str, float]
     best: str
 
 
 def judge(dtype: torch.dtype, t: PlannedTensor, w: Tensor, q: QTensor, inputs: Inputs) -> Judgement:
-    """Hold q, by the rule's method, for the matrix w [N, K] against the plainer methods, on a sample of the rows.
+    """Compare q, what the rule's method made of w [N, K], with plainer methods on a sample of the rows.
 
-    dtype: what products may be computed in. Where nothing is known of the inputs, nothing is replaced.
+    dtype: the type of large products. Without statistics of the inputs nothing is replaced.
     """
     assert t.rule is not None
     method = t.rule.method
@@ -50,7 +54,7 @@ def judge(dtype: torch.dtype, t: PlannedTensor, w: Tensor, q: QTensor, inputs: I
     whole = _energy(some, metric)
     losses = {name: ratio(_energy(error, metric), whole) for name, error in errors.items()}
     aimed = losses
-    if method in ASYMMETRIC and inputs.drift is not None:  # its aim: ‖R + X ŵᵀ − R₀ − X₀ wᵀ‖²
+    if method in ASYMMETRIC and inputs.drift is not None:  # its loss: ‖R + X ŵᵀ − R₀ − X₀ wᵀ‖²
         pull = some @ inputs.drift
         pull = pull if inputs.residual is None else pull + inputs.residual[::step]
         aimed = {name: losses[name] - ratio(2 * (e * pull).sum(1).double(), whole) for name, e in errors.items()}
@@ -63,10 +67,11 @@ def _energy(w: Tensor, metric: Tensor | None) -> Tensor:
     return energy(w if metric is None else w.to(metric.dtype), metric)
 
 
-def block_error(run: BlockRun, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """‖y − y₀‖² / ‖y₀‖² of a token's output, mean over all: a token with a massive activation counts as any other.
+def block_error(run: Callable[[Tensor], Tensor], given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Relative output error of a block: mean over tokens of ‖y − y₀‖² / ‖y₀‖², so that every token counts alike.
 
-    given: what the block is given, in batches [B, T, H]; wanted: what the float model's block makes of its own.
+    run: the block, giving hidden states. given: its inputs, in batches [B, T, H]; wanted: the float block's outputs y₀ on the
+    float model's activations.
     """
     shares = []
     for batch, meant in zip(given, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Calibration by an importance matrix of llama.cpp's in place of a text; and such a matrix written from a text."""
+"""Calibrate with llama.cpp's importance matrix (imatrix) instead of a text; and write an imatrix from a text."""
 
 import shutil
 import tempfile
@@ -24,15 +24,15 @@ from bitwright.system.progress import Progress
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squared inputs [K] by module name, from a file; none for any module of which nothing is known."""
+    """Mean squared inputs [K] by module name, from an importance matrix; modules that it lacks have none."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     digest: str = ""
 
     @classmethod
     def of(cls, plan: Plan, file: Path) -> "Importance":
-        """A file's, for this plan. RecipeError for methods that need more than an importance of columns; CalibrationError
-        for a file that is damaged, or not of this model."""
+        """Read a file for this plan. RecipeError for methods that need more than an importance of columns; CalibrationError
+        for a file that is damaged, or of another model."""
         more = {r.method for r in plan.recipe.active} & {*CALIBRATED, *ASYMMETRIC, *BLOCKWISE}
         if more or plan.recipe.needs_details:
             what = ", ".join(sorted(more)) or "a transform, or a fixed range,"
@@ -44,14 +44,14 @@ class Importance:
                 continue
             stored = found.get(names.of(t.parameter))
             if stored is None and t.block is None:
-                continue  # llama.cpp looks at blocks only
+                continue  # llama.cpp too uses it for the blocks' tensors only
             if stored is None or len(stored) != t.layer.K:
                 raise imatrix.of_another_model(file, names.of(t.parameter), stored, t.layer.K)
-            values[t.layer.name] = stored
+            values[t.layer.name] = imatrix.evenly(stored)
         return cls(values, digest(file.read_bytes()))
 
     def inputs(self, t: PlannedTensor) -> Inputs:
-        """What is known of a matrix's inputs."""
+        """Statistics of a matrix's inputs: the diagonal of their Gram, if the file has it."""
         assert t.layer is not None
         known = self.values.get(t.layer.name)
         return Inputs() if known is None else Inputs((t.layer.name,), gram=known)
@@ -60,7 +60,7 @@ class Importance:
 def write_importance(
     model: Path, out: Path, *, calib: str, samples: int, seqlen: int, seed: int = 0, progress: Progress
 ) -> dict[str, Any]:
-    """Take the float model's statistics on a text and write them as an importance matrix: {out, bytes, tensors, tokens}.
+    """Write the float model's mean squared inputs on a text as an importance matrix: {out, bytes, tensors, tokens}.
 
     Errors as of `preflight` and of calibration.
     """

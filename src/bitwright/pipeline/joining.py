@@ -1,13 +1,13 @@
-"""The shards of single blocks become OUT's weight files. A crash at any point costs nothing, and the disk holds little twice.
+"""Join the shards of single blocks into OUT's weight files. A crash at any point costs nothing; one shard is on disk twice.
 
-1. Every file gets its header and its full size, but no data: what is not written yet takes no room (a sparse file, which
-   file systems of Linux and macOS have). Until the first record of 2, all shards are there and a resumed run begins anew.
-2. Shard by shard: its tensors are written to their places, and flushed to the disk; they are read back and compared, by
-   checksum, with what was read of the shard; joined-00002.json, a record of the checksums, is written and flushed; only then
-   is the shard removed. After a crash before the record the same bytes are written to the same places once more.
-3. The index, if there are several files. What a record stands for is read and compared again by a resumed run.
+1. Every file gets its header and its full size, but no data yet: a sparse file, which takes no room on the file systems of
+   Linux and macOS. Until the first record of step 2, all shards exist and a resumed run begins anew.
+2. Shard by shard: its tensors are copied to their places and flushed to the disk, read back, and compared by checksum with
+   what was read from the shard; joined-00002.json, a record of the checksums, is written and flushed; only then is the
+   shard removed. After a crash before the record, the same bytes are copied to the same places once more.
+3. The index, if there are several files. A resumed run reads and compares again all tensors that have a record.
 
-So the disk holds all weights once, and one shard twice; memory holds a piece of a tensor.
+So the disk holds all weights once and one shard twice; memory holds a piece of a tensor.
 """
 
 import json
@@ -32,9 +32,9 @@ AFRESH = "start afresh with --restart"
 
 
 def join(place: WorkInProgress, count: int) -> int:
-    """Make the weight files, and their index if they are several, of so many committed shards; their bytes.
+    """Join `count` committed shards into the weight files, with an index if they are several; their bytes in all.
 
-    VerificationError names a tensor that does not read back as it was in its shard, and what is missing or damaged.
+    VerificationError names a tensor that does not read back as it was in its shard, or a file that is missing or damaged.
     """
     shards, records = ([of(i) for i in range(count)] for of in (place.shard, place.joined))
     if not any(record.is_file() for record in records):
@@ -60,7 +60,7 @@ def join(place: WorkInProgress, count: int) -> int:
 
 
 def _begin(folder: Path, shards: list[Path]) -> None:
-    """Files with headers alone."""
+    """Make the files: headers and full size, no data yet."""
     specs = [{name: (info.dtype, info.shape) for name, info in _header_of(shard).items()} for shard in shards]
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def _begin(folder: Path, shards: list[Path]) -> None:
 
 
 def _header_of(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file that an earlier step has written."""
+    """The tensors of a file that an earlier step has made. VerificationError if it is gone or damaged."""
     if not file.is_file():
         raise VerificationError("work that was done is gone", where=str(file), remedy=AFRESH)
     try:
@@ -84,7 +84,7 @@ def _header_of(file: Path) -> dict[str, TensorInfo]:
 
 
 def _copied(shard: Mapping[str, TensorInfo], places: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Write a shard's tensors to their places, down to the disk; the checksum of each."""
+    """Copy a shard's tensors to their places and flush them to the disk; the checksum of each."""
     for name, info in shard.items():
         to = places.get(name)
         if to is None or (to.dtype, to.shape) != (info.dtype, info.shape):
@@ -100,7 +100,7 @@ def _copied(shard: Mapping[str, TensorInfo], places: Mapping[str, TensorInfo]) -
 
 
 def _check(sums: Mapping[str, int], places: Mapping[str, TensorInfo]) -> None:
-    """VerificationError for a tensor whose bytes, as read back from its place, are others than they were in its shard."""
+    """VerificationError for a tensor whose bytes in its place differ from those in its shard."""
     for name, meant in sums.items():
         if name not in places or checksum(places[name]) != meant:
             message = "the tensor in the joined file is not the one of its block's shard"

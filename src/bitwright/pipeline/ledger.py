@@ -1,4 +1,4 @@
-"""What happened to every tensor of the source: the record that makes silence impossible."""
+"""The ledger: one entry for every tensor of the source, what was done with it and what that cost."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,21 @@ from bitwright.errors import BitwrightError
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor.
+    """The record of one tensor.
 
-    loss, loss_rtn, loss_search      relative output energies of the error: of what was taken, and, by a sample of the rows,
-                                     of round to nearest and of a search of scales. A method that aims at the float model's
-                                     outputs changes a matrix to make up for the blocks before: judge it by block_error
-    block_error, block_error_search  relative error of its block's output on held-out windows: by the methods asked for, and
-                                     by a search of scales
-    statistics    whether its inputs were those of the float model ("one-shot") or came from the quantized blocks before
-                  ("sequential"); arithmetic: the type that they were computed in, on which the last digits depend
-    bytes         what the file holds of it
+    loss, loss_rtn, loss_search      relative output energy of the error (see numerics/loss.py): of what was taken; on a sample
+                                     of the rows, of RTN and of a search of scales. A method whose target is the float
+                                     model's output also corrects the blocks before: judge it by block_error
+    block_error, block_error_search  relative error of its block's output on held-out windows: with the methods asked for,
+                                     and with a search of scales
+    statistics    inputs of the float model ("one-shot") or from the quantized blocks before ("sequential"); arithmetic: the
+                  type of activations, on which the last digits depend
+    bytes         its size in the file
     activations   the scheme that the engine rounds its inputs to; transforms: what was done to it before rounding
+    tokens        that its inputs were observed of; borrowed: beside its own, of an expert that the router sends few, those that
+                  stand for all tokens of its layer
     outliers      how many of its input channels stay in float
+    source        how the source has it quantized, which is decoded first; "": it is float there
     """
 
     name: str
@@ -47,11 +50,13 @@ class Entry:
     block_error: float | None = None
     block_error_search: float | None = None
     arithmetic: str = ""
+    borrowed: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What a part lost, and what a plainer method would have lost of it."""
+    """The error of a block or matrix, and that of a plainer method."""
 
     name: str
     error: float
@@ -59,10 +64,10 @@ class Lost:
 
 
 def block_errors(entries: Iterable[Entry]) -> list[Lost]:
-    """The error of each block's output on held-out windows beside that of a search of scales, for blocks where it was taken.
+    """Each block's output error on held-out windows beside that of a search of scales, where both were measured.
 
-    What a method is to be judged by: one that aims at the float model's outputs changes single matrices further than rounding
-    to nearest does, to make up for the blocks before.
+    This judges all methods: those whose target is the float model's output may change a single matrix more than RTN does, to
+    correct the blocks before.
     """
     found = {
         _block_of(e.name): (e.block_error, e.block_error_search)
@@ -73,18 +78,18 @@ def block_errors(entries: Iterable[Entry]) -> list[Lost]:
 
 
 def matrix_losses(entries: Iterable[Entry]) -> list[Lost]:
-    """The loss of each matrix beside round to nearest's, where both are known."""
+    """The loss of each matrix beside RTN's, where both are known."""
     return [Lost(e.name, e.loss, e.loss_rtn) for e in entries if e.loss is not None and e.loss_rtn is not None]
 
 
 def judged(entries: Sequence[Entry]) -> tuple[list[Lost], bool]:
-    """What a run is judged by: blocks, and True, where their outputs were compared; else matrices."""
+    """What a run is judged by: the errors of blocks, and True, if they were measured; else the losses of matrices."""
     blocks = block_errors(entries)
     return (blocks, True) if blocks else (matrix_losses(entries), False)
 
 
 def largest(lost: Iterable[Lost], most: int) -> list[Lost]:
-    """The parts that lost most, the first by name where they are alike."""
+    """The `most` largest errors; equal ones by name."""
     return sorted(lost, key=lambda one: (-one.error, one.name))[:most]
 
 
@@ -96,7 +101,7 @@ def _block_of(name: str) -> str:
 
 
 def outcome(entries: Sequence[Entry]) -> str:
-    """What a block lost, as a step's progress tells it: its output's error, or its matrices' mean loss, if either is known."""
+    """A block's result for a line of progress: its output's error, or else its matrices' mean loss; "" if neither is known."""
     lost, of_blocks = judged(entries)
     if not lost:
         return ""
@@ -116,12 +121,14 @@ def from_jsonl(file: Path) -> list[Entry]:
 
 
 def check_complete(entries: list[Entry], source: Iterable[str]) -> None:
-    """Every tensor of the source has exactly one entry, or BitwrightError names the first that has not."""
+    """BitwrightError unless every tensor of the source has exactly one entry."""
     names = [entry.name for entry in entries]
     seen = set(names)
     for name in source:
         if name not in seen:
-            raise BitwrightError("neither quantized nor kept on purpose", where=name)
+            remedy = "this is a defect of bitwright: please report it with the model's name"
+            raise BitwrightError("neither quantized nor kept on purpose", where=name, remedy=remedy)
     if len(names) != len(seen):
         twice = next(name for name in names if names.count(name) > 1)
-        raise BitwrightError("recorded twice", where=twice)
+        remedy = "this is a defect of bitwright: please report it with the model's name"
+        raise BitwrightError("recorded twice", where=twice, remedy=remedy)

@@ -1,6 +1,7 @@
-"""README.md of a result: what was done to the model, how good it is and how to use it. The same bytes for the same work.
+"""The model card, README.md of a result: what was done to the model, how good it is, how to use it.
 
-Nothing in it tells of the machine or the day. KL is not known yet: the card says how to measure it.
+Nothing in it depends on the machine or the day, so the same work gives the same bytes. KL is not known yet: the card says how
+to measure it.
 """
 
 import re
@@ -19,18 +20,23 @@ from bitwright.pipeline.ledger import Entry, judged, largest
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED
 from bitwright.plan.tensor_actions import not_served
 
-# OWNER/NAME; what else stands there is a path of somebody's machine.
+# OWNER/NAME on the hub; anything else is a path on somebody's machine.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WORST, REPLACED = 3, 10  # matrices that are named
+WORST, REPLACED = 3, 10  # most matrices that are named
+NEEDED = {  # beside transformers, to load a format
+    "compressed-tensors": "compressed-tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Card:
-    """What it tells of.
+    """The content of a model card; `str` gives its text.
 
-    config   of the model, as config.json says it
-    predicts whether the model predicts tokens; else it is an encoder
-    method   what was asked for, such as awq+gptq; calibration: see `calibration`. Empty: not known here
+    config       config.json of the model
+    predicts     whether the model predicts tokens; else it is an encoder
+    method       what was asked for, such as awq+gptq; "": unknown
+    calibration  see the function `calibration`; "": unknown
+    loader       the class of transformers that loads it; "": the usual one
     """
 
     config: Mapping[str, Any]
@@ -40,6 +46,7 @@ class Card:
     predicts: bool
     method: str = ""
     calibration: str = ""
+    loader: str = ""
 
     def __str__(self) -> str:
         parts = (
@@ -55,18 +62,18 @@ class Card:
 
     @property
     def base(self) -> str | None:
-        """The original's name on the hub, if it is known."""
+        """The original model's name on the hub, if config.json has it."""
         name = self.config.get("_name_or_path")
         return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
 
     @property
     def quantized(self) -> list[Entry]:
-        """The matrices in codes."""
+        """Entries of the quantized matrices."""
         return [entry for entry in self.ledger if entry.action == QUANTIZED]
 
 
 def calibration(calib: str, tokens: Drawn | None) -> str:
-    """What statistics were taken of: texts by name, with windows and their length; an importance matrix; or nothing."""
+    """What was calibrated on, in words: texts by name, with windows and their length; an importance matrix; or nothing."""
     if tokens is None:
         return f"importance matrix {Path(calib).name}" if is_imatrix(calib) else "none"
     texts = texts_of(calib)
@@ -101,13 +108,13 @@ def _table(card: Card) -> str:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """The one value, or each with how often it comes: the most frequent first."""
+    """The only value, or each with its count, the most frequent first."""
     counts = sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} ({count})" for value, count in counts)
 
 
 def _losses(card: Card) -> str:
-    """What lost most: by block where outputs were compared on held-out windows, else by matrix."""
+    """The largest errors: of blocks, where measured on held-out windows, else of matrices."""
     known, of_blocks = judged(card.quantized)
     if not known:
         return ""
@@ -123,7 +130,7 @@ def _losses(card: Card) -> str:
 
 
 def _replaced(card: Card) -> str:
-    """What was quantized worse, or in another way, than asked."""
+    """What was quantized otherwise than asked (fallbacks)."""
     found = [f"- {entry.name}: {entry.fallback}" for entry in card.ledger if entry.fallback]
     if not found:
         return ""
@@ -133,12 +140,12 @@ def _replaced(card: Card) -> str:
 
 
 def _use(card: Card) -> str:
-    """How to load it, by those that can."""
-    kind = "AutoModelForCausalLM" if card.predicts else "AutoModel"
+    """How to load it in each engine that can."""
+    kind = card.loader or ("AutoModelForCausalLM" if card.predicts else "AutoModel")
     load = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("OUT")'
     if card.format == "bitwright":
         load = 'import bitwright\n\nmodel = bitwright.load("OUT")  # a model of transformers'
-    needed = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel"}.get(card.format, "bitwright")
+    needed = NEEDED.get(card.format, "bitwright")
     lines = ["## Use", "", f"OUT is this directory. Python, with `{needed}` installed:", "", "```python", load, "```"]
     if card.predicts:
         served = not not_served(card.format, (Scheme.parse(entry.scheme) for entry in card.quantized))
@@ -148,7 +155,7 @@ def _use(card: Card) -> str:
 
 
 def _judge(card: Card) -> str:
-    """How to measure what it cost; an encoder predicts nothing to be judged by."""
+    """How to measure KL and perplexity; nothing for an encoder, which predicts no tokens."""
     if not card.predicts:
         return ""
     command = f"bitwright eval OUT --reference {'MODEL' if card.base is None else card.base}"

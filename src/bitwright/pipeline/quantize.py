@@ -1,6 +1,6 @@
-"""Quantizing from end to end, as the command line and the Python API do it: what is asked for, a plan, a run.
+"""Quantize from end to end, for the command line and the Python API: from arguments to a plan to a run.
 
-What needs no model is done without loading what knows models: importing that takes as long as quantizing a small one.
+GGUF files that need no model are planned without importing transformers, which takes as long as quantizing a small one.
 """
 
 from pathlib import Path
@@ -40,10 +40,11 @@ def planned(
     samples: int,
     seqlen: int,
     store: Path | None,
+    requantize: bool = False,
 ) -> "Plan | GgufPlan":
-    """What will be done. Raises the InputError of whatever would stop it."""
+    """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
     check_out(out)
-    texts_of(calib)  # what it says is checked here, before any work
+    texts_of(calib)  # checked here, before any work
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
@@ -57,11 +58,11 @@ def planned(
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
-    """Whether a GGUF file becomes another one, each tensor by itself, with no patterns that mean transformers' names."""
+    """Whether a GGUF file becomes another one tensor by tensor, by rules without patterns on transformers' names."""
     modelless = all(
         rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
     )
@@ -71,7 +72,7 @@ def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str)
 def carried_out(
     plan: "Plan | GgufPlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
 ) -> Result:
-    """See `pipeline.run`, and `byname` for what needs no model."""
+    """Carry out a plan: `pipeline.run.run`, or `gguf_rows.quantize_gguf` where no model is needed."""
     if isinstance(plan, GgufPlan):
         return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
     from bitwright.pipeline.run import run

@@ -26,8 +26,8 @@ from bitwright.plan.preflight import Plan
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix after rounding: where it came from, what became of it, its ledger entry; its Gram if it is needed yet, and
-    what the engine does to its inputs.
+    """A quantized matrix with its plan and ledger entry; the Gram of its inputs, if the block will be tuned; and how the
+    engine quantizes its inputs.
     """
 
     planned: PlannedTensor
@@ -39,7 +39,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Losses:
-    """Relative losses of a matrix: by what was taken, and by a sample of the rows of round to nearest and of a search."""
+    """Relative losses of a matrix: of what was taken; on a sample of the rows, of RTN and of a search of scales."""
 
     own: float
     rtn: float
@@ -48,9 +48,9 @@ class Losses:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the ledger says of a block's statistics and transforms.
+    """What the ledger records of a block's statistics and transforms.
 
-    statistics: "sequential" (inputs come from the quantized blocks before) or "one-shot" (from the float model);
+    statistics: "sequential" (inputs from the quantized blocks before) or "one-shot" (from the float model);
     transforms: what was done to each matrix before rounding, by module name.
     """
 
@@ -61,7 +61,7 @@ class Origin:
 def quantize_together(
     plan: Plan, members: list[PlannedTensor], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
 ) -> list[Rounded]:
-    """Round matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
+    """Quantize matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
     piles: dict[tuple[object, ...], list[PlannedTensor]] = defaultdict(list)
     for t in members:
         assert t.layer is not None and t.rule is not None
@@ -79,7 +79,7 @@ def _quantize_pile(
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
         fit = quantize_matrix(plan.skeleton.dtype, pile[0], w, inputs)
-        input_quantization = _intake(pile[0], inputs, fit.outcome.q)
+        input_quantization = _input_quantization(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
@@ -94,7 +94,7 @@ def _quantize_pile(
         taken, method, losses = _better(plan, t, matrix, inputs, own)
         loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
         spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, taken.outcome, method, loss, inputs.tokens, spent, origin)
+        entry = _entry(plan, t, taken.outcome, method, loss, inputs, spent, origin)
         assert t.rule is not None
         gram = inputs.gram if t.rule.method in BLOCKWISE else None
         done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization))
@@ -104,7 +104,7 @@ def _quantize_pile(
 def _better(
     plan: Plan, t: PlannedTensor, matrix: Tensor, inputs: Inputs, fit: RoundedMatrix
 ) -> tuple[RoundedMatrix, str, dict[str, float]]:
-    """The rule's method or a plainer one that loses less; which it is, and what each loses by a sample of the rows."""
+    """The result of the rule's method, or of a plainer one that loses less (see guard.py); its name, and the losses of all."""
     assert t.rule is not None
     asked, dtype = t.rule.method, plan.skeleton.dtype
     judged = judge(dtype, t, matrix, fit.outcome.q, inputs)
@@ -116,8 +116,8 @@ def _better(
     return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
 
 
-def _intake(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization | None:
-    """What the engine will do to the inputs of these matrices."""
+def _input_quantization(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization | None:
+    """How the engine will quantize the inputs of these matrices; None: it will not."""
     layer, rule = t.layer, t.rule
     assert layer is not None and rule is not None
     columns = None if q.outliers is None else q.outliers.columns
@@ -125,7 +125,8 @@ def _intake(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization |
     if rule.static and layer.activations is not None:
         known = inputs if columns is None else inputs.without(columns)
         if known.histogram is None:
-            raise CalibrationError("a fixed range of the inputs needs calibration", remedy="give calibration text")
+            remedy = "give --calib general, or dynamic activations such as --activations int8-token"
+            raise CalibrationError("a fixed range of the inputs needs calibration", remedy=remedy)
         scales = static_scales(known.histogram, layer.activations, observer=rule.observer)
     if layer.activations is None and not layer.rotate:
         return None
@@ -133,7 +134,7 @@ def _intake(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization |
 
 
 def _with_outliers(t: PlannedTensor, q: QTensor) -> PlannedTensor:
-    """What was planned, with as many channels in float as there turned out to be."""
+    """The plan with the number of channels in float as it turned out."""
     assert t.layer is not None
     count = 0 if q.outliers is None else len(q.outliers.columns)
     return t if count == t.layer.outliers else replace(t, layer=replace(t.layer, outliers=count))
@@ -163,12 +164,13 @@ def _entry(
     outcome: Outcome,
     method: str,
     loss: Losses,
-    tokens: int,
+    inputs: Inputs,
     seconds: float,
     origin: Origin,
 ) -> Entry:
     """The ledger entry of a matrix quantized by `method`."""
     assert t.layer is not None and t.rule is not None
+    observed = inputs.tokens + inputs.borrowed
     dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
     return Entry(
         t.source,
@@ -181,23 +183,34 @@ def _entry(
         loss.own,
         loss.rtn,
         outcome.damping,
-        tokens,
+        inputs.tokens,
         seconds,
         fallback,
         stored_bytes(plan, t),
         str(t.layer.activations or ""),
         origin.transforms.get(t.layer.name, ""),
-        origin.statistics if tokens else "",
+        origin.statistics if observed else "",
         t.layer.outliers,
         loss.search,
-        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if tokens else "",
+        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if observed else "",
+        borrowed=inputs.borrowed,
+        source=t.stored_as,
     )
 
 
 def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
-    """The ledger entry of a tensor that stays in float, or is left out. changed: a transform has been folded into it."""
+    """The ledger entry of a tensor that stays in float or is left out. changed: whether a transform was folded into it."""
     dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
-    return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+    return Entry(
+        t.source,
+        t.shape,
+        dtype,
+        t.action,
+        reason,
+        fallback=t.fallback,
+        bytes=stored_bytes(plan, t) if t.action == KEPT else 0,
+        source=t.stored_as,
+    )
 
 
 def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
@@ -207,5 +220,5 @@ def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
 
 
 def stored_bytes(plan: Plan, t: PlannedTensor) -> int:
-    """Bytes that the files hold of one source tensor."""
+    """Bytes of one source tensor in the files."""
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.specs([t]).values())

@@ -1,8 +1,8 @@
-"""Quantize the embedding and the output head, for formats that hold them so (GGUF).
+"""Quantize the embedding and the output head, for formats that hold them quantized (GGUF).
 
-An embedding of its own is rounded before all blocks where a method looks at the float model: the blocks then make up for
-its errors too. It is rounded once more, alike, when the last shard is written. One that is the head
-as well must wait for what the head is given.
+An untied embedding is rounded before all blocks where a method compares with the float model: the blocks then correct its
+errors too. It is rounded once more, to the same codes, for the last shard. A tied one must wait: the head's inputs are
+known only behind the last block.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ from bitwright.transforms.output_temperature import with_output_temperature
 
 
 def begin_with_quantized_embedding(plan: Plan, states: HiddenStates, tokens: Drawn) -> None:
-    """Let the blocks be given what the rounded embedding gives, where it is not the head as well.
+    """Begin the calibration pass with the quantized embedding, where it is not tied to the head.
 
-    Only for methods that look at the float model: others lose by it (measured), as they have no other aim than the inputs.
+    Only for methods that compare with the float model: others lose by it (measured), since they cannot correct its errors.
     """
     skeleton = plan.skeleton
     name = skeleton.embedding_name
@@ -47,10 +47,11 @@ def begin_with_quantized_embedding(plan: Plan, states: HiddenStates, tokens: Dra
 def quantize_embedding_and_head(
     plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Drawn | None
 ) -> list[Rounded]:
-    """Round the embedding and the output head, where the format has them rounded; the last norm is replaced if it is tempered.
+    """Quantize the embedding and the output head, where the format holds them quantized; with an output temperature, the last
+    norm in `weights` is replaced.
 
-    Without streams (one-shot, or no calibration) nothing is known of the head, and its scales are searched; as are those
-    of an encoder's embedding, which a norm follows before the first block.
+    Without hidden states (one-shot, or no calibration) nothing is known of the head's inputs, and its scales are searched; so
+    are those of an encoder's embedding, behind which a norm comes before the first block.
     """
     known: dict[str, Inputs] = {}
     if plan.calibrates_embeddings and tokens is not None and plan.skeleton.predicts:
@@ -66,17 +67,18 @@ def quantize_embedding_and_head(
 
 
 def _ends(plan: Plan) -> list[PlannedTensor]:
+    """The embedding and the head, where they are quantized."""
     return [t for t in plan.shard(len(plan.skeleton)) if t.layer is not None]
 
 
 def _name(t: PlannedTensor) -> str:
-    """The module's."""
+    """The module's name."""
     assert t.layer is not None
     return t.layer.name
 
 
 def _observe(plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Tensor) -> dict[str, Inputs]:
-    """What rounding the embedding and the head costs, by module name."""
+    """Statistics for the embedding and the head, by module name: see calibration/embedding_statistics.py."""
     skeleton = plan.skeleton
     embedding, head = skeleton.embedding_name, skeleton.head_name
     found = {}
@@ -90,7 +92,7 @@ def _observe(plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None
 
 
 def _looked_up(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> Inputs:
-    """What a change of the embedding costs, by the float model's first block."""
+    """The embedding's statistics, from the float model's first block."""
     skeleton = plan.skeleton
     skeleton.load(weights)
     some = tokens[: -(-TOKENS // tokens.shape[1])]
@@ -103,7 +105,7 @@ def _looked_up(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> Inputs
 
 
 def _rounded(plan: Plan, t: PlannedTensor, weights: dict[str, Tensor], inputs: Inputs) -> Rounded:
-    """By the rule's method where it can do with what is known, else by GPTQ or a search of scales."""
+    """Quantize by the rule's method if the statistics suffice for it, else by GPTQ or a search of scales."""
     assert t.rule is not None
     method = t.rule.method
     if method in CALIBRATED or method in ASYMMETRIC or method in BLOCKWISE:

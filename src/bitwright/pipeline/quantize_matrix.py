@@ -1,4 +1,4 @@
-"""Quantize one matrix by its rule's method and measure what it loses; in slabs of rows where rows are independent."""
+"""Quantize one matrix by its rule's method and measure its loss; slab by slab of rows where rows are independent."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.kernels.rounding import missed
+from bitwright.kernels.rounding import error_energy
 from bitwright.methods import ASYMMETRIC, CALIBRATED, METHODS, Outcome, rtn
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy
@@ -17,14 +17,14 @@ from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.system.threads import each
 from bitwright.transforms import Outlier
 
-AT_ONCE = 1 << 24  # weights whose errors are looked at together
-SLAB = 1 << 21  # weights rounded at a time: enough to be worth a call, in little memory
-SAMPLED_ROWS = 64  # at least so many tell what a method loses
+AT_ONCE = 1 << 24  # weights whose errors are computed at a time
+SLAB = 1 << 21  # weights quantized at a time: enough for the call's cost, in little memory
+SAMPLED_ROWS = 64  # least rows on which methods are compared
 
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """What a method made of a matrix; the energy [N] of its rows, and of their errors."""
+    """A method's outcome for a matrix; the energy of its rows and of their errors, [N] float64."""
 
     outcome: Outcome
     whole: Tensor
@@ -32,9 +32,10 @@ class RoundedMatrix:
 
 
 def quantize_matrix(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
-    """The rule's method on w [N, K] of any float type; dtype: what products may be computed in.
+    """Quantize w [N, K] of any float type by the rule's method; dtype: the type of large products.
 
-    Where no row knows of another, some rows at a time, side by side: there is never a float32 copy of an embedding.
+    Where rows are independent, slabs of rows are quantized side by side, so that an embedding is never copied to float32
+    as a whole.
     """
     assert t.layer is not None and t.rule is not None
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
@@ -51,7 +52,7 @@ def quantize_matrix(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inp
 
 
 def quantize_matrix_by(method: str, dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
-    """As `quantize_matrix`, by another method than the rule's, without options."""
+    """`quantize_matrix` by another method than the rule's, without options."""
     assert t.rule is not None
     return quantize_matrix(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
 
@@ -59,14 +60,14 @@ def quantize_matrix_by(method: str, dtype: torch.dtype, t: PlannedTensor, w: Ten
 def _fit_at_once(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
     outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
     if metric is None or not inputs.correlated:
-        lost, whole = outcome.missed or missed(w.float(), outcome.q, metric)
+        lost, whole = outcome.energies or error_energy(w.float(), outcome.q, metric)
         return RoundedMatrix(outcome, whole, lost)
-    fast = metric.dtype  # three digits of a loss are enough
+    fast = metric.dtype  # bfloat16 gives three digits of the loss: enough
     return RoundedMatrix(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
 
 
 def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Tensor:
-    """The energy of each row's error, some rows at a time: an embedding's float copies would not fit twice."""
+    """The energy of each row's error, some rows at a time to save memory."""
     if not q.scheme.rowwise or q.outliers is not None:
         return energy((w - decode(q)).to(fast), metric)
     step = max(1, AT_ONCE // w.shape[1])
@@ -75,12 +76,12 @@ def _lost(w: Tensor, q: QTensor, metric: Tensor | None, fast: torch.dtype) -> Te
 
 
 def metric_of(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
-    """What errors are weighed by."""
+    """The Gram (or its diagonal) for losses; a full one in `dtype`."""
     return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
 
 
 def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> Outcome:
-    """The rule's method on stacked matrices, without the input channels that stay in float."""
+    """The rule's method on (stacked) matrices; outlier channels are taken out first, and stay in float."""
     rule, layer = t.rule, t.layer
     assert rule is not None and layer is not None
     options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
@@ -88,7 +89,7 @@ def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) ->
     if not isinstance(separate, Outlier):
         options |= _compared(inputs) if rule.method in ASYMMETRIC else {}
         return METHODS[rule.method](w, inputs.gram, layer.scheme, **(options | rule.options))
-    assert inputs.mean is not None  # details are gathered where a rule has such a transform
+    assert inputs.mean is not None  # details are gathered for rules with outlier channels
     columns = separate.columns(w, inputs.peak, inputs.mean)
     rest = inputs.without(columns)
     options |= _compared(rest) if rule.method in ASYMMETRIC else {}
@@ -98,14 +99,14 @@ def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) ->
 
 
 def _compared(inputs: Inputs) -> dict[str, Any]:
-    """What is known of the float model beside the quantized one, as the methods of `ASYMMETRIC` take it."""
+    """The options `drift` and `residual` of the methods in `ASYMMETRIC`."""
     return {"drift": inputs.drift, "residual": inputs.residual}
 
 
 def rtn_lost(w: Tensor, scheme: Scheme, metric: Tensor | None) -> Tensor:
-    """The energy of each row's error, rounded to nearest."""
+    """The energy of each row's error by RTN, [N] float64."""
     w = w.float()
     q = rtn(w, None, scheme).q
     if metric is None or metric.ndim == 1:
-        return missed(w, q, metric)[0]
+        return error_energy(w, q, metric)[0]
     return energy((w - decode(q)).to(metric.dtype), metric)

@@ -1,7 +1,7 @@
-"""A quantized checkpoint in another format: the same codes under the same scales, or refused with the reason.
+"""Convert a quantized checkpoint to another format with exactly the same numbers, or refuse with the reason.
 
-Formats say the same numbers in different ways: a scale that may be negative is a positive one with a zero point of −1; integers
-under one f16 are scales in float32. Everything is written for a model in float32, in which all of it is exact; the
+Formats express the same numbers in different ways: a negative scale as a positive one with a zero point of −1, two-level
+scales of the k-quants as scales in float32. Everything is written for a model in float32, where all of it is exact; the
 embedding and the output head, which directories hold in float, are decoded.
 """
 
@@ -23,8 +23,9 @@ from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
-from bitwright.models.skeleton import COMPUTED, Skeleton, read_config
-from bitwright.models.source import open_weights
+from bitwright.models.families import auto_class
+from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
@@ -35,23 +36,24 @@ from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgre
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED
 
 FLOATS = ("f32", "f16", "bf16")
-EXACT = torch.float32  # holds every decoded weight, and every scale
+EXACT = torch.float32  # holds every decoded weight and every scale exactly
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One matrix, ready to be written."""
+    """A matrix as the format will store it."""
 
     layer: Layer
     q: QTensor
 
 
 def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
-    """The same numbers in a scheme with another kind of zero and encoding of scales; None where there is no such thing."""
+    """The same numbers with another kind of zero and encoding of scales; None where that cannot hold them."""
     s, grid = q.scales, q.scheme.levels
     scales = s if scale == q.scheme.scale else Scales(s.scale, s.zero)
     same = {
         "sym": q.scheme.zero == "signed" and bool((s.scale >= 0).all()),
+        "asym": q.scheme.zero == "asym1",
         "asym1": q.scheme.zero == "asym" and s.zero is not None and bool((s.zero > grid.lo).all()),
         q.scheme.zero: True,
     }
@@ -66,7 +68,7 @@ def expressed(q: QTensor, zero: Zero, scale: str) -> QTensor | None:
 
 
 def in_integers(q: QTensor, bits: int) -> QTensor | None:
-    """The same numbers as integers of so many bits, under scales in a float type; None where they are none, or do not fit."""
+    """The same numbers as integer codes of `bits` bits with float scales; None where they are not integers or do not fit."""
     grid, wide = q.scheme.levels, GRIDS[f"int{bits}"]
     if q.scheme.zero == "min" or q.scheme.grid in ("nf4", "fp8"):
         return None
@@ -81,19 +83,26 @@ def in_integers(q: QTensor, bits: int) -> QTensor | None:
 
 
 def _ways(q: QTensor) -> Iterator[QTensor]:
-    """The same numbers in other schemes: its own grid first, then integers, the fewest bits first."""
+    """The same numbers in other schemes: first in their own grid, then as integers, the fewest bits first."""
     kinds: tuple[Zero, ...] = (q.scheme.zero, "sym", "asym", "asym1")
     wider = (in_integers(q, bits) for bits in range(2, 9) if q.scheme.grid != f"int{bits}")
     for same in itertools.chain([q], (other for other in wider if other is not None)):
-        encodings = (same.scheme.scale, "f32") if same.scheme.scale not in ("e8m0", "e4m3") else (same.scheme.scale,)
-        for scale, zero in itertools.product(dict.fromkeys(encodings), dict.fromkeys(kinds)):
+        for scale, zero in itertools.product(_encodings(same), dict.fromkeys(kinds)):
             way = expressed(same, zero, scale)
             if way is not None:
                 yield way
 
 
+def _encodings(q: QTensor) -> list[str]:
+    """How its scales may be stored as they are: as now, in float32, in half of that where nothing is lost."""
+    if q.scheme.scale in ("e8m0", "e4m3"):
+        return [q.scheme.scale]
+    halved = torch.equal(q.scales.scale.half().float(), q.scales.scale) and q.scheme.zero != "min"
+    return list(dict.fromkeys([q.scheme.scale, "f32", *(["f16"] if halved else [])]))
+
+
 def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packed:
-    """A matrix as a format holds it. FormatError, with the format's own reason, if it cannot hold these numbers."""
+    """A matrix in the format's terms. FormatError, with the format's own reason, if it cannot hold these numbers."""
     if q.order is not None:
         remedy = "use the file as it is, or quantize the original without desc_act"
         raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
@@ -114,23 +123,24 @@ def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packe
 
 @dataclass
 class _Shard:
-    """What one file will hold: matrices in the new format, tensors in float; and what the ledger says of them."""
+    """The content of one file: matrices in the new format, tensors in float, and their ledger entries."""
 
     packed: list[Packed]
     floats: dict[str, Tensor]
     entries: list[Entry]
 
     def tensors(self, format_: Format) -> dict[str, Tensor]:
-        """All of it, by name in the file."""
+        """All tensors of the file by name."""
         parts = {p.layer.name: format_.encode(p.q, p.layer, EXACT) for p in self.packed}
         return self.floats | {f"{module}.{suffix}": t for module, own in parts.items() for suffix, t in own.items()}
 
 
 def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
-    """Write MODEL, a quantized directory or GGUF file, as the directory OUT in another format.
+    """Write the quantized directory or GGUF file `model` as the directory `out` in another format.
 
-    Gives {out, bytes, tensors, notes}. FormatError for numbers that the format cannot hold, for inputs that the source's
-    engine changes, and for a source that is not quantized; CheckpointError as of `WeightSource`.
+    Gives {out, bytes, tensors, notes}.
+    FormatError for numbers that the format cannot hold, for a source with quantized activations, and for one that is not
+    quantized; CheckpointError as of `WeightSource`.
     """
     format_, source = FORMATS[format_name], _Source(model)
     depth = len(source.skeleton)
@@ -159,7 +169,10 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     said = source.config()
     place.write_json("config.json", said | {"quantization_config": config})
     bits = 8 * sum(entry.bytes for entry in ledger) / sum(count(entry.shape) for entry in ledger)
-    place.write_text(CARD, str(Card(said, format_name, bits, ledger, source.skeleton.predicts)))
+    place.write_text(
+        CARD,
+        str(Card(said, format_name, bits, ledger, source.skeleton.predicts, loader=auto_class(source.skeleton.config))),
+    )
     if format_name == "gptq":
         place.write_json("quantize_config.json", config)
     if is_gguf(model):
@@ -169,21 +182,17 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
 
 
 class _Source:
-    """A quantized checkpoint, shard by shard."""
+    """The quantized checkpoint to convert, shard by shard."""
 
     def __init__(self, model: Path) -> None:
         self.model, self.weight_source = model, open_weights(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
-        self.names = self.skeleton.source_names(self.weight_source.shapes, str(model))
-        self._floats: list[str] = []  # notes on what is float here and was not
+        self.names = names_in(self.weight_source, self.skeleton)
+        self._floats: list[str] = []  # notes on tensors that were quantized and become float
         self._sizes: dict[tuple[str, str], list[int]] = {}  # (kind, scheme): matrices, bytes before, after
-        used = set(self.names.values())
-        odd = next((n for n in self.weight_source.shapes if n not in used and not n.endswith(COMPUTED)), None)
-        if odd is not None:
-            raise FormatError("a tensor that no conversion knows what to do with", where=odd, remedy="quantize anew")
 
     def shard(self, index: int, format_: Format) -> _Shard:
-        """Block `index`, or behind the last what is outside the blocks."""
+        """Block `index`; after the last, the tensors outside the blocks."""
         inside = index < len(self.skeleton)
         modules = self.skeleton.linears(index) if inside else {}
         shard = _Shard([], {}, [])
@@ -215,7 +224,7 @@ class _Source:
 
     @property
     def notes(self) -> list[str]:
-        """What takes more bytes than in the source."""
+        """Notes on matrices that take more bytes than in the source."""
         grown = [(kinds, sizes) for kinds, sizes in self._sizes.items() if sizes[2] > sizes[1]]
         return self._floats + [
             f"{n} matrices are {kind} in the source, {before:,} bytes, and {scheme} here, {after:,}"
@@ -223,7 +232,7 @@ class _Source:
         ]
 
     def _float(self, parameter: str, source: str) -> Tensor:
-        """A tensor that stays in float, or is decoded because directories have it so."""
+        """A tensor that stays in float, or is decoded because directories hold it in float."""
         tensor = self.weight_source.read(source).contiguous()
         kind, nbytes = self.weight_source.describe(source)
         if nbytes < tensor.nbytes:
@@ -233,14 +242,15 @@ class _Source:
         return tensor
 
     def config(self) -> dict[str, Any]:
-        """What config.json says, but for how weights are stored."""
+        """config.json without quantization_config."""
         if is_gguf(self.model):
             said: dict[str, Any] = json.loads(self.skeleton.config.to_json_string(use_diff=False))
             said["architectures"] = [type(self.skeleton.model).__name__]
         else:
             said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         stale = ("quantization_config", "torch_dtype")
-        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32"}
+        tied = {"tie_word_embeddings": bool(self.skeleton.config.tie_word_embeddings)}
+        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32", **tied}
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:

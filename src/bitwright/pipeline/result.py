@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""The result of a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from bitwright.pipeline.ledger import Entry
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives back; `as_dict` is the command line's JSON."""
+    """The result of a run; `as_dict` is the command line's JSON."""
 
     out: Path
     bytes: int
@@ -21,13 +21,17 @@ class Result:
 
     @property
     def fallbacks(self) -> list[str]:
-        """What was quantized worse than asked."""
+        """What was quantized otherwise than asked, a sentence each."""
         return [f"{entry.name}: {entry.fallback}" for entry in self.ledger if entry.fallback]
 
     def as_dict(self) -> dict[str, Any]:
         """{out, bytes, bits_per_weight, seconds, peak_rss_bytes, tensors, fallbacks}."""
         return {
-            "out": str(self.out), "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4),
-            "seconds": round(self.seconds, 2), "peak_rss_bytes": self.peak_rss_bytes, "tensors": len(self.ledger),
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "seconds": round(self.seconds, 2),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "tensors": len(self.ledger),
             "fallbacks": self.fallbacks,
-        }  # fmt: skip
+        }

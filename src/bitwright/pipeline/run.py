@@ -1,9 +1,9 @@
 """Quantize a checkpoint: one for-loop over its blocks.
 
-Load a block, watch its inputs, round its matrices, run it again as rounded, write it, record it. Memory is one block,
-its statistics and the calibration activations, however deep the model is. Block n + 1 sees what the *quantized* blocks
-before it give, so later blocks make up for the errors of earlier ones; or, one-shot, a store already knows what every
-block of the float model is given, and nothing is run at all. A crash costs one block (see work_in_progress.py).
+Load a block, observe its inputs, quantize its matrices, run the quantized block, write it, record it. Memory is one block, its
+statistics and the calibration activations, however deep the model is. Sequential: block n + 1 gets the outputs of the
+*quantized* blocks before it, so later blocks correct the errors of earlier ones. One-shot: a store has the statistics of
+the float model's blocks, and nothing is run. A crash costs one block (see work_in_progress.py).
 """
 
 import json
@@ -24,6 +24,7 @@ from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
+from bitwright.models.families import auto_class
 from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
     HiddenStates,
@@ -34,6 +35,7 @@ from bitwright.pipeline.calibration_pass import (
     observe_block,
     one_shot,
     read_block,
+    read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
@@ -68,10 +70,12 @@ def run(
 ) -> Result:
     """Carry out a plan. OUT appears complete and verified, or an error says why not.
 
-    store: a directory of one-shot statistics, made if it is not there; None: they are taken block by block, on what the
-    quantized blocks before give.
-    Raises OutputError if OUT exists, the disk cannot hold it, or other unfinished work lies beside it; CheckpointError
-    for a weight that is not finite or cut short; RecipeError for a method that cannot do with the store's statistics;
+    calib, seed  the calibration text (see calibration/text_mix.py), and the seed of its windows
+    resume       go on with unfinished work of the same kind; else begin anew
+    store        directory of one-shot statistics, made if missing; None: sequential statistics
+    progress     told of every step: see system/progress.py
+    Raises OutputError if OUT exists, the disk cannot hold it, or other unfinished work lies beside it; CheckpointError for a
+    weight that is not finite or cut short; RecipeError for a method that needs more than the store's statistics;
     VerificationError if what was written does not read back as meant.
     """
     begun = time.monotonic()
@@ -80,7 +84,7 @@ def run(
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
     notes = plan.notes if tokens is None else tokens.notes
-    if tokens is not None and calib != "general":  # what the text is compared with
+    if tokens is not None and calib != "general":  # which the others are compared with
         notes += unfamiliar(plan, tokens)
     check_rotation(plan)
     if store is not None and tokens is not None:
@@ -104,17 +108,17 @@ def run(
 
 
 def check_one_shot(plan: Plan) -> None:
-    """RecipeError for a method that looks at the quantized model's activations beside the float one's."""
+    """RecipeError for a method that compares the quantized model's activations with the float model's."""
     if plan.recipe.needs_original:
         methods = {rule.method for rule in plan.recipe.active if rule.method in ASYMMETRIC}
         message = (
             f"{', '.join(sorted(methods))} compares with what the quantized blocks before give, which no store knows"
         )
-        raise RecipeError(message, remedy="leave out --store, or use gptq")
+        raise RecipeError(message, remedy="leave out --store, or use --method gptq")
 
 
 def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
-    """A note on matrices whose rule scales channels, and that have no place to fold the scales into."""
+    """A note on matrices whose rule scales channels, but whose scales nothing can take in (no fold)."""
     asking = {t.source for t in plan.tensors if t.rule is not None and t.layer is not None and t.rule.scales_channels}
     without = [entry.name for entry in ledger if entry.name in asking and not entry.transforms]
     if not without:
@@ -125,7 +129,7 @@ def _unfolded(plan: Plan, ledger: list[Entry]) -> tuple[str, ...]:
 
 
 def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None) -> dict[str, Any]:
-    """What unfinished work belongs to: the same source, recipe, calibration and code."""
+    """The manifest of unfinished work: only a run of the same source, recipe, calibration and code may resume it."""
     return {
         "statistics": "one-shot" if isinstance(known, Store) else "sequential",
         "importance": known.digest if isinstance(known, Importance) else None,
@@ -146,12 +150,12 @@ def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None
 
 
 def _made(place: WorkInProgress) -> Path:
-    """The file that becomes OUT, where that is one."""
+    """The file that becomes OUT, for formats of one file."""
     return place.path / "model.gguf"
 
 
 def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufModelWriter | None]:
-    """It, begun or gone on with; None for a format of many files."""
+    """The writer of that file, begun or continued; None for other formats."""
     if not plan.format.one_file:
         return nullcontext()
     members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
@@ -166,13 +170,13 @@ def _quantize_blocks(
     store: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:
-    """All shards in order, from the first that is not committed; the last holds what is outside the blocks."""
+    """Quantize all shards in order, from the first that is not committed; the last holds the tensors outside the blocks."""
     depth, config = len(plan.skeleton), plan.quantization_config
     first = place.noted(depth + 1)
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
-        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
+        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None, first)
         if first == 0:
             begin_with_quantized_embedding(plan, states, tokens)
     progress("block", first, depth + 1)
@@ -200,7 +204,8 @@ def _quantize_shard(
     config: dict[str, Any],
     tokens: Drawn | None,
 ) -> tuple[list[Entry], Callable[[], None]]:
-    """Read and round one shard; streams move on to the next block. What is left: to write, verify and commit it."""
+    """Read and quantize one shard, moving hidden states on to the next block. Also a function that writes, verifies and
+    commits it."""
     depth, members = len(plan.skeleton), plan.shard(index)
     weights = read_block(plan, index)
     before = {} if plan.rotation is not None else dict(weights)
@@ -229,7 +234,8 @@ def _quantize_shard(
     def put() -> None:
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
-            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            called = {r.planned.stem: r.planned.layer.name for r in done if r.planned.layer is not None}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors, called)
             place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
@@ -238,7 +244,7 @@ def _quantize_shard(
 
 
 def _put_in_file(file: GgufModelWriter, kept: dict[str, Tensor], done: list[Rounded]) -> None:
-    """A shard's tensors by their parameters' names, down to the disk."""
+    """Write a shard's tensors to the one file, kept ones by parameter name, and flush them to the disk."""
     for parameter, tensor in kept.items():
         file.put_floats(parameter, tensor)
     for r in done:
@@ -248,7 +254,7 @@ def _put_in_file(file: GgufModelWriter, kept: dict[str, Tensor], done: list[Roun
 
 
 def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
-    """A matrix as the file holds it."""
+    """A matrix's tensors as the files hold them, by name."""
     assert r.planned.layer is not None
     scales = None if r.input_quantization is None else r.input_quantization.scales
     parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
@@ -258,9 +264,9 @@ def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
 def _quantize_block(
     plan: Plan, index: int, weights: dict[str, Tensor], source: HiddenStates | Store | Importance | None
 ) -> tuple[list[Rounded], KvRounding | None]:
-    """Round one block's matrices and carry streams through the block, as rounded and as it was.
+    """Quantize one block's matrices and carry hidden states through the quantized block and the float one.
 
-    Parameters that transforms change are replaced in `weights`. Also how the block's keys and values are kept.
+    Parameters that transforms change are replaced in `weights`. Also how the block's KV cache is quantized, if it is.
     """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     if source is None or isinstance(source, Importance):
@@ -275,7 +281,7 @@ def _quantize_block(
         return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
             plan, known
         )
-    skeleton.load(weights)
+    skeleton.load(weights | read_lent(plan, index))
     kv, done = None, dict[str, str]()
     if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
         known = observe_block(plan, index, layers, source.given, everything=False)
@@ -289,7 +295,7 @@ def _quantize_block(
 
 
 def _targets(layers: dict[str, PlannedTensor]) -> dict[str, Target]:
-    """What the scaling transforms need to know of each matrix."""
+    """What channel scaling needs to know of each matrix, by module name."""
     return {
         name: Target(t.layer.scheme, t.layer.activations, t.rule.method != "rtn", t.rule.transforms)
         for name, t in layers.items()
@@ -300,7 +306,7 @@ def _targets(layers: dict[str, PlannedTensor]) -> dict[str, Target]:
 def _quantize_known(
     plan: Plan, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
 ) -> list[Rounded]:
-    """Round matrices whose inputs are all known beforehand; the statistics of each are given back when they have served."""
+    """Quantize matrices with one-shot statistics, freeing the statistics of each input after use."""
     done: list[Rounded] = []
     while known.inputs:
         one = known.inputs.pop(0)
@@ -309,7 +315,7 @@ def _quantize_known(
 
 
 def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
-    """How the block's keys and values are kept, if not in float."""
+    """How the block's KV cache is quantized; None: it stays in float."""
     scheme = plan.recipe.kv_cache
     if scheme is None or known.kv is None:
         return None
@@ -320,7 +326,7 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
 
 
 def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> int:
-    """Let OUT appear; the bytes of its weight files."""
+    """Make OUT appear; the bytes of its weight files."""
     if plan.format.one_file:
         written = _made(place).stat().st_size
         place.finish_file(_made(place), ledger)
@@ -332,13 +338,14 @@ def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float,
 
 
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
-    """The configs and the model card."""
+    """Write the configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
-    if any(t.made_of for t in plan.tensors):
-        config["tie_word_embeddings"] = False
+    if not plan.skeleton.config.tie_word_embeddings and config.get("tie_word_embeddings", True):
+        config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated)
+    loader = auto_class(plan.skeleton.config)
+    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))

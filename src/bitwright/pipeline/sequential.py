@@ -1,7 +1,7 @@
-"""A block quantized in the order of its forward: observe an input, quantize the matrices that read it, go on behind them.
+"""Quantize a block in the order of its forward: observe an input, quantize the matrices that read it, go on behind them.
 
-Every statistic is that of what the quantized model will really hand to a matrix, within the block too ("true sequential"
-in GPTQ's code). One pass over the calibration tokens an input, up to that input; memory is one input's statistics.
+Every matrix thus gets statistics of the inputs that it will really have in the quantized model, within the block too ("true
+sequential" in GPTQ's code). One pass over the calibration tokens for each input, up to it; memory is one input's statistics.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bitwright.calibration.observe import BlockRun, FloatStream, groups_of, observe
+from bitwright.calibration.observe import BlockRun, FloatStream, groups_of
+from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.models.kv_cache import KvCache, KvRounding
 from bitwright.models.skeleton import Skeleton, as_source
 from bitwright.numerics.codec import decode
@@ -30,9 +31,9 @@ def quantize_in_order(
     kv: KvRounding | None,
     origin: Origin,
 ) -> list[Rounded]:
-    """Quantize the matrices `layers` of block `index`, whose float weights the skeleton holds; move the streams on.
+    """Quantize the matrices `layers` of block `index`, whose float weights must be loaded; move the hidden states on.
 
-    The float model's stream, where there is one, goes through the float weights; the other through what is quantized.
+    The float model's hidden states, if there are any, go through the float block, the others through the quantized one.
     """
     skeleton, turned = plan.skeleton, rotations(layers)
     cache = KvCache(rounding=kv) if kv else None
@@ -43,17 +44,18 @@ def quantize_in_order(
     done, searched = list[Rounded](), list[Rounded]()
     guarded = bool(states.held) and any(by_search(t) is not t for t in layers.values())
     for group in groups:
-        (inputs,) = observe(run, states.given, [group], original, by_residual=True, detailed=plan.recipe.needs_details)
-        members = [layers[name] for name in group.names]
-        new = quantize_together(plan, members, weights, inputs, origin)
-        take(run, skeleton, new)
-        done += new
-        if guarded:
-            searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+        detailed = plan.recipe.needs_details
+        for inputs in statistics_in_order(run, states.given, group, original, by_residual=True, detailed=detailed):
+            members = [layers[name] for name in inputs.names]
+            new = quantize_together(plan, members, weights, inputs, origin)
+            take(run, skeleton, new)
+            done += new
+            if guarded:
+                searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
     if original is not None and states.original is not None:
         original.move_on()
         tuned = tune_block(plan, index, done, weights, states.given, states.original)
-        if tuned is not done:  # it has had the block's own weights
+        if tuned is not done:  # tuning has used the block's own weights
             done = tuned
             skeleton.load(weights)
             take(run, skeleton, done)
@@ -69,13 +71,13 @@ def quantize_in_order(
 
 
 def by_search(t: PlannedTensor) -> PlannedTensor:
-    """The same matrix by a search of scales, or as it was planned by a method that is no better than that."""
+    """The same plan with a search of scales as its method; unchanged if its method is RTN or search."""
     assert t.rule is not None
     return t if t.rule.method in PLAINER else replace(t, rule=replace(t.rule, method="search", options={}))
 
 
 def take(run: BlockRun, skeleton: Skeleton, new: list[Rounded]) -> None:
-    """Let a block be run on these matrices as the file will hold them, their inputs as the engine will hand them on."""
+    """Have a block run on these matrices, decoded, with their inputs quantized as the engine will do it."""
     for r in new:
         assert r.planned.layer is not None
         matrix = decode(r.q).to(r.planned.dtype)
@@ -89,13 +91,16 @@ def better(
     held: list[Tensor],
     wanted: list[Tensor],
 ) -> tuple[list[Rounded], BlockRun]:
-    """The block by the methods asked for, or by a search of scales if that comes nearer to what is wanted of it.
+    """The block by the methods asked for, or by a search of scales if that has a lower output error on held-out windows.
 
-    held: what the block is given for windows that no method saw; wanted: what the float block makes of that or, where methods
-    aim at the float model, of what the float model gives it.
+    held: the block's inputs for those windows; wanted: the float block's outputs on them or, for methods that compare with
+    the float model, on the float model's activations.
     """
     (done, run), (searched, plain) = asked, plainer
-    error, error_search = (block_error(one, held, wanted) for one in (run, plain))
+    stream = run.skeleton.stream
+    meant = [stream(batch) for batch in wanted]
+    error = block_error(lambda batch: stream(run(batch)), held, meant)
+    error_search = block_error(lambda batch: stream(plain(batch)), held, meant)
     if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
@@ -105,7 +110,7 @@ def better(
 
 
 def _instead(old: Rounded, new: Rounded, why: str) -> Rounded:
-    """A matrix by search instead of what was asked for."""
+    """The entry of a matrix by search instead of the method asked for, with the reason as its fallback."""
     if old.entry.method == new.entry.method:
         return old
     why = f"{old.entry.method} -> {new.entry.method}: {why}"

@@ -1,10 +1,10 @@
-"""Statistics of the float model on disk: taken once, used by every method that needs no more ("one-shot").
+"""A store of the float model's statistics on disk: taken once, used by every method that needs no others ("one-shot").
 
-store.json                  what these statistics are of: hashes of model, tokens, tokenizer and code
+store.json                  the key: hashes of model, tokens, tokenizer and code
 block-00003.safetensors     the statistics of each input in block 3
-block-00003.json            who reads those inputs, and where the block takes channel scales; its being there commits both
-hidden-00004.safetensors    what block 4 is given, while statistics are being taken
-reference-…                 what the float model predicts of a text (see evaluate.py)
+block-00003.json            the modules that read those inputs, and the block's folds; its existence commits both
+hidden-00004.safetensors    inputs of block 4, while statistics are being taken
+reference-…                 the float model's predictions on a text (see evaluation/reference.py)
 
 Statistics of another model, text, tokenizer or code are never used: they are taken again, and `notes` says so.
 """
@@ -12,7 +12,7 @@ Statistics of another model, text, tokenizer or code are never used: they are ta
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from bitwright.transforms.folds import Fold
 
 DAMAGED = "remove this directory, or name another, and the statistics are taken anew"
 KV = ("keys", "values")
-GUESTS = ("reference-", "rotated-")  # what may lie in a store's directory besides
+OTHERS = ("reference-", "rotated-")  # beginnings of other names that may be in a store's directory
+COUNTS = ("names", "tokens", "borrowed")  # the fields of Inputs that are no tensors
 TENSORS = ("gram", "mean", "low", "high", "sample")
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Of one block: its inputs, in the order of the forward, its folds, and its keys and values."""
+    """Statistics of one block: its inputs, in the order of the forward, its folds, and histograms of its keys and values."""
 
     inputs: list[Inputs]
     folds: list[Fold]
@@ -41,7 +42,7 @@ class BlockStatistics:
 
 
 def code_version() -> str:
-    """A hash of the package's own text: statistics of other code are not trusted."""
+    """A hash of the package's source code: statistics from other code are taken again."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
@@ -53,21 +54,21 @@ class Store:
     """A directory of statistics that belong to one key."""
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        """Open or make it. What it holds under another key is discarded, and said in `notes`.
+        """Open or make the store. Statistics with another key are discarded, and `notes` says so.
 
-        OutputError for a directory that holds other things; CheckpointError for a damaged store.
+        OutputError for a directory with other files in it; CheckpointError for a damaged store.
         """
         self.folder, self.notes = folder, tuple[str, ...]()
         note = folder / "store.json"
         if folder.exists() and not folder.is_dir():
-            raise OutputError("not a directory", where=str(folder), remedy="name another for the statistics")
+            raise OutputError("not a directory", where=str(folder), remedy="give --store another directory")
         if (
             folder.is_dir()
             and not note.is_file()
-            and any(not file.name.startswith(GUESTS) for file in folder.iterdir())
+            and any(not file.name.startswith(OTHERS) for file in folder.iterdir())
         ):
             raise OutputError(
-                "a directory with other things in it", where=str(folder), remedy="name an empty or new one"
+                "a directory with other files in it", where=str(folder), remedy="give --store an empty or new one"
             )
         differing = _differing(note, key) if note.is_file() else ""
         if note.is_file() and not differing:
@@ -80,33 +81,33 @@ class Store:
         write_file(note, json.dumps(key, indent=1).encode())
 
     def _clear(self) -> None:
-        """Remove what this class and the evaluation have written, and nothing else."""
+        """Remove the files that this class and the evaluation have written, and no others."""
         for pattern in ("block-*.json", "block-*.safetensors", "hidden-*.safetensors", "reference-*"):
             for file in self.folder.glob(pattern):
                 file.unlink()
 
     def has(self, index: int) -> bool:
-        """Whether the statistics of a block are there."""
+        """Whether the store has the statistics of a block."""
         return self._file(index, "json").is_file()
 
     def _file(self, index: int, kind: str) -> Path:
         return self.folder / f"block-{index:05d}.{kind}"
 
     def write(self, index: int, statistics: BlockStatistics) -> None:
-        """Keep the statistics of a block, and forget what it was given."""
+        """Write the statistics of a block, and remove its saved inputs."""
         tensors = {f"{i}.{n}": t for i, inputs in enumerate(statistics.inputs) for n, t in _tensors(inputs)}
         for name, histogram in zip(KV, statistics.kv or (), strict=False):
             tensors |= {f"{name}.{n}": t for n, t in histogram.state().items()}
         write_shard(self._file(index, "safetensors"), tensors)
         content = {
-            "inputs": [{"names": one.names, "tokens": one.tokens} for one in statistics.inputs],
+            "inputs": [{name: getattr(one, name) for name in COUNTS} for one in statistics.inputs],
             "folds": [asdict(fold) for fold in statistics.folds],
         }
         write_file(self._file(index, "json"), json.dumps(content, indent=1).encode())
         self._hidden(index).unlink(missing_ok=True)
 
     def _open(self, index: int) -> tuple[dict[str, Any], Checkpoint]:
-        """Both files of a block, as far as their headers. CheckpointError names the one that is damaged or cut short."""
+        """Both files of a block, headers checked. CheckpointError names the one that is damaged or cut short."""
         file = self._file(index, "json")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -132,17 +133,17 @@ class Store:
         return BlockStatistics(inputs, folds, (kv[0], kv[1]) if kv[0] is not None and kv[1] is not None else None)
 
     def check(self, depth: int) -> None:
-        """CheckpointError for a block of the first `depth` whose statistics are damaged, before any work is done."""
+        """CheckpointError if the statistics of any of the first `depth` blocks are damaged, before any work is done."""
         for index in range(depth):
             if self.has(index):
                 self._open(index)
 
     def hidden(self, index: int) -> Tensor:
-        """What block `index` is given [S, T, H], as `keep_hidden` left it."""
+        """The saved inputs of block `index`, [S, T, H]."""
         return Checkpoint(self.folder, only=self._hidden(index)).read("hidden")
 
     def keep_hidden(self, index: int, hidden: Tensor) -> None:
-        """Remember what block `index` will be given, until its statistics are written."""
+        """Save the inputs of block `index`, until its statistics are written."""
         write_shard(self._hidden(index), {"hidden": hidden})
 
     def _hidden(self, index: int) -> Path:
@@ -150,7 +151,7 @@ class Store:
 
 
 def _differing(note: Path, key: dict[str, Any]) -> str:
-    """Which parts of the key are not those of the store; "" if all are."""
+    """Which parts of the key differ from the store's; "" if none."""
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -161,7 +162,7 @@ def _differing(note: Path, key: dict[str, Any]) -> str:
 
 
 def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one input, by name."""
+    """The tensors of input i, by name."""
     for name in TENSORS:
         tensor = getattr(inputs, name)
         if tensor is not None:
@@ -171,18 +172,19 @@ def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 
 
 def _inputs(tensors: Checkpoint, i: int, entry: dict[str, Any]) -> Inputs:
-    """One input of a file."""
+    """Input i of a file."""
     own = {name.removeprefix(f"{i}."): name for name in tensors.tensors if name.startswith(f"{i}.")}
-    known = {f.name for f in fields(Inputs)}
-    plain = {short: tensors.read(name) for short, name in own.items() if short in known}
+    known = {f.name for f in fields(Inputs)} - {*COUNTS}
+    plain: dict[str, Any] = {short: tensors.read(name) for short, name in own.items() if short in known}
     for name, tensor in plain.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} of {entry['names']} is not finite")
-    return Inputs(tuple(entry["names"]), entry["tokens"], histogram=_histogram(tensors, f"{i}.histogram"), **plain)
+    found = Inputs(tuple(entry["names"]), entry["tokens"], borrowed=entry["borrowed"])
+    return replace(found, histogram=_histogram(tensors, f"{i}.histogram"), **plain)
 
 
 def _histogram(tensors: Checkpoint, name: str) -> Histogram | None:
-    """The histogram whose tensors' names begin so, if there is one."""
+    """The histogram whose tensors' names begin with `name`, if there is one."""
     start = f"{name}."
     state = {n.removeprefix(start): tensors.read(n) for n in tensors.tensors if n.startswith(start)}
     return Histogram.from_state(state) if state else None

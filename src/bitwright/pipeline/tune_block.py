@@ -1,4 +1,4 @@
-"""Tune a block as a whole, for methods that minimise the error of a block's output rather than of one matrix's (AutoRound)."""
+"""Tune a block as a whole, for methods that minimise the error of the block's output rather than of each matrix (AutoRound)."""
 
 import time
 from dataclasses import replace
@@ -16,10 +16,11 @@ from bitwright.plan.preflight import Plan
 def tune_block(
     plan: Plan, index: int, done: list[Rounded], weights: dict[str, Tensor], inputs: list[Tensor], targets: list[Tensor]
 ) -> list[Rounded]:
-    """Block `index` with better codes for its matrices of method autoround; the others stay as they are.
+    """Tune the matrices of block `index` whose method is autoround; the others stay as they are.
 
-    done: all its matrices, rounded; weights: the float ones by parameter name; inputs, in batches [B, T, H], as the
-    quantized blocks before give them; targets: what the float block made of the float model's activations.
+    done             all matrices of the block, quantized; weights: the float ones by parameter name
+    inputs, targets  in batches [B, T, H]: outputs of the quantized blocks before; outputs of the float block on the float
+                     model's activations
     """
     chosen = {
         r.planned.parameter: r for r in done if r.planned.rule is not None and r.planned.rule.method == "autoround"
@@ -52,6 +53,6 @@ def tune_block(
 
 
 def _name(r: Rounded) -> str:
-    """The module's."""
+    """The module's name."""
     assert r.planned.layer is not None
     return r.planned.layer.name

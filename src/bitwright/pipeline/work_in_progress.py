@@ -1,17 +1,18 @@
-"""OUT.partial: work in progress, resumable block by block, and the rename that makes OUT appear.
+"""Work in progress: the directory OUT.partial, resumable block by block, and the rename that makes OUT appear.
 
-manifest.json              what this work belongs to; other work is never resumed
-hidden-00003.safetensors   what block 3 will be given; and what the float model's would be, if that is needed
-shard-00002.safetensors    shard 2: read back, compared, then renamed into place; or model.gguf, where all go
-ledger-00002.jsonl         what happened to the tensors of shard 2: once it is there, that is done
-joined-00002.json          checksums of shard 2's tensors: once it is there, they are in out/, and the shard may go
-out/                       what becomes OUT (see joining.py): all that is beside it serves a resumption alone
+manifest.json              source, recipe, calibration and code of this work: only the same work is resumed
+hidden-00003.safetensors   inputs of block 3 in the quantized model; and in the float model, if a method needs them
+shard-00002.safetensors    shard 2, read back and compared before it got this name; GGUF: all shards are in model.gguf
+ledger-00002.jsonl         the ledger of shard 2; its existence means that the shard is complete
+joined-00002.json          checksums of shard 2's tensors; its existence means that they are in out/ (see joining.py)
+out/                       what becomes OUT; all other files serve only to resume
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,31 +26,33 @@ from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
-CARD, ORIGINAL = "README.md", "README.original.md"  # what is told of the result; what the source told of itself
+AGAIN = "check the disk, then run the same command again"
+OF_WEIGHTS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how the source's were quantized
+CARD, ORIGINAL = "README.md", "README.original.md"  # the model card; the source's own card
 
 
 def check_out(out: Path) -> None:
-    """OutputError if OUT cannot be made."""
+    """OutputError if OUT exists, or the directory that it would be in does not."""
     if out.exists() or out.is_symlink():
         raise OutputError("OUT exists", where=str(out), remedy="give another name, or remove it first")
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy="make it")
+        raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy=f"mkdir -p {parent}")
 
 
 def ledger_beside(out: Path) -> Path:
-    """Where the ledger of a single file lies."""
+    """The ledger's file name beside an OUT that is a single file."""
     return out.with_name(f"{out.stem}.ledger.jsonl")
 
 
 class WorkInProgress:
-    """The directory OUT.partial and what it remembers between runs."""
+    """The directory OUT.partial: see the module's docstring."""
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, needed: int, resume: bool) -> None:
-        """Open it, new or with the very same work in it.
+        """Make the directory, or open it to resume the same work.
 
-        needed: bytes that the work will take on the disk. OutputError if OUT exists, other unfinished work lies here, or
-        the disk is too full.
+        needed: bytes that the work will take on the disk; resume: False: remove what is there. OutputError if OUT exists,
+        the directory holds other work, or the disk is too full.
         """
         check_out(out)
         self.out, self.path = out, out.with_name(out.name + ".partial")
@@ -75,16 +78,16 @@ class WorkInProgress:
 
     @property
     def _handed_over(self) -> bool:
-        """Whether OUT had appeared before a crash: work is noted here, and no weights are left."""
+        """Whether OUT had already appeared before a crash: shards are noted here, but no weights are left."""
         weights = [self.result.is_dir(), (self.path / "model.gguf").exists(), *self.path.glob("shard-*")]
         return self._ledger(0).is_file() and not any(weights)
 
     def shard(self, index: int) -> Path:
-        """The file of one share of the work: a block, or what is outside the blocks."""
+        """The file of one shard: a block, or what is outside the blocks."""
         return self.path / f"shard-{index:05d}.safetensors"
 
     def joined(self, index: int) -> Path:
-        """The record that a shard is in OUT's weight files."""
+        """The record that a shard is joined into OUT's weight files."""
         return self.path / f"joined-{index:05d}.json"
 
     def _ledger(self, index: int) -> Path:
@@ -94,27 +97,27 @@ class WorkInProgress:
         return self.path / f"hidden-{index:05d}.safetensors"
 
     def noted(self, count: int) -> int:
-        """How many shares of the work, of so many and in order, are done."""
+        """How many of `count` shards, in order, are complete."""
         there = [self._ledger(index).is_file() for index in range(count)]
         return there.index(False) if False in there else count
 
     def note(self, index: int, entries: list[Entry]) -> None:
-        """Record a share that lies on the disk, verified: this makes it count."""
+        """Commit a shard that is on the disk and verified, by writing its ledger."""
         write_file(self._ledger(index), to_jsonl(entries).encode())
 
     def ledger(self, index: int) -> list[Entry]:
-        """What happened to the tensors of a share that is done."""
+        """The ledger of a shard that is complete."""
         return from_jsonl(self._ledger(index))
 
     def hidden(self, index: int) -> dict[str, Tensor]:
-        """The streams of activations saved for block `index`, [S, T, H] each, by name."""
+        """The saved inputs of block `index` by name, [S, T, H] each."""
         saved = Checkpoint(self.path, only=self._hidden(index))
         return {name: saved.read(name) for name in saved.tensors}
 
     def commit(
         self, index: int, put: Callable[[], None], entries: list[Entry], hidden: dict[str, Tensor] | None
     ) -> None:
-        """Put a share where it belongs, verified, and only then make it count. hidden: what the next one will be given."""
+        """Write and verify a shard by calling `put`, and only then commit it. hidden: inputs of the next block, saved first."""
         if hidden is not None:
             write_shard(self._hidden(index + 1), hidden)
         put()
@@ -122,7 +125,7 @@ class WorkInProgress:
         self._hidden(index).unlink(missing_ok=True)
 
     def put_shard(self, index: int, tensors: dict[str, Tensor], verify: "Verification") -> None:
-        """Write a shard, read it back, compare, and only then give it its name."""
+        """Write a shard under another name, read it back, compare, and only then rename it."""
         unverified = self.path / "unverified.safetensors"
         write_shard(unverified, tensors)
         verify.check(Checkpoint(self.path, only=unverified))
@@ -130,15 +133,15 @@ class WorkInProgress:
             unverified.replace(self.shard(index))
 
     def write_text(self, name: str, content: str) -> None:
-        """One of OUT's files."""
+        """Write one of OUT's files."""
         write_file(self.result / name, content.encode())
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """One of OUT's JSON files."""
+        """Write one of OUT's JSON files."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, source: Path, ledger: list[Entry]) -> None:
-        """Add the ledger and the companions of a source that is a directory, let OUT appear, and remove the rest."""
+        """Add the ledger and the source directory's other files, make OUT appear, and remove the rest."""
         write_file(self.result / "ledger.jsonl", to_jsonl(ledger).encode())
         if source.is_dir():
             copy_companions(source, self.result)
@@ -149,18 +152,18 @@ class WorkInProgress:
             self._remove()
 
     def finish_file(self, file: Path, ledger: list[Entry]) -> None:
-        """Let OUT appear as one file, its ledger beside it, and remove the rest."""
+        """Make OUT appear as one file, its ledger beside it, and remove the rest."""
         write_file(ledger_beside(self.out), to_jsonl(ledger).encode())
         with disk_errors(self.out):
             file.rename(self.out)
             self._remove()
 
     def abandon(self) -> None:
-        """Remove work that can never be finished."""
+        """Remove work that cannot be resumed."""
         self._remove()
 
     def _remove(self) -> None:
-        """Remove the directory, by another name: what a crash leaves of it is never taken for work."""
+        """Rename the directory, then remove it: if a crash leaves half of it, that is not taken for unfinished work."""
         leftover = self.path.with_name(self.path.name + ".removed")
         shutil.rmtree(leftover, ignore_errors=True)
         self.path.rename(leftover)
@@ -168,36 +171,45 @@ class WorkInProgress:
 
 
 class Verification:
-    """What a shard must decode to: compared by the format's independent reader, bit for bit."""
+    """Compares a written shard, read by the format's independent reader, bit for bit with what was meant."""
 
     def __init__(
-        self, format_: Format, config: dict[str, Any], meant: dict[str, QTensor], kept: dict[str, Tensor]
+        self,
+        format_: Format,
+        config: dict[str, Any],
+        meant: dict[str, QTensor],
+        kept: dict[str, Tensor],
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """meant: module name (as in the files) -> what its weight is; kept: tensor name -> value."""
-        self.format, self.config, self.meant, self.kept = format_, config, meant, kept
+        """meant: quantized weights by module name, as in the files; kept: float tensors by name; called: what the model calls
+        a module, where that differs, as configs name it so."""
+        self.format, self.config, self.meant, self.kept, self.called = format_, config, meant, kept, called
 
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
         for name, value in self.kept.items():
-            if not torch.equal(written.read(name).view(torch.uint8), value.contiguous().view(torch.uint8)):
-                raise VerificationError("the tensor on disk is not the one that was meant", where=name)
+            there, meant = (t.contiguous().reshape(-1).view(torch.uint8) for t in (written.read(name), value))
+            if not torch.equal(there, meant):
+                message = "the tensor on disk is not the one that was meant"
+                raise VerificationError(message, where=name, remedy=AGAIN)
         for module, q in self.meant.items():
-            found = {n.rpartition(".")[2]: n for n in written.tensors if n.rpartition(".")[0] == module}
+            found = {n.removeprefix(f"{module}."): n for n in written.tensors if n.startswith(f"{module}.")}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
-            wrong = self.format.wrong(self.config, module, parts, q)
+            wrong = self.format.wrong(self.config, self.called.get(module, module), parts, q)
             if wrong:
-                raise VerificationError(f"{wrong} weights on disk are not those that were meant", where=module)
+                message = f"{wrong} weights on disk are not those that were meant"
+                raise VerificationError(message, where=module, remedy=AGAIN)
 
 
 def copy_companions(source: Path, to: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and all else that is not weights, unchanged.
+    """Copy tokenizer, chat template, generation config, licence and all else that is not weights, unchanged.
 
-    The source's README.md makes room for the model card: it becomes README.original.md, unless the source has that too, as
-    results of ours do. Then that one is the model's own, and its README.md a card of other work.
+    The source's README.md becomes README.original.md, since OUT has a model card of its own; unless the source has a
+    README.original.md already, as results of bitwright do: then that is copied, and the README.md beside it is not.
     """
     for file in sorted(source.iterdir()):
         own = file.name.lower() == CARD.lower() and not (source / ORIGINAL).exists()
         name = ORIGINAL if own else file.name
-        known = (to / name).exists() or name.startswith(".")
+        known = (to / name).exists() or name.startswith(".") or name in OF_WEIGHTS
         if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
             write_file(to / name, file.read_bytes())

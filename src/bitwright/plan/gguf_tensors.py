@@ -1,9 +1,9 @@
-"""A plan for a float GGUF file tensor by tensor, by names and shapes; its model is not run, nor even built.
+"""Plan the quantization of a float GGUF file tensor by tensor, by names and shapes alone; no model is built or run.
 
-For files of an architecture that is not known here: all that is known of inputs is what an importance matrix says, and
-methods that need more give way to a search of scales, on record. And for all others where nothing of a model is asked for.
-Keys are carried over, rows stay where they are. Which tensors llama.cpp keeps in float is its published list
-(llama-quant.cpp, `tensor_allows_quantization`).
+For files of unknown architectures: nothing is known of inputs but what an importance matrix says, and methods that need more
+are replaced by a search of scales, on record. And for all files where what is asked for needs no model. Keys are copied,
+and rows keep their order. Which tensors stay in float is llama.cpp's published list (llama-quant.cpp,
+`tensor_allows_quantization`).
 """
 
 from dataclasses import dataclass, replace
@@ -21,10 +21,11 @@ from bitwright.files.checkpoint import Spec, spec_bytes
 from bitwright.formats import FORMATS, Layer, gguf_writer
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
+from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.plan.planned_tensor import KEPT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, SMALLEST, PlannedTensor, half_precision, in_float
 from bitwright.plan.recipe import Recipe, Rule
 
 GGUF = FORMATS["gguf"]
@@ -38,30 +39,31 @@ EXPERTS = ("_exps", "_shexp", "_chexps")
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """Everything that is known before the first weight is read; see `Plan`."""
+    """A plan for a GGUF file: everything known before the first weight is read. See `preflight.Plan`."""
 
     source: Path
     file: GgufFile
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
-    unknown: bool  # the architecture
+    unknown: bool  # whether the architecture is
 
     def importance(self, file: Path) -> dict[str, Tensor]:
-        """What an importance matrix says of the columns of these tensors, by name. CalibrationError for a file that is damaged
-        or, where the architecture is known, not of this model."""
+        """The importance of each tensor's columns [K], by name, from an importance matrix. CalibrationError for a damaged file
+        and, where the architecture is known, for one of another model."""
         found = imatrix.read(file)
         for t in self.tensors:
             known = found.get(t.source)
             if self.unknown or t.layer is None or (known is None and t.block is None):
-                continue  # llama.cpp looks at blocks only
-            if known is None or len(known) != t.layer.K:
+                continue  # llama.cpp too uses it for the blocks' tensors only
+            experts = t.shape[0] if len(t.shape) > 2 else 1
+            if known is None or known.numel() not in (t.layer.K, experts * t.layer.K):
                 raise imatrix.of_another_model(file, t.source, known, t.layer.K)
         return found
 
     @property
     def shards(self) -> list[list[PlannedTensor]]:
-        """Tensors that are written together: of each block, and of what is outside of them."""
+        """Tensors that are written together: those of each block, and those outside the blocks."""
         blocks = sorted({t.block for t in self.tensors if t.block is not None})
         return [[t for t in self.tensors if t.block == block] for block in [*blocks, None]]
 
@@ -81,7 +83,7 @@ class GgufPlan:
 
     @property
     def described(self) -> list[tuple[str, Types, Tensor]]:
-        """The file's tensors in their order, without numbers."""
+        """The file's tensors in order: name, types, and a tensor of that shape without data."""
         found = []
         for t in sorted(self.tensors, key=lambda t: gguf_writer.place(t.source)):
             dtype, shape = next(iter(self.specs([t]).values()))
@@ -92,12 +94,12 @@ class GgufPlan:
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """What the file will say beside its tensors."""
+        """The file's keys (metadata)."""
         return carried_keys(self.file, self.recipe.file_type)
 
     @property
     def parameters(self) -> int:
-        """All of the source."""
+        """Parameters of the source."""
         return sum(prod(t.shape) for t in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,10 +108,15 @@ class GgufPlan:
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         weights = spec_bytes(self.specs(list(self.tensors)))
         return {
-            "model": str(self.source), "format": GGUF.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(8 * weights / self.parameters, 4), **counts,
+            "model": str(self.source),
+            "format": GGUF.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(8 * weights / self.parameters, 4),
+            **counts,
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
     @property
     def headline(self) -> str:
@@ -119,12 +126,12 @@ class GgufPlan:
 
 
 def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> GgufPlan:
-    """Decide about every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether
-    its architecture is.
+    """Plan every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether the architecture is.
 
-    FormatError, RecipeError or CheckpointError for what cannot be.
+    FormatError for another output format, RecipeError for what needs a model or for nothing to quantize.
     """
     source = file.path
+    check_is_model(file.keys, str(source))
     file.check_vocabulary()
     architecture = file.key("general.architecture", str)
     if format_name != GGUF.name:
@@ -136,36 +143,31 @@ def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: boo
         raise RecipeError(message, where=str(source), remedy="leave them out")
     chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted)
     tensors = tuple(chooser.decide(name) for name in file.tensors)
-    if not any(t.layer for t in tensors):
+    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")
     note = (
         f"architecture {architecture!r} is not known here, so none of it can be run: each matrix is rounded by itself"
     )
     known = "with the columns' importance" if weighted else "without importance"
     notes = [f"{note}, {known}"] if unknown else []
-    fallbacks = [f"{t.source}: {t.layer.fallback}" for t in tensors if t.layer and t.layer.fallback]
-    more = (
-        [f"{len(fallbacks)} matrices get another block type than asked for, such as {fallbacks[0]}"]
-        if fallbacks
-        else []
-    )
-    return GgufPlan(source, file, recipe, tensors, (*notes, *more), unknown)
+    return GgufPlan(source, file, recipe, tensors, (*notes, *chooser.said), unknown)
 
 
 class _Chooser:
-    """What a decision about one tensor depends on."""
+    """Chooses the action for each tensor of a file."""
 
     def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool) -> None:
         self.file, self.recipe, self.weighted = file, recipe, weighted
-        self.rules = recipe.assign([name.removesuffix(".weight") for name in file.tensors if self._may(name)])
+        self.others: dict[str, list[str]] = {"another block type": [], "another method": []}
+        self.rules = recipe.assign({name.removesuffix(".weight"): name for name in file.tensors if self._may(name)})
 
     def _may(self, name: str) -> bool:
-        """Whether llama.cpp can do with a quantized tensor of that name."""
+        """Whether llama.cpp reads a quantized tensor of that name."""
         matrix = len(self.file.tensors[name].shape) in (2, 3) and name.endswith(".weight")
         return matrix and not any(part in name for part in KEPT_PARTS)
 
     def decide(self, name: str) -> PlannedTensor:
-        """Quantize a matrix as its rule says; keep all else as it is."""
+        """Quantize a matrix as its rule says; keep all other tensors as they are."""
         stored = self.file.tensors[name]
         dtype = float_dtype(stored, name, str(self.file.path))
         parts = name.split(".")
@@ -175,17 +177,36 @@ class _Chooser:
             return replace(t, reason="llama.cpp keeps it in float")
         rule = self.rules[t.stem]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule)
+        if t.shape[-1] % SMALLEST:
+            return self._told(half_precision(replace(t, rule=rule), t.shape[-1]), "another block type")
         method, lost = rule.method, ""
         if method in (*CALIBRATED, *ASYMMETRIC, *BLOCKWISE):
             method, lost = "search", f"{method} -> search: inputs are not known"
         options = rule.options if not lost else {} if self.weighted else {"objective": "mse"}
         layer = self._layer(t, rule, block)
-        layer = replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost))))
-        return replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
+        done = replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
+        for why, what in ((layer.fallback, "another block type"), (lost, "another method")):
+            self._told(replace(done, fallback=why), what)
+        return replace(done, layer=replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost)))))
+
+    def _told(self, t: PlannedTensor, what: str) -> PlannedTensor:
+        """Remember that something else is done than was asked for, if it is."""
+        if t.fallback:
+            self.others[what].append(f"{t.source}: {t.fallback}")
+        return t
+
+    @property
+    def said(self) -> list[str]:
+        """What there is to say of tensors that are not done as asked."""
+        return [
+            f"{len(found)} matrices get {what} than asked for, such as {found[0]}"
+            for what, found in self.others.items()
+            if found
+        ]
 
     def _layer(self, t: PlannedTensor, rule: Rule, block: int | None) -> Layer:
-        """The matrix (of experts: all of them, one above the other) as the file will store it."""
+        """The matrix as the file will store it; experts' matrices are stacked along N."""
         assert rule.scheme is not None
         layer = Layer(t.stem, prod(t.shape[:-1]), t.shape[-1], rule.scheme, activations=rule.activations)
         if rule.mix and not (self.recipe.pure and rule.mix not in TYPES):
@@ -197,7 +218,7 @@ class _Chooser:
         return GGUF.adapt(layer, t.dtype)
 
     def _place(self, t: PlannedTensor, rule: Rule, block: int | None) -> Place:
-        """Where it stands, as far as the keys say."""
+        """What the choice of a block type in a mix depends on, as far as the keys tell."""
         part = t.stem.split(".")[0 if block is None else 2]
         for suffix in EXPERTS:
             part = part.removesuffix(suffix)
@@ -208,6 +229,6 @@ class _Chooser:
         return Place(part, block or 0, depth, max(queries // max(keys, 1), 1), tied, self.weighted, fits)
 
     def _number(self, key: str) -> int:
-        """A count among the architecture's keys; of one for each block the largest; 0 where there is none."""
+        """An integer key of the architecture; the largest, if it has one for each block; 0 if it is missing."""
         found = self.file.keys.get(f"{self.file.keys['general.architecture']}.{key}", 0)
         return int(np.max(found)) if isinstance(found, int | np.ndarray) and np.size(found) else 0

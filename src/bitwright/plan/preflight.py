@@ -1,10 +1,11 @@
-"""What a run will do, from config.json and tensor headers alone: nothing of a weight is read.
+"""Preflight: plan a run from config.json and tensor headers alone, before any weight is read.
 
-Decides for every tensor of the source whether it is quantized, kept on purpose or left out; lays out the files of the
-result to the byte; estimates peak memory; refuses what the format cannot hold; and says what engines will not load.
+Decides for every tensor of the source whether it is quantized, kept in float or left out; computes the size of the result to
+the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
-from bitwright.formats import FORMATS, Format, format_named, gguf_writer
+from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.gguf.metadata import metadata
+from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
-from bitwright.models.families import positions_of
+from bitwright.methods.gptq import AT_ONCE
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
+from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype, quantization_of, read_config
@@ -31,16 +34,20 @@ from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
+TOKENIZER = (
+    6.5  # times tokenizer.json: what a loaded tokenizer takes, by measurement on vocabularies of 49,000 and 262,000
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first weight is read."""
+    """A run's plan: everything known before the first weight is read."""
 
     source: Path
     skeleton: Skeleton
-    checkpoint: Checkpoint | FloatGgufCheckpoint
+    checkpoint: FloatCheckpoint
     format: Format
     tensors: tuple[PlannedTensor, ...]
     recipe: Recipe
@@ -48,11 +55,11 @@ class Plan:
     samples: int
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
-    file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of a format that is one file
+    file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys of a format that is one file (GGUF)
 
     @property
     def calibrates_embeddings(self) -> bool:
-        """Whether the embedding or the output head is rounded by a method that looks at their inputs."""
+        """Whether the embedding or the output head is rounded by a method that needs statistics of them."""
         rules = [t.rule for t in self.tensors if t.block is None and t.layer is not None]
         return any(rule is not None and rule.needs_calibration for rule in rules)
 
@@ -62,12 +69,12 @@ class Plan:
         return self.recipe.needs_calibration
 
     def shard(self, index: int) -> list[PlannedTensor]:
-        """The tensors written in shard `index`: one a block, and a last one for all outside the blocks."""
+        """The tensors of shard `index`: there is one shard a block, and a last one for all tensors outside the blocks."""
         block = index if index < len(self.skeleton) else None
         return [t for t in self.tensors if t.block == block and t.action != LEFT_OUT]
 
     def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]:
-        """Names, types and shapes in the files."""
+        """What the files will hold for these tensors: types and shapes by name."""
         specs: dict[str, Spec] = {}
         for t in tensors:
             if t.layer is None:
@@ -77,7 +84,7 @@ class Plan:
         return specs
 
     def kv_specs(self, index: int) -> dict[str, Spec]:
-        """Names, types and shapes of the scales of block `index`'s keys and values; none if its cache is in float."""
+        """Types and shapes of the scales of block `index`'s KV cache, by name; none if the cache stays in float."""
         attention = self.skeleton.attention_name(index) if self.recipe.kv_cache and index < len(self.skeleton) else None
         inside = (t for t in self.shard(index) if attention and t.parameter.startswith(f"{attention}."))
         some = next(inside, None)
@@ -87,12 +94,12 @@ class Plan:
         return {f"{stem}.{scale}": (some.dtype, (1,)) for scale in KV_SCALES}
 
     def shard_specs(self, index: int) -> dict[str, Spec]:
-        """Names, types and shapes of all that a shard holds."""
+        """Types and shapes of all that a shard will hold, by name."""
         return self.specs(self.shard(index)) | self.kv_specs(index)
 
     @property
     def bytes(self) -> int:
-        """Exact size of all weight files together, or of the one file with its keys."""
+        """Exact size in bytes of all weight files together, or of the one file with its keys."""
         if self.format.one_file:
             names, config = Names(self.skeleton.config), self.skeleton.config
             stored = [(names.of(t.parameter), len(t.shape), self._stored_bytes(t, names)) for t in self._written()]
@@ -102,14 +109,14 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the disk must hold at most: all weight files, and one shard a second time while it is joined to them."""
+        """Bytes that the disk must hold at most: all weight files, and one shard a second time while it is joined to them."""
         return self.bytes if self.format.one_file else self.bytes + max(map(file_bytes, self._shards()))
 
     def _shards(self) -> list[dict[str, Spec]]:
         return [self.shard_specs(i) for i in range(len(self.skeleton) + 1)]
 
     def _stored_bytes(self, t: PlannedTensor, names: Names) -> int:
-        """Of a tensor in a GGUF file, which need not have all its rows."""
+        """Bytes of a tensor in a GGUF file, which may leave out rows."""
         return spec_bytes(self.specs([t])) * names.height(t.parameter, t.shape[0]) // t.shape[0]
 
     def _written(self) -> list[PlannedTensor]:
@@ -117,7 +124,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the source, tied ones once, computed buffers not."""
+        """Parameters of the source; tied ones count once, computed buffers do not."""
         tied = self.skeleton.tied_names()
         own = (t for t in self._written() if not t.made_of)
         return sum(count(t.shape) for t in own if t.parameter not in tied)
@@ -129,34 +136,42 @@ class Plan:
 
     @property
     def statistics_bytes(self) -> int:
-        """Size of the float model's statistics on disk, at most: a Gram for every matrix."""
+        """Most bytes that the float model's statistics take on disk: a Gram for every matrix."""
         return sum(4 * t.layer.K * t.layer.K for t in self.tensors if t.layer is not None) if self.calibrated else 0
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """What config.json will say; FormatError if one file cannot hold these layers together."""
-        named = self.format.one_file  # no config.json follows: what it says is looked up by the shards' names
+        """config.json's quantization_config; FormatError if one checkpoint cannot hold these layers together."""
+        named = self.format.one_file  # there is no config.json: entries are looked up by the names in the file
         layers = [replace(t.layer, name=t.stem) if named else t.layer for t in self.tensors if t.layer is not None]
         unused = {t.stem for t in self.tensors if is_unused(t.source) and len(t.shape) == 2}
         names = set(self.skeleton.linear_names()) | unused
         kept = [t.parameter.removesuffix(".weight") for t in self.tensors if t.layer is None]
         outside = [name for name in names if name in kept or name not in {layer.name for layer in layers}]
         config = self.format.config(layers, sorted(outside))
+        if self.format.name == "compressed-tensors" and self.skeleton.config.model_type in DECOMPRESSED:
+            config |= {"dequantize": True}
         return config if self.recipe.kv_cache is None else config | {"kv_cache_scheme": arguments(self.recipe.kv_cache)}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints."""
+        """The JSON of `--dry-run`."""
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT, LEFT_OUT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         return {
-            "model": str(self.source), "format": self.format.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4), "peak_memory_bytes": self.peak_memory,
-            **counts, "notes": list(self.notes),
-        }  # fmt: skip
+            "model": str(self.source),
+            "format": self.format.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "peak_memory_bytes": self.peak_memory,
+            **counts,
+            "notes": list(self.notes),
+        }
 
     @property
     def headline(self) -> str:
-        """The plan in a line, and its notes."""
+        """The plan in one line, then its notes."""
         schemes = ", ".join(sorted({str(t.layer.scheme) for t in self.tensors if t.layer}))
         first = (
             f"{self.parameters:,} parameters to {self.format.name}, {schemes}: {self.bytes / 1e6:,.1f} MB, "
@@ -166,37 +181,80 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate of the largest resident set, in bytes: one block, its statistics, the calibration activations; and the
-        block before, whose codes and bytes are written and read back meanwhile."""
-        widths = [(t.layer.N, t.layer.K) for t in self.tensors if t.layer is not None and t.block == 0]
-        block = sum(N * K for N, K in widths)
-        outside = [t for t in self.tensors if t.block is None]
-        largest = max((t.layer.N * t.layer.K for t in self.tensors if t.layer is not None), default=0)
-        written = max(self._in_writing(self.shard(i)) for i in (0, len(self.skeleton)))
+        """Estimate of the largest resident set, in bytes.
+
+        The largest of three phases (the first hidden states, the blocks, the embedding and the head), and beside it the block
+        before, which is written and read back meanwhile.
+        """
         if not self.calibrated:
-            by_rows = all(t.layer.scheme.rowwise for t in self.tensors if t.layer is not None)
-            read = max(
-                spec_bytes({t.source: (t.dtype, t.shape) for t in self.shard(i)}) for i in (0, len(self.skeleton))
-            )
-            return PROCESS_BYTES + read + written + (max(block, largest) if by_rows else block * 4 + largest * 24)
+            return self._uncalibrated_peak
+        size, outside = self.skeleton.dtype.itemsize, [t for t in self.tensors if t.block is None]
+        stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
+        loaded = sum(size * count(t.shape) for t in outside if t.dtype != self.skeleton.dtype)
+        states = self._hidden_states
+        rounded = [_rounding_bytes(t.layer, gram=self.calibrates_embeddings) for t in outside if t.layer is not None]
+        embeddings = stored + max(loaded, *rounded) if rounded else stored
+        return (
+            self._process_bytes
+            + max(states + stored + loaded, states + self._block_bytes, states + embeddings)
+            + self._in_writing(self.shard(self._largest_block))
+        )
+
+    @property
+    def _process_bytes(self) -> int:
+        """Bytes of the process without weights, the tokenizer included where the run needs it."""
+        file = self.source / "tokenizer.json"
+        loaded = file.is_file() and (self.calibrated or self.format.one_file)
+        return PROCESS_BYTES + int(TOKENIZER * file.stat().st_size if loaded else 0)
+
+    @property
+    def _hidden_states(self) -> int:
+        """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
+        models = 2 if self.recipe.needs_original else 1
+        hidden = self.skeleton.config.get_text_config().hidden_size
+        return 3 * models * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize
+
+    @property
+    def _block_bytes(self) -> int:
+        """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
+        layers = [t.layer for t in self.shard(self._largest_block) if t.layer is not None]
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
-        states = 2 if self.recipe.needs_original else 1
-        inputs = 2 * hidden + sum({K for _, K in widths})  # attention's and the MLP's, and what each ends with
-        kept = min(KEPT_BYTES, tokens * size * inputs) if states == 2 else 0
-        activations = 3 * states * tokens * hidden * size + kept  # and as they are saved, twice, for a resumption
-        widest = max((K for _, K in widths), default=0)
-        batch = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * widest)  # of a block's forward, as measured
-        square = 4 * max((K * K for _, K in widths), default=0)
-        statistics = square * (5 if states == 2 else 4)  # a Gram, a drift; H and its factor, a copy
+        widths = {layer.K for layer in layers}
+        # the inputs of attention, of the MLP, and of the matrices that end them
+        activations = tokens * size * (2 * hidden + sum(widths))
+        kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
+        forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
+        square = 4 * max((K * K for K in widths), default=0)
+        statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
-            statistics = max(statistics, sum(4 * K * K for K in {K for _, K in widths}) + 2 * square)
-        floats = sum(size * count(t.shape) for t in outside)
-        weights = block * (2 * size + 2)  # in float, as quantized; codes, and those of the search beside them
-        at_work = max(
-            floats + activations, activations + batch + weights + statistics, activations - kept + largest * 30
-        )
-        return PROCESS_BYTES + at_work + self._in_writing(self.shard(0))
+            statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
+        # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
+        stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
+        weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
+        rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
+        return kept + weights + statistics + max(forward, rounding)
+
+    @property
+    def _largest_block(self) -> int:
+        """The block with most weights to quantize: the first of a mixture of experts may have none."""
+        sizes = Counter[int]()
+        for t in self.tensors:
+            if t.layer is not None and t.block is not None:
+                sizes[t.block] += t.layer.N * t.layer.K
+        return max(sizes, key=lambda block: sizes[block], default=0)
+
+    @property
+    def _uncalibrated_peak(self) -> int:
+        """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
+        layers = [t.layer for t in self.tensors if t.layer is not None]
+        block = sum(t.layer.N * t.layer.K for t in self.shard(self._largest_block) if t.layer is not None)
+        largest = max((layer.N * layer.K for layer in layers), default=0)
+        ends = [self.shard(i) for i in (self._largest_block, len(self.skeleton))]
+        written = max(map(self._in_writing, ends))
+        read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in ends)
+        rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
+        return self._process_bytes + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
 
     def _in_writing(self, members: list[PlannedTensor]) -> int:
         """Codes of a shard, its bytes, and its bytes read back."""
@@ -204,33 +262,41 @@ class Plan:
         return codes + 2 * spec_bytes(self.specs(members))
 
 
-def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
-    """Plan a run. Raises the InputError of whatever would stop it: see the list in the module's docstring."""
+def preflight(
+    source: Path,
+    recipe: Recipe,
+    format_name: str,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    requantize: bool = False,
+) -> Plan:
+    """Plan a run: see the module's docstring.
+
+    samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
+    rounded once more. Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what
+    the format cannot hold; RecipeError for a rule that does not fit the model.
+    """
     format_ = format_named(format_name)
     config = read_config(source)
-    if quantization_of(source) is not None:
-        remedy = "quantize the float original; rounding twice only loses"
-        raise CheckpointError(
-            "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
-        )
-    checkpoint = _open(source, format_name)
+    if not requantize:
+        _refuse_integers(source)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
-        config.tie_word_embeddings = False  # the head takes in the last norm, the embedding does not
+        config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        notes.append(_decoded_note(tensors))
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
+    notes += _notes_on_towers(source, skeleton)
     limit = positions_of(config.get_text_config()) or seqlen
-    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
-        notes.append("how many channels stay in float depends on calibration: sizes are those of one in each matrix")
-    widest = max((t.layer.K for t in tensors if t.layer), default=0)
-    if recipe.needs_calibration and samples * min(seqlen, limit) < widest:
-        few = f"{samples * min(seqlen, limit)} calibration tokens do not tell {widest} input channels apart"
-        notes.append(f"{few}: give more --samples, or expect little of calibration")
-    if recipe.needs_calibration and seqlen > limit:
-        notes.append(f"calibration windows of {limit} tokens: the model knows no more positions than that")
+    notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
+    keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
+    notes += said
     plan = Plan(
         source,
         skeleton,
@@ -242,23 +308,80 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(checkpoint, skeleton, recipe) if format_.one_file else {},
+        keys,
     )
-    if recipe.kv_cache is not None:
-        _check_kv(plan)
-    if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
-        remedy = "give OUT.gguf, or leave out temper"
-        raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
-    if not any(t.layer for t in tensors):
-        raise RecipeError("the recipe keeps every matrix: there is nothing to quantize", where=str(source))
-    _ = plan.quantization_config  # refuses schemes that cannot share a file
+    _check_recipe(plan)
+    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
     return plan
 
 
-def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
-    """The source's tensors. FormatError where a GGUF file is to become something else."""
+def _check_recipe(plan: Plan) -> None:
+    """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
+    recipe = plan.recipe
+    if recipe.kv_cache is not None:
+        _check_kv(plan)
+    if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
+        remedy = "give OUT.gguf, or leave temper out of the recipe"
+        raise FormatError(f"{plan.format.name} keeps the last norm as it was", where="temper", remedy=remedy)
+    if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
+        remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
+        raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
+
+
+def _calibration_notes(
+    recipe: Recipe, tensors: list[PlannedTensor], samples: int, seqlen: int, limit: int
+) -> Iterator[str]:
+    """Notes on sizes that depend on calibration, on too few tokens, and on windows longer than the model's context."""
+    if any(t.rule is not None and by_threshold(t.rule) for t in tensors):
+        yield "how many channels stay in float depends on calibration: sizes are those of one in each matrix"
+    tokens, widest = samples * min(seqlen, limit), max((t.layer.K for t in tensors if t.layer), default=0)
+    if recipe.needs_calibration and tokens < widest:
+        few = f"{tokens} calibration tokens do not tell {widest} input channels apart"
+        yield f"{few}: give more --samples, or expect little of calibration"
+    if recipe.needs_calibration and seqlen > limit:
+        yield f"calibration windows of {limit} tokens: the model knows no more positions than that"
+
+
+def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
+    """Bytes for rounding one matrix, beside its float weights as stored.
+
+    Without a Gram, slabs of rows are rounded. With one, GPTQ has the whole matrix in float32 and rounds whole rows of
+    gptq.AT_ONCE weights at a time, which takes some 30 bytes a weight: the columns, their targets and their errors, under
+    fixed scales and under refitted ones; then coordinate descent has as many. All parts together are the quantized
+    matrix (int8 codes, float32 scales and zeros), which is there twice while they are joined.
+    """
+    weights = layer.N * layer.K
+    tables = 1 if layer.scheme.symmetric else 2
+    quantized = weights + 4 * tables * layer.N * layer.scheme.groups(layer.K)
+    working = 30 * min(weights, AT_ONCE)
+    return (4 * weights if gram else 0) + quantized + max(quantized, working)
+
+
+def _refuse_integers(source: Path) -> None:
+    """CheckpointError for a source that is quantized, and has a float original."""
+    quantization = quantization_of(source)
+    if quantization is not None and not has_no_original(quantization):
+        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
+        raise CheckpointError(message, where=str(source), remedy=remedy)
+
+
+def _decoded_note(tensors: list[PlannedTensor]) -> str:
+    """What is said of a source that is quantized."""
+    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
+    many = sum(bool(t.stored_as) for t in tensors)
+    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
+    return f"{what}; losses are counted from there"
+
+
+def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
+    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
     if not is_gguf(source):
-        return Checkpoint(source)
+        if quantization_of(source) is not None:
+            return DecodedCheckpoint(source, skeleton)
+        checkpoint = Checkpoint(source)
+        skeleton.split_experts(checkpoint)
+        return checkpoint
     if not FORMATS[format_name].one_file:
         remedy = "give the checkpoint's directory, or name OUT.gguf"
         raise FormatError(
@@ -267,19 +390,29 @@ def _open(source: Path, format_name: str) -> Checkpoint | FloatGgufCheckpoint:
     return FloatGgufCheckpoint(source)
 
 
-def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
-    """What a GGUF file will say beside its tensors; errors as of `metadata`."""
+def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
+    """What becomes of the parts for images or sound, and of the files that say how those are prepared."""
+    if not skeleton.towers:
+        return []
+    notes = [f"{', '.join(skeleton.towers)}: kept in float; the text model is quantized, calibrated on text alone"]
+    if source.is_dir() and not any((source / name).is_file() for name in PROCESSORS):
+        notes.append(f"no {' or '.join(PROCESSORS)} here: the result knows text alone until they are put beside it")
+    return notes
+
+
+def _file_keys(checkpoint: FloatCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
+    """The keys of the GGUF file to write; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
-        return carried_keys(checkpoint.weight_source.file, recipe.file_type)
+        return Metadata(carried_keys(checkpoint.weight_source.file, recipe.file_type), ())
     source = checkpoint.folder
     return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 
 
 def _check_kv(plan: Plan) -> None:
-    """Refuse a quantized cache where the format or the model knows of none."""
+    """FormatError or RecipeError where the format or the model has no place for a quantized KV cache."""
     if not plan.format.kv_cache:
-        remedy = "use compressed-tensors or bitwright"
-        raise FormatError(f"{plan.format.name} files cannot say what keys and values are kept in", remedy=remedy)
+        remedy = "use --format compressed-tensors, or leave out --kv-cache"
+        raise FormatError(f"{plan.format.name} files have no place for a quantized KV cache", remedy=remedy)
     if not plan.kv_specs(0):
         kind = plan.skeleton.config.model_type
         raise RecipeError(

@@ -1,9 +1,10 @@
-"""What to do with each matrix: pattern -> scheme, transforms, method, options. An unknown key or pattern is an error.
+"""Recipes: what to do with each matrix, as rules from a name pattern to scheme, transforms, method and options.
 
-A recipe is a list of rules; the last rule whose pattern matches a module's name wins, as in .gitignore. In TOML:
+The last rule whose pattern matches a module's name wins, as in .gitignore. An unknown key, and a pattern that matches nothing,
+are errors. In TOML:
 
     [[rule]]
-    match = "*"                    # fnmatch pattern on module names
+    match = "*"                    # fnmatch pattern on module names; for GGUF on llama.cpp's tensor names too
     scheme = "int4-g128"           # or "keep": leave it in float, on purpose
     method = "gptq"                # optional, as all below; the command line's otherwise
     options = { sweeps = 4 }       # keywords of the method
@@ -11,14 +12,15 @@ A recipe is a list of rules; the last rule whose pattern matches a module's name
     activations = "int8-token"     # the layer's inputs are rounded too: as they come, or (int8-tensor) to a fixed range
     observer = "mse"               # how that fixed range is chosen
 
-Above the rules may stand kv_cache = "fp8-tensor": what keys and values are kept in; and for GGUF pure = true: the name
-of a mix of llama.cpp's, such as q2_k, stands for its block type everywhere. `scheme` may be such a mix: q4_k_m. Also
-temper = 0.05: a factor on the last norm makes the calibration text likelier, for up to 5 % more KL (see output_temperature.py).
+`scheme` may be one of llama.cpp's mixes, such as q4_k_m. Above the rules may stand
+kv_cache = "fp8-tensor"  (what the KV cache is quantized to),
+pure = true              (GGUF: a mix such as q2_k stands for its block type in all tensors), and
+temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see transforms/output_temperature.py).
 """
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -28,7 +30,7 @@ from typing import Any
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import RecipeError, SchemeError, one_of
 from bitwright.formats.ggml import TYPES
-from bitwright.gguf.file_types import FILE_TYPES, MIXES
+from bitwright.gguf.file_types import FILE_TYPES, FLOAT_TYPES, MIXES
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
@@ -36,14 +38,26 @@ from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
-# What llama-quantize rounds to nearest where there is no importance; the first of them even where there is.
+EXAMPLES = {  # of a rule's keys, for errors
+    "match": 'match = "*"',
+    "scheme": 'scheme = "int4-g128"',
+    "method": 'method = "gptq"',
+    "options": "options = { sweeps = 4 }",
+    "activations": 'activations = "int8-token"',
+    "transforms": 'transforms = ["awq"]',
+    "observer": 'observer = "mse"',
+}
+# Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipeline fills in
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a recipe. scheme None: keep in float."""
+    """One rule of a recipe. scheme None: keep in float, in the type that `mix` names if it names one.
+
+    RecipeError for parts that do not fit together.
+    """
 
     match: str
     scheme: Scheme | None
@@ -52,7 +66,7 @@ class Rule:
     activations: Scheme | None = None
     transforms: tuple[Transform, ...] = ()
     observer: str = "mse"
-    mix: str = ""  # of llama.cpp, where the scheme's text names one; `scheme` is what most tensors get
+    mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
 
     def __post_init__(self) -> None:
         try:
@@ -66,10 +80,10 @@ class Rule:
     def _check_schemes(self) -> None:
         if self.scheme is not None and self.scheme.group == TOKEN:
             message = f"{self.scheme} is for activations: weights have no tokens"
-            raise RecipeError(message, remedy="such as int8-channel")
+            raise RecipeError(message, remedy="give --scheme int8-channel, or --activations for this one")
         if self.activations is not None and self.activations.group not in (TOKEN, TENSOR):
             message = f"activations are rounded token by token or as a whole tensor, not as {self.activations}"
-            raise RecipeError(message, remedy="such as int8-token, fp8-token or int8-tensor")
+            raise RecipeError(message, remedy="give int8-token, fp8-token or int8-tensor")
         if self.observer not in RANGES:
             raise RecipeError(f"unknown observer {self.observer!r}", remedy=one_of(self.observer, RANGES))
 
@@ -92,77 +106,81 @@ class Rule:
                 raise RecipeError(f"{NAMES[kind]} twice on one matrix", remedy="name each transform once")
         if Rotate in kinds[1:] or Outlier in kinds[:-1]:
             order = "rotate comes before all other transforms, outlier behind them"
-            raise RecipeError(order, remedy="such as rotate, awq, outlier")
+            raise RecipeError(order, remedy='transforms = ["rotate", "awq", "outlier"]')
         if Smooth in kinds and self.activations is None and self.scheme is not None:
             message = "smooth makes inputs easier to round, and this rule does not round them"
-            raise RecipeError(message, remedy="give activations, such as int8-token; for weights alone, awq")
+            raise RecipeError(message, remedy="give --activations int8-token; for weights alone use awq")
 
     def transform(self, kind: type[Transform]) -> Transform | None:
-        """Its transform of that kind, if it has one."""
+        """The rule's transform of that kind, if it has one."""
         return next((t for t in self.transforms if isinstance(t, kind)), None)
 
     @property
     def static(self) -> bool:
-        """Whether inputs are rounded to a range that calibration fixes."""
+        """Whether inputs are rounded to a static range, fixed by calibration."""
         return self.activations is not None and self.activations.group == TENSOR
 
     @property
     def scales_channels(self) -> bool:
-        """Whether it has a transform that needs a place to fold scales into."""
+        """Whether it has a transform that folds channel scales into a norm or another matrix."""
         return any(isinstance(t, Awq | Smooth) for t in self.transforms)
 
     @property
     def needs_details(self) -> bool:
-        """Whether it asks for more of an input than its Gram: ranges, a sample, a histogram."""
+        """Whether it needs more of an input than its Gram: ranges, a sample, a histogram."""
         return self.static or any(not isinstance(t, Rotate) for t in self.transforms)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it cannot do without statistics of the inputs (or is better with them)."""
+        """Whether it uses statistics of the inputs."""
         weighted = self.method == "search" and self.options.get("objective", "weighted") == "weighted"
         return self.needs_details or self.method in CALIBRATED or weighted
 
     @property
     def name(self) -> str:
-        """The method with what goes before it: "awq+gptq"."""
+        """The method with its transforms: "awq+gptq"."""
         return "+".join([*(NAMES[type(t)] for t in self.transforms), self.method])
 
     def describe(self) -> dict[str, Any]:
-        """Plain data: what a manifest stores and compares."""
+        """The rule as plain data, for manifests."""
         return {
-            "match": self.match, "scheme": KEEP if self.scheme is None else str(self.scheme), "method": self.method,
-            "options": self.options, "activations": None if self.activations is None else str(self.activations),
-            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms], "observer": self.observer,
+            "match": self.match,
+            "scheme": str(self.scheme or self.mix.lower() or KEEP),
+            "method": self.method,
+            "options": self.options,
+            "activations": None if self.activations is None else str(self.activations),
+            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
+            "observer": self.observer,
             "mix": self.mix,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules, later ones first in force."""
+    """Rules, of which the last that matches a module wins, and options of the whole model."""
 
     rules: tuple[Rule, ...]
     kv_cache: Scheme | None = None
-    kv_observer: str = "minmax"  # a key cut off is an attention lost
-    pure: bool = False  # names of mixes stand for their one block type
-    temper: float | None = None  # share of KL that likelihood of the calibration text may cost; None: nothing is done
+    kv_observer: str = "minmax"  # no clipping: a clipped key changes which token is attended to
+    pure: bool = False  # mixes stand for their block type in all tensors
+    temper: float | None = None  # budget of KL for an output temperature, a share; None: no output temperature
 
     def __post_init__(self) -> None:
         if self.temper is not None and not 0 <= self.temper <= 1:
-            raise RecipeError(f"temper {self.temper} is not between 0 and 1", remedy="such as 0.05")
+            raise RecipeError(f"temper {self.temper} is not between 0 and 1", remedy="temper = 0.05")
         if self.temper is not None and not self.needs_original:
-            remedy = "method gptaq or autoround"
+            remedy = "use --method gptaq, or leave temper out of the recipe"
             raise RecipeError("temper compares with what the float model predicts", where="temper", remedy=remedy)
         if self.kv_cache is not None:
             check_kv(self.kv_cache)
         rotations = {rule.transform(Rotate) for rule in self.active}
         if len(rotations) > 1:
-            message = "a rotation takes in the whole model, and some rules have another one, or none"
-            raise RecipeError(message, remedy="give every rule the same rotate")
+            message = "a rotation is of the whole model, and some rules have another one, or none"
+            raise RecipeError(message, remedy='give every rule the same: transforms = ["rotate"]')
 
     @property
     def active(self) -> list[Rule]:
-        """Those that quantize."""
+        """The rules that quantize."""
         return [rule for rule in self.rules if rule.scheme is not None]
 
     @classmethod
@@ -174,7 +192,7 @@ class Recipe:
         observer: str = "mse",
         kv_cache: str | None = None,
     ) -> "Recipe":
-        """Every matrix of every block alike."""
+        """One rule for every matrix."""
         return cls.of(None, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache)
 
     @classmethod
@@ -189,7 +207,7 @@ class Recipe:
         kv_cache: str | None = None,
         pure: bool = False,
     ) -> "Recipe":
-        """A file's recipe on top of a default, if there is one, else the same for every matrix."""
+        """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
         defaults = _Defaults(method, activations, observer)
         content = {} if file is None else _content(file)
         rules = [_rule({"match": "*", "scheme": scheme}, defaults, "")]
@@ -199,9 +217,10 @@ class Recipe:
         return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)), temper=content.get("temper"))
 
     def without_text(self, *, weighted: bool = False) -> "Recipe":
-        """The same where there is no calibration text: scales are searched by the plain squared error, if not by importance.
+        """The same recipe where there is no calibration text: scales are searched by importance if `weighted`, else by plain
+        squared error.
 
-        In two steps for types that llama-quantize rounds to nearest then: they find all but 3 % of what eight find.
+        A quick search of two steps for types that llama-quantize rounds to nearest: it gains all but 3 % of what eight gain.
         """
         plain, quick = ({}, QUICK[:1]) if weighted else ({"objective": "mse"}, QUICK)
         rules = [
@@ -212,22 +231,26 @@ class Recipe:
         ]
         return replace(self, rules=tuple(rules))
 
-    def assign(self, modules: list[str]) -> dict[str, Rule]:
-        """The rule in force for each module. RecipeError if a rule's pattern matches no module at all."""
+    def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
+        """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
+
+        RecipeError if a rule's pattern matches no module at all.
+        """
         for rule in self.rules:
-            if not any(fnmatchcase(name, rule.match) for name in modules):
-                some = ", ".join(modules[:3])
+            if not any(_means(rule.match, name, other) for name, other in modules.items()):
+                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
                 raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
-        return {name: next(r for r in reversed(self.rules) if fnmatchcase(name, r.match)) for name in modules}
+        last_first = list(reversed(self.rules))
+        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any rule needs statistics of the inputs, or the cache needs its ranges."""
+        """Whether any rule uses statistics of the inputs, or the KV cache needs its ranges."""
         return self.kv_cache is not None or any(rule.needs_calibration for rule in self.active)
 
     @property
     def needs_details(self) -> bool:
-        """Whether any rule asks for more of an input than its Gram."""
+        """Whether any rule needs more of an input than its Gram."""
         return any(rule.needs_details for rule in self.active)
 
     @property
@@ -237,36 +260,43 @@ class Recipe:
 
     @property
     def needs_original(self) -> bool:
-        """Whether any rule's method looks at the float model's activations beside the quantized one's."""
+        """Whether any rule's method compares with the float model's activations."""
         return any(rule.method in ASYMMETRIC for rule in self.active)
 
     @property
     def file_type(self) -> int | None:
-        """llama.cpp's number of the mix, if all that is quantized is of one that has a number."""
-        mixes = {rule.mix for rule in self.active}
+        """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
+        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
     def rotation(self) -> Rotate | None:
-        """The rotation of the whole model, if there is one."""
+        """The whole model's rotation, if there is one."""
         found = [rule.transform(Rotate) for rule in self.active]
         return next((t for t in found if isinstance(t, Rotate)), None)
 
     @property
     def windows_at_once(self) -> int | None:
-        """Calibration windows in one step of a method that tunes whole blocks; None if there is no such method.
+        """Calibration windows in one step of a method that tunes whole blocks (AutoRound); None without one.
 
-        RecipeError if rules would tune the same block in different ways.
+        RecipeError if rules have different options for it.
         """
         rules = [rule for rule in self.active if rule.method in BLOCKWISE]
         if any(rule.options != rules[0].options for rule in rules):
-            raise RecipeError("rules tune blocks with different options", remedy="give all of them the same options")
+            raise RecipeError(
+                "rules tune blocks with different options", remedy="give all autoround rules the same options"
+            )
         return Options.of(rules[0].options).windows if rules else None
+
+
+def _means(pattern: str, module: str, other: str) -> bool:
+    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
+    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
 
 
 @dataclass(frozen=True)
 class _Defaults:
-    """What a rule that does not say otherwise takes."""
+    """The command line's choices, for keys that a rule leaves out."""
 
     method: str
     activations: str | None
@@ -278,12 +308,13 @@ def _content(file: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError("no such recipe", where=str(file), remedy="give a TOML file of rules") from error
+        raise RecipeError("no such recipe", where=str(file), remedy="give a TOML file of [[rule]] tables") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"not a TOML file: {error}", where=str(file)) from error
+        remedy = "mend it, or leave out --recipe"
+        raise RecipeError(f"not a TOML file: {error}", where=str(file), remedy=remedy) from error
     _known_keys(content, {"rule", "kv_cache", "pure", "temper"}, str(file))
     if not isinstance(content.get("temper", 0.0), float):
-        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=str(file), remedy="such as 0.05")
+        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=str(file), remedy="temper = 0.05")
     if not isinstance(content.get("rule", []), list):
         raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
     return content
@@ -292,22 +323,29 @@ def _content(file: Path) -> dict[str, Any]:
 def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
     kinds = {
-        "match": str, "scheme": str, "method": str, "options": dict, "activations": str, "transforms": list,
+        "match": str,
+        "scheme": str,
+        "method": str,
+        "options": dict,
+        "activations": str,
+        "transforms": list,
         "observer": str,
-    }  # fmt: skip
+    }
     _known_keys(entry, set(kinds), where)
-    assert isinstance(entry, dict)  # as _known_keys has made sure
+    assert isinstance(entry, dict)  # see _known_keys
     for key, kind in kinds.items():
         if key in entry and not isinstance(entry[key], kind):
-            raise RecipeError(f"{key} is {entry[key]!r}, not a {kind.__name__}", where=where)
+            remedy = f"such as {EXAMPLES[key]}"
+            raise RecipeError(f"{key} is {entry[key]!r}, not a {kind.__name__}", where=where, remedy=remedy)
     if "match" not in entry or "scheme" not in entry:
-        raise RecipeError("a rule needs match and scheme", where=where)
+        remedy = f"such as {EXAMPLES['match']} and {EXAMPLES['scheme']}"
+        raise RecipeError("a rule needs match and scheme", where=where, remedy=remedy)
     before, method = split_method(entry.get("method", defaults.method))
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
-    mix = name.upper() if name.upper() in MIXES else ""
-    scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,
@@ -321,7 +359,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
 
 
 def _parsed(name: str) -> Scheme:
-    """The scheme that a text names. SchemeError with the mix that may have been meant."""
+    """The scheme that a text names. SchemeError suggests the nearest mix, if there is one."""
     try:
         return Scheme.parse(name)
     except SchemeError as error:
@@ -346,7 +384,8 @@ def _transform(item: object, where: str) -> Transform:
     try:
         return kind(**options)
     except TypeError as error:
-        raise RecipeError(f"{name}: {error}", where=where) from error
+        remedy = f"its options: {', '.join(known)}, as numbers or words"
+        raise RecipeError(f"{name}: {error}", where=where, remedy=remedy) from error
 
 
 def _parameters(kind: Callable[..., Transform]) -> Iterator[str]:
@@ -355,7 +394,7 @@ def _parameters(kind: Callable[..., Transform]) -> Iterator[str]:
 
 def _known_keys(found: object, known: set[str], where: str) -> None:
     if not isinstance(found, dict):
-        raise RecipeError("a rule is a table", where=where)
+        raise RecipeError("a rule is a table", where=where, remedy="write [[rule]] above each rule")
     for key in found:
         if key not in known:
             raise RecipeError(f"unknown key {key!r}", where=where, remedy=one_of(key, sorted(known)))

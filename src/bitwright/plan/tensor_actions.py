@@ -1,6 +1,7 @@
 """Decide for every tensor of a checkpoint: quantize (with which scheme and method), keep in float, or drop."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
@@ -16,78 +16,93 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
-from bitwright.models.gguf_source import FloatGgufCheckpoint
-from bitwright.models.skeleton import COMPUTED, Skeleton
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
+from bitwright.models.families import KEPT_LINEARS
+from bitwright.models.file_names import Conversion
+from bitwright.models.skeleton import Skeleton
+from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import (
+    KEPT,
+    LEFT_OUT,
+    QUANTIZED,
+    SMALLEST,
+    PlannedTensor,
+    half_precision,
+    in_float,
+)
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
+CONVERTED = "transformers makes other tensors of it as it loads it"
+FEW_INPUTS = 32  # a matrix of fewer is kept: no group of scales fits, and it is small
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
 def decide(
     skeleton: Skeleton,
-    checkpoint: Checkpoint | FloatGgufCheckpoint,
+    checkpoint: FloatCheckpoint,
     recipe: Recipe,
     format_: Format,
     rotation: Rotation | None,
     *,
     untied: bool,
 ) -> tuple[list[PlannedTensor], list[str]]:
-    """An action for every tensor of the source; an error for one that no rule covers."""
+    """An action for every tensor of the source, and notes. CheckpointError for a tensor that the model does not have."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     if untied:
         shapes[HEAD] = shapes.get(EMBEDDING) or shapes[EMBEDDING.removeprefix("model.")]
     names = skeleton.source_names(shapes, str(checkpoint.folder))
+    check_all_read(shapes, names.values(), skeleton, str(checkpoint.folder))
     parameters = {source: parameter for parameter, source in names.items()}
     blocks = {p: i for i in range(len(skeleton)) for p in skeleton.state_names(i)}
     modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
     odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
     odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
-    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd, names)
+    converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
-        parameter = parameters.get(source)
-        if parameter is None:
-            if is_unused(source) and not skeleton.predicts:
-                planned.append(_unused(PlannedTensor(source, source, None, info.dtype, info.shape, KEPT), format_))
-                continue
-            if not source.endswith(COMPUTED):
-                raise unknown(source, skeleton)
-            planned.append(
-                PlannedTensor(source, source, None, info.dtype, info.shape, LEFT_OUT, "the model computes it")
-            )
-            continue
-        planned.append(
-            chooser.decide(PlannedTensor(source, parameter, blocks.get(parameter), info.dtype, info.shape, KEPT))
-        )
+        t = PlannedTensor(source, parameters.get(source, source), None, info.dtype, info.shape, KEPT)
+        if source in converted:
+            planned.append(_converted(t, converted[source], blocks))
+        elif source in parameters:
+            planned.append(chooser.decide(replace(t, block=blocks.get(t.parameter))))
+        else:
+            planned.append(_unread(t, skeleton, format_))
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    return planned, _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
+    notes = _engine_notes(planned, format_, skeleton)
+    fused = any(info.take is not None for info in checkpoint.tensors.values())
+    return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
 
-def unknown(source: str, skeleton: Skeleton) -> CheckpointError:
-    """The error for a tensor that the model does not have."""
-    remedy = "config.json and weights must belong together"
-    if not skeleton.predicts:
-        remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"
-    return CheckpointError("the model has no such tensor", where=source, remedy=remedy)
+def _converted(t: PlannedTensor, conversion: Conversion, blocks: Mapping[str, int]) -> PlannedTensor:
+    """A tensor that transformers makes others of: its format holds float ones alone. CheckpointError for experts."""
+    made = conversion.makes[0]
+    if ".experts." in made:
+        message = f"transformers makes {made} of it, and this family's experts are not known here"
+        raise CheckpointError(message, where=t.source, remedy="quantize a model without experts")
+    return replace(t, block=blocks.get(made), reason=CONVERTED)
 
 
-def _unused(t: PlannedTensor, format_: Format) -> PlannedTensor:
-    """What an encoder has behind its last hidden state, which nothing here runs."""
+def _unread(t: PlannedTensor, skeleton: Skeleton, format_: Format) -> PlannedTensor:
+    """A tensor that the model does not read; of an encoder, what is behind its last hidden state may be kept."""
+    if not is_unused(t.source) or skeleton.predicts:
+        return replace(t, action=LEFT_OUT, reason=why_left(t.source, t.shape, skeleton) or "")
     if format_.one_file:
         return replace(t, action=LEFT_OUT, reason="llama.cpp does without the pooling layer and heads")
     return replace(t, reason="the pooling layer or a head")
 
 
 class _Chooser:
-    """All that a decision about one tensor depends on."""
+    """Chooses the action for each tensor of a model."""
 
     def __init__(
         self,
@@ -97,40 +112,77 @@ class _Chooser:
         rotation: Rotation | None,
         modules: dict[str, nn.Module],
         odd: list[str],
+        files: Mapping[str, str],
     ) -> None:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
-        self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
+        self.skeleton, self.recipe, self.format, self.rotation, self.files = skeleton, recipe, format_, rotation, files
         self.modules = modules | ends
-        self.rules = recipe.assign([*self.modules, *odd])
+        self.lent = {name for index in range(len(skeleton)) for name in skeleton.lent_names(index)}
+        self.routers = skeleton.routers()
         self.names = Names(skeleton.config) if format_.one_file else None
+        self.rules = recipe.assign({name: self._other(name) for name in (*self.modules, *odd)})
+
+    def _other(self, module: str) -> str:
+        """What else a module may be called: in a GGUF file llama.cpp's name of its weight, else the source's own name of it."""
+        if self.names is None:
+            return self.files.get(f"{module}.weight", "").removesuffix(".weight")
+        if not self.names.has(f"{module}.weight"):
+            return ""
+        return self.names.of(f"{module}.weight")
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
-        """Quantize a block's matrices as the rules say; keep vectors and what is outside the blocks.
+        """Quantize the blocks' matrices as the rules say; keep vectors, and what is outside the blocks.
 
-        Formats that hold the embedding and the head too have those quantized; GGUF's vectors are float32.
+        Formats that can (GGUF) have the embedding and the head quantized too; GGUF's vectors are float32.
         """
         name = t.parameter.removesuffix(".weight")
         if self.names is not None:
             wide = self.names.is_float32(t.parameter, len(t.shape))
             t = replace(t, dtype=torch.float32) if wide else t
         if t.block is None and name not in self.modules:
-            return replace(t, reason="outside the blocks")
+            tower = self.skeleton.tower_of(t.parameter)
+            return replace(t, reason=f"{tower}: not the text model" if tower else "outside the blocks")
         if len(t.shape) < 2:
             return replace(t, reason="a vector")
+        if any(f"{name}.".startswith(f"{router}.") for router in self.routers):
+            return replace(t, reason="a router of experts")
         rule = self.rules[name]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule, one_file=self.names is not None)
+        if rule.match == "*" and (why := self._kept_by_default(t, name)):
+            return replace(t, reason=why, rule=rule)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
             message = f"a parameter of shape {t.shape} that is not a Linear cannot be quantized"
             raise RecipeError(message, where=name, remedy=remedy)
         if t.dtype not in FLOAT_NAMES:
-            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy="float32, float16 or bfloat16")
+            remedy = "give a checkpoint in float32, float16 or bfloat16"
+            raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy=remedy)
+        K = t.shape[0] if isinstance(self.modules[name], Conv1D) else t.shape[1]
+        if self.names is not None and K % SMALLEST:
+            return half_precision(replace(t, rule=rule), K)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
-            remedy = f"method gptq, or K up to {LARGEST_K}"
+            remedy = f"use --method gptq, or K up to {LARGEST_K}"
             raise RecipeError(f"obq on K = {layer.K} would take days", where=name, remedy=remedy)
         return replace(t, action=QUANTIZED, layer=layer, rule=rule)
+
+    def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
+        """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if t.parameter in self.lent:
+            return "shared by several blocks"
+        if (
+            name in self.modules
+            and t.block is not None
+            and t.shape[not isinstance(self.modules[name], Conv1D)] < FEW_INPUTS
+        ):
+            return f"a matrix of fewer than {FEW_INPUTS} inputs"
+        if name in self.modules:
+            return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
+        if ".experts." in f"{t.parameter}.":
+            return ""
+        owner, _, leaf = t.parameter.rpartition(".")
+        return f"{leaf} of a {type(self.skeleton.model.get_submodule(owner)).__name__}"
 
     def _layer(self, t: PlannedTensor, name: str, rule: Rule) -> Layer:
         """The matrix as the format will store it."""
@@ -152,7 +204,7 @@ class _Chooser:
         return self.format.adapt(layer, t.dtype)
 
     def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
-        """Where a tensor of that name in llama.cpp stands."""
+        """What the choice of a block type in a mix depends on; name: llama.cpp's."""
         config = self.skeleton.config
         part = name.split(".")[0] if block is None else name.split(".")[2]
         heads = config.num_attention_heads // (
@@ -164,27 +216,49 @@ class _Chooser:
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
-    """The rule's scheme for inputs; a fixed scale is stored in the model's own float type."""
+    """The rule's scheme for inputs; a static scale is stored in the model's own float type."""
     if rule.activations is None or not rule.static:
         return rule.activations
     return rule.activations.with_scale(FLOAT_NAMES[dtype])
 
 
 def by_threshold(rule: Rule) -> bool:
+    """Whether the number of outlier channels is known only after calibration."""
     separate = rule.transform(Outlier)
     return isinstance(separate, Outlier) and separate.fraction is None
 
 
 def _outliers(rule: Rule, K: int) -> int:
-    """How many input channels stay in float, as far as that is known beforehand: one stands for a number unknown."""
+    """How many input channels stay in float; 1 where that is known only after calibration."""
     separate = rule.transform(Outlier)
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
-def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
+def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton) -> list[str]:
     """What the usual engines will say to these files, or do with them."""
-    notes = _format_notes(layers, format_)
+    notes = _format_notes([t.layer for t in planned if t.layer], format_)
+    floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
+    notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
+    kept = [t.source for t in planned if t.block is not None and t.rule is not None and t.layer is None]
+    if format_.name == "gptq" and kept:
+        engines = "GPTQModel and vLLM know that by `dynamic`, transformers by itself does not"
+        notes.append(f"{len(kept)} matrices are kept in float, such as {kept[0]}: {engines}")
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
+
+
+def _expert_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton, *, fused: bool) -> list[str]:
+    """Where transformers cannot load what is written of experts. fused: the source holds those of a layer in one tensor."""
+    inside = tuple(f"{name}." for name in skeleton.experts)
+    experts = [t.layer for t in planned if t.layer is not None and t.layer.name.startswith(inside)]
+    if not experts or format_.name != "compressed-tensors":
+        return []
+    packed = all(one.scheme.zero == "sym" and (one.activations is None or one.scheme.grid == "fp8") for one in experts)
+    if packed and not fused:
+        return []
+    why = (
+        "looks for the experts of these models in one tensor" if fused else "takes experts in packed symmetric integers"
+    )
+    return [f"experts are written one by one: transformers {why}, and does not load them; bitwright.load does"]
 
 
 def not_served(format_name: str, schemes: Iterable[Scheme]) -> list[str]:
@@ -210,5 +284,6 @@ def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]
     if format_.name == "gptq" and odd:
-        return ["asymmetric GPTQ: GPTQModel loads it; vLLM's fast kernels want symmetric"]
+        said = "version 2 of the format, which GPTQModel loads, and transformers through it"
+        return [f"asymmetric GPTQ: {said}; vLLM's fast kernels want symmetric, older tools know version 1 alone"]
     return []

@@ -1,4 +1,7 @@
-"""Which weights to remove: (w, gram, *, sparsity or pattern, options) -> Pruned."""
+"""Pruning: which weights to remove. (w, gram, *, sparsity or pattern, options) -> Pruned; one file a method.
+
+Imports: errors, numerics, methods.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go, whatever their inputs are. Here too: what every pruner is asked and returns."""
+"""Magnitude pruning: remove the smallest weights, whatever their inputs. Also what all pruners share: `Target`, `Pruned`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from bitwright.errors import NumericsError, RecipeError
 
 @dataclass(frozen=True)
 class Pruned:
-    """weight: w with zeros, in its shape and type. mask: bool, True where a weight was removed. damping: as in `Outcome`."""
+    """A pruner's result. weight: w with zeros, same shape, type; mask: bool, True where removed; damping: as in `Outcome`."""
 
     weight: Tensor
     mask: Tensor
@@ -19,11 +19,11 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Target:
-    """How many weights go: a share of them all, or a pattern.
+    """How many weights to remove: a share of all, or a pattern.
 
-    sparsity  share in [0, 1) of the weights that are removed, to the nearest whole number of them
+    sparsity  share in [0, 1) of the weights, to the nearest whole number of them
     pattern   (n, m): of every m neighbours along K, n stay, such as (2, 4)
-    Raises RecipeError unless exactly one of the two is given and means something.
+    Raises RecipeError unless exactly one of the two is given and in range.
     """
 
     sparsity: float | None = None
@@ -31,11 +31,14 @@ class Target:
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
-            raise RecipeError("give either a sparsity or a pattern", remedy="such as sparsity 0.5, or pattern (2, 4)")
+            found = f"sparsity {self.sparsity} and pattern {self.pattern}: give one of the two"
+            raise RecipeError(found, remedy="sparsity=0.5, or pattern=(2, 4)")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise RecipeError(f"sparsity {self.sparsity} is outside [0, 1)", remedy="such as 0.5: half of the weights")
+            raise RecipeError(
+                f"sparsity {self.sparsity} is outside [0, 1)", remedy="sparsity=0.5 removes half of the weights"
+            )
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
-            raise RecipeError(f"pattern {self.pattern} is not n of m with 0 < n < m", remedy="such as (2, 4)")
+            raise RecipeError(f"pattern {self.pattern} is not n of m with 0 < n < m", remedy="pattern=(2, 4)")
 
     def matrix(self, w: Tensor) -> Tensor:
         """w [N, ...] as a float32 matrix [N, K]. RecipeError if the pattern does not fit K, NumericsError for NaN or Inf."""
@@ -44,13 +47,14 @@ class Target:
             message = f"K = {matrix.shape[1]} is not a multiple of the pattern's {self.pattern[1]}"
             raise RecipeError(message, remedy="a pattern that divides K, or a sparsity")
         if not torch.isfinite(matrix).all():
-            raise NumericsError("the weights are not finite", remedy="look for NaN or Inf in the checkpoint")
+            raise NumericsError("the weights are not finite", remedy="get a good copy of the checkpoint")
         return matrix
 
     def lowest(self, score: Tensor, pool: int) -> Tensor:
-        """The mask [N, K] of the weights of lowest score [N, K]; of equal ones, the first.
+        """The mask [N, K] of the weights of lowest score [N, K], the first among equals.
 
-        Compared are the m neighbours of a pattern, or else `pool` neighbours: K is each row by itself, N · K all of them.
+        Scores are compared among the m neighbours of a pattern, or else among `pool` neighbours: K for each row by itself,
+        N · K for the whole matrix.
         """
         if self.pattern is not None:
             count, pool = self.pattern[1] - self.pattern[0], self.pattern[1]
@@ -61,19 +65,19 @@ class Target:
         return torch.zeros_like(pools, dtype=torch.bool).scatter_(1, first, True).view_as(score)
 
     def count(self, pool: int) -> int:
-        """How many of `pool` weights go."""
+        """How many of `pool` weights to remove."""
         if self.pattern is not None:
             return pool // self.pattern[1] * (self.pattern[1] - self.pattern[0])
-        assert self.sparsity is not None  # as __post_init__ has made sure
+        assert self.sparsity is not None  # see __post_init__
         return round(self.sparsity * pool)
 
 
 def magnitude(
     w: Tensor, gram: Tensor | None, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None
 ) -> Pruned:
-    """Remove the smallest |w| of the whole matrix, or of every m neighbours; the others stay as they are.
+    """Remove the smallest |w| of the whole matrix, or of every m neighbours; the others keep their values.
 
-    w [N, K], or a convolution's [N, ...]; the Gram is not looked at; sparsity and pattern as in `Target`, with its errors.
+    w [N, K], or a convolution's [N, ...]; the Gram is not used; sparsity, pattern and errors: see `Target`.
     """
     target = Target(sparsity, pattern)
     matrix = target.matrix(w)

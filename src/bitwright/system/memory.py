@@ -1,4 +1,4 @@
-"""How much memory this process has had, and giving back what it no longer needs."""
+"""Peak resident memory of this process, and handing freed memory back to the operating system."""
 
 import ctypes
 import gc
@@ -11,12 +11,12 @@ CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linu
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """The largest resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> None:
-    """Have the system count the largest resident set from here on, where it can (Linux)."""
+    """Reset the kernel's record of the largest resident set (Linux; elsewhere nothing happens)."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -24,7 +24,7 @@ def forget_peak() -> None:
 
 
 def peak_since() -> int:
-    """The largest resident set since `forget_peak`, or, where that did nothing, of the process so far."""
+    """The largest resident set in bytes since `forget_peak`; where that does nothing, since the process began."""
     if STATUS.is_file():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -33,8 +33,10 @@ def peak_since() -> int:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed for the next that ask, until `return_memory`: else each large tensor is memory that the
-    system hands out anew, page by page, and a tenth of a run goes into that."""
+    """Have glibc keep freed memory for later allocations, until `return_memory`.
+
+    Otherwise every large tensor gets fresh pages, which the kernel clears one by one: a tenth of a run's time.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -43,8 +45,8 @@ def keep_memory() -> None:
 
 
 def return_memory() -> None:
-    """Collect cycles, and have glibc give freed memory back to the system: it hoards blocks below 32 MB."""
-    gc.collect(1)  # the young ones: what was imported stays anyway
+    """Collect reference cycles and have glibc return freed memory, of which it would keep blocks below 32 MB."""
+    gc.collect(1)  # younger generations only: what was imported lives on anyway
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -2,5 +2,5 @@
 
 from collections.abc import Callable
 
-# Told what kind of step was done last (behind a comma what came of it), how many steps are done, and of how many.
+# progress(step, done, total): the kind of step that was just done (after a comma: its result), steps done, steps in all.
 Progress = Callable[[str, int, int], None]

@@ -1,7 +1,7 @@
-"""Work shared out among threads, in each of which torch computes on one core.
+"""Independent pieces of work on several threads, with torch on one core in each.
 
-Torch shares out every operation by itself, and waits for the slower thread after each; where many pieces of work know
-nothing of each other it is faster to give each thread its own.
+Torch splits every single operation over its threads and waits for the slowest after each; where pieces of work are
+independent, it is faster to give each thread a piece of its own.
 """
 
 from collections import deque
@@ -18,13 +18,13 @@ R = TypeVar("R")
 
 @contextmanager
 def single_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads, in each of which torch computes with that one thread."""
+    """A pool of threads, in each of which torch computes on one core."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(before)  # the number is a thread's own, but new threads begin with the one set last
+        torch.set_num_threads(before)  # each thread has its own number, but new threads inherit the one set last
 
 
 def each(f: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -38,9 +38,9 @@ def each(f: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 @contextmanager
 def ahead(f: Callable[[T], R], items: Iterable[T]) -> Iterator[Iterator[R]]:
-    """What `each` makes of them, one after the other, while the next are computed. When it is left, nothing more is begun."""
+    """An iterator over [f(item) for item in items], computed ahead on other threads; leaving cancels what has not begun."""
     with single_threads(torch.get_num_threads()) as pool:
-        begun = deque(pool.submit(f, item) for item in items)  # a result that was taken is not kept
+        begun = deque(pool.submit(f, item) for item in items)  # popped as they are taken: no result is kept longer
         try:
             yield (begun.popleft().result() for _ in range(len(begun)))
         finally:

@@ -1,8 +1,8 @@
-"""What changes a model before rounding without changing its function: channel scales folded into norms and matrices,
-rotations, outlier channels kept in float, the output temperature.
+"""Transforms: changes of a model before rounding that keep its function: channel scales folded into norms and matrices,
+rotations, outlier channels kept in float, an output temperature.
 
-A method is named by itself, behind transforms where there are some: "gptq", "awq+gptq", "rotate+awq+gptq". A transform
-that stands alone is followed by the rounding that its paper used. Imports: numerics, methods, models, calibration.
+On the command line transforms stand before a method: "gptq", "awq+gptq", "rotate+awq+gptq". A transform alone is followed by
+the rounding of its paper. Imports: numerics, methods, models, calibration.
 """
 
 from bitwright.errors import RecipeError, one_of

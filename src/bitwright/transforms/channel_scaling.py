@@ -1,7 +1,7 @@
 """Channel scales (AWQ, SmoothQuant): chosen from statistics, folded into a block's norms and matrices before rounding.
 
-Scales are chosen for one fold after the other, in the order of the forward, from the statistics of the input that its
-readers share; weights and statistics then change together, so that nothing has to be run again.
+Scales are chosen for one fold (see folds.py) after the other, in the order of the forward, from the statistics of the input
+that its readers share; weights and statistics are then scaled together, so that no forward has to be run again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,12 @@ from bitwright.transforms.folds import Fold, applied
 
 @dataclass(frozen=True)
 class Target:
-    """What a matrix is to be rounded to, as far as its scales depend on it.
+    """What a matrix will be rounded to, as far as channel scales depend on it.
 
-    activations  what its inputs are rounded to, if they are; searched: by a better method than round to nearest
-    transforms   what the rule asks for before rounding
+    scheme       of the weights
+    activations  of the inputs, if they are rounded
+    searched     whether the method is better than round to nearest, with searched scales
+    transforms   the rule's transforms before rounding
     """
 
     scheme: Scheme
@@ -36,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Transformed:
-    """A block after its transforms: those parameters that changed, by name; what was done to each matrix, in words."""
+    """A block after its transforms: changed parameters by name; by matrix, what was done to it, as the ledger says it."""
 
     weights: dict[str, Tensor]
     done: dict[str, str]
@@ -49,11 +51,13 @@ def fold_scales(
     folds: Sequence[Fold],
     modules: Mapping[str, nn.Module],
 ) -> Transformed:
-    """Choose and fold channel scales as the rules of the readers say.
+    """Choose and fold channel scales as the readers' rules say.
 
-    targets: of the matrices to be rounded, by module name; weights: all parameters of the block, by name; modules: its linear
-    modules. `inputs` are replaced in their list by those that the matrices now read: there is no room for both.
-    RecipeError if matrices that share an input are to be scaled in different ways.
+    targets  of the matrices to be rounded, by module name
+    weights  all parameters of the block, by name
+    inputs   statistics of the block's inputs; scaled ones replace them in the list, since memory does not hold both
+    modules  the block's linear modules, by name
+    RecipeError if matrices that share an input have different scaling transforms.
     """
     now, done = dict(weights), dict[str, list[str]]()
     for fold in folds:
@@ -71,14 +75,14 @@ def fold_scales(
 
 
 def _scalings(fold: Fold, targets: Mapping[str, Target]) -> tuple[Transform, ...]:
-    """The scaling transforms that all rounded readers of a fold agree on."""
+    """The scaling transforms of a fold's readers; RecipeError if they differ."""
     asked = {
         name: tuple(t for t in targets[name].transforms if type(t) in SCALINGS)
         for name in fold.readers
         if name in targets
     }
     if len(set(asked.values())) > 1:
-        remedy = "give them the same transforms"
+        remedy = 'give them the same transforms, such as transforms = ["awq"]'
         message = f"matrices that share an input are to be scaled differently: {', '.join(asked)}"
         raise RecipeError(message, where=fold.producer, remedy=remedy)
     return next(iter(asked.values()), ())
@@ -87,7 +91,7 @@ def _scalings(fold: Fold, targets: Mapping[str, Target]) -> tuple[Transform, ...
 def _reader(
     name: str, targets: Mapping[str, Target], weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> Reader:
-    """A matrix as a scaling sees it."""
+    """The matrix `name` with what it will be rounded to."""
     w = matrix_of(modules[name], weights[f"{name}.weight"]).float()
     target = targets.get(name)
     return Reader(w, None) if target is None else Reader(w, target.scheme, target.activations, target.searched)

@@ -1,10 +1,10 @@
-"""Where a block can take channel scales without changing what it computes: found, then proved.
+"""Folds: places in a block that can take channel scales without changing what it computes; found, then tested.
 
-Some linear maps read an input x [T, K] that a *producer* made: a norm, whose weight multiplies each channel, or another
-linear map, whose rows make the channels. Dividing the producer's output by s [K] and multiplying the readers' columns by s
-leaves the function as it was; a method may choose s. Producers that are norms are seen in a forward; pairs of linear
-maps are listed in `PAIRS`. What is found or listed is only believed after a run of the real block with scales drawn at
-random: if its output moves, some other reader, an activation function or a layout stands between, and there is no fold.
+Linear modules (*readers*) read an input x [T, K] from a *producer*: a norm, whose weight multiplies each channel, or another
+linear module, whose rows make the channels. Dividing the producer's output by s [K] and multiplying the readers' columns by
+s leaves the function as it was, for any s. Norms are found in a forward; pairs of linear modules are listed in `PAIRS`. Each
+is tested by running the block with random scales: if its output changes, something else reads the channels, or an
+activation function or another layout lies between, and there is no fold.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +28,13 @@ MOVED, MOVED_ROUNDING = 1e-4, 0.02
 
 @dataclass(frozen=True)
 class Fold:
-    """One place for scales.
+    """A place for channel scales.
 
-    producer  parameter stem of the norm or linear map; offset: 1 for norms that multiply by (1 + weight) (Gemma), else 0
+    producer  parameter name of the norm or linear module, without ".weight"
     readers   full names of the linear modules whose K columns are multiplied
+    offset    1 for norms that multiply by (1 + weight) (Gemma), else 0
     rows      None for a norm; else how many of the producer's last rows make the channels, in heads of `head` rows, each
-              of which makes `repeat` heads of channels (grouped-query attention: those share their scales)
+              read by `repeat` heads of channels (grouped-query attention: those share their scales)
     """
 
     producer: str
@@ -52,17 +53,17 @@ class Fold:
         return pooled.expand_as(heads).reshape(-1)
 
     def of_rows(self, s: Tensor) -> Tensor:
-        """Scales of the channels [K] -> of the producer's rows."""
+        """Scales of the channels [K] -> scales of the producer's rows."""
         return s.view(-1, self.repeat, self.head)[:, 0].reshape(-1)
 
 
 def applied(
     fold: Fold, s: Tensor, weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The parameters that change, by name, and the scales as they really became.
+    """Changed parameters by name, and the scales [K] actually applied.
 
     weights: the block's parameters by name; modules: its linear modules. A norm's weight keeps its float type, so s is
-    what that type makes of it; readers and producing rows come back in float32, exact until they are rounded.
+    rounded to what that type can hold; readers and producing rows come back in float32.
     """
     changed: dict[str, Tensor] = {}
     if fold.rows is None:
@@ -80,7 +81,7 @@ def applied(
 
 
 def _divided_norm(fold: Fold, s: Tensor, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """The norm's weight (and bias) over s, in their own type; s is then what the stored weight makes of it."""
+    """The norm's weight (and bias) divided by s, in their own type, and s as the stored weight has it."""
     name, bias = f"{fold.producer}.weight", f"{fold.producer}.bias"
     before = weights[name].float() + fold.offset
     stored = (before / s - fold.offset).to(weights[name].dtype)
@@ -94,7 +95,7 @@ def _divided_norm(fold: Fold, s: Tensor, weights: Mapping[str, Tensor]) -> tuple
 
 
 def _divided_rows(fold: Fold, s: Tensor, parameter: Tensor, module: nn.Module) -> Tensor:
-    """A producing map's weight or bias, float32, with the last rows divided."""
+    """A producing linear module's weight or bias, float32, its last rows divided by s."""
     made = parameter.float().clone()
     matrix = made if made.ndim == 1 else matrix_of(module, made)  # a view: [N] or [N, K]
     divisor = fold.of_rows(s)
@@ -107,7 +108,7 @@ def _divided_rows(fold: Fold, s: Tensor, parameter: Tensor, module: nn.Module) -
 
 @torch.no_grad()
 def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
-    """The folds of block `index`, whose weights are loaded; hidden [B, T, H]: a batch it may be given."""
+    """The folds of block `index`, whose weights must be loaded; hidden [B, T, H]: a batch of its inputs."""
     observed, plain = _observe(skeleton, index, hidden)
     found = [*_norm_folds(skeleton, index, observed), *_row_folds(skeleton, index)]
     if _unmoved(skeleton, index, hidden, plain, found):
@@ -117,14 +118,14 @@ def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """In a forward: what each linear module read, and what each module with a weight vector gave."""
+    """From one forward: the input of each linear module, and the output of each norm (a module with a weight vector)."""
 
     read: dict[str, Tensor]
     gave: dict[str, Tensor]
 
 
 def _observe(skeleton: Skeleton, index: int, hidden: Tensor) -> tuple[_Observed, Tensor]:
-    """Run the block; also what it gives."""
+    """Run the block and observe it; also its output."""
     observed, hooks = _Observed({}, {}), []
     linears = skeleton.linears(index)
     for name, module in _named(skeleton, index):
@@ -147,7 +148,7 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _norm_folds(skeleton: Skeleton, index: int, observed: _Observed) -> list[Fold]:
-    """Norms whose output is, memory for memory, what linear modules read."""
+    """Norms whose output is the very tensor that linear modules read (same memory)."""
     folds = []
     for norm, out in observed.gave.items():
         readers = [name for name, x in observed.read.items() if _same(x, out)]
@@ -162,7 +163,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _offset(norm: nn.Module, like: Tensor) -> float:
-    """1 if the norm multiplies by (1 + weight): with a weight of zeros such a norm still gives something."""
+    """1 if the norm multiplies by (1 + weight): with a weight of zeros its output is not zero."""
     zeros = {name: torch.zeros_like(p) for name, p in norm.named_parameters(recurse=False)}
     ramp = torch.arange(like.shape[-1], dtype=like.dtype, device=like.device)[None, None]
     out = torch.func.functional_call(norm, zeros, (ramp,))
@@ -192,7 +193,7 @@ def _shape(linear: nn.Module) -> torch.Size:
 
 
 def _siblings(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Full names of both members of a pair, where both stand in one module."""
+    """Full names of both members of a pair, wherever one module has both."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         for producer, reader in pairs:
@@ -201,7 +202,7 @@ def _siblings(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Iterato
 
 
 def _unmoved(skeleton: Skeleton, index: int, hidden: Tensor, plain: Tensor, folds: list[Fold]) -> bool:
-    """Whether the block still gives `plain` when these folds take random powers of two."""
+    """Whether the block's output is still `plain` with random powers of two in these folds."""
     linears = skeleton.linears(index)
     state = dict(skeleton.blocks[index].named_parameters())
     weights: dict[str, Tensor] = {f"{skeleton.block_prefix}.{index}.{name}": p.detach() for name, p in state.items()}
@@ -212,6 +213,6 @@ def _unmoved(skeleton: Skeleton, index: int, hidden: Tensor, plain: Tensor, fold
         s = fold.tied(torch.exp2(drawn.float()), "amax")
         changed, _ = applied(fold, s, {**weights, **own}, linears)
         own |= {name: tensor.to(skeleton.dtype) for name, tensor in changed.items()}
-    after = skeleton.run_with(index, hidden, own)
-    moved = (after.float() - plain.float()).norm() / (plain.float() - hidden.float()).norm().clamp(min=1e-30)
+    after, before, given = (skeleton.stream(x).float() for x in (skeleton.run_with(index, hidden, own), plain, hidden))
+    moved = (after - before).norm() / (before - given).norm().clamp(min=1e-30)
     return bool(moved < (MOVED_ROUNDING if any(fold.offset for fold in folds) else MOVED))

@@ -1,9 +1,9 @@
-"""A temperature for the logits: one factor on the last norm, chosen on the calibration text within a bound on KL.
+"""Output temperature: one factor on all logits, chosen on the calibration text within a bound on KL, folded into the last norm.
 
-A factor s on all logits is temperature scaling (Guo et al. 2017, arXiv:1706.04599), and costs nothing where the last norm takes
-it in. Rounding leaves predictions less sure, or surer, than the float model's, and most models are surer than what they read
-allows. In s, KL to the float model is a parabola, lowest near 1, while −log p of the text is nearly a line there: a little of
-one buys much of the other. `budget` says how much: a share of the KL that rounding cost.
+Temperature scaling (Guo et al. 2017, arXiv:1706.04599) costs nothing at run time where the last norm's weight takes the factor
+s in. Quantization makes predictions less or more confident than the float model's, and most models are overconfident. As
+functions of s, KL to the float model is a parabola with its minimum near 1, while −log p of the text is nearly a line there: a
+small rise of KL buys a large fall of −log p. `budget` bounds the rise, as a share of the least KL.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +15,10 @@ from torch import Tensor
 from bitwright.errors import RecipeError
 from bitwright.models.skeleton import Skeleton
 
-STEP = 0.01  # how far from 1 the two other factors lie that are tried
-TOKENS = 16384  # are enough for one number
+STEP = 0.01  # distance from 1 of the two other factors that are measured
+TOKENS = 16384  # most tokens measured on
 LOGITS_AT_ONCE = 1 << 24
-PROOF = 2.0  # a power of two: only a norm that multiplies otherwise moves the digits
+PROOF = 2.0  # test factor; a power of two changes no mantissas
 Three = tuple[float, float, float]  # a mean over tokens at the factors 1 − STEP, 1 and 1 + STEP
 
 
@@ -30,13 +30,12 @@ def with_output_temperature(
     tokens: Tensor,
     budget: float,
 ) -> dict[str, Tensor]:
-    """The vectors between the last block and the logits, times the factor that is chosen; float32.
+    """The weight vectors between the last block and the logits (the last norm), times the chosen factor; float32.
 
-    weights  the float parameters outside the blocks, by name; rounded: those of them that were rounded, as they are decoded
-    streams  what the last block gives, as rounded and in float, for the tokens [S, T]: batches [B, T, H]
-    budget   how much KL may rise above the least that a factor can make it, as a share of that. An embedding that is the head
-             is rounded last, so the streams do not know of that: it will blur what they show
-    Raises RecipeError where no such vectors make the logits larger, as under a soft cap.
+    weights  float parameters outside the blocks, by name; rounded: the quantized ones among them, decoded
+    states   outputs of the last block, quantized model's and float model's, for the tokens [S, T]: batches [B, T, H]
+    budget   how much KL may rise above its least over all factors, as a share of that
+    Raises RecipeError where a factor on these vectors does not multiply the logits, as under a soft cap.
     """
     vectors = [name for name in skeleton.outer_names() if name in weights and weights[name].ndim == 1]
     offset = _offset(skeleton, weights, vectors, states[0][0][:1])
@@ -46,18 +45,19 @@ def with_output_temperature(
 
 
 def factor(kl: Three, loss: Three, budget: float, *, blurs: bool = False) -> float:
-    """The factor that makes −log p (loss) least among those that cost no more than the budget of KL.
+    """The factor of least −log p (loss) for which KL stays within the budget; by parabolas through the three points.
 
-    blurs: more rounding than these figures know of will make the model less sure: KL counts as least at 1 or above.
+    blurs: the embedding is the head too, and its rounding, not yet in these figures, will make predictions less confident:
+    the factor of least KL is taken to be 1 at least.
     """
-    least, flat = kl[1], (kl[0] + kl[2] - 2 * kl[1]) / STEP**2
-    nearest = (kl[0] - kl[2]) / (2 * STEP * flat)  # less 1: where KL is least
-    least -= flat * nearest**2 / 2
+    least, curvature = kl[1], (kl[0] + kl[2] - 2 * kl[1]) / STEP**2
+    nearest = (kl[0] - kl[2]) / (2 * STEP * curvature)  # factor of least KL, minus 1
+    least -= curvature * nearest**2 / 2
     nearest = max(nearest, 0.0) if blurs else nearest
-    room = sqrt(2 * budget * least / flat)
+    allowed = sqrt(2 * budget * least / curvature)
     slope, bend = (loss[2] - loss[0]) / (2 * STEP), (loss[0] + loss[2] - 2 * loss[1]) / STEP**2
     wanted = -slope / bend if bend > 0 else -copysign(inf, slope)
-    return 1 + min(max(wanted, nearest - room), nearest + room)
+    return 1 + min(max(wanted, nearest - allowed), nearest + allowed)
 
 
 def _costs(
@@ -67,7 +67,7 @@ def _costs(
     states: tuple[Sequence[Tensor], Sequence[Tensor]],
     tokens: Tensor,
 ) -> tuple[Three, Three]:
-    """KL(float ‖ rounded) and −log p of the tokens, both means, at the three factors."""
+    """Mean KL(float ‖ quantized) and mean −log p of the tokens, in nats, at the three factors."""
     sums, count = torch.zeros(2, 3, dtype=torch.float64), 0
     at_once = max(1, LOGITS_AT_ONCE // skeleton.config.get_text_config().vocab_size)
     for x, original, targets in _pieces(states, tokens, at_once):
@@ -88,7 +88,7 @@ def _costs(
 def _pieces(
     states: tuple[Sequence[Tensor], Sequence[Tensor]], tokens: Tensor, at_once: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Both streams [n, H] and the next tokens [n], some at a time, until there were enough."""
+    """Hidden states of both models [n, H] and the next tokens [n], piece by piece, up to `TOKENS`."""
     begin = 0
     for given, original in zip(*states, strict=True):
         targets = tokens[begin : begin + len(given), 1:].flatten()
@@ -100,12 +100,12 @@ def _pieces(
 
 
 def _offset(skeleton: Skeleton, weights: Mapping[str, Tensor], vectors: list[str], hidden: Tensor) -> float:
-    """0, or 1 for norms that multiply by 1 + weight (Gemma): by trying which one doubles the logits."""
+    """0, or 1 for norms that multiply by 1 + weight (Gemma): whichever lets the logits be doubled."""
     skeleton.load(dict(weights))
     plain = skeleton.head(hidden)
     for offset in (0.0, 1.0):
         skeleton.load({name: (weights[name].float() + offset) * PROOF - offset for name in vectors})
         if torch.allclose(skeleton.head(hidden), PROOF * plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
             return offset
-    remedy = "leave out temper"
+    remedy = "leave temper out of the recipe"
     raise RecipeError("no factor on the last norm multiplies this model's logits", where="temper", remedy=remedy)

@@ -1,8 +1,8 @@
-"""The rotation of a whole model: which parameters are multiplied by what, for the architectures where that is exact.
+"""The rotation of a whole model (see methods/rotate.py): which parameters are multiplied by what.
 
-It is exact where every block reads the residual stream through RMS norms and adds to it what plain matrices give. Norms
-behind those matrices (Gemma 2 and 3), norms that subtract a mean, and sums with learned positions do not commute with a
-rotation. Before anything is rounded, `check` runs the first block both ways.
+It is exact where every block reads the residual stream through RMS norms and adds outputs of plain matrices to it. Norms
+behind those matrices (Gemma 2 and 3), norms that subtract a mean, and learned positions added to the stream do not commute
+with a rotation. Before anything is rounded, `check` runs the first block both ways.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 VALUES, VALUES_READER = ("self_attn.v_proj", "self_attn.qkv_proj"), "self_attn.o_proj"
 ONLINE = "mlp.down_proj"
 EMBEDDING, LAST_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-MOVED = 1e-3  # relative difference that float32 may cause
+MOVED = 1e-3  # largest relative difference between the two ways, in float32
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """rotate: the options; offset: what norms add to their weights; groups, head: how many value heads, of what length."""
+    """A model's rotation. rotate: options; offset: 1 where norms multiply by 1 + weight; groups, head: value heads, size."""
 
     rotate: Rotate
     offset: float
@@ -42,7 +42,7 @@ class Rotation:
 
     @classmethod
     def of(cls, rotate: Rotate, config: PretrainedConfig) -> "Rotation":
-        """For a model of this config. RecipeError for an architecture that cannot be rotated."""
+        """The rotation for a model of this config. RecipeError for an architecture that cannot be rotated exactly."""
         kind = config.model_type
         if kind not in ROTATABLE:
             message = f"models of type {kind!r} cannot be rotated exactly"
@@ -52,7 +52,7 @@ class Rotation:
         return cls(rotate, ROTATABLE[kind], getattr(config, "num_key_value_heads", None) or heads, head)
 
     def online_block(self, module: str, K: int) -> int:
-        """The block of the rotation that a module's inputs get at run time; 0: none."""
+        """Block length of the online rotation of a module's inputs; 0: none."""
         return block_of(K) if self.rotate.online and module.endswith(f".{ONLINE}") else 0
 
     def block(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -76,15 +76,15 @@ class Rotation:
         return {prefix + name: tensor for name, tensor in now.items()}
 
     def _values(self, made: Tensor) -> Tensor:
-        """The last rows make the values."""
+        """A matrix or bias whose last rows make the values (a fused one has queries and keys before): rotated by heads."""
         kept, rows = made[: len(made) - self.groups * self.head], made[len(made) - self.groups * self.head :]
         rotated = by_heads(rows, self.head, rows=True) if rows.ndim == 2 else by_heads(rows, self.head, rows=False)
         return torch.cat([kept.float(), rotated])
 
     def outer(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters outside the blocks, rotated; those that are not all there (the head, say) as far as they are.
+        """The parameters outside the blocks, rotated, as far as they are given.
 
-        The head takes in the last norm's weights, so both must come together.
+        The last norm's weights are folded into the head, so both must be given together.
         """
         now = dict(weights)
         if EMBEDDING in now:
@@ -97,9 +97,10 @@ class Rotation:
 
     @torch.no_grad()
     def check(self, skeleton: Skeleton, weights: Mapping[str, Tensor], hidden: Tensor) -> None:
-        """RecipeError unless the first block, rotated, gives its rotated output for rotated inputs [B, T, H].
+        """RecipeError unless the rotated first block maps rotated inputs [B, T, H] to rotated outputs.
 
-        weights: its float parameters, by name; `skeleton.embed` has seen a batch of this size. None remain loaded.
+        weights: the block's float parameters by name, none of which remain loaded; `skeleton.embed` must have run on a batch
+        of this shape.
         """
         prefix = f"{skeleton.block_prefix}.0."
         skeleton.load(dict(weights))

@@ -1,0 +1,117 @@
+"""Quantized mixtures of experts: how much an expert that few tokens reach should borrow from all tokens of its layer.
+
+    python -m bench.experts [--model bench/mixture] [--schemes int4-g64,int3-g64] [--windows 8,64] [--peer]
+
+Calibrated on windows of 256 tokens of Python's standard library, judged on its held-out modules. For each scheme and number
+of windows: RTN; GPTQ on each expert's own Gram alone (prior 0), with RTN for experts that saw fewer tokens than their inputs
+have channels, and with priors of so many tokens (the package's own marked *); with --peer llm-compressor's GPTQ on the same
+tokens (needs `bench/peers/install.sh llmcompressor`).
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+
+import bitwright
+from bench.measure import OUT, ROOT, run, table
+from bitwright.calibration import observe_experts
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.windows import draw, load_tokenizer
+
+MODEL, TEXT, SEQLEN, TOKENS = ROOT / "bench/mixture", "stdlib-heldout", 256, 16384
+PRIORS = (0.0, 8.0, 32.0, 128.0, 512.0)
+PEER = ROOT / "bench/peers/envs/llmcompressor/bin/python", ROOT / "bench/peers/llmcompressor_gptq.py"
+
+
+@contextmanager
+def borrowing(prior: float) -> Iterator[None]:
+    """Let all tokens of a layer count for so many tokens."""
+    with patch.object(observe_experts, "PRIOR", prior):
+        yield
+
+
+@contextmanager
+def rounding_rare_experts() -> Iterator[None]:
+    """Let the Gram of an expert that saw fewer tokens than it has channels say nothing: GPTQ under it is RTN."""
+    taken = observe_experts._Layer._inputs
+
+    def inputs(layer: observe_experts._Layer, *rest: object) -> Inputs:
+        found = taken(layer, *rest)  # type: ignore[arg-type]
+        assert found.gram is not None
+        rare = found.tokens < len(found.gram)
+        return replace(found, gram=torch.eye(len(found.gram)), drift=None) if rare else found
+
+    with borrowing(0.0), patch.object(observe_experts._Layer, "_inputs", inputs):
+        yield
+
+
+def judged(model: Path, out: Path) -> str:
+    e = bitwright.evaluate(out, text=TEXT, reference=model, seqlen=SEQLEN, tokens=TOKENS)
+    shutil.rmtree(out)
+    return f"{e.kl_mean:.5f} ± {e.kl_stderr:.5f}"
+
+
+def ours(model: Path, out: Path, scheme: str, windows: int, method: str) -> str:
+    bitwright.quantize(model, out, scheme=scheme, method=method, calib="stdlib", samples=windows, seqlen=SEQLEN)
+    return judged(model, out)
+
+
+def theirs(model: Path, out: Path, scheme: str, windows: int) -> str:
+    drawn = draw(load_tokenizer(model), "stdlib", samples=windows, seqlen=SEQLEN, vocabulary=1 << 30, seed=0)
+    save_file({"input_ids": drawn.seen}, tokens := out.with_suffix(".safetensors"))
+    bits, group = scheme.removeprefix("int").split("-g")
+    run([*map(str, PEER), str(model), str(out), "--tokens", str(tokens), "--bits", bits, "--group", group, "--sym"])
+    return judged(model, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--schemes", default="int4-g64,int3-g64")
+    parser.add_argument("--windows", default="8,64")
+    parser.add_argument("--methods", default="gptq")
+    parser.add_argument("--peer", action="store_true")
+    args = parser.parse_args()
+    out, own = OUT / "experts/out", observe_experts.PRIOR
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    rows: list[list[str]] = []
+
+    def add(scheme: str, windows: int, what: str, cell: str) -> None:
+        rows.append([scheme, str(windows), what, cell])
+        print("  ".join(rows[-1]), flush=True)
+
+    for scheme in args.schemes.split(","):
+        for windows in map(int, args.windows.split(",")):
+            add(scheme, windows, "rtn", ours(args.model, out, scheme, windows, "rtn"))
+            for method in args.methods.split(","):
+                with rounding_rare_experts():
+                    add(
+                        scheme,
+                        windows,
+                        f"{method}, RTN for rare experts",
+                        ours(args.model, out, scheme, windows, method),
+                    )
+                for prior in PRIORS:
+                    mark = "*" if prior == own else ""
+                    with borrowing(prior):
+                        add(
+                            scheme,
+                            windows,
+                            f"{method}, prior {prior:g}{mark}",
+                            ours(args.model, out, scheme, windows, method),
+                        )
+            if args.peer:
+                add(scheme, windows, "llm-compressor gptq", theirs(args.model, out, scheme, windows))
+    print(table(["scheme", "windows", "method", "KL"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Statistics of what the experts of a layer are handed: each has its own, of the tokens that the router sends it.
+
+All are taken of one record of what the layer is handed, so that the block is run once however many experts there are, and
+memory is the statistics of one expert. An expert that few tokens reach is not judged by those alone: some of all tokens of
+the layer are let through it too. Their weight together is `PRIOR` tokens, so its Gram is
+
+    (n G_own + PRIOR G_all) / (n + PRIOR),    n: tokens of its own,
+
+the mean of a prior that is worth so many tokens; without tokens of its own it is G_all. How `PRIOR` was chosen: docs/log.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.input_statistics import Gathering, Inputs
+from bitwright.calibration.observe import BlockRun, FloatStream, Group, Mixture, observe
+from bitwright.models.experts import DOWN, Experts
+
+PRIOR = 32.0  # tokens that all tokens of the layer count for beside an expert's own
+SAMPLE = 1024  # tokens of the layer that stand for all of them
+ENOUGH = 4  # tokens for each channel of its inputs: beyond that an expert is judged by its own alone
+
+
+def statistics_in_order(
+    run: BlockRun,
+    given: Sequence[Tensor],
+    stage: Group | Mixture,
+    floats: FloatStream | None = None,
+    *,
+    detailed: bool = False,
+    by_residual: bool = False,
+) -> Iterator[Inputs]:
+    """Statistics of one group of modules, or of experts one after the other: then each is taken when it is asked for, behind
+    what `run` holds quantized by then. Arguments as of `observe`."""
+    if isinstance(stage, Group):
+        yield from observe(run, given, [stage], floats, by_residual=by_residual, detailed=detailed)
+        return
+    layer = _Layer.of(run, given, stage, floats, detailed)
+    for e in range(layer.experts.layout.E):
+        yield from layer.expert(e)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer of experts is handed: tokens x [n, H], those of the float model in their place; whom each token goes to."""
+
+    run: BlockRun
+    float_run: BlockRun | None
+    experts: Experts
+    mixture: Mixture
+    x: Tensor
+    original: Tensor | None
+    rows: dict[int, Tensor]
+    pool: Tensor
+    detailed: bool
+
+    @classmethod
+    def of(
+        cls, run: BlockRun, given: Sequence[Tensor], mixture: Mixture, floats: FloatStream | None, detailed: bool
+    ) -> "_Layer":
+        """Run the block as far as its experts, on all batches."""
+        experts = run.skeleton.model.get_submodule(mixture.name)
+        assert isinstance(experts, Experts)
+        handed = [run.handed(batch, mixture.name) for batch in given]
+        rows, at = dict[int, list[Tensor]](), 0
+        for x, *routes in handed:
+            for e, token, _ in experts.routed(x, *routes):
+                rows.setdefault(e, []).append(token + at)
+            at += len(x)
+        x = torch.cat([one[0] for one in handed])
+        routed = len(handed[0]) > 1  # else x holds the tokens once for each expert, scaled: none is another's
+        of_floats = floats if routed else None
+        original = None
+        if of_floats is not None:
+            original = torch.cat([of_floats.run.handed(batch, mixture.name)[0] for batch in of_floats.batches])
+        seen = torch.arange(len(x)) if routed else x.any(-1).nonzero()[:, 0]
+        return cls(
+            run, None if of_floats is None else of_floats.run, experts, mixture, x, original,
+            {e: torch.cat(parts) for e, parts in rows.items()}, seen[:: max(1, len(seen) // SAMPLE)], detailed,
+        )  # fmt: skip
+
+    def expert(self, e: int) -> Iterator[Inputs]:
+        """What gate and up of expert e read, and then what down reads."""
+        own = self.rows.get(e, torch.empty(0, dtype=torch.long))
+        few = len(own) < ENOUGH * self.x.shape[1]
+        rows = torch.cat([own, self.pool]) if few else own
+        counting = torch.ones(len(rows))
+        counting[len(own) :] = PRIOR / max(1, len(self.pool))
+        names = [name for name in self.mixture.names if name.startswith(f"{self.mixture.name}.{e}.")]
+        x, original = self.x[rows], None if self.original is None else self.original[rows]
+        for down in (False, True):
+            some = tuple(name for name in names if name.endswith(f".{DOWN}") is down)
+            if down and some:
+                x = self.run.expert_inner(self.mixture.name, e, x)
+                if original is not None and self.float_run is not None:
+                    original = self.float_run.expert_inner(self.mixture.name, e, original)
+            if some:
+                yield self._inputs(some, x, original, counting, len(own))
+
+    def _inputs(
+        self, names: tuple[str, ...], x: Tensor, original: Tensor | None, counting: Tensor, tokens: int
+    ) -> Inputs:
+        gathering = Gathering.of(x, detailed=self.detailed, expected=len(x))
+        gathering.update(x, original, None, counting)
+        return replace(gathering.value(), names=names, tokens=tokens, borrowed=len(x) - tokens)

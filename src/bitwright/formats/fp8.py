@@ -1,0 +1,98 @@
+"""FP8 files of `quant_method: fp8`, read: DeepSeek V3's blocks, and a scale for each matrix or row (AutoFP8, transformers).
+
+weight             float8_e4m3fn [N, K]
+weight_scale_inv   [⌈N/n⌉, ⌈K/k⌉] for blocks n × k (`weight_block_size`); one number, or one a row, without; w = code · scale,
+                   whatever its name says. float32, bfloat16 or float8_e8m0fnu
+weight_scale       the same, as AutoFP8 calls it
+activation_scale,  one number, for `activation_scheme: static`; inputs are otherwise rounded as they come: in groups of k, or by
+input_scale        token where there are no blocks
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import FormatError
+from bitwright.formats.format import Read, recovered
+from bitwright.numerics.input_quantization import InputQuantization
+from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.scheme import CHANNEL, GROUPS, TENSOR, TOKEN, Scheme
+
+SCALES = ("weight_scale_inv", "weight_scale")
+INPUTS = ("activation_scale", "input_scale")
+
+
+class Fp8:
+    """FP8 in blocks, by row or by matrix."""
+
+    name = "fp8"
+    method = "fp8"
+    parts = frozenset(("weight", *SCALES, *INPUTS))
+
+    def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """See `CheckpointReader.holds`."""
+        return dtypes.get("weight") == torch.float8_e4m3fn and any(suffix in dtypes for suffix in SCALES)
+
+    def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+        """See `CheckpointReader.module_config`."""
+        block = config.get("weight_block_size")
+        known = block is None or (
+            isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+        )
+        if not known or config.get("activation_scheme", "dynamic") not in ("dynamic", "static"):
+            found = f"weight_block_size {block!r}, activation_scheme {config.get('activation_scheme')!r}"
+            raise FormatError(
+                f"FP8 with {found} is not read here", where=name, remedy="[rows, columns]; dynamic or static"
+            )
+        return config
+
+    def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
+        """See `Reader.input_quantization`."""
+        block = self.module_config(config, name).get("weight_block_size")
+        if config.get("activation_scheme", "dynamic") == "dynamic":
+            if block is not None and block[1] not in GROUPS:
+                raise FormatError(f"inputs in groups of {block[1]} are not computed here", where=name)
+            return InputQuantization(Scheme("fp8", TOKEN if block is None else block[1], "sym", "f32"))
+        scale = next((found for found in map(read, INPUTS) if found is not None), None)
+        if scale is None or scale.numel() != 1:
+            raise FormatError("its inputs are rounded to a range that the file lacks", where=name)
+        return InputQuantization(Scheme("fp8", TENSOR, "sym", "f32"), Scales(scale.float().view(1, 1)))
+
+    def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """See `Reader.decode`."""
+        w = tensors["weight"].float()
+        scale, (rows, columns) = _scale(self.module_config(config, name), name, tensors)
+        each = scale.repeat_interleave(rows, 0)[: len(w)].repeat_interleave(columns, 1)[:, : w.shape[1]]
+        return w * each
+
+    def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
+        """See `Reader.quantized`; None for blocks of other widths than groups are here."""
+        N, K = tensors["weight"].shape
+        scale, (rows, columns) = _scale(self.module_config(config, name), name, tensors)
+        if columns < K and columns not in GROUPS:
+            return None
+        group = TENSOR if scale.numel() == 1 else CHANNEL if columns >= K else columns
+        scale = scale if group == TENSOR else scale.repeat_interleave(rows, 0)[:N].contiguous()
+        return recovered(self.decode(config, name, tensors), Scheme("fp8", group, "sym", "f32"), Scales(scale), name)
+
+
+def _scale(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
+    """The scales as a table [R, C] float32, and how many rows and columns of the matrix share one.
+
+    FormatError for one that does not fit the matrix.
+    """
+    (N, K), block = tensors["weight"].shape, config.get("weight_block_size")
+    suffix = next(suffix for suffix in SCALES if suffix in tensors)
+    scale = tensors[suffix].float()
+    scale = scale.view(1, 1) if block is not None and scale.ndim == 0 else scale
+    if block is not None and scale.shape == (-(-N // block[0]), -(-K // block[1])):
+        return scale, (block[0], block[1])
+    if block is None and scale.numel() == 1:
+        return scale.view(1, 1), (N, K)
+    if block is None and scale.shape in ((N,), (N, 1)):
+        return scale.view(N, 1), (1, K)
+    meant = "one number, or one a row" if block is None else f"one number for {block[0]} × {block[1]} weights"
+    message = f"{suffix} {tuple(scale.shape)} is not {meant} of {N} × {K}"
+    raise FormatError(message, where=name, remedy="get a good copy of the checkpoint, with its weight_block_size")

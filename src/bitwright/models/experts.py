@@ -1,0 +1,204 @@
+"""Mixtures of experts, with one Linear for each expert and matrix.
+
+transformers keeps the matrices of all experts of a layer in one three-dimensional parameter. Files hold them one by one or
+fused, engines read quantized ones one by one, and each expert has statistics of its own: so a skeleton holds them one by one,
+named as most files do: `experts.3.gate_proj`, `experts.3.up_proj`, `experts.3.down_proj`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint, TensorInfo
+
+FIRST, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
+BIAS = "_bias"  # what a fused parameter of biases is called beside its matrices
+NORM = "post_expert_norm"
+BLOCK = 32  # weights of MXFP4 under one scale
+SCALED = (
+    "Llama4TextExperts",
+)  # which are handed E copies of the tokens, one for each expert, scaled by the router's shares
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How a module of transformers holds its E experts, each of I hidden units on inputs of H channels.
+
+    transposed    matrices are [E, K, N] rather than [E, N, K]
+    concatenated  rows of gate and up follow one another; else they take turns
+    """
+
+    E: int
+    I: int  # noqa: E741
+    H: int
+    gated: bool
+    biased: bool
+    transposed: bool
+    concatenated: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Fused | None":
+        """The layout of a module that fuses experts; None for any other."""
+        own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        first = next((name for name in (FIRST, UP) if name in own), "")
+        if not first or DOWN not in own or len(own[DOWN]) != 3:
+            return None
+        transposed = bool(getattr(module, "is_transposed", type(module).__name__ in SCALED))
+        E, I, H = own[DOWN] if transposed else (own[DOWN][0], own[DOWN][2], own[DOWN][1])  # noqa: E741
+        biased = DOWN + BIAS in own
+        return cls(E, I, H, first == FIRST, biased, transposed, bool(getattr(module, "is_concatenated", True)))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The fused parameters and their shapes, as `transposed` has them."""
+        first, N = (FIRST, 2 * self.I) if self.gated else (UP, self.I)
+        matrices = {first: (N, self.H), DOWN: (self.H, self.I)}
+        turned = {n: (self.E, *(shape[::-1] if self.transposed else shape)) for n, shape in matrices.items()}
+        return turned | ({n + BIAS: (self.E, shape[0]) for n, shape in matrices.items()} if self.biased else {})
+
+    def parts(self, fused: str) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
+        """What a fused parameter holds of each expert: its name below the expert, its shape, and what takes it from the
+        expert's slice."""
+        matrix, bias = fused.removesuffix(BIAS), fused.endswith(BIAS)
+        N, K = (self.H, self.I) if matrix == DOWN else (self.I, self.H)
+        halves = {matrix: slice(None)}
+        if matrix == FIRST:
+            both = (slice(N), slice(N, None)) if self.concatenated else (slice(0, None, 2), slice(1, None, 2))
+            halves = dict(zip((GATE, UP), both, strict=True))
+        for name, rows in halves.items():
+            yield f"{name}.{'bias' if bias else 'weight'}", (N,) if bias else (N, K), partial(self._take, rows)
+
+    def _take(self, rows: slice, one: Tensor) -> Tensor:
+        """Some rows of what a fused parameter holds of one expert."""
+        return (one.T if self.transposed and one.ndim == 2 else one)[rows].contiguous()
+
+
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate."""
+
+    def __init__(self, layout: Fused, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        I, H = layout.I, layout.H  # noqa: E741
+        if layout.gated:
+            self.gate_proj = nn.Linear(H, I, bias=layout.biased, device="meta")
+        self.up_proj = nn.Linear(H, I, bias=layout.biased, device="meta")
+        self.down_proj = nn.Linear(I, H, bias=layout.biased, device="meta")
+        self.layout = layout
+        self.act = (
+            act  # of gate and up together, as the model's class lays them out, [n, 2 I] -> [n, I]; or of up alone
+        )
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What down_proj reads [n, I], for tokens x [n, H]."""
+        if not self.layout.gated:
+            return self.act(self.up_proj(x))
+        both = (self.gate_proj(x), self.up_proj(x))
+        return self.act(torch.cat(both, -1) if self.layout.concatenated else torch.stack(both, -1).flatten(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, H] -> [n, H]."""
+        return self.down_proj(self.inner(x))
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, in the place of the module that fuses them, and called as that was."""
+
+    def __init__(self, fused: Any, layout: Fused) -> None:
+        for name in layout.shapes:
+            del fused._parameters[name]
+        norm = dict(fused.named_children()).get(NORM) if getattr(fused, "has_post_expert_norm", False) else None
+        left = [n for n, _ in fused.named_parameters() if not (norm is not None and n.startswith(f"{NORM}."))]
+        if left:
+            kind = type(fused).__name__
+            raise CheckpointError(f"experts of type {kind} also hold {left[0]}, which is not known here")
+        own = getattr(fused, "_apply_gate", None) if layout.gated else fused.act_fn
+        act = partial(_gated, fused.act_fn) if own is None else own
+        super().__init__(Expert(layout, act) for _ in range(layout.E))
+        self.layout = layout
+        if norm is not None:
+            self.add_module(NORM, norm)
+        self.norm = norm
+
+    def forward(self, hidden_states: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
+        """Tokens [T, H], the experts that the router sends each to [T, k], and their shares [T, k] -> [T, H].
+
+        Llama 4's: tokens [E T, H], those of each expert scaled already, zero where it is not to see them -> [E T, H].
+        """
+        out = torch.zeros_like(hidden_states)
+        for e, token, share in self.routed(hidden_states, *routes, *named.values()):
+            given = self[e](hidden_states[token])
+            given = given if self.norm is None else self.norm(given)
+            out.index_add_(0, token, (given if share is None else given * share).to(out.dtype))
+        return out
+
+    def routed(self, hidden_states: Tensor, *routes: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Each expert that sees tokens: its number, theirs [n], and their shares [n, 1]; None: they are scaled already."""
+        if not routes:
+            each = len(hidden_states) // self.layout.E
+            seen = hidden_states.view(self.layout.E, each, -1).any(-1)
+            for e in seen.any(1).nonzero()[:, 0].tolist():
+                yield e, seen[e].nonzero()[:, 0] + e * each, None
+            return
+        index, shares = routes
+        for e in index.unique().tolist():
+            if e < self.layout.E:  # one more means nobody
+                token, at = torch.where(index == e)
+                yield e, token, shares[token, at, None]
+
+
+def _gated(act: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
+    """act(gate) · up of both [n, 2 I] -> [n, I]."""
+    gate, up = both.chunk(2, -1)
+    return act(gate) * up
+
+
+def one_by_one(model: nn.Module) -> dict[str, Fused]:
+    """Replace every module of the model that fuses experts; their full names, and how they were fused."""
+    found = {name: layout for name, module in model.named_modules() if (layout := Fused.of(module)) is not None}
+    for name, layout in found.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, Experts(model.get_submodule(name), layout))
+    return found
+
+
+def split(checkpoint: Checkpoint, source: str, name: str, fused: str, layout: Fused) -> None:
+    """Let a checkpoint's tensor `source`, the parameter `fused` of the experts `name`, be found as one tensor for each expert
+    and matrix, named as in the skeleton. CheckpointError if it has another shape than config.json means."""
+    info, meant = checkpoint.tensors[source], layout.shapes[fused]
+    if info.shape != meant:
+        message = f"tensor {source!r} has shape {info.shape}, config.json means {meant}: [experts, rows, columns]"
+        remedy = "config.json and weights must belong together"
+        raise CheckpointError(message, where=str(info.file), remedy=remedy)
+    each = info.nbytes // layout.E
+    del checkpoint.tensors[source]
+    for e in range(layout.E):
+        for leaf, shape, take in layout.parts(fused):
+            at = info.offset + e * each
+            checkpoint.tensors[f"{name}.{e}.{leaf}"] = TensorInfo(info.file, at, info.dtype, shape, meant[1:], take)
+
+
+def split_blocks(checkpoint: Checkpoint, name: str, layout: Fused) -> None:
+    """The same for experts in MXFP4, whose tensors hold blocks of 32 weights, and their scales, for [E, N, K].
+
+    Each expert's are called `weight_blocks` and `weight_scales`. CheckpointError for tensors of other shapes than are meant.
+    """
+    rows_first = replace(layout, transposed=False)
+    for fused, (E, N, K) in [item for item in rows_first.shapes.items() if len(item[1]) == 3]:
+        for suffix, stored in (("blocks", (N, K // BLOCK, BLOCK // 2)), ("scales", (N, K // BLOCK))):
+            info = checkpoint.tensors.pop(f"{name}.{fused}_{suffix}", None)
+            if info is None:
+                continue
+            if info.shape != (E, *stored):
+                message = f"tensor {name}.{fused}_{suffix} has shape {info.shape}, config.json means {(E, *stored)}"
+                raise CheckpointError(message, where=str(info.file), remedy="get a good copy of the checkpoint")
+            for e in range(E):
+                at = info.offset + e * (info.nbytes // E)
+                for leaf, shape, take in rows_first.parts(fused):
+                    own = (shape[0], *stored[1:])
+                    part = TensorInfo(info.file, at, info.dtype, own, stored, take)
+                    checkpoint.tensors[f"{name}.{e}.{leaf}_{suffix}"] = part
