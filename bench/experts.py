@@ -25,7 +25,7 @@ from bitwright.calibration import observe_experts
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.windows import draw, load_tokenizer
 
-MODEL, TEXT, SEQLEN = ROOT / "bench/mixture", "stdlib-heldout", 256
+MODEL, TEXT, SEQLEN, TOKENS = ROOT / "bench/mixture", "stdlib-heldout", 256, 16384
 PRIORS = (0.0, 8.0, 32.0, 128.0, 512.0)
 PEER = ROOT / "bench/peers/envs/llmcompressor/bin/python", ROOT / "bench/peers/llmcompressor_gptq.py"
 
@@ -53,7 +53,7 @@ def rounding_rare_experts() -> Iterator[None]:
 
 
 def judged(model: Path, out: Path) -> str:
-    e = bitwright.evaluate(out, text=TEXT, reference=model, seqlen=SEQLEN)
+    e = bitwright.evaluate(out, text=TEXT, reference=model, seqlen=SEQLEN, tokens=TOKENS)
     shutil.rmtree(out)
     return f"{e.kl_mean:.5f} ± {e.kl_stderr:.5f}"
 

@@ -179,11 +179,20 @@ def compared(case: Case, mix: str, how: list[str], work: Path, source: Path, ima
     tool("llama-quantize", "--imatrix", str(imatrix), str(source), str(theirs), mix, "2")
     ours, peer = judged(mine, case), judged(theirs, case)
     return [
-        case.model.name, mix, f"{mine.stat().st_size:,}", f"{theirs.stat().st_size:,}", types_differ(mine, theirs),
-        f"{ours['kl_mean']:.5f} ± {ours['kl_stderr']:.5f}", f"{peer['kl_mean']:.5f} ± {peer['kl_stderr']:.5f}",
-        f"{100 * (1 - ours['kl_mean'] / peer['kl_mean']):.0f} %", f"{ours['perplexity']:.3f}", f"{peer['perplexity']:.3f}",
-        difference(mine, theirs, case), *disagreement(case, mine, work), f"{done.seconds:.1f}",
-    ]  # fmt: skip
+        case.model.name,
+        mix,
+        f"{mine.stat().st_size:,}",
+        f"{theirs.stat().st_size:,}",
+        types_differ(mine, theirs),
+        f"{ours['kl_mean']:.5f} ± {ours['kl_stderr']:.5f}",
+        f"{peer['kl_mean']:.5f} ± {peer['kl_stderr']:.5f}",
+        f"{100 * (1 - ours['kl_mean'] / peer['kl_mean']):.0f} %",
+        f"{ours['perplexity']:.3f}",
+        f"{peer['perplexity']:.3f}",
+        difference(mine, theirs, case),
+        *disagreement(case, mine, work),
+        f"{done.seconds:.1f}",
+    ]
 
 
 def main() -> None:

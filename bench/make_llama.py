@@ -28,9 +28,14 @@ def block(c: dict[str, int], i: int) -> dict[str, torch.Tensor]:
     h, m = c["hidden_size"], c["intermediate_size"]
     kv = h // c["num_attention_heads"] * c["num_key_value_heads"]
     shapes = {
-        "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
-        "mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m),
-    }  # fmt: skip
+        "self_attn.q_proj": (h, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, h),
+        "mlp.gate_proj": (m, h),
+        "mlp.up_proj": (m, h),
+        "mlp.down_proj": (h, m),
+    }
     tensors = {name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in shapes.items()}
     norms = {name: torch.ones(h, dtype=torch.bfloat16) for name in ("input_layernorm", "post_attention_layernorm")}
     return {f"model.layers.{i}.{name}.weight": t for name, t in {**tensors, **norms}.items()}
@@ -58,10 +63,17 @@ def main() -> None:
         weight_map |= dict.fromkeys(tensors, name)
     (args.out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
-        "tie_word_embeddings": False, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 0,
-        "eos_token_id": 0, **c,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **c,
+    }
     (args.out / "config.json").write_text(json.dumps(config))
     for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, args.out)

@@ -64,10 +64,15 @@ def shown(r: dict[str, float | str]) -> list[str]:
     """A row of the table."""
     bits = "–" if r["name"] in PEERS else f"{r['bits_per_weight']:.2f}"
     return [
-        str(r["scheme"]), str(r["name"]), bits, f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
-        f"{r['kl_mean']:.5f} ± {r['kl_stderr']:.5f}", f"{100 * float(r['top1']):.2f} %", f"{r['seconds']:.1f}",
+        str(r["scheme"]),
+        str(r["name"]),
+        bits,
+        f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
+        f"{r['kl_mean']:.5f} ± {r['kl_stderr']:.5f}",
+        f"{100 * float(r['top1']):.2f} %",
+        f"{r['seconds']:.1f}",
         f"{r['megabytes']:.0f}",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ namespace bitwright {
 enum Zero { SYM, ASYM, MIN };
 enum Encoding { F32, F16, BF16, E8M0 };
 
-// What rounding must know of a Scheme.
+// A Scheme as the rounding kernels take it.
 struct Format {
     int zero;               // Zero; both kinds of integer zero points are ASYM
     int encoding;           // of a scale by itself
     float lo, hi;           // codes
     float first;            // lowest code that may be a zero point
     float span;             // hi - lo
-    float reach;            // the value that the largest |w| is sent to; 0: the scale is the mean |w|
+    float reach;            // the value that the largest |w| is mapped to; 0: the scale is the mean |w|
     bool turned;            // whether a scale is below 0 where the largest |w| is above
     int levels;             // length of the codebook; 0: the code is its own value
     float level[16];        // its values, rising
@@ -41,14 +41,14 @@ struct Search {
     bool quick;             // without a second rounding, under the scale of least squares
 };
 
-// Better integers and f16s for the scales of super-blocks of 256; methods/superblocks.py.
+// Refine the scales of super-blocks of 256: integers and f16s; methods/superblocks.py.
 struct Refine {
     const float *w;         // [N, K]
     const float *weight;    // [K] importance
-    const float *move;      // [moves, 2] what is tried around the integers of a group's scale and minimum
+    const float *move;      // [moves, 2] candidate steps of the integers of a group's scale and minimum
     float *scale, *zero;    // [N, G] in and out; zero null if the format has none
     float *outer, *outer_zero;  // [N, S] in and out
-    float low, high;        // the integers that there are
+    float low, high;        // the lowest and the highest integer
     ptrdiff_t K, g, moves, rounds;
 };
 
@@ -62,7 +62,7 @@ struct Encode {
     float *lost, *whole;
 };
 
-// What each row's rounding loses, and what there was to lose; loss.py.
+// Energy of each row's error, and of the row; numerics/loss.py.
 struct Missed {
     const float *w;         // [N, K]
     const float *weight;    // [K] importance
@@ -72,9 +72,9 @@ struct Missed {
     ptrdiff_t K, g;
 };
 
-// Round columns in turn, each error carried on to the later ones; methods/gptq.py.
+// GPTQ: round columns in turn, propagating each error to the later ones; methods/gptq.py.
 struct Columns {
-    float *target;             // [n, N] in: w with the errors of earlier columns; out: what each column aimed at
+    float *target;             // [n, N] in: w with the errors of earlier columns; out: each column's target
     const float *original;  // [n, N]
     const float *propagation;    // [n, n]
     const float *scale, *zero;  // [G, N]
@@ -87,18 +87,18 @@ struct Columns {
 // One pass of coordinate descent over whole groups; methods/coordinate_descent.py.
 struct Sweep {
     float *decoded;         // [n, N] in and out
-    float *pull;            // [n, N] in and out: H E'
+    float *pull;            // [n, N] in and out: (E H)', minus half the loss's gradient
     int8_t *codes;          // [n, N] in and out
     float *scale;           // [G, N] in and out
     const float *zero;      // [G, N] or null
     const float *H;         // [n, n], without the ridge
     const float *curvature; // [n] the diagonal of H with the ridge, floored
     float ridge;
-    bool solve;             // whether scales may move
+    bool solve;             // whether scales may change
     ptrdiff_t n, N, g, begin;  // begin: the first column's place in K
 };
 
-// One step of AutoRound on a matrix: its variables against the gradient, then what they stand for; methods/autoround.py.
+// One step of AutoRound on a matrix: its variables against the gradient, then the decoded weights; methods/autoround.py.
 struct Tune {
     const float *w, *base;  // [N, K]
     float *offset, *square; // [N, K] in and out; square: of the offset's gradient, a running mean
@@ -109,7 +109,7 @@ struct Tune {
     const void *gradient;   // [N, K] of the decoded weights, or null: only decode
     void *decoded;          // [N, K] out
     bool half;              // the two are bfloat16, otherwise float32
-    bool movable;           // whether scales may move
+    bool movable;           // whether scales may change
     float rate, scale_rate, fresh;  // steps; the share of the new gradient in the running mean
     ptrdiff_t K, g;
 };

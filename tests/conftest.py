@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: as the command line does
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads would be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gguf
 import numpy as np

@@ -44,6 +44,20 @@ def alike(printed: str, meant: str) -> bool:
     return words == wanted and numbers == pytest.approx(expected, rel=0.1, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["README", "docs/quickstart"])
+def test_the_chinese_page_has_the_english_one_s_commands_and_numbers(name: str) -> None:
+    """Words are translated; commands, without their comments, and the numbers in tables are the same on both, in order."""
+
+    def figures(page: str) -> tuple[list[str], list[str]]:
+        text = (DOCS.parent / page).read_text("utf-8")
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        commands = [line.split("#")[0].strip() for word, block in blocks if not word for line in block.splitlines()]
+        rows = "\n".join(re.findall(r"^\|.*", text, re.MULTILINE))
+        return commands, re.findall(r"\d+\.\d+|`[^`]+`", rows)
+
+    assert figures(f"{name}.zh.md") == figures(f"{name}.md")
+
+
 def test_every_figure_is_shown() -> None:
     """None is missing, and none lies about unused."""
     shown = {name for page in DOCS.rglob("*.md") for name in FIGURE.findall(page.read_text("utf-8"))}

@@ -23,6 +23,9 @@ case "${1:-}" in
         )
         bare=("gptqmodel==7.7.0")
         ;;
+    xllamacpp) # llama.cpp itself as a library, for bench.gguf_pretokenizers and bench.gguf_families
+        packages=("xllamacpp==2026.10.11549")
+        ;;
     llamacpp) # its tools, built from the source package of its Python binding, and its converter
         packages=("gguf==0.19.0" "transformers==5.23.0" "sentencepiece==0.2.3" "safetensors" "protobuf" "scikit-build-core")
         source="llama-cpp-python==0.3.36"
@@ -34,9 +37,10 @@ case "${1:-}" in
     onnxruntime)
         packages=("onnxruntime==1.32.0" "onnx==1.23.2" "transformers==5.23.0" "safetensors" "onnxscript")
         ;;
+    lmeval) packages=("lm_eval==0.4.13" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
     bitsandbytes) packages=("bitsandbytes==0.50.2") ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, minilm, onnxruntime, bitsandbytes" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, onnxruntime, lmeval, bitsandbytes" >&2
         exit 2
         ;;
 esac

@@ -47,8 +47,10 @@ def ours(job: Job, material: Material, out: Path) -> dict[str, Any]:
         how += ["--recipe", str(recipe)]
     how += [] if method == DEFAULT else ["--method", method]
     how += ["--activations", job.activations] if job.activations else []
-    done = run([*BITWRIGHT, "quantize", str(material.model(job.model)), str(out), "--scheme", job.scheme, *how, "--json"],
-               fine=(0, 1))  # fmt: skip
+    done = run(
+        [*BITWRIGHT, "quantize", str(material.model(job.model)), str(out), "--scheme", job.scheme, *how, "--json"],
+        fine=(0, 1),
+    )
     return {"seconds": done.seconds, "fallbacks": len(done.result["fallbacks"])}
 
 

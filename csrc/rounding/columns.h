@@ -1,4 +1,4 @@
-// GPTQ's column loop and the sweep of coordinate descent: LANES rows side by side, column by column. Included behind rounding.h.
+// GPTQ's column loop and the sweep of coordinate descent, column by column with LANES rows in a vector. Included after rounding.h.
 
 // LANES rows of a transposed matrix [n, N] from row `at` on, of which `wide` exist, to and from [n, LANES].
 static void gather(const float *from, ptrdiff_t n, ptrdiff_t N, ptrdiff_t at, int wide, float *to) {
@@ -84,7 +84,7 @@ static void round_columns(const Format &f, const Columns &a, float *scratch, ptr
     }
 }
 
-// LANES rows of a sweep: decoded, pull, the codes' values (c), H c, and room to work, each [n, LANES].
+// LANES rows of a sweep: decoded, pull (E H, see methods/coordinate_descent.py), the codes' values c, H c, scratch; each [n, LANES].
 struct Lanes {
     float *decoded, *pull, *c, *bent, *work;
 };
@@ -96,7 +96,7 @@ static void carry_all(const Sweep &a, ptrdiff_t begin, ptrdiff_t end, const floa
         carry(a.H, a.n, i, i + STEP < end ? STEP : end - i, change + i * LANES, sign, x, from, to);
 }
 
-// Move the scales of the group in columns [from, to) to their least-squares value where that, once stored, loses less.
+// Set the scales of the group in columns [from, to) to their least-squares value, as stored, where that lowers the loss.
 static void solve_scale(const Format &f, const Sweep &a, const Lanes &t, Row &row, ptrdiff_t from, ptrdiff_t to) {
     Vec slope{}, bend{}, change{}, shift = f.zero == ASYM ? row.z : Vec{};
     for (ptrdiff_t i = from * LANES; i < to * LANES; i += LANES) {

@@ -1,4 +1,4 @@
-// Round to nearest under scales that are given, row by row, and what that loses. Included behind search.h.
+// Round to nearest under given scales, row by row, and the errors of that. Included after search.h.
 
 typedef int16_t Int16s __attribute__((vector_size(2 * LANES)));
 
@@ -41,7 +41,7 @@ static void widen(const uint16_t *from, float *to, ptrdiff_t n) {
     }
 }
 
-// The values that LANES codes stand for.
+// The values of LANES codes.
 template <int kind>
 static INLINE Vec values_of(const Format &f, const int8_t *codes) {
     Vec value{};

@@ -4,7 +4,7 @@
 // that an older CPU cannot run.
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
+typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // unaligned, in memory
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
@@ -122,10 +122,10 @@ static Vec stored_scale(Vec x, int encoding) {
     return x;
 }
 
-// What inner loops are compiled for: the three kinds of Zero, and codebooks.
+// Inner loops are compiled once for each kind: the three kinds of Zero, and codebooks.
 constexpr int CODEBOOK = 3;
 
-// The values that the codes nearest to x = w / s (+ z) stand for and, in `decoded`, the weights that gives.
+// The values of the codes nearest to x = w / s (+ z) and, in `decoded`, the weights that they decode to.
 template <int kind>
 static inline Vec rounded(const Format &f, Vec x, Vec s, Vec z, Vec &decoded) {
     if constexpr (kind == CODEBOOK) {

@@ -1,4 +1,4 @@
-// The scale search: each group of a row on its own, LANES rows side by side. Included behind rounding.h.
+// The scale search, group by group, with LANES rows in a vector. Included after rounding.h.
 
 // Sum of n = 2^k >= LANES numbers in halves; overwrites them.
 static inline float folded(float *x, int n) {
@@ -129,7 +129,7 @@ static Vec error_by(const Group &p, const Moments &m, Vec scale, Vec zero) {
     return kind == MIN ? lost + zero * (zero * p.total_u - 2 * p.total_uv + 2 * scale * m.c1) : lost;
 }
 
-// What has lost least so far, in each row.
+// The candidate of least error so far, in each row.
 struct Best {
     Vec error, scale, zero;
     void meet(Vec e, Vec s, Vec z, bool first) {
@@ -175,7 +175,7 @@ static void read_group(Group &p, const float *w, const float *weight, ptrdiff_t 
     for (int i = 0; i < p.g; i++) p.u[i] = weight[begin + i];
 }
 
-// What the search wants to know of a group beforehand. Gives 0, or NaN for a row with a weight that is not finite.
+// What the search needs of a group before it begins. Gives 0, or NaN for a row with a weight that is not finite.
 static Vec measure(const Format &f, Group &p, bool energy) {
     Vec check{};
     p.low = p.high = Vec{};

@@ -1,9 +1,9 @@
-// The k-quants' second level of scales, made better in turns: methods/superblocks.py. A super-block's weights are read
+// Refine the k-quants' second level of scales: methods/superblocks.py. A super-block's weights are read
 // once and stay in the cache while its integers and f16s are tried. Included behind search.h.
 
 constexpr int SUPERBLOCK = 256, MOST_GROUPS = SUPERBLOCK / 16;
 
-// One super-block in LANES rows: its groups, what they lose, the scales and zeros that they stand under.
+// One super-block in LANES rows: its groups, their errors, scales and zeros.
 struct Superblock {
     Group group[MOST_GROUPS];
     Vec error[MOST_GROUPS], scale[MOST_GROUPS], zero[MOST_GROUPS];
@@ -28,7 +28,7 @@ static inline Vec integer_in(const Refine &a, Vec x) {
     return x > a.high ? all(a.high) : x;
 }
 
-// Each group takes the best of the integers around its own, scale and minimum together.
+// Give each group the best of the integers around its own, scale and minimum together.
 template <int kind>
 static void try_neighbours(const Format &f, const Refine &a, Superblock &b) {
     for (int j = 0; j < b.count; j++) {
@@ -43,7 +43,7 @@ static void try_neighbours(const Format &f, const Refine &a, Superblock &b) {
     }
 }
 
-// As an f16; the old one where there is nothing to want.
+// Rounded to f16; the old one where it is not finite.
 static inline Vec wanted_half(Vec wanted, Vec old) {
     wanted = finite(wanted) ? wanted : old;
     wanted = wanted < -65504.0f ? all(-65504.0f) : wanted;
@@ -75,7 +75,7 @@ static void solve_outer(const Format &f, Superblock &b, Vec &outer, Vec &outer_z
     outer_zero = wanted_half(good ? outer_zero : b.outer_zero, b.outer_zero);
 }
 
-// The super-block takes the f16s of least squares for the codes and integers that it has, if they lose less.
+// Give the super-block the least-squares f16s for its codes and integers, if they lower the error.
 template <int kind>
 static void try_outer(const Format &f, Superblock &b) {
     Vec outer{}, outer_zero{}, error[MOST_GROUPS], scale[MOST_GROUPS], zero[MOST_GROUPS];

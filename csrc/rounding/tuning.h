@@ -1,4 +1,4 @@
-// AutoRound's step on one matrix: each group on its own, in rows as they lie in memory. Included behind search.h.
+// AutoRound's step on one matrix, group by group in row order. Included after search.h.
 
 static inline Vec root(Vec x) {
     Vec r;
@@ -27,7 +27,7 @@ static inline Placed place(const Format &f, Vec w, Vec shift, float scale, float
 // x where the mask has all bits set, else 0.
 static inline Vec where(Ints mask, Vec x) { return (Vec)(mask & (Ints)x); }
 
-// A step of a knob against its gradient, over the root mean square so far.
+// A step of a variable against its gradient, divided by the running root mean square.
 static inline float stepped(float knob, float gradient, float square, float rate) {
     float size = __builtin_sqrtf(square);
     return knob - rate * (gradient / (size < TINY ? TINY : size));

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         layers,
         load,
         prepare,
+        prepare_for_training,
         prepare_qat,
         quantize,
         quantize_dynamic,
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat",
+    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "prepare_for_training", "prepare_qat",
     "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
 ]  # fmt: skip
 

@@ -22,11 +22,13 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.system.progress import Progress
+from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare", "prepare_qat", "quantize",
+    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "prepare_for_training", "prepare_qat", "quantize",
     "quantize_dynamic", "quantize_tensor", "quantize_weights", "sensitivity",
 ]  # fmt: skip
 
@@ -60,6 +62,7 @@ def quantize(
     seqlen: int = 2048,
     seed: int = 0,
     store: str | Path | None = None,
+    requantize: bool = False,
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -85,6 +88,7 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
         store=where,
+        requantize=requantize,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 

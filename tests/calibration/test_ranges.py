@@ -189,12 +189,17 @@ def damage(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], dict[str, 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda state: {}, lambda state: {k: t for k, t in state.items() if k != "seen"},
-        damage("more", torch.zeros(1)), damage("reals", torch.zeros(4)), damage("seen", torch.zeros(3)),
-        lambda state: {**state, "counts": state["counts"][1:]}, lambda state: {**state, "bins": state["bins"] - 2 * BINS},
-        lambda state: {**state, "bins": state["bins"] + BINS}, lambda state: {**state, "counts": -state["counts"]},
+        lambda state: {},
+        lambda state: {k: t for k, t in state.items() if k != "seen"},
+        damage("more", torch.zeros(1)),
+        damage("reals", torch.zeros(4)),
+        damage("seen", torch.zeros(3)),
+        lambda state: {**state, "counts": state["counts"][1:]},
+        lambda state: {**state, "bins": state["bins"] - 2 * BINS},
+        lambda state: {**state, "bins": state["bins"] + BINS},
+        lambda state: {**state, "counts": -state["counts"]},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_state_is_refused(spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     with pytest.raises(CheckpointError, match="not a histogram") as caught:
         Histogram.from_state(spoil(seen(random()).state()), where="a.b")
@@ -462,9 +467,18 @@ def test_constants_come_back(observer: str, scheme: Scheme, value: float) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    ["int8-tensor", "int8-tensor-asym", "int8-tensor-f32", "fp8-tensor", "fp8-tensor-bf16", "int4-tensor-asym",
-     "int8-tensor-asym1", "int5-tensor-min", "nf4-tensor"],
-)  # fmt: skip
+    [
+        "int8-tensor",
+        "int8-tensor-asym",
+        "int8-tensor-f32",
+        "fp8-tensor",
+        "fp8-tensor-bf16",
+        "int4-tensor-asym",
+        "int8-tensor-asym1",
+        "int5-tensor-min",
+        "nf4-tensor",
+    ],
+)
 def test_minmax_scales_are_those_of_the_tensor_itself(text: str) -> None:
     x, scheme = heavy() + 1, Scheme.parse(text)
     found, expected = static_scales(seen(*x.split(64)), scheme, observer="minmax"), fit(x, scheme)

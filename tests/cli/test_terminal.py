@@ -53,8 +53,17 @@ def test_quiet_says_nothing(llama: Path, tmp_path: Path) -> None:
 
 def test_the_summary_names_the_worst_and_the_replaced() -> None:
     def entry(name: str, loss: float, fallback: str = "") -> Entry:
-        return Entry(f"{name}.weight", (4, 4), "bfloat16", "quantized", scheme="int4-g32", method="gptq", loss=loss,
-                     loss_rtn=0.1, fallback=fallback)  # fmt: skip
+        return Entry(
+            f"{name}.weight",
+            (4, 4),
+            "bfloat16",
+            "quantized",
+            scheme="int4-g32",
+            method="gptq",
+            loss=loss,
+            loss_rtn=0.1,
+            fallback=fallback,
+        )
 
     ledger = [*(entry(f"model.layers.{i}.mlp", i / 1000) for i in range(9)), entry("model.x", 0.5, "search: gptq lost")]
     lines = summary(Result(Path("OUT"), 123_456_789, 4.5, 130.0, 2_000_000_000, ledger), Path("MODEL"))
@@ -116,7 +125,7 @@ def test_durations(seconds: float, said: str) -> None:
         (["quantize", "MODEL", "OUT", "--method", "awk+gptq"], "did you mean awq?"),
         (["quantize", "MODEL", "OUT", "--format", "compressed-tensor"], "did you mean compressed-tensors?"),
     ],
-)  # fmt: skip
+)
 def test_the_nearest_right_name_is_suggested(llama: Path, tmp_path: Path, args: list[str], meant: str) -> None:
     given = [str(llama) if arg == "MODEL" else str(tmp_path / arg) if arg.startswith("OUT") else arg for arg in args]
     done = CliRunner().invoke(app, given)
@@ -146,8 +155,10 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(llama: Path, text
     rest = process.stderr.read()
     assert process.wait() == 130 and not out.exists()
     kept = [line for line in rest.splitlines() if line.startswith("interrupted")]
-    assert kept == [f"interrupted: finished blocks are kept in {out}.partial; the same command goes on with them, "
-                    "--restart discards them"]  # fmt: skip
+    assert kept == [
+        f"interrupted: finished blocks are kept in {out}.partial; the same command goes on with them, "
+        "--restart discards them"
+    ]
     subprocess.run([*command, str(out), *how], check=True, capture_output=True)
     subprocess.run([*command, str(tmp_path / "whole"), *how], check=True, capture_output=True)
     for file in (tmp_path / "whole").glob("*.safetensors"):

@@ -145,10 +145,30 @@ def test_a_finished_candidate_is_never_done_again(
 def test_kill_9_and_resume(text: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", num_hidden_layers=6)
     command = [
-        sys.executable, "-m", "bitwright", "compare", str(model), str(tmp_path / "out"), "--schemes", "int4-g32",
-        "--methods", "rtn,gptq,awq", "--calib", text, "--samples", "8", "--seqlen", "32", "--text", text, "--tokens", "256",
-        "--eval-seqlen", "32", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "bitwright",
+        "compare",
+        str(model),
+        str(tmp_path / "out"),
+        "--schemes",
+        "int4-g32",
+        "--methods",
+        "rtn,gptq,awq",
+        "--calib",
+        text,
+        "--samples",
+        "8",
+        "--seqlen",
+        "32",
+        "--text",
+        text,
+        "--tokens",
+        "256",
+        "--eval-seqlen",
+        "32",
+        "--json",
+    ]
     partial = tmp_path / "out.partial"
     for signs in ("statistics/block-00001.json", "int4-g32-rtn.json", "int4-g32-gptq"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -195,11 +215,13 @@ def test_combinations_that_cannot_be_are_named(llama: Path, text: str, tmp_path:
 @pytest.mark.parametrize(
     ("schemes", "methods", "kind", "message"),
     [
-        (["int4-g32"], ["hqq"], RecipeError, "none of these"), (["int4-g32"], ["rtn", "rtn"], RecipeError, "named twice"),
-        ([], ["rtn"], RecipeError, "none is"), (["int4-g33"], ["rtn"], SchemeError, "unknown group"),
+        (["int4-g32"], ["hqq"], RecipeError, "none of these"),
+        (["int4-g32"], ["rtn", "rtn"], RecipeError, "named twice"),
+        ([], ["rtn"], RecipeError, "none is"),
+        (["int4-g33"], ["rtn"], SchemeError, "unknown group"),
         (["int4-g32"], ["rtm"], RecipeError, "unknown method"),
     ],
-)  # fmt: skip
+)
 def test_bad_lists(
     schemes: list[str], methods: list[str], kind: type[Exception], message: str, llama: Path, text: str, tmp_path: Path
 ) -> None:

@@ -74,9 +74,11 @@ def test_every_number_by_its_definition(pair: tuple[Path, Path], text: str) -> N
     found = evaluate(model, reference=reference, text=text, seqlen=32, tokens=1600)
     assert found.text == text and found.tokens == kl.size == 50 * 31
     close = {
-        "perplexity": with_error(q), "reference_perplexity": with_error(p), "perplexity_ratio": with_error(q - p),
+        "perplexity": with_error(q),
+        "reference_perplexity": with_error(p),
+        "perplexity_ratio": with_error(q - p),
         "kl": (kl.mean(), kl.mean(1).std(ddof=1) / np.sqrt(50)),
-    }  # fmt: skip
+    }
     content = found.as_dict()
     for name, (mean, stderr) in close.items():
         mean_key = "kl_mean" if name == "kl" else name
@@ -257,9 +259,17 @@ def test_what_begins_a_text_is_the_tokenizer_s(begin: bool, template: str, tmp_p
 def test_lines_of_messages_are_judged(chat_model: Path, tmp_path: Path) -> None:
     """The same conversations, written either way, cost the same; without the template the text is another."""
     lines = [
-        {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model\nof words."}]},
-        {"id": 7, "messages": [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Nothing yet."}]},
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": "Who are you?"},
+                {"role": "assistant", "content": "A model\nof words."},
+            ]
+        },
+        {
+            "id": 7,
+            "messages": [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Nothing yet."}],
+        },
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
     (tmp_path / "a.txt").write_text(SAID)
     how: dict[str, Any] = {"reference": chat_model, "seqlen": 16}
@@ -399,11 +409,23 @@ def test_names_are_short() -> None:
 
 def numbers(**changes: Any) -> Evaluation:
     known: dict[str, Any] = {
-        "text": "/some/where/wiki.txt", "tokens": 12240, "perplexity": 10.912, "perplexity_stderr": 0.61,
-        "reference_perplexity": 10.801, "reference_perplexity_stderr": 0.6, "perplexity_ratio": 1.0103,
-        "perplexity_ratio_stderr": 0.0009, "kl_mean": 0.0123, "kl_stderr": 0.0002, "kl_median": 0.01, "kl_p99": 0.2,
-        "kl_p999": 0.5, "top1": 0.93, "bits_per_weight": 4.4, "seconds": 3.0,
-    }  # fmt: skip
+        "text": "/some/where/wiki.txt",
+        "tokens": 12240,
+        "perplexity": 10.912,
+        "perplexity_stderr": 0.61,
+        "reference_perplexity": 10.801,
+        "reference_perplexity_stderr": 0.6,
+        "perplexity_ratio": 1.0103,
+        "perplexity_ratio_stderr": 0.0009,
+        "kl_mean": 0.0123,
+        "kl_stderr": 0.0002,
+        "kl_median": 0.01,
+        "kl_p99": 0.2,
+        "kl_p999": 0.5,
+        "top1": 0.93,
+        "bits_per_weight": 4.4,
+        "seconds": 3.0,
+    }
     return Evaluation(**known | changes)
 
 

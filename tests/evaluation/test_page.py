@@ -42,11 +42,22 @@ def candidate(scheme: str = "int4-g128", method: str = "gptq", kl: float = 0.1, 
     """A candidate of which only a few things matter."""
     bits = float(re.sub(r"\D.*", "", scheme.removeprefix("int")) or 4) + 0.25
     values: dict[str, Any] = {
-        "scheme": scheme, "method": method, "statistics": "sequential", "bits_per_weight": bits,
-        "bytes": int(bits * 125_000), "perplexity": 10 * math.exp(min(kl, 9)), "perplexity_stderr": 0.1, "kl_mean": kl,
-        "kl_stderr": 0.01 * kl, "kl_p999": 9 * kl, "top1": 0.9, "seconds": 3.0, "peak_rss_bytes": 10**9, "losses": LOSSES,
+        "scheme": scheme,
+        "method": method,
+        "statistics": "sequential",
+        "bits_per_weight": bits,
+        "bytes": int(bits * 125_000),
+        "perplexity": 10 * math.exp(min(kl, 9)),
+        "perplexity_stderr": 0.1,
+        "kl_mean": kl,
+        "kl_stderr": 0.01 * kl,
+        "kl_p999": 9 * kl,
+        "top1": 0.9,
+        "seconds": 3.0,
+        "peak_rss_bytes": 10**9,
+        "losses": LOSSES,
         "fallbacks": 0,
-    }  # fmt: skip
+    }
     return Candidate(**(values | changes))
 
 
@@ -168,9 +179,11 @@ def test_ties_go_to_fewer_bytes_and_then_to_the_first() -> None:
 
 def test_the_best_of_each_scheme() -> None:
     candidates = [
-        candidate("int2", "a", 0.2, top1=0.5), candidate("int2", "b", math.nan, top1=0.6),
-        candidate("int2", "c", 0.2, top1=0.4), candidate("int3", "a", 0.3, perplexity=math.nan, kl_p999=1.0),
-    ]  # fmt: skip
+        candidate("int2", "a", 0.2, top1=0.5),
+        candidate("int2", "b", math.nan, top1=0.6),
+        candidate("int2", "c", 0.2, top1=0.4),
+        candidate("int3", "a", 0.3, perplexity=math.nan, kl_p999=1.0),
+    ]
     found = best([dataclasses.replace(c, perplexity=math.nan) for c in candidates])
     assert {i for i, field in found if field == "kl_mean"} == {0, 2, 3}
     assert {i for i, field in found if field == "top1"} == {1, 3}
@@ -226,10 +239,13 @@ def test_ticks_are_few_round_and_within() -> None:
 
 def test_a_plot_places_every_candidate() -> None:
     candidates = [
-        candidate("int2", "rtn", 0.5, kl_stderr=0.05), candidate("int2", "gptq", 0.1), candidate("int4", "gptq", 0.0),
-        candidate("int8", "gptq", 0.2, kl_stderr=math.nan), candidate("int8", "rtn", math.nan),
+        candidate("int2", "rtn", 0.5, kl_stderr=0.05),
+        candidate("int2", "gptq", 0.1),
+        candidate("int4", "gptq", 0.0),
+        candidate("int8", "gptq", 0.2, kl_stderr=math.nan),
+        candidate("int8", "rtn", math.nan),
         candidate("int3", "rtn", 0.01, kl_stderr=1.0),
-    ]  # fmt: skip
+    ]
     made = plot(candidates, ORIGINAL, "kl_mean", "kl_stderr", 0.0)
     y = [point.y for point in made.points]
     assert made.front == [1, 5, 2]
@@ -262,10 +278,14 @@ def test_perplexities_far_beyond_the_original_do_not_squeeze_the_rest() -> None:
 
 def test_losses_become_a_table_in_the_order_of_blocks() -> None:
     losses = {
-        "lm_head": 0.5, "model.layers.10.mlp.up_proj": 0.1, "model.layers.2.mlp.up_proj": 0.2,
-        "model.layers.2.self_attn.q": math.nan, "model.layers.2.experts.0.down": 0.3, "model.layers.2.experts.11.down": 0.5,
+        "lm_head": 0.5,
+        "model.layers.10.mlp.up_proj": 0.1,
+        "model.layers.2.mlp.up_proj": 0.2,
+        "model.layers.2.self_attn.q": math.nan,
+        "model.layers.2.experts.0.down": 0.3,
+        "model.layers.2.experts.11.down": 0.5,
         "vision.layers.2.self_attn.q": 0.0,
-    }  # fmt: skip
+    }
     made = heat([candidate(losses=losses), candidate(losses={})])
     assert made["rows"] == [["model.layers.2", 2], ["model.layers.10", 10], ["vision.layers.2", 2], ["", 0]]
     assert made["columns"] == ["lm_head", "mlp.up_proj", "self_attn.q", "experts.*.down"]
@@ -294,9 +314,15 @@ def test_the_page_names_the_winner_first() -> None:
 
 def test_schemes_may_go_to_different_winners() -> None:
     candidates = [
-        candidate("int2", "a", 0.1), candidate("int2", "b", 0.2), candidate("int3", "a", 0.1), candidate("int3", "b", 0.2),
-        candidate("int4", "a", 0.2), candidate("int4", "b", 0.1), candidate("int8", "b", 0.1), candidate("int8", "rtn", 0.1005),
-    ]  # fmt: skip
+        candidate("int2", "a", 0.1),
+        candidate("int2", "b", 0.2),
+        candidate("int3", "a", 0.1),
+        candidate("int3", "b", 0.2),
+        candidate("int4", "a", 0.2),
+        candidate("int4", "b", 0.1),
+        candidate("int8", "b", 0.1),
+        candidate("int8", "rtn", 0.1005),
+    ]
     text = words(render(candidates))
     assert "a wins at int2, int3; b wins at int4; it leads at int8, not distinguishable from rtn." in text
     assert "99.5 % of round-to-nearest’s KL: not distinguishable (0.353 standard errors)." in text

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+from bitwright.calibration.windows import load_tokenizer
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, InputError
 from bitwright.formats import FORMATS, Layer
@@ -373,11 +374,11 @@ def test_tokenizers_that_cannot_be_written_are_refused(change: str, tmp_path: Pa
         }
     else:
         content["added_tokens"].append({"id": 10**6, "content": "<far>", "special": True})
-    from bitwright.gguf.tokenizer import keys_of as vocabulary_keys
+    from bitwright.gguf.tokenizer_keys import keys_of as vocabulary_keys
 
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"type 'WordPiece'|unknown pre-tokenizer|an id 1000000"):
-        vocabulary_keys(tiny_copy, None, 5000)
+        vocabulary_keys(tiny_copy, load_tokenizer(tiny_copy) if change == "pre_tokenizer" else None, 5000)
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -440,8 +441,6 @@ def test_the_main_job(tmp_path: Path, method: str) -> None:
     )
     assert judged["kl_mean"] < (0.1 if method == "gptq" else 0.3)
     tokenizer = read_tokenizer(out)
-    from bitwright.calibration.windows import load_tokenizer
-
     text = "def f(x):\n    return x ** 2  # größer 123 \t\n\n"
     assert tokenizer(text)["input_ids"] == load_tokenizer(MODEL)(text)["input_ids"]
     head = ledger["model.embed_tokens.weight"]
@@ -499,7 +498,7 @@ def test_no_text_and_what_does_not_go_together(tmp_path: Path) -> None:
         (["x", "--scheme", "q4_k_m"], "is a mix of llama.cpp"),
         (["x.gguf", "--scheme", "q4_k_m", "--pure"], "is a mix of llama.cpp"),
         (["x.gguf", "--scheme", "int4-g128"], "no block type for int4-g128"),
-        (["x.gguf", "--kv-cache", "int8-tensor"], "keys and values"),
+        (["x.gguf", "--kv-cache", "int8-tensor"], "KV cache"),
         (["x.gguf", "--method", "outlier+gptq"], "no place for"),
     ]:
         done = CliRunner().invoke(app, ["quantize", str(MODEL), str(tmp_path / arguments[0]), *arguments[1:], "--json"])

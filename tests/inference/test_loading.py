@@ -265,6 +265,14 @@ def test_what_is_saved_is_what_was_loaded(llama: Path, tmp_path: Path) -> None:
         assert any(name.endswith("q_proj.panels") or name.endswith("q_proj.weight") for name in other.state_dict())
 
 
+def test_tying_weights_again_changes_nothing(llama: Path) -> None:
+    """As lm-evaluation-harness does with any model."""
+    model = load(llama, scheme="int4-g32")
+    before = run(model)
+    model.tie_weights()
+    assert distance(run(model), before) == 0
+
+
 def test_a_pipeline_takes_it(llama: Path) -> None:
     pipe = pipeline("text-generation", model=load(llama, scheme="int8-g32"), tokenizer=load_tokenizer(llama))
     assert pipe("The fox", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The fox")

@@ -185,16 +185,26 @@ raise SystemExit(os.waitpid(child, 0)[1])
 def test_shapes_are_checked() -> None:
     scheme = Scheme.parse("int4-g32")
     good = {
-        "target": torch.zeros(32, 8), "original": torch.zeros(32, 8), "propagation": torch.zeros(32, 32), "scheme": scheme,
-        "groups": torch.zeros(32, dtype=torch.int64), "scale": torch.ones(1, 8), "zero": None,
-    }  # fmt: skip
+        "target": torch.zeros(32, 8),
+        "original": torch.zeros(32, 8),
+        "propagation": torch.zeros(32, 32),
+        "scheme": scheme,
+        "groups": torch.zeros(32, dtype=torch.int64),
+        "scale": torch.ones(1, 8),
+        "zero": None,
+    }
     rounding.round_columns(**good)
     bad = [
-        {"original": torch.zeros(31, 8)}, {"original": torch.zeros(32, 9)}, {"propagation": torch.zeros(31, 32)},
-        {"groups": torch.zeros(31, dtype=torch.int64)}, {"groups": torch.ones(32, dtype=torch.int64)},
-        {"groups": -torch.ones(32, dtype=torch.int64)}, {"scale": torch.ones(1, 7)}, {"zero": torch.ones(1, 8)},
+        {"original": torch.zeros(31, 8)},
+        {"original": torch.zeros(32, 9)},
+        {"propagation": torch.zeros(31, 32)},
+        {"groups": torch.zeros(31, dtype=torch.int64)},
+        {"groups": torch.ones(32, dtype=torch.int64)},
+        {"groups": -torch.ones(32, dtype=torch.int64)},
+        {"scale": torch.ones(1, 7)},
+        {"zero": torch.ones(1, 8)},
         {"scheme": Scheme.parse("int4-g32-asym")},
-    ]  # fmt: skip
+    ]
     for change in bad:
         with pytest.raises(ValueError, match=r"must be|zero goes|group beyond"):
             rounding.round_columns(**(good | change))

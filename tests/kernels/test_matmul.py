@@ -112,9 +112,13 @@ def test_the_twin_in_torch_rounds_inputs_alike(scheme: str, by_row: bool) -> Non
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    M=st.integers(1, 20), N=st.integers(1, 80), K=st.integers(1, 300), bits=st.integers(2, 8),
-    group=st.sampled_from(["g16", "g32", "g64", "g128", "g256", "channel"]), zero=st.sampled_from(["sym", "asym", "min"]),
-)  # fmt: skip
+    M=st.integers(1, 20),
+    N=st.integers(1, 80),
+    K=st.integers(1, 300),
+    bits=st.integers(2, 8),
+    group=st.sampled_from(["g16", "g32", "g64", "g128", "g256", "channel"]),
+    zero=st.sampled_from(["sym", "asym", "min"]),
+)
 def test_any_shape(M: int, N: int, K: int, bits: int, group: str, zero: str) -> None:
     p = pack(quantized(f"int{bits}-{group}-{zero}", N, K))
     x = inputs(M, K)
@@ -175,24 +179,52 @@ def test_the_extension_checks_what_it_is_given() -> None:
     assert native is not None
     p = pack(quantized("int4-g128", 70, 512))
     good = {
-        "panels": p.panels, "scale": p.scale, "point": p.point, "minimum": p.minimum, "unit": p.unit, "bits": 4, "offset": 8,
-        "high": [], "low": [], "N": 70, "K": 512, "g": 128,
-    }  # fmt: skip
+        "panels": p.panels,
+        "scale": p.scale,
+        "point": p.point,
+        "minimum": p.minimum,
+        "unit": p.unit,
+        "bits": 4,
+        "offset": 8,
+        "high": [],
+        "low": [],
+        "N": 70,
+        "K": 512,
+        "g": 128,
+    }
     bad = [
-        {"panels": p.panels[:-1].contiguous()}, {"scale": p.scale[:-1].contiguous()}, {"scale": p.scale.float()},
+        {"panels": p.panels[:-1].contiguous()},
+        {"scale": p.scale[:-1].contiguous()},
+        {"scale": p.scale.float()},
         {"unit": p.unit[1:]},
-        {"bits": 9}, {"bits": 0}, {"offset": 256}, {"N": 0}, {"K": 0}, {"g": 24}, {"g": 8}, {"g": 300}, {"N": 129}, {"K": 1024},
-        {"point": torch.zeros(3, dtype=torch.uint8)}, {"minimum": p.scale[:5].contiguous()}, {"high": [1] * 17}, {"low": [1]},
-        {"high": [1], "low": [1, 2]}, {"minimum": p.scale, "point": torch.zeros(len(p.scale), dtype=torch.uint8)},
-    ]  # fmt: skip
+        {"bits": 9},
+        {"bits": 0},
+        {"offset": 256},
+        {"N": 0},
+        {"K": 0},
+        {"g": 24},
+        {"g": 8},
+        {"g": 300},
+        {"N": 129},
+        {"K": 1024},
+        {"point": torch.zeros(3, dtype=torch.uint8)},
+        {"minimum": p.scale[:5].contiguous()},
+        {"high": [1] * 17},
+        {"low": [1]},
+        {"high": [1], "low": [1, 2]},
+        {"minimum": p.scale, "point": torch.zeros(len(p.scale), dtype=torch.uint8)},
+    ]
     for change in bad:
         with pytest.raises((ValueError, TypeError)):
             native.Matrix(**(good | change))
     matrix, y = matrix_of(p), torch.empty(2, 70)
     for x, out, count in (
-        (torch.zeros(2, 511), y, 1), (torch.zeros(2, 512), torch.empty(2, 69), 1), (torch.zeros(2, 512), y, 3),
-        (torch.zeros(2, 512, dtype=torch.float64), y, 1), (torch.zeros(2, 1024)[:, ::2], y, 1),
-    ):  # fmt: skip
+        (torch.zeros(2, 511), y, 1),
+        (torch.zeros(2, 512), torch.empty(2, 69), 1),
+        (torch.zeros(2, 512), y, 3),
+        (torch.zeros(2, 512, dtype=torch.float64), y, 1),
+        (torch.zeros(2, 1024)[:, ::2], y, 1),
+    ):
         with pytest.raises((ValueError, TypeError)):
             native.product(matrix, x, out, count, False, 1)
 

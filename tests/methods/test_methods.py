@@ -402,10 +402,18 @@ def slow_sweep(W: Tensor, H: Tensor, q: QTensor) -> Tensor:
 @pytest.mark.parametrize(
     "text",
     [
-        "int4-channel", "int3-channel-asym", "fp8-channel", "int4-g32-dq", "q4_k", "ternary-tensor",
-        "int4-g32-f32", "int3-g16-asym-f32", "int4-g16-min-f32", "nf4-g32",
+        "int4-channel",
+        "int3-channel-asym",
+        "fp8-channel",
+        "int4-g32-dq",
+        "q4_k",
+        "ternary-tensor",
+        "int4-g32-f32",
+        "int3-g16-asym-f32",
+        "int4-g16-min-f32",
+        "nf4-g32",
     ],
-)  # fmt: skip
+)
 def test_one_sweep_against_the_slow_oracle(text: str) -> None:
     scheme, w, gram = Scheme.parse(text), random_weight(5, 80), correlated(80)
     q = encode(w, fit(w, scheme, shrink=0.9), scheme)

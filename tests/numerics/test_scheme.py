@@ -145,14 +145,34 @@ def test_any_text_parses_or_is_a_scheme_error(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "bits"),
     [
-        ("q2_k", 2.625), ("q3_k", 3.4375), ("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625),
-        ("q4_0", 4.5), ("q4_1", 5.0), ("q5_0", 5.5), ("q5_1", 6.0), ("q8_0", 8.5), ("iq4_nl", 4.5), ("iq4_xs", 4.25),
-        ("mxfp4", 4.25), ("nvfp4", 4.5), ("int4-g128", 4.125), ("int4-g128-asym", 4.15625), ("int4-g128-f32", 4.25),
-        ("int3-g64-asym", 3 + 19 / 64), ("nf4-g64", 4.5), ("nf4-g64-dq", 4 + (8 + 32 / 256) / 64),
-        ("int8-channel", 8 + 16 / 1024), ("int8-channel-asym", 8 + 24 / 1024), ("fp8-channel", 8 + 32 / 1024),
-        ("int8-tensor", 8.0), ("ternary-channel", 2 + 16 / 1024), ("binary-g128", 1.125),
+        ("q2_k", 2.625),
+        ("q3_k", 3.4375),
+        ("q4_k", 4.5),
+        ("q5_k", 5.5),
+        ("q6_k", 6.5625),
+        ("q4_0", 4.5),
+        ("q4_1", 5.0),
+        ("q5_0", 5.5),
+        ("q5_1", 6.0),
+        ("q8_0", 8.5),
+        ("iq4_nl", 4.5),
+        ("iq4_xs", 4.25),
+        ("mxfp4", 4.25),
+        ("nvfp4", 4.5),
+        ("int4-g128", 4.125),
+        ("int4-g128-asym", 4.15625),
+        ("int4-g128-f32", 4.25),
+        ("int3-g64-asym", 3 + 19 / 64),
+        ("nf4-g64", 4.5),
+        ("nf4-g64-dq", 4 + (8 + 32 / 256) / 64),
+        ("int8-channel", 8 + 16 / 1024),
+        ("int8-channel-asym", 8 + 24 / 1024),
+        ("fp8-channel", 8 + 32 / 1024),
+        ("int8-tensor", 8.0),
+        ("ternary-channel", 2 + 16 / 1024),
+        ("binary-g128", 1.125),
     ],
-)  # fmt: skip
+)
 def test_bits_per_weight(text: str, bits: float) -> None:
     assert Scheme.parse(text).bits_per_weight(1024) == pytest.approx(bits, abs=1e-12)
 
@@ -196,10 +216,18 @@ def test_groups_units_and_rows() -> None:
         for text in ("int4-g64", "q4_k", "q3_k", "int4-channel", "int4-tensor", "nf4-g64-dq")
     }
     assert units == {
-        "int4-g64": 64, "q4_k": 256, "q3_k": 256, "int4-channel": None, "int4-tensor": None, "nf4-g64-dq": None,
-    }  # fmt: skip
-    rowwise = [text for text in ("int4-g64", "q4_k", "int8-channel", "mxfp4", "nvfp4", "nf4-g64-dq", "int8-tensor")
-               if Scheme.parse(text).rowwise]  # fmt: skip
+        "int4-g64": 64,
+        "q4_k": 256,
+        "q3_k": 256,
+        "int4-channel": None,
+        "int4-tensor": None,
+        "nf4-g64-dq": None,
+    }
+    rowwise = [
+        text
+        for text in ("int4-g64", "q4_k", "int8-channel", "mxfp4", "nvfp4", "nf4-g64-dq", "int8-tensor")
+        if Scheme.parse(text).rowwise
+    ]
     assert rowwise == ["int4-g64", "q4_k", "int8-channel", "mxfp4"]
 
 
@@ -277,8 +305,14 @@ def test_the_tree_of_errors() -> None:
     inputs = {kind for kind in kinds if issubclass(kind, InputError)}
     assert kinds - inputs == {BitwrightError, NumericsError, VerificationError}
     assert {kind.__name__ for kind in inputs - {InputError}} == {
-        "SchemeError", "CheckpointError", "RecipeError", "CalibrationError", "FormatError", "KernelError", "OutputError",
-    }  # fmt: skip
+        "SchemeError",
+        "CheckpointError",
+        "RecipeError",
+        "CalibrationError",
+        "FormatError",
+        "KernelError",
+        "OutputError",
+    }
 
 
 @pytest.mark.parametrize("name", ["scheme", "packing", "codec"])

@@ -89,12 +89,15 @@ def layer(weights: str, inputs: Scheme | None, dtype: torch.dtype = torch.bfloat
 @pytest.mark.parametrize(
     ("weights", "inputs", "container"),
     [
-        ("int8-channel", "int8-token", "int-quantized"), ("int8-tensor", "int8-token", "int-quantized"),
-        ("int8-channel", "int8-token-asym", "int-quantized"), ("fp8-channel", "fp8-token", "float-quantized"),
-        ("int4-g128", "int8-token", "pack-quantized"), ("int8-g128", "int8-token", "pack-quantized"),
+        ("int8-channel", "int8-token", "int-quantized"),
+        ("int8-tensor", "int8-token", "int-quantized"),
+        ("int8-channel", "int8-token-asym", "int-quantized"),
+        ("fp8-channel", "fp8-token", "float-quantized"),
+        ("int4-g128", "int8-token", "pack-quantized"),
+        ("int8-g128", "int8-token", "pack-quantized"),
         ("int8-channel", None, "pack-quantized"),
     ],
-)  # fmt: skip
+)
 def test_container_and_config(weights: str, inputs: str | None, container: str, dtype: torch.dtype) -> None:
     scheme = Scheme.parse(inputs) if inputs else None
     one = layer(weights, scheme, dtype)
@@ -238,10 +241,12 @@ def test_a_recipe_rounds_some_inputs(llama: Path, text: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--activations", "int8-channel"], "token by token"), (["--activations", "int9-token"], "unknown grid"),
-        (["--activations", "int8-token", "--format", "gptq"], "cannot say"), (["--scheme", "int8-token"], "no tokens"),
+        (["--activations", "int8-channel"], "token by token"),
+        (["--activations", "int9-token"], "unknown grid"),
+        (["--activations", "int8-token", "--format", "gptq"], "cannot say"),
+        (["--scheme", "int8-token"], "no tokens"),
     ],
-)  # fmt: skip
+)
 def test_bad_activations_exit_with_2(llama: Path, tmp_path: Path, more: list[str], message: str) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["quantize", str(llama), str(out), "--method", "rtn", "--json", *more])

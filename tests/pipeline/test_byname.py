@@ -116,9 +116,12 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     writer.add_block_count(1)
     rng = np.random.default_rng(0)
     shapes = {
-        "token_embd.weight": (64, 256), "blk.0.ffn_up_exps.weight": (3, 32, 256), "blk.0.ffn_gate_inp.weight": (3, 256),
-        "blk.0.attn_norm.weight": (256,), "blk.0.ssm_conv1d.weight": (256, 4),
-    }  # fmt: skip
+        "token_embd.weight": (64, 256),
+        "blk.0.ffn_up_exps.weight": (3, 32, 256),
+        "blk.0.ffn_gate_inp.weight": (3, 256),
+        "blk.0.attn_norm.weight": (256,),
+        "blk.0.ssm_conv1d.weight": (256, 4),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()

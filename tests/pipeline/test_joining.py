@@ -241,8 +241,12 @@ def test_leftovers_are_made_anew_or_refused(tmp_path: Path) -> None:
         write_shard(place.shard(2), {n: t for n, t in shards()[2].items() if n != "2.h"})
 
     for spoil, says in [
-        (cut_short, "damaged"), (changed, "not the one"), (missing, "gone"), (other, "no place"), (fewer, "no block"),
-    ]:  # fmt: skip
+        (cut_short, "damaged"),
+        (changed, "not the one"),
+        (missing, "gone"),
+        (other, "no place"),
+        (fewer, "no block"),
+    ]:
         place = half(tmp_path / spoil.__name__)
         spoil(place)
         with pytest.raises(VerificationError, match=says) as caught:

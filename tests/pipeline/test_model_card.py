@@ -47,11 +47,13 @@ def test_a_run_tells_what_it_did(llama: Path, text: str, tmp_path: Path) -> None
     told = (out / "README.md").read_text()
     assert front_matter(told) == {"library_name": "transformers", "tags": ["quantized", "bitwright"]}
     assert table(told) == {
-        "scheme": "int3-g32-asym-bf16", "format": "compressed-tensors", "method": "gptq",
+        "scheme": "int3-g32-asym-bf16",
+        "format": "compressed-tensors",
+        "method": "gptq",
         "bits per weight": f"{done.bits_per_weight:.2f}, with scales and all that is kept",
         "calibration": "text.txt: 8 windows of 32 tokens",
         "tensors": f"21 quantized, {len(done.ledger) - 21} kept in float",
-    }  # fmt: skip
+    }
     worst = sorted(block_errors(done.ledger), key=lambda block: -block.error)
     rows = [line for line in told.splitlines() if line.startswith("| model.")]
     assert rows == [f"| {block.name} | {block.error:.3g} | {block.plainer:.3g} |" for block in worst]
@@ -67,9 +69,17 @@ def test_a_run_tells_what_it_did(llama: Path, text: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    [("meta/Llama-3.2_1B", "meta/Llama-3.2_1B"), ("/home/me/models/llama", None), ("./out/llama", None), ("", None),
-     ("../x", None), ("a/b/c", None), ("a/b\ntags: []", None), (7, None)],
-)  # fmt: skip
+    [
+        ("meta/Llama-3.2_1B", "meta/Llama-3.2_1B"),
+        ("/home/me/models/llama", None),
+        ("./out/llama", None),
+        ("", None),
+        ("../x", None),
+        ("a/b/c", None),
+        ("a/b\ntags: []", None),
+        (7, None),
+    ],
+)
 def test_only_a_name_of_the_hub_is_a_base_model(name: Any, base: str | None) -> None:
     told = card(entry("a"), config={"model_type": "llama", "_name_or_path": name})
     assert front_matter(told).get("base_model") == base
@@ -148,8 +158,9 @@ def test_the_sources_own_card_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "b/README.original.md").read_text() == "of the source\n"
     told = (tmp_path / "b/README.md").read_text()
     assert {k: v for k, v in table(told).items() if k not in ("scheme", "bits per weight")} == {
-        "format": "bitwright", "tensors": table((tmp_path / "a/README.md").read_text())["tensors"],
-    }  # fmt: skip
+        "format": "bitwright",
+        "tensors": table((tmp_path / "a/README.md").read_text())["tensors"],
+    }
     assert "bitwright.load" in told and "losses" not in told
     found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "b"), "--json"]).stdout)
     assert f"{found['bits_per_weight']:.2f}, with" in told

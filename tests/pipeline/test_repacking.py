@@ -171,8 +171,17 @@ def test_columns_in_an_order_of_their_own_are_refused() -> None:
 
 
 def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    run("quantize", str(wide), str(tmp_path / "w8a8"), "--scheme", "int8-channel", "--activations", "int8-token",
-        "--method", "rtn")  # fmt: skip
+    run(
+        "quantize",
+        str(wide),
+        str(tmp_path / "w8a8"),
+        "--scheme",
+        "int8-channel",
+        "--activations",
+        "int8-token",
+        "--method",
+        "rtn",
+    )
     for model, out, says in [
         (wide, "x", "nothing quantized"),
         (tmp_path / "w8a8", "x", "changes the inputs too"),

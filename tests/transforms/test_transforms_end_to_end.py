@@ -163,9 +163,14 @@ def test_a_matrix_kept_in_float_is_scaled_along(llama: Path, text: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "more", [["--method", "gptq"], ["--method", "rtn", "--activations", "int8-tensor"], ["--method", "awq"],
-             ["--method", "rtn", "--kv-cache", "fp8-tensor"]],
-)  # fmt: skip
+    "more",
+    [
+        ["--method", "gptq"],
+        ["--method", "rtn", "--activations", "int8-tensor"],
+        ["--method", "awq"],
+        ["--method", "rtn", "--kv-cache", "fp8-tensor"],
+    ],
+)
 def test_what_needs_calibration_says_so(more: list[str], llama: Path, tmp_path: Path) -> None:
     command = ["quantize", str(llama), str(tmp_path / "out"), "--scheme", "int8-channel", "--calib", "none", "--json"]
     done = CliRunner().invoke(app, [*command, *more])

@@ -85,7 +85,9 @@ def quantize(
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = None,
-    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq, gguf or bitwright.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
     activations: Activations = None,
     observer: Observer = "mse",
@@ -96,6 +98,9 @@ def quantize(
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
     store: Store = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
+    ] = False,
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
@@ -109,6 +114,7 @@ def quantize(
         plan = planned(
             model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
             kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+            requantize=requantize,
         )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -301,7 +307,9 @@ def convert(
     out: Annotated[
         Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
     ],
-    format: Annotated[str | None, typer.Option(help="compressed-tensors, gptq or bitwright, for a directory.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or bitwright, for a directory.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""

@@ -82,11 +82,16 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """{out, page, original, candidates, refused, notes, shared_seconds, original_seconds, seconds}."""
         return {
-            "out": str(self.out), "page": str(self.out / PAGE), "original": asdict(self.original),
-            "candidates": [asdict(one) for one in self.candidates], "refused": self.refused, "notes": self.notes,
-            "shared_seconds": round(self.shared_seconds, 2), "original_seconds": round(self.original_seconds, 2),
+            "out": str(self.out),
+            "page": str(self.out / PAGE),
+            "original": asdict(self.original),
+            "candidates": [asdict(one) for one in self.candidates],
+            "refused": self.refused,
+            "notes": self.notes,
+            "shared_seconds": round(self.shared_seconds, 2),
+            "original_seconds": round(self.original_seconds, 2),
             "seconds": round(self.seconds, 2),
-        }  # fmt: skip
+        }
 
 
 PAGE, JSON = "compare.html", "compare.json"
@@ -205,9 +210,11 @@ def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resum
     note = work / "comparison.json"
     plan = contests[0].plan
     manifest = {
-        "version": __version__, "model": [str(plan.source), plan.checkpoint.fingerprint()],
-        "candidates": [c.name for c in contests], "settings": asdict(settings),
-    }  # fmt: skip
+        "version": __version__,
+        "model": [str(plan.source), plan.checkpoint.fingerprint()],
+        "candidates": [c.name for c in contests],
+        "settings": asdict(settings),
+    }
     text = json.dumps(manifest, indent=1)
     if work.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != text):
         remedy = "finish it with the same arguments, or start afresh with --restart"
@@ -321,10 +328,13 @@ def _quantize(
         progress=lambda _, block, __: meter.part(contest.name, block),
     )
     took = {
-        "seconds": done.seconds, "peak_rss_bytes": peak_since(), "bytes": done.bytes, "fallbacks": len(done.fallbacks),
+        "seconds": done.seconds,
+        "peak_rss_bytes": peak_since(),
+        "bytes": done.bytes,
+        "fallbacks": len(done.fallbacks),
         "statistics": next((e.statistics for e in done.ledger if e.statistics), "none"),
         "losses": dict(_losses(done.ledger)),
-    }  # fmt: skip
+    }
     write_file(note, json.dumps(took).encode())
 
 

@@ -44,10 +44,17 @@ def ledger_table(ledger: Sequence[Entry]) -> Table:
         what = entry.scheme + inputs if entry.action == QUANTIZED else f"{entry.action}: {entry.reason}"
         kinds[(kind, what)].append(entry)
     rows = [
-        (kind, str(len(entries)), what, f"{sum(e.bytes for e in entries) / 1e6:.2f}", _mean([e.loss for e in entries]),
-         _mean([e.loss_rtn for e in entries]), str(sum(bool(e.fallback) for e in entries) or ""))
+        (
+            kind,
+            str(len(entries)),
+            what,
+            f"{sum(e.bytes for e in entries) / 1e6:.2f}",
+            _mean([e.loss for e in entries]),
+            _mean([e.loss_rtn for e in entries]),
+            str(sum(bool(e.fallback) for e in entries) or ""),
+        )
         for (kind, what), entries in kinds.items()
-    ]  # fmt: skip
+    ]
     return table("What happened to every tensor", ("tensors", "count", "scheme", "MB", "loss", "RTN's", "worse"), rows)
 
 
@@ -88,10 +95,17 @@ def evaluation_table(found: "Sequence[Evaluation]") -> Table:
         ]
         return table("Evaluation", ("text", "tokens", "perplexity"), rows)
     beside = [
-        (name, with_error(one.perplexity, None, 2), with_error(one.perplexity_ratio, None, 4), with_error(one.kl_mean, None, 5),
-         with_error(one.kl_p99, None, 4), with_error(one.kl_p999, None, 4), f"{100 * (one.top1 or 0):.1f} %")
+        (
+            name,
+            with_error(one.perplexity, None, 2),
+            with_error(one.perplexity_ratio, None, 4),
+            with_error(one.kl_mean, None, 5),
+            with_error(one.kl_p99, None, 4),
+            with_error(one.kl_p999, None, 4),
+            f"{100 * (one.top1 or 0):.1f} %",
+        )
         for name, one in zip(names, found, strict=True)
-    ]  # fmt: skip
+    ]
     header = ("text", "perplexity", "ratio", "KL", "99 %", "99.9 %", "top-1")
     return table("Beside the reference: KL's mean and quantiles in nats a token", header, beside)
 

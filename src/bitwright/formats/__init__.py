@@ -14,14 +14,12 @@ from bitwright.formats.format import CheckpointReader, Format, Layer
 from bitwright.formats.fp8 import Fp8
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
+from bitwright.formats.mxfp4 import Mxfp4
 from bitwright.formats.native import Native
 
-FORMATS: dict[str, Format] = {
-    f.name: f for f in (CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter(), Gguf(), Native())
-}
-READERS: tuple[CheckpointReader, ...] = (
-    CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter(), Native(), AutoRound(), Fp8(),
-)  # fmt: skip
+_ENGINES, _OWN = (CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter()), Native()
+FORMATS: dict[str, Format] = {f.name: f for f in (*_ENGINES, Gguf(), _OWN)}
+READERS: tuple[CheckpointReader, ...] = (*_ENGINES, _OWN, AutoRound(), Fp8(), Mxfp4())
 
 SCHEMES = {"gguf": "q4_k_m", "awq": "int4-g128-asym", "bitsandbytes": "nf4-g64-dq"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method
@@ -43,7 +41,7 @@ def chosen(
 
     FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
     """
-    file = out.suffix == ".gguf"
+    file = out.suffix.lower() == ".gguf"
     name = format_named(format_name or ("gguf" if file else "compressed-tensors")).name
     if file != (name == "gguf"):
         remedy = "name OUT.gguf for --format gguf, and only then"

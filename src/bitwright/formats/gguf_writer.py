@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.errors import VerificationError
+from bitwright.errors import FormatError, VerificationError
 from bitwright.files.checkpoint import disk_errors
 from bitwright.formats.format import Layer, differing
 from bitwright.formats.ggml import encode
@@ -63,7 +63,11 @@ class GgufWriter:
                 left, at = left[count:], at + count
 
     def put_floats(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Write a tensor of floats, or its rows from `first` on. VerificationError if it does not read back."""
+        """Write a tensor of floats, or its rows from `first` on. VerificationError if it does not read back; FormatError for
+        numbers beyond float16."""
+        if tensor.dtype == torch.float16 and bool(torch.isinf(tensor).any()):
+            remedy = "keep this tensor by a recipe, in bf16 or as it is"
+            raise FormatError("it has numbers that float16 cannot hold", where=name, remedy=remedy)
         self.put(name, tensor, first)
         meant = _bytes(tensor)
         count = len(meant) // self.file.tensors[name].row_bytes

@@ -3,7 +3,11 @@
 Rows are read in both directions, by config_keys.py; neither library is needed to look a name up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from bitwright.errors import CheckpointError
 
 SHAPE = (
     ("max_position_embeddings", "context_length"), ("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"),
@@ -51,6 +55,12 @@ class Architecture:
     padded: bool = False
 
 
+OTHERS = {  # what general.type says of files that are no models, and what to do with them
+    "adapter": ("a LoRA adapter", "merge it into its model, and give that; llama.cpp takes both, as -m and --lora"),
+    "imatrix": ("an importance matrix", "give it as --calib, and a model's file"),
+}
+VISION = "clip"  # of mmproj files: what sees, without the model that it sees for
+
 ARCHITECTURES = {
     row.kind: row
     for row in (
@@ -71,6 +81,14 @@ ARCHITECTURES = {
         Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),
     )
 }
+
+
+def check_is_model(keys: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for a file that is something else than a model: an adapter, an importance matrix."""
+    kind = keys.get("general.type", "model")
+    if kind in OTHERS:
+        what, remedy = OTHERS[kind]
+        raise CheckpointError(f"a file of {what}, not a model", where=where, remedy=remedy)
 
 
 def named(name: object) -> Architecture | None:

@@ -15,8 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, Architecture, named
+from bitwright.gguf.architectures import ARCHITECTURES, VISION, Architecture, check_is_model, named
 from bitwright.gguf.rope import head_dim_of
+from bitwright.gguf.special_tokens import ends_of
 
 Keys = dict[str, Any]
 
@@ -119,6 +120,11 @@ def config_of(
 
     CheckpointError for an architecture that is not in the table, or a key that is missing or makes no sense.
     """
+    check_is_model(keys, where)
+    if keys.get("general.architecture") == VISION:
+        message = "the encoder of images (mmproj) of a model, not the model itself"
+        remedy = "give the model's own file; `bitwright quantize` makes a smaller mmproj of this one, with --calib none"
+        raise CheckpointError(message, where=where, remedy=remedy)
     row = named(keys.get("general.architecture"))
     if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
         row = _distilled(keys, where)
@@ -143,10 +149,17 @@ def config_of(
     values |= biased if row.name in ("llama", "qwen3") else {}
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    values |= _ends(keys)
     try:
         return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
+
+
+def _ends(keys: Mapping[str, Any]) -> Keys:
+    """What ends what the model says: a token, or several."""
+    found = ends_of(keys)
+    return {} if not found else {"eos_token_id": found[0] if len(found) == 1 else found}
 
 
 def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:

@@ -15,8 +15,9 @@ MIXES = {
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
     "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "IQ4_XS": 30,
-    "TQ1_0": 36, "TQ2_0": 37,
+    "TQ1_0": 36, "TQ2_0": 37, "F32": 0, "F16": 1, "BF16": 32,
 }  # fmt: skip
+FLOAT_TYPES = ("F32", "F16", "BF16")  # targets that round to no codes
 FALLBACKS = {
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",

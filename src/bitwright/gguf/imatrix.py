@@ -1,6 +1,7 @@
 """llama.cpp's importance matrices: the mean squared input of each column of each matrix, which is a Gram's diagonal.
 
-Read in both forms: GGUF (NAME.in_sum2 [1, K] and NAME.counts [1, 1]) and the older one of plain numbers. Written as GGUF.
+Read in both forms: GGUF (NAME.in_sum2 [E, K] and NAME.counts [E, 1], of E experts, or one) and the older one of plain numbers.
+Written as GGUF. An expert that saw no token has zeros: its columns count evenly (`evenly`).
 Source: tools/imatrix/imatrix.cpp.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.files.checkpoint import disk_errors
-from bitwright.gguf.reader import MAGIC, GgufFile
+from bitwright.gguf.reader import MAGIC, GgufFile, is_gguf
 
 SUFFIXES = (".gguf", ".dat", ".imatrix")
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -23,12 +24,16 @@ LONGEST_NAME = 1 << 10
 
 
 def is_imatrix(calib: str) -> bool:
-    """Whether a calibration file's name is that of an importance matrix rather than a text's."""
-    return Path(calib).suffix in SUFFIXES
+    """Whether a calibration file is an importance matrix rather than a text: by its name's ending, or its first bytes."""
+    path = Path(calib)
+    return path.suffix.lower() in SUFFIXES or (path.is_file() and is_gguf(path))
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """llama.cpp's tensor name -> importance [K] float32. CalibrationError for a file that is not what it should be."""
+    """llama.cpp's tensor name -> importance [K], or [E, K] of experts (in older files [E · K]), float32.
+
+    CalibrationError for a file that is not what it should be.
+    """
     try:
         with path.open("rb") as stream:
             new = stream.read(4) == MAGIC
@@ -58,9 +63,11 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
         if owner + COUNTS not in file.tensors:
             raise _wrong(path, f"sums of {owner!r} without counts")
         sums, counts = file.read(name).float(), file.read(owner + COUNTS).float().reshape(-1, 1)
-        if len(counts) != 1 or sums.shape[:-1].numel() != 1:
-            raise _wrong(path, f"{owner!r} is a matrix of experts, which are not read here")
-        found[owner] = sums.reshape(-1) / counts.clamp(min=1).reshape(())
+        experts = sums.shape[:-1].numel()
+        if len(counts) not in (1, experts):
+            raise _wrong(path, f"{owner!r} has sums of {experts} experts and counts of {len(counts)}")
+        means = sums.reshape(experts, -1) / counts.clamp(min=1)
+        found[owner] = means if experts > 1 else means[0]
     return found
 
 
@@ -87,6 +94,23 @@ def _read_old(content: bytes, path: Path) -> dict[str, Tensor]:
         at += 4 * count
         found[name] = torch.from_numpy(values) / max(calls, 1)
     return found
+
+
+def experts_of(values: Tensor, K: int, rows: int) -> Tensor | None:
+    """The importance of each expert's columns [E, K], of a matrix (all experts one above the other) of so many rows of K; None
+    if it is of another shape."""
+    fits = values.numel() % K == 0 and rows % max(1, values.numel() // K) == 0
+    return values.reshape(-1, K) if fits and values.numel() else None
+
+
+def unseen(values: Tensor) -> int:
+    """How many experts [E, K] saw no token."""
+    return int((values == 0).all(-1).sum())
+
+
+def evenly(values: Tensor) -> Tensor:
+    """An expert's importance [K]: that of one which saw no token is the same everywhere."""
+    return values if bool(values.any()) else torch.ones_like(values)
 
 
 def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: int, text: str) -> None:

@@ -2,23 +2,31 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
 from bitwright.errors import FormatError
 from bitwright.gguf.config_keys import architecture_of, keys_of
-from bitwright.gguf.tokenizer import keys_of as vocabulary_keys
+from bitwright.gguf.tokenizer_keys import keys_of as vocabulary_keys
 
 POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}  # llama.cpp's numbers of them
 
 
-def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: int | None) -> dict[str, Any]:
-    """All keys of the file. FormatError for an architecture or tokenizer that cannot be written."""
-    keys = keys_of(config) | {"general.name": source.resolve().name, "general.quantization_version": 2}
+class Metadata(NamedTuple):
+    """All keys of a file, and what there is to say of them."""
+
+    keys: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: int | None) -> Metadata:
+    """What a file of this checkpoint says. FormatError for an architecture or tokenizer that cannot be written."""
+    keys = keys_of(config) | {"general.quantization_version": 2}
     keys |= {} if file_type is None else {"general.file_type": file_type}
     keys |= {} if architecture_of(config).causal else _pooling(source, str(keys["general.architecture"]))
-    return keys | vocabulary_keys(source, tokenizer, config.get_text_config().vocab_size)
+    vocabulary = vocabulary_keys(source, tokenizer, config.get_text_config().vocab_size, source.resolve().name)
+    return Metadata(keys | vocabulary.keys, vocabulary.notes)
 
 
 def _pooling(source: Path, name: str) -> dict[str, Any]:

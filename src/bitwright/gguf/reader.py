@@ -138,8 +138,14 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a model's path is that of a GGUF file."""
-    return path.suffix == SUFFIX
+    """Whether a model's path is that of a GGUF file: by its first bytes, whatever its name; a missing file by its name."""
+    if not path.is_file():
+        return path.suffix.lower() == SUFFIX and not path.is_dir()
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC or path.suffix.lower() == SUFFIX
+    except OSError:
+        return path.suffix.lower() == SUFFIX
 
 
 def type_named(name: str) -> Types:
@@ -277,6 +283,9 @@ def _read_header(cursor: _Cursor, kinds: dict[str, tuple[int, int | None]]) -> t
     if cursor.take(4) != MAGIC:
         raise _wrong(path, "no GGUF file: its first four bytes are not 'GGUF'")
     version = cursor.number("<I")
+    if int.from_bytes(int(version).to_bytes(4, "little"), "big") in VERSIONS:
+        remedy = "convert it: gguf_convert_endian.py of the gguf package makes a little-endian one"
+        raise CheckpointError("a big-endian file, and only little-endian ones are read", where=str(path), remedy=remedy)
     if version not in VERSIONS:
         raise _wrong(path, f"version {version} of GGUF, and only {VERSIONS} (little-endian) are read here")
     tensors, pairs = cursor.count(24), cursor.count(13)

@@ -40,6 +40,10 @@ class Names:
         kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == self.row.name)
         self._map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
+    def has(self, parameter: str) -> bool:
+        """Whether its architecture has such a tensor."""
+        return self._map.get_name(parameter, try_suffixes=(".weight", ".bias")) is not None
+
     def of(self, parameter: str) -> str:
         """llama.cpp's name. FormatError for a tensor that its architecture does not have."""
         found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))

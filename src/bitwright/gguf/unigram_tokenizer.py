@@ -58,9 +58,9 @@ def _joins_spaces(start: list[Keys], cut: list[Keys]) -> bool:
 
 def content_of(own: Keys, tokens: list[str], where: str) -> Keys:
     """tokenizer.json's parts for a file's keys. CheckpointError for keys that are missing."""
-    scores, unknown = own.get("scores"), own.get("unknown_token_id")
+    scores, unknown = np.asarray(own.get("scores", [])), own.get("unknown_token_id")
     known = isinstance(unknown, int) and 0 <= unknown < len(tokens)
-    if not known or not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+    if not known or scores.dtype.kind not in "fiu" or len(scores) != len(tokens):
         message = "Unigram without a score for each token, or without one for what is unknown"
         raise CheckpointError(message, where=where, remedy="get a good copy")
     table = own.get("precompiled_charsmap")

@@ -14,20 +14,22 @@ WEIGHTS_AT_ONCE = 1 << 22  # weights converted to the inputs' type at a time whe
 def handles(x: Tensor, w: Tensor) -> bool:
     """Whether the extension multiplies these: few float32 inputs on a CPU, weights in float32, float16 or bfloat16."""
     known = w.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return native is not None and known and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    few = len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.float32
+    return native is not None and known and few and not differentiated
 
 
-class Dense(nn.Module):
-    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type."""
+class Dense(nn.Linear):
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
     ) -> None:
         """stored: gives the file's tensors of this weight by suffix, for `state_dict`; None: the weight is its own."""
-        super().__init__()
+        nn.Module.__init__(self)  # Linear would make a weight
         self.stored = stored
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class _Filling:
                 return_memory()  # what packing took lies between what stays
         self._fill_rest()
         round_keys_and_values(self.skeleton, self.weight_source)
+        model.tie_weights = _are_tied
         if isinstance(self.weight_source, WeightSource) and self.scheme is None:
             if self.weight_source.config is not None:
                 model.config.quantization_config = self.weight_source.config
@@ -104,12 +105,14 @@ class _Filling:
             self.skeleton.load({name: read(name) for name in conversion.sources})
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
-                value = read(self._source(name)).to(self.skeleton.dtype)
-                _replace(model, name, nn.Parameter(value, requires_grad=False))
+                value = nn.Parameter(read(self._source(name)).to(self.skeleton.dtype), requires_grad=False)
+                for twin, whole in list(model.named_parameters(remove_duplicate=False)):
+                    if whole is parameter:
+                        _replace(model, twin, value)
         for name, buffer in list(model.named_buffers()):
             if name in self.names:
-                value = read(self.names[name])
-                _replace(model, name, value.to(self.skeleton.dtype) if buffer.is_floating_point() else value)
+                state = read(self.names[name])
+                _replace(model, name, state.to(self.skeleton.dtype) if buffer.is_floating_point() else state)
 
     def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
         """Put in the place of a module one that computes on what the file has, or on what that is rounded to."""
@@ -173,6 +176,10 @@ class _Filling:
 def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, part)
+
+
+def _are_tied(*_: object, **__: object) -> None:
+    """Instead of `tie_weights`: they are, in modules that it does not know."""
 
 
 def _refuse_to_save(path: Path, *_: object, **__: object) -> NoReturn:

@@ -1,11 +1,13 @@
 """QLinear: a linear layer on a packed quantized weight, in place of an nn.Linear (or GPT-2's Conv1D)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bitwright.errors import KernelError
-from bitwright.kernels.matmul import Packed, pack, product
+from bitwright.errors import FormatError, KernelError
+from bitwright.kernels.matmul import Packed, decoded, pack, product
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
@@ -14,10 +16,30 @@ from bitwright.numerics.scheme import Scheme
 PARTS = ("panels", "scale", "point", "minimum", "unit")
 BITS = (8, 16)  # to which inputs may be rounded
 INT8_TOKEN = Scheme("int8", "token", "sym", "f32")
+WRITING = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")  # and what ends in one "_"
 
 
-class QLinear(nn.Module):
-    """y = x Wᵀ + b for x [..., K], W [N, K] quantized.
+class DecodedWeight(Tensor):
+    """A copy of a packed weight as floats, to be read alone: what peft would merge into it would be lost without a word."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in WRITING or (name.endswith("_") and not name.endswith("__")):
+            remedy = "merge the adapter into the float model, or train without merging"
+            raise FormatError("a quantized weight cannot be written to", remedy=remedy)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        reads_data = name == "__get__" and getattr(func.__self__, "__name__", "") == "data"
+        return found.as_subclass(cls) if reads_data else found
+
+
+class QLinear(nn.Linear):
+    """y = x Wᵀ + b for x [..., K], W [N, K] quantized. Differentiable in x; nothing of it is trained.
+
+    It is a Linear to those who look for such layers: peft puts LoRA beside it. `weight` is decoded whenever it is asked for.
 
     input_quantization  the checkpoint's own quantization of inputs, applied first; None: none
     activations  bits that inputs are rounded to for the product: 16, finer than bfloat16, or 8, about twice as fast for many
@@ -44,14 +66,14 @@ class QLinear(nn.Module):
         activations: int = 16,
         stored: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # Linear would make a weight
         if activations not in BITS:
             raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="give --activations 8 or 16")
         packed = pack(q)
         for name in PARTS:
             self.register_buffer(name, getattr(packed, name), persistent=stored is None)
         self.scheme, self.out_features, self.in_features = q.scheme, packed.N, packed.K
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.input_quantization, self.activations, self.stored = (
             input_quantization or InputQuantization(),
             activations,
@@ -76,6 +98,17 @@ class QLinear(nn.Module):
             self.in_features,
         )
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The matrix [N, K] that inputs are multiplied with, as it is now decoded, float32."""
+        w = decoded(self.packed, 0, self.out_features)
+        if self.order is not None:
+            w = w[:, self.order.argsort()]
+        if self.outlier_columns is not None and self.outlier_weight is not None:
+            w[:, self.outlier_columns] = self.outlier_weight.float()
+        rotate = self.input_quantization.rotate
+        return (hadamard(w, rotate) if rotate else w).as_subclass(DecodedWeight)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's type."""
         rows = x.reshape(-1, *x.shape[-1:])
@@ -98,7 +131,10 @@ class QLinear(nn.Module):
             return product(x, self.packed, bits=self.activations)
         if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:
             return product(x, self.packed, bits=8, by_row=True)
-        return product(self.input_quantization.round(x), self.packed)
+        inputs = self.input_quantization.round(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            inputs = x + (inputs - x).detach()  # straight through: rounding has no gradient
+        return product(inputs, self.packed)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The file's own tensors, so that a model is saved as it was loaded."""

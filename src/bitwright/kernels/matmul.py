@@ -12,8 +12,10 @@ Where the extension was not built, `product` decodes some rows at a time and mul
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,8 +154,8 @@ def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
 def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Tensor:
     """x [M, K] times a packed matrix [N, K]: x Wᵀ [M, N] float32.
 
-    bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for every 256 columns.
-    Raises KernelError for x of another shape, or not of floats.
+    bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
+    Differentiable in x, as if it were not rounded. KernelError for x of another shape, or not of floats.
     """
     if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
         kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
@@ -161,12 +163,36 @@ def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Te
     if torch.compiler.is_compiling():
         parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Differentiable.apply(x, p, bits, by_row)  # type: ignore[no-untyped-call]
+    return _product(x, p, bits=bits, by_row=by_row)
+
+
+def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
+    """The same without its gradient."""
     if not handles(p, x):
         return _in_torch(x.float(), p, bits=bits, by_row=by_row)
     assert native is not None
     y = torch.empty(len(x), p.N)
     native.product(matrix_of(p), x.contiguous(), y, bits // 8, by_row, torch.get_num_threads())
     return y
+
+
+class _Differentiable(torch.autograd.Function):
+    """`product`, and dx = dy W by decoded rows, some at a time: no float copy of a weight is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool) -> Tensor:
+        ctx.p, ctx.dtype = p, x.dtype
+        return _product(x, p, bits=bits, by_row=by_row)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p: Packed = ctx.p
+        dx = torch.zeros(len(dy), p.K, device=dy.device)
+        for first, last in _steps(p):
+            dx += dy[:, first:last] @ decoded(p, first, last)
+        return dx.to(ctx.dtype), None, None, None
 
 
 @torch.library.custom_op("bitwright::product", mutates_args=())
@@ -188,8 +214,19 @@ def _operator(
 
 
 @_operator.register_fake
-def _(x: Tensor, panels: Tensor, scale: Tensor, point: Tensor | None, minimum: Tensor | None, unit: Tensor,
-      scheme: str, N: int, K: int, bits: int, by_row: bool) -> Tensor:  # fmt: skip
+def _(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    point: Tensor | None,
+    minimum: Tensor | None,
+    unit: Tensor,
+    scheme: str,
+    N: int,
+    K: int,
+    bits: int,
+    by_row: bool,
+) -> Tensor:
     return x.new_empty((len(x), N), dtype=torch.float32)
 
 
@@ -200,9 +237,13 @@ def _in_torch(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
     """`product` on decoded weights, some rows at a time; inputs are rounded to 8 bits as in the kernels, not to 16."""
     if bits == 8:
         x = rounded_spans(x, p.K if by_row else BLOCK)
+    return torch.cat([x @ decoded(p, first, last).T for first, last in _steps(p)], 1)
+
+
+def _steps(p: Packed) -> Iterator[tuple[int, int]]:
+    """First and last of the rows that are decoded in one go."""
     step = max(1, WEIGHTS_AT_ONCE // p.K // FOUR) * FOUR
-    parts = [x @ decoded(p, first, min(first + step, p.N)).T for first in range(0, p.N, step)]
-    return torch.cat(parts, 1)
+    return ((first, min(first + step, p.N)) for first in range(0, p.N, step))
 
 
 def rounded_spans(x: Tensor, span: int) -> Tensor:

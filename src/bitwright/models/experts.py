@@ -6,7 +6,7 @@ named as most files do: `experts.3.gate_proj`, `experts.3.up_proj`, `experts.3.d
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from bitwright.files.checkpoint import Checkpoint, TensorInfo
 FIRST, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 BIAS = "_bias"  # what a fused parameter of biases is called beside its matrices
 NORM = "post_expert_norm"
+BLOCK = 32  # weights of MXFP4 under one scale
 SCALED = (
     "Llama4TextExperts",
 )  # which are handed E copies of the tokens, one for each expert, scaled by the router's shares
@@ -179,3 +180,25 @@ def split(checkpoint: Checkpoint, source: str, name: str, fused: str, layout: Fu
         for leaf, shape, take in layout.parts(fused):
             at = info.offset + e * each
             checkpoint.tensors[f"{name}.{e}.{leaf}"] = TensorInfo(info.file, at, info.dtype, shape, meant[1:], take)
+
+
+def split_blocks(checkpoint: Checkpoint, name: str, layout: Fused) -> None:
+    """The same for experts in MXFP4, whose tensors hold blocks of 32 weights, and their scales, for [E, N, K].
+
+    Each expert's are called `weight_blocks` and `weight_scales`. CheckpointError for tensors of other shapes than are meant.
+    """
+    rows_first = replace(layout, transposed=False)
+    for fused, (E, N, K) in [item for item in rows_first.shapes.items() if len(item[1]) == 3]:
+        for suffix, stored in (("blocks", (N, K // BLOCK, BLOCK // 2)), ("scales", (N, K // BLOCK))):
+            info = checkpoint.tensors.pop(f"{name}.{fused}_{suffix}", None)
+            if info is None:
+                continue
+            if info.shape != (E, *stored):
+                message = f"tensor {name}.{fused}_{suffix} has shape {info.shape}, config.json means {(E, *stored)}"
+                raise CheckpointError(message, where=str(info.file), remedy="get a good copy of the checkpoint")
+            for e in range(E):
+                at = info.offset + e * (info.nbytes // E)
+                for leaf, shape, take in rows_first.parts(fused):
+                    own = (shape[0], *stored[1:])
+                    part = TensorInfo(info.file, at, info.dtype, own, stored, take)
+                    checkpoint.tensors[f"{name}.{e}.{leaf}_{suffix}"] = part

@@ -26,11 +26,15 @@ KEPT_LINEARS = {
     r"\.altup\.\w+$": "mixes the few streams of the hidden state",
 }
 # Config classes of these mappings make models that predict a next token, the first that knows a config before the others.
-PREDICTING = (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-)
+PREDICTING = {
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForMultimodalLM": MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+}
+# Whose class reads or initialises weights of linear modules by itself, so that transformers must decompress them as it loads.
+DECOMPRESSED = (
+    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma",
+)  # fmt: skip
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -49,12 +53,22 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
 
 def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names in `architectures`, if it predicts tokens; else the one that transformers has for it."""
-    known = [mapping[type(config)] for mapping in PREDICTING if type(config) in mapping]
+    known = [mapping[type(config)] for mapping in PREDICTING.values() if type(config) in mapping]
     if not known or config.is_encoder_decoder:
         kind = "is an encoder and a decoder" if known else "predicts no next token"
         raise ValueError(f"a model of type {config.model_type!r} {kind}")
     named = config.architectures or []
     return next((one for one in known if one.__name__ in named), known[0])
+
+
+def auto_class(config: PretrainedConfig) -> str:
+    """The name of the Auto class that loads such a model."""
+    if config.model_type in ENCODERS:
+        return "AutoModel"
+    made = class_of(config)
+    return next(
+        name for name, mapping in PREDICTING.items() if type(config) in mapping and mapping[type(config)] is made
+    )
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

@@ -24,11 +24,12 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import is_gguf
 from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
-from bitwright.models.experts import one_by_one, split
+from bitwright.models.experts import one_by_one, split, split_blocks
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.kv_cache import KvCache
+from bitwright.models.own_head import has_own_head
 
 # Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
 COMPUTED = (
@@ -45,10 +46,14 @@ TOKENS_PER_BATCH = 4096
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config. CheckpointError if it is missing, damaged, of no known architecture, or quantized already."""
+    """The model's config, which says that the output head is the embedding only where it is. CheckpointError if it is missing,
+    damaged, or of no known architecture."""
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
+    if folder.is_file():
+        message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
+        raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
     if not folder.is_dir():
         remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
         raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
@@ -71,6 +76,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     config.name_or_path = str(raw.get("_name_or_path", ""))  # not where it lies here
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if config.tie_word_embeddings and has_own_head(folder):
+        config.tie_word_embeddings = False
     return config
 
 
@@ -140,6 +147,16 @@ class Skeleton:
         """Names of the parameters and persistent buffers of block `index`."""
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
+    def lent_names(self, index: int) -> list[str]:
+        """Parameters of other blocks that block `index` shares (Zamba 2's transformer), by the name that files have them by."""
+        own, prefix = f"{self.block_prefix}.{index}.", f"{self.block_prefix}."
+        ties = self.ties().items()
+        return [
+            first
+            for name, first in ties
+            if name.startswith(own) and first.startswith(prefix) and first[: len(own)] != own
+        ]
+
     def linear_names(self) -> list[str]:
         """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -199,6 +216,9 @@ class Skeleton:
         """
         parameters = self.model.state_dict(keep_vars=True)
         stored = in_model(self.model, shapes, parameters)
+        for name, first in self.ties().items():  # whichever of its names the file has a tied one by
+            if first not in stored.names and name in stored.names:
+                stored.names[first] = stored.names.pop(name)
         self.conversions = stored.conversions
         made = {name for conversion in stored.conversions for name in conversion.makes}
         self._check_all_there(stored.names.keys() | made, where)
@@ -222,6 +242,8 @@ class Skeleton:
         lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
         if lacking:
             remedy = "config.json and weights must belong together"
+            if ".experts." in min(lacking):
+                remedy += ", or this family's files hold experts in a form that is not known here"
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
 
     def routers(self) -> set[str]:
@@ -244,6 +266,8 @@ class Skeleton:
         for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
             name, part = fused[parameter]
             split(checkpoint, source, name, part, self.experts[name])
+        for name, layout in self.experts.items():
+            split_blocks(checkpoint, name, layout)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Give the named parameters and buffers these values, in the skeleton's dtype; tensors of the file that others are
@@ -257,7 +281,10 @@ class Skeleton:
         self.model.tie_weights()
 
     def unload(self, index: int) -> None:
-        """Free the weights of block `index`; buffers stay."""
+        """Free the weights of block `index`, those that it shares too; buffers stay."""
+        for name in self.lent_names(index):
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner).register_parameter(leaf, _empty(self.model.get_parameter(name)))
         for module in self.blocks[index].modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 module.register_parameter(leaf, _empty(parameter))
@@ -325,6 +352,11 @@ class Skeleton:
             else self.blocks[index](*args, **kwargs)
         )
         return self._calls.then(index, hidden, call, out)
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks hand on keys and values to later ones: what one is given is known once those before it have run."""
+        return any(at is not None for at in self._calls.shared)
 
     def stream(self, hidden: Tensor) -> Tensor:
         """The hidden state alone, of what is carried from block to block."""

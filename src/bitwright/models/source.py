@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,16 @@ class WeightSource:
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
         self._kinds: dict[str, type[nn.Module]] = {}  # of the modules, once it has met the model
+        self._called: dict[str, str] = {}  # what the model calls them, by which configs speak of them
+
+    @classmethod
+    def for_model(cls, folder: Path, skeleton: Skeleton) -> Self:
+        """The same with fused experts told apart."""
+        weight_source = cls(folder)
+        skeleton.split_experts(weight_source.checkpoint)
+        if weight_source.format is not None:
+            weight_source.modules = _quantized_modules(weight_source.checkpoint, weight_source.format)
+        return weight_source
 
     @property
     def plain(self) -> list[str]:
@@ -60,7 +70,8 @@ class WeightSource:
         for parameter, source in names.items():
             if source in plain and parameters[parameter].is_floating_point():
                 self._check_type(source)
-            self._kinds[source.rpartition(".")[0]] = type(skeleton.model.get_submodule(parameter.rpartition(".")[0]))
+            module, called = source.rpartition(".")[0], parameter.rpartition(".")[0]
+            self._called[module], self._kinds[module] = called, type(skeleton.model.get_submodule(called))
         return names
 
     def _check_described(self) -> None:
@@ -107,7 +118,7 @@ class WeightSource:
         def read(suffix: str) -> Tensor | None:
             return self.checkpoint.read(tensors[suffix]) if suffix in tensors else None
 
-        return self.format.input_quantization(config, module, read)
+        return self.format.input_quantization(config, self._name(module), read)
 
     def is_packed(self, name: str) -> bool:
         """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
@@ -135,7 +146,7 @@ class WeightSource:
             return self.checkpoint.read(name)
         format, module = self.format, _module(name)
         config = self._config_of(module)
-        return self._parsed(module, lambda: format.decode(config, module, self.parts(name)))
+        return self._parsed(module, lambda: format.decode(config, self._name(module), self.parts(name)))
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """A table of rows as it is kept in memory, and what gives some of them in float."""
@@ -151,12 +162,16 @@ class WeightSource:
             return None
         format, module = self.format, _module(name)
         config = self._config_of(module)
-        return self._parsed(module, lambda: format.quantized(config, module, self.parts(name)))
+        return self._parsed(module, lambda: format.quantized(config, self._name(module), self.parts(name)))
+
+    def _name(self, module: str) -> str:
+        """What the model calls a module of the files."""
+        return self._called.get(module, module)
 
     def _config_of(self, module: str) -> dict[str, Any]:
         """What the quantization_config says of one module."""
         assert self.format is not None and self.config is not None
-        return self.format.module_config(self.config, module, self._kinds.get(module, nn.Linear))
+        return self.format.module_config(self.config, self._name(module), self._kinds.get(module, nn.Linear))
 
     def _parsed(self, module: str, parse: Callable[[], T]) -> T:
         """What parse makes of a module's tensors; CheckpointError where they are not what the config promises."""
@@ -177,10 +192,7 @@ def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource |
     """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
     if is_gguf(path):
         return GgufWeightSource(path)
-    weight_source = WeightSource(path)
-    if skeleton is not None:
-        skeleton.split_experts(weight_source.checkpoint)
-    return weight_source
+    return WeightSource(path) if skeleton is None else WeightSource.for_model(path, skeleton)
 
 
 def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:

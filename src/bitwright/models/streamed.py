@@ -80,7 +80,7 @@ class StreamedModel:
         self.load(self.skeleton.outer_names())
         hidden = [self.skeleton.embed(part) for part in parts]
         for index in range(len(self.skeleton)):
-            self.load(self.skeleton.state_names(index))
+            self.load([*self.skeleton.state_names(index), *self.skeleton.lent_names(index)])
             names = {module: self.names.get(f"{module}.weight", "") for module in self.skeleton.linears(index)}
             input_quantizations = {module: self.input_quantization(name) for module, name in names.items()}
             with self.skeleton.quantizing_inputs(input_quantizations), self.skeleton.caching(self._cache(index)):

@@ -14,8 +14,7 @@ from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
-from bitwright.models.gguf_source import FloatGgufCheckpoint
+from bitwright.models.decoded_source import FloatCheckpoint
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
@@ -47,8 +46,8 @@ class HiddenStates:
         return {name: torch.cat(batches) for name, batches in parts.items() if batches}
 
 
-def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None) -> HiddenStates:
-    """Inputs of the first block to do: from the embedding, or as saved by the run that is resumed.
+def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None, first: int = 0) -> HiddenStates:
+    """Inputs of the first block to do: from the embedding, or as saved for block `first` by the run that is resumed.
 
     The outer parameters are loaded meanwhile, since a run through them records how the blocks are called.
     """
@@ -68,10 +67,20 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
         if plan.recipe.needs_original:
             states = HiddenStates(given, list(given), held, list(held))
     else:
+        if skeleton.hands_on:
+            _run_through(plan, first, given[0][:1])
         parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
         states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return states
+
+
+def _run_through(plan: Plan, first: int, hidden: Tensor) -> None:
+    """Run the blocks before `first`, so that the skeleton knows what they hand on; hidden: what the first of all is given."""
+    for index in range(first):
+        plan.skeleton.load(read_block(plan, index) | read_lent(plan, index))
+        hidden = plan.skeleton.run(index, hidden)
+        plan.skeleton.unload(index)
 
 
 def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
@@ -154,11 +163,11 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     if first == depth:
         return store
     only = Drawn(tokens, tokens[:0])
-    states = first_hidden_states(plan, only, {"given": store.hidden(first)} if first else None)
+    states = first_hidden_states(plan, only, {"given": store.hidden(first)} if first else None, first)
     for index in range(first, depth):
         progress("statistics", index, depth)
         layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
-        plan.skeleton.load(read_block(plan, index))
+        plan.skeleton.load(read_block(plan, index) | read_lent(plan, index))
         statistics = observe_block(plan, index, layers, states.given, everything=True)
         if index + 1 < depth:
             with plan.skeleton.quantizing_inputs(rotations(layers)):
@@ -200,7 +209,13 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     return plan.rotation.block(weights, f"{plan.skeleton.block_prefix}.{index}.")
 
 
-def read_finite(checkpoint: Checkpoint | FloatGgufCheckpoint, name: str) -> Tensor:
+def read_lent(plan: Plan, index: int) -> dict[str, Tensor]:
+    """The parameters that block `index` shares with others, which stay in float, by name."""
+    sources = {t.parameter: t.source for t in plan.tensors}
+    return {name: read_finite(plan.checkpoint, sources[name]) for name in plan.skeleton.lent_names(index)}
+
+
+def read_finite(checkpoint: FloatCheckpoint, name: str) -> Tensor:
     """A tensor of the source; CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
     if tensor.is_floating_point() and not _finite(tensor):

@@ -42,7 +42,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
     members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
-    keys = metadata(model, skeleton.config, load_tokenizer(model), None)
+    keys, said = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = out.with_name(out.name + ".partial")
     unfinished.unlink(missing_ok=True)
     with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
@@ -51,7 +51,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": notes}
+    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": [*notes, *said]}
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:

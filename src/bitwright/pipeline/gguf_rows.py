@@ -4,7 +4,6 @@ The output file has its full size from the beginning. After a crash, the ledgers
 """
 
 import time
-from collections.abc import Iterator
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -40,9 +39,12 @@ def quantize_gguf(
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
     manifest = {
-        "version": __version__, "torch": torch.__version__, "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files], "calib": calib,
-    }  # fmt: skip
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
+        "calib": calib,
+    }
     place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
@@ -58,12 +60,16 @@ def quantize_gguf(
                 place.note(index, entries)
                 return entries
 
-            noted = []  # in order; one writer thread waits for the disk while the next block is rounded
-            jobs = [(t, row) for members in shards[first:] for t in members for row in range(0, _height(t), _step(t))]
-            with ahead(lambda job: _make_rows(plan.file, writer, *job, importance.get(job[0].source)), jobs) as parts:
+            noted = []  # in order: one writer thread waits for the disk while the next block is rounded
+            jobs = [Rows(t, *cut) for members in shards[first:] for t in members for cut in _cuts(t, importance)]
+            with ahead(lambda job: _make_rows(plan.file, writer, job), jobs) as parts:
                 for index in range(first, len(shards)):
                     progress("block", index, len(shards))
-                    noted.append(writer_thread.submit(commit, index, [_parts_of(t, parts) for t in shards[index]]))
+                    noted.append(
+                        writer_thread.submit(
+                            commit, index, [list(islice(parts, len(_cuts(t, importance)))) for t in shards[index]]
+                        )
+                    )
             for one in noted:
                 ledger += one.result()
     except CheckpointError:
@@ -73,7 +79,9 @@ def quantize_gguf(
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, plan.notes)
+    unseen = [entry for entry in ledger if "saw no token" in entry.reason]
+    more = [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
+    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, (*plan.notes, *more))
 
 
 class Part(NamedTuple):
@@ -88,7 +96,17 @@ class Part(NamedTuple):
     lost: Tensor
     sample: Tensor
     sampled: Tensor
+    gram: Tensor | None
     seconds: float
+
+
+class Rows(NamedTuple):
+    """A job: rows [first, last) of a tensor, which are one expert's; the importance of their columns [K] where it is known."""
+
+    tensor: PlannedTensor
+    first: int
+    last: int
+    importance: Tensor | None
 
 
 NOTHING = torch.empty(0)
@@ -98,34 +116,31 @@ def _height(t: PlannedTensor) -> int:
     return prod(t.shape[:-1])
 
 
-def _step(t: PlannedTensor) -> int:
-    """Rows quantized at a time."""
-    return max(1, SLAB // t.shape[-1])
+def _cuts(t: PlannedTensor, importance: dict[str, Tensor]) -> list[tuple[int, int, Tensor | None]]:
+    """The rows that are taken at a time, and the importance of their columns: none if that is of another shape."""
+    step, height, known = max(1, SLAB // t.shape[-1]), _height(t), importance.get(t.source)
+    each = None if known is None or t.layer is None else imatrix.experts_of(known, t.layer.K, height)
+    if each is None:
+        return [(row, min(row + step, height), None) for row in range(0, height, step)]
+    own = height // len(each)
+    return [
+        (e * own + row, e * own + min(row + step, own), imatrix.evenly(values))
+        for e, values in enumerate(each)
+        for row in range(0, own, step)
+    ]
 
 
-def _parts_of(t: PlannedTensor, parts: Iterator[Part]) -> list[Part]:
-    """All parts of tensor t, which come next in `parts`."""
-    return list(islice(parts, -(-_height(t) // _step(t))))
-
-
-def _inputs(t: PlannedTensor, importance: Tensor | None) -> Inputs:
-    """The importance of a matrix's columns as statistics; none if it has another shape, as for experts, which have one each."""
-    known = importance is not None and t.layer is not None and len(importance) == t.layer.K
-    return Inputs((t.stem,), gram=importance) if known else Inputs()
-
-
-def _make_rows(
-    file: GgufFile, writer: gguf_writer.GgufWriter, t: PlannedTensor, first: int, importance: Tensor | None
-) -> Part:
-    """Quantize the rows from `first` on: read, round, write, read back, compare. CheckpointError for NaN or Inf."""
+def _make_rows(file: GgufFile, writer: gguf_writer.GgufWriter, job: Rows) -> Part:
+    """Some rows: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
     begun = time.monotonic()
-    last = min(first + _step(t), _height(t))
+    t, first, last, importance = job
     w = file.floats(t.source, first, last)
     if t.layer is None or t.rule is None:
-        writer.put_floats(t.source, w, first)
-        return Part(NOTHING, NOTHING, NOTHING, NOTHING, 0)
+        writer.put_floats(t.source, w.to(t.dtype), first)
+        return Part(NOTHING, NOTHING, NOTHING, NOTHING, None, 0)
+    inputs = Inputs() if importance is None else Inputs((t.stem,), gram=importance)
     try:
-        fit = quantize_matrix(torch.float32, t, w, _inputs(t, importance))
+        fit = quantize_matrix(torch.float32, t, w, inputs)
     except SchemeError as error:
         if all(bool(torch.isfinite(end)) for end in torch.aminmax(w)):
             raise
@@ -134,17 +149,28 @@ def _make_rows(
     q = fit.outcome.q
     writer.put_rounded(t.source, t.layer, q, first)
     some = slice(None, None, max(1, min(t.layer.N // SAMPLED_ROWS, last - first)))
-    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], time.monotonic() - begun)
+    return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], importance, time.monotonic() - begun)
+
+
+def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
+    """What is said of experts that saw no token."""
+    each = None if importance is None or t.layer is None else imatrix.experts_of(importance, t.layer.K, _height(t))
+    count = 0 if each is None else imatrix.unseen(each)
+    if each is None or not count:
+        return ""
+    who = "it" if len(each) == 1 else f"{count} of {len(each)} experts"
+    return f"{who} saw no token: all columns count evenly"
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
     """The ledger entry of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
-        return Entry(t.source, t.shape, dtype, KEPT, t.reason, bytes=t.dtype.itemsize * prod(t.shape))
+        size = t.dtype.itemsize * prod(t.shape)
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, fallback=t.fallback, bytes=size)
     loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
     if t.rule.method != "rtn":
-        rounded = rtn_lost(torch.cat([part.sample for part in parts]), t.layer.scheme, _inputs(t, importance).gram)
+        rounded = torch.cat([rtn_lost(part.sample, t.layer.scheme, part.gram) for part in parts])
         by_rtn = ratio(rounded, torch.cat([part.sampled for part in parts]))
     nbytes = prod(GGUF.layout(t.layer, t.dtype)["weight"][1])
     return Entry(
@@ -152,7 +178,7 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
         t.shape,
         dtype,
         QUANTIZED,
-        t.reason,
+        _unseen(t, importance) or t.reason,
         str(t.layer.scheme),
         t.rule.method,
         loss,

@@ -47,7 +47,7 @@ class Importance:
                 continue  # llama.cpp too uses it for the blocks' tensors only
             if stored is None or len(stored) != t.layer.K:
                 raise imatrix.of_another_model(file, names.of(t.parameter), stored, t.layer.K)
-            values[t.layer.name] = stored
+            values[t.layer.name] = imatrix.evenly(stored)
         return cls(values, digest(file.read_bytes()))
 
     def inputs(self, t: PlannedTensor) -> Inputs:

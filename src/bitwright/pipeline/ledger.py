@@ -25,6 +25,7 @@ class Entry:
     tokens        that its inputs were observed of; borrowed: beside its own, of an expert that the router sends few, those that
                   stand for all tokens of its layer
     outliers      how many of its input channels stay in float
+    source        how the source has it quantized, which is decoded first; "": it is float there
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entry:
     block_error_search: float | None = None
     arithmetic: str = ""
     borrowed: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Card:
     predicts     whether the model predicts tokens; else it is an encoder
     method       what was asked for, such as awq+gptq; "": unknown
     calibration  see the function `calibration`; "": unknown
+    loader       the class of transformers that loads it; "": the usual one
     """
 
     config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Card:
     predicts: bool
     method: str = ""
     calibration: str = ""
+    loader: str = ""
 
     def __str__(self) -> str:
         parts = (
@@ -136,7 +138,7 @@ def _replaced(card: Card) -> str:
 
 def _use(card: Card) -> str:
     """How to load it in each engine that can."""
-    kind = "AutoModelForCausalLM" if card.predicts else "AutoModel"
+    kind = card.loader or ("AutoModelForCausalLM" if card.predicts else "AutoModel")
     load = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("OUT")'
     if card.format == "bitwright":
         load = 'import bitwright\n\nmodel = bitwright.load("OUT")  # a model of transformers'

@@ -40,6 +40,7 @@ def planned(
     samples: int,
     seqlen: int,
     store: Path | None,
+    requantize: bool = False,
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
     check_out(out)
@@ -57,7 +58,7 @@ def planned(
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:

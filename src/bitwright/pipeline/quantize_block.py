@@ -194,13 +194,23 @@ def _entry(
         loss.search,
         arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if observed else "",
         borrowed=inputs.borrowed,
+        source=t.stored_as,
     )
 
 
 def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
     """The ledger entry of a tensor that stays in float or is left out. changed: whether a transform was folded into it."""
     dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
-    return Entry(t.source, t.shape, dtype, t.action, reason, bytes=stored_bytes(plan, t) if t.action == KEPT else 0)
+    return Entry(
+        t.source,
+        t.shape,
+        dtype,
+        t.action,
+        reason,
+        fallback=t.fallback,
+        bytes=stored_bytes(plan, t) if t.action == KEPT else 0,
+        source=t.stored_as,
+    )
 
 
 def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:

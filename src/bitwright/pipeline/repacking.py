@@ -23,6 +23,7 @@ from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
+from bitwright.models.families import auto_class
 from bitwright.models.skeleton import Skeleton, read_config
 from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
@@ -168,7 +169,10 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     said = source.config()
     place.write_json("config.json", said | {"quantization_config": config})
     bits = 8 * sum(entry.bytes for entry in ledger) / sum(count(entry.shape) for entry in ledger)
-    place.write_text(CARD, str(Card(said, format_name, bits, ledger, source.skeleton.predicts)))
+    place.write_text(
+        CARD,
+        str(Card(said, format_name, bits, ledger, source.skeleton.predicts, loader=auto_class(source.skeleton.config))),
+    )
     if format_name == "gptq":
         place.write_json("quantize_config.json", config)
     if is_gguf(model):
@@ -245,7 +249,8 @@ class _Source:
         else:
             said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         stale = ("quantization_config", "torch_dtype")
-        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32"}
+        tied = {"tie_word_embeddings": bool(self.skeleton.config.tie_word_embeddings)}
+        return {key: value for key, value in said.items() if key not in stale} | {"dtype": "float32", **tied}
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:

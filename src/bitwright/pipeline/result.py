@@ -27,7 +27,11 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """{out, bytes, bits_per_weight, seconds, peak_rss_bytes, tensors, fallbacks}."""
         return {
-            "out": str(self.out), "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4),
-            "seconds": round(self.seconds, 2), "peak_rss_bytes": self.peak_rss_bytes, "tensors": len(self.ledger),
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "seconds": round(self.seconds, 2),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "tensors": len(self.ledger),
             "fallbacks": self.fallbacks,
-        }  # fmt: skip
+        }

@@ -24,6 +24,7 @@ from bitwright.errors import CheckpointError, RecipeError
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
+from bitwright.models.families import auto_class
 from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
     HiddenStates,
@@ -34,6 +35,7 @@ from bitwright.pipeline.calibration_pass import (
     observe_block,
     one_shot,
     read_block,
+    read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
@@ -174,7 +176,7 @@ def _quantize_blocks(
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
-        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None)
+        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None, first)
         if first == 0:
             begin_with_quantized_embedding(plan, states, tokens)
     progress("block", first, depth + 1)
@@ -232,7 +234,8 @@ def _quantize_shard(
     def put() -> None:
         if file is None:
             stored = tensors | {name: t for r in done for name, t in _encoded(plan, r).items()}
-            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors)
+            called = {r.planned.stem: r.planned.layer.name for r in done if r.planned.layer is not None}
+            verify = Verification(plan.format, config, {r.planned.stem: r.q for r in done}, tensors, called)
             place.put_shard(index, stored, verify)
         else:
             _put_in_file(file, {t.parameter: tensors[t.source] for t in kept}, done)
@@ -278,7 +281,7 @@ def _quantize_block(
         return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
             plan, known
         )
-    skeleton.load(weights)
+    skeleton.load(weights | read_lent(plan, index))
     kv, done = None, dict[str, str]()
     if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
         known = observe_block(plan, index, layers, source.given, everything=False)
@@ -337,11 +340,12 @@ def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float,
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
     """Write the configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
-    if any(t.made_of for t in plan.tensors):
-        config["tie_word_embeddings"] = False
+    if not plan.skeleton.config.tie_word_embeddings and config.get("tie_word_embeddings", True):
+        config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated)
+    loader = auto_class(plan.skeleton.config)
+    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))

@@ -10,8 +10,9 @@ out/                       what becomes OUT; all other files serve only to resum
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *PICKLES, "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tmp")
 
 AGAIN = "check the disk, then run the same command again"
+OF_WEIGHTS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how the source's were quantized
 CARD, ORIGINAL = "README.md", "README.original.md"  # the model card; the source's own card
 
 
@@ -172,10 +174,16 @@ class Verification:
     """Compares a written shard, read by the format's independent reader, bit for bit with what was meant."""
 
     def __init__(
-        self, format_: Format, config: dict[str, Any], meant: dict[str, QTensor], kept: dict[str, Tensor]
+        self,
+        format_: Format,
+        config: dict[str, Any],
+        meant: dict[str, QTensor],
+        kept: dict[str, Tensor],
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """meant: quantized weights by module name, as in the files; kept: float tensors by name."""
-        self.format, self.config, self.meant, self.kept = format_, config, meant, kept
+        """meant: quantized weights by module name, as in the files; kept: float tensors by name; called: what the model calls
+        a module, where that differs, as configs name it so."""
+        self.format, self.config, self.meant, self.kept, self.called = format_, config, meant, kept, called
 
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
@@ -187,7 +195,7 @@ class Verification:
         for module, q in self.meant.items():
             found = {n.removeprefix(f"{module}."): n for n in written.tensors if n.startswith(f"{module}.")}
             parts = {suffix: written.read(n) for suffix, n in found.items() if suffix != "bias"}
-            wrong = self.format.wrong(self.config, module, parts, q)
+            wrong = self.format.wrong(self.config, self.called.get(module, module), parts, q)
             if wrong:
                 message = f"{wrong} weights on disk are not those that were meant"
                 raise VerificationError(message, where=module, remedy=AGAIN)
@@ -202,6 +210,6 @@ def copy_companions(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         own = file.name.lower() == CARD.lower() and not (source / ORIGINAL).exists()
         name = ORIGINAL if own else file.name
-        known = (to / name).exists() or name.startswith(".")
+        known = (to / name).exists() or name.startswith(".") or name in OF_WEIGHTS
         if file.is_file() and not known and not any(file.match(pattern) for pattern in WEIGHT_FILES):
             write_file(to / name, file.read_bytes())

@@ -21,10 +21,11 @@ from bitwright.files.checkpoint import Spec, spec_bytes
 from bitwright.formats import FORMATS, Layer, gguf_writer
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
+from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.plan.planned_tensor import KEPT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import KEPT, QUANTIZED, SMALLEST, PlannedTensor, half_precision, in_float
 from bitwright.plan.recipe import Recipe, Rule
 
 GGUF = FORMATS["gguf"]
@@ -55,7 +56,8 @@ class GgufPlan:
             known = found.get(t.source)
             if self.unknown or t.layer is None or (known is None and t.block is None):
                 continue  # llama.cpp too uses it for the blocks' tensors only
-            if known is None or len(known) != t.layer.K:
+            experts = t.shape[0] if len(t.shape) > 2 else 1
+            if known is None or known.numel() not in (t.layer.K, experts * t.layer.K):
                 raise imatrix.of_another_model(file, t.source, known, t.layer.K)
         return found
 
@@ -106,10 +108,15 @@ class GgufPlan:
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         weights = spec_bytes(self.specs(list(self.tensors)))
         return {
-            "model": str(self.source), "format": GGUF.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(8 * weights / self.parameters, 4), **counts,
+            "model": str(self.source),
+            "format": GGUF.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(8 * weights / self.parameters, 4),
+            **counts,
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
     @property
     def headline(self) -> str:
@@ -124,6 +131,7 @@ def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: boo
     FormatError for another output format, RecipeError for what needs a model or for nothing to quantize.
     """
     source = file.path
+    check_is_model(file.keys, str(source))
     file.check_vocabulary()
     architecture = file.key("general.architecture", str)
     if format_name != GGUF.name:
@@ -135,20 +143,14 @@ def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: boo
         raise RecipeError(message, where=str(source), remedy="leave them out")
     chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted)
     tensors = tuple(chooser.decide(name) for name in file.tensors)
-    if not any(t.layer for t in tensors):
+    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")
     note = (
         f"architecture {architecture!r} is not known here, so none of it can be run: each matrix is rounded by itself"
     )
     known = "with the columns' importance" if weighted else "without importance"
     notes = [f"{note}, {known}"] if unknown else []
-    fallbacks = [f"{t.source}: {t.layer.fallback}" for t in tensors if t.layer and t.layer.fallback]
-    more = (
-        [f"{len(fallbacks)} matrices get another block type than asked for, such as {fallbacks[0]}"]
-        if fallbacks
-        else []
-    )
-    return GgufPlan(source, file, recipe, tensors, (*notes, *more), unknown)
+    return GgufPlan(source, file, recipe, tensors, (*notes, *chooser.said), unknown)
 
 
 class _Chooser:
@@ -156,7 +158,8 @@ class _Chooser:
 
     def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool) -> None:
         self.file, self.recipe, self.weighted = file, recipe, weighted
-        self.rules = recipe.assign([name.removesuffix(".weight") for name in file.tensors if self._may(name)])
+        self.others: dict[str, list[str]] = {"another block type": [], "another method": []}
+        self.rules = recipe.assign({name.removesuffix(".weight"): name for name in file.tensors if self._may(name)})
 
     def _may(self, name: str) -> bool:
         """Whether llama.cpp reads a quantized tensor of that name."""
@@ -174,14 +177,33 @@ class _Chooser:
             return replace(t, reason="llama.cpp keeps it in float")
         rule = self.rules[t.stem]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule)
+        if t.shape[-1] % SMALLEST:
+            return self._told(half_precision(replace(t, rule=rule), t.shape[-1]), "another block type")
         method, lost = rule.method, ""
         if method in (*CALIBRATED, *ASYMMETRIC, *BLOCKWISE):
             method, lost = "search", f"{method} -> search: inputs are not known"
         options = rule.options if not lost else {} if self.weighted else {"objective": "mse"}
         layer = self._layer(t, rule, block)
-        layer = replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost))))
-        return replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
+        done = replace(t, action=QUANTIZED, layer=layer, rule=replace(rule, method=method, options=options))
+        for why, what in ((layer.fallback, "another block type"), (lost, "another method")):
+            self._told(replace(done, fallback=why), what)
+        return replace(done, layer=replace(layer, fallback="; ".join(filter(None, (layer.fallback, lost)))))
+
+    def _told(self, t: PlannedTensor, what: str) -> PlannedTensor:
+        """Remember that something else is done than was asked for, if it is."""
+        if t.fallback:
+            self.others[what].append(f"{t.source}: {t.fallback}")
+        return t
+
+    @property
+    def said(self) -> list[str]:
+        """What there is to say of tensors that are not done as asked."""
+        return [
+            f"{len(found)} matrices get {what} than asked for, such as {found[0]}"
+            for what, found in self.others.items()
+            if found
+        ]
 
     def _layer(self, t: PlannedTensor, rule: Rule, block: int | None) -> Layer:
         """The matrix as the file will store it; experts' matrices are stacked along N."""

@@ -1,12 +1,15 @@
 """One tensor of a plan: where it comes from, and what becomes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from bitwright.errors import FormatError
 from bitwright.formats import Layer
 from bitwright.plan.recipe import Rule
 
+SMALLEST = 32  # weights in GGUF's smallest blocks
+FLOAT_TARGETS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"  # actions
 
 
@@ -31,9 +34,29 @@ class PlannedTensor:
     reason: str = ""
     layer: Layer | None = None
     rule: Rule | None = None
+    stored_as: str = ""  # how the source has it quantized; "": it is float there
+    fallback: str = ""  # why it is in float where it was to be quantized
     made_of: str = ""  # another tensor of the source that it is copied from: an untied head from the embedding
 
     @property
     def stem(self) -> str:
         """The tensor's name in the files, less ".weight"."""
         return self.source.removesuffix(".weight")
+
+
+def in_float(t: PlannedTensor, rule: Rule, *, one_file: bool = True) -> PlannedTensor:
+    """A tensor that its rule keeps: as it is, or in the float type that the rule names. FormatError for such a type in another
+    format than GGUF."""
+    if not rule.mix:
+        return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+    if not one_file:
+        remedy = "name OUT.gguf, or scheme = 'keep'"
+        raise FormatError(f"{rule.mix.lower()} is a type of GGUF files", where=t.source, remedy=remedy)
+    return replace(t, reason=f"in {rule.mix}", rule=rule, dtype=FLOAT_TARGETS[rule.mix])
+
+
+def half_precision(t: PlannedTensor, K: int) -> PlannedTensor:
+    """A matrix of GGUF whose rows of K fill no block: in float16, as llama-quantize has it."""
+    asked = t.rule.mix if t.rule is not None and t.rule.mix else "blocks"
+    why = f"{asked} -> F16: rows of {K} do not fill blocks of {SMALLEST}"
+    return replace(t, dtype=torch.float16, reason="in F16: no block holds its rows", fallback=why)

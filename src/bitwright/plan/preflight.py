@@ -19,12 +19,13 @@ from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec
 from bitwright.files.joined import joined
 from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
-from bitwright.gguf.metadata import metadata
+from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.gptq import AT_ONCE
-from bitwright.models.families import positions_of
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
+from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype, quantization_of, read_config
@@ -33,6 +34,7 @@ from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.transforms.rotation import Rotation
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = (
     6.5  # times tokenizer.json: what a loaded tokenizer takes, by measurement on vocabularies of 49,000 and 262,000
@@ -45,7 +47,7 @@ class Plan:
 
     source: Path
     skeleton: Skeleton
-    checkpoint: Checkpoint | FloatGgufCheckpoint
+    checkpoint: FloatCheckpoint
     format: Format
     tensors: tuple[PlannedTensor, ...]
     recipe: Recipe
@@ -147,6 +149,8 @@ class Plan:
         kept = [t.parameter.removesuffix(".weight") for t in self.tensors if t.layer is None]
         outside = [name for name in names if name in kept or name not in {layer.name for layer in layers}]
         config = self.format.config(layers, sorted(outside))
+        if self.format.name == "compressed-tensors" and self.skeleton.config.model_type in DECOMPRESSED:
+            config |= {"dequantize": True}
         return config if self.recipe.kv_cache is None else config | {"kv_cache_scheme": arguments(self.recipe.kv_cache)}
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,10 +158,16 @@ class Plan:
         counts = {action: sum(t.action == action for t in self.tensors) for action in (QUANTIZED, KEPT, LEFT_OUT)}
         schemes = sorted({str(t.layer.scheme) for t in self.tensors if t.layer})
         return {
-            "model": str(self.source), "format": self.format.name, "schemes": schemes, "parameters": self.parameters,
-            "bytes": self.bytes, "bits_per_weight": round(self.bits_per_weight, 4), "peak_memory_bytes": self.peak_memory,
-            **counts, "notes": list(self.notes),
-        }  # fmt: skip
+            "model": str(self.source),
+            "format": self.format.name,
+            "schemes": schemes,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "peak_memory_bytes": self.peak_memory,
+            **counts,
+            "notes": list(self.notes),
+        }
 
     @property
     def headline(self) -> str:
@@ -211,18 +221,17 @@ class Plan:
         tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
         hidden = self.skeleton.config.get_text_config().hidden_size
         widths = {layer.K for layer in layers}
-        activations = (
-            tokens * size * (2 * hidden + sum(widths))
-        )  # inputs of attention, of the MLP, and of what ends each
+        # the inputs of attention, of the MLP, and of the matrices that end them
+        activations = tokens * size * (2 * hidden + sum(widths))
         kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
         forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
         square = 4 * max((K * K for K in widths), default=0)
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
             statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
-        weights = sum(layer.N * layer.K for layer in layers) * (
-            2 * size + 2
-        )  # float; decoded; codes, twice (the guard's)
+        # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
+        stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
+        weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
         rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
         return kept + weights + statistics + max(forward, rounding)
 
@@ -253,19 +262,25 @@ class Plan:
         return codes + 2 * spec_bytes(self.specs(members))
 
 
-def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 128, seqlen: int = 2048) -> Plan:
+def preflight(
+    source: Path,
+    recipe: Recipe,
+    format_name: str,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    requantize: bool = False,
+) -> Plan:
     """Plan a run: see the module's docstring.
 
-    samples, seqlen: calibration windows, and tokens in one. Raises CheckpointError for a source that is missing, damaged or
-    already quantized; FormatError for what the format cannot hold; RecipeError for a rule that does not fit the model.
+    samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
+    rounded once more. Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what
+    the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
-    if quantization_of(source) is not None:
-        remedy = "quantize the float original; rounding twice only loses"
-        raise CheckpointError(
-            "already quantized (config.json has a quantization_config)", where=str(source), remedy=remedy
-        )
+    if not requantize:
+        _refuse_integers(source)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
@@ -273,10 +288,15 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
     skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
     checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        notes.append(_decoded_note(tensors))
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
+    notes += _notes_on_towers(source, skeleton)
     limit = positions_of(config.get_text_config()) or seqlen
     notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
+    keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
+    notes += said
     plan = Plan(
         source,
         skeleton,
@@ -288,14 +308,14 @@ def preflight(source: Path, recipe: Recipe, format_name: str, *, samples: int = 
         samples,
         tuple(notes),
         rotation,
-        _file_keys(checkpoint, skeleton, recipe) if format_.one_file else {},
+        keys,
     )
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
         remedy = "give OUT.gguf, or leave temper out of the recipe"
         raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
-    if not any(t.layer for t in tensors):
+    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(source), remedy=remedy)
     _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
@@ -331,9 +351,28 @@ def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
     return (4 * weights if gram else 0) + quantized + max(quantized, working)
 
 
-def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | FloatGgufCheckpoint:
+def _refuse_integers(source: Path) -> None:
+    """CheckpointError for a source that is quantized, and has a float original."""
+    quantization = quantization_of(source)
+    if quantization is not None and not has_no_original(quantization):
+        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
+        raise CheckpointError(message, where=str(source), remedy=remedy)
+
+
+def _decoded_note(tensors: list[PlannedTensor]) -> str:
+    """What is said of a source that is quantized."""
+    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
+    many = sum(bool(t.stored_as) for t in tensors)
+    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
+    return f"{what}; losses are counted from there"
+
+
+def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
     """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
     if not is_gguf(source):
+        if quantization_of(source) is not None:
+            return DecodedCheckpoint(source, skeleton)
         checkpoint = Checkpoint(source)
         skeleton.split_experts(checkpoint)
         return checkpoint
@@ -345,10 +384,20 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> Checkpoint | Fl
     return FloatGgufCheckpoint(source)
 
 
-def _file_keys(checkpoint: Checkpoint | FloatGgufCheckpoint, skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
+    """What becomes of the parts for images or sound, and of the files that say how those are prepared."""
+    if not skeleton.towers:
+        return []
+    notes = [f"{', '.join(skeleton.towers)}: kept in float; the text model is quantized, calibrated on text alone"]
+    if source.is_dir() and not any((source / name).is_file() for name in PROCESSORS):
+        notes.append(f"no {' or '.join(PROCESSORS)} here: the result knows text alone until they are put beside it")
+    return notes
+
+
+def _file_keys(checkpoint: FloatCheckpoint, skeleton: Skeleton, recipe: Recipe) -> Metadata:
     """The keys of the GGUF file to write; errors as of `metadata`."""
     if isinstance(checkpoint, FloatGgufCheckpoint):
-        return carried_keys(checkpoint.weight_source.file, recipe.file_type)
+        return Metadata(carried_keys(checkpoint.weight_source.file, recipe.file_type), ())
     source = checkpoint.folder
     return metadata(source, skeleton.config, load_tokenizer(source), recipe.file_type)
 

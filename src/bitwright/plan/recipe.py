@@ -4,7 +4,7 @@ The last rule whose pattern matches a module's name wins, as in .gitignore. An u
 are errors. In TOML:
 
     [[rule]]
-    match = "*"                    # fnmatch pattern on module names
+    match = "*"                    # fnmatch pattern on module names; for GGUF on llama.cpp's tensor names too
     scheme = "int4-g128"           # or "keep": leave it in float, on purpose
     method = "gptq"                # optional, as all below; the command line's otherwise
     options = { sweeps = 4 }       # keywords of the method
@@ -20,7 +20,7 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -30,7 +30,7 @@ from typing import Any
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import RecipeError, SchemeError, one_of
 from bitwright.formats.ggml import TYPES
-from bitwright.gguf.file_types import FILE_TYPES, MIXES
+from bitwright.gguf.file_types import FILE_TYPES, FLOAT_TYPES, MIXES
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
@@ -54,7 +54,10 @@ SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipel
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a recipe. scheme None: keep in float. RecipeError for parts that do not fit together."""
+    """One rule of a recipe. scheme None: keep in float, in the type that `mix` names if it names one.
+
+    RecipeError for parts that do not fit together.
+    """
 
     match: str
     scheme: Scheme | None
@@ -141,11 +144,15 @@ class Rule:
     def describe(self) -> dict[str, Any]:
         """The rule as plain data, for manifests."""
         return {
-            "match": self.match, "scheme": KEEP if self.scheme is None else str(self.scheme), "method": self.method,
-            "options": self.options, "activations": None if self.activations is None else str(self.activations),
-            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms], "observer": self.observer,
+            "match": self.match,
+            "scheme": str(self.scheme or self.mix.lower() or KEEP),
+            "method": self.method,
+            "options": self.options,
+            "activations": None if self.activations is None else str(self.activations),
+            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
+            "observer": self.observer,
             "mix": self.mix,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -224,13 +231,17 @@ class Recipe:
         ]
         return replace(self, rules=tuple(rules))
 
-    def assign(self, modules: list[str]) -> dict[str, Rule]:
-        """The rule of each module. RecipeError if a rule's pattern matches no module at all."""
+    def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
+        """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
+
+        RecipeError if a rule's pattern matches no module at all.
+        """
         for rule in self.rules:
-            if not any(fnmatchcase(name, rule.match) for name in modules):
-                some = ", ".join(modules[:3])
+            if not any(_means(rule.match, name, other) for name, other in modules.items()):
+                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
                 raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
-        return {name: next(r for r in reversed(self.rules) if fnmatchcase(name, r.match)) for name in modules}
+        last_first = list(reversed(self.rules))
+        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
 
     @property
     def needs_calibration(self) -> bool:
@@ -254,8 +265,8 @@ class Recipe:
 
     @property
     def file_type(self) -> int | None:
-        """llama.cpp's file type number, if all rules name one mix that has a number."""
-        mixes = {rule.mix for rule in self.active}
+        """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
+        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -276,6 +287,11 @@ class Recipe:
                 "rules tune blocks with different options", remedy="give all autoround rules the same options"
             )
         return Options.of(rules[0].options).windows if rules else None
+
+
+def _means(pattern: str, module: str, other: str) -> bool:
+    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
+    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
 
 
 @dataclass(frozen=True)
@@ -307,9 +323,14 @@ def _content(file: Path) -> dict[str, Any]:
 def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
     kinds = {
-        "match": str, "scheme": str, "method": str, "options": dict, "activations": str, "transforms": list,
+        "match": str,
+        "scheme": str,
+        "method": str,
+        "options": dict,
+        "activations": str,
+        "transforms": list,
         "observer": str,
-    }  # fmt: skip
+    }
     _known_keys(entry, set(kinds), where)
     assert isinstance(entry, dict)  # see _known_keys
     for key, kind in kinds.items():
@@ -323,8 +344,8 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
-    mix = name.upper() if name.upper() in MIXES else ""
-    scheme = None if name == KEEP else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,

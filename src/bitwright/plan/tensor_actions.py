@@ -9,7 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError, FormatError, RecipeError
-from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
@@ -17,24 +16,33 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
+from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.file_names import Conversion
-from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read, why_left
 from bitwright.numerics.scheme import PRESETS, Scheme
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import (
+    KEPT,
+    LEFT_OUT,
+    QUANTIZED,
+    SMALLEST,
+    PlannedTensor,
+    half_precision,
+    in_float,
+)
 from bitwright.plan.recipe import Recipe, Rule
 from bitwright.transforms import Outlier
 from bitwright.transforms.rotation import EMBEDDING, HEAD, Rotation
 
 CONVERTED = "transformers makes other tensors of it as it loads it"
+FEW_INPUTS = 32  # a matrix of fewer is kept: no group of scales fits, and it is small
 ODD_GRIDS = ("int2", "int3", "int5", "int6", "int7", "ternary")  # in compressed-tensors: vLLM knows 4 and 8 bits
 
 
 def decide(
     skeleton: Skeleton,
-    checkpoint: Checkpoint | FloatGgufCheckpoint,
+    checkpoint: FloatCheckpoint,
     recipe: Recipe,
     format_: Format,
     rotation: Rotation | None,
@@ -52,7 +60,7 @@ def decide(
     modules = {n: m for i in range(len(skeleton)) for n, m in skeleton.linears(i).items()}
     odd = [p for p in blocks if p in names and p.removesuffix(".weight") not in modules]
     odd = [p.removesuffix(".weight") for p in odd if len(checkpoint.tensors[names[p]].shape) > 1]
-    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd)
+    chooser = _Chooser(skeleton, recipe, format_, rotation, modules, odd, names)
     converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
@@ -68,7 +76,9 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    notes = _engine_notes([t.layer for t in planned if t.layer], format_, skeleton)
+    if isinstance(checkpoint, DecodedCheckpoint):
+        planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
+    notes = _engine_notes(planned, format_, skeleton)
     fused = any(info.take is not None for info in checkpoint.tensors.values())
     return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
@@ -102,13 +112,23 @@ class _Chooser:
         rotation: Rotation | None,
         modules: dict[str, nn.Module],
         odd: list[str],
+        files: Mapping[str, str],
     ) -> None:
         ends = skeleton.embedding_and_head() if format_.embeddings else {}
-        self.skeleton, self.recipe, self.format, self.rotation = skeleton, recipe, format_, rotation
+        self.skeleton, self.recipe, self.format, self.rotation, self.files = skeleton, recipe, format_, rotation, files
         self.modules = modules | ends
+        self.lent = {name for index in range(len(skeleton)) for name in skeleton.lent_names(index)}
         self.routers = skeleton.routers()
-        self.rules = recipe.assign([*self.modules, *odd])
         self.names = Names(skeleton.config) if format_.one_file else None
+        self.rules = recipe.assign({name: self._other(name) for name in (*self.modules, *odd)})
+
+    def _other(self, module: str) -> str:
+        """What else a module may be called: in a GGUF file llama.cpp's name of its weight, else the source's own name of it."""
+        if self.names is None:
+            return self.files.get(f"{module}.weight", "").removesuffix(".weight")
+        if not self.names.has(f"{module}.weight"):
+            return ""
+        return self.names.of(f"{module}.weight")
 
     def decide(self, t: PlannedTensor) -> PlannedTensor:
         """Quantize the blocks' matrices as the rules say; keep vectors, and what is outside the blocks.
@@ -128,7 +148,7 @@ class _Chooser:
             return replace(t, reason="a router of experts")
         rule = self.rules[name]
         if rule.scheme is None:
-            return replace(t, reason=f"recipe: {rule.match}", rule=rule)
+            return in_float(t, rule, one_file=self.names is not None)
         if rule.match == "*" and (why := self._kept_by_default(t, name)):
             return replace(t, reason=why, rule=rule)
         if name not in self.modules:
@@ -138,6 +158,9 @@ class _Chooser:
         if t.dtype not in FLOAT_NAMES:
             remedy = "give a checkpoint in float32, float16 or bfloat16"
             raise CheckpointError(f"the weight's type is {t.dtype}", where=name, remedy=remedy)
+        K = t.shape[0] if isinstance(self.modules[name], Conv1D) else t.shape[1]
+        if self.names is not None and K % SMALLEST:
+            return half_precision(replace(t, rule=rule), K)
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
             remedy = f"use --method gptq, or K up to {LARGEST_K}"
@@ -146,6 +169,14 @@ class _Chooser:
 
     def _kept_by_default(self, t: PlannedTensor, name: str) -> str:
         """Why a tensor stays in float though no rule of the recipe says so by name; "": it does not."""
+        if t.parameter in self.lent:
+            return "shared by several blocks"
+        if (
+            name in self.modules
+            and t.block is not None
+            and t.shape[not isinstance(self.modules[name], Conv1D)] < FEW_INPUTS
+        ):
+            return f"a matrix of fewer than {FEW_INPUTS} inputs"
         if name in self.modules:
             return next((why for pattern, why in KEPT_LINEARS.items() if re.search(pattern, name)), "")
         if ".experts." in f"{t.parameter}.":
@@ -203,9 +234,11 @@ def _outliers(rule: Rule, K: int) -> int:
     return (separate.expected(K) or 1) if isinstance(separate, Outlier) else 0
 
 
-def _engine_notes(layers: list[Layer], format_: Format, skeleton: Skeleton) -> list[str]:
-    """Notes on what the usual engines will not load, or will do with these files."""
-    notes = _format_notes(layers, format_)
+def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton) -> list[str]:
+    """What the usual engines will say to these files, or do with them."""
+    notes = _format_notes([t.layer for t in planned if t.layer], format_)
+    floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
+    notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
 

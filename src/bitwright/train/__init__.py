@@ -1,4 +1,4 @@
 """Training with quantized forward passes: quantization-aware training, distillation.
 
-Imports: errors, numerics, nn.
+Imports: errors, numerics, models, nn.
 """

@@ -1,0 +1,163 @@
+"""The proof that a file's tokenizer is its checkpoint's: both cut the strings of probes.py, and all tokens must be the same."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from bitwright.errors import FormatError
+from bitwright.gguf.pretokenizers import GPT2, ROWS, PreTokenizer
+from bitwright.gguf.probes import ORDINARY, RARE, beside
+from bitwright.gguf.special_tokens import END_TEXTS, PREFIX
+from bitwright.gguf.tokenizer import tokenizer_of
+from bitwright.gguf.unigram_tokenizer import SPACE, Keys, single_steps
+
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # as it is published
+SHORT_HERE = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+STRIPPING = ("lstrip", "rstrip", "single_word", "normalized")
+MOST_WORDS = 300
+UNFINISHED = "\ufffd"
+Ids = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Strings and the tokens that a checkpoint makes of them; those behind the first `ordinary` differ by known faults of
+    llama.cpp's rules where a checkpoint's rule is one that it is `near` to."""
+
+    texts: list[str]
+    wanted: Ids
+    ordinary: int
+    near: bool
+    odd: tuple[str, ...]  # added tokens that take more of a text than their own letters
+    where: str
+
+    @classmethod
+    def of(cls, content: Keys, tokenizer: Any, where: str) -> "Proof":
+        """content: the tokenizer.json; tokenizer: what transformers makes of the checkpoint."""
+        added = content.get("added_tokens", [])
+        vocabulary = content["model"]["vocab"]
+        found = [token["content"] for token in added]
+        found += [text for text in sorted(END_TEXTS) if text in vocabulary and text not in found]
+        mask = getattr(tokenizer, "mask_token", None)
+        texts = [*ORDINARY, *beside([token for token in found if token], [mask] if mask else [])]
+        words = _own_words(content)
+        texts += [word for word in words if word.isascii()]
+        rare = [*RARE, *(word for word in words if not word.isascii())]
+        odd = tuple(token["content"] for token in added if any(token.get(flag) for flag in STRIPPING))
+        composed = (content.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
+        near = composed and nearest(content) is not None
+        wanted = tokenizer([*texts, *rare])["input_ids"]
+        return cls([*texts, *rare], wanted, len(texts), near, odd, where)
+
+    def differing(self, tokenizer: Any) -> int | None:
+        """The number of the first string that another tokenizer cuts otherwise; None if there is none."""
+        found = tokenizer(self.texts)["input_ids"]
+        return next((i for i, (a, b) in enumerate(zip(self.wanted, found, strict=True)) if a != b), None)
+
+    def first_alike(self, ready: list[Keys]) -> tuple[Keys, tuple[str, ...]]:
+        """The first of several files' keys whose tokenizer is the same, and what there is to say of it.
+
+        FormatError with the first string that differs if there is none.
+        """
+        likely: tuple[int, Keys, Any] | None = None
+        for keys in ready:
+            tokenizer = tokenizer_of(keys, self.where)
+            at = self.differing(tokenizer)
+            if at is None:
+                return keys, ()
+            if likely is None or at > likely[0]:
+                likely = at, keys, tokenizer
+        assert likely is not None
+        at, keys, tokenizer = likely
+        text, ids = self.texts[at], tokenizer(self.texts[at])["input_ids"]
+        if self.near and at >= self.ordinary:
+            name = keys.get(f"{PREFIX}pre")
+            said = f"llama.cpp's rule {name!r} is only near this tokenizer's: text such as {text!r} becomes other tokens there"
+            return keys, (said,)
+        message = (
+            f"an unknown pre-tokenizer or normalizer: {text!r} becomes {self.wanted[at]}, in llama.cpp at best {ids}"
+        )
+        raise FormatError(message, where=self.where, remedy=self._remedy(text))
+
+    def _remedy(self, text: str) -> str:
+        token = next((token for token in self.odd if token in text), None)
+        if token is not None:
+            flags = ", ".join(STRIPPING)
+            return f"set {flags} of {token!r} to false in tokenizer.json's added_tokens, if the model can do with that"
+        return "keep this model in a format that carries tokenizer.json, such as --format compressed-tensors"
+
+
+def _own_words(content: Keys) -> list[str]:
+    """Some tokens of BPE as texts, first those that no merges make: which a word is as a whole, or never is."""
+    vocabulary, merges = content["model"]["vocab"], content["model"].get("merges")
+    if merges is None or not isinstance(vocabulary, dict):
+        return []
+    made = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in merges}
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    plain = bool(content["model"].get("byte_fallback"))
+    apart = [token for token in vocabulary if len(token) > 1 and token not in made][:MOST_WORDS]
+    some = [*apart, *list(vocabulary)[:: max(1, len(vocabulary) // MOST_WORDS)]]
+    texts = [token.replace(SPACE, " ") if plain else _unlettered(token, letters) for token in some]
+    return [text for text in dict.fromkeys(texts) if text and UNFINISHED not in text]
+
+
+def _unlettered(token: str, letters: dict[str, int]) -> str:
+    """A token of byte-level BPE as a text."""
+    return bytes(letters.get(letter, 255) for letter in token).decode("utf-8", errors="replace")
+
+
+def fitting_row(keys: Keys, content: Keys, proof: Proof, where: str) -> Iterator[str]:
+    """Names of cuts for byte-level BPE, those by which all strings become the same tokens first, then the one that is nearest.
+
+    One tokenizer is built, and given one cut after the other.
+    """
+    ranked = sorted(ROWS, key=lambda row: likeness(content, row)[0])
+    inner = tokenizer_of(keys | {f"{PREFIX}pre": ranked[0].names[0]}, where)
+    backend: Tokenizer = inner.backend_tokenizer
+    for row in (row for row in ranked if row.bytes and not row.lstrip):
+        backend.pre_tokenizer = built(row)
+        backend.model.ignore_merges = row.whole
+        if proof.differing(inner) is None:
+            yield row.names[0]
+            return
+    yield ranked[0].names[0]
+
+
+def built(row: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """The steps of a row."""
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in row.cuts]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def likeness(content: Keys, row: PreTokenizer) -> tuple[int, list[str]]:
+    """How far a tokenizer.json looks from a row: 0 the same, 1 what was published of it, 2 the same but for whole words; and
+    its own cuts as they would stand here."""
+    own = [cut for step in single_steps(content.get("pre_tokenizer"), "pretokenizers") for cut in _cuts(step)]
+    whole = bool(content["model"].get("ignore_merges")) == row.whole
+    pair = (content.get("post_processor") or {}).get("type") == "RobertaProcessing"
+    same, near = own == list(row.cuts), own == [cut.replace(SHORT, SHORT_HERE) for cut in row.published]
+    if (same or near) and pair == row.pair_end:
+        return (2 if not whole else 0 if same else 1), own
+    return (3 if same or near else 4), own
+
+
+def nearest(content: Keys) -> PreTokenizer | None:
+    """The row that a tokenizer.json is meant to be."""
+    return next((row for row in ROWS if likeness(content, row)[0] < 2), None)
+
+
+def _cuts(step: Keys) -> list[str]:
+    """The expression of one step, if it cuts."""
+    kind = step["type"]
+    if kind == "Split":
+        pattern = step["pattern"].get("Regex", step["pattern"].get("String", ""))
+        plain = step.get("behavior", "").lower() == "isolated" and not step.get("invert")
+        return [pattern.replace(SHORT, SHORT_HERE) if plain else repr(step)]
+    if kind == "ByteLevel":
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits":
+        return [r"\p{N}" if step.get("individual_digits") else r"\p{N}+"]
+    return [repr(step)]

@@ -1,0 +1,43 @@
+"""An output head of its own in a checkpoint whose config says that it is the embedding: transformers ties the two only where
+they hold the same numbers, so what differs is kept."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from bitwright.files.checkpoint import Checkpoint, TensorInfo, disk_errors
+
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+AT_ONCE = 1 << 22  # bytes compared at a time
+
+
+def has_own_head(folder: Path) -> bool:
+    """Whether a directory's output head is another matrix than its embedding. CheckpointError for damaged weight files."""
+    if not any(folder.glob("*.safetensors")):
+        return False
+    checkpoint = Checkpoint(folder)
+    plain = {name: name.removeprefix("language_model.") for name in checkpoint.tensors}
+    heads = [name for name in plain if plain[name].split(".")[0] in HEADS and not name.endswith(".bias")]
+    embedding = next((name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)), None)
+    if not heads or embedding is None:
+        return False
+    a, b = checkpoint.tensors[heads[0]], checkpoint.tensors[embedding]
+    if len(heads) > 1 or not heads[0].endswith(".weight"):
+        return True  # codes and scales
+    marks = tuple((info.file, info.file.stat().st_mtime_ns) for info in (a, b))
+    return _differ(a, b, marks)
+
+
+@lru_cache(maxsize=8)
+def _differ(a: TensorInfo, b: TensorInfo, marks: object) -> bool:
+    """Whether the bytes of two tensors differ. marks: what changes when their files do."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return True
+    with disk_errors(a.file), a.file.open("rb") as first, b.file.open("rb") as second:
+        first.seek(a.offset)
+        second.seek(b.offset)
+        for at in range(0, a.nbytes, AT_ONCE):
+            size = min(AT_ONCE, a.nbytes - at)
+            if first.read(size) != second.read(size):
+                return True
+    return False

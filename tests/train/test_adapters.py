@@ -1,0 +1,85 @@
+"""LoRA of peft's beside the quantized weights of a loaded model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from bitwright import load, prepare_for_training, quantize
+from bitwright.errors import FormatError
+from bitwright.inference.dense import Dense
+from bitwright.inference.qlinear import QLinear
+from bitwright.methods.rtn import rtn
+from bitwright.models.source import WeightSource
+from bitwright.numerics.codec import decode
+from bitwright.numerics.input_quantization import InputQuantization
+from bitwright.numerics.scheme import Scheme
+
+peft = pytest.importorskip("peft")
+IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 9, 8]])
+
+
+def adapted(model: nn.Module, **options: Any) -> nn.Module:
+    """With adapters that are not zero at the start."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config).train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of the loss of the next token, for all that is trained."""
+    model(IDS, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_learn_what_they_learn_beside_the_decoded_model(
+    options: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(llama, out, scheme="nf4-g64-dq", method="rtn", format="bitsandbytes", calib="none")
+    source, dense = WeightSource(out), AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    weights = {f"{m}.weight": source.read(f"{m}.weight") for m in source.modules}
+    dense.load_state_dict(weights, strict=False)
+    meant = gradients(adapted(dense, **options))
+    model = adapted(prepare_for_training(load(out)), **options)
+    found = gradients(model)
+    assert len(found) == 3 * 7 * (3 if options else 2)
+    assert found.keys() == meant.keys()
+    for name, gradient in found.items():
+        assert float((gradient - meant[name]).norm()) < 2e-3 * float(meant[name].norm()), name
+
+
+def test_what_is_trained_is_saved_as_peft_does_and_cannot_be_merged_unseen(llama: Path, tmp_path: Path) -> None:
+    model = adapted(prepare_for_training(load(llama, scheme="int4-g64", dtype=torch.bfloat16)))
+    assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == {torch.float32}
+    gradients(model)
+    model.save_pretrained(tmp_path / "adapter")
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    there = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").state_dict()
+    own = {name: p for name, p in model.state_dict().items() if "lora_" in name}
+    assert own and all(torch.equal(p.float(), there[name].float()) for name, p in own.items())
+    with pytest.raises(FormatError, match="cannot be written"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("inputs", [None, "int8-token", "int8-tensor", "rotated"])
+def test_the_gradient_is_the_decoded_weight_s(inputs: str | None) -> None:
+    q = rtn(torch.randn(80, 128), None, Scheme.parse("int4-g64-asym")).q
+    how = None if inputs is None else InputQuantization(rotate=64) if inputs == "rotated" else Scheme.parse(inputs)
+    layer = QLinear(q, input_quantization=InputQuantization(how) if isinstance(how, Scheme) else how)
+    x, dy = torch.randn(3, 128, requires_grad=True), torch.randn(3, 80)
+    layer(x).backward(dy)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dy @ layer.weight.as_subclass(Tensor), rtol=1e-4, atol=1e-4)
+    if inputs is None:
+        torch.testing.assert_close(layer.weight.as_subclass(Tensor), decode(q), rtol=1e-3, atol=1e-4)
+
+
+def test_few_inputs_have_a_gradient_beside_a_float_weight_too() -> None:
+    layer, x = Dense(torch.randn(8, 16)), torch.randn(1, 16, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0, keepdim=True))
