@@ -1,6 +1,7 @@
 """Sources that are quantized: releases in small floats are taken as they are, others on demand; decoded block by block."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from bitwright import evaluate, quantize
+from bitwright import evaluate, quantize, quantize_tensor
 from bitwright.errors import CheckpointError
 from bitwright.models.skeleton import Skeleton, read_config
 from bitwright.models.source import WeightSource, open_weights
+from bitwright.numerics.codec import decode
 from bitwright.pipeline.ledger import from_jsonl
 from conftest import save_tokenizer
 
@@ -60,6 +62,28 @@ def test_a_quantized_source_gives_what_its_decoded_model_gives(
     assert said["quant_method"] == "bitwright" and not (tmp_path / "a/quantize_config.json").exists()
     found = evaluate(tmp_path / "a", reference=source, text=text, seqlen=32, tokens=128)
     assert found.kl_mean is not None and 0 < found.kl_mean < 0.1
+
+
+def test_fp8_in_blocks_is_taken_as_it_is(llama: Path, tmp_path: Path) -> None:
+    """DeepSeek V3's layout: a scale for each block of rows and columns, by which codes are multiplied."""
+    source, tensors = tmp_path / "source", dict[str, torch.Tensor]()
+    shutil.copytree(llama, source)
+    for name, w in load_file(llama / "model.safetensors").items():
+        tensors[name] = w
+        if name.endswith("_proj.weight"):
+            scale = torch.rand(-(-w.shape[0] // 48), -(-w.shape[1] // 32)) * 1e-3 + 1e-4
+            each = scale.repeat_interleave(48, 0)[: len(w)].repeat_interleave(32, 1)[:, : w.shape[1]]
+            tensors |= {name: (w.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((source / "config.json").read_text())
+    how = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [48, 32]}
+    (source / "config.json").write_text(json.dumps(said | {"quantization_config": how}))
+    quantize(source, tmp_path / "a", scheme="int4-g64", **OWN)
+    name = "model.layers.2.mlp.down_proj"
+    scale = tensors[f"{name}.weight_scale_inv"].repeat_interleave(48, 0)[:64].repeat_interleave(32, 1)
+    meant = quantize_tensor(tensors[f"{name}.weight"].float() * scale, "int4-g64", method="rtn")
+    q = WeightSource(tmp_path / "a").quantized(f"{name}.weight")
+    assert q is not None and torch.equal(decode(q), decode(meant))
 
 
 def test_gpt_oss_is_read_as_transformers_decodes_it(text: str, tmp_path: Path) -> None:

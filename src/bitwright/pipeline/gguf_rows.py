@@ -7,7 +7,7 @@ import time
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,7 @@ def quantize_gguf(
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
-    manifest = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
-        "calib": calib,
-    }
-    place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
+    place = WorkInProgress(out, _manifest(plan, calib), needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
     made = place.path / "model.gguf"
@@ -82,6 +75,17 @@ def quantize_gguf(
     unseen = [entry for entry in ledger if "saw no token" in entry.reason]
     more = [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
     return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, (*plan.notes, *more))
+
+
+def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
+    """What unfinished work belongs to: the same source, recipe, importance and code."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
+        "calib": calib,
+    }
 
 
 class Part(NamedTuple):

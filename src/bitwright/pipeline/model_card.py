@@ -23,6 +23,9 @@ from bitwright.plan.tensor_actions import not_served
 # OWNER/NAME on the hub; anything else is a path on somebody's machine.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WORST, REPLACED = 3, 10  # most matrices that are named
+NEEDED = {  # beside transformers, to load a format
+    "compressed-tensors": "compressed-tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _use(card: Card) -> str:
     load = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("OUT")'
     if card.format == "bitwright":
         load = 'import bitwright\n\nmodel = bitwright.load("OUT")  # a model of transformers'
-    needed = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel"}.get(card.format, "bitwright")
+    needed = NEEDED.get(card.format, "bitwright")
     lines = ["## Use", "", f"OUT is this directory. Python, with `{needed}` installed:", "", "```python", load, "```"]
     if card.predicts:
         served = not not_served(card.format, (Scheme.parse(entry.scheme) for entry in card.quantized))

@@ -239,6 +239,10 @@ def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skele
     notes = _format_notes([t.layer for t in planned if t.layer], format_)
     floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
     notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
+    kept = [t.source for t in planned if t.block is not None and t.rule is not None and t.layer is None]
+    if format_.name == "gptq" and kept:
+        engines = "GPTQModel and vLLM know that by `dynamic`, transformers by itself does not"
+        notes.append(f"{len(kept)} matrices are kept in float, such as {kept[0]}: {engines}")
     return [*notes, *not_kept(skeleton.config)] if format_.one_file else notes
 
 
