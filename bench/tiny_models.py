@@ -52,6 +52,7 @@ SIZES = {
     "context_length",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+LARGEST = 10_000_000  # parameters of a model that is tried
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_layers")
 IDENTITY = ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "per_layer_config")
@@ -115,6 +116,10 @@ def tiny_config(kind: str) -> PretrainedConfig:
 def tiny_model(kind: str) -> PreTrainedModel:
     """A model of a family with random weights; vectors too, as norms of ones and biases of zeros would hide mistakes."""
     torch.manual_seed(0)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class(kind)(tiny_config(kind), **construction(kind)).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count:,} parameters, shrunk as it is")
     model = model_class(kind)(tiny_config(kind), **construction(kind)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ def has_own_head(folder: Path) -> bool:
         return False
     checkpoint = Checkpoint(folder)
     plain = {name: name.removeprefix("language_model.") for name in checkpoint.tensors}
-    heads = [name for name in plain if plain[name].split(".")[0] in HEADS and not name.endswith(".bias")]
+    heads = [name for name in plain if _is_head(plain[name].split(".")) and not name.endswith(".bias")]
     embedding = next((name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)), None)
     if not heads or embedding is None:
         return False
@@ -26,6 +26,11 @@ def has_own_head(folder: Path) -> bool:
         return True  # codes and scales
     marks = tuple((info.file, info.file.stat().st_mtime_ns) for info in (a, b))
     return _differ(a, b, marks)
+
+
+def _is_head(parts: list[str]) -> bool:
+    """Whether a tensor belongs to the output matrix itself; RoBERTa's head has layers of its own before that one."""
+    return parts[0] in HEADS and (len(parts) == 2 or parts[1] == "weight")
 
 
 @lru_cache(maxsize=8)

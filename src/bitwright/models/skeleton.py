@@ -77,7 +77,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     config.name_or_path = str(raw.get("_name_or_path", ""))  # not where it lies here
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    if config.tie_word_embeddings and has_own_head(folder):
+    if getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
         config.tie_word_embeddings = False
     return config
 
