@@ -7,7 +7,7 @@ import time
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,7 @@ def quantize_gguf(
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
     shards = plan.shards
-    manifest = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "recipe": [rule.describe() for rule in plan.recipe.rules],
-        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
-        "calib": calib,
-    }
+    manifest = _manifest(plan, calib)
     place = WorkInProgress(out, manifest, needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
     ledger = [entry for i in range(first) for entry in place.ledger(i)]
@@ -79,8 +73,19 @@ def quantize_gguf(
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    notes = (*plan.notes, *_unseen_notes(ledger))
-    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes)
+    seconds, notes = time.monotonic() - begun, (*plan.notes, *_unseen_notes(ledger))
+    return Result(out, written, bits, seconds, peak_rss_bytes(), ledger, notes)
+
+
+def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
+    """What a run that is gone on with must have in common with the one before."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": [rule.describe() for rule in plan.recipe.rules],
+        "source": [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in plan.file.files],
+        "calib": calib,
+    }
 
 
 def _unseen_notes(ledger: list[Entry]) -> list[str]:

@@ -310,16 +310,22 @@ def preflight(
         rotation,
         keys,
     )
+    _check_plan(plan)
+    return plan
+
+
+def _check_plan(plan: Plan) -> None:
+    """Errors as of `preflight`, for what is wrong with a plan as a whole."""
+    recipe, format_ = plan.recipe, plan.format
     if recipe.kv_cache is not None:
         _check_kv(plan)
-    if recipe.temper is not None and not (format_.one_file and skeleton.predicts):
+    if recipe.temper is not None and not (format_.one_file and plan.skeleton.predicts):
         remedy = "give OUT.gguf, or leave temper out of the recipe"
-        raise FormatError(f"{format_name} keeps the last norm as it was", where="temper", remedy=remedy)
-    if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
+        raise FormatError(f"{format_.name} keeps the last norm as it was", where="temper", remedy=remedy)
+    if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
-        raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(source), remedy=remedy)
+        raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
     _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
-    return plan
 
 
 def _calibration_notes(
