@@ -72,9 +72,14 @@ def quantize_gguf(
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
+    seconds, notes = time.monotonic() - begun, (*plan.notes, *_unseen_notes(ledger))
+    return Result(out, written, bits, seconds, peak_rss_bytes(), ledger, notes)
+
+
+def _unseen_notes(ledger: list[Entry]) -> list[str]:
+    """What is said of matrices whose importance matrix saw no token of an expert."""
     unseen = [entry for entry in ledger if "saw no token" in entry.reason]
-    more = [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
-    return Result(out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, (*plan.notes, *more))
+    return [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
 
 
 def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
