@@ -311,7 +311,6 @@ def preflight(
         keys,
     )
     _check_recipe(plan)
-    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
     return plan
 
 
@@ -326,6 +325,7 @@ def _check_recipe(plan: Plan) -> None:
     if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
+    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
 
 
 def _calibration_notes(
