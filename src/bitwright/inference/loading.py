@@ -150,11 +150,11 @@ class _Filling:
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
-        rows, decode = self.weight_source.rows(self.names[f"{name}.weight"])
+        rows, decode = self.weight_source.rows(self._source(f"{name}.weight"))
         width = module.embedding_dim
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():
-            self.tables[self.names[f"{name}.weight"]] = rows
+            self.tables[self._source(f"{name}.weight")] = rows
         _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width))
 
 
