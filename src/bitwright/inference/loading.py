@@ -164,7 +164,7 @@ class _Filling:
 
     def _lookup(self, name: str, module: nn.Embedding) -> None:
         """Put in the embedding's place one on the file's own bytes."""
-        source, width = self.names[f"{name}.weight"], module.embedding_dim
+        source, width = self._source(f"{name}.weight"), module.embedding_dim
         rows, decode = self.weight_source.rows(source)
         stored = partial(self.weight_source.parts, source) if self.weight_source.is_packed(source) else None
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))

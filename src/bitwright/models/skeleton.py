@@ -290,6 +290,12 @@ class Skeleton:
             if all(name in tensors for name in conversion.sources):
                 tensors = {**tensors, **conversion.applied(self.model, tensors)}
         cast = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        inside = f"{self.block_prefix}."
+        if not all(name.startswith(inside) for name in cast):  # transformers ties from either name to the other
+            ties = self.ties().items()
+            cast |= {
+                n: cast[first] for n, first in ties if first in cast and n not in cast and not n.startswith(inside)
+            }
         self.model.load_state_dict(cast, strict=False, assign=True)
         self.model.requires_grad_(False)
         self.model.tie_weights()

@@ -340,7 +340,7 @@ def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float,
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
     """Write the configs and the model card."""
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
-    if not plan.skeleton.config.tie_word_embeddings and config.get("tie_word_embeddings", True):
+    if not getattr(plan.skeleton.config, "tie_word_embeddings", True) and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})
     if plan.format.name == "gptq":

@@ -294,9 +294,8 @@ def preflight(
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
     limit = positions_of(config.get_text_config()) or seqlen
-    notes += _calibration_notes(recipe, tensors, samples, seqlen, limit)
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
-    notes += said
+    notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
         source,
         skeleton,
