@@ -24,7 +24,8 @@ from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.gguf.input_rounding import ENGINE
 from bitwright.gguf.reader import GgufFile
-from bitwright.models.skeleton import TOKENS_PER_BATCH, batches, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.models.streamed import StreamedModel
 
 TOOLS = ROOT / "bench/peers/envs/llamacpp/build/bin"

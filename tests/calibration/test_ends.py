@@ -12,7 +12,8 @@ from bitwright.calibration.windows import load_tokenizer, sample
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.codec import decode
 from bitwright.numerics.scheme import Scheme
 from conftest import make_checkpoint

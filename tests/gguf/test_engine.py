@@ -16,8 +16,8 @@ from bitwright.cli.app import app
 from bitwright.errors import InputError
 from bitwright.gguf.input_rounding import inputs_of
 from bitwright.gguf.reader import Types
+from bitwright.models.config import read_config
 from bitwright.models.families import model_of
-from bitwright.models.skeleton import read_config
 from bitwright.models.source import open_weights
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert

@@ -11,7 +11,8 @@ from bench.tiny_models import model_class, tiny_model
 from bitwright import quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.models.block_calls import Part
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.plan.preflight import preflight

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitwright import evaluate, quantize
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.pipeline.work_in_progress import ledger_beside

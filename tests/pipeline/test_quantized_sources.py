@@ -12,7 +12,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from bitwright import evaluate, quantize, quantize_tensor
 from bitwright.errors import CheckpointError
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource, open_weights
 from bitwright.numerics.codec import decode
 from bitwright.pipeline.ledger import from_jsonl

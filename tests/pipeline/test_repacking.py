@@ -16,7 +16,8 @@ from bitwright.formats import FORMATS
 from bitwright.formats.ggml import TYPES
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.methods.search import search
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import open_weights
 from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode, encode, fit

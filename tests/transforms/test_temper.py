@@ -11,7 +11,8 @@ from bitwright.api import quantize
 from bitwright.errors import FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.gguf.reader import GgufFile
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.plan.recipe import Recipe
 from bitwright.transforms.output_temperature import STEP, Three, factor, with_output_temperature
 from conftest import make_checkpoint

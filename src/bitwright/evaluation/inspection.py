@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.pipeline.ledger import from_jsonl
 from bitwright.pipeline.work_in_progress import ledger_beside

@@ -21,9 +21,10 @@ from bitwright.inference.key_values import round_keys_and_values
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
+from bitwright.models.config import read_config
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, is_linear, matrix_of, read_config
+from bitwright.models.skeleton import Skeleton, is_linear, matrix_of
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme

@@ -12,9 +12,10 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import READERS, CheckpointReader
 from bitwright.gguf.reader import is_gguf
+from bitwright.models.config import quantization_of
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvRounding, read_rounding
-from bitwright.models.skeleton import Skeleton, quantization_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor

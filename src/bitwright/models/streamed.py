@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
+from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of, read_config
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model

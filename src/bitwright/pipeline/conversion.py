@@ -12,7 +12,8 @@ from bitwright.formats import chosen
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
-from bitwright.models.skeleton import Skeleton, quantization_of, read_config
+from bitwright.models.config import quantization_of, read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter, Member
 from bitwright.pipeline.repacking import repack

@@ -23,8 +23,9 @@ from bitwright.files.checkpoint import count
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
+from bitwright.models.config import read_config
 from bitwright.models.families import auto_class
-from bitwright.models.skeleton import Skeleton, read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
