@@ -171,18 +171,18 @@ def test_a_run_that_was_cut_off_goes_on(
     out, made = tmp_path / "a.gguf", byrows._make_rows
     quantize(files[1], tmp_path / "whole.gguf", scheme="q4_0", method="search", calib="none")
 
-    def cut(file: Any, writer: gguf_writer.GgufWriter, t: Any, *rest: Any) -> Any:
-        if t.block == 5:
-            writer.put(t.source, torch.zeros(1, dtype=torch.uint8))
+    def cut(file: Any, writer: gguf_writer.GgufWriter, job: byrows.Rows) -> Any:
+        if job.tensor.block == 5:
+            writer.put(job.tensor.source, torch.zeros(1, dtype=torch.uint8))
             raise KeyboardInterrupt
-        return made(file, writer, t, *rest)
+        return made(file, writer, job)
 
     monkeypatch.setattr(byrows, "_make_rows", cut)
     with pytest.raises(KeyboardInterrupt):
         quantize(files[1], out, scheme="q4_0", method="search", calib="none")
     assert not out.exists()
     again = set()
-    monkeypatch.setattr(byrows, "_make_rows", lambda *args: again.add(args[2].block) or made(*args))
+    monkeypatch.setattr(byrows, "_make_rows", lambda *args: again.add(args[2].tensor.block) or made(*args))
     quantize(files[1], out, scheme="q4_0", method="search", calib="none")
     assert again == {5, 6, 7, None}
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
