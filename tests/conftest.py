@@ -151,7 +151,10 @@ def save_unigram(folder: Path, *, words: bool = True) -> None:
     pieces = ["▁", "▁the", "▁fox", "own", "br", "▁br", "ow", "og", "▁d", "s", "ö", "▁1", *letters]
     vocab = [(token, 0.0) for token in special] + [(p, -2.0 - i * 0.05) for i, p in enumerate(dict.fromkeys(pieces))]
     unigram = Tokenizer(models.Unigram([*vocab, ("<mask>", 0.0)], unk_id=3, byte_fallback=False))
-    table = normalizers.Precompiled(charsmap({"\n": " ", "\t": " ", "Ａ": "A", "ﬁ": "fi", "…": "..."}))
+    spaces = dict.fromkeys(
+        "\n\r\t\x0b\x0c\x85\xa0\u2009\u2028\u200a\u202f\u2003\u2002\u3000", " "
+    )  # as nmt_nfkc has them
+    table = normalizers.Precompiled(charsmap({**spaces, "Ａ": "A", "ﬁ": "fi", "…": "..."}))
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
     joined = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
     unigram.normalizer = table if words else normalizers.Sequence([table, *joined])
