@@ -38,7 +38,7 @@ TOKENS_PER_BATCH = 4096
 
 
 class Skeleton:
-    """A causal language model, or an encoder without its pooling layer, with at most a few blocks in memory."""
+    """A causal language model, or an encoder without its pooling layer, whose blocks are loaded and unloaded one by one."""
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """dtype: of the computation, whatever the checkpoint's is. CheckpointError for a config without such a model."""

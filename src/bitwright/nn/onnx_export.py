@@ -175,7 +175,7 @@ class Writer:
     def function(self, node: fx.Node, name: str) -> None:
         """Write a function or method call."""
         if name in ("chunk", "split"):
-            return  # written where a part of it is read
+            return  # the reader of one of its parts writes it
         if name not in FUNCTIONS:
             raise no_form(node.name, name)
         names, form = FUNCTIONS[name]
@@ -202,11 +202,11 @@ class Writer:
         return name
 
     def value(self, x: Any) -> str:
-        """An argument: a tensor of the graph, a tensor to store, or a number."""
+        """The name of an argument: a tensor of the graph, or a tensor or number that becomes an initializer."""
         if isinstance(x, fx.Node):
             if isinstance(self.seen.of.get(x), Tensor):
                 return x.name
-            return self.op("Cast", [self.op("Squeeze", [self.sizes((x,))])], to=1)  # a size among floats
+            return self.op("Cast", [self.op("Squeeze", [self.sizes((x,))])], to=1)  # a size, as float
         return self.constant(x if isinstance(x, Tensor) else torch.tensor(float(x)))
 
     def shape(self, node: Any) -> tuple[int, ...]:
@@ -221,7 +221,7 @@ class Writer:
         return parts[0] if len(parts) == 1 else self.op("Concat", parts, axis=0)
 
     def size(self, node: fx.Node) -> str:
-        """A node that is a whole number, or several, as an int64 vector."""
+        """A node whose value is a size, or several, as the name of an int64 vector."""
         name = str(getattr(node.target, "__name__", node.target))
         if name == "size" or (node.target is getattr and node.args[1] == "shape"):
             whole = self.op("Shape", [source(node)])
@@ -330,7 +330,7 @@ def _product(writer: Writer, node: fx.Node, layer: StaticProduct) -> None:
 
 
 def _gemm(writer: Writer, node: fx.Node, layer: StaticProduct, scale: Tensor, bias: list[str]) -> None:
-    """Write a Linear as a Gemm, which engines fuse: leading dimensions are flattened into rows before, and restored after."""
+    """Write a Linear: MatMul and Add to float; Gemm to codes, which engines fuse, with leading dimensions flattened to rows."""
     codes, shape = source(node), writer.shape(node.args[0])
     if not len(layer.exit):
         w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
