@@ -141,7 +141,7 @@ class DynamicProduct(IntegerProduct):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's shape and type."""
+        """The dequantized weight, in the float layer's shape and dtype."""
         return self.decoded(self.scale)
 
     def offset(self) -> Tensor:
@@ -222,7 +222,7 @@ class StaticProduct(IntegerProduct):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's shape and type."""
+        """The dequantized weight, in the float layer's shape and dtype."""
         return self.decoded(self.weight_scale())
 
     @property
