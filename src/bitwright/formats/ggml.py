@@ -119,7 +119,7 @@ def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
 
 
 def half(x: Tensor) -> Tensor:
-    """[B] -> [B, 2] bytes of f16."""
+    """Numbers [B] as the bytes of f16: uint8 [B, 2]."""
     return x.half()[:, None].view(torch.uint8)
 
 

@@ -145,7 +145,7 @@ class Stored:
         return array
 
     def shape(self) -> tuple[int, int]:
-        """N, K."""
+        """The matrix's shape (N, K)."""
         N, K = self.take("weight_shape", torch.int64, 2).tolist()
         if N < 1 or K < 1:
             refuse(self.name, f"weight_shape says {N} × {K}")

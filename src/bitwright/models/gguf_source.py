@@ -130,7 +130,7 @@ class GgufWeightSource:
         return q if order is None else reordered(q, order.argsort())
 
     def _codes(self, name: str, blocks: NDArray[np.uint8]) -> QTensor:
-        """Some rows of a quantized matrix."""
+        """Some rows of a quantized matrix as a QTensor; blocks: uint8 [rows, bytes]."""
         kind = self.file.tensors[self.stored[name]].type
         scheme, scales = scales_of(kind.name, torch.from_numpy(blocks), name)
         return recovered(torch.from_numpy(decoded(blocks, kind, name)), scheme, scales, name)
@@ -149,7 +149,7 @@ class GgufWeightSource:
         return None
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
@@ -171,5 +171,5 @@ class FloatGgufCheckpoint:
         return self.weight_source.read(name)
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return self.weight_source.fingerprint()

@@ -203,10 +203,10 @@ def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource |
 
 
 def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:
-    """Parameter or persistent buffer of a model -> the tensor of the source that it is read from.
+    """Match a source with a model: parameter or persistent buffer -> the tensor of the source that it is read from.
 
-    CheckpointError for a tensor that is missing, of another shape or type than the model means, or that nothing reads
-    (`GgufWeightSource` refuses the latter itself).
+    CheckpointError for a tensor that is missing, of another shape or type than the model's, or that the model does not read
+    (`GgufWeightSource` refuses the latter when it is opened).
     """
     return (
         source.meet(skeleton)

@@ -63,7 +63,7 @@ class IntegerAttention(Replacement):
         return y, weights[0] if single else weights
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, T, E] -> [B, heads, T, E / heads]."""
+        """Split into heads: [B, T, E] -> [B, heads, T, E / heads]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def mask(self, scores: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor:

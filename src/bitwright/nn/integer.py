@@ -72,9 +72,9 @@ def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: Tens
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution: pairs (height, width); a one-dimensional one has height 1.
+    """The geometry of a convolution or pooling, in pairs (height, width); a 1-D one has height 1.
 
-    padding counts the zeros at the left, right, top and bottom. A weight's columns are ordered [kh, kw, C / groups].
+    padding: numbers of zeros at the left, right, top and bottom. A weight's columns are ordered [kh, kw, C / groups].
     """
 
     kernel: tuple[int, int]

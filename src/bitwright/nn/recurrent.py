@@ -33,12 +33,12 @@ def gru_step(x: Tensor, h: Tensor, states: States) -> States:
 
 
 def tanh_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, H]."""
+    """One step of an RNN with tanh. x, h [B, H]: contributions of input and state."""
     return (torch.tanh(x + h),)
 
 
 def relu_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, H]."""
+    """One step of an RNN with ReLU. x, h [B, H]: contributions of input and state."""
     return (torch.relu(x + h),)
 
 
