@@ -1,6 +1,7 @@
-"""QTensor <-> the tensors of a file: one class a format, in one table; defaults of each.
+"""Checkpoint formats: how a QTensor becomes the tensors of a file, and how those are read back. One class for each format.
 
-What writes a format and what reads it back share no code. Imports: errors, numerics, files, gguf.
+`FORMATS` are those that are written, `READERS` those that are read from safetensors directories. The reader that verifies a
+written file shares no packing code with the writer. Imports: errors, numerics, kernels, files, gguf.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/l
 
 
 def format_named(name: str) -> Format:
-    """The format of that name. FormatError, with the nearest, if there is none."""
+    """The format of this name. FormatError, which suggests the closest name, if there is none."""
     if name not in FORMATS:
         raise FormatError(f"unknown format {name!r}", remedy=one_of(name, FORMATS))
     return FORMATS[name]
@@ -35,11 +36,12 @@ def format_named(name: str) -> Format:
 def chosen(
     out: Path, format_name: str | None, scheme: str | None, method: str | None, *, one_shot: bool = False
 ) -> tuple[str, str, str]:
-    """Format, scheme and method where they are not given: GGUF for an OUT that ends in .gguf, else compressed-tensors.
+    """Fill in the defaults: (format, scheme, method). GGUF where OUT ends in .gguf, else compressed-tensors.
 
-    one_shot: whether statistics are the float model's alone, of which GPTAQ makes nothing.
+    one_shot: statistics come from the float model alone. GPTAQ needs the quantized model's inputs too, so GPTQ is the default.
 
-    FormatError for an unknown format, or a name that does not go with it: engines tell GGUF by it.
+    FormatError for an unknown format, or if OUT ends in .gguf and the format is another (or the reverse): engines recognize
+    GGUF files by this suffix.
     """
     file = out.suffix.lower() == ".gguf"
     name = format_named(format_name or ("gguf" if file else "compressed-tensors")).name

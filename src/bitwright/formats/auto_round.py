@@ -1,8 +1,8 @@
-"""auto-round's own files, read: GPTQ's or AWQ's tensors under a config of its own.
+"""Reader of auto-round's own checkpoints (`quant_method: auto-round`): the tensors of GPTQ or AWQ, with another config.
 
-`packing_format` says which: "auto_round:auto_gptq" is GPTQ's first version (zero points less 1), "auto_round" and
-"auto_round:gptqmodel" its second (as they are), mostly without g_idx; "auto_round:auto_awq" is AWQ's gemm. `extra_config` says
-otherwise for some modules, by name or by a regular expression found anywhere in it.
+`packing_format` gives the layout: "auto_round:auto_gptq" is GPTQ v1 (zero points stored − 1), "auto_round" and
+"auto_round:gptqmodel" are GPTQ v2 (stored as they are), mostly without g_idx; "auto_round:auto_awq" is AWQ's GEMM layout.
+`extra_config` overrides the settings of single modules, by name or by a regular expression that is searched in the name.
 """
 
 import re
@@ -27,12 +27,12 @@ LAYOUTS = {
     "auto_round:gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
     "auto_round:auto_awq": {"quant_method": "awq", "version": "gemm"},
     "auto_round:awq": {"quant_method": "awq", "version": "gemm"},
-}  # by packing_format
-FLOAT = 16  # bits from which a layer stays as it is
+}  # packing_format -> config of the layout's own reader
+FLOAT = 16  # bits that mean: not quantized
 
 
 class AutoRound:
-    """Integers of 2, 3, 4 or 8 bits, each layer with its own."""
+    """Reader of auto-round: 2-, 3-, 4- or 8-bit integers, which may differ from layer to layer."""
 
     name = "auto-round"
     method = "auto-round"
@@ -43,7 +43,10 @@ class AutoRound:
         return "qweight" in dtypes
 
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-        """See `CheckpointReader.module_config`: GPTQ's or AWQ's. FormatError for what auto-round does beyond their integers."""
+        """See `CheckpointReader.module_config`: a config of GPTQ or AWQ.
+
+        FormatError for weights that are not integers, quantized activations, rotations, and other packings.
+        """
         if config.get("quant_method") in ("gptq", "awq"):
             return config
         config = config | _extra(config.get("extra_config") or {}, name)
@@ -86,13 +89,13 @@ def _reader(config: dict[str, Any]) -> Awq | Gptq:
 
 
 def _extra(extra: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """What extra_config says of one module: its own name counts before regular expressions, of those the first."""
+    """The extra_config of one module: the entry of its exact name, else of the first regular expression that is found in it."""
     if name in extra:
         return extra[name]
     for pattern, said in extra.items():
         try:
             if said and re.search(pattern, name):
                 return said
-        except re.error:  # a name that is no expression
+        except re.error:  # a plain module name need not be a valid regular expression
             continue
     return {}

@@ -1,8 +1,10 @@
-"""AWQ's files (AutoAWQ's GEMM layout), read: what many 4-bit checkpoints on hubs are.
+"""Reader of AWQ checkpoints in AutoAWQ's GEMM layout (`quant_method: awq`, `version: gemm`), 4 bits.
 
-qweight [K, N/8]  codes of 4 bits, eight outputs in a word in the order 0, 2, 4, 6, 1, 3, 5, 7
-qzeros  [G, N/8]  zero points, likewise
-scales  [G, N]    float16; w = (code − zero) · scale
+qweight int32 [K, N/8]  4-bit codes, those of eight outputs in a word, lowest bits first, in the order 0, 2, 4, 6, 1, 3, 5, 7
+qzeros  int32 [G, N/8]  zero points, packed likewise
+scales  [G, N]          float16; w = (code − zero) · scale
+
+N outputs, K inputs, G groups along K.
 """
 
 from collections.abc import Mapping
@@ -18,11 +20,11 @@ from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import Scheme
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each 4 bits of a word belong to
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output (of eight) that is in each 4-bit field of a word, lowest field first
 
 
 class Awq:
-    """4 bits in groups or per channel, with zero points."""
+    """Reader of AWQ: asymmetric 4-bit integers, in groups or per channel."""
 
     name = "awq"
     method = "awq"
@@ -59,7 +61,7 @@ class Awq:
 
 
 def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int:
-    """How many inputs share a scale. FormatError for what is not AWQ's GEMM layout in 4 bits."""
+    """The group size (K where it is per channel). FormatError for another layout than GEMM with 4 bits."""
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or config.get("bits", config.get("w_bit")) != 4:
         found = f"version {version!r} with {config.get('bits', config.get('w_bit'))} bits"
@@ -75,7 +77,7 @@ def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int
 
 
 def _numbers(words: Tensor) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """int32 words [R, C] -> numbers [R, 8 C] of 4 bits, in the order of the outputs."""
+    """Unpack int32 words [R, C] -> unsigned 4-bit numbers [R, 8 C], in the order of the outputs."""
     parts = words.numpy()[:, :, None] >> (4 * np.arange(8, dtype=np.int32)) & 15
     numbers = np.empty_like(parts)
     numbers[:, :, ORDER] = parts

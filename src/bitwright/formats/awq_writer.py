@@ -1,7 +1,7 @@
-"""AWQ's files (AutoAWQ's GEMM layout), written: see awq.py for the layout, and for the reader that checks each file.
+"""Writer of AWQ checkpoints in AutoAWQ's GEMM layout. awq.py describes the layout, and has the reader that verifies it.
 
-transformers loads them through GPTQModel; vLLM by itself. Every module has zero points: a scheme without one is written with
-the middle code.
+transformers loads such checkpoints with GPTQModel, vLLM with its own kernels. The layout always has zero points: a symmetric
+scheme is written with the middle code, 8.
 """
 
 from collections import Counter
@@ -20,12 +20,12 @@ from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import CHANNEL, Scheme
 
-WORD = 8  # outputs in a word
-PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in the word, of each of these outputs
+WORD = 8  # 4-bit codes in an int32 word
+PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the 4-bit field of the word that each of eight outputs goes to
 
 
 class AwqWriter(Awq):
-    """Integers of 4 bits in groups or by channel, one group for the whole file."""
+    """Writer of AWQ: 4-bit integers in groups or per channel; all layers have the same group size."""
 
     kv_cache = False
     embeddings = False
@@ -74,7 +74,7 @@ class AwqWriter(Awq):
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`. Modules that stay float stand in `modules_to_not_convert`, and for GPTQModel in `dynamic`."""
+        """See `Format.config`. Modules in float are listed in `modules_to_not_convert`, and for GPTQModel in `dynamic`."""
         groups = Counter(layer.scheme.group for layer in layers)
         if len(groups) > 1:
             named = ", ".join(sorted(map(str, groups)))
@@ -92,7 +92,7 @@ class AwqWriter(Awq):
 
 
 def _words(numbers: Tensor) -> Tensor:
-    """Signed numbers of 4 bits [R, N] -> int32 words [R, N/8] of them, shifted to be unsigned, in AWQ's order."""
+    """Pack signed 4-bit numbers [R, N] -> int32 words [R, N/8]: plus 8 (unsigned), in AWQ's order within a word."""
     order = torch.tensor(PLACES).argsort()
     eights = (numbers.short() + 8).unflatten(1, (-1, WORD))
     return pack(eights[..., order].flatten(1), 4)

@@ -1,16 +1,18 @@
-"""bitsandbytes' checkpoints, read: NF4 and FP4 (QLoRA's double quantization included), and LLM.int8().
+"""Reader of bitsandbytes' checkpoints: NF4 and FP4 (QLoRA, arXiv:2305.14314, with double quantization), and LLM.int8()
+(arXiv:2208.07339).
 
 NF4, FP4:
-weight              [N·K/2 bytes, 1] in any type (bnb_4bit_quant_storage): codes of all weights row by row, two in a byte,
-                    the first in the high half
-weight.absmax       [blocks] float32; or uint8, with weight.nested_absmax, weight.nested_quant_map: one number for 256 of them
-weight.quant_map    [16] float32
-weight.quant_state.bitsandbytes__nf4  (or __fp4) a JSON object as bytes: shape, blocksize, nested_offset, nested_blocksize, …
+weight              ⌈N·K/2⌉ bytes in any dtype (bnb_4bit_quant_storage): the codes of all weights row by row, two in a byte,
+                    the first in the high 4 bits
+weight.absmax       [blocks] float32, a scale for each block of `blocksize` weights. Double quantization: uint8 indices into
+                    weight.nested_quant_map [256], times weight.nested_absmax (one for 256 scales), plus nested_offset
+weight.quant_map    [16] float32, the level of each code; w = level · absmax
+weight.quant_state.bitsandbytes__nf4 (or __fp4)  a JSON object as bytes: shape, blocksize, nested_blocksize, nested_offset, …
 
 LLM.int8() (load_in_8bit):
 weight              int8 [N, K]
-SCB                 [N] the largest magnitude of each row: w = code · SCB / 127
-weight_format       uint8: 0, the order of the rows
+SCB                 [N], the largest magnitude of each row: w = code · SCB / 127
+weight_format       uint8, the memory layout: 0 is row by row, the only one that is read
 """
 
 import json
@@ -30,12 +32,12 @@ from bitwright.numerics.scheme import GRIDS, GROUPS, Scheme
 STATE, FP4_STATE = "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"
 FOUR_BITS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE, FP4_STATE)
 SCB, ORDER = "SCB", "weight_format"
-THRESHOLD = 6.0  # magnitude from which LLM.int8() multiplies a channel in float, where the config does not say
+THRESHOLD = 6.0  # llm_int8_threshold by default: input channels that reach it are multiplied in float
 INPUTS = Scheme("int8", "token", "sym", "f32")
 
 
 class BitsAndBytes:
-    """NF4 and FP4 in blocks of neighbours in memory; integers of 8 bits by row."""
+    """Reader of NF4 and FP4, in blocks of consecutive weights, and of 8-bit integers per row."""
 
     name = "bitsandbytes"
     method = "bitsandbytes"
@@ -50,7 +52,7 @@ class BitsAndBytes:
         return config
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
-        """See `Reader.input_quantization`: LLM.int8() rounds inputs by token, but for channels that hold large values."""
+        """See `Reader.input_quantization`: LLM.int8() quantizes inputs per token, except channels with outliers."""
         if read(SCB) is None:
             return None
         threshold = config.get("llm_int8_threshold", THRESHOLD)
@@ -69,8 +71,8 @@ class BitsAndBytes:
         return torch.from_numpy(w.reshape(N, K))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
-        """See `Reader.quantized`; None for FP4, whose smallest number no grid here has, and blocks that run on into the next
-        row."""
+        """See `Reader.quantized`. None for FP4, as bitsandbytes' smallest level is in none of the grids here, and for blocks
+        that cross from one row into the next."""
         if SCB in tensors:
             scales = Scales(_row_scales(tensors, name))
             return recovered(self.decode(config, name, tensors), Scheme("int8", "channel", "sym", "f32"), scales, name)
@@ -89,7 +91,10 @@ class BitsAndBytes:
 
 
 def _row_scales(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """LLM.int8()'s scale of each row [N, 1]. FormatError for another order of the weights, or scales of another number."""
+    """The scale of each row [N, 1] of an LLM.int8() matrix: SCB / 127.
+
+    FormatError for a GPU-specific memory layout, or a number of scales that is not N.
+    """
     weight, scale = tensors["weight"], tensors[SCB].float().reshape(-1, 1)
     if ORDER in tensors and tensors[ORDER].any():
         message = f"its weights lie in an order for one kind of GPU ({ORDER} {tensors[ORDER].flatten().tolist()})"
@@ -101,7 +106,7 @@ def _row_scales(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
-    """What a matrix of 4 bits is. FormatError for one that does not say it, or sizes that do not belong together."""
+    """The quant_state of a 4-bit matrix. FormatError if it is missing or unreadable, or does not fit the tensors' sizes."""
     found = [suffix for suffix in (STATE, FP4_STATE) if suffix in tensors]
     if len(found) != 1:
         message = "lacks its quant_state of NF4 or FP4" if not found else "has a quant_state of NF4 and one of FP4"
@@ -121,7 +126,7 @@ def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
 
 
 def _absmax(tensors: dict[str, Tensor], state: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The scale of each block, float32."""
+    """The scale of each block [blocks] float32, double quantization undone."""
     absmax = tensors["weight.absmax"]
     if absmax.dtype != torch.uint8:
         return absmax.float().numpy()

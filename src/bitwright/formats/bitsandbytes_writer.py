@@ -1,6 +1,6 @@
-"""bitsandbytes' 4-bit checkpoints, written: NF4, double quantization too. See bitsandbytes.py for the layout, and its reader.
+"""Writer of bitsandbytes' NF4 checkpoints, with or without double quantization. bitsandbytes.py has the layout and the reader.
 
-transformers loads them with bitsandbytes, and QLoRA trains on them. Each matrix is decoded to the model's own float type.
+transformers loads them with bitsandbytes, and QLoRA trains on them. Each matrix is dequantized to the model's own float type.
 """
 
 import json
@@ -19,20 +19,20 @@ from bitwright.numerics.codec import dq8_index, dynamic_map
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, SUPERBLOCK
 
-BLOCKS = (32, 64, 128, 256)  # that bitsandbytes has kernels for, of our groups
-DOUBLE = "dq8"  # the encoding of scales that is double quantization
-LONGEST = -2.2250738585072014e-308  # no float has more digits
+BLOCKS = (32, 64, 128, 256)  # group sizes that bitsandbytes has kernels for
+DOUBLE = "dq8"  # the scale encoding that is QLoRA's double quantization
+LONGEST = -2.2250738585072014e-308  # the float whose JSON text is longest
 
 
 class BitsAndBytesWriter(BitsAndBytes):
-    """NF4 in blocks that fill whole rows."""
+    """Writer of NF4. K must be a multiple of the block size, so that no block crosses from one row into the next."""
 
     kv_cache = False
     embeddings = False
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
-        """See `Format.adapt`. container: the type that the matrix decodes to."""
+        """See `Format.adapt`. container: the float type that the matrix is dequantized to, such as "bfloat16"."""
         refuse_decomposed(layer, self.name)
         refuse_rounded_inputs(layer, self.name)
         s = layer.scheme
@@ -97,7 +97,7 @@ class BitsAndBytesWriter(BitsAndBytes):
 
 
 def _state(layer: Layer, mean: float | None) -> bytes:
-    """What is said of a matrix, as JSON; the mean of its scales where they are quantized too."""
+    """The quant_state of a matrix, as JSON. mean: of its scales (nested_offset), with double quantization."""
     double = layer.scheme.scale == DOUBLE
     nested = {"nested_blocksize": SUPERBLOCK, "nested_dtype": "float32", "nested_offset": mean} if double else {}
     shape, length = [layer.N, layer.K], layer.scheme.group_length(layer.K)

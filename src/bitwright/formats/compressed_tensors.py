@@ -1,9 +1,12 @@
-"""compressed-tensors: the format of llm-compressor, which transformers and vLLM load.
+"""compressed-tensors, the format of llm-compressor, which transformers and vLLM load: writer and reader.
 
-Integers are packed densely in 32-bit words along K, unsigned (code + 2^(bits−1)); zero points likewise along N. MXFP4 and
-NVFP4 put two e2m1 codes in a byte, the first in the low half. int8 weights whose inputs are int8 as well lie unpacked
-("int-quantized"): engines multiply them as they are. Scales have the model's own float type, because that is
-the type transformers loads them into. Read back by the compressed-tensors library's own decompressors.
+pack-quantized        b-bit codes, plus 2^(b−1), packed densely along K in 32-bit words; zero points likewise along N
+int-quantized         int8 weights [N, K], where the activations are int8 too
+float-quantized       float8_e4m3fn weights [N, K]
+mxfp4-, nvfp4-pack-quantized  two e2m1 codes in a byte, the first in the low 4 bits
+
+Scales have the model's own float type, because transformers loads them in that. Written layers are verified by the
+decompressors of the compressed-tensors library ("the library" below).
 """
 
 from collections import defaultdict
@@ -37,11 +40,12 @@ PARTS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
-NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # a byte a weight, not packed
+NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # formats with one byte for each weight, not packed
 
 
 class CompressedTensors:
-    """Integers of 2 to 8 bits, ternary, FP8, MXFP4 and NVFP4; inputs float, or int8 or FP8 by token or static by tensor."""
+    """Weights in 2- to 8-bit integers, ternary, FP8, MXFP4 or NVFP4; activations in float, or int8 or FP8, per token
+    (dynamic) or per tensor (static)."""
 
     name = "compressed-tensors"
     method = "compressed-tensors"
@@ -126,7 +130,8 @@ class CompressedTensors:
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`: one config group a scheme; a single one targets every Linear that is not ignored."""
+        """See `Format.config`: one config group for each pair of weight and activation schemes. A single group targets
+        "Linear", and `ignore` lists the exceptions."""
         alike: dict[tuple[Scheme, Scheme | None], list[Layer]] = defaultdict(list)
         for layer in layers:
             alike[(layer.scheme, layer.activations)].append(layer)
@@ -155,7 +160,7 @@ class CompressedTensors:
         return "weight_packed" in dtypes or ("weight_scale" in dtypes and dtypes.get("weight") in NARROW.values())
 
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-        """See `CheckpointReader.module_config`: the one config group that the library's own rule gives."""
+        """See `CheckpointReader.module_config`: the config group that the library's own matching selects."""
         _refuse_transforms(config, name)
         group = _group_of(config, name, kind)
         container = group.get("format") or config.get("format")
@@ -184,7 +189,7 @@ class CompressedTensors:
         )
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """See `Format.decode`: by the library's own decompressors, from what the config says."""
+        """See `Format.decode`: by the library's own decompressors, as the config specifies."""
         from compressed_tensors.compressors.base import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
@@ -198,7 +203,7 @@ class CompressedTensors:
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
         """See `Format.quantized`."""
-        # with scales in float32 the library does not round what it decodes to the model's own type
+        # with float32 scales the library returns float32 weights, not rounded to the model's own type
         exact = {
             suffix: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for suffix, t in tensors.items()
         }
@@ -209,8 +214,10 @@ class CompressedTensors:
 
 
 def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
-    """CheckpointError for a module without a tensor that its config promises (the library would do without a zero point), or
-    with one that the config has no use for; zero points of zero are none."""
+    """CheckpointError if a tensor that the config requires is missing, or one that it does not provide for is there.
+
+    The library would silently ignore a missing zero point. Zero points that are all 0 are allowed in symmetric schemes.
+    """
     weights, inputs = group["weights"], group.get("input_activations")
     packed = "weight_packed" in tensors
     needed = {"weight_packed" if packed else "weight", "weight_scale"}
@@ -230,7 +237,7 @@ def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -
 
 
 def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scales:
-    """Scales and zero points out of a module's tensors. block: how many rows share a row of scales; 0: none do."""
+    """Scales and signed zero points of a module's tensors. block: rows that share a scale, for FP8 blocks; 0: no blocks."""
     given, N = (
         tensors["weight_scale"].float(),
         len(tensors["weight_packed" if "weight_packed" in tensors else "weight"]),
@@ -251,7 +258,7 @@ def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scale
 
 
 def scheme_of(arguments: dict[str, Any], where: str) -> Scheme:
-    """The scheme of the library's QuantizationArgs for weights; undoes `arguments`. FormatError if there is none."""
+    """The Scheme of weights for the library's QuantizationArgs; undoes `arguments`. FormatError if there is none."""
     bits, kind, strategy = arguments["num_bits"], arguments["type"], arguments["strategy"]
     length = arguments.get("group_size") or 0
     zero: Zero = "sym" if arguments["symmetric"] else "asym"
@@ -273,7 +280,7 @@ def scheme_of(arguments: dict[str, Any], where: str) -> Scheme:
 
 
 def _scheme_of_inputs(arguments: dict[str, Any], where: str) -> Scheme:
-    """The scheme of the library's QuantizationArgs for inputs. FormatError for what is not computed here."""
+    """The Scheme of activations for the library's QuantizationArgs. FormatError if it is not implemented here."""
     bits, kind, strategy, dynamic = (arguments[key] for key in ("num_bits", "type", "strategy", "dynamic"))
     grid = f"int{bits}" if kind == "int" else {8: "fp8", 4: "fp4"}.get(bits, "")
     length = arguments.get("group_size")
@@ -293,7 +300,7 @@ def _scheme_of_inputs(arguments: dict[str, Any], where: str) -> Scheme:
 
 
 def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:
-    """The tensors of a static input scheme."""
+    """Layout of the scale and zero point of static activations; {} for dynamic or float activations."""
     if scheme is None or scheme.group != TENSOR:
         return {}
     zero: dict[str, Spec] = {} if scheme.zero == "sym" else {"input_zero_point": (torch.int8, (1,))}
@@ -301,7 +308,7 @@ def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:
 
 
 def _input_tensors(inputs: Scales | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Those tensors, filled."""
+    """The tensors of `_input_layout`, filled."""
     if inputs is None:
         return {}
     zero = {} if inputs.zero is None else {"input_zero_point": inputs.zero.reshape(1).to(torch.int8)}
@@ -309,12 +316,16 @@ def _input_tensors(inputs: Scales | None, dtype: torch.dtype) -> dict[str, Tenso
 
 
 def _group_of(config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-    """The config group of one module of a class, all that the library would infer filled in: a module's name counts before
-    regular expressions, those before classes. FormatError if no group covers it, or it is to be ignored."""
+    """The config group of one module of class `kind`, with the library's defaults filled in.
+
+    As in the library, a target that is the module's name has priority over regular expressions, those over class names.
+
+    FormatError if no group matches the module, or `ignore` does.
+    """
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
     from compressed_tensors.utils.match import is_match, match_targets
 
-    module = kind.__new__(kind)  # without its parts: only its class is looked at
+    module = kind.__new__(kind)  # not initialized: the library's matching looks only at its class
     groups = {target: (key, group) for key, group in config["config_groups"].items() for target in _targets(group)}
     found = match_targets(name, module, groups)
     if not found:
@@ -340,7 +351,7 @@ def _group_of(config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Line
 
 
 def _inferred(group: dict[str, Any], kind: type[nn.Module]) -> str:
-    """The container that the library would choose for a module of a class."""
+    """The compression format that the library infers for a module of class `kind`."""
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -348,12 +359,12 @@ def _inferred(group: dict[str, Any], kind: type[nn.Module]) -> str:
 
 
 def _targets(group: dict[str, Any] | list[str]) -> list[str]:
-    """The targets of a config group; of a preset of the library's they are all that is said."""
+    """The targets of a config group. A preset (such as "W4A16") maps directly to its list of targets."""
     return group if isinstance(group, list) else list(group.get("targets") or [])
 
 
 def _refuse_transforms(config: dict[str, Any], name: str) -> None:
-    """FormatError for files that hold less, or mean more, than codes under scales."""
+    """FormatError for checkpoints with sparse compression or with transforms (rotations), which are not implemented here."""
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         message = f"weights that are sparse as well ({sparsity}) are not read here"
@@ -366,7 +377,7 @@ def _refuse_transforms(config: dict[str, Any], name: str) -> None:
 
 
 def _container(layer: Layer) -> str:
-    """The library's name for the way a scheme is stored; FormatError if there is none."""
+    """The library's compression format for a layer's schemes, such as "pack-quantized"; FormatError if there is none."""
     s, inputs = layer.scheme, layer.activations
     plain = s.scale in ("f32", "f16", "bf16")
     if inputs is not None and (inputs.grid not in ("int8", "fp8") or s.grid == "fp4"):
@@ -392,7 +403,7 @@ def _container(layer: Layer) -> str:
 
 
 def arguments(scheme: Scheme) -> dict[str, Any]:
-    """The library's QuantizationArgs for weights or inputs."""
+    """The library's QuantizationArgs for a scheme of weights or activations."""
     grouped = isinstance(scheme.group, int)
     dynamic = scheme.group == TOKEN
     arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a file format must say of itself: what it can hold, the bytes of one weight, and how to read them back."""
+"""The interface of a checkpoint format: which schemes it can hold, the tensors of one layer, and how they are read back."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,20 +15,23 @@ from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
 from bitwright.numerics.scheme import CHANNEL, GROUPS, Scheme
 
 Read = Callable[[str], Tensor | None]
-WEIGHTS_AT_ONCE = 1 << 22  # looked at together when codes are taken out of a file
+WEIGHTS_AT_ONCE = 1 << 22  # weights whose codes are recovered in one step; bounds the memory
 FLOAT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized matrix as a format sees it.
+    """How one linear layer's weight [N, K] is to be stored.
 
-    name         of its module; N outputs, K inputs; transposed: the module is a Conv1D
-    activations  what its inputs are rounded to; None: they are not
-    outliers     how many input channels stay in float
-    rotate       block of the Hadamard rotation that the engine must apply to its inputs; 0: none
-    container    the format's own name for how it is stored, where its scheme does not say all
-    fallback     why it is not stored as asked; "": it is
+    name         the module's name
+    N, K         outputs, inputs
+    scheme       of the weight
+    transposed   whether the module is a Conv1D, whose weight is [K, N]
+    activations  scheme of the layer's inputs; None: they stay in float
+    outliers     number of input channels whose weights stay in float
+    rotate       block size of the Hadamard rotation that the engine applies to the inputs; 0: none
+    container    the format's own name for the storage, where the scheme alone does not determine it (GGUF: the block type)
+    fallback     why the layer is not stored as requested; "" if it is
     """
 
     name: str
@@ -44,53 +47,55 @@ class Layer:
 
 
 class Reader(Protocol):
-    """A way in which quantized weights are stored, by whomever."""
+    """Reads the quantized weights of one format, whichever tool wrote them."""
 
     name: str
     method: str  # quant_method in config.json
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
-        """What the engine does to the inputs of one quantized module; None: nothing. read: a tensor of it by suffix.
+        """How the engine quantizes the inputs of one quantized module; None: they stay in float.
 
-        FormatError for something that is not computed here.
+        read: gives a tensor of the module by the suffix of its name, None if it has no such tensor.
+
+        FormatError for an input quantization that is not implemented here.
         """
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Read one module's tensors back to a float matrix [N, K], independently of the writer."""
+        """Dequantize one module's tensors (by suffix) to a float matrix [N, K], by code independent of the writer."""
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
-        """Read one module's tensors as codes under scales; `decode` of them is what `decode` gives. None: no scheme here has
-        such codes, so it is computed in float.
+        """One module's tensors as a QTensor, which decodes to exactly what `decode` gives. None if no Scheme describes them:
+        the layer is then computed in float.
 
-        FormatError for a layout that codes cannot be told from.
+        FormatError for a layout from which codes cannot be recovered.
         """
 
 
 class CheckpointReader(Reader, Protocol):
-    """A reader of directories with a quantization_config: which tensors are a module's, what is said of it."""
+    """A reader of checkpoint directories whose config.json has a quantization_config."""
 
-    parts: frozenset[str]  # suffixes of the module's name that it reads; any other tensor has no reader
+    parts: frozenset[str]  # suffixes of all tensors that a quantized module can have in this format
 
     def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
-        """Whether a module with tensors of these suffixes and types is a quantized one."""
+        """Whether a module is quantized. dtypes: suffix of each of its tensors -> type."""
 
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-        """What a quantization_config says of one module of a class: a config of it alone, which `decode` takes too.
+        """The quantization_config reduced to one module of class `kind`; `decode` and `quantized` accept the result too.
 
-        FormatError if it says nothing of it, or that it is kept in float.
+        FormatError if the config does not cover the module, or says that it is kept in float.
         """
 
 
 class Format(Reader, Protocol):
-    """A way to store QTensors in safetensors files beside a config.json."""
+    """A format that is written: safetensors files beside a config.json, or one GGUF file."""
 
-    kv_cache: bool  # whether config.json can say what keys and values are kept in
+    kv_cache: bool  # whether config.json can specify a quantized KV cache
 
     embeddings: bool  # whether the embedding and the output head are quantized too
-    one_file: bool  # whether OUT is a file of llama.cpp's, with its names and types, rather than a directory
+    one_file: bool  # whether OUT is one GGUF file, with llama.cpp's tensor names, rather than a directory
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
-        """The layer as this format stores it in a model of that dtype: its scheme's scales, its container.
+        """The layer as this format stores it in a model of this dtype: with the scale type and the container of the format.
 
         FormatError, with the reason, if the format cannot hold the layer.
         """
@@ -102,23 +107,26 @@ class Format(Reader, Protocol):
         """The tensors of `layout`, filled. inputs: the scales of a static `layer.activations`."""
 
     def wrong(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor], q: QTensor) -> int:
-        """How many weights of one module do not read back, by a reader that is not the writer, as q means them."""
+        """Verify one written module: the number of weights that an independent reader decodes otherwise than q; 0 is right."""
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """The quantization_config of config.json; `kept` are the linear modules left in float.
+        """The quantization_config of config.json. kept: names of the linear modules that stay in float.
 
-        FormatError if one file cannot hold these layers together.
+        FormatError if the format cannot hold these layers in one checkpoint.
         """
 
 
 def differing(found: Tensor, q: QTensor) -> int:
-    """How many weights of w [N, K], as a reader gives them, are not what q decodes to in their type."""
+    """The number of weights in which `found` [N, K], dequantized by a reader, differs from q decoded to the same type."""
     meant = decode(q).to(found.dtype)
     return 0 if torch.equal(found, meant) else int((found != meant).sum())
 
 
 def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Outliers | None = None) -> QTensor:
-    """The codes that decode to exactly w [N, K] under these scales. FormatError if there are none."""
+    """Recover the codes from dequantized weights: the QTensor that decodes to exactly w [N, K] under these scales.
+
+    FormatError if there is none.
+    """
     whole = QTensor(torch.empty(w.shape, dtype=code_dtype(scheme)), scales, scheme, tuple(w.shape), outliers)
     step = max(1, WEIGHTS_AT_ONCE // w.shape[1])
     for start in range(0, len(w), step):
@@ -131,21 +139,21 @@ def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Ou
 
 
 def refuse_decomposed(layer: Layer, format_name: str) -> None:
-    """FormatError for a layer that computes on more than codes and scales, in a format that has no place for it."""
+    """FormatError for a layer with outlier channels or a run-time rotation, in a format that can store neither."""
     if layer.outliers or layer.rotate:
         what = "input channels kept in float" if layer.outliers else "a rotation of the inputs at run time"
         raise FormatError(f"{format_name} has no place for {what}", where=layer.name, remedy="use --format bitwright")
 
 
 def refuse_rounded_inputs(layer: Layer, format_name: str) -> None:
-    """FormatError for a layer whose inputs are to be rounded, in a format that cannot say so."""
+    """FormatError for a layer with quantized activations, in a weight-only format."""
     if layer.activations is not None:
         remedy = "use compressed-tensors, or leave out --activations"
         raise FormatError(f"{format_name} files cannot say that inputs are rounded", where=layer.name, remedy=remedy)
 
 
 def refuse_short_groups(layer: Layer) -> None:
-    """FormatError for a matrix whose K inputs are no whole groups, with a scheme that fits it."""
+    """FormatError for a layer whose K is not a multiple of the group size; the remedy names a scheme that fits."""
     scheme = layer.scheme
     if not isinstance(scheme.group, int) or layer.K % scheme.group == 0:
         return

@@ -1,11 +1,11 @@
-"""FP8 files of `quant_method: fp8`, read: DeepSeek V3's blocks, and a scale for each matrix or row (AutoFP8, transformers).
+"""Reader of FP8 checkpoints (`quant_method: fp8`): scales per block (DeepSeek-V3), per tensor or per row (AutoFP8).
 
 weight             float8_e4m3fn [N, K]
-weight_scale_inv   [⌈N/n⌉, ⌈K/k⌉] for blocks n × k (`weight_block_size`); one number, or one a row, without; w = code · scale,
-                   whatever its name says. float32, bfloat16 or float8_e8m0fnu
-weight_scale       the same, as AutoFP8 calls it
-activation_scale,  one number, for `activation_scheme: static`; inputs are otherwise rounded as they come: in groups of k, or by
-input_scale        token where there are no blocks
+weight_scale_inv   [⌈N/n⌉, ⌈K/k⌉] for blocks of n × k weights (`weight_block_size`); without blocks one scale, or one for each
+                   row. float32, bfloat16 or float8_e8m0fnu. w = code · scale, in spite of the name
+weight_scale       the same under AutoFP8's name
+activation_scale,  one scale, for `activation_scheme: static`. Otherwise activations are quantized dynamically: in groups of k
+input_scale        inputs, or per token where the weights have no blocks
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ INPUTS = ("activation_scale", "input_scale")
 
 
 class Fp8:
-    """FP8 in blocks, by row or by matrix."""
+    """Reader of FP8 (e4m3) weights with scales per block, row or tensor."""
 
     name = "fp8"
     method = "fp8"
@@ -68,7 +68,7 @@ class Fp8:
         return w * each
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
-        """See `Reader.quantized`; None for blocks of other widths than groups are here."""
+        """See `Reader.quantized`; None for blocks whose width is none of the group sizes in `GROUPS`."""
         N, K = tensors["weight"].shape
         scale, (rows, columns) = _scale(self.module_config(config, name), name, tensors)
         if columns < K and columns not in GROUPS:
@@ -79,9 +79,9 @@ class Fp8:
 
 
 def _scale(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
-    """The scales as a table [R, C] float32, and how many rows and columns of the matrix share one.
+    """The scales [R, C] float32, and the block (rows, columns) of weights that share one.
 
-    FormatError for one that does not fit the matrix.
+    FormatError for scales whose shape does not fit the weight.
     """
     (N, K), block = tensors["weight"].shape, config.get("weight_block_size")
     suffix = next(suffix for suffix in SCALES if suffix in tensors)

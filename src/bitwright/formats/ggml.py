@@ -1,10 +1,9 @@
-"""llama.cpp's block types: how codes and scales of 32 or 256 weights lie in bytes. Source: ggml-common.h, ggml-quants.c.
+"""Writer of ggml's block types (Q4_0, Q4_K, …): pack codes and scales of 32 or 256 weights into a block's bytes.
 
-A block type is a row of `TYPES`: the Scheme whose numbers it holds, the weights in a block, and one function that makes
-its fields of the codes and stored integers of blocks. Reading back is not done here: every written tensor is checked by
-ggml_codes.py and ggml_scales.py, and by the gguf package's `dequantize`, which share no packing with this file.
-
-A block is fields of bytes one after the other; those with codes hold numbers of a few bits side by side (`Bits`).
+Source: ggml-common.h, ggml-quants.c. `TYPES` has a row for each block type: its Scheme, the weights and bytes of a block, and
+a function that makes the block's fields in their order. Codes of less than 8 bits are packed side by side in bytes (`Bits`).
+Written tensors are read back by ggml_codes.py, ggml_scales.py and the gguf package's `dequantize`, none of which shares
+packing code with this file.
 """
 
 from collections.abc import Callable
@@ -19,18 +18,18 @@ from bitwright.numerics.codec import integers_of
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 
-CACHED = 1 << 20  # weights packed at a time
+CACHED = 1 << 20  # weights packed in one step, so that they stay in the cache
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """B blocks, as they are stored.
+    """The codes and scales of B blocks of n weights.
 
-    stored    [B, n] uint8, codes as a QTensor has them
-    lowest    of them: `codes` are counted from it (codebooks: as they are)
-    scale     [B] float32, the f16 (or e8m0's power of two) that all stand under
-    minimum   [B] float32 ≥ 0: what is subtracted, or its f16; zeros where the type has none
-    scales, minima [B, 256 / g] int16, the integers of the second level; empty where there is none
+    stored    uint8 [B, n], codes as a QTensor has them (signed ones seen as uint8)
+    lowest    the lowest code of the grid, 0 for codebooks
+    scale     float32 [B], the block's scale, an f16 (MXFP4: a power of two); with two levels, the scale of `scales`
+    minimum   float32 [B] ≥ 0, subtracted from all weights; with two levels, the scale of `minima`; zeros if the type has none
+    scales, minima  int16 [B, 256 / g], the integer scales and minima of groups, for types with two levels; else empty
     """
 
     stored: Tensor
@@ -42,16 +41,16 @@ class Blocks:
 
     @cached_property
     def codes(self) -> Tensor:
-        """[B, n] uint8, counted from 0."""
+        """uint8 [B, n], unsigned codes: `stored` minus `lowest`."""
         return self.stored + -self.lowest  # modulo 256
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Numbers [B, n] uint8 of which the lowest few bits lie side by side in bytes: the first `run` of them lowest in `run`
-    bytes, the next above, and so on until those are full.
+    """A field that packs the lowest `bits` bits of each of `numbers` uint8 [B, n].
 
-    turn: bits that are turned over first.
+    The first `run` numbers go to the lowest bits of `run` bytes, the next `run` to the bits above, until these bytes are full;
+    then the next `run` bytes. turn: a mask of bits that are flipped first (XOR).
     """
 
     numbers: Tensor
@@ -61,11 +60,11 @@ class Bits:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the bytes."""
+        """Shape of the packed bytes."""
         return self.numbers.shape[0], self.numbers.shape[1] * self.bits // 8
 
     def put(self, place: Tensor) -> None:
-        """Write them into bytes [B, n · bits / 8]."""
+        """Pack the numbers into `place`, uint8 [B, n · bits / 8]."""
         if native is not None and self.run % 8 == 0:
             native.put_side_by_side(self.numbers, place, self.run, self.bits, self.turn)
             return
@@ -74,12 +73,12 @@ class Bits:
         place.copy_((parts << shifts).sum(-2, dtype=torch.uint8).flatten(1))
 
 
-Field = Tensor | Bits  # of blocks: bytes [B, n]
+Field = Tensor | Bits  # consecutive bytes of each of B blocks: uint8 [B, bytes of the field]
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """A row of the table. name: llama.cpp's; size, bytes: weights and bytes of a block; fields: of blocks, in their order."""
+    """One ggml block type. size: weights in a block; bytes: of a block; fields: makes a block's fields, in their order."""
 
     name: str
     scheme: Scheme
@@ -89,7 +88,7 @@ class BlockType:
 
 
 def encode(q: QTensor, kind: BlockType) -> Tensor:
-    """The bytes of a matrix [N, K / size · bytes] uint8; K is a multiple of the block's size."""
+    """Pack a matrix into blocks: uint8 [N, K / size · bytes]. K must be a multiple of the block's size."""
     N, K = q.codes.shape
     found, step = torch.empty(N, K // kind.size, kind.bytes, dtype=torch.uint8), max(1, CACHED // K)
     for at in range(0, N, step):
@@ -99,7 +98,7 @@ def encode(q: QTensor, kind: BlockType) -> Tensor:
 
 
 def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
-    """Some rows, cut into blocks."""
+    """The blocks of some rows of q."""
     scheme = q.scheme
     lowest = scheme.levels.lo if scheme.levels.levels is None and scheme.zero != "min" else 0
     codes = q.codes[here].view(torch.uint8).reshape(-1, kind.size)
@@ -120,12 +119,12 @@ def _blocks(q: QTensor, kind: BlockType, here: slice) -> Blocks:
 
 
 def half(x: Tensor) -> Tensor:
-    """[B] -> [B, 2] bytes of f16."""
+    """Numbers [B] as the bytes of f16: uint8 [B, 2]."""
     return x.half()[:, None].view(torch.uint8)
 
 
 def beside(fields: tuple[Field, ...], out: Tensor) -> None:
-    """Fields of B blocks, one after the other, into out [B, bytes]."""
+    """Write the fields of B blocks one after the other into out, uint8 [B, bytes]."""
     at = 0
     for field in fields:
         place = out[:, at : (at := at + field.shape[1])]
@@ -138,22 +137,22 @@ def beside(fields: tuple[Field, ...], out: Tensor) -> None:
 
 
 def nibbles(codes: Tensor, run: int = 16, turn: int = 0) -> Bits:
-    """4 low bits of each 2 · run weights: [B, n] -> [B, n / 2]."""
+    """The low 4 bits of codes uint8 [B, n], packed in n / 2 bytes."""
     return Bits(codes, run, 4, turn)
 
 
 def pairs(codes: Tensor) -> Bits:
-    """2 low bits of each 128 weights."""
+    """The low 2 bits of codes, 128 in 32 bytes."""
     return Bits(codes, 32, 2)
 
 
 def singles(codes: Tensor) -> Bits:
-    """The lowest bit of each 256 weights."""
+    """The lowest bit of codes, 256 in 32 bytes."""
     return Bits(codes, 32, 1)
 
 
 def six_bits(scales: Tensor, minima: Tensor) -> tuple[Field, ...]:
-    """The 8 scales and 8 minima of Q4_K and Q5_K in 12 bytes."""
+    """The eight 6-bit scales and eight 6-bit minima of Q4_K and Q5_K, in 12 bytes."""
     s, m = scales.to(torch.uint8), minima.to(torch.uint8)
     first = s[:, :4] | (s[:, 4:] >> 4) << 6
     second = m[:, :4] | (m[:, 4:] >> 4) << 6
@@ -161,7 +160,7 @@ def six_bits(scales: Tensor, minima: Tensor) -> tuple[Field, ...]:
 
 
 def signed_six_bits(scales: Tensor) -> tuple[Field, ...]:
-    """The 16 scales of Q3_K in 12 bytes: 16 low halves, then their two high bits."""
+    """The 16 signed 6-bit scales of Q3_K, plus 32, in 12 bytes: first their low 4 bits, then their high 2 bits."""
     s = (scales + 32).to(torch.uint8)
     return Bits(s, 8, 4), Bits(s >> 4, 4, 2)
 
@@ -174,7 +173,7 @@ def _q8_0(b: Blocks) -> tuple[Field, ...]:
 
 
 def _q4_0(b: Blocks) -> tuple[Field, ...]:
-    return half(b.scale), nibbles(b.stored, turn=8)  # the same as 8 more
+    return half(b.scale), nibbles(b.stored, turn=8)  # flipping bit 3 of a signed 4-bit code adds 8
 
 
 def _iq4_nl(b: Blocks) -> tuple[Field, ...]:
@@ -186,7 +185,7 @@ def _q4_1(b: Blocks) -> tuple[Field, ...]:
 
 
 def _fifth_bits(codes: Tensor) -> Tensor:
-    """Of 32 weights, one bit each: [B, 32] -> [B, 4]."""
+    """The fifth bits of 32 codes: [B, 32] -> uint8 [B, 4]."""
     bits = (codes >> 4).view(-1, 4, 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
@@ -235,7 +234,7 @@ def _tq2_0(b: Blocks) -> tuple[Field, ...]:
 
 
 def _tq1_0(b: Blocks) -> tuple[Field, ...]:
-    """Five ternary digits a byte, the first the highest, as a fraction of 256 rounded up."""
+    """Five base-3 digits in a byte, the first the most significant, as a fraction of 256 rounded up."""
     return _digits(b.codes[:, :160], 5), _digits(b.codes[:, 160:240], 5), _digits(b.codes[:, 240:], 4), half(b.scale)
 
 

@@ -1,7 +1,7 @@
-"""The codes in llama.cpp's blocks, out of their bytes: a reader of its own, beside the gguf package's, and faster.
+"""Read the codes from the bytes of ggml blocks: verifies written files faster than dequantizing with the gguf package.
 
-What is written is checked by it, block by block: number by number as ggml-quants.c's `dequantize_row` functions
-take them; nothing is shared with ggml.py, which writes, and the tests hold both against the package.
+The layouts are those of the `dequantize_row` functions in ggml-quants.c. No packing code is shared with the writer, ggml.py;
+tests compare both with the gguf package.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def codes_of(kind: str, rows: Tensor) -> Tensor:
-    """Rows of blocks uint8 [N, bytes] of llama.cpp's type `kind` -> codes [N, K], as a QTensor has them."""
+    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> codes [N, K], as a QTensor has them."""
     blocks = rows.numpy().reshape(-1, TYPES[kind].bytes)
     read, zero = READERS[kind]
     codes = read(blocks).reshape(len(rows), -1)
@@ -29,7 +29,10 @@ def codes_of(kind: str, rows: Tensor) -> Tensor:
 
 
 def _apart(packed: Bytes, bits: int, run: int, less: int = 0) -> Bytes:
-    """[B, n] bytes -> [B, 8 n / bits] numbers, less that many: of each `run` bytes all in the lowest bits, then all above."""
+    """Unpack bytes [B, n] -> [B, 8 n / bits] numbers, and subtract `less`, modulo 256.
+
+    Of each `run` bytes, first the numbers in the lowest bits of all, then those in the next bits, and so on.
+    """
     if native is not None:
         found = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
         native.take_side_by_side(torch.from_numpy(packed), torch.from_numpy(found), run, bits, less)
@@ -48,7 +51,7 @@ def _pairs(start: int) -> Callable[[Bytes], Bytes]:
 
 
 def _fifth(at: int) -> Callable[[Bytes], Bytes]:
-    """Four bits of each weight, and the fifth in 32 bits of their own."""
+    """Reader of Q5_0 and Q5_1: 32 fifth bits at byte `at`, then the low four bits of 32 codes."""
 
     def read(b: Bytes) -> Bytes:
         high = np.unpackbits(b[:, at : at + 4], axis=1, bitorder="little")
@@ -58,7 +61,7 @@ def _fifth(at: int) -> Callable[[Bytes], Bytes]:
 
 
 def _above(low: Bytes, high: Bytes, bits: int) -> Bytes:
-    """Numbers of which some have their lowest bits, others those above."""
+    """Join the low bits of codes and the high bits, which begin at bit `bits`."""
     return low | np.left_shift(high, np.uint8(bits), dtype=np.uint8)
 
 
@@ -75,7 +78,7 @@ def _q6_k(b: Bytes) -> Bytes:
 
 
 def _tq1_0(b: Bytes) -> Bytes:
-    """Five digits to base three in a byte, as a fraction of 256: times three, and the digit is what overflows."""
+    """TQ1_0: five base-3 digits in a byte, stored as a fraction of 256. Times 3, the overflow is the next digit."""
     parts = []
     for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         rest = b[:, start:stop].astype(np.uint16)
@@ -85,7 +88,7 @@ def _tq1_0(b: Bytes) -> Bytes:
     return np.concatenate(parts, 1)
 
 
-# How codes are read, and which of them, if the reader knows it not, stands for 0.
+# Block type -> its reader, and the number to subtract from the codes that it gives, so that they are signed.
 READERS: dict[str, tuple[Callable[[Bytes], Bytes], int]] = {
     "Q8_0": (lambda b: b[:, 2:].copy(), 0), "Q4_0": (_nibbles(2, less=8), 0), "Q4_1": (_nibbles(4), 0), "Q5_0": (_fifth(2), 16),
     "Q5_1": (_fifth(4), 0), "Q2_K": (_pairs(16), 0), "Q3_K": (_q3_k, 4), "Q4_K": (_nibbles(16, 32), 0), "Q5_K": (_q5_k, 0),

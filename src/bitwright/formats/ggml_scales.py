@@ -1,8 +1,8 @@
-"""The scales and minima of llama.cpp's blocks, out of their bytes: what `ggml.encode` put there, or llama.cpp itself.
+"""Read the scales and minima from the bytes of ggml blocks, written by `ggml.encode` or by llama.cpp.
 
-The types IQ1, IQ2 and IQ3, NVFP4 and Q1_0 are only read. A lattice says which magnitudes stand side by side; once
-it is decoded, each weight is a code of 3 or 4 bits under a scale like any other. Codes are not taken out here: they follow from
-the decoded weights and these scales. Source: ggml-common.h, ggml-quants.c.
+IQ1, IQ2, IQ3, NVFP4 and Q1_0 are only read, never written. The IQ types index a codebook (lattice) of several magnitudes at
+once; after decoding, each weight is a 3- or 4-bit code with a scale as in any other type. Codes are not read here:
+`format.recovered` derives them from the decoded weights and these scales. Source: ggml-common.h, ggml-quants.c.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from bitwright.formats.ggml import TYPES
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
 
-# Scales [B, groups of a block], minima where a type has them; and the f16s [B, 1] that the two stand under, if they do.
+# Of B blocks: scales and minima [B, groups in a block], and the f16 scales of each [B, 1]; None where the type has none.
 Table = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def scales_of(kind: str, rows: Tensor, where: str) -> tuple[Scheme, Scales]:
-    """Rows of blocks uint8 [N, bytes] of llama.cpp's type `kind` -> its scheme, and scales (and minima) [N, G].
+    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> its scheme, and scales (and minima) [N, G].
 
     FormatError for a type that is not read here.
     """
@@ -53,7 +53,7 @@ def _q2_k(blocks: Tensor) -> Table:
 
 
 def _under(scales: Tensor, outer: Tensor, minima: Tensor, outer_minimum: Tensor) -> Table:
-    """Integers of both under an f16 each."""
+    """Two-level scales and minima: integers times one f16 each; minima are subtracted, hence negative here."""
     return scales * outer, -(minima * outer_minimum), outer, outer_minimum
 
 
@@ -65,12 +65,12 @@ def _q3_k(blocks: Tensor) -> Table:
 
 
 def _signed(scales: Tensor, outer: Tensor) -> Table:
-    """Integers of either sign under one f16."""
+    """Two-level scales without minima: signed integers times one f16."""
     return scales * outer, None, outer, None
 
 
 def _six_bits(blocks: Tensor) -> Table:
-    """Q4_K and Q5_K: undoes `ggml.six_bits`."""
+    """Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima in 12 bytes; undoes `ggml.six_bits`."""
     first, second, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat([first & 63, rest & 15 | first >> 6 << 4], 1)
     minimum = torch.cat([second & 63, rest >> 4 | second >> 6 << 4], 1)
@@ -92,30 +92,30 @@ def _mxfp4(blocks: Tensor) -> Table:
 
 
 def _nvfp4(blocks: Tensor) -> Table:
-    """Four e4m3 without sign; the pattern of its NaN is a zero."""
+    """NVFP4: four unsigned e4m3 scales; the bit pattern of NaN counts as zero, as in llama.cpp."""
     local = blocks[:, :4] & 127
     return torch.where(local == 127, 0, local).view(torch.float8_e4m3fn).float(), None, None, None
 
 
 def _odd(integers: Tensor, outer: Tensor) -> Table:
-    """The lattices' scales: odd integers under one f16."""
+    """The IQ types' scales: odd integers 2i + 1 times one f16."""
     return _signed(2 * integers.float() + 1, outer)
 
 
 def _top_bits(at: int, stop: int, each: int, mask: int = 15) -> Callable[[Tensor], Table]:
-    """In the top four bits of the last of every so many bytes."""
+    """Reader of scales that lie in the top four bits (masked) of the last of every `each` bytes in [at, stop)."""
     return lambda blocks: _odd(blocks[:, at:stop].unflatten(1, (-1, each))[..., -1] >> 4 & mask, _half(blocks, 0))
 
 
 def _both_halves(at: int, stop: int) -> Callable[[Tensor], Table]:
-    """Two in a byte, the lower first."""
+    """Reader of 4-bit scales in the bytes [at, stop), two in a byte, the low half first."""
     return lambda blocks: _odd(
         torch.stack([blocks[:, at:stop] & 15, blocks[:, at:stop] >> 4], 2).flatten(1), _half(blocks, 0)
     )
 
 
 def _iq1_m(blocks: Tensor) -> Table:
-    """Four words: three bits of a scale four times, and four bits of the f16 above."""
+    """IQ1_M: four 16-bit words, each with four 3-bit scales and, in its top bits, four bits of the superblock's f16."""
     words = blocks[:, 48:56].contiguous().view(torch.int16).int()
     scales = torch.stack([words >> shift & 7 for shift in (0, 3, 6, 9)], 2).flatten(1)
     outer = ((words >> 12 & 15) << torch.arange(0, 16, 4)).sum(1, keepdim=True)
@@ -130,7 +130,7 @@ READERS: dict[str, Callable[[Tensor], Table]] = {
     "IQ3_XXS": _top_bits(66, 98, 4), "IQ3_S": _both_halves(106, 110),
 }  # fmt: skip
 
-# What the types that are only read hold.
+# The schemes of the types that are only read.
 READ_ONLY = {
     "IQ1_S": "iq1-g32-sym-k6", "IQ1_M": "iq1-g16-sym-k6", "IQ2_XXS": "iq2-g32-sym-k6", "IQ2_XS": "iq2-g16-sym-k6",
     "IQ2_S": "iq2-g16-sym-k6", "IQ3_XXS": "iq3xxs-g32-sym-k6", "IQ3_S": "iq3s-g32-sym-k6", "NVFP4": "nvfp4",

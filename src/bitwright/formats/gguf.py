@@ -1,6 +1,6 @@
-"""GGUF: llama.cpp's block types, a tensor each, named `NAME.weight` until the file is put together (formats/gguf_writer.py).
+"""GGUF as a Format: one tensor of llama.cpp's block types for each layer. formats/gguf_writer.py writes them into a file.
 
-weight  uint8 [N, K / block · bytes]: the blocks of each row, see ggml.py
+weight  uint8 [N, K / size · bytes]: the blocks of each row; a block has `size` weights in `bytes` bytes (formats/ggml.py)
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from bitwright.numerics.qtensor import QTensor, Scales
 
 
 def kind_of(layer: Layer) -> BlockType:
-    """The block type of a layer: the one it names, or the first that holds its scheme. FormatError if none does."""
+    """The block type of a layer: its container, or the last type of `TYPES` with its scheme. FormatError if there is none."""
     if layer.container:
         return TYPES[layer.container]
     found = next((kind for kind in reversed(TYPES.values()) if kind.scheme == layer.scheme), None)
@@ -34,7 +34,7 @@ def kind_of(layer: Layer) -> BlockType:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether codes are the same: eight at a time, as their number in blocks allows, by numpy, which does it in vectors."""
+    """Whether codes are equal. Compared as int64, eight codes at a time: blocks have a multiple of eight, and it is faster."""
     return bool(np.array_equal(a.view(torch.int64).numpy(), b.contiguous().view(torch.int64).numpy()))
 
 
@@ -44,12 +44,12 @@ def _same_scales(a: Scales, b: Scales) -> bool:
 
 
 def reads_back(kind: str, blocks: Tensor, q: QTensor) -> bool:
-    """Whether rows of blocks uint8 [N, bytes] hold a matrix's codes and scales, by readers of our own."""
+    """Whether blocks uint8 [N, bytes] hold exactly q's codes and scales, by bitwright's own readers of ggml blocks."""
     return _alike(codes_of(kind, blocks), q.codes) and _same_scales(scales_of(kind, blocks, kind)[1], q.scales)
 
 
 class Gguf:
-    """Block types of llama.cpp, the embedding and the output head among them."""
+    """llama.cpp's block types; the embedding and the output head are quantized too."""
 
     name = "gguf"
     method = "gguf"
@@ -58,7 +58,7 @@ class Gguf:
     one_file = True
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
-        """See `Format.adapt`. Rows that do not fill whole blocks get the type that llama.cpp would take instead."""
+        """See `Format.adapt`. Where K is no multiple of the block size, the layer gets llama.cpp's fallback type."""
         refuse_decomposed(layer, "GGUF")
         if layer.activations is not None:
             remedy = "leave out --activations: llama.cpp rounds inputs as it likes"
@@ -90,7 +90,7 @@ class Gguf:
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`: the type of each module's weight."""
+        """See `Format.config`: the block type of each module's weight, for the readers here; GGUF has no config.json."""
         return {"quant_method": self.method, "types": {layer.name: kind_of(layer).name for layer in layers}}
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
@@ -98,7 +98,7 @@ class Gguf:
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """See `Format.decode`: by the gguf package."""
+        """See `Format.decode`: by the gguf package's `dequantize`."""
         return torch.from_numpy(decoded(tensors["weight"].numpy(), type_named(config["types"][name]), name))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:

@@ -1,7 +1,7 @@
-"""A GGUF file in the making: keys, tensors in llama.cpp's order, and what is put into it read back and compared.
+"""Writer of GGUF files whose tensors arrive in any order; each is read back from the file and compared as it is written.
 
-The file is begun with its keys, its table and room for all bytes, by the gguf package; tensors are put in their places in any
-order, whole or some rows at a time, so nothing lies on the disk twice. Nothing counts as done before it has been read there.
+The gguf package writes the header: keys and the table of tensors. The file then gets its full size, and tensors are written
+at their offsets, whole or some rows at a time, so that no temporary copy of them is needed.
 """
 
 import os
@@ -32,19 +32,16 @@ def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def place(name: str) -> tuple[int, str]:
-    """What is outside the blocks comes first, then block by block."""
+    """Sort key for the order of tensors in the file: those outside the blocks first, then block by block, by name."""
     parts = name.split(".")
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
 class GgufWriter:
-    """A GGUF file in the making: all but the tensors' bytes is there, and those are put in their places in any order.
-
-    `file` reads what has been put.
-    """
+    """An open GGUF file with a complete header, whose tensors are written in any order. `file` reads it back."""
 
     def __init__(self, path: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]]) -> None:
-        """Begin the file, or go on with one that was begun before. described: its tensors, without their numbers."""
+        """Create the file, or resume writing one that exists. described: name, type and a meta tensor for each tensor."""
         with disk_errors(path):
             if not path.is_file():
                 begun = path.with_suffix(".begun")
@@ -54,7 +51,7 @@ class GgufWriter:
             self._stream = path.open("r+b", buffering=0)
 
     def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Write a tensor, or its rows from `first` on."""
+        """Write a tensor's bytes, or those of its rows from `first` on, without verification."""
         t, left = self.file.tensors[name], _bytes(tensor).data
         at = t.offset + first * t.row_bytes
         with disk_errors(t.file):
@@ -63,8 +60,10 @@ class GgufWriter:
                 left, at = left[count:], at + count
 
     def put_floats(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Write a tensor of floats, or its rows from `first` on. VerificationError if it does not read back; FormatError for
-        numbers beyond float16."""
+        """Write a float tensor, or its rows from `first` on, and verify it.
+
+        VerificationError if the bytes read back differ; FormatError for infinities in float16.
+        """
         if tensor.dtype == torch.float16 and bool(torch.isinf(tensor).any()):
             remedy = "keep this tensor by a recipe, in bf16 or as it is"
             raise FormatError("it has numbers that float16 cannot hold", where=name, remedy=remedy)
@@ -74,10 +73,10 @@ class GgufWriter:
         _check(np.array_equal(self.file.rows(name, first, first + count).reshape(-1), meant), name)
 
     def put_rounded(self, name: str, layer: Layer, q: QTensor, first: int = 0) -> None:
-        """Write a quantized matrix, or its rows from `first` on, in the layer's block type.
+        """Write a quantized matrix, or its rows from `first` on, in the layer's block type, and verify it.
 
-        VerificationError if they do not read back: by readers of our own, the first row by the gguf package too; all of them
-        by that where those are not of one mind.
+        The readers in ggml_codes.py and ggml_scales.py check all rows, the gguf package checks the first row. Where the former
+        find a difference, the gguf package decides on all rows. VerificationError if the weights differ from q.
         """
         kind = kind_of(layer)
         self.put(name, encode(q, kind), first)
@@ -89,7 +88,7 @@ class GgufWriter:
             _check(differing(read, rows(q, 0, len(some))) == 0, name)
 
     def flush(self) -> None:
-        """Come back when all that was put is on the disk."""
+        """Wait until all that was written is on the disk (fsync)."""
         with disk_errors(self.file.path):
             os.fsync(self._stream.fileno())
 
@@ -101,13 +100,13 @@ class GgufWriter:
 
 
 def _check(alike: bool, name: str) -> None:
-    """VerificationError if a tensor does not read back as it was meant."""
+    """VerificationError if a tensor was not read back as it was written."""
     if not alike:
         raise VerificationError("what lies on the disk is not what was meant", where=name)
 
 
 def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types, Tensor]]) -> None:
-    """Keys, the table of tensors, and room for their bytes."""
+    """Write the header (keys, table of tensors), and extend the file to its full size."""
     writer = gguf.GGUFWriter(file, str(keys["general.architecture"]))
     for name, value in keys.items():
         _add_key(writer, name, value)
@@ -124,7 +123,7 @@ def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types
 
 
 def file_bytes(keys: Mapping[str, Any], tensors: Iterable[tuple[str, int, int]]) -> int:
-    """The exact size of the file that `write` makes of tensors of so many axes and bytes, by name."""
+    """The exact size of a GGUF file in bytes. tensors: (name, number of axes, bytes) of each."""
     known = list(tensors)
     head = 24 + sum(_key_bytes(name, value) for name, value in keys.items() if not _is_empty(value))
     head += sum(24 + len(name.encode()) + 8 * axes for name, axes, _ in known)
@@ -136,7 +135,7 @@ def _aligned(n: int) -> int:
 
 
 def _key_bytes(name: str, value: Any) -> int:
-    """One key and its value, with their lengths and types."""
+    """Bytes of one key and its value in the file, with their lengths and types."""
     plain, kind = (value.value, value.kind) if isinstance(value, Typed) else (value, None)
     head = 8 + len(name.encode()) + 4
     if isinstance(plain, list | np.ndarray):
@@ -158,15 +157,15 @@ def _value_bytes(value: Any, kind: int | None) -> int:
 
 
 def _is_empty(value: Any) -> bool:
-    """The package's writer leaves out arrays of nothing."""
+    """Whether a value is an empty array, which the gguf package's writer leaves out."""
     plain = value.value if isinstance(value, Typed) else value
     return isinstance(plain, list | np.ndarray) and len(plain) == 0
 
 
 def _add_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
-    """One key, in the type that llama.cpp expects: whole numbers unsigned, all others as they are."""
+    """Add one key, in its own type (`Typed`) or the one that llama.cpp expects: integers as uint32, floats as float32."""
     if name == "general.architecture":
-        return  # the writer has it
+        return  # GGUFWriter's constructor has added it
     if isinstance(value, Typed):
         plain = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
         inner = None if value.inner is None else gguf.GGUFValueType(value.inner)

@@ -1,17 +1,18 @@
-"""GPTQ: the layout that GPTQModel, transformers and vLLM read.
+"""GPTQ checkpoints (`quant_method: gptq`), as GPTQModel, transformers and vLLM load them: writer and reader.
 
-qweight [K·b/32, N]  unsigned codes packed along K, eight 4-bit codes a word (3-bit codes straddle words)
-qzeros  [G, N·b/32]  zero points, packed along N. v1 ("checkpoint_format": "gptq", or nothing) has each zero point − 1, so
-                     the lowest code cannot be one ("asym1"); v2 ("gptq_v2") has them as they are
-scales  [G, N]       float16
-g_idx   [K]          the group of each column: always k // g in what is written here, any order in what is read (desc_act);
-                     missing: k // g
+qweight int32 [K·b/32, N]  unsigned b-bit codes packed along K, eight 4-bit codes in a word (3-bit codes cross words)
+qzeros  int32 [G, N·b/32]  zero points, packed along N. v1 ("checkpoint_format": "gptq", or none) stores each zero point − 1,
+                           so the lowest code cannot be one (zero "asym1"); v2 ("gptq_v2") stores them as they are
+scales  float16 [G, N]     w = (code − zero) · scale
+g_idx   int32 [K]          the group of each input channel. Written: always k // g. Read: in any order (desc_act); k // g if
+                           it is missing
 
-Symmetric files are written as version 1, which everyone reads; others as version 2: of version 1 GPTQModel takes asymmetric
-files from itself alone.
+Symmetric checkpoints are written as v1, which every loader reads. Asymmetric ones are written as v2, because GPTQModel
+accepts asymmetric v1 checkpoints only if it wrote them itself.
 
-GPTQModel's `dynamic` says otherwise for some modules: {"-:regex": {}} keeps them in float, {"+:regex": {bits, group_size, …}}
-(or no sign) stores them so; the first that matches from the start of the module's name counts.
+GPTQModel's `dynamic` overrides the config for single modules: {"-:regex": {}} keeps them in float, {"+:regex": {bits,
+group_size, …}} (or without a sign) stores them with these settings. The first expression that matches the beginning of the
+module's name counts.
 """
 
 import re
@@ -42,11 +43,11 @@ from bitwright.numerics.scheme import GROUPS, Scheme
 
 BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format
-SAID_BY_MODULE = ("bits", "group_size", "sym", "desc_act", "mse", "pack_dtype")  # what `dynamic` may say otherwise
+SAID_BY_MODULE = ("bits", "group_size", "sym", "desc_act", "mse", "pack_dtype")  # settings that `dynamic` may override
 
 
 class Gptq:
-    """Integers of 2, 3, 4 or 8 bits; one scheme for the whole file in what is written."""
+    """2-, 3-, 4- or 8-bit integers in groups or per channel. Written: one scheme for all layers."""
 
     name = "gptq"
     method = "gptq"
@@ -104,7 +105,7 @@ class Gptq:
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`. Linear modules inside blocks that stay float are excluded by GPTQModel's `dynamic`."""
+        """See `Format.config`. Linear modules in float are excluded by GPTQModel's `dynamic`."""
         schemes = {layer.scheme for layer in layers}
         if len(schemes) > 1:
             named = ", ".join(sorted(map(str, schemes)))
@@ -128,7 +129,7 @@ class Gptq:
         return "qweight" in dtypes
 
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-        """See `CheckpointReader.module_config`. FormatError also for other layouts than v1 and v2."""
+        """See `CheckpointReader.module_config`; `dynamic` is applied. FormatError also for other layouts than v1 and v2."""
         config = config | _dynamic(config.get("dynamic") or {}, name)
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
         if layout not in VERSIONS:
@@ -148,7 +149,7 @@ class Gptq:
         return None
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """See `Format.decode`: bit by bit from the layout above, sharing nothing with the writer."""
+        """See `Format.decode`. Unpacks bit by bit by the layout above, and shares no code with the writer."""
         config = self.module_config(config, name)
         codes = _bits_to_numbers(tensors["qweight"].numpy(), config["bits"]).T  # [N, K]
         group = _group_of_each_column(config, name, tensors, codes.shape[1])
@@ -158,7 +159,7 @@ class Gptq:
         return torch.from_numpy((codes - zeros[:, group]).astype(np.float32) * scale[:, group])
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """See `Format.quantized`."""
+        """See `Format.quantized`. With desc_act, columns are sorted by group, and the QTensor has their order."""
         config = self.module_config(config, name)
         w, bits, group = self.decode(config, name, tensors), config["bits"], config["group_size"]
         K = w.shape[1]
@@ -182,12 +183,15 @@ class Gptq:
 
 
 def kept_in_float(names: list[str]) -> dict[str, dict[str, Any]]:
-    """`dynamic` for Linear modules that stay float; the output head does by itself."""
+    """`dynamic` rules that keep these modules in float. lm_head needs none: the config says "lm_head": false."""
     return {f"-:^{re.escape(name)}$": {} for name in names if name != "lm_head"}
 
 
 def _dynamic(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """What GPTQModel's `dynamic` says of one module. FormatError if that is to keep it in float, or is not known here."""
+    """The settings that GPTQModel's `dynamic` overrides for one module; {} if no rule matches.
+
+    FormatError if a rule says that this quantized module is in float, or is no valid regular expression.
+    """
     for rule, said in rules.items():
         sign, pattern = (rule[0], rule[2:]) if rule[:2] in ("+:", "-:") else ("+", rule)
         try:
@@ -203,7 +207,7 @@ def _dynamic(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _group_of_each_column(config: dict[str, Any], name: str, tensors: dict[str, Tensor], K: int) -> NDArray[np.int64]:
-    """The group of each of K columns. FormatError for columns in an order of their own that no g_idx tells."""
+    """The group of each input channel [K]: g_idx, or k // g without it. FormatError for desc_act without g_idx."""
     if "g_idx" in tensors:
         return tensors["g_idx"].numpy().astype(np.int64)
     if config.get("desc_act"):
@@ -216,7 +220,7 @@ def _group_of_each_column(config: dict[str, Any], name: str, tensors: dict[str, 
 def _check_groups(
     name: str, group: NDArray[np.int64], N: int, scales: tuple[int, ...], zeros: tuple[int, ...], *, given: bool
 ) -> None:
-    """FormatError for scales or zero points that are not those of the groups of N rows. given: the groups, in the file."""
+    """FormatError for scales or zero points whose shapes are not [N, G]. given: the groups come from a g_idx in the file."""
     G = int(group.max(initial=0)) + 1
     fits = scales == zeros == (N, scales[1]) and (scales[1] == G or (given and scales[1] > G))
     if not fits or int(group.min(initial=0)) < 0:
@@ -225,10 +229,10 @@ def _check_groups(
 
 
 def _zeros(config: dict[str, Any], qzeros: Tensor) -> NDArray[np.int32]:
-    """Zero points [N, G] as codes.
+    """Unpack the zero points [N, G], unsigned.
 
-    Version 1 subtracts 1 of whole words, so a zero point of 0 borrows of its neighbour, and adding 1 to whole words undoes
-    that, as GPTQModel does it; codes of 3 bits do not fill words, there each wraps around by itself.
+    v1 stores each minus 1. The subtraction is done on whole 32-bit words, so a zero point of 0 borrows from its neighbour;
+    as in GPTQModel, adding ones to whole words undoes that. 3-bit zero points cross words, and wrap around one by one.
     """
     bits, packed = config["bits"], qzeros.numpy().T
     if VERSIONS[config["checkpoint_format"]] == 2:
@@ -240,7 +244,7 @@ def _zeros(config: dict[str, Any], qzeros: Tensor) -> NDArray[np.int32]:
 
 
 def _bits_to_numbers(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """int32 words [W, C] -> numbers [W·32/bits, C], reading each column as a little-endian bit stream."""
+    """Unpack int32 words [W, C] -> unsigned numbers [W·32/bits, C]; each column is a little-endian bit stream."""
     octets = np.ascontiguousarray(packed.T).astype("<i4").view(np.uint8)  # [C, 4W]
     stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(octets.shape[0], -1, bits)
     return (stream.astype(np.int32) << np.arange(bits)).sum(-1).T.astype(np.int32)

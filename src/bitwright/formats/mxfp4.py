@@ -1,9 +1,9 @@
-"""MXFP4 files of `quant_method: mxfp4` (gpt-oss), read: experts in four bits, all else in float.
+"""Reader of MXFP4 checkpoints (`quant_method: mxfp4`, gpt-oss): the experts have 4-bit weights, all else is in float.
 
-The files hold the experts of a layer in one tensor each, and a skeleton one by one (see models/experts.py). Of one expert:
+The files stack all experts of a layer in one tensor; models/experts.py takes them apart. The tensors of one expert:
 
-weight_blocks  uint8 [N, K/32, 16]: e2m1 codes, two in a byte, the first in the low half
-weight_scales  uint8 [N, K/32]: exponents, biased by 127 (OCP Microscaling 1.0)
+weight_blocks  uint8 [N, K/32, 16]: e2m1 codes, two in a byte, the first in the low 4 bits
+weight_scales  uint8 [N, K/32]: e8m0 scales of 32 weights, exponents plus 127; 255 is NaN (OCP Microscaling 1.0)
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ MXFP4 = Scheme.parse("mxfp4")
 
 
 class Mxfp4:
-    """The experts of gpt-oss."""
+    """Reader of gpt-oss's MXFP4 experts."""
 
     name = "mxfp4"
     method = "mxfp4"
@@ -47,7 +47,7 @@ class Mxfp4:
         return decode(self.quantized(config, name, tensors))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
-        """See `Reader.quantized`. FormatError for scales that are not those of the blocks, or no numbers."""
+        """See `Reader.quantized`. FormatError for blocks and scales of shapes that do not match, or NaN scales."""
         blocks, exponents = tensors[BLOCKS], tensors[SCALES]
         if blocks.shape != (*exponents.shape, 16) or bool((exponents == 255).any()):
             found = f"blocks {tuple(blocks.shape)} and scales {tuple(exponents.shape)}"

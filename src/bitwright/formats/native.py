@@ -1,6 +1,8 @@
-"""bitwright's own format: a place for every Scheme, and for layers that compute on more than codes and scales.
+"""bitwright's own format (`quant_method: bitwright`): holds every Scheme, outlier channels and run-time rotations.
 
-weight_shape         int64 [2]   N, K: rows of packed codes end in padding, so K must be said
+N outputs, K inputs, G groups along K, b bits a code. Tensors of one module, by suffix:
+
+weight_shape         int64 [2]   N, K; packed rows end in padding, so K does not follow from their width
 weight_codes         int32 [N, ⌈K·b/32⌉]   b bits a code along K, lowest bit first; signed codes plus 2^(b−1).
                      fp8: float8_e4m3fn [N, K]
 weight_scale         R rows (N; one for group "tensor") of G groups, as the scheme says:
@@ -13,13 +15,13 @@ weight_scale         R rows (N; one for group "tensor") of G groups, as the sche
                                       weight_scale_outer, float32 [⌈R·G/256⌉], plus weight_scale_mean, float32 [1]
 weight_zero_point    "asym", "asym1": one stream of R·G numbers of b bits, each plus 2^(b−1)
 weight_minimum       "min": stored as the scales are; k6 and k4 hold −m, with weight_minimum_outer
-outlier_columns      int32 [k], rising; outlier_weight [N, k] in the model's type: these columns are used instead of what
-                     their codes stand for. Both are there, and may be empty, wherever the config says `outliers`
-input_scale          float32 [1], and unless "sym" input_zero_point, int32 [1]: inputs rounded to a range fixed beforehand
+outlier_columns      int32 [k], ascending input channels; outlier_weight [N, k] in the model's type replaces the dequantized
+                     weights of these channels. Both are there, possibly empty, wherever the config says `outliers`
+input_scale          float32 [1], and unless "sym" input_zero_point, int32 [1]: static activations, per tensor
 
 quantization_config: {quant_method: "bitwright", format_version: 1, modules: [{scheme, activations, outliers, rotate,
-modules: [names]}]}. `scheme` and `activations` are schemes' texts, `outliers` is true or left out, `rotate` a block or left
-out. Names are the model's; those of tensors may lack its prefix, or add it.
+modules: [names]}]}. `scheme` and `activations` are Schemes as text; `outliers` is true or left out; `rotate` is the block size
+of a Hadamard rotation or left out. The names are the model's; names of tensors may lack its prefix, or have one more.
 """
 
 from collections import defaultdict
@@ -54,11 +56,11 @@ PARTS = (
     "weight_shape", "weight_codes", "weight_scale", "weight_scale_outer", "weight_scale_mean", "weight_zero_point",
     "weight_minimum", "weight_minimum_outer", "outlier_columns", "outlier_weight", "input_scale", "input_zero_point",
 )  # fmt: skip
-ZERO_SCALE = 255  # e8m0 has no zero; its pattern for NaN, which no scale is, stands in
+ZERO_SCALE = 255  # e8m0 has no zero; its bit pattern of NaN is used for it
 
 
 class Native:
-    """Any scheme; inputs float, rounded by token or to a static range, rotated, or in part spared."""
+    """Weights in any Scheme; activations in float, per token or static per tensor; outlier channels, rotations."""
 
     name = "bitwright"
     method = "bitwright"
@@ -68,7 +70,7 @@ class Native:
     one_file = False
 
     def adapt(self, layer: Layer, dtype: torch.dtype) -> Layer:
-        """See `Format.adapt`: as it is."""
+        """See `Format.adapt`: unchanged. FormatError for activations, outliers or a rotation that make no sense."""
         if layer.scheme.group == TOKEN:
             refuse(layer.name, "group 'token' is for inputs, not for weights", "use 'channel' or a group such as g128")
         if not inputs_can_be(layer.activations):
@@ -99,7 +101,7 @@ class Native:
         return specs
 
     def encode(self, q: QTensor, layer: Layer, dtype: torch.dtype, inputs: Scales | None = None) -> dict[str, Tensor]:
-        """See `Format.encode`. FormatError if outliers or input scales are not those that the layer has."""
+        """See `Format.encode`. FormatError if q's outliers or the input scales do not match the layer."""
         s, bits, zero = q.scheme, q.scheme.levels.bits, q.scales.zero
         half = 1 << (bits - 1)
         codes = q.codes.view(FP8) if s.grid == "fp8" else pack(q.codes.short() + (half if is_signed(s) else 0), bits)
@@ -116,10 +118,10 @@ class Native:
         return differing(self.decode(config, name, tensors), q)
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
-        """See `Format.config`: modules that are alike share an entry; all others are float."""
+        """See `Format.config`: modules with equal settings share an entry; modules that are not listed are in float."""
         alike: dict[tuple[str, str, bool, int], list[str]] = defaultdict(list)
         for layer in layers:
-            activations, outliers = str(layer.activations or ""), layer.outliers > 0  # calibration may tell how many
+            activations, outliers = str(layer.activations or ""), layer.outliers > 0  # their number is in the tensors
             alike[(str(layer.scheme), activations, outliers, layer.rotate)].append(layer.name)
         entries = []
         for (scheme, activations, outliers, rotate), names in alike.items():
@@ -146,7 +148,7 @@ class Native:
         return InputQuantization(entry.activations, static_range(stored, entry.activations), columns, entry.rotate)
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """See `Format.decode`: by native_reader.py, which reads the layout above number by number."""
+        """See `Format.decode`: by native_reader.py, which shares no packing code with this file."""
         return torch.from_numpy(matrix(entry_of(config, name), Stored(name, tensors.get)))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
@@ -164,12 +166,12 @@ class Native:
 
 
 def _rows(s: Scheme, N: int) -> int:
-    """R, the rows of a table of scales."""
+    """R, the number of rows of scales: N, or 1 for a scheme per tensor."""
     return 1 if s.group == TENSOR else N
 
 
 def _table_layout(name: str, layer: Layer) -> dict[str, Spec]:
-    """The tensors of the scales, or of the minima, which are stored alike."""
+    """Layout of the scales, or of the minima, which are stored in the same way."""
     s, R = layer.scheme, _rows(layer.scheme, layer.N)
     shape = (R, s.groups(layer.K))
     count, outer = shape[0] * shape[1], f"{name}_outer"
@@ -190,14 +192,14 @@ def _table_layout(name: str, layer: Layer) -> dict[str, Spec]:
 
 
 def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -> dict[str, Tensor]:
-    """Those tensors, filled. table [R, G]."""
+    """The tensors of `_table_layout`, filled. table: scales or minima [R, G]."""
     s = q.scheme
     if s.scale in FLOATS:
         return {name: table.to(FLOATS[s.scale])}
     if s.scale == "e8m0":
         exponents = torch.frexp(table).exponent + 126
         return {name: exponents.masked_fill(table == 0, ZERO_SCALE).to(torch.uint8)}
-    assert outer is not None  # as every two-level encoding has one
+    assert outer is not None  # every two-level scale encoding has one
     if s.scale == "e4m3":
         return {name: (table * outer).to(FP8), f"{name}_outer": outer.reshape(1)}
     if s.scale == "dq8":
@@ -211,12 +213,12 @@ def _table_tensors(name: str, table: Tensor, outer: Tensor | None, q: QTensor) -
 
 
 def _stream(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers of any shape, packed one after the other: rows would end in padding that the scheme has not promised."""
+    """Pack numbers of any shape as one bit stream, without padding at the ends of rows."""
     return pack(numbers.reshape(1, -1), bits)[0]
 
 
 def _outlier_tensors(q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The columns that stay in float; two empty tensors if they might have been there, and are not."""
+    """The outlier channels and their float weights; {} if q.outliers is None. FormatError if their number differs."""
     count = 0 if q.outliers is None else len(q.outliers.columns)
     if count != layer.outliers:
         refuse(layer.name, f"{count} outlier columns, not the {layer.outliers} that were planned", "plan as many")
@@ -226,7 +228,7 @@ def _outlier_tensors(q: QTensor, layer: Layer, dtype: torch.dtype) -> dict[str, 
 
 
 def _input_tensors(inputs: Scales | None, layer: Layer) -> dict[str, Tensor]:
-    """The static range of the inputs."""
+    """The scale and zero point of static activations; {} for others."""
     if layer.activations is None or layer.activations.group != TENSOR:
         return {}
     if inputs is None:

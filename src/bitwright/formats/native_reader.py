@@ -1,7 +1,7 @@
-"""The reader of bitwright's own format, in numpy, from the layout that native.py describes.
+"""Reader of bitwright's own format, in numpy, by the layout in native.py; verifies what that writes.
 
-It has a bit reader and level tables of its own (minifloats from their bits, the dynamic data type from its definition;
-quantiles and llama.cpp's levels are given constants), and believes nothing that a file says until it is checked.
+It shares no packing code with the writer. It unpacks bits itself, and derives fp4, fp8 and the dynamic data type from their
+definitions; only the levels of nf4 and the IQ types are shared constants. Types and shapes of all tensors are checked.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ from bitwright.numerics.scheme import GRIDS, TENSOR, TOKEN, Scheme
 VERSION = 1
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FP8 = torch.float8_e4m3fn
-WEIGHTS_AT_ONCE = 1 << 20  # decoded in one go
+WEIGHTS_AT_ONCE = 1 << 20  # weights decoded in one step; bounds the memory
 DAMAGED = "the file is damaged: get a good copy"
 KEYS = {"scheme", "activations", "outliers", "rotate", "modules"}
 Floats = NDArray[np.float32]
 
 
 def refuse(where: str, message: str, remedy: str = DAMAGED) -> NoReturn:
-    """FormatError that names the module."""
+    """Raise FormatError for a module."""
     raise FormatError(message, where=where, remedy=remedy)
 
 
 def check_rotation(block: int, K: int, where: str) -> None:
-    """FormatError for a block of a Hadamard rotation that K channels cannot be cut into."""
+    """FormatError if the block size of a Hadamard rotation is no power of two, or does not divide K; 0 is no rotation."""
     if block & (block - 1) or (block and K % block):
         refuse(where, f"{K} input channels cannot be rotated in blocks of {block}", "a power of two that divides them")
 
@@ -44,7 +44,7 @@ def check_rotation(block: int, K: int, where: str) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the config says of one module."""
+    """The settings of one module in the quantization_config; native.py describes them."""
 
     scheme: Scheme
     activations: Scheme | None
@@ -53,9 +53,11 @@ class Entry:
 
 
 def entry_of(config: Mapping[str, Any], name: str) -> Entry:
-    """FormatError if the config does not speak of this module, or not in this version's words.
+    """The checked settings of one module.
 
-    The config has the model's names; a file of the bare model lacks their first part, or has one more.
+    The config has the model's names. A file saved from the base model lacks their first part, or has one more; either matches.
+
+    FormatError if the format version is another, or the config does not have exactly one entry for the module.
     """
     version = config.get("format_version")
     if version != VERSION or type(version) is not int:
@@ -73,12 +75,12 @@ def entry_of(config: Mapping[str, Any], name: str) -> Entry:
 
 
 def _less_prefix(other: object, name: str) -> bool:
-    """Whether one of two names is the other less its first part."""
+    """Whether one of two dotted names is the other without its first part."""
     return str(other).partition(".")[2] == name or name.partition(".")[2] == other
 
 
 def _checked(entry: dict[str, Any], name: str) -> Entry:
-    """An entry's values. FormatError for a key that is unknown, or a value of the wrong kind."""
+    """An entry's values. FormatError for an unknown key, or a value of the wrong type."""
     unknown = sorted(map(str, entry.keys() - KEYS))
     if unknown:
         refuse(name, f"the config says things of this module that are not known here: {', '.join(unknown)}")
@@ -93,7 +95,7 @@ def _checked(entry: dict[str, Any], name: str) -> Entry:
 
 
 def inputs_can_be(scheme: Scheme | None) -> bool:
-    """Whether inputs may be rounded so: by token as they come, or to one fixed range with an integer zero point."""
+    """Whether activations can have this scheme: per token (dynamic), or per tensor (static) without a float minimum."""
     if scheme is None or scheme.group == TOKEN:
         return True
     return scheme.group == TENSOR and scheme.zero != "min"
@@ -113,20 +115,20 @@ def _parsed(text: object, name: str) -> Scheme:
 
 @dataclass(frozen=True)
 class Stored:
-    """One module's tensors as a file gives them; FormatError, naming the module, for what is missing or misshapen."""
+    """One module's tensors in a file, by suffix. FormatError for a missing tensor, or a wrong type, shape or value."""
 
     name: str
     read: Read
 
     def tensor(self, suffix: str) -> Tensor:
-        """As it is."""
+        """A tensor that must be there, unchecked otherwise."""
         found = self.read(suffix)
         if found is None:
             refuse(self.name, f"lacks its tensor {suffix}")
         return found
 
     def take(self, suffix: str, dtype: torch.dtype, *shape: int) -> NDArray[Any]:
-        """A tensor of this type and shape: floats as float32, float8 as bytes."""
+        """A tensor that must have this type and shape, as numpy: floats as float32, float8 as bytes."""
         found = self.tensor(suffix)
         if found.dtype != dtype or tuple(found.shape) != shape:
             was = f"{found.dtype} {tuple(found.shape)}"
@@ -137,24 +139,24 @@ class Stored:
         return self.finite(suffix, array)
 
     def finite(self, suffix: str, array: NDArray[Any]) -> NDArray[Any]:
-        """The array, if all of it is."""
+        """The array itself. FormatError if it has NaN or Inf."""
         if not np.isfinite(array).all():
             refuse(self.name, f"{suffix} holds NaN or Inf")
         return array
 
     def shape(self) -> tuple[int, int]:
-        """N, K."""
+        """The matrix's shape (N, K)."""
         N, K = self.take("weight_shape", torch.int64, 2).tolist()
         if N < 1 or K < 1:
             refuse(self.name, f"weight_shape says {N} × {K}")
         return N, K
 
     def stream(self, suffix: str, bits: int, count: int) -> NDArray[np.uint8]:
-        """`count` numbers out of one stream of words."""
+        """Unpack `count` numbers [count] from a bit stream in int32 words."""
         return _numbers(self.take(suffix, torch.int32, -(-count * bits // 32))[None], bits, count)[0]
 
     def columns(self, K: int) -> NDArray[np.int64]:
-        """The outlier columns [k]."""
+        """The outlier channels [k], which must ascend within 0 … K − 1."""
         columns = self.take("outlier_columns", torch.int32, self.tensor("outlier_columns").numel()).astype(np.int64)
         if (np.diff(columns, prepend=-1, append=K) <= 0).any():
             refuse(self.name, f"outlier_columns do not rise within 0..{K - 1}")
@@ -162,7 +164,7 @@ class Stored:
 
 
 def _numbers(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
-    """int32 words [R, W] -> [R, count]: number i occupies bits i·b … i·b + b − 1, which one word holds, or two."""
+    """Unpack int32 words [R, W] -> [R, count]: number i is in bits i·b … i·b + b − 1 of its row, in one word or two."""
     at = np.arange(count, dtype=np.int64) * bits
     low = packed.view(np.uint32).astype(np.uint64)
     high = np.pad(low[:, 1:], ((0, 0), (0, 1)))
@@ -172,7 +174,7 @@ def _numbers(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uin
 
 
 def minifloat(exponent: int, mantissa: int, bias: int) -> Floats:
-    """What each pattern of a small float stands for: sign, `exponent` bits, `mantissa` bits (OCP MX 1.0, 5.3)."""
+    """The value of each bit pattern of a minifloat: sign, `exponent` bits, `mantissa` bits (OCP MX 1.0, 5.3)."""
     pattern = np.arange(1 << (1 + exponent + mantissa))
     e = pattern >> mantissa & (1 << exponent) - 1
     fraction = (pattern & (1 << mantissa) - 1) / (1 << mantissa)
@@ -181,7 +183,7 @@ def minifloat(exponent: int, mantissa: int, bias: int) -> Floats:
 
 
 def dynamic_type() -> Floats:
-    """The dynamic data type's 256 values, rising (arXiv:1511.04561): exact fractions, rounded once."""
+    """The 256 values of the dynamic 8-bit data type, ascending (arXiv:1511.04561): exact fractions, rounded to float32 once."""
     found = {Fraction(0), Fraction(1)}
     for decade in range(7):
         parts = 1 << decade
@@ -192,7 +194,7 @@ def dynamic_type() -> Floats:
 
 
 def _levels(scheme: Scheme) -> Floats:
-    """What each stored code stands for, before scaling. e4m3's NaN patterns repeat its largest number."""
+    """The level of each stored code, before scaling. e4m3's NaN patterns have the largest value, ±448."""
     bits, grid = scheme.levels.bits, scheme.grid
     if grid == "fp8":
         return minifloat(4, 3, 7).clip(-448, 448)
@@ -206,7 +208,7 @@ def _levels(scheme: Scheme) -> Floats:
 
 
 def _table(stored: Stored, name: str, scheme: Scheme, R: int, K: int) -> Floats:
-    """Scales, or minima, [R, G] float32; the integers of a minimum stand for its negative."""
+    """Scales or minima [R, G] float32. Two-level minima are stored as integers of −m."""
     G, encoding, outer = _groups(scheme, K), scheme.scale, f"{name}_outer"
     if encoding in FLOATS:
         return stored.take(name, FLOATS[encoding], R, G)
@@ -239,7 +241,7 @@ def _zeros(stored: Stored, scheme: Scheme, R: int, K: int) -> Floats | None:
 
 
 def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
-    """[N, K] from codes, scales and zeros, some rows at a time."""
+    """Dequantize to [N, K] float32, some rows at a time. FormatError for a result that is not finite."""
     bits, levels, R = scheme.levels.bits, _levels(scheme), 1 if scheme.group == TENSOR else N
     fp8, some = scheme.grid == "fp8", max(1, WEIGHTS_AT_ONCE // K)
     dtype, width = (FP8, K) if fp8 else (torch.int32, -(-K * bits // 32))
@@ -261,7 +263,7 @@ def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
 
 
 def scales_of(entry: Entry, stored: Stored) -> Scales:
-    """The scales and zeros of one module's matrix."""
+    """The scales and zero points (or minima) of one module's matrix, [R, G] each."""
     N, K = stored.shape()
     R = 1 if entry.scheme.group == TENSOR else N
     zero = _zeros(stored, entry.scheme, R, K)
@@ -270,7 +272,7 @@ def scales_of(entry: Entry, stored: Stored) -> Scales:
 
 
 def matrix(entry: Entry, stored: Stored) -> Floats:
-    """The matrix [N, K] that one module's tensors stand for, its outlier columns included."""
+    """Dequantize one module's tensors to the matrix [N, K], outlier channels included."""
     N, K = stored.shape()
     w = _weights(stored, entry.scheme, N, K)
     if entry.outliers:
@@ -281,18 +283,18 @@ def matrix(entry: Entry, stored: Stored) -> Floats:
 
 
 def _groups(scheme: Scheme, K: int) -> int:
-    """G."""
+    """G, the number of groups along K."""
     return -(-K // scheme.group) if isinstance(scheme.group, int) else 1
 
 
 def _spread(table: Floats, scheme: Scheme, K: int, here: slice) -> Floats:
-    """A value per group -> a value per weight of some rows (or a shape that broadcasts to it)."""
+    """Expand one value for each group to one for each weight of some rows (or a shape that broadcasts to it)."""
     part = table if scheme.group == TENSOR else table[here]
     return np.repeat(part, scheme.group, axis=1)[:, :K] if isinstance(scheme.group, int) else part
 
 
 def static_range(stored: Stored, scheme: Scheme | None) -> Scales | None:
-    """The range that inputs are rounded to, if it is fixed."""
+    """The scale and zero point of static activations; None for dynamic or float activations."""
     if scheme is None or scheme.group != TENSOR:
         return None
     scale = torch.from_numpy(stored.take("input_scale", torch.float32, 1)).view(1, 1)

@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp: container, keys, tokenizers, architectures, file types, importance matrices.
+"""GGUF, llama.cpp's file format: reader, metadata keys, tokenizers, architectures, quantization mixes, importance matrices.
 
-Knows neither schemes being fitted nor models being run. Imports: errors, system, numerics, files.
+It neither quantizes nor runs a model. The writer and the block types are in formats/. Imports: errors, numerics, files.
 """

@@ -1,6 +1,6 @@
-"""The architectures that transformers and llama.cpp both know: which attribute of one's config is which key of the other.
+"""Table of architectures that transformers and llama.cpp both have: which config attribute is which GGUF key.
 
-Rows are read in both directions, by config_keys.py; neither library is needed to look a name up.
+config_keys.py uses the rows in both directions. This file imports neither library.
 """
 
 from collections.abc import Mapping
@@ -43,16 +43,17 @@ DISTILLED = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row of the table. `kind`: transformers' model_type; `name`: llama.cpp's architecture.
+    """One architecture. kind: transformers' model_type; name: llama.cpp's architecture.
 
-    keys     (config attribute, key without the architecture's prefix), both ways
-    rotary   whether positions are rotary; pairs: whether q's and k's rows are turned, so that pairs are neighbours
-    shifted  whether norms are stored as 1 + w
-    causal   whether it predicts the next token; else it is an encoder, of which llama.cpp gives the last hidden state
-    padded   whether positions count from behind the padding token's id
-    fused    whether a matrix of queries, keys and values has them head by head, where llama.cpp wants all queries first
-    constant (key, value): what the model's code has and its config does not say
-    biases   (config attribute, tensor that tells on reading), beside those of llama and qwen3
+    keys     (config attribute, GGUF key without the architecture's prefix), used in both directions
+    rotary   whether it has rotary position embeddings
+    pairs    whether rows of q and k are permuted, so that the two channels of a rotary pair are adjacent
+    shifted  whether norm weights w are stored as 1 + w
+    causal   whether it is a causal language model; otherwise an encoder, of which llama.cpp gives the last hidden state
+    padded   whether position ids begin at pad_token_id + 1 (RoBERTa)
+    fused    whether the QKV matrix is ordered head by head, where llama.cpp wants all of Q, then K, then V
+    constant (key, value): keys whose values are fixed in the model's code, not in its config
+    biases   (config attribute, tensor whose presence means True when a file is read), beside those of llama and qwen3
     """
 
     kind: str
@@ -68,11 +69,11 @@ class Architecture:
     biases: tuple[tuple[str, str], ...] = ()
 
 
-OTHERS = {  # what general.type says of files that are no models, and what to do with them
+OTHERS = {  # general.type of files that are no models: what they are, and the remedy
     "adapter": ("a LoRA adapter", "merge it into its model, and give that; llama.cpp takes both, as -m and --lora"),
     "imatrix": ("an importance matrix", "give it as --calib, and a model's file"),
 }
-VISION = "clip"  # of mmproj files: what sees, without the model that it sees for
+VISION = "clip"  # general.architecture of mmproj files: a vision encoder without its language model
 
 ARCHITECTURES = {
     row.kind: row
@@ -115,7 +116,7 @@ ARCHITECTURES = {
 
 
 def check_is_model(keys: Mapping[str, Any], where: str) -> None:
-    """CheckpointError for a file that is something else than a model: an adapter, an importance matrix."""
+    """CheckpointError for a file that holds no model, but a LoRA adapter or an importance matrix."""
     kind = keys.get("general.type", "model")
     if kind in OTHERS:
         what, remedy = OTHERS[kind]
@@ -123,5 +124,5 @@ def check_is_model(keys: Mapping[str, Any], where: str) -> None:
 
 
 def named(name: object) -> Architecture | None:
-    """The first row of llama.cpp's architecture of that name; None if there is none."""
+    """The first row with this llama.cpp architecture; None if there is none."""
     return next((row for row in ARCHITECTURES.values() if row.name == name), None)

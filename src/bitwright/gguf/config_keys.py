@@ -1,8 +1,8 @@
-"""Configs of transformers as keys of llama.cpp, and back, by the rows of architectures.py.
+"""Convert transformers' configs to GGUF keys, and back, by the rows of architectures.py.
 
-What llama.cpp has fixed in its code, and no key can change, stands in tables of its own: written only if the config
-agrees, and put into the config that is read. Source: llama.cpp's converter (conversion/*.py) and its models
-(src/models/*.cpp).
+Hyperparameters that llama.cpp fixes in its code are in `FIXED` and the tables after it. A config that disagrees with them is
+refused when a file is written; when one is read, they are put into the config. Source: llama.cpp's converter
+(conversion/*.py) and its models (src/models/*.cpp).
 """
 
 import math
@@ -21,12 +21,12 @@ from bitwright.gguf.special_tokens import ends_of
 
 Keys = dict[str, Any]
 
-DISTILLED_EPSILON = 1e-12  # of DistilBERT's norms, in its code
+DISTILLED_EPSILON = 1e-12  # epsilon of DistilBERT's norms, fixed in its code
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-# What a model's code has, whatever its file says.
+# Config attributes that llama.cpp's code fixes for each model_type.
 GELU = "gelu_pytorch_tanh"
-ALIKE = {"gelu_new": GELU}  # two names of one function
+ALIKE = {"gelu_new": GELU}  # two names of the same function
 FIXED: dict[str, Keys] = {
     **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")},
     "gemma": {"hidden_activation": GELU},
@@ -55,13 +55,13 @@ EVERY = {
     "gemma2": 2,
     "gemma3_text": 6,
     "cohere2": 4,
-}  # layer of so many attends to all positions, the others to a window
-WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of those whose scores are divided by √(width / heads), not √head_dim
-WINDOWLESS = ("mistral", "qwen2", "qwen3", "phi3", "starcoder2")  # llama.cpp attends to all positions
+}  # every how many layers one has full attention; the others have a sliding window
+WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
+WINDOWLESS = ("mistral", "qwen2", "qwen3", "phi3", "starcoder2")  # llama.cpp ignores their sliding window
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The row for a model. FormatError for one that is not in the table."""
+    """The row for a model's config. FormatError if the table has none."""
     row = ARCHITECTURES.get(config.model_type)
     if row is None:
         known = ", ".join(ARCHITECTURES)
@@ -75,13 +75,13 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def first_position(config: PretrainedConfig) -> int:
-    """The row of the table of positions that a text's first token takes; those before it are never used."""
+    """The position id of the first token of a text: pad_token_id + 1 in RoBERTa, else 0. Embeddings before it are unused."""
     row = ARCHITECTURES.get(config.model_type)
     return config.pad_token_id + 1 if row is not None and row.padded else 0
 
 
 def keys_of(config: PretrainedConfig) -> Keys:
-    """The model's keys and values but those of the tokenizer. FormatError for what the architecture cannot express."""
+    """The keys of a model, without those of its tokenizer. FormatError for a config that llama.cpp cannot express."""
     row = architecture_of(config)
     _check_fixed(row, config)
     found: Keys = {"general.architecture": row.name}
@@ -100,11 +100,11 @@ def keys_of(config: PretrainedConfig) -> Keys:
 
 
 def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys:
-    """Config attributes that llama.cpp leaves no choice about, for a model of this shape."""
+    """The config attributes that llama.cpp fixes for a model of this model_type and shape."""
     found = dict(FIXED[kind])
     if kind in WIDE:
         found["query_pre_attn_scalar"] = width // heads if depth == WIDE[kind] else head_dim
-    if kind == "smollm3":  # each fourth layer knows no positions
+    if kind == "smollm3":  # every fourth layer has no position embedding (NoPE)
         found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
     if kind in EVERY:
         found["layer_types"] = [rope.LOCAL if (i + 1) % EVERY[kind] else rope.GLOBAL for i in range(depth)]
@@ -112,7 +112,7 @@ def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys
 
 
 def _check_fixed(row: Architecture, config: PretrainedConfig) -> None:
-    """FormatError for a model that llama.cpp would take for another."""
+    """FormatError for a config that disagrees with what llama.cpp fixes, so that it would compute another model."""
     shape = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_dim_of(config)
     for attribute, meant in _fixed(row.kind, *shape).items():
         value = getattr(config, attribute, None)
@@ -122,7 +122,7 @@ def _check_fixed(row: Architecture, config: PretrainedConfig) -> None:
 
 
 def not_kept(config: PretrainedConfig) -> list[str]:
-    """What llama.cpp will do otherwise than the config says, and does with its own converter's files too."""
+    """Notes on what llama.cpp ignores of the config, as it does in files of its own converter: the sliding window."""
     window = getattr(config, "sliding_window", None)
     sliding = window and getattr(config, "use_sliding_window", True) and config.model_type in WINDOWLESS
     if not sliding or window >= config.max_position_embeddings:
@@ -138,9 +138,9 @@ def config_of(
     where: str,
     factors: Mapping[str, Tensor] | None = None,
 ) -> PretrainedConfig:
-    """transformers' config for a file with these keys, shapes of tensors, and tensors of factors (see rope.py).
+    """transformers' config for a GGUF file. tensors: name -> shape; factors: the tensors of RoPE factors (rope.py).
 
-    CheckpointError for an architecture that is not in the table, or a key that is missing or makes no sense.
+    CheckpointError for an architecture that is not in the table, or keys that are missing or inconsistent.
     """
     check_is_model(keys, where)
     if keys.get("general.architecture") == VISION:
@@ -180,13 +180,13 @@ def config_of(
 
 
 def _ends(keys: Mapping[str, Any]) -> Keys:
-    """What ends what the model says: a token, or several."""
+    """eos_token_id: one id, or a list of all ids that end generation."""
     found = ends_of(keys)
     return {} if not found else {"eos_token_id": found[0] if len(found) == 1 else found}
 
 
 def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:
-    """DistilBERT's row, whose norms have no other epsilon than one. CheckpointError for another."""
+    """The row of DistilBERT. CheckpointError if the epsilon of the norms is not the one that its code fixes."""
     epsilon = keys.get("bert.attention.layer_norm_epsilon", DISTILLED_EPSILON)
     if not isinstance(epsilon, float) or not math.isclose(epsilon, DISTILLED_EPSILON, rel_tol=1e-5):
         message = f"no types of tokens, as DistilBERT, and {epsilon!r} in its norms, where that has {DISTILLED_EPSILON}"
@@ -199,7 +199,7 @@ def _distilled(keys: Mapping[str, Any], where: str) -> Architecture:
 def _implied(
     row: Architecture, values: Keys, keys: Mapping[str, Any], factors: Mapping[str, Tensor], where: str
 ) -> Keys:
-    """Attributes that follow from several keys, or from none."""
+    """Config attributes without a key of their own: those that llama.cpp fixes, and RoPE's."""
     names = dict(row.keys)
     a = {key: attribute for attribute, key in names.items()}
     depth, width, heads = (values[a[key]] for key in ("block_count", "embedding_length", "attention.head_count"))

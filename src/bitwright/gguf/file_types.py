@@ -1,7 +1,7 @@
-"""llama.cpp's mixes: which block type each tensor gets, by its published rule (llama-quant.cpp, `llama_tensor_get_type`).
+"""llama.cpp's quantization mixes (Q4_K_M and others): which block type each tensor of a model gets.
 
-A mix is named after the type that most tensors get. Where a row does not fill whole blocks, a type of shorter blocks
-takes the place of one of 256 (`tensor_type_fallback` there).
+Source: llama-quant.cpp, `llama_tensor_get_type`. A mix is named after the type that most tensors get. Where rows are no
+multiple of 256 weights, a type with blocks of 32 takes the place of one with 256 (`tensor_type_fallback` there).
 """
 
 from dataclasses import dataclass
@@ -11,25 +11,30 @@ MIXES = {
     "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
     "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
 }  # fmt: skip
-# llama.cpp's numbers of its mixes, for general.file_type.
+# llama.cpp's numbers of the mixes (enum llama_ftype), for the key general.file_type.
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
     "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "IQ4_XS": 30,
     "TQ1_0": 36, "TQ2_0": 37, "F32": 0, "F16": 1, "BF16": 32,
 }  # fmt: skip
-FLOAT_TYPES = ("F32", "F16", "BF16")  # targets that round to no codes
+FLOAT_TYPES = ("F32", "F16", "BF16")  # targets that are not quantized
 FALLBACKS = {
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }  # fmt: skip
-VALUES = ("attn_v", "attn_qkv")  # a fused matrix counts as the values that are in it
+VALUES = ("attn_v", "attn_qkv")  # value projections; a fused QKV matrix is treated as one
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: `part` of its block (attn_v, ffn_down, ...; token_embd, output), number of the block and of
-    all; heads: query heads to a key head; tied: whether the embedding is the output too; weighted: whether there is
-    an importance matrix."""
+    """What the rule knows of a tensor.
+
+    part      its name within the block (attn_v, ffn_down, …), or token_embd, output
+    index     number of its block, from 0; depth: number of blocks in the model
+    heads     query heads for each key-value head
+    tied      whether the embedding is the output head too
+    weighted  whether there is an importance matrix
+    """
 
     part: str
     index: int
@@ -41,13 +46,13 @@ class Place:
 
     @property
     def more(self) -> bool:
-        """Among the blocks that get more bits: the first and last eighth, and every third between."""
+        """llama.cpp's `use_more_bits`: whether the block is in the first or last eighth, or every third between."""
         first = self.depth // 8
         return self.index < first or self.index >= 7 * self.depth // 8 or (self.index - first) % 3 == 2
 
 
 def type_in(mix: str, place: Place) -> str:
-    """The block type that a mix gives to a tensor."""
+    """The block type that a mix gives to a tensor, by llama.cpp's names."""
     base = MIXES[mix]
     if place.part == "output" or (place.part == "token_embd" and place.tied):
         return "Q8_0" if base == "Q8_0" or not place.fits else "Q6_K"
@@ -64,7 +69,7 @@ def type_in(mix: str, place: Place) -> str:
 
 
 def _values(mix: str, place: Place) -> str | None:
-    """For the values of attention, which are small and count for much."""
+    """For value projections, which are small and sensitive; None: the mix's own type."""
     if mix in ("Q2_K", "Q2_K_S", "IQ4_NL", "IQ4_XS") and place.heads >= 4:
         return "Q4_K" if mix.startswith("Q2_K") else "Q5_K"
     early = {"Q3_K_M": ("Q5_K", "Q4_K", 2), "Q4_K_S": ("Q5_K", None, 4)}
@@ -77,7 +82,7 @@ def _values(mix: str, place: Place) -> str | None:
 
 
 def _down(mix: str, place: Place) -> str | None:
-    """For the matrix that leads out of the feed-forward part, whose inputs have the worst outliers."""
+    """For ffn_down, whose inputs have the largest outliers; None: the mix's own type."""
     first = place.index < place.depth // 8
     if mix == "Q3_K_M":
         return "Q5_K" if place.index < place.depth // 16 else "Q4_K"

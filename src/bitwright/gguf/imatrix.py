@@ -1,7 +1,7 @@
-"""llama.cpp's importance matrices: the mean squared input of each column of each matrix, which is a Gram's diagonal.
+"""llama.cpp's importance matrices (imatrix): for each matrix the mean squared input of each column, the diagonal of XᵀX / T.
 
-Read in both forms: GGUF (NAME.in_sum2 [E, K] and NAME.counts [E, 1], of E experts, or one) and the older one of plain numbers.
-Written as GGUF. An expert that saw no token has zeros: its columns count evenly (`evenly`).
+Read as GGUF (NAME.in_sum2 [E, K], sums of squares, and NAME.counts [E, 1], tokens, of E experts, or one) and in the older
+binary form (.dat). Written as GGUF. An expert that saw no token has only zeros; `evenly` then weights its columns equally.
 Source: tools/imatrix/imatrix.cpp.
 """
 
@@ -24,15 +24,15 @@ LONGEST_NAME = 1 << 10
 
 
 def is_imatrix(calib: str) -> bool:
-    """Whether a calibration file is an importance matrix rather than a text: by its name's ending, or its first bytes."""
+    """Whether a calibration file is an importance matrix, not a text: by its suffix, or GGUF's first bytes."""
     path = Path(calib)
     return path.suffix.lower() in SUFFIXES or (path.is_file() and is_gguf(path))
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """llama.cpp's tensor name -> importance [K], or [E, K] of experts (in older files [E · K]), float32.
+    """Read an importance matrix: llama.cpp's tensor name -> [K], or [E, K] of experts (older files: [E · K]), float32.
 
-    CalibrationError for a file that is not what it should be.
+    CalibrationError for a file that cannot be read or parsed, or has values that are negative or not finite.
     """
     try:
         with path.open("rb") as stream:
@@ -72,7 +72,7 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
 
 
 def _read_old(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Counted entries of name, calls, and mean squares times calls."""
+    """The older form: the number of entries, then of each its name, the number of calls, and mean squares times calls."""
     at, found = 0, {}
 
     def number() -> int:
@@ -97,28 +97,31 @@ def _read_old(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def experts_of(values: Tensor, K: int, rows: int) -> Tensor | None:
-    """The importance of each expert's columns [E, K], of a matrix (all experts one above the other) of so many rows of K; None
-    if it is of another shape."""
+    """The importance [E, K] of the columns of each expert, for a matrix [rows, K] of all experts stacked; None if the number
+    of values does not fit."""
     fits = values.numel() % K == 0 and rows % max(1, values.numel() // K) == 0
     return values.reshape(-1, K) if fits and values.numel() else None
 
 
 def unseen(values: Tensor) -> int:
-    """How many experts [E, K] saw no token."""
+    """The number of experts, of importance [E, K], that saw no token."""
     return int((values == 0).all(-1).sum())
 
 
 def evenly(values: Tensor) -> Tensor:
-    """An expert's importance [K]: that of one which saw no token is the same everywhere."""
+    """An expert's importance [K], or ones if it saw no token."""
     return values if bool(values.any()) else torch.ones_like(values)
 
 
 def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: int, text: str) -> None:
-    """Write mean squared inputs [K] by llama.cpp's tensor names, of so many tokens in windows of `seqlen`."""
+    """Write an importance matrix as GGUF.
+
+    importance: llama.cpp's tensor name -> mean squared input [K]. tokens, seqlen: of the calibration; text: its name.
+    """
     chunks = max(1, tokens // seqlen)
     with disk_errors(path):
         writer = gguf.GGUFWriter(path, "")
-        writer.kv_data[0].pop("general.architecture", None)  # it is no model
+        writer.kv_data[0].pop("general.architecture", None)  # the gguf package adds it; an imatrix has none
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [text])
         writer.add_uint32("imatrix.chunk_count", chunks)
@@ -133,7 +136,7 @@ def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: 
 
 
 def of_another_model(file: Path, name: str, found: Tensor | None, K: int) -> CalibrationError:
-    """What to raise where a matrix of K columns is known by others, or not at all."""
+    """The error for an importance matrix that has another number of columns for a matrix [N, K], or none at all."""
     size = "nothing" if found is None else f"{len(found)} columns"
     remedy = "give an importance matrix of this very model"
     return CalibrationError(f"it has {size} for {name}, not {K} columns", where=str(file), remedy=remedy)

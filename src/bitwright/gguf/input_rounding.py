@@ -1,7 +1,7 @@
-"""What llama.cpp's processor code rounds while it computes: inputs of quantized matrices to 8 bits, keys and values to f16.
+"""Simulates what llama.cpp rounds on the CPU: inputs of quantized matrices to 8 bits, keys and values to f16.
 
-Types in blocks of 256 meet inputs in blocks of 256 under a float32 (Q8_K), all others blocks of 32 under an f16 (Q8_0; Q8_1,
-whose sums of inputs, which meet the minima of Q4_1 and Q5_1, are rounded to f16 as well: that is left out here). Source:
+Matrices in blocks of 256 multiply inputs in Q8_K (blocks of 256, float32 scale), all others inputs in Q8_0 (blocks of 32, f16
+scale). Q4_1 and Q5_1 use Q8_1, which also rounds the sums of inputs (for the minima) to f16: that is not simulated. Source:
 `vec_dot_type` in ggml-cpu.c, `quantize_row_q8_0` and `quantize_row_q8_K`.
 """
 
@@ -15,21 +15,21 @@ from bitwright.gguf.reader import FLOATS, Types
 from bitwright.numerics.codec import safe
 from bitwright.numerics.scheme import SUPERBLOCK
 
-ENGINE = "llama.cpp"  # by this name it is asked for
+ENGINE = "llama.cpp"  # the name by which users select this simulation
 
 
 @dataclass(frozen=True)
 class EightBits:
-    """Inputs as integers of 8 bits: `size` neighbours share a scale, which is stored as `dtype`.
+    """Symmetric 8-bit quantization of inputs in blocks of `size`, with a scale (absmax / 127) stored as `dtype`.
 
-    Unlike weights here, and as in the engine, codes are chosen before the scale is rounded.
+    As in llama.cpp, and unlike weights in bitwright, codes are chosen under the scale before it is rounded.
     """
 
     size: int
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] as it enters the product; K is a multiple of the size."""
+        """Quantize and dequantize x [..., K]; K must be a multiple of the size."""
         blocks = x.float().unflatten(-1, (-1, self.size))
         scale = blocks.abs().amax(-1, keepdim=True) / 127
         codes = torch.round(blocks / safe(scale))
@@ -37,12 +37,12 @@ class EightBits:
 
 
 def cached(x: Tensor) -> Tensor:
-    """Keys or values as they come back from its cache, where nothing else is asked for."""
+    """Keys or values rounded to f16, llama.cpp's default type of the KV cache."""
     return x.half().to(x.dtype)
 
 
 def inputs_of(kind: Types) -> EightBits | None:
-    """What is done to the inputs of a matrix of this type; None: they stay in float, or nearly (f16 under f16 weights)."""
+    """How inputs of a matrix of this type are quantized; None for float types (f16 inputs of f16 matrices count as float)."""
     if kind in FLOATS:
         return None
     size, _ = gguf.GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""All keys of a GGUF file that is made of a checkpoint's directory."""
+"""The metadata keys of a GGUF file for a checkpoint directory: architecture, hyperparameters, tokenizer, pooling."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,17 @@ POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}  # llama.cpp's num
 
 
 class Metadata(NamedTuple):
-    """All keys of a file, and what there is to say of them."""
+    """The metadata keys of a file, and notes for the user about them."""
 
     keys: dict[str, Any]
     notes: tuple[str, ...]
 
 
 def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: int | None) -> Metadata:
-    """What a file of this checkpoint says. FormatError for an architecture or tokenizer that cannot be written."""
+    """The keys for a checkpoint. file_type: llama.cpp's number of the mix, if there is one.
+
+    FormatError for an architecture or tokenizer that cannot be written.
+    """
     keys = keys_of(config) | {"general.quantization_version": 2}
     keys |= {} if file_type is None else {"general.file_type": file_type}
     keys |= {} if architecture_of(config).causal else _pooling(source, str(keys["general.architecture"]))
@@ -30,9 +33,9 @@ def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: 
 
 
 def _pooling(source: Path, name: str) -> dict[str, Any]:
-    """How a sentence encoder makes one vector of many, where its directory says so (sentence-transformers' modules.json).
+    """The pooling of a sentence encoder, from sentence-transformers' modules.json; {} if there is none.
 
-    FormatError for a way that llama.cpp does not have.
+    FormatError for a pooling that llama.cpp does not have.
     """
     file = source / "modules.json"
     modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []

@@ -1,9 +1,9 @@
-r"""The pre-tokenizers of llama.cpp: its names, the regular expressions that each cuts a text by, and what else a name decides.
+r"""llama.cpp's pre-tokenizers: their names, the regular expressions by which each splits a text, and what else a name decides.
 
-Each expression cuts apart what the one before it left: matches, and what lies between them. They are written for
-Oniguruma, which the tokenizers package uses, as llama.cpp computes them rather than as it spells them: `[sS]` in the place of
-`(?i:s)`; its categories \p{Lu}, \p{Ll}, \p{Lt}, \p{Lm} and \p{Lo} are all letters; \d is ASCII's; `$` ends a piece. Source:
-llama-vocab.cpp (`llm_tokenizer_bpe`, `llama_vocab::impl::load`) and unicode.cpp.
+Each expression splits the pieces of the one before it into matches and what lies between them. They are written for Oniguruma,
+which the tokenizers package uses, and say what llama.cpp computes, which is not always what its source spells: `[sS]` instead
+of `(?i:s)`; its \p{Lu}, \p{Ll}, \p{Lt}, \p{Lm} and \p{Lo} match all letters; \d is ASCII only; `$` matches at the end of a
+piece. Source: llama-vocab.cpp (`llm_tokenizer_bpe`, `llama_vocab::impl::load`) and unicode.cpp.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 Step = dict[str, Any]
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SHORT = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # what English cuts short
+_SHORT = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # English contractions
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CHINESE = "[一-龥぀-ゟ゠-ヿ]+"
@@ -20,7 +20,7 @@ _MARKED = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p
 _DEEPSEEK = rf"{_MARKED}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 _LINES = r"[^\n]+|\n+"
 _SENTENCES = " ?[^(\\s|.,!?…。，、।۔،)]+"
-# Digits in threes from the right, the first with all that stands before them.
+# Groups of three digits, counted from the right; the first group includes the text before the number.
 _THREES = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _HAN = (
     "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b820-\U0002ebef"
@@ -33,27 +33,27 @@ _OLD_LETTERS = (  # deepseek-llm's own
 
 
 def _words(numbers: str, *, letters: str = r"\p{L}", start: str = f"(?:{_SHORT})|") -> str:
-    """What Llama 3 and Qwen cut by: words with one sign before them, numbers, signs, spaces."""
+    """The expression of Llama 3 and Qwen: words with one leading sign, numbers, signs, spaces."""
     inside = letters.replace("[", "").replace("]", "")
     signs = rf" ?[^\s{inside}\p{{N}}]+[\r\n]*"
     return rf"{start}[^\r\n\p{{L}}\p{{N}}]?{letters}+|{numbers}|{signs}|{_SPACES}"
 
 
 def _cased(numbers: str, *, letter: str = r"\p{L}", short: str = f"(?:{_SHORT})?") -> str:
-    """What GPT-4o and Mistral's Tekken cut by, as far as llama.cpp does: a case of ASCII's changes within a word."""
+    """llama.cpp's expression for GPT-4o and Mistral's Tekken: also splits a word where the case of ASCII letters changes."""
     upper, lower = (f"(?:(?={letter})[^{case}])" for case in ("a-z", "A-Z"))
     word = rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{short}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{short}"
     return rf"{word}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
 def _anycase(numbers: str) -> str:
-    """The same where all letters count as both cases."""
+    """As `_cased`, but every letter counts as upper and lower case, so that case never splits a word."""
     word = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+(?:{_SHORT})?"
     return rf"{word}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
 def _published(numbers: str, *, short: bool = True) -> str:
-    """GPT-4o's expression as it was published (o200k_base), which llama.cpp has simplified."""
+    """GPT-4o's published expression (o200k_base), which llama.cpp approximates."""
     end = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?" if short else ""
     before, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     return rf"{before}{upper}*{lower}+{end}|{before}{upper}+{lower}*{end}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -66,16 +66,16 @@ THREE = r"\p{N}{1,3}"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A row of the table: a cut, and the names that stand for it.
+    """One pre-tokenizer, and the names (tokenizer.ggml.pre) that select it.
 
     names     the first is the one that is written
     cuts      regular expressions, applied one after the other
-    whole     whether a word that is a token is that token, whatever merges say (ignore_merges)
-    begins    whether a text begins with the BOS token where no key says
-    bytes     whether words are written in GPT-2's letters for bytes; else characters are tokens, as sentencepiece has them
-    pair_end  whether a separator stands between two texts
-    lstrip    whether the mask token takes the spaces before it
-    published the expression that its tokenizers have where llama.cpp only comes near to it
+    whole     whether a word that is a token becomes that token without merging (ignore_merges)
+    begins    whether BOS is added where no key says
+    bytes     whether BPE is byte-level (GPT-2's letters for bytes); otherwise it is over characters, as in sentencepiece
+    pair_end  whether a separator is added between two texts (RoBERTa)
+    lstrip    whether the mask token strips the spaces before it
+    published the expressions of the original tokenizers, where llama.cpp's only approximate them
     """
 
     names: tuple[str, ...]
@@ -89,7 +89,7 @@ class PreTokenizer:
 
     @property
     def steps(self) -> list[Step]:
-        """The pre-tokenizer of a tokenizer.json that cuts so."""
+        """The steps of the equivalent pre-tokenizer in a tokenizer.json."""
         return [split(cut) for cut in self.cuts] + ([BYTES] if self.bytes else [])
 
 
@@ -97,7 +97,7 @@ BYTES: Step = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": Fals
 
 
 def split(pattern: str) -> Step:
-    """One cut of a tokenizer.json."""
+    """A tokenizer.json step that splits by a regular expression."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
@@ -159,4 +159,4 @@ ROWS = (
     PreTokenizer(("whitespace",), (r"\S+",), bytes=False),
 )  # fmt: skip
 PRE_TOKENIZERS = {name: row for row in ROWS for name in row.names}
-ESCAPED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")  # spaces become ▁ first
+ESCAPED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")  # pre-tokenizers before which spaces are replaced by ▁

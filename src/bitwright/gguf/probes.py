@@ -1,8 +1,8 @@
-"""Strings on which two tokenizers are compared before one is written for the other.
+"""Test strings on which a checkpoint's tokenizer and the one in a GGUF file must agree before the file is written.
 
-ORDINARY are of all kinds that texts are made of; what differs on one of these differs in use. RARE are those of which it is
-known that llama.cpp only comes near some published rules: letters with marks of their own, letters beyond ASCII whose case
-changes within a word, text that is not composed (NFC).
+ORDINARY strings are of all kinds found in texts; a difference on one of them is an error. RARE strings are those on which
+llama.cpp's pre-tokenizers are known to only approximate some published expressions: letters with combining marks, words in
+which the case of non-ASCII letters changes, text that is not in NFC.
 """
 
 from collections.abc import Iterable
@@ -64,16 +64,16 @@ RARE = (
     "e\u0301te\u0301", "A\u030angstro\u0308m", "한국", "straßeÄpfel", "ÉcoleÉcole", "приветМир", "ПриветМИР", "ΕλλάδαΚόσμε",
     "naïveÉTÉx", "ДОМа", "ÄÖÜäöü", "\u0301a", "a\u0301\u0302b",
 )  # fmt: skip
-MOST_TOKENS = 600  # tokens that are looked at in a text
+MOST_TOKENS = 600  # added tokens that are tested; of more, a sample
 
 
 def around(token: str) -> list[str]:
-    """Strings with a special token in them."""
+    """Test strings with an added token at the beginning, at the end and inside."""
     return [token, f"a{token}b", f"x {token} y", f"{token} Hi", f"Hi\n{token}\nHi", f"{token}{token}", f"1{token}2"]
 
 
 def beside(tokens: Iterable[str], bare: Iterable[str]) -> list[str]:
-    """Strings with each of these tokens in them; of many tokens only some. bare: those that are met without spaces around."""
+    """Test strings for added tokens, or for a sample if there are many. bare: tokens that are tested without spaces around."""
     known = list(tokens)
     some = known[:: max(1, len(known) // MOST_TOKENS)] if len(known) > MOST_TOKENS else known
     alone = frozenset(bare)

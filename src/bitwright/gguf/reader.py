@@ -1,8 +1,8 @@
-"""GGUF files: keys and values, tensors, and where their bytes lie; nothing believed before it is checked.
+"""Reader of GGUF files (versions 2 and 3, little-endian): metadata keys and tensors, with every count and offset checked.
 
-Writing is the gguf package's. Reading is not: its reader maps whatever counts and offsets a file claims, and a file with
-absurd ones keeps it busy for ever. Here every count is compared with the bytes that are left before anything is allocated.
-Type sizes and `dequantize` are the package's. Source: docs/gguf.md of ggml.
+The gguf package's own reader trusts the counts and offsets in a file, and absurd ones keep it busy for ever. Here each is
+compared with the bytes that are left in the file before anything is allocated. Type sizes and `dequantize` are the package's.
+Source: docs/gguf.md of ggml.
 """
 
 import re
@@ -26,15 +26,15 @@ SUFFIX = ".gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-DEEPEST, MOST_AXES = 4, 4  # arrays in arrays; axes of a tensor
+DEEPEST, MOST_AXES = 4, 4  # nesting of arrays; dimensions of a tensor
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-WEIGHTS_AT_ONCE = 1 << 22  # decoded at a time
+WEIGHTS_AT_ONCE = 1 << 22  # weights decoded in one step; bounds the memory
 FLOATS = {Types.F32: torch.float32, Types.F16: torch.float16, Types.BF16: torch.bfloat16, Types.F64: torch.float64}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor: its file, first byte and size; llama.cpp's type; shape as torch has it, the last axis contiguous."""
+    """One tensor in a file: offset and size in bytes, ggml type, and shape in torch's order (the last dimension contiguous)."""
 
     file: Path
     offset: int
@@ -50,7 +50,7 @@ class Stored:
 
 
 class Typed(NamedTuple):
-    """A key's value with its type in the file it was read from, and for arrays that of its entries."""
+    """A key's value with its GGUF type; `inner`: the type of an array's entries."""
 
     value: Any
     kind: int
@@ -58,10 +58,15 @@ class Typed(NamedTuple):
 
 
 class GgufFile:
-    """A .gguf file, or all parts of a split one: `keys` and `tensors` by name; `kinds`: each key's type, of arrays both."""
+    """A GGUF file, or all parts of a split one.
+
+    keys     name -> value
+    kinds    name -> (GGUF type, type of an array's entries or None)
+    tensors  name -> where it is stored
+    """
 
     def __init__(self, path: Path) -> None:
-        """Reads headers only. CheckpointError says what is wrong with a file that is not what it should be."""
+        """Reads the headers only. CheckpointError for a file that is damaged, incomplete or no GGUF file."""
         self.path = path
         self.kinds: dict[str, tuple[int, int | None]] = {}
         self.keys, self.tensors = _read(path, self.kinds)
@@ -79,18 +84,18 @@ class GgufFile:
 
     @property
     def files(self) -> list[Path]:
-        """Itself, or all parts."""
+        """The files that hold tensors: this one, or all parts."""
         return sorted({t.file for t in self.tensors.values()})
 
     def check_vocabulary(self) -> None:
-        """CheckpointError for a tokenizer of more or fewer tokens than the embedding has rows."""
+        """CheckpointError if the tokenizer's number of tokens is not the embedding's number of rows."""
         tokens, table = self.keys.get("tokenizer.ggml.tokens"), self.tensors.get("token_embd.weight")
         if isinstance(tokens, list) and table is not None and len(tokens) != table.shape[0]:
             message = f"its vocabulary has {len(tokens)} tokens, its embedding {table.shape[0]} rows"
             raise CheckpointError(message, where=str(self.path), remedy="tokenizer and weights must belong together")
 
     def key(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of a key that must be there and of this kind."""
+        """The value of a required key. CheckpointError if it is missing or of another Python type."""
         if name not in self.keys:
             raise _wrong(self.path, f"key {name!r} is missing")
         found = self.keys[name]
@@ -99,7 +104,7 @@ class GgufFile:
         return found
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor row by row, or of its rows [first, last): uint8 [N, bytes]; all axes but the last are rows."""
+        """The bytes of a tensor, or of its rows [first, last): uint8 [N, bytes]. All dimensions but the last count as rows."""
         t = self.tensors[name]
         size = t.row_bytes
         found = np.empty(((t.nbytes // size if last is None else last) - first, size), np.uint8)
@@ -113,22 +118,22 @@ class GgufFile:
         return found
 
     def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor."""
+        """The bytes of a tensor, uint8 [bytes]."""
         return self.rows(name).reshape(-1)
 
     def read(self, name: str) -> Tensor:
-        """A tensor's values in its own float type, or decoded to float32."""
+        """A tensor's values, in its own float type, or dequantized to float32."""
         t = self.tensors[name]
         if t.type in FLOATS:
             return self.floats(name).view(t.shape)
         return self.decode(name, self.rows(name))
 
     def floats(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor of floats, [N, K]."""
+        """Rows [first, last) of a float tensor, [N, K], in its own type."""
         return torch.from_numpy(self.rows(name, first, last)).view(FLOATS[self.tensors[name].type])
 
     def decode(self, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-        """Those as float32, in the tensor's shape."""
+        """Dequantize all of a tensor's rows, as `rows` gives them, to float32 in its shape."""
         t = self.tensors[name]
         out = np.empty((len(rows), t.shape[-1]), np.float32)
         step = max(1, WEIGHTS_AT_ONCE // t.shape[-1])
@@ -138,7 +143,7 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a model's path is that of a GGUF file: by its first bytes, whatever its name; a missing file by its name."""
+    """Whether a path is a GGUF file: by its first bytes or its suffix; a file that does not exist by its suffix."""
     if not path.is_file():
         return path.suffix.lower() == SUFFIX and not path.is_dir()
     try:
@@ -149,13 +154,13 @@ def is_gguf(path: Path) -> bool:
 
 
 def type_named(name: str) -> Types:
-    """llama.cpp's type of that name; KeyError if there is none."""
+    """The ggml type of this name, such as "Q4_K"; KeyError if there is none."""
     return Types.__members__[name]
 
 
 def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[Any, Any]:
-    """Rows of blocks [N, bytes] as float32 [N, K]. CheckpointError for a type that the gguf package cannot decode."""
-    if kind == Types.Q1_0:  # which it knows by size alone
+    """Dequantize rows of blocks [N, bytes] to [N, K] float32. CheckpointError for a type unknown to the gguf package."""
+    if kind == Types.Q1_0:  # the gguf package has only its size, no dequantizer
         return _signs(rows)
     try:
         return dequantize(rows, kind)
@@ -164,7 +169,7 @@ def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[An
 
 
 def _signs(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Q1_0: of 128 weights an f16, and a bit each that is 0 for its negative (ggml-quants.c: dequantize_row_q1_0)."""
+    """Dequantize Q1_0: an f16 scale d for 128 weights, then one bit for each: 1 is d, 0 is −d (dequantize_row_q1_0)."""
     blocks = rows.reshape(-1, 18)
     d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
@@ -172,7 +177,7 @@ def _signs(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
-    """The type of a tensor that is to be rounded. CheckpointError if it is quantized already."""
+    """The dtype of a tensor that is to be quantized. CheckpointError if it is quantized already."""
     if t.type not in FLOATS:
         remedy = "quantize the float original; rounding twice only loses"
         raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
@@ -180,7 +185,7 @@ def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
 
 
 def carried_keys(file: GgufFile, file_type: int | None) -> dict[str, Any]:
-    """All keys of a file for one made of it, untouched but for what its types are called, and that it was in parts."""
+    """The keys of a requantized file: those of the original, with the new file_type, without those of splitting."""
     kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}
     kept.pop("general.file_type", None)
     changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
@@ -192,7 +197,7 @@ def _wrong(path: Path, message: str) -> CheckpointError:
 
 
 def _other_parts(path: Path, parts: int) -> Iterator[Path]:
-    """The files that belong to the first part of a split model."""
+    """The second and further parts of a split model. CheckpointError if `path` is not the first, or a part is missing."""
     found = PART.search(path.name)
     if found is None or int(found[2]) != parts or int(found[1]) != 1:
         remedy = "give the first part, NAME-00001-of-0000N.gguf, beside the others"
@@ -206,7 +211,7 @@ def _other_parts(path: Path, parts: int) -> Iterator[Path]:
 
 
 class _Cursor:
-    """The header, read forwards; never beyond the file's end."""
+    """Sequential reader of a header. CheckpointError instead of reading beyond the end of the file."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream, self.path, self.at = stream, path, 0
@@ -227,7 +232,7 @@ class _Cursor:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def count(self, least: int) -> int:
-        """How many of something follow, each of at least so many bytes."""
+        """Read a uint64 count of entries. least: bytes of the smallest entry, by which the count is checked."""
         n = int(self.number("<Q"))
         if n * least > self.left:
             raise self._no_room(n)
@@ -240,7 +245,7 @@ class _Cursor:
         return self.take(self.count(1)).decode("utf-8", errors="surrogateescape")
 
     def texts(self, n: int) -> list[str]:
-        """So many, one after the other: `text` for vocabularies, in one loop."""
+        """Read n strings; a faster `text` for vocabularies."""
         found, read, at = [], self.stream.read, self.at
         for _ in range(n):
             length = int.from_bytes(read(8), "little")
@@ -253,7 +258,7 @@ class _Cursor:
         return found
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of one of GGUF's types; arrays of numbers as numpy's."""
+        """Read a value of a GGUF type. Arrays of numbers become numpy arrays, other arrays lists."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -270,7 +275,7 @@ class _Cursor:
 
 
 def _read(path: Path, kinds: dict[str, tuple[int, int | None]]) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Keys and tensors of one file."""
+    """Keys and tensors of one file; `kinds` is filled with the keys' types."""
     try:
         with path.open("rb") as stream:
             return _read_header(_Cursor(stream, path), kinds)
@@ -304,7 +309,7 @@ def _read_header(cursor: _Cursor, kinds: dict[str, tuple[int, int | None]]) -> t
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, Stored]:
-    """One tensor's entry; its offset is relative yet."""
+    """Read one entry of the table of tensors; its offset is still relative to the data section."""
     name, axes = cursor.text(), int(cursor.number("<I"))
     if not 0 < axes <= MOST_AXES:
         raise _wrong(cursor.path, f"tensor {name!r} has {axes} axes")
@@ -320,7 +325,7 @@ def _tensor(cursor: _Cursor) -> tuple[str, Stored]:
 
 
 def _placed(found: list[tuple[str, Stored]], start: int, alignment: int, cursor: _Cursor) -> dict[str, Stored]:
-    """Tensors with absolute offsets. CheckpointError for those that overlap or lie outside the file."""
+    """Tensors with absolute offsets. CheckpointError if any overlap, are not aligned, or end outside the file."""
     placed: dict[str, Stored] = {}
     end, before = start, ""
     for name, t in sorted(found, key=lambda item: item[1].offset):

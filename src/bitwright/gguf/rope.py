@@ -1,7 +1,7 @@
-"""How positions are rotated: transformers' rope_parameters, and llama.cpp's keys and tensors of factors; both ways.
+"""Rotary position embeddings (RoPE): convert transformers' rope_parameters to llama.cpp's keys and tensors, and back.
 
-Llama 3 and longrope (Phi-3) divide each frequency by a factor of its own; llama.cpp has those as tensors. Gemma 3 turns
-its sliding layers by another base than the others. Source: llama.cpp's converter, and modeling_rope_utils.py.
+Llama 3 and longrope (Phi-3) divide each frequency by a factor of its own; llama.cpp stores these factors as tensors. Gemma 3
+has another base in its sliding-window layers. Source: llama.cpp's converter, and transformers' modeling_rope_utils.py.
 """
 
 import math
@@ -18,8 +18,12 @@ Keys = dict[str, Any]
 
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 COMPUTED = (FACTORS, LONG, SHORT)
-SCALED = ("linear", "yarn", "longrope")  # as transformers and llama.cpp call them; "llama3" is a tensor alone
-# What a kind of scaling may say beside; anything else has no key that means the same.
+SCALED = (
+    "linear",
+    "yarn",
+    "longrope",
+)  # rope types that have a key, in both libraries' words; "llama3" has only a tensor
+# The parameters of each rope type that can be expressed by llama.cpp's keys or tensors.
 KNOWN = {
     "default": (),
     "linear": ("factor",),
@@ -29,7 +33,7 @@ KNOWN = {
 }
 ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-LOCAL_BASES = {"gemma3": 10000.0}  # architectures whose sliding layers have a base of their own; where no key gives it
+LOCAL_BASES = {"gemma3": 10000.0}  # default base of sliding-window layers, for architectures in which it differs
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -39,7 +43,7 @@ def head_dim_of(config: PretrainedConfig) -> int:
 
 
 def keys_of(name: str, config: PretrainedConfig) -> Keys:
-    """The keys of llama.cpp's architecture `name`. FormatError for what they cannot express."""
+    """The RoPE keys of llama.cpp's architecture `name`. FormatError for parameters that they cannot express."""
     both = config.rope_parameters or {}
     rope = both.get(GLOBAL, both)
     keys: Keys = {
@@ -55,12 +59,12 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
 
 
 def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
-    """How much of a head is rotated."""
+    """The fraction of a head's channels that is rotated."""
     return float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
 
 
 def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
-    """Keys of positions beyond those that the model was first trained on."""
+    """The keys of context extension: type, factor, original context length."""
     kind = rope.get("rope_type", "default")
     if kind not in KNOWN:
         raise _unknown(repr(kind))
@@ -80,7 +84,7 @@ def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
 
 
 def _attention_factor(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
-    """longrope's factor on scores (Ding et al. 2024, arXiv:2402.13753), where the config does not give it."""
+    """longrope's attention factor: the config's, or computed (Ding et al. 2024, arXiv:2402.13753)."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = rope["original_max_position_embeddings"]
@@ -94,9 +98,9 @@ def _unknown(what: str) -> FormatError:
 
 
 def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Tensors that a file has beside the model's parameters: what frequencies are divided by, [rotated / 2] float32.
+    """The tensors of RoPE factors, by which frequencies are divided: [rotated channels / 2] float32; {} for other rope types.
 
-    FormatError for factors that do not fit the heads.
+    FormatError for a number of factors that does not fit the heads.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "llama3":
@@ -113,18 +117,18 @@ def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
 
 
 def _llama3(rope: Mapping[str, Any], dim: int) -> Tensor:
-    """Llama 3's rule: short waves as they were, long ones divided by the factor."""
+    """Llama 3's factors of frequencies: 1 for short wavelengths, `factor` for long ones, interpolated between."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-    smooth = smooth.clamp(0, 1)  # 0: divided by the factor; 1: as it was
+    smooth = smooth.clamp(0, 1)  # 0: the frequency is divided by the factor; 1: unchanged
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tensor], dim: int, where: str) -> Keys:
-    """transformers' rope_parameters for a file's keys and tensors of factors, heads of `dim` channels.
+    """transformers' rope_parameters for a file's keys and tensors of factors. dim: channels of a head.
 
-    CheckpointError for factors that no rule here gives.
+    CheckpointError for factors that are not Llama 3's.
     """
     own = {key.removeprefix(f"{name}.rope."): value for key, value in keys.items() if key.startswith(f"{name}.rope.")}
     rope: Keys = {"rope_type": "default", "rope_theta": own.get("freq_base", 10000.0)}
@@ -152,7 +156,7 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
 
 
 def _read_llama3(rope: Keys, factors: Tensor, dim: int, where: str) -> Keys:
-    """Llama 3's scaling, of which the file has what each frequency is divided by."""
+    """Llama 3's rope_parameters, recovered from the factors in the file. CheckpointError if the factors are others."""
     rope = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
     known = _llama3(rope, dim)
     if known.shape != factors.shape or not torch.allclose(known, factors, rtol=1e-5):

@@ -1,5 +1,5 @@
-"""Special tokens as llama.cpp has them: which end what a model says, which are found in a text whatever their kind, which take
-the spaces around them; and the ids where no key gives one. Source: llama-vocab.cpp (`llama_vocab::impl::load`).
+"""llama.cpp's rules for special tokens: which end generation, which have a fixed token type, which strip spaces, and the
+default ids where no key gives one. Source: llama-vocab.cpp (`llama_vocab::impl::load`).
 """
 
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ import gguf
 
 Kind = gguf.TokenType
 PREFIX = "tokenizer.ggml."
-# Keys (without their prefix) of tokens that end what a model says: all of them stop llama.cpp.
+# Keys (without their prefix) of tokens that end generation.
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
-# Texts of tokens that do so without a key.
+# Texts of tokens that end generation without a key.
 END_TEXTS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>",
     "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>",
     "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
 })  # fmt: skip
-# What is found by its text where its key is missing, all of which become control tokens; of code that is filled in, those
-# of padding, repositories and files end it.
+# Texts of fill-in-the-middle tokens, by which they are recognized where their key is missing. All become control tokens; those
+# of padding, repositories and files also end generation.
 FILL_TEXTS = {
     "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -34,7 +34,7 @@ FILL_TEXTS = {
                          "<|middle|>"),
 }  # fmt: skip
 ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# Ids by family, where no key gives one.
+# Default ids by tokenizer family, where no key gives one.
 DEFAULT_IDS: dict[str, dict[str, int]] = {
     "gpt2": {"bos_token_id": 11, "eos_token_id": 11},
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
@@ -43,13 +43,13 @@ DEFAULT_IDS: dict[str, dict[str, int]] = {
         "bos_token_id": 101, "unknown_token_id": 100, "seperator_token_id": 102, "padding_token_id": 0, "mask_token_id": 103,
     },
 }  # fmt: skip
-WITHOUT_BOS = ("chatglm-bpe", "glm4", "glm5")  # of BPE, where no key gives one
-PHI3 = ("phi-3", "phi3")  # in a model's name: special tokens take the spaces behind them
+WITHOUT_BOS = ("chatglm-bpe", "glm4", "glm5")  # pre-tokenizers of BPE without a default BOS
+PHI3 = ("phi-3", "phi3")  # if these are in general.name, special tokens strip the spaces after them
 PHI3_NEEDS, PHI3_PLAIN = ("</s>", "<unk>", "<s>", "<|endoftext|>"), ("<unk>", "<s>", "<|endoftext|>")
 
 
 def id_of(own: Mapping[str, Any], key: str) -> int | None:
-    """The id of a special token: as a file's key says (without its prefix), or as llama.cpp takes it; None for none."""
+    """The id of a special token: of the file's key, or llama.cpp's default; None if there is none. own: keys without prefix."""
     size = len(own["tokens"])
     given = own.get(key)
     if isinstance(given, int) and 0 <= given < size:
@@ -61,7 +61,7 @@ def id_of(own: Mapping[str, Any], key: str) -> int | None:
 
 
 def kinds_of(own: Mapping[str, Any]) -> list[int]:
-    """Each token's kind: as the file says, but for texts that llama.cpp knows better."""
+    """Each token's type: as in the file, except for texts whose type llama.cpp overrides. own: keys without prefix."""
     tokens, given = own["tokens"], own.get("token_type")
     kinds = [int(Kind.NORMAL)] * len(tokens) if given is None else [int(kind) for kind in given]
     known = {text for key, texts in FILL_TEXTS.items() if key not in own for text in texts} | END_TEXTS
@@ -76,7 +76,7 @@ def kinds_of(own: Mapping[str, Any]) -> list[int]:
 
 
 def ends_of(keys: Mapping[str, Any]) -> list[int]:
-    """Ids of all tokens that end what a model says, that of the end of a text first. keys: a file's, with their prefixes."""
+    """Ids of all tokens that end generation, EOS first. keys: a file's, with their prefixes."""
     own = {name.removeprefix(PREFIX): value for name, value in keys.items() if name.startswith(PREFIX)}
     tokens = own.get("tokens")
     if not isinstance(tokens, list):
@@ -95,18 +95,18 @@ def ends_of(keys: Mapping[str, Any]) -> list[int]:
 
 
 def takes_spaces_behind(name: str, tokens: list[str]) -> frozenset[str]:
-    """Special tokens after which spaces vanish, for a model of this name: Phi-3's, if its vocabulary has what llama.cpp looks
-    up there (it does not load the file else)."""
+    """Tokens that strip the spaces after them: those of Phi-3, recognized by the model's name; none for other models, or if
+    the vocabulary lacks the tokens without which llama.cpp does not load a Phi-3."""
     if not is_phi3(name) or not phi3_loads(tokens):
         return frozenset()
     return frozenset(tokens) - {*PHI3_PLAIN}
 
 
 def is_phi3(name: str) -> bool:
-    """Whether llama.cpp takes a model of this name for Phi-3."""
+    """Whether llama.cpp treats a model of this name as Phi-3."""
     return any(part in name.lower() for part in PHI3)
 
 
 def phi3_loads(tokens: list[str]) -> bool:
-    """Whether a vocabulary has all tokens that llama.cpp looks up in one of that name."""
+    """Whether a vocabulary has all tokens that llama.cpp requires of a Phi-3."""
     return all(token in tokens for token in PHI3_NEEDS)

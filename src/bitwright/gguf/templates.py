@@ -1,4 +1,4 @@
-"""Chat templates: one without a name, and others by name (llama.cpp: `tool_use`, `rag`), as keys of a file and back."""
+"""Chat templates (Jinja) as GGUF keys, and back: a default one, and others by name, such as `tool_use` and `rag`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ DEFAULT = "default"
 
 
 def template_keys(found: object, where: str) -> dict[str, Any]:
-    """The keys for a tokenizer's chat_template: a text, texts by name, or None. FormatError for one that is no Jinja."""
+    """The keys for a tokenizer's chat_template: a text, texts by name, or None. FormatError for one that is not valid Jinja."""
     named = {DEFAULT: found} if isinstance(found, str) else dict(found) if isinstance(found, Mapping) else {}
     for name, text in named.items():
         _check(str(name), text, where)
@@ -24,7 +24,7 @@ def template_keys(found: object, where: str) -> dict[str, Any]:
 
 
 def _check(name: str, text: object, where: str) -> None:
-    """FormatError for what transformers could not parse either."""
+    """FormatError for a template that transformers could not parse either."""
     try:
         if not isinstance(text, str):
             raise TemplateSyntaxError("not a text", 1)
@@ -37,7 +37,7 @@ def _check(name: str, text: object, where: str) -> None:
 
 
 def _without_generation(text: str) -> str:
-    """Without transformers' own tags {% generation %}, which mark what is trained on."""
+    """Remove transformers' own tags {% generation %}, which mark the assistant's tokens for training."""
     for tag in ("generation", "endgeneration"):
         for open_, close in (("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")):
             text = text.replace(f"{open_} {tag} {close}", "")
@@ -45,7 +45,7 @@ def _without_generation(text: str) -> str:
 
 
 def read_templates(keys: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """What a tokenizer's chat_template is for a file's keys."""
+    """The tokenizer's chat_template for a file's keys: a text, texts by name, or None."""
     named = {
         name.removeprefix(f"{KEY}."): text
         for name, text in keys.items()

@@ -1,8 +1,8 @@
-"""Parameters by transformers' names and by llama.cpp's, and what differs in the tensors themselves.
+"""Map parameter names between transformers and llama.cpp, and convert tensors where their layout differs.
 
-llama.cpp turns Llama's q and k rows so that a rotary pair lies side by side, stores Gemma's norms as 1 + w, has no transposed
-matrices, and leaves out the rows of RoBERTa's table of positions that no text reaches (so it is a BERT like any other there).
-Tensor names are the gguf package's. Source: llama.cpp's converter (conversion/*.py).
+llama.cpp permutes the rows of Llama's q and k so that the channels of a rotary pair are adjacent, stores Gemma's norm weights
+as 1 + w, has no transposed matrices, and drops the first rows of RoBERTa's position embedding, which no text uses (RoBERTa
+then is a BERT). The name table is the gguf package's. Source: llama.cpp's converter (conversion/*.py).
 """
 
 import gguf
@@ -14,38 +14,38 @@ from bitwright.errors import FormatError
 from bitwright.gguf.config_keys import architecture_of, first_position
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
-TABLES = ("position_embd.weight", "token_types.weight")  # matrices that are added to, and never multiplied with
-POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # an encoder's, which llama.cpp does without
+TABLES = ("position_embd.weight", "token_types.weight")  # embeddings that are added, never used in a matrix product
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # an encoder's, which llama.cpp does not use
 HEADS = (
     "cls.",
     "lm_head.",
     "vocab_transform.",
     "vocab_layer_norm.",
     "vocab_projector.",
-)  # what encoders were trained with
+)  # heads of an encoder's pretraining tasks
 POSITIONS = "position_embeddings.weight"
 
 
 def is_unused(source: str) -> bool:
-    """Whether an encoder's tensor belongs to what stands behind its last hidden state."""
+    """Whether an encoder's parameter comes after the last hidden state (pooler, head), where llama.cpp stops."""
     return source.endswith(POOLER) or source.startswith(HEADS)
 
 
 class Names:
-    """Parameter names of transformers and llama.cpp, one to one, for one model."""
+    """Names and layouts of one model's parameters in transformers and in llama.cpp."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """FormatError as of `architecture_of`."""
+        """FormatError for an architecture that is not in the table (`architecture_of`)."""
         self.row, self.config = architecture_of(config), config
         kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == self.row.name)
         self._map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
     def has(self, parameter: str) -> bool:
-        """Whether its architecture has such a tensor."""
+        """Whether llama.cpp's architecture has a tensor for this parameter."""
         return self._map.get_name(parameter, try_suffixes=(".weight", ".bias")) is not None
 
     def of(self, parameter: str) -> str:
-        """llama.cpp's name. FormatError for a tensor that its architecture does not have."""
+        """llama.cpp's name of a parameter. FormatError if its architecture has no such tensor."""
         found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if found is None:
             remedy = "keep to the architecture's own tensors"
@@ -55,11 +55,14 @@ class Names:
         return str(found)
 
     def is_float32(self, parameter: str, axes: int) -> bool:
-        """Whether llama.cpp wants it in float32: vectors, and tables that are added to what it computes."""
+        """Whether llama.cpp stores a parameter in float32: vectors, position and token-type embeddings. axes: dimensions."""
         return axes < 2 or self.of(parameter) in TABLES
 
     def rows(self, parameter: str, N: int) -> Tensor | None:
-        """Where each of N output rows is taken from when it is written; None: they stay."""
+        """The permutation (or selection) of a parameter's N rows on writing: index of the source row of each written row.
+
+        None: rows keep their order.
+        """
         if parameter.endswith(POSITIONS) and first_position(self.config):
             return torch.arange(first_position(self.config), N)
         leaf = parameter.rpartition(".")[0].rpartition(".")[2]
@@ -72,12 +75,12 @@ class Names:
         return torch.arange(N).view(heads, 2, N // heads // 2).transpose(1, 2).reshape(N)
 
     def height(self, parameter: str, N: int) -> int:
-        """How many of N rows are written."""
+        """The number of rows that are written of a parameter with N rows."""
         order = self.rows(parameter, N)
         return N if order is None else len(order)
 
     def written(self, parameter: str, tensor: Tensor) -> Tensor:
-        """A float tensor as llama.cpp has it: turned, shifted; vectors in float32."""
+        """A float tensor in llama.cpp's layout: transposed, rows permuted, norms shifted by 1, vectors in float32."""
         tensor = tensor.T if self._is_transposed(parameter) else tensor
         order = self.rows(parameter, len(tensor))
         tensor = tensor if order is None else tensor[order]
@@ -85,14 +88,14 @@ class Names:
         return tensor + 1 if self._is_shifted(parameter) else tensor
 
     def read(self, parameter: str, tensor: Tensor) -> Tensor:
-        """Undoes `written`."""
+        """A tensor from a GGUF file in transformers' layout; undoes `written`."""
         tensor = tensor - 1 if self._is_shifted(parameter) else tensor
         order = self.rows(parameter, len(tensor))
         tensor = tensor if order is None else tensor[order.argsort()]
         return tensor.T if self._is_transposed(parameter) else tensor
 
     def shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that transformers gives to a tensor of that shape in the file."""
+        """The shape that a parameter has in transformers, given its shape in the file."""
         return shape[::-1] if self._is_transposed(parameter) else shape
 
     def _is_transposed(self, parameter: str) -> bool:

@@ -1,9 +1,11 @@
-"""A file's tokenizer: made of its keys so that it cuts a text as llama.cpp does with them. The other way: tokenizer_keys.py.
+"""Build a transformers tokenizer from the keys of a GGUF file, so that it gives llama.cpp's tokens. Inverse: tokenizer_keys.py.
 
-Five families are read: byte-level BPE ("gpt2"), whose first cut llama.cpp knows by a name (pretokenizers.py); BPE over
-characters with bytes to fall back on ("gemma4"); the same by scores, as sentencepiece makes it ("llama"); Unigram ("t5", in
-unigram_tokenizer.py); and WordPiece of BERT ("bert"). sentencepiece's has no merges: of all neighbours, the pair is
-joined that makes the token of the highest score. WordPiece marks where words begin, not where they go on.
+Five families (tokenizer.ggml.model) are read:
+gpt2    byte-level BPE; a key names its pre-tokenizer (pretokenizers.py)
+gemma4  BPE over characters with byte fallback
+llama   sentencepiece's BPE: instead of merges, tokens have scores; the pair that makes the token of the highest score is merged
+t5      sentencepiece's Unigram (unigram_tokenizer.py)
+bert    BERT's WordPiece; llama.cpp marks the first piece of a word, BERT marks the others
 """
 
 import json
@@ -31,15 +33,15 @@ SPECIAL = {
     "seperator_token_id": "sep_token",
     "mask_token_id": "mask_token",
 }
-GOES_ON = "##"  # before a piece that is not a word's first
-WORDS: Keys = {"clean_text": True, "handle_chinese_chars": True}  # as llama.cpp cuts for WordPiece
-NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")  # letters for bytes that no UTF-8 has
-NO_MERGE = "ÿ ÿ"  # stands for none at all: llama.cpp wants one
-FOUND = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)  # in a text before anything is cut
+GOES_ON = "##"  # BERT's prefix of a piece that continues a word
+WORDS: Keys = {"clean_text": True, "handle_chinese_chars": True}  # BertNormalizer's options that llama.cpp implements
+NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")  # byte-level BPE's letters for bytes that never occur in UTF-8
+NO_MERGE = "ÿ ÿ"  # written for a tokenizer without merges: llama.cpp requires at least one, and this never applies
+FOUND = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)  # token types that are split off before pre-tokenization
 
 
 def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that cuts as llama.cpp does with these keys. CheckpointError for what is missing or not known."""
+    """The tokenizer for a GGUF file's keys. CheckpointError for keys that are missing, or a family that is not known."""
     own = _own(keys, where)
     family = own.get("model")
     makers = {
@@ -63,7 +65,10 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
 
 
 def _own(keys: Mapping[str, Any], where: str) -> Keys:
-    """The tokenizer's keys without their prefix, with a name and a kind for each token."""
+    """The tokenizer's keys without their prefix. Each token has a text (empty ones are replaced) and a type.
+
+    CheckpointError if there are no tokens, or not a type for each.
+    """
     plain = {name: np.asarray(value.value) if isinstance(value, Typed) else value for name, value in keys.items()}
     own = {name.removeprefix(PREFIX): value for name, value in plain.items() if name.startswith(PREFIX)}
     tokens, kinds = own.get("tokens"), own.get("token_type")
@@ -81,13 +86,16 @@ def _own(keys: Mapping[str, Any], where: str) -> Keys:
 
 
 def _special(own: Keys, key: str) -> int | None:
-    """The id of a special token, if the file has one that is found in a text; another would be cut out of it as well."""
+    """The id of a special token; None if its type is one that llama.cpp does not split off from a text.
+
+    transformers would split it off if it were set as a special token.
+    """
     i = id_of(own, key)
     return i if i is not None and own["token_type"][i] in FOUND else None
 
 
 def pre_tokenizer_of(own: Mapping[str, Any], where: str) -> PreTokenizer:
-    """The row of the table for a file's keys. CheckpointError for a name that it does not have."""
+    """The pre-tokenizer for a file's keys (without prefix). CheckpointError for a name that is not in the table."""
     name = "gemma4" if own.get("model") == "gemma4" else own.get("pre", "default") or "default"
     row = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if row is None:
@@ -97,7 +105,7 @@ def pre_tokenizer_of(own: Mapping[str, Any], where: str) -> PreTokenizer:
 
 
 def _bpe(own: Keys, tokens: list[str], where: str) -> Keys:
-    """Byte-level BPE; or over characters, where a row says so."""
+    """tokenizer.json's parts for BPE: byte-level, or over characters where the pre-tokenizer says so."""
     row = pre_tokenizer_of(own, where)
     own["begins"], own["pre"] = row.begins, row.names[0]
     merges = [_pair(merge, where) for merge in own.get("merges", [])]
@@ -121,7 +129,7 @@ def _bpe(own: Keys, tokens: list[str], where: str) -> Keys:
 
 
 def _pair(merge: Any, where: str) -> list[str]:
-    """Both halves of a merge, which the first space behind the first character divides."""
+    """The two halves of a merge "left right", split at the first space after the first character."""
     at = merge.find(" ", 1) if isinstance(merge, str) else -1
     if at < 0:
         raise CheckpointError(f"{merge!r} is no merge", where=where, remedy="get a good copy")
@@ -150,7 +158,7 @@ def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
 
 
 def _unmarked(token: str) -> str:
-    """A piece of WordPiece with BERT's mark in the place of llama.cpp's."""
+    """A WordPiece token with BERT's mark (## before continuing pieces) instead of llama.cpp's (▁ before first pieces)."""
     return token.removeprefix(SPACE) if token.startswith(SPACE) else GOES_ON + token
 
 
@@ -173,9 +181,9 @@ def _sentencepiece(own: Keys, tokens: list[str], where: str) -> Keys:
 
 
 def _merges(own: Keys, tokens: list[str], where: str) -> list[list[str]]:
-    """Every way to make a token of two others, best score first: what joining by scores comes down to.
+    """Merges equivalent to sentencepiece's scores: every way to make a normal token of two others, best score first.
 
-    Any token but an unused one can be made so, whatever its kind: llama.cpp looks texts up in the whole vocabulary.
+    The two others may be of any type: llama.cpp looks texts up in the whole vocabulary.
     """
     scores, known = np.asarray(own.get("scores", np.zeros(len(tokens)))), set(tokens)
     if scores.dtype.kind not in "fiu" or scores.shape != (len(tokens),):
@@ -190,10 +198,10 @@ def _merges(own: Keys, tokens: list[str], where: str) -> list[list[str]]:
 
 
 def _added(own: Keys, behind: frozenset[str]) -> Iterator[Keys]:
-    """Tokens that are found in a text before anything is cut. behind: those that take the spaces behind them."""
+    """tokenizer.json's added_tokens, split off before pre-tokenization. behind: tokens that strip the spaces after them."""
     row = PRE_TOKENIZERS.get(own.get("pre", "")) if own["model"] in ("gpt2", "gemma4") else None
     before = ("<mask>",) if row is not None and row.lstrip else ()
-    lines = row is not None and row.names[0] == "gemma4"  # lines' ends are tokens, however many there are
+    lines = row is not None and row.names[0] == "gemma4"  # each token that is only newlines is split off too
     for i, (token, kind) in enumerate(zip(own["tokens"], own["token_type"], strict=True)):
         if kind in FOUND or (lines and not token.strip("\n")):
             how = {"single_word": False, "lstrip": token in before, "rstrip": token in behind, "normalized": False}
@@ -202,7 +210,7 @@ def _added(own: Keys, behind: frozenset[str]) -> Iterator[Keys]:
 
 
 def _around(own: Keys) -> Keys | None:
-    """The special tokens that are put around a text."""
+    """tokenizer.json's post_processor: the special tokens that are added before and after a text; None if there are none."""
     tokens, family = own["tokens"], own["model"]
     begun = own.get("begins", family in ("llama", "bert"))  # where no key says
     begins = family == "bert" or own.get("pre") == "gemma4" or own.get("add_bos_token", begun)

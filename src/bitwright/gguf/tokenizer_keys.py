@@ -1,5 +1,7 @@
-"""The keys of a checkpoint's tokenizer, found by trying: what a file would say is read back as llama.cpp reads it, and must cut
-several hundred strings as the checkpoint's own tokenizer does (tokenizer_proof.py). What no keys express is refused.
+"""The GGUF keys of a checkpoint's tokenizer, found by trial.
+
+Each candidate set of keys is read back into a tokenizer (tokenizer.py), which must give the same token ids as the checkpoint's
+own for several hundred strings (tokenizer_proof.py). If no keys do, the tokenizer is refused.
 """
 
 import json
@@ -21,17 +23,18 @@ NAME = "general.name"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of its tokenizer, and what there is to say of that."""
+    """The tokenizer's keys, with prefix, and notes for the user."""
 
     keys: Keys
     notes: tuple[str, ...] = ()
 
 
 def keys_of(folder: Path, tokenizer: Any, vocabulary: int, name: str = "") -> Vocabulary:
-    """The keys of a checkpoint's tokenizer, of so many tokens, for a model of this name, which may change with them.
+    """The keys of a checkpoint's tokenizer. vocabulary: rows of the model's embedding; name: for general.name, which may be
+    changed, because llama.cpp treats special tokens by it (`_names`).
 
-    FormatError for a tokenizer that llama.cpp cannot cut alike, with the first string that differs; CheckpointError for a
-    vocabulary that the model has no room for.
+    FormatError for a tokenizer that llama.cpp cannot reproduce, with the first string that differs; CheckpointError if the
+    tokenizer has ids beyond the embedding.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -55,9 +58,8 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int, name: str = "") -> Vo
 
 
 def _names(name: str, tokens: list[str]) -> list[str]:
-    """The model's name, and another by which llama.cpp takes special tokens otherwise: after Phi-3's, spaces vanish.
-
-    Never one by which it would not load the file.
+    """Candidates for general.name. llama.cpp strips spaces after special tokens if the name has "phi-3" or "phi3", so both a
+    name with and one without it are tried; never one with which llama.cpp would fail to load the file.
     """
     plain = name.lower().replace("phi-3", "phi_3").replace("phi3", "phi_3") if is_phi3(name) else name
     if not phi3_loads(tokens):
@@ -66,7 +68,7 @@ def _names(name: str, tokens: list[str]) -> list[str]:
 
 
 def _ways(content: Keys, tokens: list[str], kinds: list[int], file: Path) -> Iterator[Keys]:
-    """What is particular to a family, in all ways that may come to the same; that which looks likeliest first."""
+    """Candidate keys that are particular to a tokenizer family, the likeliest first."""
     model = content["model"]
     if model["type"] == "WordPiece":
         yield _pieces(content, tokens, kinds, str(file))
@@ -85,7 +87,7 @@ def _ways(content: Keys, tokens: list[str], kinds: list[int], file: Path) -> Ite
 
 
 def _pieces(content: Keys, tokens: list[str], kinds: list[int], where: str) -> Keys:
-    """What is particular to WordPiece; tokens with their marks as llama.cpp has them."""
+    """The keys that are particular to WordPiece, tokens with llama.cpp's marks. FormatError for a normalizer unlike BERT's."""
     start, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     like_bert = start.get("type") == "BertNormalizer" and cut.get("type") == "BertPreTokenizer"
     if not like_bert or any(start.get(key) != value for key, value in WORDS.items()):
@@ -100,12 +102,12 @@ def _pieces(content: Keys, tokens: list[str], kinds: list[int], where: str) -> K
 
 
 def _marked(token: str) -> str:
-    """A piece of WordPiece with llama.cpp's mark."""
+    """A WordPiece token with llama.cpp's mark (▁ before first pieces) instead of BERT's (## before continuing pieces)."""
     return token.removeprefix(GOES_ON) if token.startswith(GOES_ON) else SPACE + token
 
 
 def _tokens(content: Keys, vocabulary: int, where: str) -> tuple[list[str], list[int]]:
-    """All tokens by id, and their kinds; ids that the tokenizer does not use are padding."""
+    """All tokens by id, and their types; ids that the tokenizer does not use are unused padding tokens."""
     tokens, kinds = [f"[PAD{i}]" for i in range(vocabulary)], [int(Kind.UNUSED)] * vocabulary
     fallback = bool(content["model"].get("byte_fallback"))
     vocab, unknown = content["model"]["vocab"], content["model"].get("unk_id", -1)
@@ -131,7 +133,7 @@ def _is_byte(token: str) -> bool:
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Of the tokens that merges make, the earlier the higher; of all others 0."""
+    """sentencepiece scores for merges: a token that merge i (from 1) makes has −i, all others 0."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i + 1)
@@ -139,12 +141,12 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _joined(part: str) -> str:
-    """Half of a merge, without the space that divides the halves: byte-level BPE writes it as another letter."""
+    """Half of a merge with Ġ, byte-level BPE's letter for the space, so that a space only separates the halves."""
     return part.replace(" ", "Ġ")
 
 
 def _prefixed(content: Keys) -> bool:
-    """Whether a text is begun with a space of its own."""
+    """Whether the tokenizer adds a space before a text."""
     steps = [
         *single_steps(content.get("normalizer"), "normalizers"),
         *single_steps(content.get("pre_tokenizer"), "pretokenizers"),
@@ -156,13 +158,13 @@ def _prefixed(content: Keys) -> bool:
 
 
 def _special(folder: Path, tokenizer: Any, tokens: list[str]) -> Keys:
-    """Ids of special tokens, and whether the tokenizer puts them around a text by itself."""
+    """The keys of special tokens' ids, and whether the tokenizer adds BOS, EOS and SEP to a text."""
     found: Keys = {}
     for key, attribute in SPECIAL.items():
         i = getattr(tokenizer, f"{attribute}_id", None)
         if isinstance(i, int) and 0 <= i < len(tokens):
             found[key] = i
-    if "cls_token_id" in found:  # what begins a text
+    if "cls_token_id" in found:  # BERT's CLS takes the place of BOS
         found["bos_token_id"] = found["cls_token_id"]
     ids = tokenizer("a")["input_ids"]
     found["add_bos_token"] = len(ids) > 1 and ids[0] == found.get("bos_token_id", -1)
@@ -173,9 +175,9 @@ def _special(folder: Path, tokenizer: Any, tokens: list[str]) -> Keys:
 
 
 def _ends(folder: Path, found: Keys, tokens: list[str]) -> Keys:
-    """Keys of all tokens that end what a model says, by its generation_config.json, or else its config.json.
+    """The keys of all tokens that end generation: eos_token_id of generation_config.json, or else of config.json.
 
-    FormatError for more of them than llama.cpp has keys and texts for.
+    FormatError for more of them than llama.cpp has keys for, or recognizes by their text.
     """
     given: Any = None
     for name in ("generation_config.json", "config.json"):
@@ -186,7 +188,9 @@ def _ends(folder: Path, found: Keys, tokens: list[str]) -> Keys:
     ends = [i for i in listed if isinstance(i, int) and 0 <= i < len(tokens)]
     first = found.get("eos_token_id", ends[0] if ends else None)
     others = [i for i in dict.fromkeys(ends) if i != first]
-    unknown = sorted(others, key=lambda i: tokens[i] in END_TEXTS)  # those that llama.cpp does not know first
+    unknown = sorted(
+        others, key=lambda i: tokens[i] in END_TEXTS
+    )  # those that llama.cpp does not know by text come first
     keys = {} if first is None else {"eos_token_id": first}
     keys |= dict(zip(("eot_token_id", "eom_token_id"), unknown, strict=False))
     known = ends_of({PREFIX + key: value for key, value in (found | keys | {"tokens": tokens}).items()})

@@ -1,4 +1,4 @@
-"""The proof that a file's tokenizer is its checkpoint's: both cut the strings of probes.py, and all tokens must be the same."""
+"""Verify that a GGUF file's tokenizer is its checkpoint's: both tokenize the strings of probes.py, with equal token ids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bitwright.gguf.special_tokens import END_TEXTS, PREFIX
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys, single_steps
 
-SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # as it is published
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions in published expressions; SHORT_HERE: in pretokenizers.py
 SHORT_HERE = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 STRIPPING = ("lstrip", "rstrip", "single_word", "normalized")
 MOST_WORDS = 300
@@ -24,19 +24,25 @@ Ids = list[list[int]]
 
 @dataclass(frozen=True)
 class Proof:
-    """Strings and the tokens that a checkpoint makes of them; those behind the first `ordinary` differ by known faults of
-    llama.cpp's rules where a checkpoint's rule is one that it is `near` to."""
+    """Test strings, and the token ids that a checkpoint's own tokenizer gives.
+
+    texts, wanted  strings and their ids
+    ordinary       number of strings, from the first, that must agree
+    near           whether llama.cpp only approximates this pre-tokenizer, so that the strings after those may differ
+    odd            added tokens with lstrip, rstrip, single_word or normalized set
+    where          for errors
+    """
 
     texts: list[str]
     wanted: Ids
     ordinary: int
     near: bool
-    odd: tuple[str, ...]  # added tokens that take more of a text than their own letters
+    odd: tuple[str, ...]
     where: str
 
     @classmethod
     def of(cls, content: Keys, tokenizer: Any, where: str) -> "Proof":
-        """content: the tokenizer.json; tokenizer: what transformers makes of the checkpoint."""
+        """The test strings for a checkpoint. content: its tokenizer.json; tokenizer: as transformers loads it."""
         added = content.get("added_tokens", [])
         vocabulary = content["model"]["vocab"]
         found = [token["content"] for token in added]
@@ -53,14 +59,15 @@ class Proof:
         return cls([*texts, *rare], wanted, len(texts), near, odd, where)
 
     def differing(self, tokenizer: Any) -> int | None:
-        """The number of the first string that another tokenizer cuts otherwise; None if there is none."""
+        """The index of the first string for which another tokenizer gives other ids; None if there is none."""
         found = tokenizer(self.texts)["input_ids"]
         return next((i for i, (a, b) in enumerate(zip(self.wanted, found, strict=True)) if a != b), None)
 
     def first_alike(self, ready: list[Keys]) -> tuple[Keys, tuple[str, ...]]:
-        """The first of several files' keys whose tokenizer is the same, and what there is to say of it.
+        """Of several candidate sets of keys, the first whose tokenizer agrees, and notes for the user.
 
-        FormatError with the first string that differs if there is none.
+        If none agrees, the candidate that agrees longest is taken, with a note, if it differs only in rare strings that
+        llama.cpp is known to approximate; otherwise FormatError with the first string that differs.
         """
         likely: tuple[int, Keys, Any] | None = None
         for keys in ready:
@@ -91,7 +98,7 @@ class Proof:
 
 
 def _own_words(content: Keys) -> list[str]:
-    """Some tokens of BPE as texts, first those that no merges make: which a word is as a whole, or never is."""
+    """Some of a BPE tokenizer's tokens as test strings, first those that no merge makes (they show `ignore_merges`)."""
     vocabulary, merges = content["model"]["vocab"], content["model"].get("merges")
     if merges is None or not isinstance(vocabulary, dict):
         return []
@@ -105,14 +112,14 @@ def _own_words(content: Keys) -> list[str]:
 
 
 def _unlettered(token: str, letters: dict[str, int]) -> str:
-    """A token of byte-level BPE as a text."""
+    """The text of a byte-level BPE token."""
     return bytes(letters.get(letter, 255) for letter in token).decode("utf-8", errors="replace")
 
 
 def fitting_row(keys: Keys, content: Keys, proof: Proof, where: str) -> Iterator[str]:
-    """Names of cuts for byte-level BPE, those by which all strings become the same tokens first, then the one that is nearest.
+    """The name of the pre-tokenizer for byte-level BPE: the first with which all test strings agree, then the most similar.
 
-    One tokenizer is built, and given one cut after the other.
+    Faster than trying whole sets of keys: one tokenizer is built, and only its pre-tokenizer is exchanged.
     """
     ranked = sorted(ROWS, key=lambda row: likeness(content, row)[0])
     inner = tokenizer_of(keys | {f"{PREFIX}pre": ranked[0].names[0]}, where)
@@ -127,14 +134,17 @@ def fitting_row(keys: Keys, content: Keys, proof: Proof, where: str) -> Iterator
 
 
 def built(row: PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    """The steps of a row."""
+    """A row of pretokenizers.py as a pre-tokenizer of the tokenizers package."""
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in row.cuts]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def likeness(content: Keys, row: PreTokenizer) -> tuple[int, list[str]]:
-    """How far a tokenizer.json looks from a row: 0 the same, 1 what was published of it, 2 the same but for whole words; and
-    its own cuts as they would stand here."""
+    """How a tokenizer.json's pre-tokenizer compares with a row, and its own expressions in this table's spelling.
+
+    0: the same; 1: the published expression that the row approximates; 2: as 0 or 1, but another `ignore_merges`; 3: as 0 or 1,
+    but another post-processor; 4: different.
+    """
     own = [cut for step in single_steps(content.get("pre_tokenizer"), "pretokenizers") for cut in _cuts(step)]
     whole = bool(content["model"].get("ignore_merges")) == row.whole
     pair = (content.get("post_processor") or {}).get("type") == "RobertaProcessing"
@@ -145,12 +155,12 @@ def likeness(content: Keys, row: PreTokenizer) -> tuple[int, list[str]]:
 
 
 def nearest(content: Keys) -> PreTokenizer | None:
-    """The row that a tokenizer.json is meant to be."""
+    """The row that a tokenizer.json's pre-tokenizer is, exactly or as published; None if there is none."""
     return next((row for row in ROWS if likeness(content, row)[0] < 2), None)
 
 
 def _cuts(step: Keys) -> list[str]:
-    """The expression of one step, if it cuts."""
+    """The regular expression by which one pre-tokenizer step splits, [] if it does not; repr where no expression equals it."""
     kind = step["type"]
     if kind == "Split":
         pattern = step["pattern"].get("Regex", step["pattern"].get("String", ""))

@@ -1,8 +1,8 @@
-"""Unigram tokenizers (sentencepiece's, of XLM-RoBERTa) as llama.cpp keeps them under the family "t5": pieces and their scores,
-and the table of replacements (precompiled_charsmap) that goes before.
+"""sentencepiece's Unigram tokenizers (XLM-RoBERTa), llama.cpp's family "t5": convert tokenizer.json to GGUF keys, and back.
 
-Both take the cut of the highest sum of scores. Where words are cut apart first, llama.cpp only joins spaces, which comes to the
-same: a piece has a space at its beginning, or none.
+The keys hold pieces, their scores and the normalizer's table of replacements (precompiled_charsmap). Both libraries choose
+the segmentation with the highest sum of scores. tokenizer.json splits at whitespace first, and llama.cpp only joins spaces; the
+result is the same, because a piece has a space only at its beginning.
 """
 
 import base64
@@ -16,8 +16,8 @@ from bitwright.gguf.reader import ARRAY, Typed
 
 Keys = dict[str, Any]
 SPACE = "▁"
-BYTE = 0  # GGUF's number of an unsigned byte
-UNUSED_SCORE = -10000.0  # of ids without a piece: never chosen
+BYTE = 0  # GGUF's value type uint8
+UNUSED_SCORE = -10000.0  # score of ids without a piece, so low that they are never chosen
 SPACES: Keys = {"type": "Replace", "pattern": {"Regex": " {2,}"}}
 STRIP: Keys = {"type": "Strip", "strip_left": False, "strip_right": True}
 METASPACE: Keys = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
@@ -32,7 +32,10 @@ def single_steps(part: Keys | None, inner: str) -> list[Keys]:
 
 
 def keys_of(content: Keys, vocabulary: int, where: str) -> Keys:
-    """What is particular to Unigram. FormatError for one that llama.cpp would cut otherwise."""
+    """The keys that are particular to Unigram (without prefix), for a vocabulary of so many ids.
+
+    FormatError for a tokenizer that llama.cpp would segment otherwise.
+    """
     start = single_steps(content.get("normalizer"), "normalizers")
     cut = single_steps(content.get("pre_tokenizer"), "pretokenizers")
     tables = [step["precompiled_charsmap"] for step in start if step["type"] == "Precompiled"]
@@ -50,14 +53,14 @@ def keys_of(content: Keys, vocabulary: int, where: str) -> Keys:
 
 
 def _joins_spaces(start: list[Keys], cut: list[Keys]) -> bool:
-    """Whether several spaces count as one, those at the end as none, and each word has one before it."""
+    """Whether the steps join repeated spaces, strip those at the end, and put one before each word, as llama.cpp does."""
     kinds = [step["type"] for step in cut]
     joined = kinds == ["WhitespaceSplit", "Metaspace"] or (kinds == ["Metaspace"] and start == [STRIP, SPACES])
     return joined and cut[-1].get("prepend_scheme", "always") == "always" and all(s in (STRIP, SPACES) for s in start)
 
 
 def content_of(own: Keys, tokens: list[str], where: str) -> Keys:
-    """tokenizer.json's parts for a file's keys. CheckpointError for keys that are missing."""
+    """tokenizer.json's parts for a file's keys (without prefix). CheckpointError for keys that are missing or damaged."""
     scores, unknown = np.asarray(own.get("scores", [])), own.get("unknown_token_id")
     known = isinstance(unknown, int) and 0 <= unknown < len(tokens)
     if not known or scores.dtype.kind not in "fiu" or len(scores) != len(tokens):
@@ -82,10 +85,11 @@ def content_of(own: Keys, tokens: list[str], where: str) -> Keys:
 
 
 def _checked(table: bytes, where: str) -> bytes:
-    """A table of replacements, if no text can lead out of it: a reader that trusts it would break off.
+    """Check a precompiled_charsmap, and return it: no lookup may lead outside of it, as a reader that trusts it would crash.
 
-    Its size, units of 32 bits (a node's children lie at place ^ offset ^ byte, where its replacement begins at byte 0), and
-    the replacements, each with a zero behind it. CheckpointError for another. Source: darts-clone, sentencepiece.
+    The table is: size in bytes (uint32), a double-array trie of uint32 units (the children of a node are at
+    index ^ offset ^ byte; the child of byte 0 gives the position of its replacement), and the replacements, each ending in a
+    zero byte. CheckpointError for a damaged one. Source: darts-clone, sentencepiece.
     """
     damaged = CheckpointError("the table of replacements is damaged", where=where, remedy="get a good copy")
     size = int.from_bytes(table[:4], "little")

@@ -1,5 +1,5 @@
-"""Language models of transformers: skeletons without weights, their blocks and names; a directory or GGUF file as a source of
-float weights; a model streamed through memory block by block.
+"""transformers' models: a model without weights (`Skeleton`) whose decoder blocks are loaded and run one at a time; checkpoint
+directories and GGUF files as sources of its weights, dequantized where they are quantized.
 
-The only package that knows transformers' classes. Imports what is above it: numerics, files, gguf, formats.
+The package that knows the internals of transformers' model classes. Imports: errors, numerics, files, gguf, formats.
 """

@@ -1,10 +1,10 @@
-"""What a model calls its blocks with, recorded from its own forward, and whatever of that depends on the tokens carried along.
+"""Record the arguments with which a model calls its decoder blocks, so that the blocks can be run one at a time.
 
-Ports stand in for the blocks while the model's forward runs. Most blocks are called with a hidden state [B, T, H] and with
-masks and rotary embeddings that are the same for any tokens. Some are called with more that depends on the tokens: inputs of
-each layer (Gemma 3n), the embeddings once more (Zamba), keys and values of an earlier block (Gemma 4). That is packed behind
-the hidden state, [B, T, W] instead of [B, T, H], so that whoever carries states from block to block, cuts them into batches
-and keeps them on the disk need not know of it.
+While the model's own forward runs, ports take the place of the blocks and record their arguments. Most blocks get a hidden
+state [B, T, H], and masks and rotary embeddings that do not depend on the tokens. Some get further tensors that do: per-layer
+inputs (Gemma 3n), the embeddings again (Zamba), keys and values of an earlier block (Gemma 4). These are concatenated to the
+hidden state, [B, T, W] instead of [B, T, H], so that the code that passes states from block to block, splits them into
+batches and keeps them on disk handles one tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -22,15 +22,15 @@ HIDDEN = "hidden"
 PROBE = (
     3,
     11,
-)  # windows and tokens of what is run to find out which arguments depend on the tokens: sizes seen nowhere else
+)  # windows and tokens of the probe batch that shows which arguments depend on the tokens; sizes that nothing else has
 TOO_ODD = (
     RuntimeError,
     IndexError,
     TypeError,
     ValueError,
     AttributeError,
-)  # what a forward says of a result of another form
-FORMS: tuple[Callable[[Tensor], Any], ...] = (  # in which blocks give their hidden state to the model
+)  # errors of a model's forward if blocks return a form that it does not expect
+FORMS: tuple[Callable[[Tensor], Any], ...] = (  # forms in which blocks return the hidden state
     lambda hidden: hidden,
     lambda hidden: (hidden,),
     lambda hidden: (hidden, None),
@@ -40,7 +40,7 @@ FORMS: tuple[Callable[[Tensor], Any], ...] = (  # in which blocks give their hid
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block: all arguments, the hidden state among them, as a flat list; which of them that is."""
+    """One call of a block. values, spec: all arguments, flattened (pytree); hidden: index of the hidden state in values."""
 
     values: list[Any]
     spec: TreeSpec
@@ -48,7 +48,7 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
-        """CheckpointError for one that is handed no tensor. Keywords come in the order of the call."""
+        """The hidden state is the first floating-point tensor. CheckpointError if there is none."""
         values, spec = tree_flatten((args, kwargs))
         at = next(
             (i for i, value in enumerate(values) if isinstance(value, Tensor) and value.is_floating_point()), None
@@ -58,7 +58,7 @@ class Call:
         return cls(values, spec, at)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """As a block takes them."""
+        """Positional and keyword arguments for the block."""
         args, kwargs = tree_unflatten(self.values, self.spec)
         return args, kwargs
 
@@ -67,11 +67,11 @@ ALONE = "blocks are run one by one here, which this model does not allow; `--cal
 
 
 class WrongForm(RuntimeError):  # noqa: N818
-    """A port was not given what the one before it gave: the model takes results of another form."""
+    """A port did not get what the one before it returned: the model expects another form of results."""
 
 
 class _Port(nn.Module):
-    """Stands in for a block: records what it is called with; hands on its hidden state, or one of our own."""
+    """Stands in for a block: records its arguments, and returns its hidden state unchanged, or `inject` instead."""
 
     def __init__(
         self, block: nn.Module, record: list[Call], form: Callable[[Tensor], Any], inject: Tensor | None
@@ -106,7 +106,7 @@ def ports(
     form: int,
     inject: Tensor | None = None,
 ) -> Iterator[None]:
-    """Ports in the place of all blocks for a while."""
+    """Within this context, all blocks are replaced by ports. form: index into FORMS; inject: what the ports return."""
     setattr(parent, attribute, nn.ModuleList(_Port(block, record, FORMS[form], inject) for block in blocks))
     try:
         yield
@@ -116,7 +116,11 @@ def ports(
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a packed state [B, T, W]: its axes for windows and tokens, and the extents of the others."""
+    """The layout of one tensor in a packed state [B, T, W].
+
+    windows, tokens  its dimensions of windows (B) and tokens (T)
+    others           sizes of its other dimensions
+    """
 
     windows: int
     tokens: int
@@ -124,7 +128,7 @@ class Part:
 
     @classmethod
     def of(cls, x: Tensor, windows: int, tokens: int) -> "Part":
-        """CheckpointError for a tensor without those extents."""
+        """The layout of x, found by the numbers of windows and tokens. CheckpointError if x has no such dimensions."""
         shape = list(x.shape)
         if windows not in shape or tokens not in shape or not x.is_floating_point():
             raise CheckpointError(f"its blocks are called with a tensor {shape} made of the tokens", remedy=ALONE)
@@ -133,12 +137,12 @@ class Part:
 
     @property
     def width(self) -> int:
-        """How much of W it takes."""
+        """The part of W that the tensor takes."""
         return int(torch.Size(self.others).numel())
 
     @property
     def plain(self) -> bool:
-        """Whether the tensor is [B, T, W] itself."""
+        """Whether the tensor is [B, T, W] already."""
         return (self.windows, self.tokens, len(self.others)) == (0, 1, 1)
 
     def packed(self, x: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ class Part:
         return x if self.plain else x.movedim((self.windows, self.tokens), (0, 1)).flatten(2)
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> the tensor as it was."""
+        """[B, T, width] -> the tensor in its own layout."""
         if self.plain:
             return x
         return x.unflatten(2, self.others).movedim((0, 1), (self.windows, self.tokens))
@@ -154,14 +158,15 @@ class Part:
 
 @dataclass
 class Calls:
-    """How the blocks of one model are called: found out once, on a probe; then filled in for each number of windows.
+    """How the blocks of one model are called; learned once from a probe batch.
 
+    depth    number of blocks
     form     index into FORMS
-    hidden   the hidden state
-    given    for each block: argument -> which of `parts` it is
-    parts    tensors that depend on the tokens, beside the hidden state
-    shared   for each block: the argument that is a mapping which blocks hand on to one another
-    handed   for each block, as far as is known: what such a mapping holds when it is called
+    hidden   layout of the hidden state
+    given    for each block: index of an argument -> index into `parts`
+    parts    layouts of the tensors that depend on the tokens, besides the hidden state
+    shared   for each block: index of the argument that is a mapping through which blocks pass keys and values on, or None
+    handed   for each block: the layouts in that mapping when the block is called; None: not known yet
     """
 
     depth: int
@@ -173,7 +178,7 @@ class Calls:
     handed: list[dict[Any, tuple[Part, ...]] | None] = field(default_factory=list)
 
     def learn(self, one: list[Call], other: list[Call]) -> None:
-        """From two forwards of other tokens: which arguments differ."""
+        """Learn from two forwards with different tokens: arguments that differ depend on the tokens."""
         windows, tokens = PROBE
         self.hidden = Part.of(one[0].values[one[0].hidden], windows, tokens)
         self.given, self.parts, self.shared = [], [], []
@@ -198,11 +203,11 @@ class Calls:
 
     @property
     def plain(self) -> bool:
-        """Whether blocks are given nothing of the tokens but a hidden state [B, T, H]."""
+        """Whether nothing but a hidden state [B, T, H] depends on the tokens."""
         return self.hidden.plain and not self.parts and not any(at is not None for at in self.shared)
 
     def _layout(self, index: int) -> dict[Any, Part]:
-        """What a packed state consists of, in order, that block `index` is given; behind the last: the hidden state alone."""
+        """The layout of the packed state that block `index` gets, in order; after the last block, only the hidden state."""
         handed = self.handed[index]
         if handed is None:
             raise CheckpointError(f"block {index} is run before the blocks that hand it keys and values")
@@ -211,7 +216,7 @@ class Calls:
         return {HIDDEN: self.hidden, **{i: self.parts[i] for i in needed}, **shared}
 
     def first(self, calls: list[Call]) -> Tensor:
-        """What is carried to the first block, packed."""
+        """The packed state for the first block."""
         hidden: Tensor = calls[0].values[calls[0].hidden]
         if self.plain:
             return hidden
@@ -221,15 +226,15 @@ class Calls:
         return _packed(self._layout(0), found)
 
     def own(self, packed: Tensor) -> Tensor:
-        """The hidden state alone, [B, T, H or more], of a packed one."""
+        """The hidden state in a packed state, [B, T, its width]."""
         return packed if self.plain else packed[..., : self.hidden.width]
 
     def last(self, packed: Tensor) -> Tensor:
-        """The hidden state as the model has it behind its last block."""
+        """The hidden state after the last block, in the model's own layout."""
         return self.hidden.unpacked(self.own(packed))
 
     def fill(self, index: int, call: Call, packed: Tensor) -> Call:
-        """Block `index`'s call with what is carried to it."""
+        """Block `index`'s call with the tensors of a packed state in it."""
         values = list(call.values)
         if self.plain:
             values[call.hidden] = packed
@@ -248,7 +253,7 @@ class Calls:
         return Call(values, call.spec, call.hidden)
 
     def then(self, index: int, packed: Tensor, call: Call, out: Any) -> Tensor:
-        """What is carried on from block `index`, which was called so and gave `out`."""
+        """The packed state for the next block. packed, call, out: state, call and result of block `index`."""
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         if self.plain:
             return hidden
@@ -274,5 +279,5 @@ def _unpacked(layout: Mapping[Any, Part], packed: Tensor) -> dict[Any, Tensor]:
 
 
 def _keys_or_values(x: Tensor) -> Part:
-    """Of one tensor [B, heads, T, D]."""
+    """The layout of keys or values [B, heads, T, D]."""
     return Part(0, 2, (x.shape[1], x.shape[3]))

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says: of the model, and of how its weights are quantized."""
+"""Read a checkpoint's configuration: the model's, and its quantization_config."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,16 @@ from bitwright.gguf.reader import is_gguf
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.own_head import has_own_head
 
-BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older tools wrote, and which
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files of AutoGPTQ, AutoAWQ -> quant_method
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config, which says that the output head is the embedding only where it is. CheckpointError if it is missing,
-    damaged, or of no known architecture."""
+    """The model's config, of a checkpoint directory or GGUF file, without a quantization_config.
+
+    tie_word_embeddings is corrected to False where the files hold an output head that differs from the embedding.
+
+    CheckpointError if the config is missing, damaged, or of an unknown architecture.
+    """
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
@@ -43,7 +47,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"config.json lacks {error}", where=str(file)) from error
     except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"unusable config.json: {error}", where=str(file)) from error
-    config.name_or_path = str(raw.get("_name_or_path", ""))  # not where it lies here
+    config.name_or_path = str(raw.get("_name_or_path", ""))  # transformers sets the local path
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     if getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
@@ -52,7 +56,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def _merging(folder: Path) -> str:
-    """How to make a checkpoint of an adapter (peft) and its model."""
+    """The remedy for a LoRA adapter (peft): how to merge it into its base model."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
@@ -64,7 +68,7 @@ def _merging(folder: Path) -> str:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, or what AutoGPTQ and AutoAWQ wrote beside it; None: neither."""
+    """The quantization_config of a checkpoint: in config.json, or in AutoGPTQ's or AutoAWQ's own file; None: float."""
     raw = _json(folder / "config.json")
     for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
         for place in (raw, raw.get("text_config")):
@@ -78,7 +82,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is no file. CheckpointError for one that is damaged."""
+    """The JSON object in a file; {} if there is no file. CheckpointError for invalid JSON."""
     if not file.is_file():
         return {}
     try:

@@ -1,6 +1,7 @@
-"""A quantized checkpoint in the place of a float one: each matrix is decoded when it is read, and only then.
+"""A quantized checkpoint as the input of quantization: each matrix is dequantized when it is read.
 
-FP8 and MXFP4 releases have no float original: what they decode to is the model. Others are rounded a second time, on demand.
+FP8 and MXFP4 releases have no float original, so their dequantized weights are the model. Other quantized checkpoints are
+quantized a second time only if the user asks for it.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def has_no_original(config: dict[str, Any]) -> bool:
-    """Whether a quantization_config is that of a release in small floats, rather than of a model rounded to integers."""
+    """Whether a quantization_config is of a model released in FP8 or FP4, rather than of one quantized to integers."""
     groups = config.get("config_groups")
     if isinstance(groups, dict) and groups:
         return all((group.get("weights") or {}).get("type") == "float" for group in groups.values())
@@ -29,10 +30,10 @@ def has_no_original(config: dict[str, Any]) -> bool:
 
 
 class DecodedCheckpoint:
-    """See `Checkpoint`: tensors by the names of the float model, in the float type that the rest of it has."""
+    """As `Checkpoint`, with the tensors of the float model; quantized weights have the dtype that most float tensors have."""
 
     def __init__(self, folder: Path, skeleton: Skeleton) -> None:
-        """Reads headers. CheckpointError for what is not read here, or not of this model."""
+        """Reads headers only. CheckpointError for an unknown quantization, or tensors that do not fit the model."""
         self.weight_source, self.folder, self.skeleton = WeightSource.for_model(folder, skeleton), folder, skeleton
         self.names = {source: name for name, source in self.weight_source.meet(skeleton).items()}
         stored, parameters = self.weight_source.checkpoint.tensors, skeleton.model.state_dict(keep_vars=True)
@@ -40,7 +41,7 @@ class DecodedCheckpoint:
         dtype = types.most_common(1)[0][0] if types else torch.bfloat16
         self.tensors = dict[str, TensorInfo]()
         for name, shape in self.weight_source.shapes.items():
-            if shape is not None:  # a bias of zeros beside a layer that has none has no reader, and needs none
+            if shape is not None:  # tensors that nothing reads (AutoGPTQ's biases of zeros) are left out
                 if name in self.names or why_left(name, shape, skeleton) is not None:
                     self.tensors[name] = stored[name]
             else:
@@ -49,7 +50,7 @@ class DecodedCheckpoint:
                 self.tensors[name] = TensorInfo(part.file, part.offset, dtype, meant)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, the way round that the model has it; float32 where it is decoded, so that nothing is lost."""
+        """One tensor in the model's orientation; float32 if it is dequantized, so that no precision is lost."""
         tensor = self.weight_source.read(name)
         if not self.weight_source.is_packed(name):
             return tensor
@@ -57,12 +58,12 @@ class DecodedCheckpoint:
         return matrix_of(module, tensor.float()).contiguous()
 
     def stored_as(self, name: str) -> str:
-        """How a tensor is quantized in the files; "": it is not."""
+        """The quantization of a tensor in the files, such as "fp8"; "" if it is float."""
         return self.weight_source.describe(name)[0] if self.weight_source.is_packed(name) else ""
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return self.weight_source.fingerprint()
 
 
-FloatCheckpoint = Checkpoint | FloatGgufCheckpoint | DecodedCheckpoint  # what a run reads its float weights from
+FloatCheckpoint = Checkpoint | FloatGgufCheckpoint | DecodedCheckpoint  # sources of float weights for quantization

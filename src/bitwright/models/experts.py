@@ -1,8 +1,8 @@
-"""Mixtures of experts, with one Linear for each expert and matrix.
+"""Mixture of experts (MoE) with separate Linear modules for each expert, instead of transformers' fused parameters.
 
-transformers keeps the matrices of all experts of a layer in one three-dimensional parameter. Files hold them one by one or
-fused, engines read quantized ones one by one, and each expert has statistics of its own: so a skeleton holds them one by one,
-named as most files do: `experts.3.gate_proj`, `experts.3.up_proj`, `experts.3.down_proj`.
+transformers fuses the matrices of all experts of a layer in one 3-D parameter. Engines read quantized experts one by one, and
+each expert needs calibration statistics of its own, so a Skeleton has separate modules, named as in most checkpoints:
+`experts.3.gate_proj`, `experts.3.up_proj`, `experts.3.down_proj`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,20 +17,23 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint, TensorInfo
 
 FIRST, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
-BIAS = "_bias"  # what a fused parameter of biases is called beside its matrices
+BIAS = "_bias"  # suffix of the fused parameter of biases
 NORM = "post_expert_norm"
-BLOCK = 32  # weights of MXFP4 under one scale
+BLOCK = 32  # weights that share a scale in MXFP4
 SCALED = (
     "Llama4TextExperts",
-)  # which are handed E copies of the tokens, one for each expert, scaled by the router's shares
+)  # called with E copies of the tokens, one for each expert, already multiplied by the routing weights
 
 
 @dataclass(frozen=True)
 class Fused:
-    """How a module of transformers holds its E experts, each of I hidden units on inputs of H channels.
+    """The layout of a transformers module of fused experts.
 
-    transposed    matrices are [E, K, N] rather than [E, N, K]
-    concatenated  rows of gate and up follow one another; else they take turns
+    E, I, H       number of experts, intermediate size of each, hidden size
+    gated         whether experts have a gate: `gate_up_proj` rather than `up_proj`
+    biased        whether experts have biases
+    transposed    whether matrices are [E, K, N] rather than [E, N, K]
+    concatenated  whether gate_up_proj has all rows of gate, then all of up; otherwise they are interleaved
     """
 
     E: int
@@ -55,15 +58,15 @@ class Fused:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The fused parameters and their shapes, as `transposed` has them."""
+        """The fused parameters: name -> shape, with `transposed` taken into account."""
         first, N = (FIRST, 2 * self.I) if self.gated else (UP, self.I)
         matrices = {first: (N, self.H), DOWN: (self.H, self.I)}
         turned = {n: (self.E, *(shape[::-1] if self.transposed else shape)) for n, shape in matrices.items()}
         return turned | ({n + BIAS: (self.E, shape[0]) for n, shape in matrices.items()} if self.biased else {})
 
     def parts(self, fused: str) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
-        """What a fused parameter holds of each expert: its name below the expert, its shape, and what takes it from the
-        expert's slice."""
+        """The parameters of one expert in a fused parameter: (name within the expert, shape, function that extracts it from
+        the expert's slice)."""
         matrix, bias = fused.removesuffix(BIAS), fused.endswith(BIAS)
         N, K = (self.H, self.I) if matrix == DOWN else (self.I, self.H)
         halves = {matrix: slice(None)}
@@ -74,7 +77,7 @@ class Fused:
             yield f"{name}.{'bias' if bias else 'weight'}", (N,) if bias else (N, K), partial(self._take, rows)
 
     def _take(self, rows: slice, one: Tensor) -> Tensor:
-        """Some rows of what a fused parameter holds of one expert."""
+        """Some rows of one expert's slice of a fused parameter, as [N, K] or [N]."""
         return (one.T if self.transposed and one.ndim == 2 else one)[rows].contiguous()
 
 
@@ -89,12 +92,10 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(H, I, bias=layout.biased, device="meta")
         self.down_proj = nn.Linear(I, H, bias=layout.biased, device="meta")
         self.layout = layout
-        self.act = (
-            act  # of gate and up together, as the model's class lays them out, [n, 2 I] -> [n, I]; or of up alone
-        )
+        self.act = act  # gated: [n, 2 I] of gate and up, in the model's layout, -> [n, I]; else the activation of up
 
     def inner(self, x: Tensor) -> Tensor:
-        """What down_proj reads [n, I], for tokens x [n, H]."""
+        """The input of down_proj [n, I], for tokens x [n, H]."""
         if not self.layout.gated:
             return self.act(self.up_proj(x))
         both = (self.gate_proj(x), self.up_proj(x))
@@ -106,7 +107,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer, in the place of the module that fuses them, and called as that was."""
+    """The separate experts of a layer; replaces a transformers module of fused experts, with the same call."""
 
     def __init__(self, fused: Any, layout: Fused) -> None:
         for name in layout.shapes:
@@ -125,9 +126,9 @@ class Experts(nn.ModuleList):
         self.norm = norm
 
     def forward(self, hidden_states: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
-        """Tokens [T, H], the experts that the router sends each to [T, k], and their shares [T, k] -> [T, H].
+        """Tokens [T, H], selected experts [T, k] and routing weights [T, k] -> [T, H].
 
-        Llama 4's: tokens [E T, H], those of each expert scaled already, zero where it is not to see them -> [E T, H].
+        Llama 4: tokens [E·T, H], a copy for each expert, multiplied by its routing weights (zero if not selected) -> [E·T, H].
         """
         out = torch.zeros_like(hidden_states)
         for e, token, share in self.routed(hidden_states, *routes, *named.values()):
@@ -137,7 +138,7 @@ class Experts(nn.ModuleList):
         return out
 
     def routed(self, hidden_states: Tensor, *routes: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Each expert that sees tokens: its number, theirs [n], and their shares [n, 1]; None: they are scaled already."""
+        """For each expert with tokens: (expert, indices of its tokens [n], routing weights [n, 1], or None for Llama 4)."""
         if not routes:
             each = len(hidden_states) // self.layout.E
             seen = hidden_states.view(self.layout.E, each, -1).any(-1)
@@ -146,19 +147,19 @@ class Experts(nn.ModuleList):
             return
         index, shares = routes
         for e in index.unique().tolist():
-            if e < self.layout.E:  # one more means nobody
+            if e < self.layout.E:  # index E marks a token without an expert
                 token, at = torch.where(index == e)
                 yield e, token, shares[token, at, None]
 
 
 def _gated(act: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
-    """act(gate) · up of both [n, 2 I] -> [n, I]."""
+    """act(gate) · up. both: gate and up concatenated [n, 2 I] -> [n, I]."""
     gate, up = both.chunk(2, -1)
     return act(gate) * up
 
 
 def one_by_one(model: nn.Module) -> dict[str, Fused]:
-    """Replace every module of the model that fuses experts; their full names, and how they were fused."""
+    """Replace all fused experts of a model by `Experts`, in place; module name -> former layout."""
     found = {name: layout for name, module in model.named_modules() if (layout := Fused.of(module)) is not None}
     for name, layout in found.items():
         owner, _, leaf = name.rpartition(".")
@@ -167,8 +168,12 @@ def one_by_one(model: nn.Module) -> dict[str, Fused]:
 
 
 def split(checkpoint: Checkpoint, source: str, name: str, fused: str, layout: Fused) -> None:
-    """Let a checkpoint's tensor `source`, the parameter `fused` of the experts `name`, be found as one tensor for each expert
-    and matrix, named as in the skeleton. CheckpointError if it has another shape than config.json means."""
+    """Replace a fused tensor in a checkpoint's table by one entry for each expert and matrix, named as in the Skeleton.
+
+    source: the tensor; name: the experts' module; fused: the parameter of `layout` that it is. Nothing is read.
+
+    CheckpointError if the tensor's shape does not fit the config.
+    """
     info, meant = checkpoint.tensors[source], layout.shapes[fused]
     if info.shape != meant:
         message = f"tensor {source!r} has shape {info.shape}, config.json means {meant}: [experts, rows, columns]"
@@ -183,9 +188,9 @@ def split(checkpoint: Checkpoint, source: str, name: str, fused: str, layout: Fu
 
 
 def split_blocks(checkpoint: Checkpoint, name: str, layout: Fused) -> None:
-    """The same for experts in MXFP4, whose tensors hold blocks of 32 weights, and their scales, for [E, N, K].
+    """As `split`, for experts in MXFP4: fused tensors `_blocks` [E, N, K/32, 16] and `_scales` [E, N, K/32].
 
-    Each expert's are called `weight_blocks` and `weight_scales`. CheckpointError for tensors of other shapes than are meant.
+    Those of each expert get the suffixes `weight_blocks` and `weight_scales`. CheckpointError for other shapes.
     """
     rows_first = replace(layout, transposed=False)
     for fused, (E, N, K) in [item for item in rows_first.shapes.items() if len(item[1]) == 3]:

@@ -1,4 +1,4 @@
-"""Which of transformers' classes makes a model of a config, and how that takes no memory."""
+"""Model families: which transformers class builds a config's model, and how to build it without memory for weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,24 +14,24 @@ from transformers.models.auto.modeling_auto import (
 
 from bitwright.gguf.config_keys import first_position
 
-# Which predict no next token: their last hidden state is what they are for.
+# Encoders: they predict no next token, their output is the last hidden state.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
 
 
-# Linear modules that stay in float unless a rule of the recipe names them, as they are small and steer a state: what they end
-# with -> why. Models may read such a weight without calling the module.
+# Linear modules that stay in float unless a recipe names them, because they are small and sensitive: pattern of the name ->
+# reason. Some models read such a weight without calling the module.
 KEPT_LINEARS = {
     r"\.dt_proj$": "the step size of a state space",
     r"\.(in_proj_ba|in_proj_a|in_proj_b)$": "the step size and decay of a state",
     r"\.altup\.\w+$": "mixes the few streams of the hidden state",
 }
-# Config classes of these mappings make models that predict a next token, the first that knows a config before the others.
+# Auto classes of models that predict a next token, in the order in which they are tried.
 PREDICTING = {
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "AutoModelForMultimodalLM": MODEL_FOR_MULTIMODAL_LM_MAPPING,
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
 }
-# Whose class reads or initialises weights of linear modules by itself, so that transformers must decompress them as it loads.
+# model_types whose classes access the weights of linear modules directly, so that transformers must decompress them on loading.
 DECOMPRESSED = (
     "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "rwkv",
     "xlstm",
@@ -39,11 +39,12 @@ DECOMPRESSED = (
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model with random weights, not training; an encoder without its pooling layer.
+    """A config's model with random weights, in eval mode; an encoder without its pooling layer.
 
-    Of a model with towers for images or sound all of it. ValueError for a config of no model that predicts tokens.
+    A multimodal model includes its vision and audio towers. ValueError for a model that neither is an encoder in `ENCODERS`
+    nor predicts a next token.
     """
-    if config.model_type == "distilbert":  # which has no pooling layer
+    if config.model_type == "distilbert":  # it has no pooling layer, and no argument to leave it out
         found = AutoModel.from_config(config, dtype=dtype)
     elif config.model_type in ENCODERS:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
@@ -53,7 +54,10 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
 
 
 def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a config names in `architectures`, if it predicts tokens; else the one that transformers has for it."""
+    """The model class of a config: the one named in `architectures` if it predicts tokens, else transformers' default.
+
+    ValueError for encoder-decoder models, and those that predict no next token.
+    """
     known = [mapping[type(config)] for mapping in PREDICTING.values() if type(config) in mapping]
     if not known or config.is_encoder_decoder:
         kind = "is an encoder and a decoder" if known else "predicts no next token"
@@ -63,7 +67,7 @@ def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def auto_class(config: PretrainedConfig) -> str:
-    """The name of the Auto class that loads such a model."""
+    """The name of the transformers Auto class that loads a config's model."""
     if config.model_type in ENCODERS:
         return "AutoModel"
     made = class_of(config)
@@ -73,14 +77,14 @@ def auto_class(config: PretrainedConfig) -> str:
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """How many tokens the model has positions for; None: any number."""
+    """The model's maximum context length in tokens; None if it is not limited."""
     most = getattr(config, "max_position_embeddings", None)
     return most and most - first_position(config)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters registered meanwhile take no memory; buffers (rotary frequencies, masks) are computed for real."""
+    """Within this context, modules get parameters on the meta device; buffers (rotary frequencies, masks) are real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

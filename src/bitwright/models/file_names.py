@@ -1,9 +1,8 @@
-"""What a checkpoint's files call the parameters of a model: transformers renames some of them as it loads.
+"""Map the tensor names in checkpoint files to a model's parameter names, by transformers' own conversion mapping.
 
-Its own table of renamings is applied: `block_sparse_moe` to `mlp`, say, or `language_model.model` to `model.language_model`.
-Where it fuses the experts of a layer, which a skeleton does not (see experts.py), a file's expert is that expert. Other
-parameters that it makes by computing, of a tensor that it cuts or several that it joins, are conversions. Results keep the
-files' names, so that the same loader reads them.
+transformers renames tensors on loading, such as `block_sparse_moe` to `mlp`. It also computes some parameters by splitting or
+concatenating tensors: these are `Conversion`s. It fuses the experts of a layer; a Skeleton does not (experts.py), so an expert
+in the files maps to the same expert in the Skeleton. Quantized checkpoints keep the names of the files.
 """
 
 import re
@@ -29,10 +28,10 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Conversion:
-    """Tensors of a file that transformers makes parameters of by computing: cutting, joining, transposing.
+    """Parameters that transformers computes from tensors in the files, by splitting, concatenating or transposing.
 
-    parts   the file's tensors, in transformers' order, with the pattern that each matches
-    makes   the parameters
+    parts   (tensor in the files, pattern of transformers' mapping that it matches), in transformers' order
+    makes   names of the parameters
     """
 
     converter: WeightConverter
@@ -41,11 +40,11 @@ class Conversion:
 
     @property
     def sources(self) -> list[str]:
-        """The file's tensors."""
+        """Names of the tensors in the files."""
         return [name for name, _ in self.parts]
 
     def applied(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters by name, of the file's tensors by name."""
+        """Compute the parameters. tensors: by their names in the files. Returns them by parameter name."""
         own = deepcopy(self.converter)
         for name, pattern in self.parts:
             own.add_tensor(self.makes[0], name, pattern, tensors[name])
@@ -55,15 +54,17 @@ class Conversion:
 
 @dataclass(frozen=True)
 class FileNames:
-    """Parameter of the model -> tensor in the files, both as they are called there; and what is made by computing."""
+    """names: model parameter -> tensor in the files, for plain renamings; conversions: parameters that are computed."""
 
     names: dict[str, str]
     conversions: tuple[Conversion, ...]
 
 
 def in_model(model: PreTrainedModel, files: Iterable[str], known: Iterable[str]) -> FileNames:
-    """What a file's tensors become. known: what the model's parameters are called, fused experts among them. A tensor that
-    the model does not know is missing."""
+    """Map tensors in the files to parameters. known: names of the model's parameters (or of fused experts).
+
+    Tensors that match no parameter are left out of the result.
+    """
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
@@ -90,17 +91,17 @@ def in_model(model: PreTrainedModel, files: Iterable[str], known: Iterable[str])
 
 
 def _places(name: str, stem: str) -> Iterator[str]:
-    """What a tensor may be called in the model, whose bare model is its attribute `stem`."""
+    """The names that a tensor may have in the model: as it is, without and with the base model's prefix `stem`."""
     yield from (name, name.removeprefix(f"{stem}."), f"{stem}.{name}")
 
 
 def _merges(change: WeightConverter) -> bool:
-    """Whether a conversion stacks the experts of a layer."""
+    """Whether a conversion fuses the experts of a layer."""
     return any(isinstance(operation, MergeModulelist) for operation in change.operations)
 
 
 def _expert(file: str, fused: str, pattern: str, change: WeightConverter) -> str:
-    """The parameter of one expert, where transformers would merge it into `fused` by a pattern."""
+    """The Skeleton's parameter of one expert, for a tensor `file` that transformers would merge into the parameter `fused`."""
     number = EXPERT.search(file)
     if number is None:
         return fused
@@ -111,7 +112,7 @@ def _expert(file: str, fused: str, pattern: str, change: WeightConverter) -> str
 
 
 def _made(first: str, change: WeightConverter, names: set[str]) -> tuple[str, ...]:
-    """All parameters that a conversion makes, told from the first."""
+    """All parameters that a conversion makes, derived from the name of the first."""
     patterns = change.target_patterns
     made = [first.replace(patterns[0], pattern) for pattern in patterns]
     return tuple(name for name in made if name in names) if len(patterns) > 1 else (first,)

@@ -1,4 +1,4 @@
-"""A GGUF file as a source of float weights by transformers' names, whoever made it."""
+"""GGUF files as a source of weights, under transformers' parameter names; with their config and tokenizer."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,22 +26,25 @@ from bitwright.numerics.qtensor import QTensor, reordered, stacked
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """transformers' config of a file. CheckpointError for one that is damaged, of an architecture not read here, or whose
-    tensors are not those that its keys mean."""
+    """transformers' config for a GGUF file.
+
+    CheckpointError for a damaged file, an unknown architecture, or tensors that do not fit the keys.
+    """
     return _matched(GgufFile(path))[0].config
 
 
 def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
-    """The names of the model that a file's keys mean; transformers' name -> the file's, for all tensors.
+    """The model's `Names`, and the map from transformers' parameter names to the file's tensor names.
 
-    Nothing is built of a size that the tensors do not have: a key may say anything.
+    Shapes from the keys are compared with the tensors before any memory is allocated. CheckpointError if they differ, or for
+    tensors that the architecture does not have.
     """
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     file.check_vocabulary()
     names, stored = Names(config), dict[str, str]()
     for parameter, shape in _parameters(config, str(file.path)).items():
-        with suppress(FormatError):  # a buffer, or what is tied: llama.cpp has none
+        with suppress(FormatError):  # llama.cpp has no tensor for buffers and tied parameters
             name = names.of(parameter)
             found = file.tensors.get(name)
             if found is not None and names.shape(parameter, found.shape) != shape:
@@ -56,7 +59,7 @@ def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
-    """All parameters of the model and their shapes, which takes no memory. CheckpointError for a config of no model."""
+    """Names and shapes of all parameters and buffers, from a model on the meta device. CheckpointError if none can be built."""
     try:
         with torch.device("meta"):
             return {name: tuple(t.shape) for name, t in model_of(config).state_dict().items()}
@@ -66,57 +69,57 @@ def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ..
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a file. CheckpointError for a kind that is not read here."""
+    """The tokenizer in a GGUF file. CheckpointError for a kind that is not read here."""
     return tokenizer_of(GgufFile(path).keys, str(path))
 
 
 class GgufWeightSource:
-    """See `WeightSource`: the same for a GGUF file."""
+    """The interface of `WeightSource` for a GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        """Reads headers. CheckpointError as of `read_config`, or for a tensor that its architecture does not have."""
+        """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
         self.names, self.stored = _matched(self.file)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        """Every tensor and its shape; GPT-2's matrices are transposed in the file."""
+        """Parameter name -> shape in transformers."""
         return {p: self.names.shape(p, self.file.tensors[name].shape) for p, name in self.stored.items()}
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing in it is quantized."""
+        """Whether no tensor is quantized."""
         return all(t.type in FLOATS for t in self.file.tensors.values())
 
     @property
     def bytes(self) -> int:
-        """All weight data."""
+        """Size of all tensors in bytes."""
         return sum(t.nbytes for t in self.file.tensors.values())
 
     def input_quantization(self, name: str) -> InputQuantization | None:
-        """What the engine does to inputs: nothing that a file says."""
+        """None: GGUF files do not specify a quantization of inputs."""
         return None
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float."""
+        """A parameter in float, in transformers' layout."""
         return self.names.read(name, self.file.read(self.stored[name]))
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """A table of rows as it is kept in memory, and what gives some of them in float."""
+        """An embedding for lookups: the tensor to keep in memory (perhaps blocks), and a function that dequantizes rows."""
         kind = self.file.tensors[self.stored[name]].type
         if kind in FLOATS:
             return self.read(name), lambda rows: rows
         return self.parts(name)["weight"], lambda rows: torch.from_numpy(decoded(rows.numpy(), kind, name))
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The blocks of a weight: uint8 [N, bytes], rows as llama.cpp has them."""
+        """The ggml blocks of a weight: uint8 [N, bytes], rows in llama.cpp's order."""
         return {"weight": torch.from_numpy(self.file.rows(self.stored[name]))}
 
     def quantized(self, name: str) -> QTensor | None:
-        """A matrix as codes and scales, rows as transformers has them; None: it is float.
+        """A matrix as a QTensor, rows in transformers' order; None if it is float.
 
-        FormatError for a type that is not read, or blocks that are not codes under scales.
+        FormatError for a type that is not read here.
         """
         t = self.file.tensors[self.stored[name]]
         if t.type in FLOATS:
@@ -127,31 +130,31 @@ class GgufWeightSource:
         return q if order is None else reordered(q, order.argsort())
 
     def _codes(self, name: str, blocks: NDArray[np.uint8]) -> QTensor:
-        """Some rows of a quantized matrix."""
+        """Some rows of a quantized matrix as a QTensor; blocks: uint8 [rows, bytes]."""
         kind = self.file.tensors[self.stored[name]].type
         scheme, scales = scales_of(kind.name, torch.from_numpy(blocks), name)
         return recovered(torch.from_numpy(decoded(blocks, kind, name)), scheme, scales, name)
 
     def is_packed(self, name: str) -> bool:
-        """Whether `read` gives a matrix [N, K] rather than what the module holds."""
+        """False: `read` gives every tensor in the module's own orientation."""
         return False
 
     def describe(self, name: str) -> tuple[str, int]:
-        """How a tensor is stored, and its bytes."""
+        """The ggml type of a tensor, in lower case, and its bytes."""
         t = self.file.tensors[self.stored[name]]
         return t.type.name.lower(), t.nbytes
 
     def scalar(self, name: str) -> Tensor | None:
-        """A tensor beside the weights, such as a scale of the KV cache: there are none."""
+        """None: GGUF files hold no scales of a KV cache."""
         return None
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.file.files]
 
 
 class FloatGgufCheckpoint:
-    """A float GGUF file in the place of a `Checkpoint`: tensors by transformers' names."""
+    """A float GGUF file with the interface of `Checkpoint`; tensors under transformers' names."""
 
     def __init__(self, path: Path) -> None:
         """CheckpointError for a file that is quantized already."""
@@ -164,9 +167,9 @@ class FloatGgufCheckpoint:
         return TensorInfo(t.file, t.offset, dtype, self.weight_source.names.shape(name, t.shape))
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """One tensor in transformers' layout."""
         return self.weight_source.read(name)
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return self.weight_source.fingerprint()

@@ -1,9 +1,8 @@
-"""Keys and values of attention in 8 bits: what a long context costs in memory, halved.
+"""8-bit KV cache: calibrates and simulates the quantization of attention's keys (after RoPE) and values.
 
-Engines keep the keys (behind their rotary positions) and values of all tokens seen, and read them all for each new one.
-`KvCache` stands in a cache's place while a block runs: it gathers the ranges of both, or hands back what would be read
-from a cache of 8 bits, so that `eval` counts what that costs. Files say it as compressed-tensors and vLLM do: a
-kv_cache_scheme, and for each attention module one `k_scale` and one `v_scale`.
+`KvCache` takes the place of a cache while a block runs. It either records the ranges of keys and values, or quantizes and
+dequantizes them, so that `eval` measures the loss. Stored as compressed-tensors and vLLM do: `kv_cache_scheme` in
+config.json, and a `k_scale` and a `v_scale` for each attention module.
 """
 
 from collections.abc import Callable
@@ -23,19 +22,19 @@ KvRounding = tuple[InputQuantization, InputQuantization]  # of keys, of values
 
 
 class Listener(Protocol):
-    """What gathers ranges: see calibration's `Histogram`."""
+    """Records the range of a tensor; implemented by calibration's `Histogram`."""
 
     def update(self, x: Tensor) -> None:
-        """Add what x [..., K] shows."""
+        """Include the values of x [..., K]."""
 
 
 @dataclass
 class KvCache:
-    """In the place of a cache: gathers ranges, or rounds.
+    """Stands in for a transformers Cache during one forward.
 
-    listening  are told of keys and of values
-    rounding   what either becomes in the cache
-    used       whether an attention module has asked
+    listening  record keys and values; None: not recorded
+    rounding   quantize and dequantize keys and values; None: left in float
+    used       whether an attention module has called `update`
     """
 
     listening: tuple[Listener, Listener] | None = None
@@ -43,7 +42,7 @@ class KvCache:
     used: bool = field(default=False)
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Called by an attention module with its new keys and values [B, H, T, D]; gives what it will attend to."""
+        """Called by an attention module with new keys and values [B, H, T, D]; returns those that it attends to."""
         self.used = True
         if self.listening is not None:
             self.listening[0].update(keys)
@@ -54,20 +53,22 @@ class KvCache:
 
 
 def check(scheme: Scheme) -> None:
-    """RecipeError for a scheme that no engine keeps keys and values in."""
+    """RecipeError for a KV cache scheme that no engine supports: it must be int8 or fp8, symmetric, per tensor."""
     if scheme.group != TENSOR or scheme.grid not in GRIDS or scheme.zero != "sym":
         raise RecipeError(f"no engine keeps keys and values in {scheme}", remedy="int8-tensor or fp8-tensor")
 
 
 def rounding(scheme: Scheme, scales: tuple[Scales, Scales]) -> KvRounding:
-    """How keys and values are rounded under scales that calibration fixed."""
+    """The static quantization of keys and values under calibrated scales."""
     return InputQuantization(scheme, scales[0]), InputQuantization(scheme, scales[1])
 
 
 def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], where: str) -> KvRounding | None:
-    """What a checkpoint's quantization_config and an attention module's tensors say; None: the cache is in float.
+    """The KV cache quantization of one attention module in a checkpoint; None: the cache is in float.
 
-    CheckpointError for a scheme that is not computed here, or scales that are missing.
+    config: the quantization_config; read: gives the module's tensor by suffix.
+
+    CheckpointError for a scheme that is not implemented here, or missing scales.
     """
     found = config.get("kv_cache_scheme")
     if found is None:

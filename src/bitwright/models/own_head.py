@@ -1,5 +1,7 @@
-"""An output head of its own in a checkpoint whose config says that it is the embedding: transformers ties the two only where
-they hold the same numbers, so what differs is kept."""
+"""Detect checkpoints whose config ties the output head to the embedding, but whose files hold a different head.
+
+transformers ties the two only if they are equal, so the separate head is the one that counts.
+"""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +14,7 @@ AT_ONCE = 1 << 22  # bytes compared at a time
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether a directory's output head is another matrix than its embedding. CheckpointError for damaged weight files."""
+    """Whether the files hold an output head that differs from the embedding. CheckpointError for damaged files."""
     if not any(folder.glob("*.safetensors")):
         return False
     checkpoint = Checkpoint(folder)
@@ -23,19 +25,19 @@ def has_own_head(folder: Path) -> bool:
         return False
     a, b = checkpoint.tensors[heads[0]], checkpoint.tensors[embedding]
     if len(heads) > 1 or not heads[0].endswith(".weight"):
-        return True  # codes and scales
+        return True  # the head is quantized: several tensors, codes and scales
     marks = tuple((info.file, info.file.stat().st_mtime_ns) for info in (a, b))
     return _differ(a, b, marks)
 
 
 def _is_head(parts: list[str]) -> bool:
-    """Whether a tensor belongs to the output matrix itself; RoBERTa's head has layers of its own before that one."""
+    """Whether a tensor, by the parts of its name, is of the output matrix; RoBERTa's lm_head has further layers before it."""
     return parts[0] in HEADS and (len(parts) == 2 or parts[1] == "weight")
 
 
 @lru_cache(maxsize=8)
 def _differ(a: TensorInfo, b: TensorInfo, marks: object) -> bool:
-    """Whether the bytes of two tensors differ. marks: what changes when their files do."""
+    """Whether the bytes of two tensors differ. marks: files and modification times, part of the cache's key."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return True
     with disk_errors(a.file), a.file.open("rb") as first, b.file.open("rb") as second:

@@ -1,10 +1,9 @@
-"""The only file that knows how transformers lays out a model: skeletons without weights, blocks, layer names.
+"""`Skeleton`: a transformers model without weights, whose decoder blocks are loaded, run and unloaded one at a time.
 
-A `Skeleton` is the model with all parameters on the meta device (no memory) and all buffers real. One block at a time is
-given weights, run and emptied again, so memory holds one block however deep the model is. Nothing here depends on the
-architecture: the blocks are the largest ModuleList as long as the config says; what each block is called with (masks,
-rotary embeddings, per layer where they differ) is recorded from the model's own forward; modules that read the same
-input are found by watching which tensor they are given. What cannot be found is in the tables below.
+All parameters are on the meta device and take no memory; buffers are real. So one block is in memory however deep the model
+is. Nothing depends on the architecture: the blocks are the largest ModuleList of the length that the config says, and their
+arguments (masks, rotary embeddings) are recorded from the model's own forward (block_calls.py). The few exceptions are in the
+tables below.
 """
 
 import re
@@ -25,7 +24,7 @@ from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
 
-# Buffers that older checkpoints carry and models now compute for themselves: left out, on record.
+# Buffers that models compute, and that may be missing in a checkpoint; older checkpoints hold them.
 COMPUTED = (
     "position_ids",
     "rotary_emb.inv_freq",
@@ -34,15 +33,15 @@ COMPUTED = (
     "attention.bias",
     "attention.masked_bias",
 )
-CACHES = ("past_key_values", "layer_past")  # what blocks call the cache of their keys and values
+CACHES = ("past_key_values", "layer_past")  # names of the blocks' argument for the KV cache
 TOKENS_PER_BATCH = 4096
 
 
 class Skeleton:
-    """A causal language model, or an encoder without its pooling layer, whose blocks take turns in memory."""
+    """A causal language model, or an encoder without its pooling layer, whose blocks are loaded and unloaded one by one."""
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        """dtype: what the forward computes in, whatever the checkpoint stores."""
+        """dtype: of the computation, whatever the checkpoint's is. CheckpointError for a config without such a model."""
         self.config, self.dtype = config, dtype
         with parameters_on_meta():
             try:
@@ -68,9 +67,9 @@ class Skeleton:
         return len(self.blocks)
 
     def outer_names(self, *, base_only: bool = False) -> list[str]:
-        """Names of the parameters and persistent buffers outside the blocks and other towers; tied ones once.
+        """Names of the parameters and persistent buffers outside the blocks and the vision or audio towers; tied ones once.
 
-        base_only: only those of the model without its output head, which embedding needs.
+        base_only: without those of the output head, which `embed` does not need.
         """
         inside, tied = (f"{self.block_prefix}.", *(f"{tower}." for tower in self.towers)), self.tied_names()
         start = f"{self.model.base_model_prefix}." if base_only and self._base is not self.model else ""
@@ -87,7 +86,7 @@ class Skeleton:
         return found if self.predicts and f"{self.block_prefix}.".startswith(f"{prefix}.") else self.model
 
     def tower_of(self, name: str) -> str | None:
-        """The other tower, for images or sound, that a parameter or module belongs to; None: it is the text model's."""
+        """The vision or audio tower that a parameter or module belongs to; None if it is the text model's."""
         return next((tower for tower in self.towers if f"{name}.".startswith(f"{tower}.")), None)
 
     def state_names(self, index: int) -> list[str]:
@@ -95,7 +94,7 @@ class Skeleton:
         return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def lent_names(self, index: int) -> list[str]:
-        """Parameters of other blocks that block `index` shares (Zamba 2's transformer), by the name that files have them by."""
+        """Parameters that block `index` shares with an earlier block (Zamba 2), by their name in that block."""
         own, prefix = f"{self.block_prefix}.{index}.", f"{self.block_prefix}."
         ties = self.ties().items()
         return [
@@ -105,38 +104,38 @@ class Skeleton:
         ]
 
     def linear_names(self) -> list[str]:
-        """Every Linear or Conv1D of the model by full name, the output head and routers included: what engines take for one."""
+        """Names of all Linear and Conv1D modules of the model, subclasses, output head and routers included."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def tied_names(self) -> set[str]:
-        """Parameters that are another parameter under a second name."""
+        """Second names of tied parameters."""
         return set(self.ties())
 
     def ties(self) -> dict[str, str]:
-        """Each parameter that is another one under a second name -> the first name."""
+        """Tied parameters: second name -> first name."""
         first = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in everywhere if first[id(p)] != name}
 
     def embedding_and_head(self) -> dict[str, nn.Module]:
-        """The embedding and, unless it is the same matrix or there is none, the output head, by full name."""
+        """The embedding and, unless it is tied or there is none, the output head: name -> module."""
         names = (self.embedding_name, self.head_name) if self.predicts else (self.embedding_name,)
         return {name: self.model.get_submodule(name) for name in names}
 
     @property
     def embedding_name(self) -> str:
-        """The module that tokens are looked up in."""
+        """Name of the token embedding."""
         return self._name_of(self.model.get_input_embeddings())
 
     @property
     def output_name(self) -> str:
-        """The module that makes logits. CheckpointError for an encoder, which has none."""
+        """Name of the output head. CheckpointError for an encoder, which has none."""
         self._must_predict()
         return self._name_of(self.head_module)
 
     @property
     def head_module(self) -> nn.Module:
-        """The output head, which the text model inside may have. CheckpointError if no model names one."""
+        """The output head, of the model or the text model inside it. CheckpointError if there is none."""
         inner = [m for n, m in self.model.named_modules() if self.block_prefix.startswith(f"{n}." if n else "")]
         heads = [m.get_output_embeddings() for m in inner if isinstance(m, PreTrainedModel)]
         found = next((head for head in heads if head is not None), None)
@@ -147,7 +146,7 @@ class Skeleton:
 
     @property
     def head_name(self) -> str:
-        """The module whose weight the output head multiplies with: itself, or the embedding that it is tied to."""
+        """Name of the module that holds the output head's weight: itself, or the embedding that it is tied to."""
         name = self.output_name
         return name if f"{name}.weight" not in self.tied_names() else self.embedding_name
 
@@ -161,20 +160,21 @@ class Skeleton:
         return next(name for name, other in self.model.named_modules() if other is module)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """The matrices of block `index` by full name: Linear, and GPT-2's Conv1D, whose weight is [K, N]."""
+        """The linear layers of block `index`: name -> Linear, or GPT-2's Conv1D, whose weight is [K, N]."""
         prefix = f"{self.block_prefix}.{index}."
         named = self.blocks[index].named_modules()
         return {prefix + name: module for name, module in named if is_linear(module)}
 
     def source_names(self, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> dict[str, str]:
-        """Parameter or persistent buffer name -> tensor name in a checkpoint that holds tensors of these shapes.
+        """Parameter or persistent buffer -> tensor in a checkpoint. shapes: tensor -> shape; None is not compared.
 
-        A shape of None is not compared. Checkpoints of the bare model lack the causal model's prefix, and the other
-        way round. CheckpointError names what is missing or has another shape than config.json means.
+        Checkpoints of the base model lack the causal model's prefix, or the other way round; both are matched.
+
+        CheckpointError for a missing tensor, or one of another shape than the config's.
         """
         parameters = self.model.state_dict(keep_vars=True)
         stored = in_model(self.model, shapes, parameters)
-        for name, first in self.ties().items():  # whichever of its names the file has a tied one by
+        for name, first in self.ties().items():  # a file may hold a tied parameter under either of its names
             if first not in stored.names and name in stored.names:
                 stored.names[first] = stored.names.pop(name)
         self.conversions = stored.conversions
@@ -189,12 +189,12 @@ class Skeleton:
         return stored.names
 
     def is_passed_over(self, source: str) -> bool:
-        """Whether transformers leaves a tensor of the file unread on purpose, such as layers that predict further tokens."""
+        """Whether the model's class ignores a tensor on loading (_keys_to_ignore_on_load_unexpected)."""
         patterns = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, source) for pattern in patterns)
 
     def _check_all_there(self, found: Set[str], where: str) -> None:
-        """CheckpointError for a parameter that the checkpoint does not hold, unless transformers does without it too."""
+        """CheckpointError for a parameter missing in the checkpoint, unless transformers allows that too."""
         spared = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         missing = self.model.state_dict(keep_vars=True).keys() - found - self.tied_names()
         lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
@@ -205,7 +205,7 @@ class Skeleton:
             raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
 
     def routers(self) -> set[str]:
-        """The modules that send tokens to experts, or say how much of a shared expert is added, by full name."""
+        """Names of the modules that route tokens to experts, or compute the weight of a shared expert."""
         found = set[str]()
         for experts, layout in self.experts.items():
             owner = experts.rpartition(".")[0]
@@ -216,9 +216,9 @@ class Skeleton:
         return found
 
     def split_experts(self, checkpoint: Checkpoint) -> None:
-        """Let tensors in which the files fuse experts be found as one for each expert and matrix, named as here.
+        """Replace fused experts in a checkpoint's table by one entry for each expert and matrix, named as in this model.
 
-        CheckpointError if one has another shape than config.json means.
+        CheckpointError if a tensor's shape does not fit the config.
         """
         fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
         for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
@@ -228,8 +228,8 @@ class Skeleton:
             split_blocks(checkpoint, name, layout)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Give the named parameters and buffers these values, in the skeleton's dtype; tensors of the file that others are
-        made of come by the file's names."""
+        """Load parameters and buffers, by name, in the skeleton's dtype. Tensors for conversions come under their names in the
+        files."""
         for conversion in self.conversions:
             if all(name in tensors for name in conversion.sources):
                 tensors = {**tensors, **conversion.applied(self.model, tensors)}
@@ -245,7 +245,7 @@ class Skeleton:
         self.model.tie_weights()
 
     def unload(self, index: int) -> None:
-        """Free the weights of block `index`, those that it shares too; buffers stay."""
+        """Free the weights of block `index`, including those that it shares; buffers stay."""
         for name in self.lent_names(index):
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner).register_parameter(leaf, _empty(self.model.get_parameter(name)))
@@ -254,7 +254,7 @@ class Skeleton:
                 module.register_parameter(leaf, _empty(parameter))
 
     def unload_outside(self) -> None:
-        """Free the weights outside the blocks; buffers, which are small, stay."""
+        """Free the weights outside the blocks; buffers stay."""
         for name, parameter in list(self.model.named_parameters()):
             if not name.startswith(f"{self.block_prefix}.") and not parameter.is_meta:
                 owner, _, leaf = name.rpartition(".")
@@ -263,9 +263,9 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> what the first block is given [B, T, H], packed with whatever else depends on the tokens.
+        """Token ids [B, T] -> the first block's input [B, T, H], or a packed state [B, T, W] (block_calls.py).
 
-        The outer parameters must be loaded. CheckpointError for a model whose blocks cannot be run one by one.
+        The parameters outside the blocks must be loaded. CheckpointError for a model whose blocks cannot be run one by one.
         """
         if not self._calls.given:
             probe = torch.arange(PROBE[0] * PROBE[1]).view(PROBE) % (self.config.get_text_config().vocab_size - 1)
@@ -276,7 +276,7 @@ class Skeleton:
         return self._calls.first(calls)
 
     def _learnt_form(self, ids: Tensor) -> tuple[int, list[Call]]:
-        """In which form the model takes what a block gives, and how it calls the blocks."""
+        """The form of blocks' results with which the model's forward works, and the recorded calls."""
         reason = ""
         for form in range(len(FORMS)):
             try:
@@ -289,7 +289,7 @@ class Skeleton:
         )
 
     def _listen(self, ids: Tensor, form: int) -> list[Call]:
-        """How the blocks are called for these tokens."""
+        """The recorded calls of all blocks for token ids [B, T]."""
         calls: list[Call] = []
         with self._ports(calls, form):
             self._base(input_ids=ids, use_cache=False)
@@ -299,11 +299,11 @@ class Skeleton:
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Block `index` on hidden [B, T, H], called as the model would; `embed` has seen a batch of this size."""
+        """Run block `index` on hidden [B, T, H] with the model's arguments. `embed` must have seen a batch of B windows."""
         return self.run_with(index, hidden, {})
 
     def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """As `run`, with other weights for some parameters (full names), and differentiable in them."""
+        """As `run`, with other weights for some parameters (by full name), and differentiable in them."""
         call = self._calls.fill(index, self._recorded[len(hidden)][index], hidden)
         args, kwargs = call.arguments()
         if self._cache is not None:
@@ -319,16 +319,16 @@ class Skeleton:
 
     @property
     def hands_on(self) -> bool:
-        """Whether blocks hand on keys and values to later ones: what one is given is known once those before it have run."""
+        """Whether blocks pass keys and values on to later ones, so that the blocks before must have run."""
         return any(at is not None for at in self._calls.shared)
 
     def stream(self, hidden: Tensor) -> Tensor:
-        """The hidden state alone, of what is carried from block to block."""
+        """The hidden state within a packed state."""
         return self._calls.own(hidden)
 
     @contextmanager
     def caching(self, cache: KvCache | None) -> Iterator[None]:
-        """For a while, blocks hand their keys and values to this cache, if they know any (`cache.used`); None: to none."""
+        """Within this context, blocks use this KV cache, if they use any (`cache.used` tells); None: no cache."""
         self._cache = cache
         try:
             yield
@@ -336,14 +336,14 @@ class Skeleton:
             self._cache = None
 
     def attention_name(self, index: int) -> str | None:
-        """The full name of block `index`'s attention module, which has keys and values; None if there is none, or two."""
+        """Name of block `index`'s attention module, found by its `layer_idx`; None if there is none, or several."""
         named = self.blocks[index].named_modules()
         found = [name for name, module in named if name and hasattr(module, "layer_idx")]
         return f"{self.block_prefix}.{index}.{found[0]}" if len(found) == 1 else None
 
     @contextmanager
     def quantizing_inputs(self, input_quantizations: Mapping[str, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
-        """For a while, modules of these full names see their inputs as an engine hands them on; None: as they are."""
+        """Within this context, the inputs of modules are quantized. input_quantizations: name -> function; None: unchanged."""
         hooks = []
         for name, input_quantization in input_quantizations.items():
             if input_quantization is not None:
@@ -359,7 +359,7 @@ class Skeleton:
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
-        """What the last block gave [B, T, H] -> logits [B, T, V], float32. CheckpointError for an encoder, which has none."""
+        """The last block's output [B, T, H] -> logits [B, T, V] float32. CheckpointError for an encoder, which has none."""
         self._must_predict()
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._ports([], self._calls.form, self._calls.last(hidden)):
@@ -368,7 +368,7 @@ class Skeleton:
 
     @contextmanager
     def _ports(self, record: list[Call], form: int, inject: Tensor | None = None) -> Iterator[None]:
-        """Ports in the place of all blocks for a while."""
+        """Within this context, ports take the place of all blocks."""
         owner, _, attribute = self.block_prefix.rpartition(".")
         port = ports(self.model.get_submodule(owner), attribute, self.blocks, record, form, inject)
         with no_longer_meta(self.model), port:
@@ -376,40 +376,40 @@ class Skeleton:
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
-    """The same parameter without memory."""
+    """The parameter on the meta device."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight and does nothing else; a subclass of Linear may (PhiMoE's router)."""
+    """Whether a module is linear: it runs the forward of Linear or Conv1D, which subclasses may override (PhiMoE's router)."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module has one weight vector of its own."""
+    """Whether a module is a norm: its own weight is a vector."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     return weight is not None and weight.ndim == 1
 
 
 def batches(ids: Tensor, tokens: int) -> list[Tensor]:
-    """Split [S, T] into batches of about so many tokens."""
+    """Split [S, T] into batches of about `tokens` tokens each, at least one window."""
     return list(ids.split(max(1, tokens // ids.shape[1])))
 
 
 def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as [N, K]: Conv1D stores its transpose."""
+    """The weight as [N, K]; a Conv1D stores its transpose. Also converts back."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def as_source(skeleton: Skeleton, name: str, matrix: Tensor) -> Tensor:
-    """A matrix [N, K] the way round that module `name` wants it, in the type that the skeleton computes in."""
+    """A matrix [N, K] in the orientation of module `name`, and in the skeleton's dtype."""
     return matrix_of(skeleton.model.get_submodule(name), matrix).to(skeleton.dtype)
 
 
 def best_dtype() -> torch.dtype:
-    """What calibration computes in: bfloat16 where the processor multiplies it natively, else float32.
+    """The dtype for calibration: bfloat16 on a GPU, or where the CPU multiplies it natively; else float32.
 
-    Where ATEN_CPU_CAPABILITY holds torch to older instructions, float32 too: as the processor that it imitates.
+    Also float32 where ATEN_CPU_CAPABILITY restricts torch to older instructions.
     """
     held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

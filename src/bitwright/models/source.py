@@ -1,4 +1,4 @@
-"""A checkpoint directory as a source of float weights, whether its tensors are float or quantized in a known format."""
+"""Checkpoint directories as a source of weights: float tensors, or quantized ones in any format of formats/, dequantized."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,26 +23,26 @@ from bitwright.numerics.qtensor import QTensor
 T = TypeVar("T")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What certainly belongs to a quantized module, by the last part of its name, whoever made it.
+# Last parts of tensor names that occur only in quantized checkpoints.
 QUANTIZED = ("qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "absmax", "SCB")
 
 
 class WeightSource:
-    """The directory's tensors by the names a float model has: `model.layers.0.mlp.up_proj.weight` wherever it is packed."""
+    """A directory's tensors under the names of the float model: `model.layers.0.mlp.up_proj.weight`, even if it is packed."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads headers and config.json. CheckpointError for a quantization that no format here reads."""
+        """Reads headers and config.json only. CheckpointError for a quantization that no format here reads."""
         self.checkpoint = Checkpoint(folder)
         self.folder = folder
         self.config = quantization_of(folder)
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
-        self._kinds: dict[str, type[nn.Module]] = {}  # of the modules, once it has met the model
-        self._called: dict[str, str] = {}  # what the model calls them, by which configs speak of them
+        self._kinds: dict[str, type[nn.Module]] = {}  # module in the files -> its class; filled by `meet`
+        self._called: dict[str, str] = {}  # module in the files -> its name in the model, which configs use
 
     @classmethod
     def for_model(cls, folder: Path, skeleton: Skeleton) -> Self:
-        """The same with fused experts told apart."""
+        """A WeightSource in which fused experts are split into one tensor for each expert and matrix."""
         weight_source = cls(folder)
         skeleton.split_experts(weight_source.checkpoint)
         if weight_source.format is not None:
@@ -51,18 +51,18 @@ class WeightSource:
 
     @property
     def plain(self) -> list[str]:
-        """The tensors that are not quantized."""
+        """Names of the tensors that are not part of a quantized weight."""
         parts = {name for suffixes in self.modules.values() for name in suffixes.values()}
         return [name for name in self.checkpoint.tensors if name not in parts]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        """Every tensor of the float model and its shape; None for a quantized one, which only decoding tells."""
+        """Tensor of the float model -> shape; None for a quantized weight, whose shape is known only after decoding."""
         plain = {name: self.checkpoint.tensors[name].shape for name in self.plain}
         return {**plain, **{f"{module}.weight": None for module in self.modules}}
 
     def meet(self, skeleton: Skeleton) -> dict[str, str]:
-        """See `names_in`; from now on the modules' classes, which configs speak of, are known."""
+        """Match the files with a model: see `names_in`. Also records the modules' classes, which configs refer to."""
         self._check_described()
         names = skeleton.source_names(self.shapes, str(self.folder))
         zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
@@ -76,7 +76,7 @@ class WeightSource:
         return names
 
     def _check_described(self) -> None:
-        """CheckpointError for a directory that holds quantized tensors, and a config.json that does not say how."""
+        """CheckpointError if there are quantized tensors, but no quantization_config."""
         found = next((name for name in self.plain if name.rpartition(".")[2] in QUANTIZED), None)
         if found is not None and self.config is None:
             message = f"holds quantized weights ({found}), and neither config.json nor quantize_config.json says how"
@@ -86,12 +86,12 @@ class WeightSource:
             raise CheckpointError(message, where=str(self.folder), remedy=remedy)
 
     def _is_bias_of_zeros(self, name: str) -> bool:
-        """Whether a tensor is the bias that AutoGPTQ and its heirs give to a layer that has none."""
+        """Whether a tensor is the zero bias that AutoGPTQ and its successors write for a layer without a bias."""
         module, _, leaf = name.rpartition(".")
         return leaf == "bias" and module in self.modules and not self.checkpoint.read(name).any()
 
     def _check_type(self, source: str) -> None:
-        """CheckpointError for codes where the model means numbers: a quantized tensor without its scales."""
+        """CheckpointError for a tensor of a non-float type that is not part of a quantized weight: its scales are missing."""
         dtype = self.checkpoint.tensors[source].dtype
         if dtype not in FLOATS and not (self.config is None and dtype.is_floating_point):
             message = (
@@ -101,16 +101,16 @@ class WeightSource:
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing in it is quantized."""
+        """Whether the checkpoint has no quantization_config."""
         return self.config is None
 
     @property
     def bytes(self) -> int:
-        """All weight data: scales, zeros and kept tensors included."""
+        """Size of all tensors in bytes, scales and zero points included."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
     def input_quantization(self, name: str) -> InputQuantization | None:
-        """What the engine does to the inputs of the module with this weight; None: nothing."""
+        """How the engine quantizes the inputs of the module with this weight; None: they stay in float."""
         module = name.removesuffix(".weight")
         if module not in self.modules or self.format is None or self.config is None:
             return None
@@ -122,11 +122,11 @@ class WeightSource:
         return self.format.input_quantization(config, self._name(module), read)
 
     def is_packed(self, name: str) -> bool:
-        """Whether `read` gives a matrix [N, K] rather than what the module holds (GPT-2's Conv1D holds its transpose)."""
+        """Whether a weight is quantized: `read` then gives [N, K], also for a Conv1D, whose own weight is [K, N]."""
         return name.removesuffix(".weight") in self.modules
 
     def describe(self, name: str) -> tuple[str, int]:
-        """How a tensor of the float model is stored, and the bytes of all its parts."""
+        """The storage of a tensor of the float model: its dtype or quant_method, and the bytes of all its parts."""
         module = name.removesuffix(".weight")
         parts = list(self.modules[module].values()) if module in self.modules else [name]
         dtype = str(self.checkpoint.tensors[parts[0]].dtype).removeprefix("torch.")
@@ -134,15 +134,15 @@ class WeightSource:
         return kind, sum(self.checkpoint.tensors[part].nbytes for part in parts)
 
     def scalar(self, name: str) -> Tensor | None:
-        """A tensor beside the weights, such as a scale of the KV cache; None if there is none of that name."""
+        """A tensor that is no weight, such as a scale of the KV cache; None if there is none of this name."""
         return self.checkpoint.read(name) if name in self.checkpoint.tensors else None
 
     def fingerprint(self) -> list[list[str | int]]:
-        """What changes when the weights do."""
+        """Identifies the weight files, to detect that they have changed."""
         return self.checkpoint.fingerprint()
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float; a quantized one [N, K] as its format's independent reader decodes it."""
+        """A tensor in float; a quantized weight is dequantized to [N, K] by its format's reader."""
         if not self.is_packed(name) or self.format is None or self.config is None:
             return self.checkpoint.read(name)
         format, module = self.format, _module(name)
@@ -150,15 +150,18 @@ class WeightSource:
         return self._parsed(module, lambda: format.decode(config, self._name(module), self.parts(name)))
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """A table of rows as it is kept in memory, and what gives some of them in float."""
+        """An embedding for lookups: the tensor to keep in memory, and a function that gives its rows in float."""
         return self.read(name), lambda rows: rows
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The tensors that a quantized weight lies in, by suffix of its module's name."""
+        """The tensors of a quantized weight: suffix of its module's name -> tensor."""
         return {suffix: self.checkpoint.read(tensor) for suffix, tensor in self.modules[_module(name)].items()}
 
     def quantized(self, name: str) -> QTensor | None:
-        """A weight as codes and scales; None: it is float. CheckpointError or FormatError for one that cannot be had so."""
+        """A weight as a QTensor; None if it is float, or no Scheme describes it.
+
+        CheckpointError or FormatError for damaged or unknown tensors.
+        """
         if not self.is_packed(name) or self.format is None or self.config is None:
             return None
         format, module = self.format, _module(name)
@@ -166,16 +169,16 @@ class WeightSource:
         return self._parsed(module, lambda: format.quantized(config, self._name(module), self.parts(name)))
 
     def _name(self, module: str) -> str:
-        """What the model calls a module of the files."""
+        """The name in the model of a module in the files."""
         return self._called.get(module, module)
 
     def _config_of(self, module: str) -> dict[str, Any]:
-        """What the quantization_config says of one module."""
+        """The quantization_config of one module."""
         assert self.format is not None and self.config is not None
         return self.format.module_config(self.config, self._name(module), self._kinds.get(module, nn.Linear))
 
     def _parsed(self, module: str, parse: Callable[[], T]) -> T:
-        """What parse makes of a module's tensors; CheckpointError where they are not what the config promises."""
+        """The result of `parse`; CheckpointError if it fails because a module's tensors do not fit the config."""
         try:
             return parse()
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
@@ -190,17 +193,20 @@ def _module(name: str) -> str:
 
 
 def open_weights(path: Path, skeleton: Skeleton | None = None) -> WeightSource | GgufWeightSource:
-    """A directory, or a GGUF file; errors as of the two. skeleton: for which fused experts are told apart."""
+    """Open a checkpoint directory or GGUF file. skeleton: if given, fused experts are split as it has them.
+
+    Raises as `WeightSource` and `GgufWeightSource`.
+    """
     if is_gguf(path):
         return GgufWeightSource(path)
     return WeightSource(path) if skeleton is None else WeightSource.for_model(path, skeleton)
 
 
 def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dict[str, str]:
-    """Parameter or persistent buffer of a model -> the tensor of the source that it is read from.
+    """Match a source with a model: parameter or persistent buffer -> the tensor of the source that it is read from.
 
-    CheckpointError for a tensor that is missing, of another shape or type than the model means, or that nothing reads
-    (`GgufWeightSource` refuses the latter itself).
+    CheckpointError for a tensor that is missing, of another shape or type than the model's, or that the model does not read
+    (`GgufWeightSource` refuses the latter when it is opened).
     """
     return (
         source.meet(skeleton)
@@ -210,9 +216,9 @@ def names_in(source: WeightSource | GgufWeightSource, skeleton: Skeleton) -> dic
 
 
 def kv_rounding(source: WeightSource | GgufWeightSource, skeleton: Skeleton, attention: str) -> KvRounding | None:
-    """What a checkpoint says of the keys and values of one attention module; None: they stay in float.
+    """The KV cache quantization of one attention module in a checkpoint; None: the cache stays in float.
 
-    CheckpointError as of `read_rounding`.
+    Raises as `read_rounding`.
     """
     if source.config is None:
         return None
@@ -240,7 +246,7 @@ def _format_of(folder: Path, config: dict[str, Any] | None) -> CheckpointReader 
 
 
 def _quantized_modules(checkpoint: Checkpoint, reader: CheckpointReader) -> dict[str, dict[str, str]]:
-    """Module name -> {suffix: tensor name} of those of its tensors that the format reads."""
+    """Quantized module -> {suffix: tensor name}, for the tensors that the format reads."""
     parts = defaultdict[str, dict[str, str]](dict)
     for name in checkpoint.tensors:
         module, suffix = _parted(name)
@@ -251,7 +257,7 @@ def _quantized_modules(checkpoint: Checkpoint, reader: CheckpointReader) -> dict
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """A tensor's module and what it is there: bitsandbytes' lie one level below the weight."""
+    """Split a tensor's name into module and suffix. bitsandbytes has suffixes such as weight.absmax."""
     module, below, rest = name.rpartition(".weight.")
     if below:
         return module, f"weight.{rest}"

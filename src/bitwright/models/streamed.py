@@ -1,7 +1,6 @@
-"""A model streamed over a text block by block, and what it predicts of each token.
+"""Run a model over a text with one decoder block's weights in memory at a time, and compute its predictions.
 
-One block's weights are in memory at a time, as in the pipeline, so a model larger than memory can be judged; logits exist
-for a few tokens at a time.
+A model larger than memory can thus be evaluated. Logits are computed for a few tokens at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +22,14 @@ LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
 
 class StreamedModel:
-    """A checkpoint directory or GGUF file, float or quantized, carried over a text block by block."""
+    """A checkpoint directory or GGUF file, float or quantized, that is run block by block."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
-        """Reads headers. engine: whose rounding of inputs to imitate; None: what the file itself says of inputs.
+        """Reads headers only. dtype: of the computation. engine: whose quantization of inputs to simulate; None: that of the
+        checkpoint's own config.
 
-        Raises CheckpointError for a directory that is not a checkpoint, or not of its config; InputError for an engine that
-        is not known, or does not run this file.
+        CheckpointError for a directory that is no checkpoint, or whose weights do not fit its config; InputError for an engine
+        that is unknown, or cannot run this file.
         """
         self.folder = folder
         self.skeleton = Skeleton(read_config(folder), dtype)
@@ -42,11 +42,11 @@ class StreamedModel:
 
     @property
     def bits_per_weight(self) -> float:
-        """8 × bytes of all weight data / parameters, tied ones once."""
+        """8 × bytes of all tensors / number of parameters, tied ones counted once."""
         return 8 * self.weight_source.bytes / sum(p.numel() for p in self.skeleton.model.parameters())
 
     def load(self, parameters: list[str]) -> None:
-        """Read and decode these parameters into the skeleton."""
+        """Read these parameters, dequantize them, and load them into the skeleton."""
         tensors = self._converted(set(parameters))
         for name in parameters:
             if name not in self.names:
@@ -63,21 +63,21 @@ class StreamedModel:
         self.skeleton.load(tensors)
 
     def _converted(self, parameters: set[str]) -> dict[str, Tensor]:
-        """The tensors of the file, by their own names, that some of these parameters are made of."""
+        """Tensors in the files, by their own names, from which some of these parameters are computed."""
         wanted = [one for one in self.skeleton.conversions if parameters.intersection(one.makes)]
         return {name: self.weight_source.read(name) for one in wanted for name in one.sources}
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """The vocabulary size V."""
         return int(self.skeleton.config.get_text_config().vocab_size)
 
     def hidden(self, ids: Tensor) -> list[Tensor]:
-        """What the last block gives for windows [W, T], in batches [B, T, H]."""
+        """The last block's output for windows of token ids [W, T], in batches [B, T, H]."""
         return self.carried(batched(ids))
 
     def carried(self, parts: list[Tensor]) -> list[Tensor]:
-        """What the last block gives for batches of windows [B, T], all of one length: [B, T, H] each."""
+        """The last block's outputs [B, T, H] for batches of token ids [B, T], all of the same length T."""
         self.load(self.skeleton.outer_names())
         hidden = [self.skeleton.embed(part) for part in parts]
         for index in range(len(self.skeleton)):
@@ -91,17 +91,17 @@ class StreamedModel:
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V] of what the last block gave; `hidden` has loaded what is outside the blocks."""
+        """Logits [B, T, V] of the last block's output. Needs the parameters outside the blocks, which `carried` loads."""
         source = self.names[f"{self.skeleton.head_name}.weight"]
         with self.skeleton.quantizing_inputs({self.skeleton.output_name: self.input_quantization(source)}):
             return self.skeleton.head(hidden)
 
     def log_probabilities(self, hidden: list[Tensor], piece: "Piece") -> Tensor:
-        """Of the next token, [n, V], for some of the tokens whose batches `carried` gave."""
+        """Log-probabilities of the next token, [n, V], at the positions of a piece. hidden: from `carried`."""
         return self.head(hidden[piece.batch][piece.rows, piece.at]).flatten(0, 1).log_softmax(-1)
 
     def _cache(self, index: int) -> KvCache | None:
-        """What the engine keeps block `index`'s keys and values in; None: in float."""
+        """The quantized KV cache of block `index`; None: it is in float."""
         if self.engine == ENGINE:
             return KvCache(rounding=(cached, cached))
         name = self.skeleton.attention_name(index)
@@ -110,7 +110,7 @@ class StreamedModel:
 
 
 def _intake_of(engine: str, weight_source: WeightSource | GgufWeightSource) -> Callable[[str], EightBits | None]:
-    """What an engine does to the inputs of the module with a weight."""
+    """An engine's quantization of inputs: a function from a module's weight name. InputError for an unknown engine."""
     if engine != ENGINE:
         raise InputError(f"unknown engine {engine!r}", remedy=f"{ENGINE}, or none: in float")
     if not isinstance(weight_source, GgufWeightSource):
@@ -121,8 +121,11 @@ def _intake_of(engine: str, weight_source: WeightSource | GgufWeightSource) -> C
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens that are predicted: the number of the first; their batch, its windows `rows`, and the positions `at` in
-    them that they are predicted from."""
+    """Some predicted tokens.
+
+    begin  number of the first of them, over the whole text
+    batch  index of their batch; rows: windows in it; at: positions from which they are predicted
+    """
 
     begin: int
     batch: int
@@ -130,17 +133,17 @@ class Piece:
     at: slice
 
     def targets(self, parts: list[Tensor]) -> Tensor:
-        """The tokens themselves [n], out of the batches of windows [B, T]."""
+        """The tokens that are to be predicted [n]. parts: all batches of token ids [B, T]."""
         return parts[self.batch][self.rows, self.at.start + 1 : self.at.stop + 1].flatten()
 
 
 def batched(ids: Tensor) -> list[Tensor]:
-    """Windows [W, T] in the batches [B, T] that a block is run on."""
+    """Split windows [W, T] into the batches [B, T] on which a block is run."""
     return batches(ids, TOKENS_PER_BATCH)
 
 
 def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
-    """All tokens that are predicted in batches of windows [B, T], in order; a few windows, or part of one, at a time."""
+    """All predicted tokens of batches [B, T], in order, in pieces of at most `LOGITS_AT_ONCE` logits."""
     at_once = max(1, LOGITS_AT_ONCE // vocabulary)  # tokens
     begin = 0
     for b, part in enumerate(parts):
@@ -153,14 +156,14 @@ def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
 
 
 def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
-    """−log p [n] of the tokens that came, under log p [n, V]."""
+    """Negative log-likelihood −log p [n] of the target tokens [n], given log p [n, V]."""
     return -log_p.gather(-1, targets[:, None])[:, 0]
 
 
 def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:
-    """Perplexities of a checkpoint, as its files hold it, on texts of windows [W, T], all of one length T, at least 2.
+    """Perplexities of a checkpoint on several texts, each in windows [W, T] of the same length T ≥ 2.
 
-    Each window is predicted from its own start. The weights are read once.
+    Each window is predicted without the ones before it. The weights are read once for all texts.
     """
     streamed, each = StreamedModel(folder), [batched(ids) for ids in texts]
     hidden, found = streamed.carried([part for parts in each for part in parts]), list[float]()
@@ -175,5 +178,5 @@ def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:
 
 
 def perplexity_of(mean: float) -> float:
-    """eᵐ of a mean −log p; inf where a broken model is beyond all bounds."""
+    """Perplexity exp(mean) for a mean −log p; inf where it overflows."""
     return float(torch.tensor(mean, dtype=torch.float64).exp())

@@ -1,4 +1,4 @@
-"""Where the text model is in a model of transformers: its blocks, and the towers for images or sound beside it."""
+"""Locate the text model within a transformers model: its decoder blocks, and the vision or audio towers beside it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,10 @@ from bitwright.errors import CheckpointError
 
 
 def find_blocks(model: PreTrainedModel, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The ModuleList of the text model's blocks: the largest of those as long as its config's number of layers."""
+    """Name and ModuleList of the text model's blocks: the largest ModuleList whose length is the config's number of layers.
+
+    CheckpointError if there is none.
+    """
     depth = config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -25,13 +28,13 @@ def find_blocks(model: PreTrainedModel, config: PretrainedConfig) -> tuple[str, 
 
 
 def _model_around(model: PreTrainedModel, name: str) -> nn.Module:
-    """The innermost of transformers' models that a module lies in."""
+    """The innermost PreTrainedModel that contains a module."""
     owners = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
     return next((m for m in map(model.get_submodule, owners) if isinstance(m, PreTrainedModel)), model)
 
 
 def towers_of(model: PreTrainedModel, text: str) -> tuple[str, ...]:
-    """The models inside that are not the text model, such as a vision tower, by name; text: where the blocks are."""
+    """Names of the PreTrainedModels inside that are not the text model, such as a vision tower. text: name of the blocks."""
     inner = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
     others = [name for name in inner if not f"{text}.".startswith(f"{name}.") and not name.startswith(f"{text}.")]
     return tuple(name for name in others if not any(name.startswith(f"{other}.") for other in others))
@@ -39,7 +42,10 @@ def towers_of(model: PreTrainedModel, text: str) -> tuple[str, ...]:
 
 @contextmanager
 def no_longer_meta(model: nn.Module) -> Iterator[None]:
-    """For a while, a model tells by its first parameter where it is: that may be a vision tower's, which is never loaded."""
+    """Within this context, the model's first parameter is empty instead of on the meta device.
+
+    transformers takes a model's device from its first parameter, which may be a vision tower's, whose weights are not loaded.
+    """
     name, parameter = next(iter(model.named_parameters()))
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that its model does not read: an error that names them, unless a table says why they may be left."""
+"""Check that the model reads every tensor of a checkpoint: an error names the others, except those that may be ignored."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,12 +14,12 @@ PASSED_OVER = "transformers leaves it unread on purpose"
 KV_SCALES = "a scale for keys and values, which config.json does not ask to round (kv_cache_scheme)"
 SHOWN = 3  # names in an error
 
-# What a name ends with, or begins with where it begins with "^" -> how many axes the tensor has (empty: any), and the reason.
+# Tensors that may be ignored: pattern of the name -> (numbers of dimensions that it may have, empty: any; the reason).
 MAY_BE_LEFT: dict[str, tuple[tuple[int, ...], str]] = {
     r"(^|\.)rotary_emb\.(original_)?inv_freq$": ((1,), COMPUTED),
     r"(^|\.)rotary_emb\.(cos|sin)_cached$": ((2, 4), COMPUTED),
     r"(^|\.)position_ids$": ((1, 2), COMPUTED),
-    r"(^|\.)(attn|attention)\.bias$": ((2, 4), COMPUTED),  # GPT-2's triangle of ones
+    r"(^|\.)(attn|attention)\.bias$": ((2, 4), COMPUTED),  # GPT-2's causal mask
     r"(^|\.)(attn|attention)\.masked_bias$": ((0, 1), COMPUTED),
     r"(^|\.)attn\.causal_mask$": ((2, 4), COMPUTED),  # CodeGen's
     r"^(model\.|language_model\.|model\.language_model\.)?mtp(_[a-z]+)?\.": ((), MTP),
@@ -29,7 +29,7 @@ MAY_BE_LEFT: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def why_left(name: str, shape: tuple[int, ...] | None, skeleton: Skeleton) -> str | None:
-    """The reason why a tensor that the model does not read may be left; None: there is none."""
+    """The reason why a tensor that the model does not read may be ignored; None if it may not."""
     if not skeleton.predicts and is_unused(name):
         return "the pooling layer or a head"
     if _beyond_depth(name, skeleton):
@@ -41,14 +41,14 @@ def why_left(name: str, shape: tuple[int, ...] | None, skeleton: Skeleton) -> st
 
 
 def _beyond_depth(name: str, skeleton: Skeleton) -> bool:
-    """Whether a tensor lies in one of the blocks behind the last that predict further tokens (DeepSeek V3, GLM-4-MoE)."""
+    """Whether a tensor is of a multi-token prediction block, stored after the last decoder block (DeepSeek V3, GLM-4-MoE)."""
     further = getattr(skeleton.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     found = re.match(rf"(model\.)?{re.escape(skeleton.block_prefix.removeprefix('model.'))}\.(\d+)\.", name)
     return found is not None and len(skeleton) <= int(found[2]) < len(skeleton) + further
 
 
 def check_all_read(shapes: Shapes, read: Iterable[str], skeleton: Skeleton, where: str) -> None:
-    """CheckpointError for tensors of these names and shapes that are neither read nor may be left."""
+    """CheckpointError for tensors (name -> shape) that are neither in `read` nor may be ignored."""
     read = {*read, *(source for conversion in skeleton.conversions for source in conversion.sources)}
     found = [name for name, shape in shapes.items() if name not in read and why_left(name, shape, skeleton) is None]
     if found:
@@ -56,7 +56,7 @@ def check_all_read(shapes: Shapes, read: Iterable[str], skeleton: Skeleton, wher
 
 
 def unread(names: list[str], skeleton: Skeleton, where: str) -> CheckpointError:
-    """The error for tensors that the model does not have."""
+    """The error for tensors in the files that the model does not have."""
     remedy = "config.json and weights must belong together"
     if not skeleton.predicts:
         remedy = "encoders are taken for their hidden states: save this one without its head, as AutoModel has it"

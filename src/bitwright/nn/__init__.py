@@ -1,5 +1,5 @@
-"""Any torch.nn.Module: layers on integer codes, static and dynamic quantization, weight-only, export to ONNX.
+"""Quantization of any torch.nn.Module: post-training static and dynamic, weight-only, pruning, export to ONNX.
 
-`prepare` marks where values will be codes, `calibrate` watches there, `convert` rewrites the graph. Imports: errors, numerics,
-kernels, methods, sparsity, calibration, inference.
+Static quantization: `prepare` inserts observers (`Edge`) where activations will be integers, `calibrate` records their ranges,
+`convert` rewrites the graph into integer layers. Imports: errors, numerics, kernels, methods, sparsity, calibration.
 """

@@ -1,4 +1,4 @@
-"""The arguments of calls by the names that a forward gives them: of the module itself, and of everything inside it."""
+"""Record the arguments of a module's call, and of the calls of all its submodules, by parameter name."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,7 @@ from bitwright.nn.tree import copied, named
 
 
 def bound(module: nn.Module, batch: Batch) -> dict[str, Any] | str:
-    """The arguments of a call by the names that the forward gives them; or why there are none."""
+    """A batch as arguments of the module's forward, by parameter name; or the reason why it does not fit."""
     args, named = _as_call(batch)
     try:
         return dict(inspect.signature(module.forward).bind(*args, **named).arguments)
@@ -28,7 +28,10 @@ def _as_call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @torch.no_grad()
 def arguments(root: nn.Module, example: Batch) -> dict[str, list[dict[str, Any]]]:
-    """Of each submodule, under all of its names, the arguments of all of its calls; {} for one that does not bind."""
+    """Run an example; submodule name -> arguments of each of its calls, {} for a call that does not fit its signature.
+
+    A submodule with several names is listed under each.
+    """
     root = copied(root)
     calls: dict[str, list[dict[str, Any]]] = {}
 
@@ -51,7 +54,8 @@ def arguments(root: nn.Module, example: Batch) -> dict[str, list[dict[str, Any]]
 
 
 def one_way(calls: list[dict[str, Any]]) -> dict[str, Any] | str:
-    """The arguments of the first call, if all calls give tensors for the same ones."""
+    """The arguments of the first call, if all calls pass tensors for the same parameters, and equal values for the others;
+    else the reason why not."""
     if not calls or not calls[0]:
         return "it is never called" if not calls else "it is called with more than tensors"
     names = [{name for name, value in call.items() if isinstance(value, Tensor)} for call in calls]

@@ -1,4 +1,4 @@
-"""Multi-head attention with integer projections; scores, softmax and mixing stay in float."""
+"""Multi-head attention with dynamically quantized projections; scores, softmax and weighted sums stay in float."""
 
 import math
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Make = Callable[[nn.Linear, str], DynamicProduct]
 
 
 class IntegerAttention(Replacement):
-    """`torch.nn.MultiheadAttention` whose four projections round their inputs as they come; called as that is.
+    """`torch.nn.MultiheadAttention` with four dynamically quantized projections, and the same call.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
     """
 
-    in_proj_bias = None  # a Transformer layer that sees this does not reach past this module for float weights
+    in_proj_bias = None  # keeps torch's transformer layers off the fast path, which reads float weights directly
 
     def __init__(self, source: nn.MultiheadAttention, make: Make, *, where: str) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class IntegerAttention(Replacement):
         return y, weights[0] if single else weights
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, T, E] -> [B, heads, T, E / heads]."""
+        """Split into heads: [B, T, E] -> [B, heads, T, E / heads]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def mask(self, scores: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor:
-        """What is added to the scores [B, heads, T, S]: −∞ where a mask of truth values says so, or a mask of numbers."""
+        """The sum of both masks, to be added to the scores [B, heads, T, S]: −∞ where a bool mask is True."""
         total = torch.zeros((), dtype=scores.dtype, device=scores.device)
         if attn_mask is not None:
             by_head = attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
@@ -78,7 +78,7 @@ class IntegerAttention(Replacement):
 
 
 def projections(source: nn.MultiheadAttention) -> list[nn.Linear]:
-    """The layers that make queries, keys and values, rounded as training rounded them."""
+    """The projections of queries, keys and values as Linears, with their fake quantization if they were trained with it."""
     E = source.embed_dim
     rows = [slice(i * E, i * E + E) for i in range(3)]
     biases = [None if source.in_proj_bias is None else source.in_proj_bias[part] for part in rows]
@@ -91,5 +91,5 @@ def projections(source: nn.MultiheadAttention) -> list[nn.Linear]:
 
 
 def _numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a mask is false, −∞ where it is true; numbers as they are."""
+    """A bool mask as floats, −∞ where True, else 0; a float mask unchanged."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask

@@ -1,4 +1,4 @@
-"""Weights that no layer holds: parameters that a forward multiplies by itself, found by watching it."""
+"""Find weights outside of torch.nn layers: parameters that a forward uses in a matrix product or convolution directly."""
 
 from collections.abc import Collection
 from typing import Any
@@ -16,9 +16,9 @@ MATMULS = (
 
 
 class Reads(TorchDispatchMode):
-    """Records which parameters products read outside of layers. found: the parameters' names.
+    """Dispatch mode that records the parameters which products read outside of layers. found: their names.
 
-    A tensor made of parameters alone (a transpose, a standardized weight) counts as these. What a layer gives does not.
+    A tensor computed from parameters alone (a transpose, a standardized weight) counts as these parameters.
     """
 
     def __init__(self, root: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -51,7 +51,10 @@ class Reads(TorchDispatchMode):
             if func.overloadpacket.__name__.strip("_") in PRODUCTS:
                 self.found |= {name for names in read for name in names}
             elif read and all(read) and isinstance(result, Tensor):
-                self.of[id(result)] = result, frozenset().union(*read)  # held, so that its id stays its own
+                self.of[id(result)] = (
+                    result,
+                    frozenset().union(*read),
+                )  # keeps the tensor alive, so that its id is unique
         return result
 
     def _names(self, x: Tensor) -> frozenset[str]:
@@ -61,13 +64,13 @@ class Reads(TorchDispatchMode):
 
 
 def multiplied_by_name(root: nn.Module, names: Collection[str], owners: Collection[type[nn.Module]]) -> list[str]:
-    """Those of the parameters that no layer of these kinds holds."""
+    """Those of the parameters `names` that belong to no layer of these classes."""
     inside = {id(p) for module in root.modules() if kind(module) in owners for p in module.parameters()}
     return [name for name, p in root.named_parameters() if name in names and id(p) not in inside]
 
 
 def multiplied_in(graph: fx.GraphModule) -> list[str]:
-    """Names of the parameters that products of a graph read, directly or behind operations on parameters alone."""
+    """Names of the parameters that products in a traced graph read, directly or through operations on parameters alone."""
     parameters, found = dict(graph.named_parameters()), []
     made_of: dict[fx.Node, frozenset[str]] = {}
     for node in graph.graph.nodes:

@@ -1,4 +1,4 @@
-"""What a module is called with, and what it gives."""
+"""Call a module with a batch, and collect the tensors of its output."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ Batch = Tensor | tuple[Any, ...] | dict[str, Any]  # f(x), f(*x) or f(**x)
 
 @torch.no_grad()
 def run(module: nn.Module, batch: Batch) -> Any:
-    """What the module makes of a batch, which stays as it is."""
+    """The module's output for a batch, without gradients. The batch is copied, in case the module changes it in place."""
     batch = cloned(batch)
     if isinstance(batch, dict):
         return module(**batch)
@@ -19,7 +19,7 @@ def run(module: nn.Module, batch: Batch) -> Any:
 
 
 def cloned(value: Any) -> Any:
-    """Copies of the tensors in nested tuples, lists and dicts; anything else as it is."""
+    """Copy the tensors in nested tuples, lists and dicts; other values are shared."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -29,7 +29,7 @@ def cloned(value: Any) -> Any:
 
 
 def outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
-    """All tensors that the module gives for a batch."""
+    """All tensors in the module's output for a batch."""
     return tensors(run(module, batch))
 
 

@@ -1,7 +1,6 @@
-"""A converted module held beside the one that it came from: where they differ by more than rounding explains, and where first.
+"""Compare a converted module with its float original, and locate the first operation that computes something else.
 
-What rounding explains is measured: the same places are rounded in float, and how far that moves the outputs is what integers
-may move them.
+The error that quantization explains is measured on a twin: the float module with fake quantization at the same places.
 """
 
 import copy
@@ -24,19 +23,22 @@ from bitwright.numerics.scheme import Scheme
 
 Check = Literal["error", "warn", "off"]
 CHECKS = ("error", "warn", "off")
-MORE = 3.0  # two modules rounded at the same places, not in the same way, differ by no more than this many times their errors
-LEAST = 0.05  # of the outputs' size: what is never called wrong
-WRONG = 0.25  # of the size of an operation's result: from here on it went wrong
+MORE = 3.0  # the integer module's error may be this many times the twin's
+LEAST = 0.05  # relative error of an output that is always accepted
+WRONG = 0.25  # relative difference of an operation's result from which on it counts as wrong
 
 
 def require_check(check: str) -> None:
-    """RecipeError for what is no way to check."""
+    """RecipeError for an unknown value of `check`."""
     if check not in CHECKS:
         raise RecipeError(f"unknown check {check!r}", remedy=one_of(check, CHECKS))
 
 
 def differs(expected: list[Tensor], rounded: list[Tensor], found: list[Tensor]) -> str:
-    """How the outputs of a converted module are not those of the float one; "" where rounding explains it."""
+    """Compare outputs: expected of the float module, rounded of its twin, found of the converted module.
+
+    Returns how they differ; "" if quantization explains it.
+    """
     if len(expected) != len(found):
         return f"{len(found)} outputs instead of {len(expected)}"
     for i, (a, b, c) in enumerate(zip(expected, rounded, found, strict=True)):
@@ -53,7 +55,7 @@ def differs(expected: list[Tensor], rounded: list[Tensor], found: list[Tensor]) 
 
 
 def report(message: str, where: str, check: Check) -> None:
-    """Refuse, or warn, as asked."""
+    """Raise VerificationError, or warn with check="warn"."""
     error = VerificationError(
         f"the converted module does not compute what the float module does: {message}",
         where=where,
@@ -67,9 +69,9 @@ def report(message: str, where: str, check: Check) -> None:
 def check_outputs(
     found: nn.Module, batch: Batch, expected: list[Tensor], rounded: list[Tensor], check: Check, twin: nn.Module | None = None
 ) -> None:  # fmt: skip
-    """Refuse or warn where a module's outputs differ from those expected by more than the rounded ones do.
+    """VerificationError, or a warning, if a module's outputs are further from `expected` than `rounded` (the twin's) explains.
 
-    twin: a module that rounds at the same places, to tell by it where the difference begins.
+    twin: the module with fake quantization, by which the first wrong operation is found; None: it is not looked for.
     """
     with no_fast_path():
         message = differs(expected, rounded, tensors(run(found, batch)))
@@ -84,9 +86,9 @@ def check_outputs(
 def rounded_twin(
     source: nn.Module, layers: list[tuple[str, nn.Module]], weights: Scheme, activations: Scheme | None
 ) -> nn.Module:
-    """The float module, changed: weights of these layers, and what products read, are rounded, and computed with in float.
+    """Make the twin, in place: the float module with quantized and dequantized weights of these layers.
 
-    activations: how products' inputs are rounded as they come; None: they are not.
+    activations: scheme of the dynamic quantization of products' inputs; None: none.
     """
     for _, layer in layers:
         for parameter in layer.parameters():
@@ -119,7 +121,7 @@ def _rounding(scheme: Scheme, *, images: bool) -> Callable[..., Any]:
 
 
 def first_wrong(twin: nn.Module, found: nn.Module, batch: Batch) -> str:
-    """The name of the first operation whose result is not the twin's; of the worst, where none is far off."""
+    """The name of the first operation whose result differs from the twin's by `WRONG`; of the worst if none does."""
     expected: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     order: list[str] = []
@@ -145,7 +147,7 @@ def first_wrong(twin: nn.Module, found: nn.Module, batch: Batch) -> str:
 
 
 def _pairs(twin: nn.Module, found: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Modules of the two that stand for one another: by the nodes of graphs, else by their names."""
+    """(Name, twin's module, converted module) for modules that correspond: by the nodes of graphs, else by name."""
     others, done = dict(twin.named_modules()), set[int]()
     for path, module in found.named_modules():
         other = others.get(path)
@@ -183,7 +185,7 @@ def _keep(into: dict[str, Tensor], name: str, order: list[str]) -> Callable[...,
 
 
 def in_phase(prepared: nn.Module, phase: Phase) -> nn.Module:
-    """A copy of a prepared module whose edges are in this phase."""
+    """A copy of a prepared module with all edges in this phase."""
     twin = copy.deepcopy(prepared)
     for module in twin.modules():
         if isinstance(module, Edge):

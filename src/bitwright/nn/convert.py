@@ -1,4 +1,4 @@
-"""A calibrated or trained module to integers: graphs rewritten so that codes flow from layer to layer."""
+"""`convert`: rewrite the graphs of a calibrated or trained module into integer layers, with int8 activations between them."""
 
 import copy
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from bitwright.numerics.scheme import TOKEN
 
 @torch.no_grad()
 def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
-    """The integer module: int8 weights, int8 values between layers, float where no integer form exists.
+    """The integer module: int8 weights, int8 activations between layers, float where there is no integer form.
 
-    LSTM, GRU, RNN and attention become dynamic layers. `prepared` stays as it is.
+    LSTM, GRU, RNN and attention become dynamic layers. `prepared` is not changed.
 
-    check  the first batch that calibrated (or the example, without calibration) runs through the float module, through
-           one that rounds in float, and through the integers. Where these differ from the float module by more than
-           rounding explains, the first operation that went wrong is named: "error", "warn"; "off": nothing is compared
+    check  the first calibration batch (or the example) is run through the float module, through one with fake quantization,
+           and through the integer module. If this differs from float by more than quantization explains, the first wrong
+           operation is named, as an "error" or a warning ("warn"); "off": no comparison
 
-    Raises RecipeError for a module that was not prepared, was converted already, or is in training mode;
-    CalibrationError, naming the place, where no values were seen; VerificationError where `check` finds a difference.
+    Raises RecipeError for a module that was not prepared, was converted already, or is in training mode; CalibrationError,
+    with the edge's name, if it saw no values; VerificationError if `check` finds a difference.
     """
     require_prepared(prepared)
     require_mode(prepared, training=False)
@@ -57,7 +57,8 @@ def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
 
 
 def _check(prepared: Prepared, converted: nn.Module, check: Check) -> None:
-    """Hold the integer module beside the float one, or the trained one, whose rounding is told by leaving it out."""
+    """Compare the integer module with the float one. A trained module is compared with its own fake-quantized outputs; how far
+    those are from its float outputs is what quantization explains."""
     twin = in_phase(prepared, "round")
     if any(edge.phase in ("round", "follow") for edge in prepared.edges()):
         explained, expected = outputs(in_phase(prepared, "pass"), prepared.batch), outputs(twin, prepared.batch)
@@ -68,7 +69,7 @@ def _check(prepared: Prepared, converted: nn.Module, check: Check) -> None:
 
 
 def entered(module: Entered, prepared: Prepared, where: str) -> nn.Module:
-    """The integer form of a single layer, with the step into its codes."""
+    """The integer form of a single layer with the quantization of its input."""
     edge, layer = module.edge, module.layer
     assert isinstance(edge, Edge) and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
     q, activations = weight_of(layer, prepared.weights, where), prepared.activations
@@ -80,7 +81,7 @@ def entered(module: Entered, prepared: Prepared, where: str) -> nn.Module:
 
 
 class Rewriting:
-    """One graph, rewritten operation by operation. `affines`: of the nodes whose values are codes."""
+    """Rewrites one graph into integer operations. affines: node with integer values -> its affine (static.py)."""
 
     def __init__(self, graph: fx.GraphModule, prepared: Prepared, prefix: str) -> None:
         self.graph, self.prepared, self.prefix = graph, prepared, prefix
@@ -94,7 +95,7 @@ class Rewriting:
         }
 
     def run(self) -> None:
-        """Rewrite, in the order of computation."""
+        """Rewrite all nodes, in the order of computation."""
         for node in list(self.graph.graph.nodes):
             if self.is_edge(node):
                 self.edge(node)
@@ -112,7 +113,7 @@ class Rewriting:
         self.graph.recompile()
 
     def edge(self, node: fx.Node) -> None:
-        """An edge disappears into the integer operation before it, or becomes the step from float to codes."""
+        """Remove an edge: it becomes the requantization of the integer operation before it, or a `Quantize`."""
         edge, source = self.layers[node], first(node)
         assert isinstance(edge, Edge) and source is not None
         if edge.scheme.group == TOKEN:
@@ -133,7 +134,7 @@ class Rewriting:
         self.affines[node] = whole
 
     def become(self, node: fx.Node, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Let a node call this module instead. It is named after the layer whose place it takes."""
+        """Let a node call this module instead, under the name of the layer that it replaces."""
         name = str(node.target)
         if isinstance(module, IntegerProduct):
             name = module.where.removeprefix(self.prefix).lstrip(".")
@@ -143,7 +144,7 @@ class Rewriting:
         node.op, node.target, node.args, node.kwargs = "call_module", name, inputs, {}
 
     def product(self, node: fx.Node, exit: Tensor) -> nn.Module:
-        """The integer form of a Linear or convolution."""
+        """The static form of a Linear or convolution. exit: affine of the output, empty for float."""
         layer, where, q, lender = self.weights(node)
         activations = self.prepared.activations
         return StaticProduct(
@@ -151,13 +152,13 @@ class Rewriting:
         )
 
     def on_tokens(self, node: fx.Node) -> nn.Module:
-        """The integer form of a Linear or convolution whose inputs are rounded as they come."""
+        """The dynamic form of a Linear or convolution."""
         layer, where, q, lender = self.weights(node)
         activations = self.prepared.activations
         return DynamicProduct.of(layer, q, activations=activations, where=where, lender=lender)
 
     def weights(self, node: fx.Node) -> tuple[Any, str, QTensor, Any]:
-        """Of a product: the float layer, its name, its codes, and the integer form of an earlier call, which holds them."""
+        """For a product: the float layer, its name, its quantized weight, and the integer form of an earlier call, or None."""
         layer, name = self.layers[node], str(node.target)
         where = f"{self.prefix}.{name}".lstrip(".")
         if name not in self.quantized:
@@ -175,23 +176,23 @@ class Rewriting:
         return StaticMean(self.function(node), self.entry(node), exit)
 
     def table(self, node: fx.Node, exit: Tensor) -> nn.Module:
-        """The integer form of a function of one value."""
+        """The integer form of a unary function: a lookup table."""
         return Table(self.function(node), self.entry(node), exit, label=str(node.target))
 
     def entry(self, node: fx.Node) -> Tensor:
-        """The affine of the codes that a node reads first."""
+        """The affine of a node's first argument."""
         source = first(node)
         assert source is not None
         return self.affines[source]
 
     def function(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
-        """What a node computes of its first argument."""
+        """A node's operation as a function of its first argument."""
         if node.op == "call_module":
             return self.layers[node]
         return Call(node.op, node.target, tuple(node.args[1:]), dict(node.kwargs))
 
     def to_float(self, node: fx.Node) -> None:
-        """Readers of codes that are not integer operations get floats."""
+        """Insert a `Dequantize` between a node with integer values and its readers that compute in float."""
         readers = [user for user in node.users if not self.reads_codes(user)]
         if not readers:
             return
@@ -203,24 +204,24 @@ class Rewriting:
             reader.replace_input_with(node, new)
 
     def reads_codes(self, node: fx.Node) -> bool:
-        """Whether a node computes on codes, or only asks for a shape."""
+        """Whether a node computes on integers, or reads only the shape."""
         module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         integer = isinstance(module, StaticProduct | StaticAdd | StaticMax | StaticMean | Table)
         return integer or (node in self.affines and self.role(node) == CARRY) or self.role(node) == SHAPE
 
     def leads_to_edge(self, node: fx.Node) -> bool:
-        """Whether an edge stands behind a node, or behind the ReLU that follows it."""
+        """Whether an edge follows a node, or the ReLU that is fused into it."""
         users = list(node.users)
         if fuses(node, self.roles):
             users = list(users[0].users)
         return any(self.is_edge(user) for user in users)
 
     def is_edge(self, node: fx.Node) -> bool:
-        """Whether a node is a place where values become codes."""
+        """Whether a node is an edge."""
         return isinstance(self.layers.get(node), Edge)
 
     def role(self, node: Any) -> str:
-        """A node's role before rewriting; "" for what is no node."""
+        """A node's role before rewriting; "" for anything else."""
         return self.roles.get(node, "") if isinstance(node, fx.Node) else ""
 
 
@@ -235,7 +236,7 @@ MAKERS: dict[str, Callable[[Rewriting, fx.Node, Tensor], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """A function or method of a graph as a function of its first argument."""
+    """A function or method call in a graph, as a function of its first argument."""
 
     op: str
     target: Any
@@ -249,7 +250,7 @@ class Call:
 
 
 def clipped(affine: Tensor, highest: float) -> Tensor:
-    """The affine with its codes kept between those of 0 and of the highest value: a ReLU."""
+    """Fuse a ReLU into an affine: codes are clamped to those of 0 and `highest`."""
     scale, zero, low, high = affine.tolist()
     top = min(high, zero + round(min(highest, 256 * scale) / scale))
     return torch.tensor([scale, zero, max(low, zero), top])

@@ -1,4 +1,4 @@
-"""What other code reads of a layer besides calling it: the same attributes on the integer layer that replaces it."""
+"""Base class of quantized layers that replace float ones: they have the same attributes (in_features, kernel_size, …)."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import RecipeError
 
-# Of each kind of layer, what describes it and does not change.
+# Attributes that are copied from a float layer, by its class.
 DESCRIBED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     **dict.fromkeys(
@@ -28,15 +28,15 @@ DESCRIBED: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Replacement(nn.Module):
-    """A layer in the place of a float one.
+    """A quantized layer that replaces a float one.
 
-    dtype  of the float layer: what it gives. `.half()` and the like change this alone: codes and scales stay as they are.
+    dtype  dtype of the output, that of the float layer. `.half()` and the like change only this, not codes and scales
     """
 
     dtype: torch.dtype
 
     def describe(self, source: nn.Module) -> None:
-        """Take over what describes the float layer."""
+        """Copy dtype and descriptive attributes from the float layer."""
         parameter = next(source.parameters(), None)
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         for kind, names in DESCRIBED.items():
@@ -44,7 +44,7 @@ class Replacement(nn.Module):
                 vars(self).update({name: getattr(source, name) for name in names})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As torch's, but for the types of codes and scales."""
+        """As nn.Module's, but the dtypes of buffers (codes, scales) do not change."""
 
         def apply(x: Tensor) -> Tensor:
             moved = fn(x)

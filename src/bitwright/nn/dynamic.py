@@ -1,4 +1,4 @@
-"""Post-training dynamic quantization: weights to integers now, activations as they come. No calibration."""
+"""Post-training dynamic quantization: integer weights; activations are quantized at run time, without calibration."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -41,18 +41,18 @@ def quantize_dynamic(
     example_inputs: Batch | None = None,
     check: Check = "error",
 ) -> nn.Module:
-    """A module whose Linear, convolutions, LSTM, GRU, RNN, MultiheadAttention and Embedding hold and multiply integers.
+    """Replace Linear, convolutions, LSTM, GRU, RNN, MultiheadAttention and Embedding by dynamically quantized integer layers.
 
     scheme          of the weights: integers, ternary or binary; by channel, or in groups for Linear
-    activations     "int8-token" or "int8-token-asym", or fewer bits: each row (of a convolution: each image) by its range
+    activations     "int8-token" or "int8-token-asym", or fewer bits: per row, for a convolution per image
     keep            patterns of module names -> "float", or "bf16" for float weights and products in bfloat16
     inplace         change `module` itself; otherwise a copy is changed
-    example_inputs  a batch on which the result is held beside the float module, as in `convert`; None: it is not
-    check           what happens where they differ by more than rounding explains: "error", "warn", "off"
+    example_inputs  a batch on which the result is compared with the float module, as in `convert`; None: no comparison
+    check           if they differ by more than quantization explains: "error", "warn", "off"
 
-    Raises RecipeError for a module in training mode, one with nothing to quantize, a weight that no layer holds, or a
-    pattern that matches nothing; SchemeError for schemes whose codes are not integers; NumericsError for weights that
-    are not finite; VerificationError where the result is not the module.
+    Raises RecipeError for a module in training mode, one with nothing to quantize, a weight outside of torch.nn layers, or
+    a pattern that matches nothing; SchemeError for schemes whose codes are not integers; NumericsError for weights that
+    are not finite; VerificationError if `check` finds a difference.
     """
     require_mode(module, training=False)
     require_check(check)
@@ -76,13 +76,13 @@ def quantize_dynamic(
 
 
 def dynamic(module: nn.Module, weights: Scheme, activations: Scheme, *, where: str) -> nn.Module:
-    """The integer form of one module of a kind in `DYNAMIC`."""
+    """The dynamic integer form of one module of a class in `DYNAMIC`."""
     check_group(weights, module, where)
     return DYNAMIC[kind(module)](module, weights, activations, where)
 
 
 def quantized(w: Tensor, scheme: Scheme, where: str) -> QTensor:
-    """A weight [N, ...] rounded to nearest, as a matrix with a convolution's channels last."""
+    """A weight [N, ...] rounded to nearest, as a matrix [N, K] (`matrix`). NumericsError for NaN or Inf."""
     flat = matrix(w.detach().float())
     if not bool(torch.isfinite(flat).all()):
         raise NumericsError("the weights are not finite", where=where, remedy="look for NaN or Inf in the module")
@@ -91,7 +91,7 @@ def quantized(w: Tensor, scheme: Scheme, where: str) -> QTensor:
 
 
 def weight_of(layer: nn.Module, scheme: Scheme, where: str, name: str = "weight") -> QTensor:
-    """A layer's weight rounded: under the scales that training used, if it was trained, else to nearest."""
+    """A layer's quantized weight: with the scales of its quantization-aware training, or else rounded to nearest."""
     w, fake = trained(layer, name)
     return quantized(w, scheme, where) if fake is None else fake.encoded(w)
 
@@ -101,7 +101,7 @@ def _product(module: Source, weights: Scheme, activations: Scheme, where: str) -
 
 
 def _part(weights: Scheme, activations: Scheme, where: str) -> Callable[[nn.Linear, str], DynamicProduct]:
-    """How the matrices inside a module are made integer."""
+    """A function that makes the integer form of a matrix inside a module (`where`)."""
     return lambda source, name: _product(source, weights, activations, f"{where}.{name}")
 
 
@@ -147,13 +147,13 @@ DYNAMIC: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 def nothing_to_quantize(module: nn.Module) -> RecipeError:
-    """The error for a module without any layer that has an integer form (or with all of them kept)."""
+    """The error for a module in which no layer can be quantized, or all are kept in float."""
     kinds = ", ".join(kind.__name__ for kind in DYNAMIC)
     return RecipeError("nothing to quantize", where=type(module).__name__, remedy=f"a module with any of {kinds}")
 
 
 def refuse_bare_weights(module: nn.Module, kept: Kept, example: Batch | None) -> None:
-    """RecipeError for a weight that no layer holds, found by running the example or, without one, by tracing."""
+    """RecipeError for a weight outside of torch.nn layers, found by running the example or, without one, by tracing."""
     held = {id(p) for child in module.modules() if kind(child) in DYNAMIC for p in child.parameters()}
     names = [name for name, p in module.named_parameters() if p.ndim > 1 and id(p) not in held]
     if not any(not kept.covers(name) for name in names):
@@ -171,14 +171,14 @@ def refuse_bare_weights(module: nn.Module, kept: Kept, example: Batch | None) ->
 
 
 def bare_weight(name: str) -> RecipeError:
-    """The error for a weight that no layer holds."""
+    """The error for a weight outside of torch.nn layers."""
     message = "a product with a weight that no layer of torch.nn holds"
     return RecipeError(message, where=name, remedy=f'use a layer, or keep={{"{name}": "float"}}')
 
 
 @torch.no_grad()
 def read_by_products(module: nn.Module, example: Batch) -> set[str]:
-    """Names of the parameters by which a forward multiplies outside of layers."""
+    """Names of the parameters that a forward uses in products outside of layers."""
     layers = [child for child in module.modules() if kind(child).__module__.startswith("torch.nn.modules")]
     layers = [child for child in layers if not list(child.children()) or kind(child) in DYNAMIC]
     with no_fast_path(), Reads(module, layers) as reads:

@@ -1,4 +1,4 @@
-"""Where values will be codes: a tree of modules made into graphs with an edge at each such place."""
+"""Trace a module into graphs, and insert an `Edge` (observer, fake quantization) where activations will be quantized."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from bitwright.numerics.scheme import TOKEN, Scheme
 
 
 class Maker:
-    """Makes graphs with edges out of a tree of modules. training: they are to be trained, not only run in eval mode."""
+    """Turns a tree of modules into graphs with edges. training: for quantization-aware training, not only for eval mode."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Maker:
         self.done: dict[int, nn.Module] = {}
 
     def made(self, module: nn.Module, name: str) -> nn.Module:
-        """The module as a graph with edges if it can be one; else itself, with its children so made."""
+        """The module as a graph with edges if it can be traced; else itself, with its children turned into graphs."""
         if id(module) not in self.done:
             self.done[id(module)] = self._made(module, name)
         return self.done[id(module)]
@@ -64,19 +64,19 @@ class Maker:
         return graph
 
     def unreached(self, module: nn.Module, name: str) -> bool:
-        """Whether the example calls neither a module nor anything in it: an auxiliary head that only trains stays float."""
+        """Whether the example calls neither a module nor any submodule, as an auxiliary head for training; it stays float."""
         inside = (f"{name}.{path}".rstrip(".") for path, _ in module.named_modules(remove_duplicate=False))
         return not any(path in self.calls for path in inside)
 
     def entered(self, module: nn.Module, name: str) -> nn.Module:
-        """A single layer with its edge; itself where it has no integer form."""
+        """A single layer with an edge at its input; the layer itself if it has no integer form."""
         if has_no_integer_form(module):
             return module
         check_group(self.weights, module, name)
         return Entered(self.edge(f"{name}.input".lstrip("."), images=not isinstance(module, nn.Linear)), module)
 
     def graph(self, module: nn.Module, name: str) -> fx.GraphModule | str:
-        """The module as a graph without side effects, whose products are layers; or why it cannot be one."""
+        """The module as a graph without in-place operations, whose products are layers; or the reason why it has none."""
         if type(module).__module__.startswith("torch.nn.modules") and not list(module.children()):
             return "a single operation"
         given = bound(module, self.example) if not name else one_way(self.calls.get(name, []))
@@ -105,7 +105,7 @@ class Maker:
         return graph
 
     def refuse_own_weights(self, module: nn.Module, name: str, reason: str) -> None:
-        """RecipeError for a module that cannot be traced and multiplies by a matrix itself: nothing would quantize it."""
+        """RecipeError for a module that cannot be traced and uses a weight of its own in a product: it would stay float."""
         for parameter_name, _ in module.named_parameters(recurse=False):
             full = f"{name}.{parameter_name}".lstrip(".")
             if full in self.multiplied:
@@ -115,7 +115,7 @@ class Maker:
                 raise RecipeError(message, where=where, remedy=remedy)
 
     def insert_edges(self, graph: fx.GraphModule, prefix: str) -> None:
-        """Edges behind all values that will be codes: results of integer operations, and inputs of products."""
+        """Insert an edge after every value that will be quantized: results of integer operations, inputs of products."""
         roles = {node: role_unless_kept(graph, node, prefix, self.kept) for node in graph.graph.nodes}
         for node in (node for node in roles if roles[node] == PRODUCT):
             check_group(self.weights, graph.get_submodule(str(node.target)), f"{prefix}.{node.target}".lstrip("."))
@@ -136,13 +136,13 @@ class Maker:
         graph.recompile()
 
     def edge(self, where: str, *, images: bool) -> Edge:
-        """A place where values will be codes."""
+        """A new edge. where: for errors; images: see `Edge`."""
         return Edge(self.activations, observer=self.observer, percentile=self.percentile, where=where, images=images)
 
     def insert(
         self, graph: fx.GraphModule, node: fx.Node, readers: list[fx.Node], prefix: str, *, images: bool = False
     ) -> None:
-        """An edge behind a node, for those that read it."""
+        """Insert an edge after a node, for the given readers."""
         what = str(node.target) if node.op in ("call_module", "placeholder") else node.name
         name = f"{node.name}_codes"
         name = f"{name}_images" if name in dict(graph.named_children()) else name
@@ -154,7 +154,7 @@ class Maker:
 
 
 def bare_names(root: nn.Module, kept: Kept, example: Batch) -> set[str]:
-    """Names of parameters that no layer holds, that are not kept, and that products read."""
+    """Names of parameters outside of layers, not kept in float, that products read."""
     held = {id(p) for child in root.modules() if kind(child) in DYNAMIC for p in child.parameters()}
     names = {name for name, p in root.named_parameters() if p.ndim > 1 and id(p) not in held}
     names = {name for name in names if not kept.covers(name)}
@@ -162,9 +162,9 @@ def bare_names(root: nn.Module, kept: Kept, example: Batch) -> set[str]:
 
 
 def hold_weights(graph: fx.GraphModule, source: nn.Module, prefix: str, kept: Kept) -> set[int]:
-    """Weights of layers that are read without calling these become modules of their own; their ids.
+    """Turn weights of layers that a graph reads without calling the layer into modules; ids of these weights.
 
-    So they are rounded, and stored as integers, where a layer's function is computed by other means.
+    They are then quantized too, although the product itself is computed in float.
     """
     found: set[int] = set()
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:

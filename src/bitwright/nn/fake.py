@@ -1,4 +1,4 @@
-"""Fake quantization: rounded forward, straight through backward; of weights, and of the values between layers."""
+"""Fake quantization of weights and activations: quantize and dequantize forward, straight-through estimator backward."""
 
 import copy
 from dataclasses import replace
@@ -18,10 +18,10 @@ Phase = Literal["pass", "watch", "round", "follow"]
 
 
 class StraightThrough(torch.autograd.Function):
-    """decode(encode(x)) forward. Backward, x gets the gradient as it is, and the scale gets LSQ's.
+    """decode(encode(x)) forward. Backward, x gets the gradient unchanged (straight-through), and the scale gets LSQ's.
 
-    clip: no gradient for an x outside the range of the codes: for activations, and where scales are learned. Weights
-    under scales of their own always get it, or those beyond a mean magnitude (ternary, binary) would never move again.
+    clip: x outside the range of the codes gets no gradient, for activations and learned scales. Weights whose scales follow
+    them always get it; otherwise weights beyond the mean magnitude (ternary, binary) would never change.
 
     Sources: Bengio et al. 2013, arXiv:1308.3432 (the estimator); Esser et al. 2020, arXiv:1902.08153, eq. 3 (the
     scale's gradient: the code less x / s inside the range, the code at its ends); Ma et al. 2024, arXiv:2402.17764
@@ -39,7 +39,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, scale, zero, decoded) = grads, ctx.saved_tensors
         low, high = _limits(ctx.scheme)
-        if ctx.scheme.zero == "min":  # w = s·c + m: a minimum is a float, and moves the codes' range
+        if ctx.scheme.zero == "min":  # w = s·c + m: the minimum is subtracted, the rest is symmetric
             x, decoded, zero = x - zero, decoded - zero, torch.zeros_like(zero)
         ratio, value = x / safe(scale), decoded / safe(scale)
         inside = (ratio >= low - zero) & (ratio <= high - zero)
@@ -50,7 +50,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def _limits(scheme: Scheme) -> tuple[float, float]:
-    """The range of w / s (+ z) that rounding moves by half a step at most."""
+    """The range of w / s (+ z) that is not clipped: rounding changes it by at most half a step."""
     if scheme.levels.levels is not None:
         return min(scheme.levels.levels), max(scheme.levels.levels)
     low, high = code_range(scheme)
@@ -58,7 +58,7 @@ def _limits(scheme: Scheme) -> tuple[float, float]:
 
 
 def fake(x: Tensor, scales: Scales, scheme: Scheme, *, clip: bool = True) -> Tensor:
-    """A matrix x [N, K] as its codes stand for it, straight through for gradients; computed in float32."""
+    """Fake quantization of x [N, K], with straight-through gradients; computed in float32."""
     zero = None if scales.zero is None else scales.zero[..., None]
     grouped = group_view(x.float(), scheme)
     decoded: Tensor = StraightThrough.apply(  # type: ignore[no-untyped-call]
@@ -68,11 +68,11 @@ def fake(x: Tensor, scales: Scales, scheme: Scheme, *, clip: bool = True) -> Ten
 
 
 class Step(nn.Module):
-    """A learned scale: LSQ's gradient, damped by 1 / √(values · highest level) (section 2.2), on the scale's exponent.
+    """Learned scales (LSQ): the parameter is log2(scale / start); gradients are scaled by 1 / √(values · highest level)
+    (LSQ, arXiv:1902.08153, section 2.2).
 
-    With the exponent as the parameter, a step of an optimizer changes the scale by a factor, whatever its size and
-    the learning rate's: Jain et al. 2020, arXiv:1903.08066, section 3. Zero points and minima stay where the first
-    range put them.
+    With the exponent as the parameter, an optimizer's step changes the scale by a factor that does not depend on the scale's
+    size: Jain et al. 2020, arXiv:1903.08066, section 3. Zero points and minima are not learned.
     """
 
     start: Tensor
@@ -88,7 +88,7 @@ class Step(nn.Module):
         self.damping = (count / first.scale.numel() * max(1.0, highest)) ** -0.5
 
     def forward(self) -> Scales:
-        """The scales as they will be stored, with the damped gradient."""
+        """The scales as they will be stored (snapped), with the scaled gradient."""
         wanted = self.start * torch.exp2(self.exponent)
         stored = snap(wanted.detach(), self.zero, self.scheme)
         damped = wanted * self.damping
@@ -96,9 +96,9 @@ class Step(nn.Module):
 
 
 class FakeWeight(nn.Module):
-    """What becomes of a weight: what its codes stand for. The scales follow the weight, or are learned.
+    """Fake quantization of a weight. Scales are recomputed from the weight, or learned.
 
-    mask  of the weights that are not 0, where some are and not all: what was pruned stays 0 while the others train
+    mask  True for weights that are not 0, if some are: pruned weights stay 0 in training; else None
     """
 
     mask: Tensor | None
@@ -112,7 +112,7 @@ class FakeWeight(nn.Module):
         self.learned = Step(first, w.numel(), scheme) if learned else None
 
     def scales(self, w: Tensor) -> Scales:
-        """The scales under which w [N, K] is rounded now."""
+        """The current scales for a weight w [N, K]."""
         return fit(w.detach().float(), self.scheme) if self.learned is None else self.learned()
 
     def pruned(self, w: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ class FakeWeight(nn.Module):
         return w if self.mask is None else w * self.mask
 
     def encoded(self, w: Tensor) -> QTensor:
-        """The codes of a weight, as a matrix with a convolution's channels last."""
+        """The quantized weight, as a matrix [N, K] with a convolution's channels last."""
         flat = matrix(self.pruned(w).detach().float())
         found = self.scales(flat)
         return encode(flat, replace(found, scale=found.scale.detach()), self.scheme)
 
     def part(self, rows: slice) -> Self:
-        """The same for some rows of the weight."""
+        """The fake quantization of some rows of the weight."""
         part = copy.deepcopy(self)
         part.mask = None if self.mask is None else self.mask[rows]
         if part.learned is not None:
@@ -142,11 +142,11 @@ class FakeWeight(nn.Module):
 
 
 class Edge(nn.Module):
-    """A place between layers where values are to be codes.
+    """Observer and fake quantization of one activation, at a place where `convert` will make it integer.
 
-    phase  "pass": nothing happens; "watch": the histogram counts what comes by; "round": the values are rounded to
-           what codes stand for; "follow": both while training, and in eval mode they are rounded.
-    images  under a scheme by token, whether a token is a whole image, as for a convolution, or a row
+    phase   "pass": does nothing; "watch": records the range; "round": fake quantization; "follow": in training records a moving
+            average of the range and quantizes, in eval mode only quantizes
+    images  for schemes per token: whether a token is a whole image (convolutions) rather than a row
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Edge(nn.Module):
         self.phase: Phase = "pass"
         self.histogram = Histogram(where)
         self.learned: Step | None = None
-        self.values = 0  # in one sample of what came by
+        self.values = 0  # number of values in one sample
 
     def forward(self, x: Tensor) -> Tensor:
         if self.phase == "watch":
@@ -177,7 +177,7 @@ class Edge(nn.Module):
         return fake(rows, fit(rows.detach(), self.scheme), self.scheme, clip=False).view(x.shape)
 
     def scales(self) -> Scales:
-        """The scale [1, 1] (and zero) of the codes: 1 where all values were 0. CalibrationError where no range was seen."""
+        """The scale [1, 1] (and zero point); 1 if all values were 0. CalibrationError if no range was recorded."""
         if self.learned is not None:
             return self.learned()
         if not self.histogram.tokens and not self.histogram.batches:
@@ -187,15 +187,15 @@ class Edge(nn.Module):
         return replace(found, scale=safe(found.scale))
 
     def get_extra_state(self) -> Tensor:
-        """The ranges seen, as one float64 tensor: what state dicts, safetensors files among them, hold of an edge."""
+        """The recorded histogram as one float64 tensor, for state dicts and safetensors files."""
         return self.histogram.packed()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """What `get_extra_state` gave."""
+        """Restore the histogram from `get_extra_state`."""
         self.histogram = Histogram.unpacked(state, where=self.where)
 
     def learn(self) -> None:
-        """Make the scale a parameter, starting from the range seen. LSQ counts the values of one sample."""
+        """Make the scale a learned parameter (LSQ), starting from the recorded range."""
         self.learned = Step(self.scales(), max(1, self.values), self.scheme)
 
     def affine(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Graphs without side effects: in-place operations made functional, arguments in their places, functional calls made layers."""
+"""Normalize a traced graph: in-place operations become functional, keyword arguments positional, functional calls layers."""
 
 import inspect
 import operator
@@ -12,7 +12,7 @@ from torch.nn import functional
 from bitwright.nn.trace import first
 from bitwright.nn.tree import Kept
 
-# What `y += z` does for tensors, and what gives the same as a new one.
+# In-place operators, and those that give the same as a new tensor.
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
@@ -22,9 +22,10 @@ IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def functionalized(graph: fx.GraphModule, example: tuple[Any, ...], *, root: bool) -> str | None:
-    """Rewrite a graph, run on an example, so that no operation changes its inputs; or say why that cannot be done.
+    """Replace all in-place operations of a graph; returns None, or the reason why that is not possible.
 
-    root: the module itself, not a part: that nobody reads its inputs afterwards. Nodes with tensors get meta["shape"].
+    example: the inputs, on which the graph is run to see what changes in place. root: the graph is the whole module, whose
+    inputs nobody reads afterwards. Nodes with tensors get meta["shape"].
     """
     _positional(graph)
     watched = _Watched(graph)
@@ -51,9 +52,9 @@ def functionalized(graph: fx.GraphModule, example: tuple[Any, ...], *, root: boo
 
 
 class _Watched(fx.Interpreter):
-    """A run of a graph that sees by their versions which tensors each node changes.
+    """Interprets a graph, and detects by torch's version counters which tensors each node changes in place.
 
-    changes: for each such node the nodes whose values it changed, and whether each is the very tensor that it returns.
+    changes: node -> the nodes whose values it changed, and whether each is the same tensor as its result.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -91,7 +92,7 @@ class _Watched(fx.Interpreter):
 
 
 def _same(x: Tensor, result: Any) -> bool:
-    """Whether a result is a tensor, wherever it came from: same memory, same shape."""
+    """Whether a result is the tensor x: same memory, shape and strides."""
     return isinstance(result, Tensor) and (x.data_ptr(), x.shape, x.stride()) == (
         result.data_ptr(),
         result.shape,
@@ -102,7 +103,7 @@ def _same(x: Tensor, result: Any) -> bool:
 def _obstacle(
     graph: fx.GraphModule, node: fx.Node, changed: dict[fx.Node, bool], order: dict[fx.Node, int]
 ) -> str | None:
-    """Why an operation that changes these values cannot be replaced by one that does not."""
+    """The reason why an in-place operation cannot be replaced by a functional one; None if it can."""
     if not _functional_form(graph, node, only_ask=True):
         return f"{node.name} changes its input in place, and has no other form"
     for before, same in changed.items():
@@ -116,7 +117,7 @@ def _obstacle(
 
 
 def _functional_form(graph: fx.GraphModule, node: fx.Node, *, only_ask: bool = False) -> bool:
-    """Make a node return a new tensor; False where there is no such form."""
+    """Replace a node's in-place operation by the functional one; False if there is none. only_ask: do not replace."""
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         if isinstance(getattr(module, "inplace", None), bool) and not only_ask:
@@ -129,7 +130,8 @@ def _functional_form(graph: fx.GraphModule, node: fx.Node, *, only_ask: bool = F
 
 
 def _functional_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Target and arguments of x.add(y) for x.add_(y), F.relu(x) for F.relu_(x) or F.relu(x, inplace=True), or no target."""
+    """Target and arguments of the functional form, such as x.add(y) for x.add_(y), F.relu(x) for F.relu_(x) or inplace=True;
+    target None if there is none."""
     target, args, kwargs = node.target, node.args, node.kwargs
     name = str(target) if isinstance(target, str) else getattr(target, "__name__", "")
     plain = name[:-1] if name.endswith("_") and not name.startswith("_") else ""
@@ -157,7 +159,7 @@ def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def _positional(graph: fx.GraphModule) -> None:
-    """Inputs given by name (layer(input=x), torch.add(input=a, other=b)) put where roles look for them."""
+    """Make keyword arguments positional (layer(input=x), torch.add(input=a, other=b)), as the other passes expect."""
     for node in graph.graph.nodes:
         if node.op == "call_module" and node.kwargs:
             bound = inspect.signature(graph.get_submodule(str(node.target)).forward).bind(*node.args, **node.kwargs)
@@ -177,7 +179,7 @@ CONVOLUTIONS: dict[Callable[..., Any], type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] 
 
 
 def lift_products(graph: fx.GraphModule, prefix: str, kept: Kept) -> set[int]:
-    """Make layers of F.linear and F.conv* whose weights are parameters; the ids of those weights."""
+    """Replace F.linear and F.conv* with parameters as weights by layers; returns the ids of these weights."""
     parameters = dict(graph.named_parameters())
     lifted: set[int] = set()
     for node in list(graph.graph.nodes):
@@ -203,7 +205,7 @@ def lift_products(graph: fx.GraphModule, prefix: str, kept: Kept) -> set[int]:
 
 
 def forget(graph: fx.GraphModule, target: str) -> None:
-    """Take a parameter that nothing reads any more out of the graph, where no layer holds it."""
+    """Remove a parameter that no node reads any more, unless a layer holds it."""
     owner, _, name = target.rpartition(".")
     if any(node.op == "get_attr" and node.target == target for node in graph.graph.nodes):
         return
@@ -220,9 +222,9 @@ POOLS: dict[Callable[..., Any], type[nn.Module]] = {
 
 
 def lift_calls(graph: fx.GraphModule, training: dict[str, float]) -> None:
-    """Make layers of functional max pools, which have an integer form, and of F.dropout, whose mode is then the module's.
+    """Replace functional max pools, which have an integer form, and F.dropout by layers; dropout then follows training mode.
 
-    training: of each F.dropout that is one in training mode, by its node's name, how much it drops.
+    training: name of each F.dropout node that is active in training -> its rate.
     """
     for node in list(graph.graph.nodes):
         named = dict(zip(POOL, node.args, strict=False)) | node.kwargs
@@ -246,7 +248,7 @@ def _held(node: Any, parameters: dict[str, nn.Parameter]) -> nn.Parameter | None
 
 
 def _constant(named: dict[str, Any]) -> bool:
-    """Whether a convolution's geometry is known beforehand."""
+    """Whether a convolution's stride, padding, dilation and groups are constants."""
     return not any(isinstance(named.get(name), fx.Node) for name in GEOMETRY)
 
 
@@ -267,7 +269,7 @@ def _layer(function: Any, weight: nn.Parameter, bias: nn.Parameter | None, geome
 
 
 def _free_name(graph: fx.GraphModule, owner: str, node: fx.Node) -> str:
-    """The name of the module that held the weight, where only its weight and bias are read; else the node's."""
+    """A name for a new layer: that of the module that held the weight, if nothing else of it is used; else the node's."""
     path = f"{owner}."
     users = [n for n in graph.graph.nodes if n.op in ("call_module", "get_attr") and str(n.target).startswith(path)]
     alone = all(set(n.users) == {node} for n in users)

@@ -1,10 +1,10 @@
-"""The arithmetic of integer layers: int8 × int8 summed in int32, and one float scale at the end.
+"""Integer arithmetic of quantized layers: int8 × int8 products accumulated in int32, then scaled in float32.
 
-An activation is x ≈ s·(c − z), a weight w ≈ t·v with an int8 value v and a scale t of its output row, so
+With activations x ≈ s·(c − z) and weights w ≈ t·v, where c and v are int8 and t is the scale of an output row,
 
-    Σ x w = s·t·(Σ c v − z·Σ v)
+    Σ x w = s·t·(Σ c v − z·Σ v).
 
-where Σ c v is a product of integers and z·Σ v a constant known beforehand (Jacob et al. 2018, arXiv:1712.05877, eq. 7).
+Σ c v is an integer product, z·Σ v a constant (Jacob et al. 2018, arXiv:1712.05877, eq. 7).
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from bitwright.numerics.codec import choose, fit, raw_scales, safe
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TOKEN, Scheme
 
-CHUNK = 1 << 17  # outputs computed at a time
-MOST_INPUTS = (1 << 31) // (1 << 14) - 1  # products of at most 128 · 128 whose sum an int32 holds
+CHUNK = 1 << 17  # outputs computed in one step, so that they stay in the cache
+MOST_INPUTS = (1 << 31) // (1 << 14) - 1  # the largest K for which a sum of products of at most 128 · 128 fits an int32
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x int8 [T, K], w int8 [N, K] -> x wᵀ int32 [T, N], exactly. Every integer product of the package is this one."""
-    if x.shape[1] == 1:  # torch leaves the result as it finds it
+    """x int8 [T, K], w int8 [N, K] -> x wᵀ int32 [T, N], exact. All integer products in torch go through this function."""
+    if x.shape[1] == 1:  # torch._int_mm does not write the result for K = 1
         return x.int() * w.int().T
-    return torch._int_mm(x.contiguous(), w.T)  # rows that overlap, as patches' may, come out wrong otherwise
+    return torch._int_mm(x.contiguous(), w.T)  # it is wrong for rows that overlap in memory, as patches may
 
 
 def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-    """constant + Σ_g scale_g · (x_g w_gᵀ): an integer product for each group of columns.
+    """constant + Σ_g scale_g · (x_g w_gᵀ), with one integer product for each group of input channels.
 
     scale float32 [N, G], constant float32 [N] -> float32 [T, N]
     """
@@ -45,16 +45,20 @@ def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Ten
 
 
 def rescaled(total: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-    """scale · total + constant: int32 [..., N], float32 [N] -> float32 [..., N]. Rounded twice: addcmul may fuse the two."""
+    """scale · total + constant: int32 [..., N], float32 [N] -> float32 [..., N].
+
+    Two operations, each rounded: addcmul might use a fused multiply-add, and the native kernels do not.
+    """
     return (total * scale).add_(constant)
 
 
 def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """scale · (x wᵀ) + constant, rounded to codes low..high: int8 [T, K], [N, K], float32 [N] -> int8 [T, N].
+    """Product and requantization: scale · (x wᵀ) + constant, rounded and clamped to codes low … high.
 
-    Some rows at a time: what lies between stays in the cache.
+    x int8 [T, K], w int8 [N, K], scale and constant float32 [N] -> int8 [T, N]. Computed for some rows at a time, so that the
+    int32 sums stay in the cache.
     """
-    if torch.compiler.is_compiling():  # how many parts there are depends on the batch
+    if torch.compiler.is_compiling():  # the number of steps would depend on the batch
         return rescaled(product(x, w), scale, constant).round_().clamp_(low, high).to(torch.int8)
     codes = torch.empty(len(x), len(w), dtype=torch.int8, device=x.device)
     rows = max(256, CHUNK // len(w))
@@ -68,9 +72,9 @@ def requantized(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor, low: Tens
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution: pairs (height, width); a one-dimensional one has height 1.
+    """The geometry of a convolution or pooling, in pairs (height, width); a 1-D one has height 1.
 
-    padding counts the zeros at the left, right, top and bottom. A weight's columns are ordered [kh, kw, C / groups].
+    padding: numbers of zeros at the left, right, top and bottom. A weight's columns are ordered [kh, kw, C / groups].
     """
 
     kernel: tuple[int, int]
@@ -80,17 +84,17 @@ class Window:
     groups: int = 1
 
     def count(self, n: int, axis: int) -> int:
-        """How many windows there are along an axis (0: height, 1: width) of n positions, the border's among them."""
+        """Output size along an axis (0: height, 1: width) for a padded input size n."""
         return (n - self.dilation[axis] * (self.kernel[axis] - 1) - 1) // self.stride[axis] + 1
 
     def least(self) -> tuple[int, int]:
-        """Height and width of the smallest images that hold a window."""
+        """Height and width of the smallest input without padding."""
         left, right, top, bottom = self.padding
         height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
         return height - top - bottom, width - left - right
 
     def padded(self, x: Tensor, value: Tensor | float) -> Tensor:
-        """x [B, C, H, W] with its border. A value in a tensor is not looked at, so that torch.export can follow."""
+        """x [B, C, H, W] padded with a value. If that is a tensor, its number is not read, so that torch.export works."""
         if not any(self.padding):
             return x
         if not isinstance(value, Tensor):
@@ -99,7 +103,7 @@ class Window:
         return torch.where(inside, torch.nn.functional.pad(x, self.padding), value.to(x.dtype))
 
     def patches(self, x: Tensor) -> Tensor:
-        """What each output position sees of a padded x [B, C, H, W]: a view [B, H', W', kh, kw, C]."""
+        """The patches of a padded x [B, C, H, W] (im2col), as a view [B, H', W', kh, kw, C]."""
         rows, columns = self.count(x.shape[2], 0), self.count(x.shape[3], 1)
         batch, channel, row, column = x.stride()
         sizes = (x.shape[0], rows, columns, *self.kernel, x.shape[1])
@@ -108,13 +112,13 @@ class Window:
 
 
 def images(x: Tensor, *, flat: bool) -> Tensor:
-    """x with the axes [B, C, H, W]; flat: it has no H."""
+    """x as [B, C, H, W]. flat: x has no H (1-D convolution); B may be missing too."""
     x = x.unsqueeze(-2) if flat else x
     return x.unsqueeze(0) if x.ndim == 3 else x
 
 
 def like(y: Tensor, x: Tensor, *, flat: bool) -> Tensor:
-    """y [B, H', W', N] with the axes that the input x had; stored with the channels last."""
+    """y [B, H', W', N] -> [B, N, H', W'] in channels-last memory, without the dimensions that the input x lacks."""
     y = y.permute(0, 3, 1, 2)
     y = y.squeeze(-2) if flat else y
     return y if y.ndim == x.ndim else y.squeeze(0)
@@ -124,12 +128,13 @@ Multiply = Callable[[Tensor, Tensor, slice], Tensor]  # rows [T, K], weights [n,
 
 
 def taps(patches: Tensor) -> list[Tensor]:
-    """Patches [B, H', W', kh, kw, C] as views [B, H', W', C], one for each place in the window."""
+    """Patches [B, H', W', kh, kw, C] as kh·kw views [B, H', W', C], one for each position in the kernel."""
     return [tap for row in patches.unbind(3) for tap in row.unbind(3)]
 
 
 def convolution(x: Tensor, w: Tensor, window: Window, multiply: Multiply) -> Tensor:
-    """A padded x int8 [B, C, H, W], w int8 [N, kh·kw·C / groups] -> [B, H', W', N], by a product for each group."""
+    """Convolution as matrix products, one for each group: padded x int8 [B, C, H, W], w int8 [N, kh·kw·C / groups] ->
+    [B, H', W', N]."""
     patches = window.patches(x)
     n, each = len(w) // window.groups, x.shape[1] // window.groups
     outputs = []
@@ -148,7 +153,7 @@ def _rows(patches: Tensor) -> Tensor:
 
 
 def depthwise(x: Tensor, w: Tensor, window: Window) -> Tensor:
-    """The same where each channel is a group of its own, int32: too thin for a matrix product, so tap by tap."""
+    """Depthwise convolution -> int32 [B, H', W', N]. Summed over kernel positions, as matrix products would be too thin."""
     patches = window.patches(x)
     total = torch.zeros(*patches.shape[:3], len(w), dtype=torch.int32, device=w.device)
     for tap, weight in zip(taps(patches), w.int().unbind(1), strict=True):
@@ -160,9 +165,9 @@ def depthwise(x: Tensor, w: Tensor, window: Window) -> Tensor:
 
 
 def codes_of_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows x [T, K] rounded as they come: codes int8 [T, K], scale [T, 1], zero [T, 1] or None.
+    """Dynamic quantization of x [T, K] per row: codes int8 [T, K], scale [T, 1], zero point [T, 1] or None.
 
-    A row with a NaN gets a NaN for its scale, so that it stays NaN, as in float.
+    A row with a NaN gets a NaN scale, so that its results are NaN, as in float.
     """
     x = x.float()
     scale, zero = raw_scales(x[:, None], x.shape[1], scheme)
@@ -171,13 +176,13 @@ def codes_of_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
 
 
 def activations_of(text: str) -> Scheme:
-    """A scheme of activations, its scales in float32 unless the text says otherwise: in float16, quiet signals would vanish."""
+    """Parse a scheme of activations. Scales are float32 unless the text says f16, in which small ones would underflow."""
     parsed = Scheme.parse(text)
     return replace(parsed, scale="f32") if parsed.scale == "f16" and not text.endswith("-f16") else parsed
 
 
 def storable(w: Tensor, scheme: Scheme) -> Scheme:
-    """The scheme for a weight [N, K]; with scales in float32 where float16 would lose the smallest or the largest of them."""
+    """The scheme for a weight [N, K], with float32 scales if some would underflow or overflow in float16."""
     if scheme.scale != "f16":
         return scheme
     wanted, held = fit(w, replace(scheme, scale="f32")).scale.abs(), torch.finfo(torch.float16)
@@ -186,7 +191,7 @@ def storable(w: Tensor, scheme: Scheme) -> Scheme:
 
 
 def check_activations(scheme: Scheme, *groups: str) -> None:
-    """SchemeError for a scheme of activations whose codes are not integers, or whose scales are not of these groups."""
+    """SchemeError unless activations are integers, "sym" or "asym", with scales per one of `groups` (token, tensor)."""
     if scheme.group not in groups or not scheme.grid.startswith("int") or scheme.zero not in ("sym", "asym"):
         message = f"activations of scheme {str(scheme)!r} cannot be multiplied as integers here"
         raise SchemeError(message, remedy=f"int8-{groups[0]} or int8-{groups[0]}-asym, or fewer bits")
@@ -199,14 +204,17 @@ def check_activations(scheme: Scheme, *groups: str) -> None:
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """values int8 [N, K] and scale float32 [N, G]: w ≈ scale · values."""
+    """A weight as integers without zero points: values int8 [N, K], scale float32 [N, G]; w ≈ scale · values."""
 
     values: Tensor
     scale: Tensor
 
 
 def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
-    """The integers behind a quantized weight, zero points subtracted. SchemeError where they are not int8."""
+    """A quantized weight as integers, zero points subtracted.
+
+    SchemeError for schemes whose levels are not integers, values beyond int8, or a K that may overflow int32 sums.
+    """
     grid, remedy = (
         q.scheme.levels,
         "int2 to int8 (sym), int2 to int7 (asym), ternary, binary, fp4 or one of iq1 to iq4nl",

@@ -1,4 +1,4 @@
-"""What became of each layer of a module: the answer to "is it really integer, and what is not?"."""
+"""List the layers of a converted module, and whether each computes in integers, bfloat16 or float."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ INTEGER = (DynamicProduct, StaticProduct, StaticAdd, StaticMax, StaticMean, Tabl
 
 @dataclass(frozen=True)
 class Layer:
-    """One operation. kind: "integer", "codes" (the steps into codes and out of them), "bf16" or "float"."""
+    """One operation. kind: "integer", "codes" (quantize, dequantize), "bf16" or "float"; bytes: of its tensors."""
 
     name: str
     kind: str
@@ -23,7 +23,7 @@ class Layer:
 
 
 class Inventory(tuple[Layer, ...]):
-    """The operations, in the order of the module; as text, a table."""
+    """All operations, in the module's order; str() gives a table."""
 
     __slots__ = ()
 
@@ -33,10 +33,10 @@ class Inventory(tuple[Layer, ...]):
 
 
 def layers(module: nn.Module) -> Inventory:
-    """What each operation of a converted (or float) module is computed in; the float islands among them.
+    """The operations of a converted (or float) module, those that stayed in float included.
 
-    Operations written in the forward of a module that could not be traced are float, and are its own business: the
-    list names such a module once.
+    Functional operations are listed only for traced modules; in the forward of a module that could not be traced they are
+    float, and not listed.
     """
     found: list[Layer] = []
     _collect(module, "", found)
@@ -46,7 +46,7 @@ def layers(module: nn.Module) -> Inventory:
 def _collect(module: nn.Module, name: str, found: list[Layer]) -> None:
     computed = _kind(module)
     if computed or not list(module.children()):
-        if MODULES.get(kind(module)) != CARRY:  # what only moves values is computed in nothing
+        if MODULES.get(kind(module)) != CARRY:  # reshapes and the like compute nothing
             found.append(
                 Layer(name, computed or "float", f"{type(module).__name__}({module.extra_repr()})", _bytes(module))
             )

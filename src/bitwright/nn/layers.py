@@ -1,4 +1,4 @@
-"""Integer layers: Linear and convolutions on inputs rounded as they come (dynamic) or on codes (static), and Embedding."""
+"""Integer layers: Linear and convolutions, dynamic (float inputs, quantized at run time) or static (int8 inputs); Embedding."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -31,9 +31,9 @@ Source = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
 class IntegerProduct(Replacement):
-    """What a static and a dynamic layer share: the int8 weights, and their product with codes.
+    """Base class of static and dynamic layers: int8 weights, and their product with int8 activations.
 
-    codes  int8 [N, K]: the weights' integers, K = kh·kw·C / groups for a convolution, in this order
+    codes  int8 [N, K], the integer weights; for a convolution K = kh·kw·C / groups, in this order
     """
 
     codes: Tensor
@@ -42,16 +42,16 @@ class IntegerProduct(Replacement):
     def __init__(
         self, source: Source, weight: IntegerWeight, *, label: str, where: str, lender: "IntegerProduct | None" = None
     ) -> None:
-        """lender: the form of the same layer at another call, which holds the codes for both."""
+        """label: the schemes, for repr. lender: the integer form of the same layer at an earlier call, to share its codes."""
         super().__init__()
         self.describe(source)
         self.window = window_of(source, where)
-        self.flat = isinstance(source, nn.Conv1d)  # one axis less than the arithmetic's
+        self.flat = isinstance(source, nn.Conv1d)  # computed as a 2-D convolution of height 1
         self.least = () if self.window is None else self.window.least()[1 if self.flat else 0 :]
         self.channels = source.in_features if isinstance(source, nn.Linear) else source.in_channels
         self.depthwise = self.window is not None and self.window.groups == self.channels == len(weight.values)
         self.label, self.where, self.outputs, self.memory = label, where, len(weight.values), Memory()
-        self.lender = () if lender is None else (lender,)  # in a tuple: no submodule
+        self.lender = () if lender is None else (lender,)  # in a tuple, so that it is not registered as a submodule
         if lender is None:
             self.register_buffer("codes", weight.values)
 
@@ -61,7 +61,7 @@ class IntegerProduct(Replacement):
         return super().__getattr__(name)
 
     def natively(self, x: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], None]) -> Tensor:
-        """x [..., K] or [B, C, H, W], or without B or H -> what `multiply` writes into an empty tensor for its result."""
+        """Call a native kernel `multiply(x, output)` on x [..., K] or [B, C, H, W] (B or H may be missing); the output."""
         axes = 2 if self.window is None else 3 if self.flat else 4
         seen = x if x.ndim == axes else x.reshape(-1, x.shape[-1]) if self.window is None else x[None]
         y = empty_output(seen, self.window, self.outputs, dtype)
@@ -69,7 +69,7 @@ class IntegerProduct(Replacement):
         return y if x.ndim == axes else y.view(*x.shape[:-1], y.shape[1]) if self.window is None else y[0]
 
     def check(self, x: Tensor) -> None:
-        """SchemeError for an input of another width than the weights', or smaller than a convolution's window."""
+        """SchemeError for an input with another number of channels than the weights', or smaller than the kernel."""
         axis = -1 if self.window is None else -2 if self.flat else -3
         if x.ndim < -axis or x.shape[axis] != self.channels:
             message = f"an input of shape {tuple(x.shape)}, where axis {axis} should be {self.channels}"
@@ -79,7 +79,7 @@ class IntegerProduct(Replacement):
             raise SchemeError(message, where=self.where, remedy="give it larger inputs")
 
     def multiplied(self, x: Tensor, multiply: Multiply) -> Tensor:
-        """x int8 [..., K] or a padded [B, C, H, W] -> [..., N] or [B, H', W', N], through one product or several."""
+        """x int8 [..., K] or a padded [B, C, H, W] -> [..., N] or [B, H', W', N], by calls of `multiply`."""
         if self.window is not None:
             return convolution(x, self.codes, self.window, multiply)
         return multiply(x.reshape(-1, x.shape[-1]), self.codes, slice(None)).view(*x.shape[:-1], len(self.codes))
@@ -91,7 +91,7 @@ class IntegerProduct(Replacement):
         return self.multiplied(x, lambda rows, w, n: scaled_product(rows, w, scale[n], constant[n]))
 
     def decoded(self, scale: Tensor) -> Tensor:
-        """The weight in the float layer's shape and type; scale [N, G]."""
+        """The dequantized weight in the float layer's shape and dtype. scale: [N, G]."""
         rows = spread(self.codes, scale)
         if self.window is not None:
             rows = rows.view(len(rows), *self.window.kernel, -1).movedim(-1, 1)
@@ -103,9 +103,10 @@ class IntegerProduct(Replacement):
 
 
 class DynamicProduct(IntegerProduct):
-    """Linear or convolution whose inputs are rounded as they come: each row, or each image, by its own range.
+    """Linear or convolution with dynamic quantization of its inputs: per row, for a convolution per image.
 
-    scale  float32 [N, G]: the weights';  sums float32 [N]: Σ w of each output, which a zero point is multiplied by
+    scale  float32 [N, G], of the weights
+    sums   float32 [N], Σ w of each output, to be multiplied by the inputs' zero points; empty if these are symmetric
     bias   float32 [N], or None
     """
 
@@ -133,18 +134,18 @@ class DynamicProduct(IntegerProduct):
     def of(
         cls, source: Source, q: QTensor, *, activations: Scheme, where: str, lender: IntegerProduct | None = None
     ) -> Self:
-        """The layer whose weights were quantized to q, in the order of `matrix`."""
+        """The dynamic layer for a float layer whose weight was quantized to q, with columns in the order of `matrix`."""
         weight = integer_weight(q, where=where)
         label = f"{named(q.scheme)} × {activations}"
         return cls(source, weight, activations=activations, label=label, where=where, lender=lender)
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's shape and type."""
+        """The dequantized weight, in the float layer's shape and dtype."""
         return self.decoded(self.scale)
 
     def offset(self) -> Tensor:
-        """The bias [N], zeros where there is none."""
+        """The bias [N], zeros if there is none."""
         return torch.zeros_like(self.scale[:, 0]) if self.bias is None else self.bias
 
     def forward(self, input: Tensor) -> Tensor:
@@ -165,7 +166,8 @@ class DynamicProduct(IntegerProduct):
         return like(self.centred(codes, z).mul_(s).add_(self.offset()), x, flat=self.flat).to(x.dtype)
 
     def prepared(self) -> tuple[Any, tuple[float, float, float, bool]]:
-        """The layer for the extension, and how it rounds: lowest and highest code, 1 / reach, whether zeros move."""
+        """The packed layer for the native extension, and how it quantizes inputs: lowest and highest code, 1 / the level that
+        the absmax is scaled to, whether there are zero points."""
         for other in self.lender:
             assert isinstance(other, DynamicProduct)
             return other.memory.of(other, other.prepared)
@@ -180,12 +182,12 @@ class DynamicProduct(IntegerProduct):
 
 
 class StaticProduct(IntegerProduct):
-    """Linear or convolution on codes of a known scale, to codes of the next layer's, or to float.
+    """Linear or convolution with static quantization: int8 in, int8 (requantized) or float out.
 
     multiplier  float32 [N, G]: s_in · s_w / s_out
     constant    float32 [N]: bias / s_out + z_out − z_in · Σ w · s_in / s_out
-    entry       float32 [2]: scale and zero point of the input's codes
-    exit        float32 [4]: scale, zero point, lowest and highest code of the output; [0]: the output is float
+    entry       float32 [2]: scale and zero point of the input
+    exit        float32 [4]: scale, zero point, lowest and highest code of the output; empty if the output is float
     """
 
     multiplier: Tensor
@@ -220,7 +222,7 @@ class StaticProduct(IntegerProduct):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's shape and type."""
+        """The dequantized weight, in the float layer's shape and dtype."""
         return self.decoded(self.weight_scale())
 
     @property
@@ -229,12 +231,12 @@ class StaticProduct(IntegerProduct):
         return self.offset().to(self.dtype) if self.has_bias else None
 
     def weight_scale(self) -> Tensor:
-        """The scale of the weights, float32 [N, G]."""
+        """The scales of the weights, float32 [N, G], derived from the multiplier."""
         s_out = self.exit[0].double() if len(self.exit) else 1.0
         return (self.multiplier.double() * s_out / self.entry[0].double()).float()
 
     def offset(self) -> Tensor:
-        """The bias [N], float32: what is left of `constant` when zero points are taken out."""
+        """The bias float32 [N], derived from `constant`."""
         s_in, z_in = self.entry.double()
         s_out, z_out = self.exit.double()[:2] if len(self.exit) else torch.tensor([1.0, 0.0], dtype=torch.float64)
         sums = row_sums(IntegerWeight(self.codes, self.weight_scale())).double()
@@ -256,14 +258,14 @@ class StaticProduct(IntegerProduct):
         return y if self.window is None else like(y, x, flat=self.flat)
 
     def prepared(self) -> tuple[Any, int, list[float]]:
-        """The layer for the extension, the border's code, and the lowest and highest code of the output."""
+        """The packed layer for the native extension, the code of the padding, and the output's lowest and highest code."""
         layer = packed(
             self.codes, self.multiplier, self.constant, torch.zeros(0), window=self.window, channels=self.channels
         )
         return layer, int(self.entry[1]), self.exit[2:].tolist()
 
     def rounded(self, codes: Tensor) -> Tensor:
-        """The output's codes."""
+        """The requantized output, int8."""
         low, high = self.exit[2:]
         scale, constant = self.multiplier, self.constant
         if scale.shape[1] > 1 or self.depthwise:
@@ -272,7 +274,7 @@ class StaticProduct(IntegerProduct):
 
 
 class IntegerEmbedding(Replacement):
-    """Embedding [V, E] with a scale for each row. codes int8 [V, E], scale float32 [V, G]."""
+    """Embedding with integer weights: codes int8 [V, E], scale float32 [V, G]; rows are dequantized as they are read."""
 
     codes: Tensor
     scale: Tensor
@@ -287,11 +289,11 @@ class IntegerEmbedding(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's type."""
+        """The dequantized weight, in the float layer's dtype."""
         return spread(self.codes, self.scale).to(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """index [...] -> [..., E]."""
+        """Indices [...] -> [..., E]."""
         return spread(self.codes[input], self.scale[input]).to(self.dtype)
 
     def extra_repr(self) -> str:
@@ -299,19 +301,19 @@ class IntegerEmbedding(Replacement):
 
 
 class IntegerEmbeddingBag(IntegerEmbedding):
-    """EmbeddingBag likewise: the rows of a bag, decoded, are added up, averaged, or compared."""
+    """EmbeddingBag with integer weights: dequantized rows are summed, averaged or maximized."""
 
     mode: str
     include_last_offset: bool
     padding_idx: int | None
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """As torch's."""
+        """As nn.EmbeddingBag's."""
         n = input.numel()
         places = torch.arange(n, device=input.device).view(input.shape)
         rows = super().forward(input.reshape(-1))
         gone = None
-        if self.padding_idx is not None:  # these rows do not count: they are one more, which is the padding's
+        if self.padding_idx is not None:  # padding does not count: it maps to one more row, which is the padding_idx
             gone, rows = n, torch.nn.functional.pad(rows, (0, 0, 0, 1))
             places = places.masked_fill(input == self.padding_idx, n)
         return torch.nn.functional.embedding_bag(
@@ -326,7 +328,7 @@ class IntegerEmbeddingBag(IntegerEmbedding):
 
 
 class StoredWeight(Replacement):
-    """A weight [N, ...] that is read without calling the layer that holds it: stored as integers, decoded when read."""
+    """The integer form of `HeldWeight`, a weight [N, ...] that a forward reads directly: dequantized whenever it is read."""
 
     codes: Tensor
     scale: Tensor
@@ -339,7 +341,7 @@ class StoredWeight(Replacement):
         self.register_buffer("scale", weight.scale)
 
     def forward(self) -> Tensor:
-        """The decoded weight."""
+        """The dequantized weight, in its own shape and dtype."""
         rows = spread(self.codes, self.scale)
         if len(self.shape) > 2:
             rows = rows.view(len(rows), *self.shape[2:], self.shape[1]).movedim(-1, 1)
@@ -350,25 +352,25 @@ class StoredWeight(Replacement):
 
 
 def spread(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes [..., K] times scale [..., G], each for its group of columns: float32 [..., K]."""
+    """Dequantize: codes [..., K] times the scale [..., G] of their group -> float32 [..., K]."""
     g = -(-codes.shape[-1] // scale.shape[-1])
     return codes.float() * scale.repeat_interleave(g, dim=-1)[..., : codes.shape[-1]]
 
 
 def named(scheme: Scheme) -> str:
-    """A scheme as people write it here, where all scales are float32."""
+    """A scheme's text without "-f32", for repr, as all scales here are float32."""
     return str(scheme).removesuffix("-f32")
 
 
 def row_sums(weight: IntegerWeight) -> Tensor:
-    """Σ w of each output [N], of the weights as they are stored."""
+    """Σ w over the inputs of each output, float32 [N], of the quantized weights."""
     g = -(-weight.values.shape[1] // weight.scale.shape[1])
     sums = torch.stack([part.sum(1) for part in weight.values.double().split(g, 1)], dim=1)
     return (sums * weight.scale).sum(1).float()
 
 
 def window_of(source: Source, where: str = "") -> Window | None:
-    """The geometry of a convolution; None for Linear. SchemeError for borders that are not zeros."""
+    """The geometry of a convolution; None for Linear. SchemeError for padding other than zeros."""
     if isinstance(source, nn.Linear):
         return None
     if source.padding_mode != "zeros":
@@ -383,17 +385,17 @@ def window_of(source: Source, where: str = "") -> Window | None:
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) of one or two sizes."""
+    """One or two sizes as (height, width); the height of a 1-D convolution is 1."""
     return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def matrix(w: Tensor) -> Tensor:
-    """A weight [N, ...] as [N, K], the channels of a convolution last: the order in which patches are read."""
+    """A weight [N, ...] as a matrix [N, K], with a convolution's input channels last, the order of patches."""
     return w.movedim(1, -1).flatten(1) if w.ndim > 2 else w
 
 
 def check_group(scheme: Scheme, source: nn.Module, where: str) -> None:
-    """SchemeError for groups along K in a convolution: its integer form sums over all of K at once."""
+    """SchemeError for a convolution with groups along K: its integer form needs one scale per output or tensor."""
     if not isinstance(source, nn.Linear | nn.Embedding | nn.EmbeddingBag) and scheme.group not in (CHANNEL, TENSOR):
         message = f"a {type(source).__name__} has no integer form with groups of {scheme.group}"
         raise SchemeError(message, where=where, remedy="a scheme by channel, such as int8-channel")

@@ -1,4 +1,4 @@
-"""Integer layers in native code: weights packed once, one call a layer. nn/integer.py does the same in torch, bit for bit."""
+"""Pack integer layers for the native extension, one call for each layer; nn/integer.py gives the same bits in torch."""
 
 from collections.abc import Callable
 from operator import is_
@@ -11,20 +11,20 @@ from torch.nn.functional import pad
 from bitwright.kernels import native
 from bitwright.nn.integer import Window
 
-PANEL, BLOCK = 16, 4  # outputs side by side; panels side by side
-FASTER = native is not None and native.names() != ["scalar"]  # torch's own products are faster than scalar ones
-POINT = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))  # what a linear layer sees
+PANEL, BLOCK = 16, 4  # outputs in a panel; panels in a block
+FASTER = native is not None and native.names() != ["scalar"]  # torch's own products are faster than scalar kernels
+POINT = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))  # the window of a linear layer
 
 
 def handles(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the extension is there and may be called with x: a plain tensor on a CPU, of this type, that nobody traces."""
+    """Whether the native extension can be used for x: it is built, x is a plain CPU tensor of this dtype, and not traced."""
     plain = type(x) is Tensor and x.dtype == dtype and x.is_cpu
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return native is not None and FASTER and plain and not traced
 
 
 class Memory:
-    """What native code made of a module's buffers, made again where they changed. Copies of the module make their own."""
+    """Cache of a module's packed form, which is rebuilt if the buffers change. It is not copied or saved with the module."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor | None] = []
@@ -32,21 +32,21 @@ class Memory:
         self.made: Any = None
 
     def of(self, module: nn.Module, make: Callable[[], Any]) -> Any:
-        """What `make` made of the buffers as they are."""
+        """The result of `make`, cached for as long as the module's buffers do not change."""
         now = [*module._buffers.values(), *(other.codes for other in vars(module).get("lender", ()))]
         versions = [b._version for b in now if b is not None and not b.is_inference()]
         if versions != self.versions or len(now) != len(self.seen) or not all(map(is_, now, self.seen)):
             self.seen, self.versions, self.made = now, versions, make()
         return self.made
 
-    def __reduce__(self) -> Any:  # of copies and of files
+    def __reduce__(self) -> Any:  # copies and pickles begin empty
         return Memory, ()
 
 
 def packed(
     values: Tensor, scale: Tensor, constant: Tensor, sums: Tensor, *, window: Window | None, channels: int
 ) -> Any:
-    """A layer for the extension: values int8 [N, K], scale [N, G], constant [N], sums [N] or [0], C channels of the input."""
+    """Pack a layer: values int8 [N, K], scale [N, G], constant [N], sums [N] or [0]. channels: of the input."""
     assert native is not None
     N, G = scale.shape
     seen = window or POINT
@@ -56,7 +56,7 @@ def packed(
     if window is None:
         taps, step = (1, G), -(-values.shape[1] // G)
     elif groups == 1 and seen.dilation[1] == 1:
-        taps, step = (kh, 1), 0  # neighbours in a row of the window are neighbours in memory
+        taps, step = (kh, 1), 0  # a row of the window is contiguous in channels-last memory
     else:
         taps, step = (kh, kw), seen.dilation[1] * channels
     T = taps[0] * taps[1]
@@ -86,7 +86,7 @@ def packed(
 
 
 def _panels(values: Tensor) -> Tensor:
-    """[groups, n, T, length] -> for each group, for each four panels of n: [T, length / 4, panels, 16, 4]."""
+    """Reorder weights [groups, n, T, length]: for each group and each block of four panels [T, length / 4, panels, 16, 4]."""
     groups, n, T, length = values.shape
     padded = pad(values, (0, -length % 4, 0, 0, 0, -n % PANEL)).view(groups, -1, PANEL, T, -(-length // 4), 4)
     blocks = [block.permute(0, 3, 4, 1, 2, 5).reshape(groups, -1) for block in padded.split(BLOCK, 1)]
@@ -94,7 +94,7 @@ def _panels(values: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor, groups: int, *, alone: bool) -> Tensor:
-    """[N, G] -> for each group of outputs, for each four panels: [G, panels, 16]."""
+    """Reorder one number for each output, [N, G]: for each group and each block of four panels [G, panels, 16]."""
     each = x.reshape(1 if alone else groups, -1, x.shape[1])
     padded = pad(each, (0, 0, 0, -each.shape[1] % PANEL)).unflatten(1, (-1, PANEL))
     blocks = [block.permute(0, 3, 1, 2).reshape(len(each), -1) for block in padded.split(BLOCK, 1)]
@@ -102,12 +102,12 @@ def _numbers(x: Tensor, groups: int, *, alone: bool) -> Tensor:
 
 
 def _channels(values: Tensor) -> Tensor:
-    """[N, T] -> [N / 16, T, 16]."""
+    """Reorder depthwise weights: [N, T] -> [N / 16, T, 16]."""
     return pad(values, (0, 0, 0, -len(values) % PANEL)).view(-1, PANEL, values.shape[1]).transpose(1, 2).flatten()
 
 
 def empty_output(x: Tensor, window: Window | None, N: int, dtype: torch.dtype) -> Tensor:
-    """An empty tensor for what N outputs of x [T, K], [B, C, L] or [B, C, H, W] will be, channels last."""
+    """An uninitialized output with N channels, channels last, for an input x [T, K], [B, C, L] or [B, C, H, W]."""
     if window is None:
         return torch.empty(len(x), N, dtype=dtype)
     left, right, top, bottom = window.padding
@@ -119,11 +119,11 @@ def empty_output(x: Tensor, window: Window | None, N: int, dtype: torch.dtype) -
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it, without gaps in memory: contiguous or with the channels last."""
+    """x, or a copy, that is contiguous, or contiguous in channels-last order."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last or x.is_contiguous() else x.contiguous()
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x [B, C, ...], or a copy of it, with the channels last in memory."""
+    """x [B, C, ...], or a copy, in channels-last memory."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

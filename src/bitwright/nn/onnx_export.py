@@ -1,8 +1,8 @@
-"""Converted modules as ONNX: QuantizeLinear / DequantizeLinear around float operations, and MatMulNBits for packed weights.
+"""Export of converted modules to ONNX: QDQ form for integer layers, MatMulNBits for packed weights.
 
-An engine that knows the pattern fuses DequantizeLinear → operation → QuantizeLinear into integer arithmetic; one that does
-not computes the same in float. Activations are uint8, as onnxruntime's kernels for x86 want them, or int8, as TensorRT does.
-Formats: the operators' pages of ONNX and of com.microsoft. Needs the package onnx (the extra `bitwright[onnx]`).
+QDQ: engines fuse DequantizeLinear → operation → QuantizeLinear into integer arithmetic; others compute the same in float.
+Activations are uint8, which onnxruntime's x86 kernels need, or int8 for TensorRT. Source: the operator specifications of
+ONNX and of com.microsoft. Needs the package onnx (the extra `bitwright[onnx]`).
 """
 
 import math
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import onnx
 
 OPSETS, MICROSOFT = range(17, 22), "com.microsoft"
-IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # the first that has each opset
-SHIFT = {"uint8": 128, "int8": 0}  # what is added to a code
+IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # opset -> the first IR version that has it
+SHIFT = {"uint8": 128, "int8": 0}  # added to int8 codes in the file
 
 
 def export_onnx(
@@ -46,13 +46,12 @@ def export_onnx(
 ) -> Path:
     """Write a module of `convert` or `quantize_weights` as an ONNX file.
 
-    example_inputs  a batch as the module is called with
-    activations     "uint8": what onnxruntime computes with on x86; "int8": what TensorRT wants, with symmetric schemes
-    dynamic_axes    of each input by name, the axes whose sizes are free; None: the first of every input
+    example_inputs  a batch of inputs
+    activations     "uint8" for onnxruntime on x86, "int8" for TensorRT, with symmetric schemes
+    dynamic_axes    input name -> dimensions of variable size; None: the first dimension of every input
     opset           17 to 21
 
-    Raises FormatError, naming it, for an operation without an ONNX form here: dynamic layers among them, which quantize by
-    rows.
+    Raises FormatError, with its name, for an operation that has no ONNX form here, such as dynamic layers.
     """
     try:
         import onnx
@@ -82,7 +81,7 @@ def export_onnx(
 
 
 class _Packed(Tracer):
-    """Layers of this package are single operations."""
+    """A tracer for which bitwright's quantized layers are single operations."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         whole = type(m).__module__.startswith("bitwright.nn") and not isinstance(m, Entered)
@@ -113,9 +112,10 @@ def _value(name: str, x: Any, free: Sequence[int]) -> "onnx.ValueInfoProto":
 
 
 class Writer:
-    """The nodes and tensors of one graph, as they come.
+    """Builds the ONNX nodes and initializers of one graph.
 
-    given  arguments by name, of which the tensors are the graph's inputs;  shift  what is added to codes
+    given  arguments of the example by name; tensors are the graph's inputs
+    shift  added to int8 codes (128 for uint8)
     """
 
     def __init__(self, graph: fx.GraphModule, given: Mapping[str, Any], shift: int, opset: int) -> None:
@@ -131,7 +131,7 @@ class Writer:
             self.seen.run(*cloned(tuple(args)))
 
     def write(self) -> None:
-        """Every operation, in the order of computation."""
+        """Write every operation, in the order of computation."""
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":
                 if isinstance(self.given.get(str(node.target)), Tensor):
@@ -147,7 +147,7 @@ class Writer:
                 self.function(node, str(getattr(node.target, "__name__", node.target)))
 
     def output(self, value: Any, name: str) -> None:
-        """The graph's results: tensors in nested tuples, lists and dicts."""
+        """Write the graph's outputs: the tensors in nested tuples, lists and dicts."""
         if isinstance(value, fx.Node):
             taken = name in self.outputs
             name = f"{name}_{len(self.outputs)}" if taken else name
@@ -160,7 +160,7 @@ class Writer:
                 self.output(each, name)
 
     def module(self, node: fx.Node, module: nn.Module) -> None:
-        """A layer of this package, or a module of torch.nn."""
+        """Write a bitwright layer, or a torch.nn module."""
         write = LAYERS.get(type(module))
         if write is not None:
             write(self, node, module)
@@ -173,20 +173,20 @@ class Writer:
         self.finish(node, form(self, {each.lstrip("*"): value for each, value in found.items() if each[0] != "_"}))
 
     def function(self, node: fx.Node, name: str) -> None:
-        """A function or method."""
+        """Write a function or method call."""
         if name in ("chunk", "split"):
-            return  # written where a part of it is read
+            return  # the reader of one of its parts writes it
         if name not in FUNCTIONS:
             raise no_form(node.name, name)
         names, form = FUNCTIONS[name]
         self.finish(node, form(self, arguments_of(node, names)))
 
     def finish(self, node: fx.Node, made: str) -> None:
-        """What was written last, under the node's name."""
+        """Name the output that was written last after the node."""
         self.op("Identity", [made], name=node.name)
 
     def op(self, kind: str, inputs: list[str], *, name: str = "", domain: str = "", **attributes: Any) -> str:
-        """One node; the name of its output."""
+        """Add an ONNX node; returns the name of its output."""
         import onnx
 
         name = name or f"{kind}_{len(self.nodes)}"
@@ -194,7 +194,7 @@ class Writer:
         return name
 
     def constant(self, x: Tensor) -> str:
-        """A stored tensor; its name."""
+        """Add an initializer; returns its name."""
         import onnx
 
         name = f"stored_{len(self.tensors)}"
@@ -202,11 +202,11 @@ class Writer:
         return name
 
     def value(self, x: Any) -> str:
-        """An argument: a tensor of the graph, a tensor to store, or a number."""
+        """The name of an argument: a tensor of the graph, or a tensor or number that becomes an initializer."""
         if isinstance(x, fx.Node):
             if isinstance(self.seen.of.get(x), Tensor):
                 return x.name
-            return self.op("Cast", [self.op("Squeeze", [self.sizes((x,))])], to=1)  # a size among floats
+            return self.op("Cast", [self.op("Squeeze", [self.sizes((x,))])], to=1)  # a size, as float
         return self.constant(x if isinstance(x, Tensor) else torch.tensor(float(x)))
 
     def shape(self, node: Any) -> tuple[int, ...]:
@@ -214,14 +214,14 @@ class Writer:
         return tuple(self.seen.of[node].shape)
 
     def sizes(self, x: Any) -> str:
-        """Whole numbers, known or computed from shapes, as an int64 vector."""
+        """Sizes, constant or computed from shapes, as the name of an int64 vector."""
         parts: list[str] = []
         for each in x if isinstance(x, tuple) else (x,):
             parts.append(self.size(each) if isinstance(each, fx.Node) else self.constant(integers(int(each))))
         return parts[0] if len(parts) == 1 else self.op("Concat", parts, axis=0)
 
     def size(self, node: fx.Node) -> str:
-        """A node that is a whole number, or several, as an int64 vector."""
+        """A node whose value is a size, or several, as the name of an int64 vector."""
         name = str(getattr(node.target, "__name__", node.target))
         if name == "size" or (node.target is getattr and node.args[1] == "shape"):
             whole = self.op("Shape", [source(node)])
@@ -243,11 +243,11 @@ class Writer:
         return self.op("Gather", [whole, self.sizes((index,))], axis=0)
 
     def decoded(self, codes: str, affine: Tensor) -> str:
-        """Codes as floats."""
+        """Write a DequantizeLinear: codes -> float."""
         return self.op("DequantizeLinear", [codes, *self.affine(affine)])
 
     def encoded(self, x: str, affine: Tensor, name: str) -> None:
-        """Floats as codes. A ReLU is the lowest code's where that stands for 0; else it, or another bound, comes first."""
+        """Write a QuantizeLinear: float -> codes; before it a ReLU or other bound that the codes' range does not imply."""
         scale, zero, low, high = affine.tolist()
         if low == zero > -128 and high == 127:
             x = self.op("Relu", [x])
@@ -260,12 +260,12 @@ class Writer:
         return [self.constant(affine[0]), self.constant(self.codes(affine[1]))]
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes as the file has them."""
+        """int8 codes in the file's type, uint8 or int8."""
         return (x.int() + self.shift).to(torch.uint8 if self.shift else torch.int8)
 
 
 class Values(fx.Interpreter):
-    """A run of a graph that keeps what every node gives: shapes and types. of: by node."""
+    """Interprets a graph, and records the value of every node, for shapes and dtypes. of: node -> value."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
@@ -281,7 +281,7 @@ ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "true
 
 
 def source(node: fx.Node) -> str:
-    """The name of what a node reads first."""
+    """The name of a node's first argument."""
     found = first(node)
     if found is None:
         raise no_form(node.name, "an operation on constants")
@@ -292,10 +292,10 @@ def source(node: fx.Node) -> str:
 
 
 def _product(writer: Writer, node: fx.Node, layer: StaticProduct) -> None:
-    """Σ (x − z) w · s + bias.
+    """Write a static Linear or convolution: Σ (x − z) w · s + bias.
 
-    The bias is int32 in steps of s_in · s_w, as onnxruntime's integer kernels want it; a float where such steps are coarse,
-    below 8 bits, and under symmetric schemes, as TensorRT wants it.
+    The bias is int32 with the scale s_in · s_w, as onnxruntime's integer kernels need it; float below 8 bits, where these
+    steps are coarse, and for symmetric schemes, as TensorRT needs it.
     """
     if layer.multiplier.shape[1] > 1:
         raise no_form(str(node.target), "a weight in groups")
@@ -330,7 +330,7 @@ def _product(writer: Writer, node: fx.Node, layer: StaticProduct) -> None:
 
 
 def _gemm(writer: Writer, node: fx.Node, layer: StaticProduct, scale: Tensor, bias: list[str]) -> None:
-    """A product of matrices, which is what engines fuse: other axes are folded into rows, as codes, and unfolded."""
+    """Write a Linear: MatMul and Add to float; Gemm to codes, which engines fuse, with leading dimensions flattened to rows."""
     codes, shape = source(node), writer.shape(node.args[0])
     if not len(layer.exit):
         w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
@@ -352,7 +352,7 @@ def _gemm(writer: Writer, node: fx.Node, layer: StaticProduct, scale: Tensor, bi
 
 
 def _left(writer: Writer, layer: StaticProduct, y: str, name: str) -> str:
-    """A product's result as codes, or as floats where that is what it gives."""
+    """Write the output of a product: quantized to codes, or float if the layer's output is float."""
     if len(layer.exit):
         writer.encoded(y, layer.exit, name)
     else:
@@ -367,7 +367,7 @@ def _add(writer: Writer, node: fx.Node, layer: StaticAdd) -> None:
 
 
 def _mean(writer: Writer, node: fx.Node, layer: StaticMean) -> None:
-    """The pool of a module or of a function."""
+    """Write an average pooling, of a module or a function."""
     x, pool = writer.decoded(source(node), layer.entry), layer.pool
     if isinstance(pool, nn.Module):
         name, attributes = MODULES[kind(pool)]
@@ -381,7 +381,7 @@ def _mean(writer: Writer, node: fx.Node, layer: StaticMean) -> None:
 
 
 class _At:
-    """A writer for which one value, that is no node of the graph, has a shape."""
+    """A writer that also knows the shape of one value that is no node of the graph."""
 
     def __init__(self, writer: Writer, x: str, shape: tuple[int, ...]) -> None:
         self.writer, self.x, self.known, self.opset = writer, x, shape, writer.opset
@@ -417,7 +417,7 @@ def _dequantize(writer: Writer, node: fx.Node, layer: Dequantize) -> None:
 
 
 def _table(writer: Writer, node: fx.Node, layer: Table) -> None:
-    """A look-up, exactly."""
+    """Write a lookup table (exact)."""
     index = writer.op("Cast", [source(node)], to=6)  # int32
     if not writer.shift:
         index = writer.op("Add", [index, writer.constant(torch.tensor(128, dtype=torch.int32))])
@@ -425,7 +425,7 @@ def _table(writer: Writer, node: fx.Node, layer: Table) -> None:
 
 
 def _stored(writer: Writer, node: fx.Node, layer: StoredWeight) -> None:
-    """A weight that is read by other operations."""
+    """Write a quantized weight that other operations read."""
     writer.op("Identity", [writer.constant(layer())], name=node.name)
 
 
@@ -438,7 +438,7 @@ def _embedding(writer: Writer, node: fx.Node, layer: IntegerEmbedding) -> None:
 
 
 def _packed(writer: Writer, node: fx.Node, layer: PackedLinear) -> None:
-    """com.microsoft's MatMulNBits: codes from 0 on, 4 or 8 bits, low ones first; a zero point for each group, if any."""
+    """Write com.microsoft's MatMulNBits: unsigned codes of 4 or 8 bits, the low half of a byte first; zero points by group."""
     q, bits, group = layer.quantized(), layer.scheme.levels.bits, layer.scheme.group
     N, K = q.codes.shape
     if bits not in (4, 8) or not isinstance(group, int):
@@ -464,7 +464,7 @@ def _packed(writer: Writer, node: fx.Node, layer: PackedLinear) -> None:
 
 
 def _bytes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [N, C] of 4 or 8 bits as bytes, two of 4 bits in each."""
+    """Pack codes [N, C] of 4 or 8 bits into bytes, two 4-bit codes in each."""
     if bits == 8:
         return codes.to(torch.uint8)
     even = nn.functional.pad(codes, (0, codes.shape[1] % 2))

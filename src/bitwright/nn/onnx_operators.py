@@ -1,4 +1,4 @@
-"""Float operations between integer layers as ONNX nodes: functions and methods of a graph by name, and modules of torch.nn."""
+"""Write the float operations of a graph as ONNX nodes: functions and methods by name, and torch.nn modules."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Arguments = dict[str, Any]
 
 
 class Writes(Protocol):
-    """What an operation is written with: see `onnx_export.Writer`."""
+    """The interface of `onnx_export.Writer` that operations use."""
 
     opset: int
 
@@ -26,13 +26,13 @@ class Writes(Protocol):
 
 
 def no_form(where: str, what: str) -> FormatError:
-    """The error for an operation that is not written."""
+    """The error for an operation that has no ONNX form here."""
     remedy = "a module of bitwright.convert or bitwright.quantize_weights, made of static layers"
     return FormatError(f"{what} has no ONNX form here", where=where, remedy=remedy)
 
 
 def integers(*x: int) -> Tensor:
-    """int64 [n]."""
+    """An int64 tensor [n]."""
     return torch.tensor(x, dtype=torch.int64)
 
 
@@ -40,7 +40,7 @@ def integers(*x: int) -> Tensor:
 
 
 def plain(kind: str, **attributes: Any) -> "Write":
-    """An operator of the same meaning, on tensors alone."""
+    """A writer of an ONNX operator that takes the same tensor arguments."""
     return lambda w, a: w.op(kind, [w.value(x) for x in a.values() if x is not None], **attributes)
 
 
@@ -112,7 +112,7 @@ def _reshape(w: Writes, a: Arguments) -> str:
 
 
 def _flatten(w: Writes, a: Arguments) -> str:
-    """Axes start..end as one, the others as they are, whatever their sizes."""
+    """Flatten dimensions start … end, for sizes that may be dynamic."""
     rank = len(w.shape(a["input"]))
     start, end = a.get("start_dim", 0) % rank, a.get("end_dim", -1) % rank
     x = w.value(a["input"])
@@ -194,7 +194,7 @@ def _reduce(kind: str) -> "Write":
 
 
 def _item(w: Writes, a: Arguments) -> str:
-    """x[...]: numbers, slices of numbers, None and an ellipsis."""
+    """Indexing x[...] with integers, slices, None and an ellipsis."""
     index = a["index"] if isinstance(a["index"], tuple) else (a["index"],)
     x, rank = w.value(a["input"]), len(w.shape(a["input"]))
     real = sum(each is not None and each is not Ellipsis for each in index)
@@ -237,7 +237,7 @@ def _pad(w: Writes, a: Arguments) -> str:
 
 
 def pairs(x: Any, n: int) -> list[int]:
-    """A size for each of n axes."""
+    """A size for each of n dimensions, from one number or a tuple."""
     return [int(x)] * n if isinstance(x, int) else [int(each) for each in x]
 
 
@@ -262,7 +262,7 @@ def _pool(kind: str) -> "Write":
 
 
 def _adaptive(kind: str) -> "Write":
-    """To one place, or where the sizes divide."""
+    """A writer of adaptive pooling: to size 1, or to sizes that divide the input's."""
 
     def write(w: Writes, a: Arguments) -> str:
         shape = w.shape(a["input"])[2:]
@@ -301,7 +301,7 @@ def _resize(w: Writes, a: Arguments) -> str:
 
 
 def _spread(w: Writes, a: Arguments) -> str:
-    """Zeros between the places of an image and around it: `rearranged.Spread`."""
+    """`rearranged.Spread`: zeros inserted between and around the positions of an image."""
     x, rank, stride = w.value(a["input"]), len(w.shape(a["input"])), a["stride"]
     n = len(stride)
     for axis, step in zip(range(rank - n, rank), stride, strict=True):
@@ -354,7 +354,7 @@ def _batch_norm(w: Writes, a: Arguments) -> str:
 
 
 def _group_norm(w: Writes, a: Arguments) -> str:
-    """Rows of [B, groups, -1], each normalized, and then a scale and an offset for each channel."""
+    """Group norm: each row of [B, groups, -1] is normalized, then scale and offset for each channel."""
     shape, groups = w.shape(a["input"]), int(a["num_groups"])
     x = w.value(a["input"])
     rows = w.op("Reshape", [x, w.constant(integers(0, groups, -1))])
@@ -392,7 +392,7 @@ def _conv(w: Writes, a: Arguments) -> str:
 
 
 def _attention(w: Writes, a: Arguments) -> str:
-    """softmax(q kᵀ · scale + mask) v."""
+    """scaled_dot_product_attention: softmax(q kᵀ · scale + mask) v."""
     if a.get("is_causal"):
         raise no_form(str(a["query"]), "causal attention without a mask")
     q, k, v = (w.value(a[name]) for name in ("query", "key", "value"))
@@ -407,7 +407,7 @@ def _attention(w: Writes, a: Arguments) -> str:
 
 Write = Callable[[Writes, Arguments], str]
 X = ("input",)
-# Of each function or method of a graph, by name: its parameters in order, and how it is written. "*": all that follow.
+# Function or method name -> (names of its parameters in order, writer). "*": all further arguments.
 FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     "add": (("input", "other", "alpha"), _sum), "iadd": (("input", "other"), plain("Add")),
     "sub": (("input", "other"), plain("Sub")), "mul": (("input", "other"), plain("Mul")),
@@ -454,7 +454,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     **{f"conv{n}d": (("input", "weight", "bias", "stride", "padding", "dilation", "groups"), _conv) for n in (1, 2, 3)},
     "scaled_dot_product_attention": (("query", "key", "value", "attn_mask", "_dropout_p", "is_causal", "scale"), _attention),
 }  # fmt: skip
-# Of each module of torch.nn: the function that it is, and which attributes are its parameters.
+# torch.nn class -> the function that it computes, and the attributes that are its arguments.
 MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), ("contiguous", ())),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")), nn.ReLU: ("relu", ()), nn.ReLU6: ("relu6", ()),
@@ -481,7 +481,7 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 
 
 def arguments_of(node: fx.Node, names: tuple[str, ...]) -> Arguments:
-    """The arguments of a call by name; those whose names begin with "_" change nothing here."""
+    """The arguments of a call by name; those whose names begin with "_" do not affect the ONNX form."""
     args: list[Any] = list(node.args)
     found: Arguments = {}
     for name in names:

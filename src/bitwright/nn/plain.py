@@ -1,7 +1,7 @@
-"""Layers with plain weights: those that a layer computes from other parameters are computed once and for all.
+"""Normalize a module before quantization: weights computed from other parameters become plain parameters.
 
-torch.nn.utils.parametrizations, the older weight_norm and spectral_norm, pruning masks of torch.nn.utils.prune; and the
-transposed Linear that GPT-2 is made of. Transposed and three-dimensional convolutions are rearranged.
+Covers torch.nn.utils.parametrizations, the older weight_norm and spectral_norm, and masks of torch.nn.utils.prune. GPT-2's
+Conv1D becomes a Linear; transposed and 3-D convolutions become plain ones (rearranged.py).
 """
 
 import torch
@@ -16,8 +16,8 @@ from bitwright.nn.tree import Kept, named, replaced
 
 @torch.no_grad()
 def plain(root: nn.Module, kept: Kept) -> nn.Module:
-    """The root, changed: every weight is a parameter, with the value that the layer would compute in eval mode, and
-    every convolution a plain one.
+    """Change a module in place, and return it: every weight is a parameter, with its value in eval mode, and every convolution
+    that is not kept in float is a Conv1d or Conv2d.
     """
     for names, module in named(root):
         if parametrize.is_parametrized(module):
@@ -28,12 +28,12 @@ def plain(root: nn.Module, kept: Kept) -> nn.Module:
         if not any(kept.covers(name) for name in names):
             while (simpler := as_plain(module)) is not None:
                 root = replaced(root, module, simpler)
-                module = simpler.get_submodule("layer")  # a transposed one of three dimensions is one of three
+                module = simpler.get_submodule("layer")  # a ConvTranspose3d becomes a Conv3d first, then a Conv2d
     return root
 
 
 def _unparametrized(module: nn.Module) -> None:
-    """Leave what parametrizations compute. torch's own way to do so takes the property from all copies of the module."""
+    """Replace parametrizations by the values that they compute. torch's own function would also affect copies of the module."""
     values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
@@ -42,7 +42,7 @@ def _unparametrized(module: nn.Module) -> None:
 
 
 def _without_hooks(module: nn.Module) -> None:
-    """Leave what hooks compute before each forward as a parameter, without the hooks."""
+    """Replace weights that forward pre-hooks compute by parameters, and remove the hooks."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, WeightNorm | SpectralNorm):
             hook.remove(module)
@@ -54,7 +54,7 @@ def _without_hooks(module: nn.Module) -> None:
 
 
 def _unmasked(module: nn.Module, hook: prune.BasePruningMethod) -> None:
-    """The pruned tensor as a parameter: zeros stay, the mask goes."""
+    """Apply a pruning mask for good: the parameter has the zeros, mask and hook are gone."""
     name: str = hook._tensor_name
     original, mask = module._parameters.pop(f"{name}_orig"), module._buffers.pop(f"{name}_mask")
     assert isinstance(original, Tensor) and isinstance(mask, Tensor)

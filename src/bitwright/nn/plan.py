@@ -1,15 +1,21 @@
-"""Which values of a graph become integer codes, and which stay in float."""
+"""Decide which activations of a graph are quantized to integer codes, and which stay in float."""
 
 from torch import fx, nn
 
 from bitwright.nn.trace import ADD, CARRY, MEAN, OTHER, PRODUCT, RELU, UNARY, first, role
 from bitwright.nn.tree import Kept, kind
 
-FOLLOWS = (ADD, MEAN, UNARY, RELU, CARRY)  # computed on codes if, and only if, codes come in and are wanted behind
+FOLLOWS = (
+    ADD,
+    MEAN,
+    UNARY,
+    RELU,
+    CARRY,
+)  # computed on codes only if their inputs are codes and a product needs the result
 
 
 def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Kept) -> str:
-    """A node's role; OTHER for what is kept, and for convolutions and pools without an integer form."""
+    """A node's role; OTHER (float) for modules kept in float, and convolutions and pools without an integer form."""
     if node.op == "call_module":
         layer = graph.get_submodule(str(node.target))
         if has_no_integer_form(layer) or kept.covers(f"{prefix}.{node.target}".lstrip(".")):
@@ -18,7 +24,7 @@ def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Ke
 
 
 def has_no_integer_form(layer: nn.Module) -> bool:
-    """Whether a convolution's border, or what a pool is to give, is more than integers here can do."""
+    """Whether a convolution (padding other than zeros) or a pool (ceil_mode, return_indices) has no integer form here."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.padding_mode != "zeros"
     return isinstance(layer, nn.MaxPool1d | nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices)
@@ -30,16 +36,16 @@ def role_of(module: nn.Module) -> str:
 
 
 def fuses(node: fx.Node, roles: dict[fx.Node, str]) -> bool:
-    """Whether a product or a sum has a ReLU behind it that is its only reader, and is computed with it."""
+    """Whether a product or sum is followed by a ReLU only, which is then fused into it."""
     users = list(node.users)
     return roles[node] in (PRODUCT, ADD) and len(users) == 1 and roles.get(users[0]) == RELU
 
 
 def codes(graph: fx.GraphModule, roles: dict[fx.Node, str]) -> set[fx.Node]:
-    """The nodes whose values will be codes.
+    """The nodes whose values will be integer codes.
 
-    A product's are if a product reads them, directly or behind operations that work on codes. Such an operation needs
-    all of its inputs as codes; one that lacks them becomes OTHER in `roles`, which may change what is wanted before it.
+    A product's result is, if another product reads it, directly or through operations that work on codes. Such an operation
+    needs codes for all of its inputs; otherwise it becomes OTHER in `roles`, and the search is repeated.
     """
     nodes = list(graph.graph.nodes)
     while True:
@@ -60,7 +66,7 @@ def codes(graph: fx.GraphModule, roles: dict[fx.Node, str]) -> set[fx.Node]:
 
 
 def _all_codes(node: fx.Node, roles: dict[fx.Node, str], emits: set[fx.Node]) -> bool:
-    """Whether all values that a node reads are codes; a sum needs two of them."""
+    """Whether a node's inputs are codes: both operands of a sum, the first argument of any other operation."""
     if roles[node] == ADD:
         return len(node.args) == 2 and all(isinstance(a, fx.Node) and a in emits for a in node.args) and not node.kwargs
     return bool(node.args) and isinstance(node.args[0], fx.Node) and node.args[0] in emits

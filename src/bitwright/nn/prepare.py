@@ -1,4 +1,4 @@
-"""A module made ready for calibration or training: graphs where it traces, and edges where values will be codes."""
+"""`prepare` and `calibrate`: insert observers into a module, and record the ranges of its activations (static quantization)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,20 +19,20 @@ from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
 
 class Prepared(nn.Module):
-    """A module with edges. `body` is what it was, as graphs where it traces; it computes what the original did."""
+    """A module with observers (`Edge`). body: the original, traced where possible, which computes the same."""
 
     def __init__(self, body: nn.Module, weights: Scheme, activations: Scheme, kept: Kept, batch: Batch) -> None:
-        """batch: what `convert` runs beside the float module, the example or the first that calibrated."""
+        """batch: on which `convert` compares the results: the example, or the first calibration batch."""
         super().__init__()
         self.body, self.weights, self.activations, self.kept, self.batch = body, weights, activations, kept, batch
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """As the original's."""
+        """As the original module's."""
         with no_fast_path():
             return self.body(*inputs, **named)
 
     def edges(self) -> list[Edge]:
-        """All places where values will be codes."""
+        """All edges: places where activations will be quantized."""
         return [module for module in self.modules() if isinstance(module, Edge)]
 
 
@@ -47,19 +47,19 @@ def prepare(
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> Prepared:
-    """The module with places to observe, for `calibrate` and then `convert`: post-training static quantization.
+    """Insert observers into a module, for `calibrate` and `convert`: post-training static quantization.
 
     example_inputs  one batch: a tensor, a tuple of arguments, or a dict of named ones
     weights         scheme of the weights: integers, ternary or binary, by channel
-    activations     "int8-tensor-asym" or "int8-tensor", or fewer bits: one fixed scale for each place; or by token, as
-                    they come ("int8-token"): then only products are integer, and there is nothing to calibrate
-    observer        how ranges are read from what was seen: "minmax", "average", "percentile", "mse", "kl"
+    activations     "int8-tensor-asym" or "int8-tensor", or fewer bits: static, one scale for each activation; or dynamic
+                    ("int8-token"): then only products are integer, and no calibration is needed
+    observer        how a range is chosen from the recorded values: "minmax", "average", "percentile", "mse", "kl"
     percentile      of that observer; None: 99.9
     keep            patterns of module names -> "float", or "bf16"
 
-    What cannot be traced is taken apart, and its layers are prepared one by one. Raises RecipeError for a module in
-    training mode, with nothing to quantize, that was prepared before, whose trace computes something else, or with
-    weights that no layer of torch.nn holds where it cannot be traced; SchemeError for schemes without integer form.
+    Layers of modules that cannot be traced are prepared one by one. Raises RecipeError for a module in training mode, with
+    nothing to quantize, that was prepared before, whose graph computes something else, or that cannot be traced and has
+    weights outside of torch.nn layers; SchemeError for schemes without an integer form.
     """
     if observer not in RANGES:
         raise RecipeError(f"unknown observer {observer!r}", remedy=one_of(observer, RANGES))
@@ -76,7 +76,7 @@ def prepared_for_training(
     keep: Mapping[str, str] | None,
     inplace: bool,
 ) -> Prepared:
-    """`prepare` for a module in eval mode that will be trained: what it does in training mode, it goes on doing."""
+    """`prepare` for quantization-aware training, of a module in eval mode; dropout still works in training mode."""
     return _prepared(module, example_inputs, weights, activations, observer, None, keep, inplace, True)
 
 
@@ -99,7 +99,7 @@ def _prepared(
     with no_fast_path():
         source = copied(module)
         run(source, example)
-        expected = run(source, example)  # again: a module that remembers gives something else
+        expected = run(source, example)  # the second run, as a stateful module gives another result
         del source
         target = plain(module if inplace else copied(module), kept)
         maker = Maker(target, example, of_weights, of_values, observer, percentile, kept, training)
@@ -112,10 +112,10 @@ def _prepared(
 
 
 def calibrate(prepared: Prepared, batches: Iterable[Batch]) -> Prepared:
-    """Run the batches (of inputs only, no labels) through the module and remember what values each edge saw.
+    """Run batches (inputs only, no labels) through the module, and record the range of every activation.
 
-    Batches count on top of those of earlier calls. Raises RecipeError in training mode or for another kind of module,
-    CalibrationError where there are no batches, NumericsError, naming the edge, for values that are not finite.
+    Batches add to those of earlier calls. Raises RecipeError in training mode, or for a module that was not prepared;
+    CalibrationError if there are no batches; NumericsError, with the edge's name, for values that are not finite.
     """
     require_prepared(prepared)
     require_mode(prepared, training=False)
@@ -137,7 +137,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Batch]) -> Prepared:
 
 
 def _run_named(prepared: Prepared, batch: Batch) -> None:
-    """Run a batch; where torch refuses its shape, CalibrationError names the layer that it came to."""
+    """Run a batch. CalibrationError, with the last layer that was reached, if torch refuses its shape."""
     reached = [""]
     layers = [(name, module) for name, module in prepared.body.named_modules() if not list(module.children())]
     handles = [module.register_forward_pre_hook(lambda *_, name=name: reached.append(name)) for name, module in layers]
@@ -152,7 +152,7 @@ def _run_named(prepared: Prepared, batch: Batch) -> None:
 
 
 def require_prepared(module: nn.Module) -> None:
-    """RecipeError unless `prepare` or `prepare_qat` made the module."""
+    """RecipeError unless the module is from `prepare` or `prepare_qat`."""
     if isinstance(module, Prepared):
         return
     integer = any(type(child).__module__.startswith("bitwright.nn") for child in module.modules())
@@ -162,7 +162,7 @@ def require_prepared(module: nn.Module) -> None:
 
 
 def _check_same(expected: Any, found: Any, where: str) -> None:
-    """RecipeError if a graph does not compute what the module does."""
+    """RecipeError if the graph's outputs differ from the module's; NumericsError if these are not finite."""
     left, right = tensors(expected), tensors(found)
     message = "its graph computes something else: what it does depends on values or on state"
     different = RecipeError(message, where=where, remedy='keep={"the submodule": "float"}, or move the condition out')

@@ -1,4 +1,4 @@
-"""Weights of any module removed before it is quantized: a sparse module, whose zeros later steps keep."""
+"""Prune the weights of any module before quantization; later steps keep the zeros."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,17 +28,18 @@ def prune(
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """The module with weights of its Linears and convolutions set to 0.
+    """Set weights of Linear layers and convolutions to 0.
 
-    batches   inputs, which "wanda" and "obs" need
-    method    "magnitude": the smallest; "wanda": |weight| · ‖input‖ (Sun et al. 2023, arXiv:2306.11695); "obs": those that cost
-              least, and the others make up for them (Frantar and Alistarh 2022, arXiv:2208.11580; up to 1024 inputs)
-    sparsity  the share that goes, such as 0.5, or n of m neighbours that stay, such as "2:4"
-    keep      patterns of module names -> "float": left as they are
+    batches   calibration inputs, needed by "wanda" and "obs"
+    method    "magnitude": the smallest weights; "wanda": the smallest |weight| · ‖input‖ (Sun et al. 2023, arXiv:2306.11695);
+              "obs": those that add least error, compensated by the others (Frantar and Alistarh 2022, arXiv:2208.11580; up to
+              1024 inputs)
+    sparsity  the fraction that is set to 0, such as 0.5, or a pattern n:m of which n stay, such as "2:4"
+    keep      patterns of module names -> "float": not pruned
 
     A weight that is exactly 0 stays 0 in every later step: static and dynamic quantization, `prepare_qat`,
-    `quantize_weights`. Raises RecipeError for training mode, an unknown method or a share that means nothing;
-    CalibrationError where a method needs batches that reach a layer.
+    `quantize_weights`. Raises RecipeError for training mode, an unknown method or an invalid sparsity; CalibrationError if
+    a method needs inputs of a layer that no batch reaches.
     """
     require_mode(module, training=False)
     if method not in PRUNERS:
@@ -56,7 +57,7 @@ def prune(
             raise CalibrationError(
                 f"method {method} needs to see inputs", where=name, remedy="batches that reach this layer"
             )
-        grouped = getattr(layer, "groups", 1) > 1  # groups see different inputs: by size alone
+        grouped = getattr(layer, "groups", 1) > 1  # groups have different inputs: pruned by magnitude
         gram = grams[name].value() if name in grams and not grouped else None
         found = PRUNERS["magnitude" if gram is None else method](matrix(weight), gram, **target).weight
         weight.copy_(found if weight.ndim == 2 else _as_kernel(found, weight))
@@ -64,7 +65,7 @@ def prune(
 
 
 def _target(sparsity: float | str) -> dict[str, float | tuple[int, int]]:
-    """A share, or a pattern such as "2:4", as the pruners take it."""
+    """A fraction, or a pattern such as "2:4", as the pruners' keyword arguments."""
     if not isinstance(sparsity, str):
         return {"sparsity": sparsity}
     n, colon, m = sparsity.partition(":")
@@ -74,12 +75,12 @@ def _target(sparsity: float | str) -> dict[str, float | tuple[int, int]]:
 
 
 def _as_kernel(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows [N, K] with the channels last, in the order of a convolution's weight."""
+    """Undo `matrix`: rows [N, K] in the shape of a convolution's weight."""
     return rows.view(len(rows), *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
 
 
 def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
-    """XᵀX of what each layer sees, in the order of `matrix`."""
+    """The Gram matrix XᵀX of each layer's inputs, in the column order of `matrix`; a placeholder for grouped convolutions."""
     grams: dict[str, Gram] = {}
 
     def hook(name: str, layer: nn.Module) -> Any:
@@ -105,7 +106,7 @@ def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list
 
 
 def _rows(x: Tensor, layer: nn.Module) -> Tensor:
-    """The inputs of a layer as rows [T, K]."""
+    """The inputs of a layer as rows [T, K]; for a convolution its patches."""
     if isinstance(layer, nn.Linear):
         return x
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)

@@ -1,6 +1,6 @@
-"""Transposed and three-dimensional convolutions as plain ones of rearranged inputs: a convolution has one integer form.
+"""Transposed and 3-D convolutions as plain convolutions of rearranged inputs, so that these need no integer form of their own.
 
-Spreading: Dumoulin and Visin 2016, arXiv:1603.07285, section 4.
+Source for transposed convolutions: Dumoulin and Visin 2016, arXiv:1603.07285, section 4.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ PLAIN: dict[type[nn.Module], type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
 
 
 class Spread(nn.Module):
-    """Zeros between the places of x [B, C, ...] and around them, so that a convolution gives what a transposed one does."""
+    """Insert zeros between and around the positions of x [B, C, ...]; a plain convolution then gives the transposed one."""
 
     def __init__(self, source: Transposed) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Spread(nn.Module):
         self.border = [d * (k - 1) - p for d, k, p in reach]  # type: ignore[operator]
 
     def forward(self, x: Tensor, more: list[int]) -> Tensor:
-        """more: the output padding of each axis."""
+        """more: the output padding of each spatial dimension."""
         n = len(self.stride)
         for axis, step in zip(range(x.ndim - n, x.ndim), self.stride, strict=True):
             if step > 1:
@@ -39,7 +39,7 @@ class Spread(nn.Module):
 
 
 class TransposedConvolution(Replacement):
-    """ConvTranspose1d, 2d or 3d: its input spread, then a convolution with the kernel turned round."""
+    """ConvTranspose1d, 2d or 3d: zeros are inserted into its input, then a convolution with the flipped kernel."""
 
     output_padding: tuple[int, ...]
     stride: tuple[int, ...]
@@ -67,7 +67,7 @@ class TransposedConvolution(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """As the float layer's, [C, N / groups, ...]."""
+        """The weight in the float layer's layout, [C, N / groups, ...]."""
         w = self.layer.weight
         return _swapped(w, self.groups).flip(tuple(range(2, w.ndim)))
 
@@ -87,12 +87,12 @@ class TransposedConvolution(Replacement):
 
 
 def _swapped(w: Tensor, groups: int) -> Tensor:
-    """[C, N / groups, ...] -> [N, C / groups, ...], and back."""
+    """Swap input and output channels: [C, N / groups, ...] -> [N, C / groups, ...], and back."""
     return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class Slices(nn.Module):
-    """x [B, C, D, H, W] -> [B·D', C·kd, H, W]: what a three-dimensional kernel sees, one plane of results at a time."""
+    """x [B, C, D, H, W] -> [B·D', C·kd, H, W]: the input slices of each output plane of a Conv3d, as channels."""
 
     def __init__(self, source: nn.Conv3d) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Slices(nn.Module):
 
 
 class Planes(nn.Module):
-    """y [B·D', N, H', W'] -> [B, N, D', H', W'] for an input x [B, C, D, H, W]; without B if that has none."""
+    """Undo `Slices` on the output: y [B·D', N, H', W'] -> [B, N, D', H', W'], without B if the input x has none."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         batch = 1 if x.ndim == 4 else x.shape[0]
@@ -116,7 +116,7 @@ class Planes(nn.Module):
 
 
 class SlicedConvolution(Replacement):
-    """Conv3d: a Conv2d of its input's slices."""
+    """Conv3d as a Conv2d on slices of its input."""
 
     def __init__(self, source: nn.Conv3d) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class SlicedConvolution(Replacement):
 
 
 def as_plain(module: nn.Module) -> nn.Module | None:
-    """The module as one whose convolutions are plain; None where it is no transposed or three-dimensional convolution."""
+    """A transposed or 3-D convolution as a plain one (Conv3d may remain); None for any other module."""
     if isinstance(module, Transposed) and module.padding_mode == "zeros":
         return TransposedConvolution(module)
     if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros":

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN with integer products: the inputs of all steps at once, the state at each step, gates in float."""
+"""Dynamically quantized LSTM, GRU and RNN: integer products of all inputs at once, of the state at each step; float gates."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -19,26 +19,26 @@ Make = Callable[[nn.Linear, str], DynamicProduct]
 
 
 def lstm_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, 4H]: what the gates (in, forget, cell, out) get from the input and from the state."""
+    """One LSTM step. x, h [B, 4H]: contributions of input and state to the gates (input, forget, cell, output)."""
     i, f, g, o = (x + h).chunk(4, dim=-1)
     c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def gru_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, 3H]: what the gates (reset, update, new) get from the input and from the state."""
+    """One GRU step. x, h [B, 3H]: contributions of input and state to the gates (reset, update, new)."""
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
     z, n = torch.sigmoid(xz + hz), torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
     return (torch.lerp(n, states[0], z),)
 
 
 def tanh_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, H]."""
+    """One step of an RNN with tanh. x, h [B, H]: contributions of input and state."""
     return (torch.tanh(x + h),)
 
 
 def relu_step(x: Tensor, h: Tensor, states: States) -> States:
-    """x, h [B, H]."""
+    """One step of an RNN with ReLU. x, h [B, H]: contributions of input and state."""
     return (torch.relu(x + h),)
 
 
@@ -49,9 +49,9 @@ NATIVE = ("LSTM", "GRU")
 
 
 class IntegerRecurrent(Replacement):
-    """LSTM, GRU or RNN, any number of layers, both directions, packed sequences too; called as the float module is.
+    """LSTM, GRU or RNN with any number of layers, bidirectional too, also on packed sequences; called as the float module.
 
-    ofinput, ofstate: a product for each layer and direction, whose inputs are rounded as they come.
+    ofinput, ofstate: the dynamic products of input and state, one for each layer and direction
     """
 
     mode: str
@@ -70,7 +70,7 @@ class IntegerRecurrent(Replacement):
         self.ofstate = nn.ModuleList(make(_linear(source, "hh", name), name) for name in names)
 
     def flatten_parameters(self) -> None:
-        """Nothing: the weights lie together already."""
+        """Does nothing; for code that calls it on float modules."""
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -85,7 +85,7 @@ class IntegerRecurrent(Replacement):
         return y, self.ends([part[:, 0] for part in last] if single else last)
 
     def packed(self, input: PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None) -> tuple[PackedSequence, object]:
-        """Sequences of several lengths, longest first, step by step side by side: each stretch of equal width is one run."""
+        """Run a packed sequence: consecutive steps with the same number of sequences are run together."""
         order, back = input.sorted_indices, input.unsorted_indices
         sizes: list[int] = input.batch_sizes.tolist()
         states = self.first_states(input.data, sizes[0], hx, single=False)
@@ -101,7 +101,7 @@ class IntegerRecurrent(Replacement):
     def stacked(
         self, x: Tensor, states: States, run: Callable[[Tensor, int, int, States], tuple[Tensor, States]]
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers, one upon the other: outputs of the last, and the last states [L, B, H] of all."""
+        """Run all layers: outputs of the last one, and final states [L, B, H] of all layers and directions."""
         last: list[States] = []
         for layer in range(self.num_layers):
             runs = [run(x, layer, way, states) for way in range(self.directions)]
@@ -110,13 +110,13 @@ class IntegerRecurrent(Replacement):
         return x, [torch.stack(parts) for parts in zip(*last, strict=True)]
 
     def ends(self, last: list[Tensor]) -> object:
-        """The last states as the float module gives them."""
+        """The final states in the float module's form: (h, c) for LSTM, else h."""
         return tuple(last) if self.mode == "LSTM" else last[0]
 
     def first_states(
         self, x: Tensor, batch: int, state: Tensor | tuple[Tensor, Tensor] | None, *, single: bool
     ) -> States:
-        """The states of all layers and directions before the first step, each [L, B, H]."""
+        """The initial states of all layers and directions, each [L, B, H]; zeros if none are given."""
         count = 2 if self.mode == "LSTM" else 1
         if state is None:
             return (x.new_zeros(self.num_layers * self.directions, batch, self.hidden_size),) * count
@@ -124,7 +124,7 @@ class IntegerRecurrent(Replacement):
         return tuple(part[:, None] if single else part for part in given)
 
     def run_packed(self, x: Tensor, sizes: list[int], layer: int, way: int, first: States) -> tuple[Tensor, States]:
-        """`run` on packed rows x [Σ sizes, K], sizes[t] of them for step t."""
+        """As `run`, for packed rows x [Σ sizes, K], of which sizes[t] belong to step t."""
         steps = list(x.split(sizes))
         places = [(size, len(list(same))) for size, same in groupby(sizes)]
         stretches, at = [], 0
@@ -143,7 +143,7 @@ class IntegerRecurrent(Replacement):
         return y, tuple(part[layer * self.directions + way] for part in states)
 
     def run(self, x: Tensor, layer: int, way: int, first: States) -> tuple[Tensor, States]:
-        """One layer in one direction: its outputs [T, B, H] and last states."""
+        """Run one layer in one direction (way 1: backwards): outputs [T, B, H] and final states."""
         at = layer * self.directions + way
         ofinput, ofstate = self.ofinput[at], self.ofstate[at]
         assert isinstance(ofinput, DynamicProduct) and isinstance(ofstate, DynamicProduct)
@@ -164,7 +164,7 @@ class IntegerRecurrent(Replacement):
 
 
 class IntegerCell(Replacement):
-    """LSTMCell, GRUCell or RNNCell; called as the float module is."""
+    """Dynamically quantized LSTMCell, GRUCell or RNNCell; called as the float module."""
 
     def __init__(self, source: Cell, make: Make, *, where: str) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class IntegerCell(Replacement):
         self.ofstate = make(linear(source.weight_hh, source.bias_hh if has_bias else None), "hh")
 
     def forward(self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None) -> object:
-        """[B, K] or [K], and the state -> the next state."""
+        """Input [B, K] or [K] and state -> next state."""
         single = input.ndim == 1
         x = input[None] if single else input
         if hx is None:
@@ -198,7 +198,7 @@ class IntegerCell(Replacement):
 def natively(
     x: Tensor, ofinput: DynamicProduct, ofstate: DynamicProduct, states: States, *, backwards: bool
 ) -> tuple[Tensor, States]:
-    """All steps of one layer in one direction in one call: outputs [T, B, H] and last states."""
+    """All steps of one layer in one direction, in one call of the native extension: outputs [T, B, H] and final states."""
     product, rounding = ofinput.memory.of(ofinput, ofinput.prepared)
     state, _ = ofstate.memory.of(ofstate, ofstate.prepared)
     y = x.new_empty(*x.shape[:2], ofstate.channels)
@@ -208,14 +208,14 @@ def natively(
 
 
 def _linear(source: Recurrent, part: str, name: str) -> nn.Linear:
-    """The weights of one layer, direction and part ("ih": of the input, "hh": of the state) as a Linear."""
+    """The weights of one layer and direction as a Linear. part: "ih" for those of the input, "hh" for those of the state."""
     weight = getattr(source, f"weight_{part}_{name}")
     bias = getattr(source, f"bias_{part}_{name}") if source.bias else None
     return linear(weight, bias)
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear of this weight [N, K] and bias [N]."""
+    """A Linear with this weight [N, K] and bias [N]."""
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Layers whose weights are rounded wherever they are read, while the parameters stay what an optimizer trains."""
+"""Layers with fake-quantized weights, for quantization-aware training: reading a weight gives its quantized value."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ from bitwright.numerics.scheme import Scheme
 
 
 class Rounded(nn.Module):
-    """A layer with fake quantization. fakes: of each rounded parameter, by name.
+    """A layer with fake quantization. fakes: parameter name -> `FakeWeight`.
 
-    An attribute such as `weight` is what its codes stand for; the parameter itself, of that name in the state dict, is
-    what is trained.
+    The attribute `weight` is the quantized and dequantized weight. The parameter of this name, in the state dict, is the float
+    weight that is trained.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -42,7 +42,7 @@ class RoundedAttention(Rounded, nn.MultiheadAttention): ...  # fmt: skip
 
 
 class HeldWeight(Rounded):
-    """A weight that is read without calling the layer that holds it."""
+    """A weight as a module of its own, for a forward that reads a layer's weight without calling the layer."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class HeldWeight(Rounded):
 
 
 class Entered(nn.Module):
-    """A single layer and the step of its input into codes, where the module around it is no graph.
+    """A layer with the quantization of its input in front, for a layer whose parent module could not be traced.
 
-    Its other attributes are the layer's.
+    All other attributes are the layer's.
     """
 
     def __init__(self, edge: nn.Module, layer: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Entered(nn.Module):
         return modules[name] if name in modules or "layer" not in modules else getattr(modules["layer"], name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """What the layer makes of the codes."""
+        """The layer on the quantized input."""
         return self.layer(self.edge(input))
 
 
@@ -85,7 +85,7 @@ ROUNDED: dict[type[nn.Module], type[Rounded]] = {
 
 
 def round_weights(layer: nn.Module, scheme: Scheme, *, learned: bool) -> None:
-    """Let a layer round its matrices from now on. Scales are in float32: weights in training may shrink."""
+    """Turn a layer into its fake-quantized form, in place. f16 scales become float32, as weights may shrink in training."""
     scheme = replace(scheme, scale="f32") if scheme.scale == "f16" else scheme
     names = [name for name, p in layer.named_parameters(recurse=False) if p.ndim > 1]
     fakes = {name: FakeWeight(layer.get_parameter(name), scheme, learned=learned) for name in names}
@@ -94,7 +94,7 @@ def round_weights(layer: nn.Module, scheme: Scheme, *, learned: bool) -> None:
 
 
 def rounded_as(layer: nn.Linear, fake: FakeWeight | None) -> nn.Linear:
-    """A Linear whose weight is rounded in this way."""
+    """A Linear with this fake quantization of its weight; unchanged if `fake` is None."""
     if fake is not None:
         layer.__class__ = RoundedLinear
         layer.add_module("fakes", nn.ModuleDict({"weight": fake}))
@@ -102,7 +102,7 @@ def rounded_as(layer: nn.Linear, fake: FakeWeight | None) -> nn.Linear:
 
 
 def trained(layer: nn.Module, name: str) -> tuple[Tensor, FakeWeight | None]:
-    """A parameter as an optimizer sees it, and how it is rounded."""
+    """A layer's float parameter, and its fake quantization, None if it has none."""
     value = layer._parameters[name]
     assert value is not None
     fakes = layer._modules.get("fakes") if isinstance(layer, Rounded) else None

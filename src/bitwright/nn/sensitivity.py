@@ -1,4 +1,4 @@
-"""What each layer costs when it alone is quantized: where bits matter, before any are spent."""
+"""Sensitivity analysis: the output error of a module when one layer at a time is quantized."""
 
 from collections.abc import Iterable
 
@@ -18,10 +18,10 @@ from bitwright.numerics.scheme import Scheme
 def sensitivity(
     module: nn.Module, batches: Iterable[Batch], *, weights: str = "int8-channel", activations: str = "int8-token"
 ) -> dict[str, float]:
-    """Name of each layer -> the share of the outputs' energy that is lost when only this layer is quantized.
+    """Layer -> relative squared error of the outputs, Σ (y − ŷ)² / Σ y², if only this layer is dynamically quantized.
 
-    Dearest first. Inputs are rounded as they come. The module is the same afterwards. Raises as `quantize_dynamic`
-    does, and CalibrationError where there are no batches.
+    The most sensitive layer is first. The module itself is not changed. Raises as `quantize_dynamic`, and CalibrationError if
+    there are no batches.
     """
     require_mode(module, training=False)
     scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), list(batches)

@@ -1,4 +1,4 @@
-"""Requantization between static layers: float to codes and back, sums, means, and lookup tables for functions of one value."""
+"""Operations on int8 activations between static layers: quantize, dequantize, sum, pooling, lookup tables."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -15,13 +15,13 @@ from bitwright.nn.native import Memory, channels_last, dense, empty_output, hand
 
 
 def to_codes(y: Tensor, affine: Tensor) -> Tensor:
-    """Values already divided by the scale, zero point added, rounded to codes. Changes y."""
+    """Round and clamp y, which is already divided by the scale, with the zero point added, to int8. Changes y in place."""
     low, high = affine[2:]
     return y.round_().clamp_(low, high).to(torch.int8)
 
 
 class Quantize(Replacement):
-    """Float to codes."""
+    """Quantize: float -> int8."""
 
     affine: Tensor
 
@@ -40,7 +40,7 @@ class Quantize(Replacement):
 
 
 class Dequantize(Replacement):
-    """Codes to float."""
+    """Dequantize: int8 -> float."""
 
     affine: Tensor
 
@@ -54,7 +54,7 @@ class Dequantize(Replacement):
 
 
 class StaticAdd(Replacement):
-    """Codes + codes -> codes of another scale.
+    """Sum of two int8 tensors, requantized to the output's scale.
 
     left, right: the inputs' affines; exit: the output's. y = a · s_a / s + b · s_b / s + constant.
     """
@@ -88,7 +88,7 @@ class StaticAdd(Replacement):
 
 
 class StaticMean(Replacement):
-    """A pooling that averages, codes to codes of another scale."""
+    """Average pooling of int8, requantized to the output's scale."""
 
     entry: Tensor
     exit: Tensor
@@ -100,12 +100,12 @@ class StaticMean(Replacement):
         self.register_buffer("exit", exit)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.pool(x.float() - self.entry[1])  # zeros of a border are zeros
+        mean = self.pool(x.float() - self.entry[1])  # without zero point, so that the padding's zeros are right
         return to_codes(mean * (self.entry[0] / self.exit[0]) + self.exit[1], self.exit)
 
 
 class StaticMax(nn.Module):
-    """A max pool of codes, tap by tap: torch's takes int8 images of up to 127 pixels only."""
+    """Max pooling of int8, as maxima over kernel positions: torch's own supports int8 only up to 127 pixels."""
 
     def __init__(self, source: nn.MaxPool1d | nn.MaxPool2d) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class StaticMax(nn.Module):
 
 
 class Table(Replacement):
-    """A function of one value, codes to codes: its value at each of the 256. table int8 [256], of codes from −128 on."""
+    """A unary function of int8 as a lookup table, int8 [256], for codes −128 … 127."""
 
     table: Tensor
     entry: Tensor

@@ -1,8 +1,8 @@
-"""A module as a graph of operations, each in one of a few roles.
+"""Trace a module into a torch.fx graph, and classify its operations by how integer arithmetic handles them.
 
-Graphs are torch.fx's, which call the module's own layers: names, hooks and patterns of `keep` stay those of the module.
-torch.export would follow more of Python, but for the shapes that it saw alone, and gives back operators on loose tensors. What
-fx cannot trace is taken apart instead: its products become integers all the same, and what passes between them stays float.
+torch.fx keeps the module's own layers, so that names, hooks and patterns of `keep` still apply. torch.export would trace more
+of Python, but specializes on the example's shapes, and gives operators on loose tensors instead of layers. In a module that fx
+cannot trace, layers are still quantized one by one, and the activations between them stay in float.
 """
 
 import copy
@@ -33,8 +33,8 @@ PRODUCT, ADD, MEAN, UNARY, RELU, CARRY, SHAPE, OTHER = [
     "other",
 ]
 
-# What each operation is to integer arithmetic. A product or a sum is computed in integers, a mean of codes too; a function
-# of one value becomes a table of 256; what only moves values moves codes as well. Everything else stays in float.
+# Roles of operations. PRODUCT, ADD and MEAN have integer forms; a UNARY function becomes a table of 256 values; RELU is fused
+# or becomes a table; CARRY only moves values or takes maxima, and works on codes as well; SHAPE reads sizes; OTHER is float.
 MODULES: dict[type[nn.Module], str] = {
     nn.Linear: PRODUCT, nn.Conv1d: PRODUCT, nn.Conv2d: PRODUCT,
     nn.ReLU: RELU, nn.ReLU6: RELU,
@@ -61,13 +61,13 @@ METHODS: dict[str, str] = {
     **dict.fromkeys(("view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"), CARRY),
     "size": SHAPE, "dim": SHAPE,
 }  # fmt: skip
-BOUNDS: dict[Any, float] = {nn.ReLU6: 6.0, functional.relu6: 6.0}  # of those in role RELU: how far up they go
+BOUNDS: dict[Any, float] = {nn.ReLU6: 6.0, functional.relu6: 6.0}  # upper bounds of operations in role RELU
 
 
 class Tracer(fx.Tracer):
-    """Modules of torch.nn with nothing inside, and attention, are single operations; all others are looked into.
+    """A torch.fx tracer: torch.nn modules without children, and attention, are single operations; others are traced into.
 
-    fixed: parameters of the forward that the graph was made without; it refuses other values for them.
+    fixed: arguments of the forward that are no tensors, and become constants; the graph refuses other values for them.
     """
 
     def __init__(self, fixed: dict[str, Any] | None = None) -> None:
@@ -75,7 +75,7 @@ class Tracer(fx.Tracer):
         self.fixed = fixed or {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What stands for a node's value."""
+        """The proxy for a node's value."""
         return Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -85,7 +85,7 @@ class Tracer(fx.Tracer):
         return own and (not list(m.children()) or isinstance(m, nn.MultiheadAttention))
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        """Placeholders for all parameters; in the forward itself those that are fixed have their values."""
+        """Placeholders for all arguments of the forward; the fixed ones are replaced by their values inside."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, arg in enumerate(args):
             name = str(arg.node.target) if isinstance(arg, fx.Proxy) else ""
@@ -96,7 +96,7 @@ class Tracer(fx.Tracer):
 
 
 class Value(fx.Proxy):
-    """A value of a graph that knows when it is changed in place: torch.fx's own takes `x += y` for `x = x + y`."""
+    """A proxy that records in-place operations: torch.fx's own would trace `x += y` as `x = x + y`."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -118,8 +118,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 
 def require_same(value: Any, expected: Any, name: str) -> Any:
-    """RecipeError for an argument that the graph was made without."""
-    if isinstance(value, fx.Proxy):  # a graph that is read from a file is traced again
+    """RecipeError if an argument is not the value that was fixed when the graph was traced."""
+    if isinstance(value, fx.Proxy):  # torch.fx traces a graph again when it is loaded from a file
         return value.tracer.create_proxy("call_function", require_same, (value, expected, name), {})
     if value is not expected and (isinstance(value, Tensor) or value != expected):
         message = f"the argument {name!r} was {expected!r} in example_inputs, and the graph was made for that"
@@ -133,9 +133,10 @@ SIMPLE = (bool, int, float, str, type(None))
 
 
 def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
-    """The module, called with these arguments by name, as a graph that shares its weights; or why it cannot be one.
+    """Trace a module into a graph that shares its weights; or the reason why it cannot be traced.
 
-    Tensors are the graph's inputs. Anything else has to be what the forward has as a default, and stays so.
+    given: the arguments of the forward by name. Tensors become the graph's inputs; all others must be simple values, equal to
+    the defaults, and are fixed.
     """
     fixed = {}
     for name, parameter in inspect.signature(module.forward).parameters.items():
@@ -154,7 +155,7 @@ def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
 
 
 def dropped_in_training(module: nn.Module, given: Mapping[str, Any], graph: fx.GraphModule) -> dict[str, float] | str:
-    """How much each F.dropout of a graph drops in training mode; or why the graph is not that of training."""
+    """F.dropout node -> its rate in training mode; or the reason why the graph in training mode is another."""
     modes = {child: child.training for child in module.modules()}
     module.train()
     try:
@@ -178,7 +179,7 @@ def dropped_in_training(module: nn.Module, given: Mapping[str, Any], graph: fx.G
 
 
 def role(graph: fx.GraphModule, node: fx.Node) -> str:
-    """What a node is to integer arithmetic."""
+    """The role of a node: PRODUCT, ADD, …, OTHER."""
     if node.op == "call_module":
         return MODULES.get(kind(graph.get_submodule(str(node.target))), OTHER)
     if node.op == "call_method":
@@ -189,13 +190,13 @@ def role(graph: fx.GraphModule, node: fx.Node) -> str:
 
 
 def bound(graph: fx.GraphModule, node: fx.Node) -> float:
-    """How far up a node in role RELU goes."""
+    """The upper bound of a node in role RELU; inf for a plain ReLU."""
     found = kind(graph.get_submodule(str(node.target))) if node.op == "call_module" else node.target
     return BOUNDS.get(found, float("inf"))
 
 
 def fold_norms(graph: fx.GraphModule) -> None:
-    """Batch norms behind a Linear or convolution that nothing else reads become part of it, with their statistics frozen."""
+    """Fold batch norms into the Linear or convolution before them, with frozen statistics, if nothing else reads its result."""
     for node in list(graph.graph.nodes):
         before = first(node)
         if node.op != "call_module" or before is None or before.op != "call_module":
@@ -211,7 +212,7 @@ def fold_norms(graph: fx.GraphModule) -> None:
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    """A new layer that computes norm(layer(x)); None where there is none."""
+    """A new layer that computes norm(layer(x)); None if the two cannot be fused."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
         return None
     layer, norm = copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval()
@@ -222,17 +223,17 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
         fused = fuse_conv_bn_eval(layer, norm)
     else:
         return None
-    for parameter in fused.parameters():  # a bias that the layer did not have would not be trained
+    for parameter in fused.parameters():  # a bias that the fusion has added would not be trained otherwise
         parameter.requires_grad_(layer.weight.requires_grad)
     return fused
 
 
 def first(node: fx.Node) -> fx.Node | None:
-    """The node that a node reads first."""
+    """A node's first argument, if it is a node."""
     found = node.args[0] if node.args else None
     return found if isinstance(found, fx.Node) else None
 
 
 def _calls(graph: fx.GraphModule, node: fx.Node) -> int:
-    """How often the module of a node is called."""
+    """The number of calls of a node's module in the graph."""
     return sum(other.op == "call_module" and other.target == node.target for other in graph.graph.nodes)

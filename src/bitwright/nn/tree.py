@@ -1,4 +1,4 @@
-"""The tree of modules: kinds of layers, names, which of them stay float, and how one is put in another's place."""
+"""Operations on the tree of modules: find layers by class, replace them, keep some in float or bfloat16."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,10 @@ KEPT_AS = ("float", "bf16")
 
 
 def kind(module: nn.Module) -> type[nn.Module]:
-    """The class of torch.nn whose forward a module runs: its own class, or the one that a subclass leaves as it is."""
+    """The torch.nn class whose forward a module runs: for a subclass that does not override it, the base class.
+
+    A module that overrides it has its own class. Parametrizations are ignored.
+    """
     own: type[nn.Module] = type_before_parametrizations(module)
     for found in own.__mro__:
         if found.__module__.startswith("torch.nn.modules") and issubclass(found, nn.Module):
@@ -25,12 +28,12 @@ def kind(module: nn.Module) -> type[nn.Module]:
 
 
 def _computes_as(own: type[nn.Module], found: type[nn.Module]) -> bool:
-    """Whether a subclass overrides nothing that its base computes with."""
+    """Whether a subclass computes the same as its base: it overrides no forward."""
     return all(getattr(own, name, None) is getattr(found, name, None) for name in ("forward", "_conv_forward"))
 
 
 def named(root: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
-    """Every submodule once, with all the names that it has, in the order of the tree."""
+    """Every submodule once, with all of its names, in the order of named_modules."""
     found: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
         found.setdefault(id(module), ([], module))[0].append(name)
@@ -38,7 +41,7 @@ def named(root: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
 
 
 def layers_of(root: nn.Module, kinds: Mapping[type[nn.Module], Any], kept: "Kept") -> list[tuple[str, nn.Module]]:
-    """First name and module of every layer of these kinds that is not kept, nor part of another such layer."""
+    """(First name, module) of every layer of these kinds, without those kept in float, or inside another such layer."""
     found: list[tuple[str, nn.Module]] = []
     inside: set[int] = set()
     for names, module in named(root):
@@ -51,7 +54,7 @@ def layers_of(root: nn.Module, kinds: Mapping[type[nn.Module], Any], kept: "Kept
 
 
 def replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The root with one submodule replaced under all of its names; the new module itself where the root is replaced."""
+    """Replace a submodule under all of its names; returns the root, which is `new` if `old` was the root."""
     if root is old:
         return new
     for parent in list(root.modules()):
@@ -62,18 +65,18 @@ def replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def off_the_fast_path(root: nn.Module) -> nn.Module:
-    """The root, with torch's transformer layers kept from a shortcut that reads weights past the modules that hold them."""
+    """Disable torch's fast path for transformer layers in a module: it reads float weights directly, past the submodules."""
     for module in root.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # nothing else reads it
+            module.activation_relu_or_gelu = 0  # only the check for the fast path reads it
     return root
 
 
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """The same for as long as the context lasts, whatever the modules."""
+    """Within this context, torch's fast path for attention is disabled for all modules."""
     shortcut = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -83,7 +86,7 @@ def no_fast_path() -> Iterator[None]:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, also where hooks (torch.nn.utils.weight_norm, prune) have left a computed tensor in a module."""
+    """A deep copy of a module; unlike copy.deepcopy, it also copies tensors computed by hooks (weight_norm, prune)."""
     memo: dict[int, Any] = {}
     for child in module.modules():
         for value in vars(child).values():
@@ -93,7 +96,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 class Bf16(nn.Module):
-    """A float module with its weights, and what it computes, in bfloat16; the result in the input's type."""
+    """Runs a float module in bfloat16, weights and computation; the result has the input's dtype."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -108,14 +111,17 @@ class Bf16(nn.Module):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors, in tuples too, in another type."""
+    """Convert floating-point tensors, also in tuples, to another dtype."""
     if isinstance(value, tuple):
         return tuple(_cast(each, dtype) for each in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class Kept:
-    """Which modules (and parameters of their own) stay float, and how: patterns of names -> "float" or "bf16"."""
+    """The modules (and parameters) that are not quantized: pattern of the name -> "float" or "bf16".
+
+    RecipeError for another value, or a pattern that matches nothing.
+    """
 
     def __init__(self, module: nn.Module, keep: Mapping[str, str]) -> None:
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
@@ -129,13 +135,13 @@ class Kept:
         self.keep = dict(keep)
 
     def covers(self, name: str) -> str | None:
-        """How a module, or one that it lies in, is kept; None: it is not."""
+        """How a module is kept, by its own name or that of one around it: "float" or "bf16"; None: it is quantized."""
         path = name.split(".")
         above = [".".join(path[: i + 1]) for i in range(len(path))]
         return next((kind for p, kind in self.keep.items() if any(fnmatchcase(each, p) for each in above)), None)
 
     def apply(self, target: nn.Module) -> nn.Module:
-        """The module with those kept as bf16 put into bfloat16."""
+        """Wrap the modules that are kept in bfloat16 in `Bf16`; returns the root."""
         for names, child in named(target):
             patterns = [p for p, kind in self.keep.items() if kind == "bf16"]
             if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
@@ -144,7 +150,7 @@ class Kept:
 
 
 def require_mode(module: nn.Module, *, training: bool) -> None:
-    """RecipeError where the module is not in the mode that is needed: eval all through, or training itself."""
+    """RecipeError if a module is in the wrong mode. Eval is needed of all submodules, training only of the module itself."""
     wrong = next((name for name, child in module.named_modules() if child.training != training), None)
     if wrong is not None and (not training or not module.training):
         found, wanted = ("eval", "train") if training else ("train", "eval")

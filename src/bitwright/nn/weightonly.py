@@ -1,4 +1,4 @@
-"""Weights in a few bits, products in float: any rounding method on the Linears of any module."""
+"""Weight-only quantization of the Linear layers of any module, with any rounding method (GPTQ, HQQ, …)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -27,11 +27,13 @@ from bitwright.numerics.scheme import Scheme
 
 
 class PackedLinear(Replacement):
-    """Linear on packed codes: native products, with inputs rounded to 16 bits; where a gradient is wanted, or there is no
-    extension, the weight is decoded as it is used.
+    """Linear with packed low-bit weights. Native kernels multiply by the codes, with inputs rounded to 16 bits; if a gradient
+    is needed, or there is no extension, the weight is dequantized for each call.
 
-    words  int32 [N, W]: codes, counted from the lowest, packed at `bits` each;  scale float16 or float32 [N, G]
-    zero   float16 [N, G]: zero points, with a scheme that has them, else [0];  bias float32 [N] or None
+    words  int32 [N, W], unsigned codes (from the lowest), packed with `bits` each
+    scale  float16 or float32 [N, G]
+    zero   float16 [N, G], zero points; empty for symmetric schemes
+    bias   float32 [N], or None
     """
 
     words: Tensor
@@ -51,7 +53,7 @@ class PackedLinear(Replacement):
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().float().clone())
 
     def quantized(self) -> QTensor:
-        """The weight's codes and scales."""
+        """The weight as a QTensor."""
         low, bits = code_range(self.scheme)[0], self.scheme.levels.bits
         codes = (unpack(self.words, bits, self.shape[1]).int() + low).to(code_dtype(self.scheme))
         zero = self.zero.float() if self.zero.numel() else None
@@ -59,7 +61,7 @@ class PackedLinear(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the float layer's type."""
+        """The dequantized weight, in the float layer's dtype."""
         return decode(self.quantized()).to(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,17 +90,17 @@ def quantize_weights(
     inplace: bool = False,
     check: Check = "error",
 ) -> nn.Module:
-    """A module whose Linears keep their weights in a few bits, rounded with the help of what the batches show.
+    """Replace the Linear layers of a module by `PackedLinear`: weight-only quantization.
 
-    batches  inputs, as `calibrate`'s, all seen by the float module; not needed by "rtn", "search" and "hqq"
-    scheme   one-level: integers with scales in f16, bf16 or f32
+    batches  calibration inputs, run through the float module; not needed by "rtn", "search" and "hqq"
+    scheme   integers with scales in f16, bf16 or f32 (no two-level scales)
     method   a key of `METHODS`
-    check    what happens where the result, on the first batch, is not the module with rounded weights: "error", "warn", "off"
+    check    if the result differs, on the first batch, from the float module with dequantized weights: "error", "warn", "off"
 
-    A weight that is exactly 0 stays 0: a pruned layer stays pruned. Scales that float16 cannot hold are stored in float32.
+    A weight that is exactly 0 stays 0: a pruned layer stays pruned. Scales beyond float16 are stored in float32.
 
-    Raises RecipeError for an unknown method, training mode or nothing to quantize; CalibrationError where a method
-    needs batches and has none; SchemeError for a scheme that cannot be packed.
+    Raises RecipeError for an unknown method, training mode or nothing to quantize; CalibrationError if a method needs
+    batches and has none; SchemeError for a scheme that cannot be packed.
     """
     require_mode(module, training=False)
     require_check(check)
@@ -127,7 +129,7 @@ def quantize_weights(
 def _packed(
     target: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch], scheme: Scheme, method: str
 ) -> nn.Module:
-    """The module with these layers rounded and packed."""
+    """Quantize and pack these layers; returns the root."""
     grams = _grams(target, layers, batches)
     for name, layer in layers:
         if method in CALIBRATED and name not in grams:
@@ -142,7 +144,7 @@ def _packed(
 
 
 def _still_zero(q: QTensor, w: Tensor) -> QTensor:
-    """q with the code of 0 wherever w is 0, unless all of w is."""
+    """q with the code of 0 wherever w is 0, unless w is 0 everywhere."""
     gone = w == 0
     if not bool(gone.any()) or bool(gone.all()) or q.order is not None:
         return q
@@ -152,7 +154,7 @@ def _still_zero(q: QTensor, w: Tensor) -> QTensor:
 
 
 def _check(source: nn.Module, target: nn.Module, batch: Batch, check: Check) -> None:
-    """Hold the packed module beside the float one with the same weights, which is what it should compute."""
+    """Compare the packed module with the float module that has the dequantized weights."""
     expected = outputs(source, batch)
     for name, layer in named_layers(target):
         source.get_submodule(name).get_parameter("weight").copy_(layer.weight)
@@ -160,12 +162,12 @@ def _check(source: nn.Module, target: nn.Module, batch: Batch, check: Check) -> 
 
 
 def named_layers(target: nn.Module) -> list[tuple[str, PackedLinear]]:
-    """The packed layers of a module."""
+    """Names and modules of a module's packed layers."""
     return [(name, layer) for name, layer in target.named_modules() if isinstance(layer, PackedLinear)]
 
 
 def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
-    """XᵀX of the inputs of each layer."""
+    """The Gram matrix XᵀX of each layer's inputs."""
     grams: dict[str, Gram] = {}
 
     def hook(name: str) -> Any:

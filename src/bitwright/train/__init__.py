@@ -1,4 +1,4 @@
-"""Training with quantized forward passes: quantization-aware training, distillation.
+"""Training of quantized models: quantization-aware training (QAT), knowledge distillation, LoRA on packed weights (QLoRA).
 
 Imports: errors, numerics, models, nn.
 """

@@ -1,4 +1,4 @@
-"""What a loaded model needs before adapters are trained beside its quantized weights (QLoRA, arXiv:2305.14314)."""
+"""Prepare a quantized model for training LoRA adapters on it (QLoRA, arXiv:2305.14314)."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -7,10 +7,10 @@ from bitwright.models.skeleton import is_norm
 
 
 def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool = True) -> PreTrainedModel:
-    """Make a model of `bitwright.load` ready for peft's `get_peft_model`; the same model is given back.
+    """Prepare a model from `bitwright.load` for peft's `get_peft_model`, in place; returns the same model.
 
-    All of its parameters are frozen, norms are kept in float32, and what the embedding gives takes part in gradients, which
-    checkpointing needs. gradient_checkpointing: blocks are run once more on the way back rather than remembered.
+    All parameters are frozen, norms are converted to float32, and the embedding's output requires gradients, as gradient
+    checkpointing needs. gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
     """
     model.requires_grad_(False)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student learns from labels and from what a teacher predicts."""
+"""Knowledge distillation: a student is trained on labels and on the predictions of a teacher."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -13,9 +13,9 @@ Task = Callable[[Tensor, Tensor], Tensor]
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of logits [..., C] softened by T, a mean over all but the last axis.
+    """T² · KL(teacher ‖ student) for logits [..., C] at temperature T; the mean over all dimensions but the last.
 
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; the T² keeps the gradients' size.
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. The factor T² keeps the size of the gradients.
     """
     log_p, log_q = (
         functional.log_softmax(logits.float().flatten(0, -2) / temperature, -1) for logits in (teacher, student)
@@ -34,14 +34,15 @@ def distill(
     task: Task = functional.cross_entropy,
     epochs: int = 1,
 ) -> list[float]:
-    """Train the student on batches (x, y) by alpha · distillation + (1 − alpha) · task loss; the losses, step by step.
+    """Train a student with the loss alpha · distillation + (1 − alpha) · task; returns the loss of every step.
 
-    student    any module in training mode, such as what `prepare_qat` made of the teacher
-    teacher    gives the logits that the student should give; run as it is in eval mode, without gradients
-    optimizer  None: Adam with rate 1e-4
-    task       (logits, y) -> loss
+    student    any module in training mode, such as the teacher after `prepare_qat`
+    teacher    gives the target logits; a copy is run in eval mode, without gradients
+    loader     batches (x, y) of inputs and labels
+    optimizer  None: Adam with learning rate 1e-4
+    task       task loss, (logits, y) -> scalar
 
-    Raises RecipeError for a temperature or alpha out of bounds, a student in eval mode, or a loader without batches.
+    Raises RecipeError for a temperature or alpha out of range, a student in eval mode, or a loader without batches.
     """
     if not (temperature > 0 and 0 <= alpha <= 1):
         message = f"temperature {temperature} and alpha {alpha}"

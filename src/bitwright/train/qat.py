@@ -1,4 +1,4 @@
-"""Quantization-aware training: the same places as for post-training quantization, rounding while the module trains."""
+"""Quantization-aware training: fake quantization at the places where post-training static quantization would quantize."""
 
 from collections.abc import Mapping
 
@@ -24,18 +24,18 @@ def prepare_qat(
     keep: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> Prepared:
-    """The module with its weights and the values between layers rounded in every forward pass, straight through for gradients.
+    """Insert fake quantization of weights and activations into a module for training, with straight-through gradients.
 
-    Begin with the trained float module where there is one. Train it with any optimizer and loop, under autocast or gradient
-    checkpointing, then `.eval()` and `convert`: the integer module computes what the trained one does, within a step of the
-    output's scale. Batch norms are folded with their statistics as they are; dropout modules stay. LSTM, GRU and attention
-    train in float, and `convert` makes them dynamic layers. Other arguments as `prepare`'s.
+    Start from a trained float module if there is one. Train with any optimizer and loop, also with autocast or gradient
+    checkpointing, then call `.eval()` and `convert`: the integer module's outputs agree with the trained one's within one step
+    of the output's scale. Batch norms are folded with their current statistics; dropout stays. LSTM, GRU and attention train
+    in float, and `convert` makes them dynamic layers. Other arguments as for `prepare`.
 
-    learned  True: scales' exponents are parameters (LSQ), named `*.learned.exponent`, that start from what example_inputs show
-             False: scales follow the weights, and moving averages of the extremes of what passes by, while training; below
-             8 bits that costs more than training wins back
+    learned  True: learned scales (LSQ), parameters named `*.learned.exponent`, initialized from example_inputs
+             False: scales are computed from the weights, and from moving averages of the activations' minima and maxima;
+             below 8 bits this loses more accuracy than training recovers
 
-    Raises as `prepare` does, and RecipeError for a module that is not in training mode.
+    Raises as `prepare`, and RecipeError for a module that is not in training mode.
     """
     require_mode(module, training=True)
     modes = {name: child.training for name, child in module.named_modules()}
@@ -55,7 +55,7 @@ def prepare_qat(
 
 
 def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
-    """Let weights be rounded, and the edges start from what one batch shows."""
+    """Initialize the edges' ranges from one batch, and fake-quantize the weights."""
     edges = prepared.edges()
     for edge in edges:
         edge.phase = "watch"
@@ -75,7 +75,7 @@ def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
 
 
 def freeze(prepared: Prepared) -> Prepared:
-    """Let the ranges of activations stay as they are from here on, which settles the last steps of a training."""
+    """Stop updating the ranges of activations, for the last steps of training; fake quantization goes on."""
     for edge in prepared.edges():
         edge.phase = "round"
     return prepared
