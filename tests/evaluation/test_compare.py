@@ -263,4 +263,4 @@ def test_the_terminal_shows_names_winner_and_page(llama: Path, text: str, tmp_pa
     assert done.exit_code == 0, done.output
     lines = [line for line in done.stdout.splitlines() if line.startswith(" int3-g32") or line.startswith("int3-g32")]
     assert len(lines) == 2 and "best" in next(line for line in lines if "gptq" in line)
-    assert "compare.html" in done.output
+    assert "compare.html" in done.output.replace("\n", "")  # its path may be longer than a line

@@ -542,7 +542,11 @@ def test_no_other_reader_takes_this_format_s_modules_for_its_own() -> None:
             with suppress(FormatError):
                 layer = format_.adapt(Layer("x", 64, 256, Scheme.parse(text)), torch.float16)
                 types = {name: dtype for name, (dtype, _) in format_.layout(layer, torch.float16).items()}
-                others = {"awq", "gptq", "auto-round"} if format_.name in ("awq", "gptq") else set()
+                integers, floats = (
+                    {"awq", "gptq", "auto-round"},
+                    {"compressed-tensors", "fp8"},
+                )  # quant_method tells those
+                others = next((some for some in (integers, floats) if format_.name in some), set())
                 assert {r.name for r in READERS if r.holds(types)} <= {format_.name, *others}, text
                 assert types.keys() <= next(r for r in READERS if r.name == format_.name).parts
 

@@ -140,10 +140,10 @@ def test_layers_with_and_without_rounded_inputs_share_a_file() -> None:
 def test_a_way_of_rounding_that_is_not_computed_here_is_refused() -> None:
     config = CT.config([layer("int8-channel", INT8)], [])
     inputs = config["config_groups"]["group_0"]["input_activations"]
-    inputs |= {"strategy": "tensor"}  # dynamic by tensor: no engine of ours
+    inputs |= {"strategy": "group", "group_size": 7}
     with pytest.raises(FormatError, match="not computed here"):
         CT.input_quantization(config, "a.b", nothing)
-    inputs |= {"dynamic": False}
+    inputs |= {"strategy": "tensor", "group_size": None, "dynamic": False}
     with pytest.raises(FormatError, match="a range that the file lacks"):
         CT.input_quantization(config, "a.b", nothing)
 

@@ -111,7 +111,7 @@ def test_where_it_cannot_be(llama: Path, tmp_path: Path, text: str) -> None:
         with pytest.raises(RecipeError, match=says):
             Recipe.of(file, scheme="int4-g32", method="gptaq")
     file.write_text("temper = 0.05")
-    with pytest.raises(RecipeError, match="gptaq or autoround"):
+    with pytest.raises(RecipeError, match="use --method gptaq"):
         quantize(llama, tmp_path / "a.gguf", scheme="q4_0", method="gptq", calib=text, recipe=file)
     with pytest.raises(FormatError, match="keeps the last norm"):
         quantize(llama, tmp_path / "a", scheme="int4-g32", method="gptaq", calib=text, recipe=file)
