@@ -1,6 +1,6 @@
 """Quantized mixtures of experts: how much an expert that few tokens reach should borrow from all tokens of its layer.
 
-    python -m bench.experts [--model bench/mixture] [--schemes int4-g64,int3-g64] [--windows 8,64] [--peer]
+    python -m bench.experts [--model bench/mixture] [--schemes int4-g64,int3-g64] [--windows 8,64] [--calib stdlib] [--peer]
 
 Calibrated on windows of 256 tokens of Python's standard library, judged on its held-out modules. For each scheme and number
 of windows: RTN; GPTQ on each expert's own Gram alone (prior 0), with RTN for experts that saw fewer tokens than their inputs
@@ -58,13 +58,13 @@ def judged(model: Path, out: Path) -> str:
     return f"{e.kl_mean:.5f} ± {e.kl_stderr:.5f}"
 
 
-def ours(model: Path, out: Path, scheme: str, windows: int, method: str) -> str:
-    bitwright.quantize(model, out, scheme=scheme, method=method, calib="stdlib", samples=windows, seqlen=SEQLEN)
+def ours(model: Path, out: Path, scheme: str, windows: int, method: str, calib: str) -> str:
+    bitwright.quantize(model, out, scheme=scheme, method=method, calib=calib, samples=windows, seqlen=SEQLEN)
     return judged(model, out)
 
 
-def theirs(model: Path, out: Path, scheme: str, windows: int) -> str:
-    drawn = draw(load_tokenizer(model), "stdlib", samples=windows, seqlen=SEQLEN, vocabulary=1 << 30, seed=0)
+def theirs(model: Path, out: Path, scheme: str, windows: int, calib: str) -> str:
+    drawn = draw(load_tokenizer(model), calib, samples=windows, seqlen=SEQLEN, vocabulary=1 << 30, seed=0)
     save_file({"input_ids": drawn.seen}, tokens := out.with_suffix(".safetensors"))
     bits, group = scheme.removeprefix("int").split("-g")
     run([*map(str, PEER), str(model), str(out), "--tokens", str(tokens), "--bits", bits, "--group", group, "--sym"])
@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--schemes", default="int4-g64,int3-g64")
     parser.add_argument("--windows", default="8,64")
     parser.add_argument("--methods", default="gptq")
+    parser.add_argument(
+        "--calib", default="stdlib", help="another text, such as general, leaves more experts without tokens"
+    )
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
     out, own = OUT / "experts/out", observe_experts.PRIOR
@@ -90,14 +93,14 @@ def main() -> None:
 
     for scheme in args.schemes.split(","):
         for windows in map(int, args.windows.split(",")):
-            add(scheme, windows, "rtn", ours(args.model, out, scheme, windows, "rtn"))
+            add(scheme, windows, "rtn", ours(args.model, out, scheme, windows, "rtn", args.calib))
             for method in args.methods.split(","):
                 with rounding_rare_experts():
                     add(
                         scheme,
                         windows,
                         f"{method}, RTN for rare experts",
-                        ours(args.model, out, scheme, windows, method),
+                        ours(args.model, out, scheme, windows, method, args.calib),
                     )
                 for prior in PRIORS:
                     mark = "*" if prior == own else ""
@@ -106,10 +109,10 @@ def main() -> None:
                             scheme,
                             windows,
                             f"{method}, prior {prior:g}{mark}",
-                            ours(args.model, out, scheme, windows, method),
+                            ours(args.model, out, scheme, windows, method, args.calib),
                         )
             if args.peer:
-                add(scheme, windows, "llm-compressor gptq", theirs(args.model, out, scheme, windows))
+                add(scheme, windows, "llm-compressor gptq", theirs(args.model, out, scheme, windows, args.calib))
     print(table(["scheme", "windows", "method", "KL"], rows))
 
 
