@@ -19,7 +19,7 @@ from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.calibration.observe import BlockRun, FloatStream, Group, Mixture, observe
 from bitwright.models.experts import DOWN, Experts
 
-PRIOR = 32.0  # tokens that all tokens of the layer count for beside an expert's own
+PRIOR = 128.0  # tokens that all tokens of the layer count for beside an expert's own
 SAMPLE = 1024  # tokens of the layer that stand for all of them
 ENOUGH = 4  # tokens for each channel of its inputs: beyond that an expert is judged by its own alone
 
