@@ -36,7 +36,9 @@ class StreamedModel:
         self.weight_source = open_weights(folder, self.skeleton)
         self.engine = engine
         self.input_quantization = (
-            self.weight_source.input_quantization if engine is None else _intake_of(engine, self.weight_source)
+            self.weight_source.input_quantization
+            if engine is None
+            else _input_quantization_of(engine, self.weight_source)
         )
         self.names = names_in(self.weight_source, self.skeleton)
 
@@ -109,7 +111,9 @@ class StreamedModel:
         return None if rounding is None else KvCache(rounding=rounding)
 
 
-def _intake_of(engine: str, weight_source: WeightSource | GgufWeightSource) -> Callable[[str], EightBits | None]:
+def _input_quantization_of(
+    engine: str, weight_source: WeightSource | GgufWeightSource
+) -> Callable[[str], EightBits | None]:
     """An engine's quantization of inputs: a function from a module's weight name. InputError for an unknown engine."""
     if engine != ENGINE:
         raise InputError(f"unknown engine {engine!r}", remedy=f"{ENGINE}, or none: in float")

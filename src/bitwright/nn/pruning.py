@@ -1,18 +1,18 @@
 """Prune the weights of any module before quantization; later steps keep the zeros."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.statistics import Gram
 from bitwright.errors import CalibrationError, RecipeError, one_of
-from bitwright.nn.batches import Batch, run
+from bitwright.nn.batches import Batch
 from bitwright.nn.dynamic import nothing_to_quantize
+from bitwright.nn.grams import grams_of
 from bitwright.nn.layers import matrix
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, require_mode
+from bitwright.nn.tree import Kept, copied, layers_of, require_mode
 from bitwright.sparsity import PRUNERS
 
 KINDS: dict[type[nn.Module], None] = {nn.Linear: None, nn.Conv1d: None, nn.Conv2d: None}
@@ -81,28 +81,9 @@ def _as_kernel(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
     """The Gram matrix XᵀX of each layer's inputs, in the column order of `matrix`; a placeholder for grouped convolutions."""
-    grams: dict[str, Gram] = {}
-
-    def hook(name: str, layer: nn.Module) -> Any:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            rows = _rows(inputs[0] if inputs else named["input"], layer)
-            grams.setdefault(name, Gram(rows.shape[-1])).update(rows)
-
-        return see
-
-    watched = [each for each in layers if getattr(each[1], "groups", 1) == 1]
-    handles = [layer.register_forward_pre_hook(hook(name, layer), with_kwargs=True) for name, layer in watched]
-    try:
-        with no_fast_path():
-            for batch in batches:
-                run(module, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, layer in layers:
-        if getattr(layer, "groups", 1) > 1:
-            grams[name] = Gram(1)
-    return grams
+    grouped = {name for name, layer in layers if getattr(layer, "groups", 1) > 1}
+    watched = [(name, layer) for name, layer in layers if name not in grouped]
+    return grams_of(module, watched, batches, _rows) | {name: Gram(1) for name in grouped}
 
 
 def _rows(x: Tensor, layer: nn.Module) -> Tensor:

@@ -2,24 +2,23 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.calibration.statistics import Gram
 from bitwright.errors import CalibrationError, RecipeError, SchemeError, one_of
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
-from bitwright.nn.batches import Batch, outputs, run
+from bitwright.nn.batches import Batch, outputs
 from bitwright.nn.check import Check, check_outputs, require_check
 from bitwright.nn.dropin import Replacement
 from bitwright.nn.dynamic import nothing_to_quantize, refuse_bare_weights
+from bitwright.nn.grams import grams_of
 from bitwright.nn.integer import storable
 from bitwright.nn.native import Memory, handles
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, off_the_fast_path, replaced, require_mode
+from bitwright.nn.tree import Kept, copied, layers_of, off_the_fast_path, replaced, require_mode
 from bitwright.numerics.codec import code_dtype, code_range, decode, per_column
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -130,7 +129,7 @@ def _packed(
     target: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch], scheme: Scheme, method: str
 ) -> nn.Module:
     """Quantize and pack these layers; returns the root."""
-    grams = _grams(target, layers, batches)
+    grams = grams_of(target, layers, batches)
     for name, layer in layers:
         if method in CALIBRATED and name not in grams:
             remedy = "give batches that reach this layer"
@@ -164,25 +163,3 @@ def _check(source: nn.Module, target: nn.Module, batch: Batch, check: Check) -> 
 def named_layers(target: nn.Module) -> list[tuple[str, PackedLinear]]:
     """Names and modules of a module's packed layers."""
     return [(name, layer) for name, layer in target.named_modules() if isinstance(layer, PackedLinear)]
-
-
-def _grams(module: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch]) -> dict[str, Gram]:
-    """The Gram matrix XᵀX of each layer's inputs."""
-    grams: dict[str, Gram] = {}
-
-    def hook(name: str) -> Any:
-        def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = inputs[0] if inputs else named["input"]
-            grams.setdefault(name, Gram(x.shape[-1])).update(x)
-
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
-    try:
-        with no_fast_path():
-            for batch in batches:
-                run(module, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return grams
