@@ -12,6 +12,7 @@ import typer
 
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.training import finetune, merge
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ Activations = Annotated[
     ),
 ]
 Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        help="Set weights to zero first: wanda:0.5, magnitude:0.3, sparsegpt:0.5; sparsegpt:2:4 keeps 2 of every 4."
+    ),
+]
 Calib = Annotated[
     str,
     typer.Option(
@@ -92,6 +99,7 @@ def quantize(
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
+    prune: Prune = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     calib: Calib = "general",
     samples: Samples = 128,
@@ -113,7 +121,7 @@ def quantize(
 
         plan = planned(
             model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
-            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+            kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
             requantize=requantize,
         )  # fmt: skip
         if dry_run:
@@ -319,7 +327,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (generate, chat, bench):
+for command in (generate, chat, bench, finetune, merge):
     app.command()(command)
 
 

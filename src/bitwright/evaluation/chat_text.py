@@ -36,7 +36,7 @@ def chat_windows(
     for number, conversation in enumerate(conversations(source), 1):
         if most is not None and len(ids) >= most * seqlen:
             break
-        text = _rendered(tokenizer, conversation, f"{source}, conversation {number}")
+        text = rendered(tokenizer, conversation, f"{source}, conversation {number}")
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = _rows(ids, opening(tokenizer), seqlen)[:most]
     if not rows:
@@ -78,7 +78,7 @@ def _messages(line: str, where: str) -> list[Message]:
     return messages
 
 
-def _rendered(tokenizer: Any, conversation: list[Message], where: str) -> str:
+def rendered(tokenizer: Any, conversation: list[Message], where: str) -> str:
     """A conversation in the chat template, special tokens as text."""
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False))

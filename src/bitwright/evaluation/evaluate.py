@@ -68,6 +68,8 @@ def evaluate(
     predictions: Path | None = None,
     engine: str | None = None,
     chat: bool = False,
+    adapter: Path | None = None,
+    reference_adapter: Path | None = None,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -77,13 +79,15 @@ def evaluate(
                  most likely tokens (see reference.py)
     engine       "llama.cpp": round inputs, keys and values as that engine does (GGUF files)
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
+    adapter, reference_adapter  LoRA adapters in peft's form, added to the weights of the model and of the reference
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
     run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
     """
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed, other = StreamedModel(model, engine=engine), StreamedModel(reference) if reference else None
+    streamed = StreamedModel(model, engine=engine, adapter=adapter)
+    other = StreamedModel(reference, adapter=reference_adapter) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -149,6 +153,7 @@ def _key(other: StreamedModel, parts: list[Tensor]) -> str:
     """A hash of all that predictions depend on: model, windows and code."""
     ids = torch.cat(parts)
     model = [other.weight_source.fingerprint(), other.skeleton.config.to_json_string()]
+    model += [] if other.adapter is None else [other.adapter.digest]
     return sha256(json.dumps([model, code_version(), ids.shape]).encode() + ids.numpy().tobytes()).hexdigest()
 
 
