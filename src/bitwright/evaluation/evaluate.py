@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.errors import InputError
 from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
+from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
 from bitwright.pipeline.statistics_store import code_version
 
@@ -83,7 +84,8 @@ def evaluate(
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed, other = StreamedModel(model, engine=engine), StreamedModel(reference) if reference else None
+    streamed = StreamedModel(local(model), engine=engine)
+    other = StreamedModel(local(reference)) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
+from bitwright.files.hub import name_of
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -347,5 +348,7 @@ def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: floa
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
     loader = auto_class(plan.skeleton.config)
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
+    known = name_of(plan.source)
+    described = config if known is None else {**config, "_name_or_path": known}
+    card = Card(described, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))
