@@ -244,7 +244,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
     console.print(evaluation_table(found))
-    for line in verdict(found):
+    for line in (*(f"note: {note}" for note in found[0].notes), *verdict(found)):
         console.print(plain(line), highlight=False)
 
 

@@ -35,6 +35,7 @@ class Evaluation:
     kl_p99, kl_p999   quantiles of KL over tokens: 99 % and 99.9 %
     top1              share of tokens whose most likely prediction is the reference's
     seconds           for all texts that were evaluated together
+    notes             on what the models' files hold and is not used
     """
 
     text: str
@@ -53,6 +54,7 @@ class Evaluation:
     top1: float | None = None
     bits_per_weight: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, keys as they are named."""
@@ -95,7 +97,9 @@ def evaluate(
     against = _references(other, parts, predictions) if other else [None] * len(parts)
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
-    return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+    notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)
+    found = (_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True))
+    return [replace(one, notes=notes) for one in found]
 
 
 Against = Callable[

@@ -6,6 +6,7 @@ be rounded on the way in (`scheme`), so that the peak is the quantized size plus
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,8 @@ def load(
     activations  bits that inputs of quantized matrices are rounded to: 16 (finer than bfloat16) or 8 (faster prefill)
     dtype        of all that is not quantized, and of what passes between modules
 
-    Raises CheckpointError, FormatError, SchemeError or RecipeError, naming the tensor.
+    Warns of scales for keys and values that the config does not ask for. Raises CheckpointError, FormatError, SchemeError or
+    RecipeError, naming the tensor.
     """
     if activations not in BITS:
         raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
@@ -56,6 +58,8 @@ def load(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
         )
     filling = _Filling(local(Path(model)), Scheme.parse(scheme) if scheme else None, method, activations, dtype)
+    for note in filling.weight_source.notes:
+        warnings.warn(f"{model}: {note}", stacklevel=2)
     return filling.run()
 
 
