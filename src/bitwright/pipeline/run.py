@@ -56,6 +56,7 @@ from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
 from bitwright.system.threads import single_threads
 from bitwright.transforms.channel_scaling import Target, fold_scales
+from bitwright.transforms.folds import readers_of
 from bitwright.version import __version__
 
 
@@ -273,7 +274,7 @@ def _quantize_block(
     if source is None or isinstance(source, Importance):
         known_of = Importance().inputs if source is None else source.inputs
         return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
-    skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+    skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
     targets = _targets(layers)
     if isinstance(source, Store):
         known = source.read(index)
