@@ -25,7 +25,13 @@ ABOUT = (
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
+        "org/name@revision, org/name:FILE.gguf."
+    ),
+]
 Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
@@ -108,7 +114,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with reporting(as_json, KEPT.format(out)):
+    with reporting(as_json, KEPT.format(out), quiet=quiet):
         from bitwright.pipeline.quantize import carried_out, planned
 
         plan = planned(
@@ -155,7 +161,7 @@ def compare(
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it"),
+        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it", quiet=quiet),
         progress_bar(as_json or quiet) as progress,
     ):
         from bitwright.evaluation.compare import Settings
@@ -238,7 +244,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
     console.print(evaluation_table(found))
-    for line in verdict(found):
+    for line in (*(f"note: {note}" for note in found[0].notes), *verdict(found)):
         console.print(plain(line), highlight=False)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import InputError
+from bitwright.files.hub import local
 from bitwright.inference.decoding import Decoder, Sampling, decoder_of, tokens
 from bitwright.inference.loading import load
 
@@ -32,6 +33,7 @@ class Generator:
 
         Raises what `load` does, and CheckpointError for an encoder.
         """
+        path = local(path)
         model = load(path, scheme=scheme, activations=activations)
         room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
         return cls(model, load_tokenizer(path), decoder_of(model, room), room)

@@ -8,6 +8,7 @@ import torch
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Checkpoint, disk_errors
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
@@ -28,6 +29,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     number by number.
     """
     check_out(out)
+    model = local(model)
     chosen_format, _, _ = chosen(out, format_name, None, None)
     if chosen_format != "gguf":
         return repack(model, out, chosen_format)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
@@ -42,9 +43,13 @@ def planned(
     store: Path | None,
     requantize: bool = False,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
+    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+
+    Raises the InputError of whatever would stop the run.
+    """
     check_out(out)
     texts_of(calib)  # checked here, before any work
+    model = local(model)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
+from bitwright.files.hub import name_of
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -55,6 +56,7 @@ from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
 from bitwright.system.threads import single_threads
 from bitwright.transforms.channel_scaling import Target, fold_scales
+from bitwright.transforms.folds import readers_of
 from bitwright.version import __version__
 
 
@@ -272,7 +274,7 @@ def _quantize_block(
     if source is None or isinstance(source, Importance):
         known_of = Importance().inputs if source is None else source.inputs
         return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
-    skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+    skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
     targets = _targets(layers)
     if isinstance(source, Store):
         known = source.read(index)
@@ -347,5 +349,7 @@ def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: floa
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
     loader = auto_class(plan.skeleton.config)
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
+    known = name_of(plan.source)
+    described = config if known is None else {**config, "_name_or_path": known}
+    card = Card(described, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))
