@@ -22,7 +22,13 @@ FALLBACKS = {
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }  # fmt: skip
-VALUES = ("attn_v", "attn_qkv")  # value projections; a fused QKV matrix is treated as one
+VALUES = ("attn_v", "attn_qkv", "attn_kv_b")  # value projections; a fused matrix is treated as one
+EXPERTS = ("_exps", "_shexp", "_chexps")  # suffixes of a block's tensors of experts, and of those that all tokens pass
+EIGHT = 8  # experts of Mixtral, whose attention is small beside them
+# Mixes in which attn_output beside eight experts is Q5_K.
+RAISED = (
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,21 @@ class Place:
     tied: bool
     weighted: bool
     fits: bool = True  # whether a row fills whole blocks of the mix's type
+    experts: int = 0  # in a layer
 
     @property
     def more(self) -> bool:
         """llama.cpp's `use_more_bits`: whether the block is in the first or last eighth, or every third between."""
         first = self.depth // 8
         return self.index < first or self.index >= 7 * self.depth // 8 or (self.index - first) % 3 == 2
+
+
+def part_of(name: str, block: int | None) -> str:
+    """The name of a tensor's kind within its block, experts' without the suffix; outside the blocks its own."""
+    part = name.split(".")[0 if block is None else 2]
+    for suffix in EXPERTS:
+        part = part.removesuffix(suffix)
+    return part
 
 
 def type_in(mix: str, place: Place) -> str:
@@ -58,11 +73,15 @@ def type_in(mix: str, place: Place) -> str:
         return "Q8_0" if base == "Q8_0" or not place.fits else "Q6_K"
     if place.part == "token_embd":
         return "Q4_K" if base.startswith("TQ") else base
+    if place.experts == EIGHT and place.part in (*VALUES, "attn_k"):
+        return "Q8_0"
     if place.part in VALUES:
         found = _values(mix, place) or base
         return "Q5_K" if place.depth == 80 and place.heads == 8 and found in ("Q3_K", "Q4_K") else found
     if place.part == "ffn_down":
         return _down(mix, place) or base
+    if place.part == "attn_output" and place.experts == EIGHT:
+        return "Q5_K" if mix in RAISED else base
     if place.part == "attn_output":
         return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, base)
     return base
