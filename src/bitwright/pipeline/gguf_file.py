@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from bitwright.formats import Layer, gguf_writer
 from bitwright.formats.gguf import kind_of
-from bitwright.gguf.reader import Types, type_named
+from bitwright.gguf.reader import Kind, Types, type_named
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names
 from bitwright.numerics.qtensor import QTensor, reordered, rows
@@ -43,7 +43,7 @@ class GgufModelWriter:
         for name, tensor in computed.items():
             self._making.put_floats(name, tensor)
 
-    def _described(self, member: Member) -> tuple[str, Types, Tensor]:
+    def _described(self, member: Member) -> tuple[str, Kind, Tensor]:
         """A tensor's name and types in the file, and a tensor of its shape without data."""
         name, layer = self._names.of(member.parameter), member.layer
         if layer is None:
