@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
     "initializer_range": 0.2,
 }  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
@@ -34,7 +35,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "seed_oss": {"head_dim": 16},
     "glm4": {"head_dim": 16}, "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "olmo": {"clip_qkv": 4.0}, "gpt_neox": {"num_key_value_heads": None},
+    "olmo": {"clip_qkv": 4.0}, "gpt_neox": {"num_key_value_heads": None}, "qwen3_moe": {"head_dim": 16, **MIXTURE},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 PROMPT = 24  # tokens
 

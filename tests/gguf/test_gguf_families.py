@@ -14,7 +14,10 @@ from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 from conftest import ENCODERS, FAMILIES, SIZES, save_tokenizer
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "norm_topk_prob": True, **EXPERTS},
     "seed_oss": {"head_dim": 16}, "glm4": {"head_dim": 16},
     "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25}, "olmo": {"clip_qkv": 1.0},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},

@@ -23,6 +23,12 @@ SOFT_CAPS = (
     ("attn_logit_softcapping", "attn_logit_softcapping"),
     ("final_logit_softcapping", "final_logit_softcapping"),
 )
+EXPERT_COUNT = "expert_count"
+MIXTRAL = (("num_local_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"))
+MIXTURE = (
+    ("num_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),
+    ("moe_intermediate_size", "expert_feed_forward_length"),
+)  # fmt: skip
 GPT2 = (
     ("n_positions", "context_length"), ("n_embd", "embedding_length"), ("n_layer", "block_count"),
     ("n_head", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
@@ -53,7 +59,7 @@ class Architecture:
     padded   whether position ids begin at pad_token_id + 1 (RoBERTa)
     fused    whether the QKV matrix is ordered head by head, where llama.cpp wants all of Q, then K, then V
     constant (key, value): keys whose values are fixed in the model's code, not in its config
-    biases   (config attribute, tensor whose presence means True when a file is read), beside those of llama and qwen3
+    biases   (config attribute, tensor whose presence means True when a file is read)
     """
 
     kind: str
@@ -78,10 +84,12 @@ VISION = "clip"  # general.architecture of mmproj files: a vision encoder withou
 ARCHITECTURES = {
     row.kind: row
     for row in (
-        Architecture("llama", "llama", LLAMA, pairs=True),
+        Architecture("llama", "llama", LLAMA, pairs=True, biases=BIASES),
         Architecture("mistral", "llama", LLAMA, pairs=True),
+        Architecture("mixtral", "llama", (*LLAMA, *MIXTRAL), pairs=True),
         Architecture("qwen2", "qwen2", (*GROUPED, *RMS)),
-        Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS)),
+        Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
+        Architecture("qwen3_moe", "qwen3moe", (*GROUPED, *RMS, *HEADS, *MIXTURE), biases=BIASES[:1]),
         Architecture("phi3", "phi3", (*GROUPED, *RMS, *SLIDING)),
         Architecture("gemma", "gemma", GEMMA, shifted=True),
         Architecture("gemma2", "gemma2", (*GEMMA, *SOFT_CAPS, *SLIDING), shifted=True),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, VISION, Architecture, check_is_model, named
+from bitwright.gguf.architectures import ARCHITECTURES, EXPERT_COUNT, VISION, Architecture, check_is_model, named
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_tokens import ends_of
 
@@ -28,7 +28,8 @@ SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_
 GELU = "gelu_pytorch_tanh"
 ALIKE = {"gelu_new": GELU}  # two names of the same function
 FIXED: dict[str, Keys] = {
-    **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")},
+    **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3")},
+    "qwen3_moe": {"hidden_act": "silu", "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
     "gemma": {"hidden_activation": GELU},
     "gemma2": {"hidden_activation": GELU},
     "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
@@ -57,7 +58,8 @@ EVERY = {
     "cohere2": 4,
 }  # every how many layers one has full attention; the others have a sliding window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
-WINDOWLESS = ("mistral", "qwen2", "qwen3", "phi3", "starcoder2")  # llama.cpp ignores their sliding window
+# llama.cpp ignores their sliding window.
+WINDOWLESS = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -72,6 +74,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
         raise FormatError(message, remedy=remedy)
     return row
+
+
+def experts_in(config: PretrainedConfig) -> int:
+    """The number of experts of a layer that has any; 0: the model is dense."""
+    keys = {key: attribute for attribute, key in architecture_of(config).keys}
+    return int(getattr(config, keys[EXPERT_COUNT])) if EXPERT_COUNT in keys else 0
 
 
 def first_position(config: PretrainedConfig) -> int:
@@ -150,6 +158,8 @@ def config_of(
     row = named(keys.get("general.architecture"))
     if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
         row = _distilled(keys, where)
+    if row is not None and row.name == "llama" and keys.get(f"llama.{EXPERT_COUNT}"):
+        row = ARCHITECTURES["mixtral"]
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
         remedy = f"known: {known}; another needs its keys and tensor names in gguf/architectures.py"
@@ -167,8 +177,7 @@ def config_of(
         raise CheckpointError(message, where=where, remedy="get a good copy")
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
-    biased = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    values |= biased if row.name in ("llama", "qwen3") else {a: name in tensors for a, name in row.biases}
+    values |= {attribute: name in tensors for attribute, name in row.biases}
     values |= {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors} if row.kind == "stablelm" else {}
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}

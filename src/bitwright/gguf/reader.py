@@ -142,23 +142,26 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor's values, in its own float type, or dequantized to float32."""
-        t = self.tensors[name]
-        if t.type in FLOATS:
-            return self.floats(name).view(t.shape)
-        return self.decode(name, self.rows(name))
+        return self.read_rows(name).view(self.tensors[name].shape)
+
+    def read_rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of a tensor, [N, K], in its own float type, or dequantized to float32."""
+        if self.tensors[name].type in FLOATS:
+            return self.floats(name, first, last)
+        return self.decode(name, self.rows(name, first, last))
 
     def floats(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of a float tensor, [N, K], in its own type."""
         return torch.from_numpy(self.rows(name, first, last)).view(FLOATS[self.tensors[name].type])
 
     def decode(self, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-        """Dequantize all of a tensor's rows, as `rows` gives them, to float32 in its shape."""
+        """Dequantize rows of a tensor, as `rows` gives them, to float32 [N, K]."""
         t = self.tensors[name]
         out = np.empty((len(rows), t.shape[-1]), np.float32)
         step = max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         for at in range(0, len(rows), step):
             out[at : at + step] = decoded(rows[at : at + step], t.type, name)
-        return torch.from_numpy(out).view(t.shape)
+        return torch.from_numpy(out)
 
 
 def is_gguf(path: Path) -> bool:

@@ -2,8 +2,13 @@
 
 llama.cpp permutes the rows of Llama's q and k so that the channels of a rotary pair are adjacent, stores Gemma's norm weights
 as 1 + w, has no transposed matrices, and drops the first rows of RoBERTa's position embedding, which no text uses (RoBERTa
-then is a BERT). The name table is the gguf package's. Source: llama.cpp's converter (conversion/*.py).
+then is a BERT). The experts of a layer are one tensor [E, N, K], and their biases one [E, N]; here each expert has parameters
+of its own (models/experts.py). The name table is the gguf package's. Source: llama.cpp's converter (conversion/*.py).
 """
+
+import re
+from contextlib import suppress
+from math import prod
 
 import gguf
 import torch
@@ -11,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitwright.errors import FormatError
-from bitwright.gguf.config_keys import architecture_of, first_position
+from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # embeddings that are added, never used in a matrix product
@@ -24,6 +29,19 @@ HEADS = (
     "vocab_projector.",
 )  # heads of an encoder's pretraining tasks
 POSITIONS = "position_embeddings.weight"
+EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
+FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers
+
+
+def expert_of(parameter: str) -> int | None:
+    """The number of the expert that a parameter belongs to; None if it is no expert's."""
+    found = EXPERT.search(parameter)
+    return None if found is None else int(found[2])
+
+
+def first_row(parameter: str, shape: tuple[int, ...]) -> int:
+    """The first row of a parameter of this shape in its tensor, all dimensions of which but the last count as rows."""
+    return (expert_of(parameter) or 0) * prod(shape[:-1])
 
 
 def is_unused(source: str) -> bool:
@@ -39,13 +57,22 @@ class Names:
         self.row, self.config = architecture_of(config), config
         kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == self.row.name)
         self._map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+        self.experts = experts_in(config)
 
     def has(self, parameter: str) -> bool:
         """Whether llama.cpp's architecture has a tensor for this parameter."""
-        return self._map.get_name(parameter, try_suffixes=(".weight", ".bias")) is not None
+        with suppress(FormatError):
+            return bool(self.of(parameter))
+        return False
 
     def of(self, parameter: str) -> str:
-        """llama.cpp's name of a parameter. FormatError if its architecture has no such tensor."""
+        """llama.cpp's name of a parameter, for experts that of the tensor of all experts of the layer.
+
+        FormatError if its architecture has no such tensor.
+        """
+        expert = EXPERT.search(parameter)
+        if expert is not None and self.experts:
+            return f"blk.{expert[1]}.ffn_{expert[3]}_exps.{expert[4]}"
         found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if found is None:
             remedy = "keep to the architecture's own tensors"
@@ -55,8 +82,9 @@ class Names:
         return str(found)
 
     def is_float32(self, parameter: str, axes: int) -> bool:
-        """Whether llama.cpp stores a parameter in float32: vectors, position and token-type embeddings. axes: dimensions."""
-        return axes < 2 or self.of(parameter) in TABLES
+        """Whether llama.cpp stores a parameter in float32: vectors, routers, position and token-type embeddings. axes:
+        dimensions."""
+        return axes < 2 or self.of(parameter) in TABLES or self.of(parameter).endswith(FLOAT32)
 
     def rows(self, parameter: str, N: int) -> Tensor | None:
         """The permutation (or selection) of a parameter's N rows on writing: index of the source row of each written row.
@@ -95,8 +123,15 @@ class Names:
         return tensor.T if self._is_transposed(parameter) else tensor
 
     def shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a parameter has in transformers, given its shape in the file."""
+        """The shape that a parameter has in transformers, given its tensor's shape in the file."""
+        shape = shape if expert_of(parameter) is None else shape[1:]
         return shape[::-1] if self._is_transposed(parameter) else shape
+
+    def stored_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor that holds a parameter, given its shape in transformers."""
+        shape = shape[::-1] if self._is_transposed(parameter) else shape
+        shape = (self.height(parameter, shape[0]), *shape[1:]) if shape else shape
+        return shape if expert_of(parameter) is None else (self.experts, *shape)
 
     def _is_transposed(self, parameter: str) -> bool:
         return self.row.kind == "gpt2" and parameter.endswith(TRANSPOSED)

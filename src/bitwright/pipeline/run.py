@@ -38,7 +38,7 @@ from bitwright.pipeline.calibration_pass import (
     read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
-from bitwright.pipeline.gguf_file import GgufModelWriter, Member
+from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, outcome
@@ -84,6 +84,7 @@ def run(
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
     notes = plan.notes if tokens is None else tokens.notes
+    notes += known.notes if isinstance(known, Importance) else ()
     if tokens is not None and calib != "general":  # which the others are compared with
         notes += unfamiliar(plan, tokens)
     check_rotation(plan)
@@ -158,8 +159,7 @@ def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufMo
     """The writer of that file, begun or continued; None for other formats."""
     if not plan.format.one_file:
         return nullcontext()
-    members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
-    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, members)
+    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, plan.members)
 
 
 def _quantize_blocks(
@@ -270,8 +270,9 @@ def _quantize_block(
     """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     if source is None or isinstance(source, Importance):
-        known_of = Importance().inputs if source is None else source.inputs
-        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
+        importance = source or Importance()
+        each = [importance.noted(t) for t in layers.values()]
+        return [r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t), Origin())], None
     skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
     targets = _targets(layers)
     if isinstance(source, Store):
