@@ -58,6 +58,8 @@ def quantize(
     observer: str = "mse",
     kv_cache: str | None = None,
     recipe: str | Path | None = None,
+    size: str | None = None,
+    bits: float | None = None,
     calib: str = "general",
     samples: int = 128,
     seqlen: int = 2048,
@@ -90,6 +92,10 @@ def quantize(
         seqlen=seqlen,
         store=where,
         requantize=requantize,
+        size=size,
+        bits=bits,
+        seed=seed,
+        progress=progress,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 

@@ -7,6 +7,7 @@ the byte; estimates peak memory; refuses what the format cannot hold; and notes 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
+
+    @property
+    def shapes_digest(self) -> str:
+        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
+        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
+        return sha256(repr(shapes).encode()).hexdigest()[:16]
 
     @property
     def statistics_bytes(self) -> int:
@@ -316,6 +323,9 @@ def preflight(
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
+    if recipe.made_for and recipe.made_for != plan.shapes_digest:
+        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
