@@ -12,6 +12,7 @@ import typer
 
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (generate, chat, bench):
+for command in (generate, chat, serve, bench):
     app.command()(command)
 
 

@@ -23,7 +23,7 @@ from bitwright.kernels.matmul import handles, matrix_of
 from bitwright.numerics.key_value_codes import KeyValueCodes, rotated
 
 if TYPE_CHECKING:
-    from bitwright._native import Decoder as Blocks
+    from bitwright import _native
 
 Matrix = tuple[object, Tensor | None, Tensor | None]  # packed or float; its bias; the order of its inputs
 Block = tuple[
@@ -88,7 +88,7 @@ class NativeDecoder(Decoder):
         blocks = [_layer(layer) for layer in model.model.layers]
         self.lone, self.many = self._native(blocks, self.tables), self._native(blocks, self.row_tables)
 
-    def _native(self, blocks: list[Block], tables: tuple[Tensor, Tensor]) -> "Blocks":
+    def _native(self, blocks: list[Block], tables: tuple[Tensor, Tensor]) -> "_native.Decoder":
         assert native is not None
         return native.Decoder(
             blocks,
