@@ -13,6 +13,7 @@ import typer
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
+from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, generate, chat, bench):
+for command in (plan, generate, chat, serve, bench):
     app.command()(command)
 
 
