@@ -18,6 +18,7 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.evaluation.domain_text import two_parts
 from bitwright.evaluation.evaluate import Evaluation, evaluate
 from bitwright.files.checkpoint import disk_errors
+from bitwright.files.hub import local
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
@@ -102,6 +103,7 @@ def merge(model: Path, adapter: Path, out: Path, *, settings: Settings, resume: 
     for an adapter of another model (see models/adapter.py).
     """
     check_out(out)
+    model = local(model)
     with disk_errors(out):
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.resolve().parent) as folder:

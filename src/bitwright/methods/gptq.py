@@ -77,7 +77,7 @@ def gptq(
     if dead.any():
         matrix = matrix.masked_fill(dead, 0.0)
     gone = None if pruned is None else mask_of(pruned, w, scheme)
-    factor = factorize(gram, column_order(gram.diagonal(), scheme.unit), damping)
+    factor = factorize(gram, column_order(gram.diagonal(), scheme.unit, scheme.levels.run), damping)
     if factor is None:
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
         left = matrix if gone is None else matrix.masked_fill(gone, 0.0)
@@ -89,8 +89,9 @@ def gptq(
     for at in range(0, len(matrix), some):
         part, mask = matrix[at : at + some], None if gone is None else gone[at : at + some]
         q, _ = _round(part, mask, factor, scheme, how)
-        descent = coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, gone=mask, fast=fast)
-        parts.append(descent)
+        if scheme.levels.run == 1:  # coordinate descent moves one code at a time
+            q = coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, gone=mask, fast=fast)
+        parts.append(q)
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
 
@@ -124,9 +125,15 @@ class LoopOptions:
     way: Literal["fixed", "refit", "both"] = "fixed"
 
 
-def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
-    """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last."""
+def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
+    """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last.
+
+    run: columns whose codes are chosen together: they stay side by side and in their order; units consist of whole runs.
+    """
     K = len(diagonal)
+    if run > 1:
+        runs = column_order(diagonal.view(-1, run).mean(1), None if unit is None else unit // run)
+        return (runs[:, None] * run + torch.arange(run)).flatten()
     if unit is None or unit >= K:
         return diagonal.argsort(descending=True, stable=True)
     whole = diagonal[: K // unit * unit].view(-1, unit)
@@ -181,9 +188,9 @@ def _best_way(
     N, K = w.shape
     if scheme.unit is None or scheme.unit >= K:
         return "fixed"
-    if N <= 4 * TRIAL_ROWS:
+    if N <= 4 * TRIAL_ROWS and scheme.levels.run == 1:
         return "both"
-    step = N // TRIAL_ROWS
+    step = max(1, N // TRIAL_ROWS)
     mask = None if gone is None else gone[::step]
     fixed, refitted = _round(w[::step], mask, factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
     return "refit" if refitted < fixed else "fixed"
@@ -294,7 +301,7 @@ class _ColumnLoop:
                 self.tables.refit(left, self.factor.order, start, self.unit, self.importance, self.refit_from)
             near, gone = self.factor.propagation[own, own], None if self.gone is None else self.gone[own]
             codes, errors = self.tables.round_columns(
-                self.target[own], self.original[own], near, self.groups[own], gone
+                self.target[own], self.original[own], near, self.groups[own], self.factor.pivots[own], gone
             )
             self.codes[own], self.errors[own] = codes, errors
             add_product(self.target[stop:end], self.factor.propagation[own, stop:end].T, errors)
@@ -315,12 +322,20 @@ class _Tables:
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
 
     def round_columns(
-        self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, gone: Tensor | None = None
+        self,
+        target: Tensor,
+        true: Tensor,
+        propagation: Tensor,
+        groups: Tensor,
+        pivots: Tensor,
+        gone: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Round n columns in turn: codes [n, N], errors [n, N]; target [n, N] takes on the errors of earlier ones.
 
         gone [n, N]: where weights are pruned. There every code stands for 0, since its scale is 0.
         """
+        if self.scheme.levels.run > 1:
+            return self._round_runs(target, true, propagation, groups, pivots)
         scale, zeros = self.scale, self.zero
         if gone is not None:
             scale, zeros = scale[groups].masked_fill_(gone, 0.0), None if zeros is None else zeros[groups]
@@ -335,6 +350,22 @@ class _Tables:
             torch.sub(true[i], decoded, out=errors[i])
             target[i + 1 :].addr_(propagation[i, i + 1 :], errors[i])
         return torch.stack(codes), errors
+
+    def _round_runs(
+        self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, pivots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`round_columns` run by run, each to an entry of the codebook; pivots [n]: Uₖₖ."""
+        run, codes, errors = self.scheme.levels.run, [], torch.empty_like(target)
+        for start in range(0, len(target), run):
+            own, later = slice(start, start + run), slice(start + run, None)
+            factor = propagation[own, own] * pivots[own]
+            scale = self.scale[groups[start]][:, None]
+            code, decoded = _nearest_entries(target[own].T, scale, self.scheme, factor)
+            codes.append(code.T)
+            torch.sub(true[own], decoded.T, out=errors[own])
+            target[own] += propagation[own, own].triu(1).T @ errors[own]
+            target[later] += propagation[own, later].T @ errors[own]
+        return torch.cat(codes), errors
 
     def refit(self, target: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at order[at], on compensated weights, for rows from `first` on."""
@@ -362,3 +393,19 @@ class _Tables:
             return self.start
         zero = None if self.zero is None else self.zero.T.contiguous()
         return Scales(self.scale.T.contiguous(), zero, self.outer, self.outer_zero)
+
+
+def _nearest_entries(w: Tensor, scale: Tensor, scheme: Scheme, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The codebook's entries for w [N, run] of small ‖(w − decoded) U‖², U [run, run] upper triangular: codes, decoded weights.
+
+    First by the diagonal of U Uᵀ alone; then once more towards what the errors of that leave to make up for, where it is
+    better.
+    """
+    H = factor @ factor.T
+    importance = H.diagonal()
+    codes, decoded = round_to(w, scale, None, scheme, importance=importance)
+    error = w - decoded
+    rest = (error @ H) / importance - error
+    again, other = round_to(w + rest, scale, None, scheme, importance=importance)
+    better = (((w - other) @ factor).square().sum(1) < (error @ factor).square().sum(1))[:, None]
+    return torch.where(better, again, codes), torch.where(better, other, decoded)

@@ -3,11 +3,13 @@
 GGUF files that need no model are planned without importing transformers, which takes as long as quantizing a small one.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import CheckpointError
+from bitwright.errors import RecipeError
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
@@ -17,9 +19,11 @@ from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.target import Target
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
+NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
     from bitwright.plan.preflight import Plan
@@ -44,37 +48,80 @@ def planned(
     store: Path | None,
     requantize: bool = False,
     adapter: Path | None = None,
+    size: str | None = None,
+    bits: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`; adapter: of LoRA, added to the model's weights before.
+    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
 
-    Raises the InputError of whatever would stop it.
+    adapter: of LoRA, added to the model's weights before. size, bits: what the result may take; then the schemes are chosen
+    for it (see planned_recipe.py), with scores kept beside OUT until it appears. Raises the InputError of what would stop it.
     """
     check_out(out)
     texts_of(calib)  # checked here, before any work
+    model = local(model)
+    if size is not None or bits is not None:
+        _refuse({
+            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
+            "--prune": prune, "--store": store, "--requantize": requantize,
+        })  # fmt: skip
+        target, sizes = Target.parse(size, bits), (samples, seqlen, seed)
+        return _for_target(model, out, target, progress, format=format, method=method, calib=calib, sizes=sizes)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
-        recipe,
-        scheme=scheme,
-        method=method,
-        activations=activations,
-        observer=observer,
-        kv_cache=kv_cache,
-        pure=pure,
+        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure,
         prune=prune,
-    )
+    )  # fmt: skip
     rules = rules.without_text() if calib == "none" else rules
-    if is_gguf(model):
-        file, weighted = GgufFile(model), is_imatrix(calib)
-        modelless = adapter is None and _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-        if unknown and adapter is not None:
-            message = "no adapter can be added to a model of an architecture that is not known here"
-            raise CheckpointError(message, where=str(model), remedy="give the checkpoint's directory")
-        if modelless or unknown:
-            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
+    if adapter is None and is_gguf(model) and (plan := _without_model(GgufFile(model), rules, recipe, format, calib)):
+        return plan
     from bitwright.plan.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter)
+
+
+def _for_target(
+    model: Path,
+    out: Path,
+    target: Target,
+    progress: Progress,
+    *,
+    format: str | None,
+    method: str | None,
+    calib: str,
+    sizes: tuple[int, int, int],
+) -> "Plan":
+    """The plan of least predicted KL for a target. sizes: samples, seqlen, seed."""
+    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+
+    format, _, method = chosen(out, format, None, method)
+    samples, seqlen, seed = sizes
+    settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
+    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+
+
+def _without_model(file: GgufFile, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
+    """The plan for a GGUF file of which no model is needed, or none can be built; None where one is run."""
+    weighted, modelless = is_imatrix(calib), _needs_no_model(rules, recipe, format, calib)
+    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+    if not (modelless or unknown):
+        return None
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
+
+
+def _refuse(options: dict[str, object]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+    others = [name for name, value in options.items() if value]
+    if others:
+        message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
+        remedy = "leave one of them out; bitwright plan has --schemes and --keep"
+        raise RecipeError(message, where="--size", remedy=remedy)
+
+
+def _scores_beside(out: Path) -> Path:
+    """Where scores are kept until OUT appears, for a run that is resumed."""
+    return out.with_name(f"{out.name}.scores")
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
@@ -94,4 +141,7 @@ def carried_out(
         return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
     from bitwright.pipeline.run import run
 
-    return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    if (_scores_beside(out) / NOTE).is_file():
+        shutil.rmtree(_scores_beside(out))
+    return done

@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, InputError, NumericsError, RecipeError
+from bitwright.files.hub import local
 from bitwright.inference.loading import load
 from bitwright.models.adapter import BASE
 from bitwright.models.adapter_base import base_record
@@ -123,6 +124,7 @@ def finetune(
     for a model, data or a place that cannot be used; NumericsError, with the step, for a loss that is not finite.
     """
     _needs_peft()
+    model = local(model)
     config = read_config(model)
     limit = positions_of(config.get_text_config())
     if limit is not None and how.seqlen > limit:
@@ -283,7 +285,7 @@ def _name(model: Path, known: str) -> str:
 
 def _teacher(path: Path, student: "PeftModel", dtype: torch.dtype) -> nn.Module:
     """The teacher. CheckpointError if its vocabulary is not the student's."""
-    teacher = load(path, dtype=dtype).requires_grad_(False).eval()
+    teacher = load(local(path), dtype=dtype).requires_grad_(False).eval()
     sizes = [int(m.config.get_text_config().vocab_size) for m in (teacher, student)]
     if sizes[0] != sizes[1]:
         message = f"the teacher's vocabulary has {sizes[0]} tokens, the model's {sizes[1]}"
