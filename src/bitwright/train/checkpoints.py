@@ -29,18 +29,21 @@ class Checkpoints:
         self.out, self.path = out, out.with_name(out.name + ".partial")
         if out.exists():
             raise OutputError("it exists already", where=str(out), remedy="name a new directory, or delete this one")
-        content = json.dumps(manifest, indent=1, sort_keys=True)
+        self.manifest = json.dumps(manifest, indent=1, sort_keys=True)
         file = self.path / MANIFEST
         if self.path.exists() and not resume:
             shutil.rmtree(self.path)
-        if file.is_file() and file.read_text(encoding="utf-8") != content:
+        if file.is_file() and file.read_text(encoding="utf-8") != self.manifest:
             message = "unfinished training of another kind lies there: other data, base, settings or versions"
             raise OutputError(
                 message, where=str(self.path), remedy="add --restart to discard it, or name another ADAPTER"
             )
+
+    def _begin(self) -> None:
+        """Make the directory, if it is not there yet: a run that fails before its first checkpoint leaves nothing behind."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_file(file, content.encode())
+            write_file(self.path / MANIFEST, self.manifest.encode())
 
     @property
     def last(self) -> Path | None:
@@ -50,6 +53,7 @@ class Checkpoints:
 
     def save(self, step: int, adapter: "nn.Module", optimizer: Optimizer, more: dict[str, Any]) -> Path:
         """Write the state after `step` steps. more: plain data to be given back by `restore`."""
+        self._begin()
         whole = self.path / f"step-{step:06d}"
         beside = whole.with_suffix(".tmp")
         shutil.rmtree(beside, ignore_errors=True)
@@ -85,6 +89,7 @@ class Checkpoints:
 
     def finish(self, adapter: nn.Module, report: dict[str, Any], base: bytes, name: str) -> None:
         """Make `out` appear: the adapter in peft's form, a report, and which weights it was trained beside."""
+        self._begin()
         beside = self.path / "whole"
         shutil.rmtree(beside, ignore_errors=True)
         with disk_errors(beside):

@@ -76,6 +76,9 @@ def _of_conversations(tokenizer: Any, source: str, *, seqlen: int, vocabulary: i
     if not tokenizer.chat_template:
         remedy = "give plain text, or put the model's chat_template.jinja there"
         raise InputError("the model has no chat template", where=where, remedy=remedy)
+    if not tokenizer.is_fast:
+        message = "the tokenizer does not tell where in the text its tokens are"
+        raise InputError(message, where=where, remedy="a tokenizer.json beside the model, or plain text")
     said = [
         _counted(tokenizer, one, f"{source}, conversation {number}", seqlen)
         for number, one in enumerate(conversations(source), 1)
@@ -115,7 +118,7 @@ def _counted(tokenizer: Any, conversation: list[Message], where: str, seqlen: in
 
 def _span(tokenizer: Any, conversation: list[Message], i: int, text: str, where: str) -> tuple[int, int]:
     """First and last character of message i in the conversation's text: what follows the template's prompt for an answer."""
-    prompt = str(tokenizer.apply_chat_template(conversation[:i], tokenize=False, add_generation_prompt=True))
+    prompt = rendered(tokenizer, conversation[:i], where, asking=True)
     whole = rendered(tokenizer, conversation[: i + 1], where)
     if not (whole.startswith(prompt) and text.startswith(whole)):
         message = "the chat template writes an answer in another way than it asks for one"

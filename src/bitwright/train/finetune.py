@@ -30,7 +30,7 @@ from bitwright.models.skeleton import best_dtype
 from bitwright.models.source import open_weights
 from bitwright.system.memory import peak_rss_bytes
 from bitwright.system.progress import Progress
-from bitwright.train.adapters import prepare_for_training
+from bitwright.train.adapters import prepare_for_training, renamed
 from bitwright.train.checkpoints import Checkpoints
 from bitwright.train.data import IGNORED, Data, Windows, training_data
 from bitwright.train.distill import distillation_loss
@@ -267,7 +267,8 @@ def _adapted(model: Path, how: Training, scheme: str | None, dtype: torch.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
         try:
-            adapted = get_peft_model(base, config)
+            with renamed():
+                adapted = get_peft_model(base, config)
         except ValueError as error:
             message = str(error).split(". ")[0].splitlines()[0]
             raise RecipeError(
