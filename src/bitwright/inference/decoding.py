@@ -60,8 +60,10 @@ class ModuleDecoder:
         return self._forward(torch.tensor([[token]]))
 
     def _forward(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].float()
+        out = self.model(
+            input_ids=ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[0, -1].float().cpu()
 
 
 class NativeDecoder:
@@ -161,7 +163,8 @@ def decoder_of(model: PreTrainedModel, room: int) -> Decoder:
     if not model.can_generate():
         message = f"models of type {model.config.model_type!r} predict no next token"
         raise CheckpointError(message, remedy="`bitwright.load` gives their hidden states")
-    return NativeDecoder(model, room) if _runs_natively(model) else ModuleDecoder(model)
+    native_parts = model.device.type == "cpu" and _runs_natively(model)
+    return NativeDecoder(model, room) if native_parts else ModuleDecoder(model)
 
 
 def _runs_natively(model: PreTrainedModel) -> bool:

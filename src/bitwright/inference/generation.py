@@ -35,7 +35,7 @@ class Generator:
         """
         path = local(path)
         model = load(path, scheme=scheme, activations=activations)
-        room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
+        room = min(room, getattr(model.config.get_text_config(), "max_position_embeddings", None) or room)
         return cls(model, load_tokenizer(path), decoder_of(model, room), room)
 
     def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Iterator[str]:
@@ -64,7 +64,7 @@ class Generator:
         found: set[int] = set()
         for end in (
             self.model.generation_config.eos_token_id,
-            self.model.config.eos_token_id,
+            getattr(self.model.config.get_text_config(), "eos_token_id", None),
             self.tokenizer.eos_token_id,
         ):
             found |= set(end) if isinstance(end, list) else set() if end is None else {end}

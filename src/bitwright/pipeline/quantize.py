@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
+from bitwright.errors import InputError
 from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
@@ -17,6 +18,7 @@ from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
@@ -42,12 +44,14 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    device: str = "cpu",
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
 
     Raises the InputError of whatever would stop the run.
     """
     check_out(out)
+    place = device_of(device)
     texts_of(calib)  # checked here, before any work
     model = local(model)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
@@ -59,11 +63,14 @@ def planned(
         file, weighted = GgufFile(model), is_imatrix(calib)
         modelless = _needs_no_model(rules, recipe, format, calib)
         unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+        if (modelless or unknown) and place.type != "cpu":
+            remedy = "leave out --device: rows are rounded on all threads of the CPU"
+            raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
         if modelless or unknown:
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
