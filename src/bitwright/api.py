@@ -59,6 +59,8 @@ def quantize(
     observer: str = "mse",
     kv_cache: str | None = None,
     recipe: str | Path | None = None,
+    size: str | None = None,
+    bits: float | None = None,
     calib: str = "general",
     samples: int = 128,
     seqlen: int = 2048,
@@ -93,6 +95,10 @@ def quantize(
         store=where,
         requantize=requantize,
         device=device,
+        size=size,
+        bits=bits,
+        seed=seed,
+        progress=progress,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 

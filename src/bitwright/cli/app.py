@@ -23,6 +23,8 @@ from bitwright.cli.console import (
     show,
 )
 from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.plan import Bits, Size, plan
+from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def quantize(
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
+    size: Size = None,
+    bits: Bits = None,
     calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
@@ -129,11 +133,12 @@ def quantize(
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         from bitwright.pipeline.quantize import carried_out, planned
 
-        plan = planned(
-            model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
-            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-            requantize=requantize, device=device,
-        )  # fmt: skip
+        with progress_bar(as_json or quiet) as progress:
+            plan = planned(
+                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+            )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
@@ -339,7 +344,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (generate, chat, bench):
+for command in (plan, generate, chat, serve, bench):
     app.command()(command)
 
 

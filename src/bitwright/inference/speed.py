@@ -12,7 +12,8 @@ import torch
 
 from bitwright.errors import InputError
 from bitwright.files.hub import local
-from bitwright.inference.decoding import Decoder, decoder_of
+from bitwright.inference.decoder import Decoder
+from bitwright.inference.decoding import decoder_of
 from bitwright.inference.dense import Dense
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear

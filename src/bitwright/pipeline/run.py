@@ -40,7 +40,7 @@ from bitwright.pipeline.calibration_pass import (
     read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
-from bitwright.pipeline.gguf_file import GgufModelWriter, Member
+from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, outcome
@@ -88,6 +88,7 @@ def run(
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
     notes = plan.notes if tokens is None else tokens.notes
+    notes += known.notes if isinstance(known, Importance) else ()
     if tokens is not None and calib != "general":  # which the others are compared with
         notes += unfamiliar(plan, tokens)
     check_rotation(plan)
@@ -163,8 +164,7 @@ def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufMo
     """The writer of that file, begun or continued; None for other formats."""
     if not plan.format.one_file:
         return nullcontext()
-    members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
-    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, members)
+    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, plan.members)
 
 
 def _quantize_blocks(
@@ -277,9 +277,10 @@ def _quantize_block(
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     device = plan.skeleton.device
     if source is None or isinstance(source, Importance):
-        known_of = Importance().inputs if source is None else source.inputs
+        importance = source or Importance()
+        each = [importance.noted(t) for t in layers.values()]
         return [
-            r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t).to(device), Origin())
+            r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t).to(device), Origin())
         ], None
     skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
     targets = _targets(layers)
