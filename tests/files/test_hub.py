@@ -77,13 +77,8 @@ def test_a_directory_of_that_name_comes_first(cache: Path, llama: Path, tmp_path
     "command", ["quantize", "eval", "generate", "inspect", "convert", "compare", "bench", "imatrix", "plan"]
 )
 def test_no_network_and_nothing_cached(cache: Path, command: str, tmp_path: Path) -> None:
-    more = {
-        "generate": ["--prompt", "a"],
-        "eval": [],
-        "inspect": [],
-        "bench": [],
-        "plan": ["out", "--bits", "4.5"],
-    }.get(command, ["out"])
+    alone = {"generate": ["--prompt", "a"], "plan": ["out", "--bits", "4.5"], "eval": [], "inspect": [], "bench": []}
+    more = alone.get(command, ["out"])
     code, error = run(command, "org/missing", *more)
     assert code == 2
     assert "no such file or directory here" in error["error"]
