@@ -22,6 +22,7 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
@@ -66,6 +67,7 @@ def quantize(
     seed: int = 0,
     store: str | Path | None = None,
     requantize: bool = False,
+    device: str = "cpu",
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -92,6 +94,7 @@ def quantize(
         seqlen=seqlen,
         store=where,
         requantize=requantize,
+        device=device,
         size=size,
         bits=bits,
         seed=seed,
@@ -111,6 +114,7 @@ def evaluate(
     predictions: str | Path | None = None,
     engine: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation: ...
 
 
@@ -125,6 +129,7 @@ def evaluate(
     predictions: str | Path | None = None,
     engine: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> list[Evaluation]: ...
 
 
@@ -138,6 +143,7 @@ def evaluate(
     predictions: str | Path | None = None,
     engine: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
@@ -147,6 +153,7 @@ def evaluate(
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
@@ -158,5 +165,6 @@ def evaluate(
         predictions=Path(predictions) if predictions else None,
         engine=engine,
         chat=chat,
+        device=device_of(device),
     )
     return found[0] if isinstance(text, str) else found

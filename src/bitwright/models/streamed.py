@@ -17,6 +17,7 @@ from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
+from bitwright.system.device import CPU
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -24,15 +25,17 @@ LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 class StreamedModel:
     """A checkpoint directory or GGUF file, float or quantized, that is run block by block."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
-        """Reads headers only. dtype: of the computation. engine: whose quantization of inputs to simulate; None: that of the
-        checkpoint's own config.
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None, device: torch.device = CPU
+    ) -> None:
+        """Reads headers only. dtype, device: of the computation. engine: whose quantization of inputs to simulate; None: the
+        checkpoint's own.
 
         CheckpointError for a directory that is no checkpoint, or whose weights do not fit its config; InputError for an engine
         that is unknown, or cannot run this file.
         """
         self.folder = folder
-        self.skeleton = Skeleton(read_config(folder), dtype)
+        self.skeleton = Skeleton(read_config(folder), dtype, device)
         self.weight_source = open_weights(folder, self.skeleton)
         self.engine = engine
         self.input_quantization = (
@@ -161,7 +164,7 @@ def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
 
 def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood −log p [n] of the target tokens [n], given log p [n, V]."""
-    return -log_p.gather(-1, targets[:, None])[:, 0]
+    return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
 
 
 def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:

@@ -12,6 +12,7 @@ from bitwright.calibration.text_mix import texts_of
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
+from bitwright.files.hub import local
 from bitwright.formats import SCHEME, SCHEMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -113,7 +114,7 @@ def plan_recipe(
     Raises RecipeError for a target that no allocation meets, FormatError for schemes that do not fit, CalibrationError
     without a text; and as `preflight`.
     """
-    begun = time.monotonic()
+    begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
     tokens = calibration_tokens(base, settings.calib, settings.seed)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
