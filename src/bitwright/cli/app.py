@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.cli.advise import advise
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
@@ -323,7 +324,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, generate, chat, bench):
+for command in (plan, advise, generate, chat, bench):
     app.command()(command)
 
 
