@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright.errors import CheckpointError
+from bitwright.files.hub import local
 from bitwright.gguf.reader import GgufFile, is_gguf
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.families import positions_of
@@ -102,7 +102,7 @@ def shape_of(model: Path) -> ModelShape:
 
     CheckpointError for a config that is missing, damaged, or of an unknown architecture.
     """
-    folder = model.parent if model.name == "config.json" and model.is_file() else model
+    folder = model.parent if model.name == "config.json" and model.is_file() else local(model)
     config = read_config(folder)
     stored, quantized = _stored(folder, config)  # first: a skeleton sets the config's dtype to its own
     skeleton = Skeleton(config, torch.float32)
@@ -172,10 +172,3 @@ def _stored(folder: Path, config: Any) -> tuple[str, bool]:
     if found is not None:
         return str(found.get("quant_method", "quantized")), True
     return str(config.dtype or "float32").removeprefix("torch."), False
-
-
-def check_predicts(shape: ModelShape) -> None:
-    """CheckpointError for a model that generates nothing."""
-    if not shape.predicts:
-        message = "an encoder writes no tokens: there is no speed to expect of it"
-        raise CheckpointError(message, where=shape.name, remedy="bitwright quantize it to int8-channel, and time it")

@@ -14,6 +14,7 @@ from bitwright.cli.advise import advise
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
+from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ ABOUT = (
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
+        "org/name@revision, org/name:FILE.gguf."
+    ),
+]
 Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
@@ -112,7 +119,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with reporting(as_json, KEPT.format(out)):
+    with reporting(as_json, KEPT.format(out), quiet=quiet):
         from bitwright.pipeline.quantize import carried_out, planned
 
         with progress_bar(as_json or quiet) as progress:
@@ -160,7 +167,7 @@ def compare(
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it"),
+        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it", quiet=quiet),
         progress_bar(as_json or quiet) as progress,
     ):
         from bitwright.evaluation.compare import Settings
@@ -243,7 +250,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
     console.print(evaluation_table(found))
-    for line in verdict(found):
+    for line in (*(f"note: {note}" for note in found[0].notes), *verdict(found)):
         console.print(plain(line), highlight=False)
 
 
@@ -324,7 +331,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, advise, generate, chat, bench):
+for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
 
 

@@ -11,10 +11,10 @@ import typer
 from bitwright.cli.console import AsJson, console, errors, interruption, reporting, show
 
 if TYPE_CHECKING:
-    from bitwright.inference.decoding import Sampling
     from bitwright.inference.generation import Message
+    from bitwright.inference.sampling import Sampling
 
-Model = Annotated[Path, typer.Argument(help="Directory or .gguf file, float or quantized.")]
+Model = Annotated[Path, typer.Argument(help="Directory, .gguf file or name on the hub, float or quantized.")]
 Most = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; above, the more the freer.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share of the mass.")]
@@ -25,7 +25,17 @@ Rounded = Annotated[
 Bits = Annotated[
     int, typer.Option(help="Bits of quantized layers' inputs: 16 (as good as float), or 8 (faster prompts).")
 ]
-Room = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")]
+Context = Annotated[int, typer.Option("--context", "--room", min=2, help="Tokens of prompt and answer together.")]
+KeysAndValues = Annotated[
+    str | None,
+    typer.Option(help="Keep keys and values in q8 (half the memory) or q4 (nearly a quarter); float otherwise."),
+]
+Lookahead = Annotated[
+    int,
+    typer.Option(
+        min=0, max=64, help="Tokens tried at a time where the text repeats itself: the same tokens, sooner. 0: none."
+    ),
+]
 
 
 def generate(
@@ -38,7 +48,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, by the chat template.")] = False,
     scheme: Rounded = None,
     activations: Bits = 16,
-    room: Room = 4096,
+    context: Context = 4096,
+    kv: KeysAndValues = None,
+    lookahead: Lookahead = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write on from a prompt; the text appears as it is made."""
@@ -46,7 +58,9 @@ def generate(
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
-        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        generator = Generator.open(
+            model, scheme=scheme, activations=activations, context=context, kv=kv, lookahead=lookahead
+        )
         text = sys.stdin.read() if prompt == "-" else prompt
         if chat:
             stream = generator.answer([{"role": "user", "content": text}], most=max_tokens, sampling=sampling)
@@ -66,14 +80,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
     scheme: Rounded = None,
     activations: Bits = 16,
-    room: Room = 4096,
+    context: Context = 4096,
+    kv: KeysAndValues = None,
+    lookahead: Lookahead = 0,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
     with reporting(False):
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
-        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        generator = Generator.open(
+            model, scheme=scheme, activations=activations, context=context, kv=kv, lookahead=lookahead
+        )
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
         for line in _lines():
             messages.append({"role": "user", "content": line})
@@ -99,7 +117,7 @@ def bench(
 
 
 def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
-    from bitwright.inference.decoding import Sampling
+    from bitwright.inference.sampling import Sampling
 
     return Sampling(temperature, top_p, seed)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.errors import InputError
 from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
+from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
 from bitwright.pipeline.statistics_store import code_version
 
@@ -34,6 +35,7 @@ class Evaluation:
     kl_p99, kl_p999   quantiles of KL over tokens: 99 % and 99.9 %
     top1              share of tokens whose most likely prediction is the reference's
     seconds           for all texts that were evaluated together
+    notes             on what the models' files hold and is not used
     """
 
     text: str
@@ -52,6 +54,7 @@ class Evaluation:
     top1: float | None = None
     bits_per_weight: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, keys as they are named."""
@@ -83,7 +86,8 @@ def evaluate(
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed, other = StreamedModel(model, engine=engine), StreamedModel(reference) if reference else None
+    streamed = StreamedModel(local(model), engine=engine)
+    other = StreamedModel(local(reference)) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -93,7 +97,9 @@ def evaluate(
     against = _references(other, parts, predictions) if other else [None] * len(parts)
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
-    return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+    notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)
+    found = (_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True))
+    return [replace(one, notes=notes) for one in found]
 
 
 Against = Callable[

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from bitwright.errors import InputError
-from bitwright.inference.decoding import Decoder, decoder_of
+from bitwright.files.hub import local
+from bitwright.inference.decoder import Decoder
+from bitwright.inference.decoding import decoder_of
 from bitwright.inference.dense import Dense
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
@@ -61,6 +63,7 @@ def measure(
     Raises what `load` does, and InputError where the model's context is too short.
     """
     forget_peak()
+    path = local(path)  # before the time is taken
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
     room = getattr(model.config, "max_position_embeddings", None) or prompt + decode
     if prompt + decode > room:

@@ -12,6 +12,7 @@ from bitwright.calibration.text_mix import texts_of
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
+from bitwright.files.hub import local
 from bitwright.formats import SCHEME, SCHEMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -114,6 +115,7 @@ def plan_recipe(
     without a text; and as `preflight`.
     """
     begun = time.monotonic()
+    model = local(model)
     base, units = prepared(model, settings)
     _Sizes.of(base, units).check(target)
     tokens = calibration_tokens(base, settings.calib, settings.seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import RecipeError
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
@@ -50,13 +51,15 @@ def planned(
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it.
+    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
 
+    Raises the InputError of whatever would stop the run.
     size, bits: what the result may take; then the schemes are chosen for it (see planned_recipe.py), with scores that are
     kept beside OUT until it appears.
     """
     check_out(out)
     texts_of(calib)  # checked here, before any work
+    model = local(model)
     if size is not None or bits is not None:
         chosen_too = {
             "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,

@@ -368,7 +368,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
-    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else _scheme_of(mix) if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,
@@ -379,6 +379,11 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         entry.get("observer", defaults.observer),
         mix,
     )
+
+
+def _scheme_of(mix: str) -> Scheme:
+    """The scheme of the block type of a mix's name, or of the type that most of its tensors get."""
+    return TYPES[mix if mix in TYPES else MIXES[mix]].scheme
 
 
 def _parsed(name: str) -> Scheme:
