@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.cli.advise import advise
 from bitwright.cli.console import (
     AsJson,
     Device,
@@ -344,7 +345,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
 
 
