@@ -104,6 +104,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
 ) -> Evaluation: ...
 
@@ -118,6 +119,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
 ) -> list[Evaluation]: ...
 
@@ -131,6 +133,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
@@ -140,6 +143,7 @@ def evaluate(
     seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
@@ -151,6 +155,7 @@ def evaluate(
         tokens=tokens,
         predictions=Path(predictions) if predictions else None,
         engine=engine,
+        kv=kv,
         chat=chat,
     )
     return found[0] if isinstance(text, str) else found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
-from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
@@ -210,6 +210,7 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
     ] = None,
+    kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
@@ -224,6 +225,7 @@ def evaluate(
             tokens=tokens,
             predictions=predictions,
             engine=engine,
+            kv=kv,
             chat=chat,
         )
         _print_evaluations(found, as_json)

@@ -103,6 +103,7 @@ def bench(
     model: Model,
     scheme: Rounded = None,
     activations: Bits = 16,
+    kv: KeysAndValues = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which the medians count.")] = 3,
@@ -112,7 +113,9 @@ def bench(
     with reporting(as_json):
         from bitwright.inference.speed import measure
 
-        found = measure(model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat)
+        found = measure(
+            model, scheme=scheme, activations=activations, kv=kv, prompt=prompt, decode=decode, repeat=repeat
+        )
         show(found.as_dict(), as_json, "Speed")
 
 
