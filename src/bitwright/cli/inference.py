@@ -28,7 +28,9 @@ Bits = Annotated[
 Context = Annotated[int, typer.Option("--context", "--room", min=2, help="Tokens of prompt and answer together.")]
 KeysAndValues = Annotated[
     str | None,
-    typer.Option(help="Keep keys and values in q8 (half the memory) or q4 (nearly a quarter); float otherwise."),
+    typer.Option(
+        help="Keep keys and values in q8 (half the memory) or q4 (little more than a quarter); float otherwise."
+    ),
 ]
 Lookahead = Annotated[
     int,

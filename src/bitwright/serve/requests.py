@@ -74,7 +74,7 @@ class Function(Fields):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Literal[False] | None = None  # calls are not held to the schema
 
 
 class Tool(Fields):
@@ -116,7 +116,7 @@ class StreamOptions(Fields):
     """What is added to a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Drawing(Fields):
