@@ -58,6 +58,8 @@ def quantize(
     observer: str = "mse",
     kv_cache: str | None = None,
     recipe: str | Path | None = None,
+    size: str | None = None,
+    bits: float | None = None,
     calib: str = "general",
     samples: int = 128,
     seqlen: int = 2048,
@@ -67,7 +69,7 @@ def quantize(
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Quantize the checkpoint `model` (a directory or GGUF file) into a new directory or .gguf file `out`.
+    """Quantize the checkpoint `model` (a directory, GGUF file or name on the hub) into a new directory or .gguf file `out`.
 
     Arguments are the options of `bitwright quantize` (see docs/options.md); samples and seqlen: calibration windows, and
     tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
@@ -90,6 +92,10 @@ def quantize(
         seqlen=seqlen,
         store=where,
         requantize=requantize,
+        size=size,
+        bits=bits,
+        seed=seed,
+        progress=progress,
     )
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
@@ -138,7 +144,7 @@ def evaluate(
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
-    model, reference  checkpoint directories or GGUF files; reference: usually the float original
+    model, reference  checkpoint directories, GGUF files or names on the hub; reference: usually the float original
     text              a UTF-8 file or a built-in text by name; several in a list are judged in one pass, a result for each
     seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts

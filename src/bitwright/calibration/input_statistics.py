@@ -3,6 +3,7 @@
 They belong to an *input*, not to a layer: modules that read the same tensor share one `Inputs`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -88,6 +89,37 @@ class Inputs:
         histogram.update(self.sample)
         histogram.update(torch.stack([self.low, self.high]))
         return histogram
+
+
+def pooled(some: Sequence[Inputs]) -> Inputs:
+    """The statistics by which channels are scaled, of several inputs together, such as those of all experts of a layer.
+
+    Each counts by its tokens; all must have been gathered alike. Drift, residual and histogram are left out.
+    """
+    if len(some) == 1:
+        return some[0]
+    counts = [float(max(1, one.tokens)) for one in some]
+    low, high = ([t for one in some if (t := one.low if least else one.high) is not None] for least in (True, False))
+    samples = [one.sample for one in some if one.sample is not None]
+    return Inputs(
+        tuple(name for one in some for name in one.names),
+        sum(one.tokens for one in some),
+        gram=_mean([one.gram for one in some if one.gram is not None], counts),
+        mean=_mean([one.mean for one in some if one.mean is not None], counts),
+        low=torch.stack(low).amin(0) if low else None,
+        high=torch.stack(high).amax(0) if high else None,
+        sample=torch.cat(samples)[:: len(some)] if samples else None,
+    )
+
+
+def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor | None:
+    """The mean weighted by counts; None of none."""
+    if not tensors:
+        return None
+    total = torch.zeros_like(tensors[0])
+    for tensor, count in zip(tensors, counts, strict=True):
+        total.add_(tensor, alpha=count / sum(counts))
+    return total
 
 
 @dataclass

@@ -12,6 +12,7 @@ import typer
 
 from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
+from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
@@ -26,7 +27,13 @@ ABOUT = (
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
+        "org/name@revision, org/name:FILE.gguf."
+    ),
+]
 Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
@@ -94,6 +101,8 @@ def quantize(
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
+    size: Size = None,
+    bits: Bits = None,
     calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
@@ -109,14 +118,15 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with reporting(as_json, KEPT.format(out)):
+    with reporting(as_json, KEPT.format(out), quiet=quiet):
         from bitwright.pipeline.quantize import carried_out, planned
 
-        plan = planned(
-            model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
-            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-            requantize=requantize,
-        )  # fmt: skip
+        with progress_bar(as_json or quiet) as progress:
+            plan = planned(
+                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+                requantize=requantize, size=size, bits=bits, seed=seed, progress=progress,
+            )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
@@ -156,7 +166,7 @@ def compare(
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it"),
+        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it", quiet=quiet),
         progress_bar(as_json or quiet) as progress,
     ):
         from bitwright.evaluation.compare import Settings
@@ -241,7 +251,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
     console.print(evaluation_table(found))
-    for line in verdict(found):
+    for line in (*(f"note: {note}" for note in found[0].notes), *verdict(found)):
         console.print(plain(line), highlight=False)
 
 
@@ -322,7 +332,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (generate, chat, serve, bench):
+for command in (plan, generate, chat, serve, bench):
     app.command()(command)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bitwright.inference.generation import Message
     from bitwright.inference.sampling import Sampling
 
-Model = Annotated[Path, typer.Argument(help="Directory or .gguf file, float or quantized.")]
+Model = Annotated[Path, typer.Argument(help="Directory, .gguf file or name on the hub, float or quantized.")]
 Most = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; above, the more the freer.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share of the mass.")]

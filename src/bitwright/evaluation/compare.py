@@ -20,6 +20,7 @@ from bitwright.errors import CheckpointError, FormatError, OutputError, RecipeEr
 from bitwright.evaluation.evaluate import evaluate
 from bitwright.evaluation.page import Candidate, Original, page
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file
+from bitwright.files.hub import local, name_of
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens, one_shot
 from bitwright.pipeline.ledger import Entry
@@ -139,6 +140,7 @@ def compare(
     begun = time.monotonic()
     check_out(out)
     texts_of(settings.calib)
+    model = local(model)
     contests, refused = _contests(model, schemes, methods, settings)
     work = _workplace(out, contests, settings, resume=resume)
     shared = store or work / "statistics"
@@ -364,7 +366,7 @@ def _finish(done: Comparison, model: Path, work: Path, command: str) -> None:
     shutil.rmtree(work / "statistics", ignore_errors=True)
     write_file(work / JSON, (json.dumps(done.as_dict(), indent=1) + "\n").encode())
     text = page(
-        model=model.name,
+        model=name_of(model) or model.name,
         reference=done.original,
         candidates=done.candidates,
         shared_seconds=done.shared_seconds,

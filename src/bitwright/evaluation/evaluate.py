@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.errors import InputError
 from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
+from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
 from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.pipeline.statistics_store import code_version
@@ -35,6 +36,7 @@ class Evaluation:
     kl_p99, kl_p999   quantiles of KL over tokens: 99 % and 99.9 %
     top1              share of tokens whose most likely prediction is the reference's
     seconds           for all texts that were evaluated together
+    notes             on what the models' files hold and is not used
     """
 
     text: str
@@ -53,6 +55,7 @@ class Evaluation:
     top1: float | None = None
     bits_per_weight: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, keys as they are named."""
@@ -87,8 +90,8 @@ def evaluate(
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed = StreamedModel(model, engine=engine, kv=key_value_codes(kv))
-    other = StreamedModel(reference) if reference else None
+    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv))
+    other = StreamedModel(local(reference)) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -98,7 +101,9 @@ def evaluate(
     against = _references(other, parts, predictions) if other else [None] * len(parts)
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
-    return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+    notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)
+    found = (_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True))
+    return [replace(one, notes=notes) for one in found]
 
 
 Against = Callable[

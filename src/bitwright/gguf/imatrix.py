@@ -8,6 +8,7 @@ Source: tools/imatrix/imatrix.cpp.
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -21,6 +22,14 @@ from bitwright.gguf.reader import MAGIC, GgufFile, is_gguf
 SUFFIXES = (".gguf", ".dat", ".imatrix")
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 1 << 10
+UNSEEN = "it saw no token: all columns count evenly"
+
+
+class Seen(NamedTuple):
+    """Mean squared inputs [K] of a matrix, or of one expert, and how many tokens it saw."""
+
+    mean: Tensor
+    tokens: int
 
 
 def is_imatrix(calib: str) -> bool:
@@ -113,12 +122,13 @@ def evenly(values: Tensor) -> Tensor:
     return values if bool(values.any()) else torch.ones_like(values)
 
 
-def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: int, text: str) -> None:
+def write(path: Path, importance: Mapping[str, list[Seen]], *, chunks: int, seqlen: int, text: str) -> None:
     """Write an importance matrix as GGUF.
 
-    importance: llama.cpp's tensor name -> mean squared input [K]. tokens, seqlen: of the calibration; text: its name.
+    importance: llama.cpp's tensor name -> one `Seen`, or those of all experts. An expert's mean is written as of one token at
+    least: without tokens of its own it is that of the layer (calibration/observe_experts.py). chunks, seqlen: windows of the
+    calibration, and tokens in one; text: its name.
     """
-    chunks = max(1, tokens // seqlen)
     with disk_errors(path):
         writer = gguf.GGUFWriter(path, "")
         writer.kv_data[0].pop("general.architecture", None)  # the gguf package adds it; an imatrix has none
@@ -127,8 +137,10 @@ def write(path: Path, importance: Mapping[str, Tensor], *, tokens: int, seqlen: 
         writer.add_uint32("imatrix.chunk_count", chunks)
         writer.add_uint32("imatrix.chunk_size", seqlen)
         for name, values in sorted(importance.items()):
-            writer.add_tensor(name + SUMS, (values.float() * tokens).reshape(1, -1).numpy())
-            writer.add_tensor(name + COUNTS, np.full((1, 1), tokens, np.float32))
+            counts = torch.tensor([[max(1, one.tokens)] for one in values], dtype=torch.float32)
+            means = torch.stack([one.mean.float() for one in values])
+            writer.add_tensor(name + SUMS, (means * counts).numpy())
+            writer.add_tensor(name + COUNTS, counts.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import InputError
+from bitwright.files.hub import local
 from bitwright.inference.decoder import Decoder
 from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.loading import load
@@ -50,7 +51,7 @@ class Generator:
         slots    sequences that the decoder holds
         Raises what `load` does, CheckpointError for an encoder, InputError for an unknown kv.
         """
-        codes = key_value_codes(kv)
+        codes, path = key_value_codes(kv), local(path)
         model = load(path, scheme=scheme, activations=activations)
         context = min(context, getattr(model.config, "max_position_embeddings", None) or context)
         decoder = decoder_of(model, context, slots=slots, kv=codes)

@@ -6,6 +6,7 @@ be rounded on the way in (`scheme`), so that the peak is the quantized size plus
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeError
+from bitwright.files.hub import local
 from bitwright.inference.dense import Dense
 from bitwright.inference.key_values import round_keys_and_values
 from bitwright.inference.lookup import Lookup
@@ -39,22 +41,25 @@ def load(
     activations: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A checkpoint directory or GGUF file, float or quantized by anyone whose format is read here, ready to generate.
+    """A checkpoint directory, GGUF file or name on the hub, float or quantized by anyone whose format is read here, ready to
+    generate.
 
     scheme       a float checkpoint's matrices are rounded to it, block by block, with a method that needs no data
     activations  bits that inputs of quantized matrices are rounded to: 16 (finer than bfloat16) or 8 (faster prefill)
     dtype        of all that is not quantized, and of what passes between modules
 
-    Raises CheckpointError, FormatError, SchemeError or RecipeError, naming the tensor.
+    Warns of scales for keys and values that the config does not ask for. Raises CheckpointError, FormatError, SchemeError or
+    RecipeError, naming the tensor.
     """
-    path = Path(model)
     if activations not in BITS:
         raise KernelError(f"inputs cannot be rounded to {activations} bits", remedy="8 or 16")
     if scheme is not None and method not in ("rtn", "search", "hqq"):
         raise RecipeError(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
         )
-    filling = _Filling(path, Scheme.parse(scheme) if scheme else None, method, activations, dtype)
+    filling = _Filling(local(Path(model)), Scheme.parse(scheme) if scheme else None, method, activations, dtype)
+    for note in filling.weight_source.notes:
+        warnings.warn(f"{model}: {note}", stacklevel=2)
     return filling.run()
 
 

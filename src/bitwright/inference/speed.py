@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitwright.errors import InputError
+from bitwright.files.hub import local
 from bitwright.inference.decoder import Decoder
 from bitwright.inference.decoding import decoder_of
 from bitwright.inference.dense import Dense
@@ -65,6 +66,7 @@ def measure(
     """
     codes = key_value_codes(kv)
     forget_peak()
+    path = local(path)  # before the time is taken
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
     room = getattr(model.config, "max_position_embeddings", None) or prompt + decode
     if prompt + decode > room:

@@ -31,6 +31,7 @@ WEIGHTS_AT_ONCE = 1 << 22  # weights packed at a time, or decoded where torch mu
 # A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
 FACTORS = {
     "fp4": 2.0, "iq4nl": 1.0, "iq1": 8.0, "iq2": 8.0, "iq3xxs": 2.0, "iq3s": 1.0, "binary": 1.0, "nf4": 32512.0,
+    "iq1_s": 8.0, "iq1_m": 8.0, "iq2_xxs": 8.0, "iq2_xs": 8.0, "iq2_s": 8.0, "iq3_xxs": 2.0, "iq3_s": 1.0,
 }  # fmt: skip
 
 

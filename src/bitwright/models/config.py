@@ -29,8 +29,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
         raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
     if not folder.is_dir():
-        remedy = "give a local directory; a hub name needs its files downloaded first (no network is used)"
-        raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
+        remedy = "give a directory, a .gguf file, or a name on the hub: org/name"
+        raise CheckpointError("no such file or directory", where=str(folder), remedy=remedy)
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))

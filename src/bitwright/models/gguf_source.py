@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from bitwright.formats.ggml_scales import scales_of
 from bitwright.gguf.config_keys import config_of
 from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
-from bitwright.gguf.tensor_names import Names
+from bitwright.gguf.tensor_names import Names, expert_of, first_row
 from bitwright.gguf.tokenizer import tokenizer_of
+from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, reordered, stacked
@@ -30,11 +32,19 @@ def read_config(path: Path) -> PretrainedConfig:
 
     CheckpointError for a damaged file, an unknown architecture, or tensors that do not fit the keys.
     """
-    return _matched(GgufFile(path))[0].config
+    return _matched(GgufFile(path)).names.config
 
 
-def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
-    """The model's `Names`, and the map from transformers' parameter names to the file's tensor names.
+class Matched(NamedTuple):
+    """A file's model: its names; transformers' parameter name -> the file's tensor, and -> shape in transformers."""
+
+    names: Names
+    stored: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _matched(file: GgufFile) -> Matched:
+    """The model of a file.
 
     Shapes from the keys are compared with the tensors before any memory is allocated. CheckpointError if they differ, or for
     tensors that the architecture does not have.
@@ -42,27 +52,32 @@ def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     file.check_vocabulary()
-    names, stored = Names(config), dict[str, str]()
-    for parameter, shape in _parameters(config, str(file.path)).items():
+    names, stored, parameters = Names(config), dict[str, str](), _parameters(config, str(file.path))
+    for parameter, shape in parameters.items():
         with suppress(FormatError):  # llama.cpp has no tensor for buffers and tied parameters
             name = names.of(parameter)
             found = file.tensors.get(name)
-            if found is not None and names.shape(parameter, found.shape) != shape:
-                message = f"tensor {name!r} has shape {found.shape}, the keys mean {names.shape(parameter, shape)}"
+            if found is not None and found.shape != (meant := names.stored_shape(parameter, shape)):
+                message = f"tensor {name!r} has shape {found.shape}, the keys mean {meant}"
                 raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
             stored |= {} if found is None else {parameter: name}
     unknown = [name for name in file.tensors if name not in stored.values() and name not in COMPUTED]
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
-    return names, stored
+    return Matched(names, stored, {parameter: parameters[parameter] for parameter in stored})
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters and buffers, from a model on the meta device. CheckpointError if none can be built."""
+    """Names and shapes of all parameters and buffers, experts apart, from a model on the meta device.
+
+    CheckpointError if none can be built.
+    """
     try:
         with torch.device("meta"):
-            return {name: tuple(t.shape) for name, t in model_of(config).state_dict().items()}
+            model = model_of(config)
+            one_by_one(model)
+            return {name: tuple(t.shape) for name, t in model.state_dict().items()}
     except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"its keys make no model: {reason}", where=where, remedy="get a good copy") from error
@@ -80,12 +95,13 @@ class GgufWeightSource:
         """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
-        self.names, self.stored = _matched(self.file)
+        self.names, self.stored, self._shapes = _matched(self.file)
+        self.notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Parameter name -> shape in transformers."""
-        return {p: self.names.shape(p, self.file.tensors[name].shape) for p, name in self.stored.items()}
+        return {**self._shapes}
 
     @property
     def is_float(self) -> bool:
@@ -103,7 +119,18 @@ class GgufWeightSource:
 
     def read(self, name: str) -> Tensor:
         """A parameter in float, in transformers' layout."""
-        return self.names.read(name, self.file.read(self.stored[name]))
+        stored, first, last = self._place(name)
+        shape = self.file.tensors[stored].shape
+        own = shape if expert_of(name) is None else shape[1:]
+        return self.names.read(name, self.file.read_rows(stored, first, last).view(own), self._shapes[name])
+
+    def _place(self, name: str) -> tuple[str, int, int]:
+        """The tensor that holds a parameter, and its rows there, [first, last): of an expert, a part of them."""
+        stored = self.stored[name]
+        shape = self.file.tensors[stored].shape
+        own = shape if expert_of(name) is None else shape[1:]
+        first = first_row(name, own)
+        return stored, first, first + prod(own[:-1])
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """An embedding for lookups: the tensor to keep in memory (perhaps blocks), and a function that dequantizes rows."""
@@ -114,7 +141,7 @@ class GgufWeightSource:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The ggml blocks of a weight: uint8 [N, bytes], rows in llama.cpp's order."""
-        return {"weight": torch.from_numpy(self.file.rows(self.stored[name]))}
+        return {"weight": torch.from_numpy(self.file.rows(*self._place(name)))}
 
     def quantized(self, name: str) -> QTensor | None:
         """A matrix as a QTensor, rows in transformers' order; None if it is float.
@@ -124,7 +151,7 @@ class GgufWeightSource:
         t = self.file.tensors[self.stored[name]]
         if t.type in FLOATS:
             return None
-        blocks, some = self.file.rows(self.stored[name]), max(1, WEIGHTS_AT_ONCE // t.shape[1])
+        blocks, some = self.file.rows(*self._place(name)), max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         q = stacked([self._codes(name, blocks[start : start + some]) for start in range(0, len(blocks), some)])
         order = self.names.rows(name, len(q.codes))
         return q if order is None else reordered(q, order.argsort())
@@ -140,9 +167,10 @@ class GgufWeightSource:
         return False
 
     def describe(self, name: str) -> tuple[str, int]:
-        """The ggml type of a tensor, in lower case, and its bytes."""
-        t = self.file.tensors[self.stored[name]]
-        return t.type.name.lower(), t.nbytes
+        """The ggml type of a parameter, in lower case, and its bytes."""
+        stored, first, last = self._place(name)
+        t = self.file.tensors[stored]
+        return t.type.name.lower(), (last - first) * t.row_bytes
 
     def scalar(self, name: str) -> Tensor | None:
         """None: GGUF files hold no scales of a KV cache."""
@@ -162,9 +190,10 @@ class FloatGgufCheckpoint:
         self.tensors = {name: self._info(name, stored) for name, stored in self.weight_source.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:
-        t = self.weight_source.file.tensors[stored]
+        t, shape = self.weight_source.file.tensors[stored], self.weight_source.shapes[name]
+        assert shape is not None
         dtype = float_dtype(t, stored, str(self.folder))
-        return TensorInfo(t.file, t.offset, dtype, self.weight_source.names.shape(name, t.shape))
+        return TensorInfo(t.file, t.offset, dtype, shape)
 
     def read(self, name: str) -> Tensor:
         """One tensor in transformers' layout."""

@@ -360,6 +360,10 @@ class Skeleton:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, H] -> logits [B, T, V] float32. CheckpointError for an encoder, which has none."""
+        return self.head_with(hidden)
+
+    def head_with(self, hidden: Tensor) -> Tensor:
+        """As `head`, and differentiable in the hidden state."""
         self._must_predict()
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._ports([], self._calls.form, self._calls.last(hidden)):

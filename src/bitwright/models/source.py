@@ -16,7 +16,7 @@ from bitwright.models.config import quantization_of
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvRounding, read_rounding
 from bitwright.models.skeleton import Skeleton
-from bitwright.models.unread import check_all_read
+from bitwright.models.unread import check_all_read, notes_on_scales
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 
@@ -37,6 +37,7 @@ class WeightSource:
         self.config = quantization_of(folder)
         self.format = _format_of(folder, self.config)
         self.modules = _quantized_modules(self.checkpoint, self.format) if self.format else {}
+        self.notes: tuple[str, ...] = ()  # on tensors that are not used; filled by `meet`
         self._kinds: dict[str, type[nn.Module]] = {}  # module in the files -> its class; filled by `meet`
         self._called: dict[str, str] = {}  # module in the files -> its name in the model, which configs use
 
@@ -67,6 +68,8 @@ class WeightSource:
         names = skeleton.source_names(self.shapes, str(self.folder))
         zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
         check_all_read(self.shapes, [*names.values(), *zeros], skeleton, str(self.folder))
+        asked = (self.config or {}).get("kv_cache_scheme") is not None
+        self.notes = notes_on_scales(self.shapes, skeleton, rounded=asked)
         parameters, plain = skeleton.model.state_dict(keep_vars=True), set(self.plain)
         for parameter, source in names.items():
             if source in plain and parameters[parameter].is_floating_point():

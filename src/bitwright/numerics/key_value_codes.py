@@ -1,10 +1,9 @@
 """Keys and values of attention in 8 or 4 bits: each head's vector of a token as one row of bytes, codes and scales together.
 
 `q8`: integers −127 … 127 under one float16 scale for 32 channels, 8.5 bits a number. `q4`: integers 0 … 15 under a float16
-scale and a float16 minimum for 64 channels, two in a byte, 4.5 bits a number; keys are rotated by a Hadamard matrix first,
-because a few of their channels are far larger than the rest (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4). A head whose
+scale and a float16 minimum for 64 channels, two in a byte, 4.5 bits a number; keys are rotated by a Hadamard matrix first: a
+few of their channels are far larger than the rest (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4). A head whose
 width such blocks do not divide is one block.
-A query rotated likewise has the same products with them.
 """
 
 from dataclasses import dataclass

@@ -156,7 +156,7 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
 
     Errors as of `Store`; CheckpointError for a weight that is not finite.
     """
-    store = Store(folder, _key(plan, tokens))
+    store = Store(folder, key_of(plan, tokens))
     depth = len(plan.skeleton)
     store.check(depth)
     first = next((i for i in range(depth) if not store.has(i)), depth)
@@ -179,8 +179,8 @@ def one_shot(plan: Plan, folder: Path, tokens: Tensor, progress: Progress) -> St
     return store
 
 
-def _key(plan: Plan, tokens: Tensor) -> dict[str, Any]:
-    """The key of the store: what its statistics depend on."""
+def key_of(plan: Plan, tokens: Tensor) -> dict[str, Any]:
+    """The key of a store: what statistics of the float model depend on."""
     tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
     return {
         "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],

@@ -8,14 +8,16 @@ import torch
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Checkpoint, disk_errors
+from bitwright.files.hub import local
 from bitwright.formats import chosen
+from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
-from bitwright.pipeline.gguf_file import GgufModelWriter, Member
+from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.repacking import repack
 from bitwright.pipeline.work_in_progress import check_out
 
@@ -28,6 +30,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     number by number.
     """
     check_out(out)
+    model = local(model)
     chosen_format, _, _ = chosen(out, format_name, None, None)
     if chosen_format != "gguf":
         return repack(model, out, chosen_format)

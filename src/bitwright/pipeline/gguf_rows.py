@@ -167,8 +167,7 @@ def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
     count = 0 if each is None else imatrix.unseen(each)
     if each is None or not count:
         return ""
-    who = "it" if len(each) == 1 else f"{count} of {len(each)} experts"
-    return f"{who} saw no token: all columns count evenly"
+    return imatrix.UNSEEN if len(each) == 1 else imatrix.UNSEEN.replace("it", f"{count} of {len(each)} experts", 1)
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import RecipeError
+from bitwright.files.hub import local
 from bitwright.gguf import imatrix
-from bitwright.gguf.tensor_names import Names
+from bitwright.gguf.imatrix import UNSEEN, Seen
+from bitwright.gguf.tensor_names import Names, expert_of
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
 from bitwright.pipeline.work_in_progress import check_out
@@ -24,10 +26,14 @@ from bitwright.system.progress import Progress
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squared inputs [K] by module name, from an importance matrix; modules that it lacks have none."""
+    """Mean squared inputs [K] by module name, from an importance matrix; modules that it lacks have none.
+
+    unseen: modules of experts that saw no token; their columns count evenly.
+    """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     digest: str = ""
+    unseen: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, plan: Plan, file: Path) -> "Importance":
@@ -38,23 +44,37 @@ class Importance:
             what = ", ".join(sorted(more)) or "a transform, or a fixed range,"
             message = f"an importance matrix does not say how inputs go together, which {what} must know"
             raise RecipeError(message, where=str(file), remedy="use --method search, or give a text")
-        found, names, values = imatrix.read(file), Names(plan.skeleton.config), {}
+        found, names = imatrix.read(file), Names(plan.skeleton.config)
+        values, unseen = dict[str, Tensor](), set[str]()
         for t in plan.tensors:
             if t.layer is None:
                 continue
-            stored = found.get(names.of(t.parameter))
+            name, expert = names.of(t.parameter), expert_of(t.parameter)
+            stored = found.get(name)
             if stored is None and t.block is None:
                 continue  # llama.cpp too uses it for the blocks' tensors only
-            if stored is None or len(stored) != t.layer.K:
-                raise imatrix.of_another_model(file, names.of(t.parameter), stored, t.layer.K)
-            values[t.layer.name] = imatrix.evenly(stored)
-        return cls(values, digest(file.read_bytes()))
+            experts = 1 if expert is None else names.experts
+            if stored is None or stored.numel() != experts * t.layer.K:
+                raise imatrix.of_another_model(file, name, stored, experts * t.layer.K)
+            own = stored.reshape(experts, -1)[expert or 0]
+            values[t.layer.name] = imatrix.evenly(own)
+            unseen |= set() if own.any() else {t.layer.name}
+        return cls(values, digest(file.read_bytes()), frozenset(unseen))
 
     def inputs(self, t: PlannedTensor) -> Inputs:
         """Statistics of a matrix's inputs: the diagonal of their Gram, if the file has it."""
         assert t.layer is not None
         known = self.values.get(t.layer.name)
         return Inputs() if known is None else Inputs((t.layer.name,), gram=known)
+
+    def noted(self, t: PlannedTensor) -> PlannedTensor:
+        """The plan of a matrix, with a remark for the ledger if its expert saw no token."""
+        return replace(t, reason=UNSEEN) if t.layer is not None and t.layer.name in self.unseen else t
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of experts without tokens."""
+        return (f"{len(self.unseen)} matrices of experts, such as {min(self.unseen)}: {UNSEEN}",) if self.unseen else ()
 
 
 def write_importance(
@@ -65,22 +85,24 @@ def write_importance(
     Errors as of `preflight` and of calibration.
     """
     check_out(out)
-    plan = preflight(model, Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
+    plan = preflight(local(model), Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
     tokens = calibration_tokens(plan, calib, seed).seen
-    names, found = Names(plan.skeleton.config), dict[str, Tensor]()
+    names, found = Names(plan.skeleton.config), dict[str, list[Seen]]()
     folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.absolute().parent))
     try:
         store = one_shot(plan, folder, tokens, progress)
         for index in range(len(plan.skeleton)):
             for inputs in store.read(index).inputs:
                 assert inputs.gram is not None
-                found |= {names.of(f"{name}.weight"): inputs.gram.diagonal() for name in inputs.names}
+                for name in inputs.names:  # experts in order
+                    seen = Seen(inputs.gram.diagonal(), inputs.tokens)
+                    found.setdefault(names.of(f"{name}.weight"), []).append(seen)
     finally:
         shutil.rmtree(folder)
     imatrix.write(
         out,
         found,
-        tokens=tokens.numel(),
+        chunks=len(tokens),
         seqlen=tokens.shape[1],
         text=", ".join(Path(text.name).name for text in texts_of(calib)),
     )

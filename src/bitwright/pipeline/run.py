@@ -21,6 +21,7 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
+from bitwright.files.hub import name_of
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -38,7 +39,7 @@ from bitwright.pipeline.calibration_pass import (
     read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
-from bitwright.pipeline.gguf_file import GgufModelWriter, Member
+from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, outcome
@@ -55,6 +56,7 @@ from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
 from bitwright.system.threads import single_threads
 from bitwright.transforms.channel_scaling import Target, fold_scales
+from bitwright.transforms.folds import readers_of
 from bitwright.version import __version__
 
 
@@ -84,6 +86,7 @@ def run(
     taken = plan.calibrated and known is None
     tokens = calibration_tokens(plan, calib, seed) if taken else None
     notes = plan.notes if tokens is None else tokens.notes
+    notes += known.notes if isinstance(known, Importance) else ()
     if tokens is not None and calib != "general":  # which the others are compared with
         notes += unfamiliar(plan, tokens)
     check_rotation(plan)
@@ -158,8 +161,7 @@ def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufMo
     """The writer of that file, begun or continued; None for other formats."""
     if not plan.format.one_file:
         return nullcontext()
-    members = [Member(t.parameter, t.dtype, t.shape, t.layer) for t in plan.tensors if t.action != LEFT_OUT]
-    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, members)
+    return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, plan.members)
 
 
 def _quantize_blocks(
@@ -270,9 +272,10 @@ def _quantize_block(
     """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     if source is None or isinstance(source, Importance):
-        known_of = Importance().inputs if source is None else source.inputs
-        return [r for t in layers.values() for r in quantize_together(plan, [t], weights, known_of(t), Origin())], None
-    skeleton, modules = plan.skeleton, plan.skeleton.linears(index)
+        importance = source or Importance()
+        each = [importance.noted(t) for t in layers.values()]
+        return [r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t), Origin())], None
+    skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
     targets = _targets(layers)
     if isinstance(source, Store):
         known = source.read(index)
@@ -347,5 +350,7 @@ def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: floa
         place.write_json("quantize_config.json", plan.quantization_config)
     method = ", ".join(sorted({rule.name for rule in plan.recipe.active}))
     loader = auto_class(plan.skeleton.config)
-    card = Card(config, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
+    known = name_of(plan.source)
+    described = config if known is None else {**config, "_name_or_path": known}
+    card = Card(described, plan.format.name, bits, ledger, plan.skeleton.predicts, method, calibrated, loader)
     place.write_text(CARD, str(card))

@@ -70,7 +70,7 @@ class Store:
             raise OutputError(
                 "a directory with other files in it", where=str(folder), remedy="give --store an empty or new one"
             )
-        differing = _differing(note, key) if note.is_file() else ""
+        differing = differing_keys(note, key) if note.is_file() else ""
         if note.is_file() and not differing:
             return
         if differing:
@@ -150,7 +150,7 @@ class Store:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
 
-def _differing(note: Path, key: dict[str, Any]) -> str:
+def differing_keys(note: Path, key: dict[str, Any]) -> str:
     """Which parts of the key differ from the store's; "" if none."""
     try:
         found = json.loads(note.read_text(encoding="utf-8"))

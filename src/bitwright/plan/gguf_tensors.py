@@ -22,8 +22,8 @@ from bitwright.formats import FORMATS, Layer, gguf_writer
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
-from bitwright.gguf.file_types import MIXES, Place, type_in
-from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
+from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
+from bitwright.gguf.reader import GgufFile, Kind, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED, SMALLEST, PlannedTensor, half_precision, in_float
 from bitwright.plan.recipe import Recipe, Rule
@@ -34,7 +34,6 @@ KEPT_PARTS = (
     "ssm_conv1d", "shortconv.conv", "indexer.", "time_mix_first", "time_mix_w", "time_mix_v", "time_mix_a", "time_mix_g",
     "time_mix_decay", "time_mix_lerp", "attn_rel_b", "pos_embd", "sam.neck",
 )  # fmt: skip
-EXPERTS = ("_exps", "_shexp", "_chexps")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class GgufPlan:
         return gguf_writer.file_bytes(self.keys, stored)
 
     @property
-    def described(self) -> list[tuple[str, Types, Tensor]]:
+    def described(self) -> list[tuple[str, Kind, Tensor]]:
         """The file's tensors in order: name, types, and a tensor of that shape without data."""
         found = []
         for t in sorted(self.tensors, key=lambda t: gguf_writer.place(t.source)):
@@ -219,14 +218,13 @@ class _Chooser:
 
     def _place(self, t: PlannedTensor, rule: Rule, block: int | None) -> Place:
         """What the choice of a block type in a mix depends on, as far as the keys tell."""
-        part = t.stem.split(".")[0 if block is None else 2]
-        for suffix in EXPERTS:
-            part = part.removesuffix(suffix)
+        part = part_of(t.stem, block)
         queries, keys = (self._number(key) for key in ("attention.head_count", "attention.head_count_kv"))
         fits = t.shape[-1] % TYPES[MIXES[rule.mix]].size == 0
         tied = "output.weight" not in self.file.tensors
         depth = max(self._number("block_count"), 1)
-        return Place(part, block or 0, depth, max(queries // max(keys, 1), 1), tied, self.weighted, fits)
+        heads, experts = max(queries // max(keys, 1), 1), self._number("expert_count")
+        return Place(part, block or 0, depth, heads, tied, self.weighted, fits, experts, "_exps" in t.stem)
 
     def _number(self, key: str) -> int:
         """An integer key of the architecture; the largest, if it has one for each block; 0 if it is missing."""

@@ -7,6 +7,7 @@ the byte; estimates peak memory; refuses what the format cannot hold; and notes 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec
 from bitwright.files.joined import joined
 from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
+from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
-from bitwright.gguf.rope import tensors_of
-from bitwright.gguf.tensor_names import Names, is_unused
+from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
@@ -102,10 +103,8 @@ class Plan:
     def bytes(self) -> int:
         """Exact size in bytes of all weight files together, or of the one file with its keys."""
         if self.format.one_file:
-            names, config = Names(self.skeleton.config), self.skeleton.config
-            stored = [(names.of(t.parameter), len(t.shape), self._stored_bytes(t, names)) for t in self._written()]
-            computed = [(name, t.ndim, t.nbytes) for name, t in tensors_of(config).items()]
-            return gguf_writer.file_bytes(self.file_keys, [*stored, *computed])
+            stored = described(self.skeleton.config, self.members)
+            return gguf_writer.file_bytes(self.file_keys, [(name, t.ndim, t.nbytes) for name, _, t in stored])
         return sum(file_bytes(specs) for specs in joined(self._shards()).values())
 
     @property
@@ -116,9 +115,10 @@ class Plan:
     def _shards(self) -> list[dict[str, Spec]]:
         return [self.shard_specs(i) for i in range(len(self.skeleton) + 1)]
 
-    def _stored_bytes(self, t: PlannedTensor, names: Names) -> int:
-        """Bytes of a tensor in a GGUF file, which may leave out rows."""
-        return spec_bytes(self.specs([t])) * names.height(t.parameter, t.shape[0]) // t.shape[0]
+    @property
+    def members(self) -> list[Member]:
+        """The parameters that a GGUF file will hold."""
+        return [Member(t.parameter, t.dtype, t.shape, t.layer) for t in self._written()]
 
     def _written(self) -> list[PlannedTensor]:
         return [t for t in self.tensors if t.action != LEFT_OUT]
@@ -134,6 +134,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
+
+    @property
+    def shapes_digest(self) -> str:
+        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
+        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
+        return sha256(repr(shapes).encode()).hexdigest()[:16]
 
     @property
     def statistics_bytes(self) -> int:
@@ -317,6 +323,9 @@ def preflight(
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
+    if recipe.made_for and recipe.made_for != plan.shapes_digest:
+        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
@@ -325,7 +334,7 @@ def _check_recipe(plan: Plan) -> None:
     if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
         remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
-    _ = plan.quantization_config  # raises for schemes that cannot share a checkpoint
+    _ = plan.quantization_config, plan.bytes  # raise for schemes that cannot share a checkpoint, or a tensor
 
 
 def _calibration_notes(

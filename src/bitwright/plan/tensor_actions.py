@@ -13,7 +13,7 @@ from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf.config_keys import not_kept
-from bitwright.gguf.file_types import MIXES, Place, type_in
+from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
@@ -206,13 +206,14 @@ class _Chooser:
     def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
         """What the choice of a block type in a mix depends on; name: llama.cpp's."""
         config = self.skeleton.config
-        part = name.split(".")[0] if block is None else name.split(".")[2]
+        part = part_of(name, block)
         heads = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         fits = K % TYPES[MIXES[rule.mix]].size == 0
         tied = bool(config.tie_word_embeddings)
-        return Place(part, block or 0, len(self.skeleton), heads, tied, self.recipe.needs_calibration, fits)
+        weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0
+        return Place(part, block or 0, len(self.skeleton), heads, tied, weighted, fits, experts, "_exps" in name)
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
