@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import RecipeError
+from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
@@ -20,12 +20,15 @@ from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
+    import torch
+
     from bitwright.plan.preflight import Plan
 
 
@@ -48,6 +51,7 @@ def planned(
     store: Path | None,
     requantize: bool = False,
     adapter: Path | None = None,
+    device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
@@ -55,17 +59,14 @@ def planned(
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
 
-    adapter: of LoRA, added to the model's weights before. size, bits: what the result may take; then the schemes are chosen
-    for it (see planned_recipe.py), with scores kept beside OUT until it appears. Raises the InputError of what would stop it.
-    """
-    check_out(out)
-    texts_of(calib)  # checked here, before any work
-    model = local(model)
+    adapter: of LoRA, added to the weights. size, bits: what the result may take; then planned_recipe.py chooses the schemes,
+    with scores kept beside OUT until it appears. Raises the InputError of whatever would stop the run."""
+    place, model = _checked(out, calib, device), local(model)
     if size is not None or bits is not None:
-        _refuse({
-            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--prune": prune, "--store": store, "--requantize": requantize,
-        })  # fmt: skip
+        _refuse(
+            scheme=scheme, recipe=recipe, pure=pure, activations=activations, kv_cache=kv_cache, prune=prune, store=store,
+            requantize=requantize, device=device != "cpu",
+        )  # fmt: skip
         target, sizes = Target.parse(size, bits), (samples, seqlen, seed)
         return _for_target(model, out, target, progress, format=format, method=method, calib=calib, sizes=sizes)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
@@ -74,11 +75,20 @@ def planned(
         prune=prune,
     )  # fmt: skip
     rules = rules.without_text() if calib == "none" else rules
-    if adapter is None and is_gguf(model) and (plan := _without_model(GgufFile(model), rules, recipe, format, calib)):
-        return plan
+    if adapter is None and (plan := _without_model(model, rules, recipe, format, calib)) is not None:
+        return _on_cpu(plan, place)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter)
+    return preflight(
+        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter, device=place
+    )
+
+
+def _checked(out: Path, calib: str, device: str) -> "torch.device":
+    """The device; refusals of OUT, text or device come before any work."""
+    check_out(out)
+    texts_of(calib)
+    return device_of(device)
 
 
 def _for_target(
@@ -101,8 +111,11 @@ def _for_target(
     return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
 
 
-def _without_model(file: GgufFile, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
-    """The plan for a GGUF file of which no model is needed, or none can be built; None where one is run."""
+def _without_model(model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
+    """The plan for a GGUF file of which no model is needed, or none can be built; None for all that is run."""
+    if not is_gguf(model):
+        return None
+    file = GgufFile(model)
     weighted, modelless = is_imatrix(calib), _needs_no_model(rules, recipe, format, calib)
     unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
     if not (modelless or unknown):
@@ -110,9 +123,17 @@ def _without_model(file: GgufFile, rules: Recipe, recipe: Path | None, format: s
     return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
 
 
-def _refuse(options: dict[str, object]) -> None:
+def _on_cpu(plan: GgufPlan, place: "torch.device") -> GgufPlan:
+    """The plan itself; InputError for another device than the CPU."""
+    if place.type != "cpu":
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
+    return plan
+
+
+def _refuse(**options: object) -> None:
     """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
-    others = [name for name, value in options.items() if value]
+    others = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"

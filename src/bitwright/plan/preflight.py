@@ -27,7 +27,7 @@ from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.adapter import Adapter
 from bitwright.models.adapter_base import check_base
-from bitwright.models.config import quantization_of, read_config
+from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
@@ -36,6 +36,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
+from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -281,13 +282,15 @@ def preflight(
     seqlen: int = 2048,
     requantize: bool = False,
     adapter: Path | None = None,
+    device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. adapter: of LoRA; the model with it is what is quantized. Raises CheckpointError for a source that is
-    missing, damaged or quantized already, or an adapter of another one; FormatError for what the format cannot hold;
-    RecipeError for a rule that does not fit the model.
+    rounded once more. adapter: of LoRA; the model with it is what is quantized. device: of statistics and rounding.
+
+    Raises CheckpointError for a source that is missing, damaged or quantized already, or an adapter of another one; FormatError
+    for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -297,7 +300,7 @@ def preflight(
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
-    skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
     checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if isinstance(checkpoint, DecodedCheckpoint):
@@ -376,7 +379,7 @@ def _refuse_integers(source: Path) -> None:
     """CheckpointError for a source that is quantized, and has a float original."""
     quantization = quantization_of(source)
     if quantization is not None and not has_no_original(quantization):
-        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        message = f"already quantized ({quantization.get('quant_method')}: {described_in(source)} says so)"
         remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
@@ -395,6 +398,7 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
         checkpoint = Checkpoint(source)
+        check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
     if not FORMATS[format_name].one_file:
