@@ -96,6 +96,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
     device: str = "cpu",
 ) -> Evaluation: ...
@@ -111,6 +112,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
     device: str = "cpu",
 ) -> list[Evaluation]: ...
@@ -125,6 +127,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
     device: str = "cpu",
 ) -> Evaluation | list[Evaluation]:
@@ -135,6 +138,7 @@ def evaluate(
     seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
     device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
@@ -147,6 +151,7 @@ def evaluate(
         tokens=tokens,
         predictions=Path(predictions) if predictions else None,
         engine=engine,
+        kv=kv,
         chat=chat,
         device=device_of(device),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.cli.advise import advise
 from bitwright.cli.console import (
     AsJson,
     Device,
@@ -22,7 +23,7 @@ from bitwright.cli.console import (
     reporting,
     show,
 )
-from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
 from bitwright.version import __version__
@@ -232,6 +233,7 @@ def evaluate(
         str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
     ] = None,
     device: Device = "cpu",
+    kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
@@ -247,6 +249,7 @@ def evaluate(
             tokens=tokens,
             predictions=predictions,
             engine=engine,
+            kv=kv,
             chat=chat,
             device=device_of(device),
         )
@@ -344,7 +347,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
 
 

@@ -23,6 +23,7 @@ from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
 from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
+from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.pipeline.statistics_store import code_version
 from bitwright.system.device import CPU
 
@@ -71,6 +72,7 @@ def evaluate(
     tokens: int | None = None,
     predictions: Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
     device: torch.device = CPU,
 ) -> list[Evaluation]:
@@ -81,15 +83,17 @@ def evaluate(
     predictions  a directory with this reference's predictions, written if they are missing. KL is then over the reference's
                  most likely tokens (see reference.py)
     engine       "llama.cpp": round inputs, keys and values as that engine does (GGUF files)
+    kv           keys and values rounded to "q8" or "q4", of the model alone
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
     device       that both models are computed on
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
-    run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
+    run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
+    than one window.
     """
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed = StreamedModel(local(model), engine=engine, device=device)
+    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv), device=device)
     other = StreamedModel(local(reference), device=device) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)

@@ -51,8 +51,7 @@ class Generator:
         slots    sequences that the decoder holds
         Raises what `load` does, CheckpointError for an encoder, InputError for an unknown kv.
         """
-        path = local(path)
-        codes = key_value_codes(kv)
+        codes, path = key_value_codes(kv), local(path)
         model = load(path, scheme=scheme, activations=activations)
         context = min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
         decoder = decoder_of(model, context, slots=slots, kv=codes)
