@@ -77,6 +77,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "head_dim": 16, "num_experts": 4, "moe_topk": 2,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10000.0, "factor": 1.0},
     },
+    "ministral3": {
+        "head_dim": 16, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8},
     "falcon": {"ffn_hidden_size": 256, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
@@ -88,7 +94,7 @@ PROMPT = 24  # tokens
 def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
     """A random model of a kind, whose vectors differ from ones and zeros. sizes: instead of those of `SIZES`."""
     torch.manual_seed(0)
-    options = SIZES | sizes | CHANGES.get(kind, {})
+    options = SIZES | CHANGES.get(kind, {}) | sizes
     if "layer_types" in options:
         options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)

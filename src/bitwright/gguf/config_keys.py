@@ -15,7 +15,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, EXPERT_COUNT, VISION, Architecture, check_is_model, named
+from bitwright.gguf.architectures import (
+    ARCHITECTURES,
+    EXPERT_COUNT,
+    VISION,
+    Architecture,
+    check_is_model,
+    named,
+    needed_for,
+)
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
 from bitwright.gguf.special_tokens import ends_of
@@ -29,7 +37,9 @@ GELU = "gelu_pytorch_tanh"
 ALIKE = {"gelu_new": GELU}  # two names of the same function
 SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
 FIXED: dict[str, Keys] = {
-    **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3")},
+    **{
+        kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen3", "phi3")
+    },
     "qwen2_moe": {
         "hidden_act": "silu",
         "norm_topk_prob": False,
@@ -94,7 +104,7 @@ EVERY = {
 EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
-WINDOWLESS = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
+WINDOWLESS = ("mistral", "ministral3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -104,8 +114,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         message = f"models of type {config.model_type!r} cannot be written as GGUF here"
         remedy = (
-            f"known: {known}; another needs its keys and tensor names in gguf/architectures.py; or convert it by "
-            "llama.cpp's own converter, and give that file"
+            f"{needed_for(config.model_type, None)}; known: {known}; or convert it by llama.cpp's own converter, and give "
+            "that file, which is quantized tensor by tensor"
         )
         raise FormatError(message, remedy=remedy)
     return row
@@ -205,8 +215,11 @@ def config_of(
         row = ARCHITECTURES["deepseek_v3"]
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
-        remedy = f"known: {known}; another needs its keys and tensor names in gguf/architectures.py"
-        message = f"architecture {keys.get('general.architecture')!r} is not read here"
+        name = keys.get("general.architecture")
+        remedy = (
+            f"{needed_for(None, name)}; `bitwright quantize` makes a smaller file of it all the same; known: {known}"
+        )
+        message = f"architecture {name!r} is not read here"
         raise CheckpointError(message, where=where, remedy=remedy)
     values = {a: _plain(keys[f"{row.name}.{key}"]) for a, key in row.keys if f"{row.name}.{key}" in keys}
     needed = {"block_count", "embedding_length", "attention.head_count"}
