@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bitwright.files.hub import local
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton
@@ -19,6 +20,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     import torch
 
+    folder = local(folder)
     skeleton = Skeleton(read_config(folder), torch.float32)
     weight_source = open_weights(folder, skeleton)
     names_in(weight_source, skeleton)

@@ -131,7 +131,7 @@ def recovered(w: Tensor, scheme: Scheme, scales: Scales, name: str, outliers: Ou
     step = max(1, WEIGHTS_AT_ONCE // w.shape[1])
     for start in range(0, len(w), step):
         here, part = w[start : start + step], rows(whole, start, min(start + step, len(w)))
-        part.codes.copy_(encode(here, part.scales, scheme).codes)
+        part.codes.copy_(encode(here, part.scales, scheme, free=True).codes)
         if not torch.equal(decode(part).to(w.dtype), here):
             remedy = "get a good copy of the file"
             raise FormatError("its weights are not codes under its scales", where=name, remedy=remedy)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bitwright.formats import ggml_lattices
 from bitwright.kernels import native
 from bitwright.numerics.codec import integers_of
 from bitwright.numerics.qtensor import QTensor
@@ -251,6 +252,24 @@ def _mxfp4(b: Blocks) -> tuple[Field, ...]:
     return torch.where(b.scale == 0, 0, exponent).to(torch.uint8)[:, None], nibbles(b.codes)
 
 
+def _q1_0(b: Blocks) -> tuple[Field, ...]:
+    return half(b.scale), Bits(b.codes, 1, 1)
+
+
+def _q2_0(b: Blocks) -> tuple[Field, ...]:
+    """Q2_0 stores -1..2, where a code of int2 is -2..1: both signs are turned."""
+    return half(-b.scale), Bits(1 - b.stored, 1, 2)
+
+
+def _in_entries(fields: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Callable[[Blocks], tuple[Field, ...]]:
+    """The fields of ggml_lattices.py behind the super-block's f16."""
+    return lambda b: (half(b.scale), *fields(b.stored, b.scales))
+
+
+def _iq1_m(b: Blocks) -> tuple[Field, ...]:
+    return ggml_lattices.iq1_m(b.stored, b.scales, b.scale)
+
+
 def _type(
     name: str, size: int, size_in_bytes: int, fields: Callable[[Blocks], tuple[Field, ...]], scheme: str = ""
 ) -> BlockType:
@@ -275,5 +294,14 @@ TYPES = {
         _type("TQ1_0", 256, 54, _tq1_0, "ternary-g256"),
         _type("TQ2_0", 256, 66, _tq2_0, "ternary-g256"),
         _type("MXFP4", 32, 17, _mxfp4),
+        _type("Q1_0", 128, 18, _q1_0, "binary-g128"),
+        _type("Q2_0", 64, 18, _q2_0),
+        _type("IQ1_S", 256, 50, _in_entries(ggml_lattices.iq1_s)),
+        _type("IQ1_M", 256, 56, _iq1_m),
+        _type("IQ2_XXS", 256, 66, _in_entries(ggml_lattices.iq2_xxs)),
+        _type("IQ2_XS", 256, 74, _in_entries(ggml_lattices.iq2_xs)),
+        _type("IQ2_S", 256, 82, _in_entries(ggml_lattices.iq2_s)),
+        _type("IQ3_XXS", 256, 98, _in_entries(ggml_lattices.iq3_xxs)),
+        _type("IQ3_S", 256, 110, _in_entries(ggml_lattices.iq3_s)),
     )
 }

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitwright.formats.format import recovered
 from bitwright.formats.ggml import TYPES
+from bitwright.formats.ggml_scales import scales_of
+from bitwright.gguf.reader import decoded, type_named
 from bitwright.kernels import native
 from bitwright.numerics.codec import code_dtype
 
@@ -19,7 +22,13 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def codes_of(kind: str, rows: Tensor) -> Tensor:
-    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> codes [N, K], as a QTensor has them."""
+    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> codes [N, K], as a QTensor has them.
+
+    Those of codebooks are read off the weights that the gguf package decodes.
+    """
+    if kind not in READERS:
+        scheme, scales = scales_of(kind, rows, kind)
+        return recovered(torch.from_numpy(decoded(rows.numpy(), type_named(kind), kind)), scheme, scales, kind).codes
     blocks = rows.numpy().reshape(-1, TYPES[kind].bytes)
     read, zero = READERS[kind]
     codes = read(blocks).reshape(len(rows), -1)
@@ -33,7 +42,7 @@ def _apart(packed: Bytes, bits: int, run: int, less: int = 0) -> Bytes:
 
     Of each `run` bytes, first the numbers in the lowest bits of all, then those in the next bits, and so on.
     """
-    if native is not None:
+    if native is not None and run % 8 == 0:
         found = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
         native.take_side_by_side(torch.from_numpy(packed), torch.from_numpy(found), run, bits, less)
         return found
@@ -93,5 +102,6 @@ READERS: dict[str, tuple[Callable[[Bytes], Bytes], int]] = {
     "Q8_0": (lambda b: b[:, 2:].copy(), 0), "Q4_0": (_nibbles(2, less=8), 0), "Q4_1": (_nibbles(4), 0), "Q5_0": (_fifth(2), 16),
     "Q5_1": (_fifth(4), 0), "Q2_K": (_pairs(16), 0), "Q3_K": (_q3_k, 4), "Q4_K": (_nibbles(16, 32), 0), "Q5_K": (_q5_k, 0),
     "Q6_K": (_q6_k, 32), "IQ4_NL": (_nibbles(2), 0), "IQ4_XS": (_nibbles(8), 0), "TQ1_0": (_tq1_0, 1),
-    "TQ2_0": (_pairs(0), 1), "MXFP4": (_nibbles(1), 0),
+    "TQ2_0": (_pairs(0), 1), "MXFP4": (_nibbles(1), 0), "Q1_0": (lambda b: _apart(b[:, 2:], 1, 1), 0),
+    "Q2_0": (lambda b: np.uint8(1) - _apart(b[:, 2:], 2, 1), 0),
 }  # fmt: skip

@@ -1,18 +1,18 @@
 """Read the scales and minima from the bytes of ggml blocks, written by `ggml.encode` or by llama.cpp.
 
-IQ1, IQ2, IQ3, NVFP4 and Q1_0 are only read, never written. The IQ types index a codebook (lattice) of several magnitudes at
+NVFP4 is only read, never written. The IQ1, IQ2 and IQ3 types index a codebook (lattice) of several magnitudes at
 once; after decoding, each weight is a 3- or 4-bit code with a scale as in any other type. Codes are not read here:
 `format.recovered` derives them from the decoded weights and these scales. Source: ggml-common.h, ggml-quants.c.
 """
 
 from collections.abc import Callable
 
-import gguf
 import torch
 from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.ggml import TYPES
+from bitwright.gguf.reader import SIZES, type_named
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
 
@@ -27,7 +27,7 @@ def scales_of(kind: str, rows: Tensor, where: str) -> tuple[Scheme, Scales]:
     """
     if kind not in READERS:
         raise FormatError(f"blocks of type {kind} are not read", where=where, remedy=f"one of {', '.join(READERS)}")
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    size = SIZES[type_named(kind)][1]
     scale, *others = (None if t is None else t.reshape(len(rows), -1) for t in READERS[kind](rows.reshape(-1, size)))
     assert scale is not None
     scheme = Scheme.parse(READ_ONLY[kind]) if kind in READ_ONLY else TYPES[kind].scheme
@@ -91,6 +91,11 @@ def _mxfp4(blocks: Tensor) -> Table:
     return torch.exp2(blocks[:, :1].float() - 127), None, None, None
 
 
+def _q2_0(blocks: Tensor) -> Table:
+    """Q2_0 stores the codes -1..2, read as 1..-2."""
+    return -_half(blocks, 0), None, None, None
+
+
 def _nvfp4(blocks: Tensor) -> Table:
     """NVFP4: four unsigned e4m3 scales; the bit pattern of NaN counts as zero, as in llama.cpp."""
     local = blocks[:, :4] & 127
@@ -125,14 +130,13 @@ def _iq1_m(blocks: Tensor) -> Table:
 READERS: dict[str, Callable[[Tensor], Table]] = {
     "Q8_0": _one(0), "Q4_0": _one(0), "Q4_1": _two, "Q5_0": _one(0), "Q5_1": _two, "Q2_K": _q2_k, "Q3_K": _q3_k,
     "Q4_K": _six_bits, "Q5_K": _six_bits, "Q6_K": _q6_k, "IQ4_NL": _one(0), "IQ4_XS": _iq4_xs, "TQ1_0": _one(52),
-    "TQ2_0": _one(64), "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q1_0": _one(0), "IQ1_S": _top_bits(34, 50, 2, 7), "IQ1_M": _iq1_m,
+    "TQ2_0": _one(64), "MXFP4": _mxfp4, "NVFP4": _nvfp4, "Q1_0": _one(0), "Q2_0": _q2_0,
+    "IQ1_S": _top_bits(34, 50, 2, 7), "IQ1_M": _iq1_m,
     "IQ2_XXS": _top_bits(2, 66, 8), "IQ2_XS": _both_halves(66, 74), "IQ2_S": _both_halves(74, 82),
     "IQ3_XXS": _top_bits(66, 98, 4), "IQ3_S": _both_halves(106, 110),
 }  # fmt: skip
 
 # The schemes of the types that are only read.
 READ_ONLY = {
-    "IQ1_S": "iq1-g32-sym-k6", "IQ1_M": "iq1-g16-sym-k6", "IQ2_XXS": "iq2-g32-sym-k6", "IQ2_XS": "iq2-g16-sym-k6",
-    "IQ2_S": "iq2-g16-sym-k6", "IQ3_XXS": "iq3xxs-g32-sym-k6", "IQ3_S": "iq3s-g32-sym-k6", "NVFP4": "nvfp4",
-    "Q1_0": "binary-g128",
-}  # fmt: skip
+    "NVFP4": "nvfp4",
+}

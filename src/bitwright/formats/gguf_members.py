@@ -11,7 +11,7 @@ from bitwright.errors import FormatError
 from bitwright.formats import gguf_writer
 from bitwright.formats.format import Layer
 from bitwright.formats.gguf import kind_of
-from bitwright.gguf.reader import Types, type_named
+from bitwright.gguf.reader import Kind, Types, type_named
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names, expert_of
 
@@ -25,12 +25,12 @@ class Member(NamedTuple):
     layer: Layer | None = None
 
 
-def described(config: PretrainedConfig, members: Iterable[Member]) -> list[tuple[str, Types, Tensor]]:
+def described(config: PretrainedConfig, members: Iterable[Member]) -> list[tuple[str, Kind, Tensor]]:
     """The file's tensors in their order: name and type in the file, and a tensor of its shape without data.
 
     FormatError as of `Names`, and for experts of one layer that are to be stored in different types.
     """
-    names, found = Names(config), dict[str, tuple[Types, Tensor]]()
+    names, found = Names(config), dict[str, tuple[Kind, Tensor]]()
     for member in members:
         name, kind, tensor = _described(names, member)
         known = found.get(name, (kind, tensor))[0]
@@ -38,11 +38,13 @@ def described(config: PretrainedConfig, members: Iterable[Member]) -> list[tuple
             message = f"one expert is to be {kind.name}, another {known.name}, and all of a layer are one tensor"
             raise FormatError(message, where=name, remedy=f'one rule for all of them: match = "{name}"')
         found[name] = kind, tensor
-    more = [(name, Types.F32, tensor.to("meta")) for name, tensor in tensors_of(config).items()]
+    more: list[tuple[str, Kind, Tensor]] = [
+        (name, Types.F32, tensor.to("meta")) for name, tensor in tensors_of(config).items()
+    ]
     return [*sorted(((n, *rest) for n, rest in found.items()), key=lambda d: gguf_writer.place(d[0])), *more]
 
 
-def _described(names: Names, member: Member) -> tuple[str, Types, Tensor]:
+def _described(names: Names, member: Member) -> tuple[str, Kind, Tensor]:
     """The tensor that a parameter is stored in; all experts of a layer share one."""
     layer = member.layer
     if layer is None:

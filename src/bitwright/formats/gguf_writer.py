@@ -20,10 +20,9 @@ from bitwright.files.checkpoint import disk_errors
 from bitwright.formats.format import Layer, differing
 from bitwright.formats.ggml import encode
 from bitwright.formats.gguf import kind_of, reads_back
-from bitwright.gguf.reader import FLOATS, SCALARS, GgufFile, Typed, Types, decoded, type_named
+from bitwright.gguf.reader import FLOATS, SCALARS, SIZES, GgufFile, Kind, Typed, decoded, type_named
 from bitwright.numerics.qtensor import QTensor, rows
 
-NUMPY: dict[Types, str] = {Types.F32: "<f4", Types.F16: "<f2", Types.F64: "<f8"}  # all others are bytes
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
@@ -40,7 +39,7 @@ def place(name: str) -> tuple[int, str]:
 class GgufWriter:
     """An open GGUF file with a complete header, whose tensors are written in any order. `file` reads it back."""
 
-    def __init__(self, path: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Types, Tensor]]) -> None:
+    def __init__(self, path: Path, keys: Mapping[str, Any], described: Iterable[tuple[str, Kind, Tensor]]) -> None:
         """Create the file, or resume writing one that exists. described: name, type and a meta tensor for each tensor."""
         with disk_errors(path):
             if not path.is_file():
@@ -105,15 +104,16 @@ def _check(alike: bool, name: str) -> None:
         raise VerificationError("what lies on the disk is not what was meant", where=name)
 
 
-def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Types, Tensor]]) -> None:
+def _begin(file: Path, keys: Mapping[str, Any], described: list[tuple[str, Kind, Tensor]]) -> None:
     """Write the header (keys, table of tensors), and extend the file to its full size."""
     writer = gguf.GGUFWriter(file, str(keys["general.architecture"]))
     for name, value in keys.items():
         _add_key(writer, name, value)
     for name, kind, tensor in described:
-        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if tensor.dtype == torch.bfloat16 else tensor.shape
-        dtype: np.dtype[Any] = np.dtype(NUMPY.get(kind, np.uint8))
-        writer.add_tensor_info(name, shape, dtype, tensor.nbytes, None if kind in NUMPY else kind)
+        block, size = SIZES[kind]
+        shape = tensor.shape if kind in FLOATS else (*tensor.shape[:-1], tensor.shape[-1] // size * block)
+        weights: np.dtype[Any] = np.dtype(np.int8)  # anything but bytes, which the package would count blocks by
+        writer.add_tensor_info(name, shape, weights, tensor.nbytes, kind)  # type: ignore[arg-type]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

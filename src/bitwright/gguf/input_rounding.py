@@ -7,11 +7,10 @@ scale). Q4_1 and Q5_1 use Q8_1, which also rounds the sums of inputs (for the mi
 
 from dataclasses import dataclass
 
-import gguf
 import torch
 from torch import Tensor
 
-from bitwright.gguf.reader import FLOATS, Types
+from bitwright.gguf.reader import FLOATS, SIZES, Kind
 from bitwright.numerics.codec import safe
 from bitwright.numerics.scheme import SUPERBLOCK
 
@@ -41,9 +40,9 @@ def cached(x: Tensor) -> Tensor:
     return x.half().to(x.dtype)
 
 
-def inputs_of(kind: Types) -> EightBits | None:
+def inputs_of(kind: Kind) -> EightBits | None:
     """How inputs of a matrix of this type are quantized; None for float types (f16 inputs of f16 matrices count as float)."""
     if kind in FLOATS:
         return None
-    size, _ = gguf.GGML_QUANT_SIZES[kind]
+    size, _ = SIZES[kind]
     return EightBits(SUPERBLOCK, torch.float32) if size == SUPERBLOCK else EightBits(32, torch.float16)

@@ -7,8 +7,9 @@ Source: docs/gguf.md of ggml.
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +30,25 @@ STRING, ARRAY = 8, 9
 DEEPEST, MOST_AXES = 4, 4  # nesting of arrays; dimensions of a tensor
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 WEIGHTS_AT_ONCE = 1 << 22  # weights decoded in one step; bounds the memory
-FLOATS = {Types.F32: torch.float32, Types.F16: torch.float16, Types.BF16: torch.bfloat16, Types.F64: torch.float64}
+
+
+class Newer(IntEnum):
+    """Types that the gguf package of today does not know yet."""
+
+    Q2_0 = 42
+
+
+Kind = Types | Newer
+# Weights and bytes of a block.
+SIZES: dict[Kind, tuple[int, int]] = {kind: gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGML_QUANT_SIZES} | {
+    Newer.Q2_0: (64, 18)
+}
+FLOATS: dict[Kind, torch.dtype] = {
+    Types.F32: torch.float32,
+    Types.F16: torch.float16,
+    Types.BF16: torch.bfloat16,
+    Types.F64: torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -39,13 +58,13 @@ class Stored:
     file: Path
     offset: int
     nbytes: int
-    type: Types
+    type: Kind
     shape: tuple[int, ...]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        block, size = SIZES[self.type]
         return self.shape[-1] // block * size
 
 
@@ -156,17 +175,22 @@ def is_gguf(path: Path) -> bool:
         return path.suffix.lower() == SUFFIX
 
 
-def type_named(name: str) -> Types:
+def type_named(name: str) -> Kind:
     """The ggml type of this name, such as "Q4_K"; KeyError if there is none."""
-    return Types.__members__[name]
+    return Types.__members__.get(name) or Newer[name]
 
 
-def decoded(rows: np.ndarray[Any, Any], kind: Types, name: str) -> np.ndarray[Any, Any]:
+def _type_numbered(number: int) -> Kind:
+    """The ggml type of this number; ValueError if there is none."""
+    return Newer(number) if number in Newer.__members__.values() else Types(number)
+
+
+def decoded(rows: np.ndarray[Any, Any], kind: Kind, name: str) -> np.ndarray[Any, Any]:
     """Dequantize rows of blocks [N, bytes] to [N, K] float32. CheckpointError for a type unknown to the gguf package."""
-    if kind == Types.Q1_0:  # the gguf package has only its size, no dequantizer
-        return _signs(rows)
+    if kind in OWN:  # the gguf package has no dequantizer of it
+        return OWN[kind](rows)
     try:
-        return dequantize(rows, kind)
+        return dequantize(rows, Types(kind))
     except NotImplementedError as error:
         raise CheckpointError(f"blocks of type {kind.name} cannot be decoded", where=name) from error
 
@@ -177,6 +201,17 @@ def _signs(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
     return np.where(bits, d, -d).reshape(len(rows), -1)
+
+
+def _two_bits(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Dequantize Q2_0: an f16 scale d for 64 weights, then two bits for each: -d, 0, d or 2 d (dequantize_row_q2_0)."""
+    blocks = rows.reshape(-1, 18)
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    codes = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(len(blocks), -1)
+    return ((codes.astype(np.float32) - 1) * d).reshape(len(rows), -1)
+
+
+OWN: dict[Kind, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {Types.Q1_0: _signs, Newer.Q2_0: _two_bits}
 
 
 def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
@@ -319,12 +354,13 @@ def _tensor(cursor: _Cursor) -> tuple[str, Stored]:
     shape = tuple(reversed(struct.unpack(f"<{axes}Q", cursor.take(8 * axes))))
     kind, offset = int(cursor.number("<I")), int(cursor.number("<Q"))
     try:
-        block, size = gguf.GGML_QUANT_SIZES[Types(kind)]
+        type_ = _type_numbered(kind)
+        block, size = SIZES[type_]
     except (ValueError, KeyError) as error:
         raise _wrong(cursor.path, f"tensor {name!r} is of an unknown type, {kind}") from error
     if prod(shape) == 0 or shape[-1] % block:
         raise _wrong(cursor.path, f"tensor {name!r} of shape {shape} does not fill whole blocks of {block}")
-    return name, Stored(cursor.path, offset, prod(shape) // block * size, Types(kind), shape)
+    return name, Stored(cursor.path, offset, prod(shape) // block * size, type_, shape)
 
 
 def _placed(found: list[tuple[str, Stored]], start: int, alignment: int, cursor: _Cursor) -> dict[str, Stored]:

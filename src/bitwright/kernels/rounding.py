@@ -26,7 +26,7 @@ WIDEST = 16  # most levels of a codebook
 def handles(scheme: Scheme, w: Tensor) -> bool:
     """Whether the extension is built and knows this scheme on this tensor's device."""
     levels = scheme.levels.levels
-    known = levels is None or (len(levels) <= WIDEST and scheme.symmetric)
+    known = levels is None or (len(levels) <= WIDEST and scheme.symmetric and scheme.levels.run == 1)
     return native is not None and w.device.type == "cpu" and scheme.group != TENSOR and known
 
 
@@ -144,10 +144,10 @@ def refine(
     return found
 
 
-def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
+def encode(w: Tensor, scales: Scales, scheme: Scheme, *, importance: Tensor | None = None) -> QTensor:
     """`codec.encode`, in native code where `handles` is true."""
     if not handles(scheme, w):
-        return in_torch(w, scales, scheme)
+        return in_torch(w, scales, scheme, importance=importance)
     assert native is not None
     matrix = w.reshape(w.shape[0], -1).float().contiguous()
     codes = torch.empty(matrix.shape, dtype=code_dtype(scheme))

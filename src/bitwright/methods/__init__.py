@@ -28,6 +28,7 @@ METHODS: dict[str, Callable[..., Outcome]] = {
 CALIBRATED = ("obq", "gptq", "gptaq", "autoround")  # need a Gram; all of them take the option `fast`
 BLOCKWISE = ("autoround",)  # then tune all matrices of a block together
 ASYMMETRIC = ("gptaq", "autoround")  # compare with the float model's activations; take `drift` and `residual`
+IN_RUNS = ("gptq", "gptaq", "search", "rtn")  # choose entries of a codebook for runs of codes
 
 
 def check_serves(method: str, scheme: Scheme) -> None:
@@ -35,6 +36,11 @@ def check_serves(method: str, scheme: Scheme) -> None:
     if method == "autoround" and scheme.levels.levels is not None:
         raise RecipeError(
             f"autoround tunes integer codes, not {scheme.grid}", remedy="give int2 to int8, or --method gptaq"
+        )
+    if scheme.levels.run > 1 and method not in IN_RUNS:
+        raise RecipeError(
+            f"{method} chooses codes one by one, those of {scheme.grid} come in runs of {scheme.levels.run}",
+            remedy=f"use --method {' or '.join(IN_RUNS)}",
         )
     if method == "hqq" and scheme.zero != "min":
         remedy = "give --scheme q4_1, or --method search"

@@ -84,6 +84,9 @@ def gptq(
     parts = []
     for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
         q, _ = _round(part, factor, scheme, how)
+        if scheme.levels.run > 1:
+            parts.append(q)  # coordinate descent moves one code at a time
+            continue
         parts.append(coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
@@ -118,9 +121,15 @@ class LoopOptions:
     way: Literal["fixed", "refit", "both"] = "fixed"
 
 
-def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
-    """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last."""
+def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
+    """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last.
+
+    run: columns whose codes are chosen together: they stay side by side and in their order; units consist of whole runs.
+    """
     K = len(diagonal)
+    if run > 1:
+        runs = column_order(diagonal.view(-1, run).mean(1), None if unit is None else unit // run)
+        return (runs[:, None] * run + torch.arange(run)).flatten()
     if unit is None or unit >= K:
         return diagonal.argsort(descending=True, stable=True)
     whole = diagonal[: K // unit * unit].view(-1, unit)
@@ -135,7 +144,7 @@ def column_order(diagonal: Tensor, unit: int | None) -> Tensor:
 def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
     """U by one Cholesky factorization of H in reversed order; None if H is not positive definite at any damping."""
     diagonal = gram.diagonal()
-    order = column_order(diagonal, scheme.unit)
+    order = column_order(diagonal, scheme.unit, scheme.levels.run)
     backwards = order.flip(0)
     mean = float(diagonal.mean())
     for times in DAMPINGS:
@@ -164,9 +173,9 @@ def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: LoopOptions) -> Li
     N, K = w.shape
     if scheme.unit is None or scheme.unit >= K:
         return "fixed"
-    if N <= 4 * TRIAL_ROWS:
+    if N <= 4 * TRIAL_ROWS and scheme.levels.run == 1:
         return "both"
-    fixed, refitted = _round(w[:: N // TRIAL_ROWS], factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
+    fixed, refitted = _round(w[:: max(1, N // TRIAL_ROWS)], factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
     return "refit" if refitted < fixed else "fixed"
 
 
@@ -258,7 +267,9 @@ class _ColumnLoop:
             if start % self.unit == 0 and self.refit_from < self.target.shape[1]:
                 self.tables.refit(self.target, self.factor.order, start, self.unit, self.importance, self.refit_from)
             near = self.factor.propagation[own, own]
-            codes, errors = self.tables.round_columns(self.target[own], self.original[own], near, self.groups[own])
+            codes, errors = self.tables.round_columns(
+                self.target[own], self.original[own], near, self.groups[own], self.factor.pivots[own]
+            )
             self.codes[own], self.errors[own] = codes, errors
             add_product(self.target[stop:end], self.factor.propagation[own, stop:end].T, errors)
         here = slice(begin, end)
@@ -277,8 +288,12 @@ class _Tables:
         self.outer = None if scales.outer is None else scales.outer.clone()
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
 
-    def round_columns(self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def round_columns(
+        self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, pivots: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Round n columns in turn: codes [n, N], errors [n, N]; target [n, N] takes on the errors of earlier ones."""
+        if self.scheme.levels.run > 1:
+            return self._round_runs(target, true, propagation, groups, pivots)
         if rounding.handles(self.scheme, target):
             return rounding.round_columns(target, true, propagation, self.scheme, groups, self.scale, self.zero)
         codes, errors = [], torch.empty_like(target)
@@ -289,6 +304,22 @@ class _Tables:
             torch.sub(true[i], decoded, out=errors[i])
             target[i + 1 :].addr_(propagation[i, i + 1 :], errors[i])
         return torch.stack(codes), errors
+
+    def _round_runs(
+        self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, pivots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`round_columns` run by run, each to an entry of the codebook; pivots [n]: Uₖₖ."""
+        run, codes, errors = self.scheme.levels.run, [], torch.empty_like(target)
+        for start in range(0, len(target), run):
+            own, later = slice(start, start + run), slice(start + run, None)
+            factor = propagation[own, own] * pivots[own]
+            scale = self.scale[groups[start]][:, None]
+            code, decoded = _nearest_entries(target[own].T, scale, self.scheme, factor)
+            codes.append(code.T)
+            torch.sub(true[own], decoded.T, out=errors[own])
+            target[own] += propagation[own, own].triu(1).T @ errors[own]
+            target[later] += propagation[own, later].T @ errors[own]
+        return torch.cat(codes), errors
 
     def refit(self, target: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at order[at], on compensated weights, for rows from `first` on."""
@@ -316,3 +347,19 @@ class _Tables:
             return self.start
         zero = None if self.zero is None else self.zero.T.contiguous()
         return Scales(self.scale.T.contiguous(), zero, self.outer, self.outer_zero)
+
+
+def _nearest_entries(w: Tensor, scale: Tensor, scheme: Scheme, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The codebook's entries for w [N, run] of small ‖(w − decoded) U‖², U [run, run] upper triangular: codes, decoded weights.
+
+    First by the diagonal of U Uᵀ alone; then once more towards what the errors of that leave to make up for, where it is
+    better.
+    """
+    H = factor @ factor.T
+    importance = H.diagonal()
+    codes, decoded = round_to(w, scale, None, scheme, importance=importance)
+    error = w - decoded
+    rest = (error @ H) / importance - error
+    again, other = round_to(w + rest, scale, None, scheme, importance=importance)
+    better = (((w - other) @ factor).square().sum(1) < (error @ factor).square().sum(1))[:, None]
+    return torch.where(better, again, codes), torch.where(better, other, decoded)

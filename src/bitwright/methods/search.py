@@ -40,6 +40,11 @@ QUICK = 2  # most steps of a quick search
 ONE_LEVEL = ("f32", "f16", "bf16", "e8m0")  # encodings that round each scale by itself
 SUPERBLOCKS = ("k8", "k6", "k4")  # integers under a common f16
 SECOND = {4: 0.93, 5: 1.06, 6: 1.03, 8: 1.01}  # by bits: the one factor beside 1 that gains most, for a quick search
+# Factors on the range between which the best one lies, where codes are chosen in runs.
+IN_RUNS = {
+    "iq1_s": (1.0, 0.3), "iq1_m": (1.0, 0.3), "iq2_xxs": (1.2, 0.5), "iq2_xs": (1.2, 0.5), "iq2_s": (1.2, 0.5),
+    "iq3_xxs": (1.2, 0.6), "iq3_s": (1.2, 0.6),
+}  # fmt: skip
 CHUNK = 1 << 19  # weights searched at a time: enough to keep all threads busy, in little memory
 
 
@@ -78,7 +83,7 @@ def search(
         return Outcome(q, energies=(lost, whole) if known is gram and (gram is None or gram.ndim == 1) else None)
     w = w.float()
     scales = best_scales(w.reshape(len(w), -1), scheme, importance, steps=steps, nearest=True)
-    return Outcome(rounding.encode(w, scales, scheme))
+    return Outcome(rounding.encode(w, scales, scheme, importance=importance))
 
 
 def _clipped(w: Tensor, scheme: Scheme, percentile: float) -> Scales:
@@ -110,7 +115,7 @@ def best_scales(
     if outer is None and scheme.scale == "e4m3":
         outer = fit(w, scheme).outer  # one divisor for the whole tensor, from its extremes
     chunks = w.split(max(1, CHUNK // w.shape[1])) if scheme.group != TENSOR else [w]
-    shrinks, quick = _shrinks(scheme, steps, nearest=nearest), steps <= QUICK
+    shrinks, quick = _shrinks(scheme, steps, nearest=nearest), steps <= QUICK or scheme.levels.run > 1
     parts = [_best_raw(chunk, scheme, importance, shrinks, quick) for chunk in chunks]
     scale = torch.cat([part[0] for part in parts])
     zero = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
@@ -120,7 +125,7 @@ def best_scales(
     if scheme.scale in SUPERBLOCKS:
         weight = torch.ones_like(w[0]) if importance is None else importance.float()
         refined = [
-            refine(chunk, scheme, weight, part, rounds=0 if quick else ROUNDS)
+            refine(chunk, scheme, weight, part, rounds=0 if steps <= QUICK else ROUNDS)
             for chunk, part in zip(chunks, _split(found, scheme, chunks), strict=True)
         ]
         return map_rows(lambda *parts: torch.cat(parts), scheme, *refined)
@@ -170,7 +175,7 @@ def _best_raw(
 def _rounded(v: Tensor, weight: Tensor, s: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The codes of groups v [N, G, g] under a scale and zero, and their weighted squared error [N, G]."""
     zero = None if s.zero is None else s.zero[..., None]
-    codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True)
+    codes, decoded = round_to(v, s.scale[..., None], zero, scheme, inverse=True, importance=weight)
     return codes, pairwise_sum((v - decoded).square_() * weight)
 
 
@@ -182,6 +187,8 @@ def _shrinks(scheme: Scheme, steps: int, *, nearest: bool = False) -> list[tuple
     codes, much depends on how weights happen to fall between codes.
     """
     bits = scheme.levels.bits
+    if scheme.levels.run > 1:
+        return [(s, s) for s in torch.linspace(*IN_RUNS[scheme.grid], max(2, 3 * steps // 4)).tolist()]
     if not scheme.symmetric:
         return _pairs(scheme, bits, steps)
     widest, narrowest = {1: (1.0, 0.6), 2: (1.0, 0.35), 3: (1.0, 0.5), 4: (1.0, 0.65)}.get(bits, (1.05, 0.97))

@@ -28,6 +28,7 @@ from bitwright.numerics.scheme import Scheme
 
 ROUNDS = 2
 MOVES = torch.tensor([[0.0, 0], [-1, 0], [1, 0], [-2, 0], [2, 0]])  # steps of a scale's integer
+MOVES_OF_ODD = 2 * MOVES[:3]
 MOVES_OF_TWO = torch.tensor(
     [[0.0, 0], [0, -1], [0, 1], [-1, 0], [1, 0], [-1, -1], [1, 1], [-1, 1], [1, -1]]
 )  # steps of a scale's integer and a minimum's
@@ -36,6 +37,8 @@ MOVES_OF_TWO = torch.tensor(
 def refine(w: Tensor, scheme: Scheme, weight: Tensor, start: Scales, *, rounds: int = ROUNDS) -> Scales:
     """Refine scales of the k encodings, from `start`. w [N, K]; weight [K] ≥ 0: importance of the columns."""
     moves = MOVES_OF_TWO if scheme.zero == "min" else MOVES
+    if scheme.levels.odd:
+        moves, rounds = MOVES_OF_ODD, min(rounds, 1)
     if rounding.handles(scheme, w):
         return rounding.refine(w, weight, scheme, start, moves, scale_range(scheme), rounds)
     state = _State(w, scheme, weight, start)
@@ -91,7 +94,8 @@ class _State:
         return pairwise_sum((self.v - decoded).square_() * self.u)
 
     def _rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-        return round_to(self.v, scale[..., None], None if zero is None else zero[..., None], self.scheme, inverse=True)
+        offset = None if zero is None else zero[..., None]
+        return round_to(self.v, scale[..., None], offset, self.scheme, inverse=True, importance=self.u)
 
     def _solved(self) -> tuple[Tensor | None, Tensor | None]:
         """The f16s [N, S] that minimise Σ weight · (w − outer · integer · v(c) + outer_zero · minimum)²."""

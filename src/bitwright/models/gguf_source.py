@@ -96,6 +96,7 @@ class GgufWeightSource:
         self.folder, self.config = path, None
         self.file = GgufFile(path)
         self.names, self.stored, self._shapes = _matched(self.file)
+        self.notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import SchemeError
+from bitwright.numerics import lattice
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import CHANNEL, SUPERBLOCK, TENSOR, Scheme
 
@@ -182,6 +183,8 @@ def _snap_k(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Scales:
 def scale_range(scheme: Scheme) -> tuple[int, int]:
     """The lowest and the highest integer that stores a scale of the k encodings."""
     bits = int(scheme.scale[1:])
+    if scheme.levels.odd:
+        return 1, scheme.levels.odd
     if scheme.zero == "min":
         return 0, (1 << bits) - 1
     half = 1 << (bits - 1)
@@ -209,10 +212,12 @@ def integers_of(table: Tensor, outer: Tensor, scheme: Scheme) -> Tensor:
 def _two_level(x: Tensor, low: int, high: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Round x [N, G] to integers low..high times an f16 per super-block; also that f16 [N, S]."""
     blocks = by_block(x, scheme)
-    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    outer = largest / (low or high)
+    largest, odd = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0], scheme.levels.odd
+    outer = largest / (odd or low or high)
     outer = outer.clamp(-65504, 65504).half().float()
-    integers = torch.round(blocks / safe(outer)[..., None]).clamp(low, high) + 0.0  # no -0: a file holds none
+    wanted = blocks / safe(outer)[..., None]
+    integers = 2 * torch.round((wanted - 1) / 2) + 1 if odd else torch.round(wanted)
+    integers = integers.clamp(low, high) + 0.0  # no -0: a file holds none
     return (integers * outer[..., None]).flatten(1)[:, : x.shape[1]], outer
 
 
@@ -288,12 +293,24 @@ def values(codes: Tensor, scheme: Scheme) -> Tensor:
 
 
 def round_to(
-    w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, inverse: bool = False
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    *,
+    inverse: bool = False,
+    importance: Tensor | None = None,
+    free: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes and decoded weights for w under scales that broadcast to it: the one place where rounding happens.
 
-    inverse: multiply by 1 / scale, which is faster than dividing; ties may then round the other way (fit for searches).
+    inverse     multiply by 1 / scale, which is faster than dividing; ties may then round the other way (fit for searches)
+    importance  weights of the squared errors, where a codebook's entry is chosen for a run of codes (the last axis of w)
+    free        choose each code by itself though codes come in runs: right for w that was decoded from such codes
     """
+    if scheme.levels.run > 1 and not free:
+        codes = lattice.nearest(w / safe(scale), scheme.grid, importance)
+        return codes, values(codes, scheme) * scale
     divisor = 1 / safe(scale) if inverse else safe(scale)
     over = torch.mul if inverse else torch.div
     if zero is None:
@@ -306,8 +323,12 @@ def round_to(
     return codes, (codes - zero) * scale
 
 
-def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
+def encode(
+    w: Tensor, scales: Scales, scheme: Scheme, *, importance: Tensor | None = None, free: bool = False
+) -> QTensor:
     """Round w (any shape, first axis N) to the nearest codes under scales that are fixed.
+
+    importance [K] and free: as for `round_to`.
 
     >>> w = torch.tensor([[3.08, 3.02, -10.8]])
     >>> encode(w, fit(w, Scheme.parse("int8-channel-f32")), Scheme.parse("int8-channel-f32")).codes.tolist()
@@ -315,7 +336,8 @@ def encode(w: Tensor, scales: Scales, scheme: Scheme) -> QTensor:
     """
     matrix = w.reshape(w.shape[0], -1).float()
     zero = None if scales.zero is None else scales.zero[..., None]
-    codes, _ = round_to(group_view(matrix, scheme), scales.scale[..., None], zero, scheme)
+    weight = None if importance is None or scheme.group == TENSOR else group_view(importance[None].float(), scheme)
+    codes, _ = round_to(group_view(matrix, scheme), scales.scale[..., None], zero, scheme, importance=weight, free=free)
     codes = codes.to(code_dtype(scheme)).reshape(len(matrix), -1)[:, : matrix.shape[1]]
     return QTensor(codes.contiguous(), scales, scheme, tuple(w.shape))
 

@@ -35,6 +35,9 @@ class Grid:
     reach   the value that the largest |w| of a group is mapped to. At 8 bits 127, as in absmax / 127; below, half a step
             beyond the last code: the extreme still rounds within half a step, and all others gain finer steps.
             None: the scale is the mean |w| (BitNet)
+    run     neighbours along K whose codes are chosen together, as one entry of a codebook (see numerics/lattice.py); 1: each
+            code is free
+    odd     scales of a super-block are odd multiples, up to this one, of its f16; 0: any multiple
     """
 
     bits: int
@@ -42,6 +45,8 @@ class Grid:
     hi: int
     reach: float | None
     levels: tuple[float, ...] | None = None
+    run: int = 1
+    odd: int = 0
 
     @property
     def lopsided(self) -> bool:
@@ -70,17 +75,17 @@ _NF4 = (
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # llama.cpp's IQ4_NL and IQ4_XS.
 _IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-# Magnitudes in the lattices of llama.cpp's IQ1, IQ2 and IQ3 types, in units of a group's odd scale. Those types allow only the
-# combinations that their codebooks list; a code here stands for any one magnitude.
+# Magnitudes in the lattices of llama.cpp's IQ1, IQ2 and IQ3 types, in units of a group's scale. The grids named after those
+# types allow only the combinations in their codebooks; in iq1, iq2, iq3xxs and iq3s each code is free.
 _IQ1 = (0.125, 0.875, 1.125)
 _IQ2 = (1.0, 3.125, 5.375)
 _IQ3XXS = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.5)
 _IQ3S = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
 
 
-def _either_sign(magnitudes: tuple[float, ...]) -> Grid:
+def _either_sign(magnitudes: tuple[float, ...], *, run: int = 1, odd: int = 0) -> Grid:
     levels = (*(-level for level in reversed(magnitudes)), *magnitudes)
-    return _codebook((len(levels) - 1).bit_length(), levels, magnitudes[-1])
+    return Grid((len(levels) - 1).bit_length(), 0, len(levels) - 1, magnitudes[-1], levels, run, odd)
 
 
 def _fp8_levels() -> tuple[float, ...]:
@@ -100,6 +105,13 @@ GRIDS: dict[str, Grid] = {
     "iq2": _either_sign(_IQ2),
     "iq3xxs": _either_sign(_IQ3XXS),
     "iq3s": _either_sign(_IQ3S),
+    "iq1_s": _either_sign(_IQ1, run=32, odd=15),
+    "iq1_m": _either_sign(_IQ1, run=8, odd=15),
+    "iq2_xxs": _either_sign(_IQ2, run=8, odd=31),
+    "iq2_xs": _either_sign(_IQ2, run=8, odd=31),
+    "iq2_s": _either_sign(_IQ2, run=8, odd=31),
+    "iq3_xxs": _either_sign(_IQ3XXS, run=8, odd=31),
+    "iq3_s": _either_sign(_IQ3S, run=4, odd=31),
     "ternary": Grid(2, -1, 1, None),
     "binary": _codebook(1, (-1.0, 1.0), None),
 }
@@ -116,6 +128,7 @@ PRESETS = {
     "q4_k": "int4-g32-min-k6",
     "q5_k": "int5-g32-min-k6",
     "q6_k": "int6-g16-signed-k8",
+    "q2_0": "int2-g64-signed-f16",
     "q4_0": "int4-g32-signed-f16",
     "q4_1": "int4-g32-min-f16",
     "q5_0": "int5-g32-signed-f16",
@@ -123,6 +136,13 @@ PRESETS = {
     "q8_0": "int8-g32-sym-f16",
     "iq4_nl": "iq4nl-g32-signed-f16",
     "iq4_xs": "iq4nl-g32-signed-k6",
+    "iq1_s": "iq1_s-g32-sym-k6",
+    "iq1_m": "iq1_m-g16-sym-k6",
+    "iq2_xxs": "iq2_xxs-g32-sym-k6",
+    "iq2_xs": "iq2_xs-g16-sym-k6",
+    "iq2_s": "iq2_s-g16-sym-k6",
+    "iq3_xxs": "iq3_xxs-g32-sym-k6",
+    "iq3_s": "iq3_s-g32-sym-k6",
 }
 
 

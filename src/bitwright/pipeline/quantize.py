@@ -3,10 +3,13 @@
 GGUF files that need no model are planned without importing transformers, which takes as long as quantizing a small one.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
+from bitwright.errors import InputError, RecipeError
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
@@ -16,9 +19,12 @@ from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.target import Target
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
+NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
     from bitwright.plan.preflight import Plan
@@ -41,10 +47,34 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    device: str = "cpu",
+    size: str | None = None,
+    bits: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
+    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+
+    Raises the InputError of whatever would stop the run.
+    size, bits: what the result may take; then the schemes are chosen for it (see planned_recipe.py), with scores that are
+    kept beside OUT until it appears.
+    """
     check_out(out)
+    place = device_of(device)
     texts_of(calib)  # checked here, before any work
+    model = local(model)
+    if size is not None or bits is not None:
+        chosen_too = {
+            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
+            "--store": store, "--requantize": requantize, "--device": device != "cpu",
+        }  # fmt: skip
+        _refuse([name for name, value in chosen_too.items() if value])
+        from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+
+        format, _, method = chosen(out, format, None, method)
+        settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
+        target = Target.parse(size, bits)
+        return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
@@ -54,11 +84,27 @@ def planned(
         file, weighted = GgufFile(model), is_imatrix(calib)
         modelless = _needs_no_model(rules, recipe, format, calib)
         unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+        if (modelless or unknown) and place.type != "cpu":
+            remedy = "leave out --device: rows are rounded on all threads of the CPU"
+            raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
         if modelless or unknown:
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
+
+
+def _refuse(others: list[str]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+    if others:
+        message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
+        remedy = "leave one of them out; bitwright plan has --schemes and --keep"
+        raise RecipeError(message, where="--size", remedy=remedy)
+
+
+def _scores_beside(out: Path) -> Path:
+    """Where scores are kept until OUT appears, for a run that is resumed."""
+    return out.with_name(f"{out.name}.scores")
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
@@ -77,4 +123,7 @@ def carried_out(
         return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
     from bitwright.pipeline.run import run
 
-    return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    if (_scores_beside(out) / NOTE).is_file():
+        shutil.rmtree(_scores_beside(out))
+    return done

@@ -23,7 +23,7 @@ from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
-from bitwright.gguf.reader import GgufFile, Types, carried_keys, float_dtype, type_named
+from bitwright.gguf.reader import GgufFile, Kind, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.plan.planned_tensor import KEPT, QUANTIZED, SMALLEST, PlannedTensor, half_precision, in_float
 from bitwright.plan.recipe import Recipe, Rule
@@ -81,7 +81,7 @@ class GgufPlan:
         return gguf_writer.file_bytes(self.keys, stored)
 
     @property
-    def described(self) -> list[tuple[str, Types, Tensor]]:
+    def described(self) -> list[tuple[str, Kind, Tensor]]:
         """The file's tensors in order: name, types, and a tensor of that shape without data."""
         found = []
         for t in sorted(self.tensors, key=lambda t: gguf_writer.place(t.source)):
@@ -224,7 +224,7 @@ class _Chooser:
         tied = "output.weight" not in self.file.tensors
         depth = max(self._number("block_count"), 1)
         heads, experts = max(queries // max(keys, 1), 1), self._number("expert_count")
-        return Place(part, block or 0, depth, heads, tied, self.weighted, fits, experts)
+        return Place(part, block or 0, depth, heads, tied, self.weighted, fits, experts, "_exps" in t.stem)
 
     def _number(self, key: str) -> int:
         """An integer key of the architecture; the largest, if it has one for each block; 0 if it is missing."""

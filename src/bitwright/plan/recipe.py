@@ -164,6 +164,7 @@ class Recipe:
     kv_observer: str = "minmax"  # no clipping: a clipped key changes which token is attended to
     pure: bool = False  # mixes stand for their block type in all tensors
     temper: float | None = None  # budget of KL for an output temperature, a share; None: no output temperature
+    made_for: str = ""  # hash of the names and shapes that a plan was made for; "": for any model
 
     def __post_init__(self) -> None:
         if self.temper is not None and not 0 <= self.temper <= 1:
@@ -208,13 +209,27 @@ class Recipe:
         pure: bool = False,
     ) -> "Recipe":
         """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
+        content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else _content(file))
         defaults = _Defaults(method, activations, observer)
-        content = {} if file is None else _content(file)
+        return cls._of(content, scheme, defaults, str(file or ""))
+
+    @classmethod
+    def of_text(cls, text: str, *, scheme: str, method: str) -> "Recipe":
+        """The recipe that a TOML text says, as `of` reads it from a file."""
+        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse"), "")
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], scheme: str, defaults: "_Defaults", where: str) -> "Recipe":
         rules = [_rule({"match": "*", "scheme": scheme}, defaults, "")]
-        rules += [_rule(entry, defaults, str(file)) for entry in content.get("rule", [])]
-        kv = content.get("kv_cache", kv_cache)
-        cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
-        return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)), temper=content.get("temper"))
+        rules += [_rule(entry, defaults, where) for entry in content.get("rule", [])]
+        kv = content.get("kv_cache")
+        return cls(
+            tuple(rules),
+            None if kv in (None, KEEP) else Scheme.parse(str(kv)),
+            pure=bool(content.get("pure", False)),
+            temper=content.get("temper"),
+            made_for=content.get("made_for", ""),
+        )
 
     def without_text(self, *, weighted: bool = False) -> "Recipe":
         """The same recipe where there is no calibration text: scales are searched by importance if `weighted`, else by plain
@@ -312,11 +327,19 @@ def _content(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         remedy = "mend it, or leave out --recipe"
         raise RecipeError(f"not a TOML file: {error}", where=str(file), remedy=remedy) from error
-    _known_keys(content, {"rule", "kv_cache", "pure", "temper"}, str(file))
+    return _checked(content, str(file))
+
+
+def _checked(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's content. RecipeError for a key that is unknown or of the wrong kind."""
+    _known_keys(content, {"rule", "kv_cache", "pure", "temper", "made_for"}, where)
     if not isinstance(content.get("temper", 0.0), float):
-        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=str(file), remedy="temper = 0.05")
+        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=where, remedy="temper = 0.05")
+    if not isinstance(content.get("made_for", ""), str):
+        remedy = "leave the line out, and the recipe is for any model"
+        raise RecipeError(f"made_for is {content['made_for']!r}, not a text", where=where, remedy=remedy)
     if not isinstance(content.get("rule", []), list):
-        raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
+        raise RecipeError("rule is not a list of tables", where=where, remedy="write [[rule]] above each rule")
     return content
 
 
@@ -345,7 +368,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
-    scheme = None if name == KEEP or mix in FLOAT_TYPES else TYPES[MIXES[mix]].scheme if mix else _parsed(name)
+    scheme = None if name == KEEP or mix in FLOAT_TYPES else _scheme_of(mix) if mix else _parsed(name)
     return Rule(
         entry["match"],
         scheme,
@@ -356,6 +379,11 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         entry.get("observer", defaults.observer),
         mix,
     )
+
+
+def _scheme_of(mix: str) -> Scheme:
+    """The scheme of the block type of a mix's name, or of the type that most of its tensors get."""
+    return TYPES[mix if mix in TYPES else MIXES[mix]].scheme
 
 
 def _parsed(name: str) -> Scheme:

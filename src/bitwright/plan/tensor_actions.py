@@ -213,7 +213,7 @@ class _Chooser:
         fits = K % TYPES[MIXES[rule.mix]].size == 0
         tied = bool(config.tie_word_embeddings)
         weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0
-        return Place(part, block or 0, len(self.skeleton), heads, tied, weighted, fits, experts)
+        return Place(part, block or 0, len(self.skeleton), heads, tied, weighted, fits, experts, "_exps" in name)
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
