@@ -135,6 +135,7 @@ ARCHITECTURES = {
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
+        Architecture("olmo3", "olmo2", (*GROUPED, *RMS, *SLIDING)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("glm4", "glm4", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("ernie4_5", "ernie4_5", (*GROUPED, *RMS, *HEADS)),

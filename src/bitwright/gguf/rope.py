@@ -91,6 +91,9 @@ def _plain(name: str, rope: Mapping[str, Any], dim: int) -> Keys:
     if kind == "yarn":
         meant, given = YARN | OWN.get(name, {}), YARN | left
         left = {key: value for key, value in given.items() if key not in meant or value not in (None, meant[key])}
+    factor = left.get("attention_factor")
+    if kind == "yarn" and factor and math.isclose(factor, 1 + 0.1 * math.log(left["factor"]), rel_tol=1e-6):
+        del left["attention_factor"]  # as computed without it
     if kind == "yarn" and name in TIMES and MSCALE in left and left.pop("mscale", 1.0) != left[MSCALE]:
         raise _unknown(f"{kind!r} with an mscale other than {MSCALE}")
     if kind == "dynamic" and name in ALPHA and left.get("alpha"):
@@ -189,8 +192,8 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         rope["original_max_position_embeddings"] = original
     if FACTORS in factors:
         rope = _read_llama3(rope, factors[FACTORS], dim, where)
-    if name in LOCAL_BASES:
-        base = own.get("freq_base_swa", LOCAL_BASES[name])
+    if name in LOCAL_BASES or (name == "olmo2" and keys.get("olmo2.attention.sliding_window")):
+        base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
         return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
     return rope
 
