@@ -1,9 +1,10 @@
 """Each architecture of GGUF: a small random checkpoint made a file; its logprobs must be transformers' and llama.cpp's.
 
-    python -m bench.gguf_families [--kinds granite,olmo2] [--oracle PYTHON]
+    python -m bench.gguf_families [--kinds granite,olmo2] [--scheme q4_k_m] [--oracle PYTHON]
 
-A line an architecture: how far the logprobs that our reader computes from the file are from transformers' on the checkpoint,
-and those that llama.cpp computes from the same file; float32 all. Needs `bench/peers/install.sh xllamacpp`.
+For each architecture: how far the logprobs that our reader computes from the float file are from transformers' on the
+checkpoint; how far llama.cpp's of that file are from them; and its of a quantized file (marked -q) from ours. Needs
+`bench/peers/install.sh xllamacpp`.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
+from bitwright import quantize
 from bitwright.cli.demo import MODEL
 from bitwright.errors import InputError
 from bitwright.gguf.architectures import ARCHITECTURES
+from bitwright.gguf.input_rounding import ENGINE
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 
@@ -127,34 +130,46 @@ def expected(folder: Path, ids: Tensor) -> Tensor:
     return model(ids).logits[0, -1].log_softmax(-1)
 
 
+def logprobs(file: Path, ids: Tensor, engine: str | None = None) -> Tensor:
+    """Ours behind a prompt, by the file as it is read here."""
+    streamed = StreamedModel(file, engine=engine)
+    return streamed.head(torch.cat(streamed.hidden(ids)))[0, -1].log_softmax(-1)
+
+
+def files_of(kind: str, place: Path, ids: Tensor, scheme: str) -> dict[Path, Tensor]:
+    """A float file and a rounded one of a kind, with the logprobs that llama.cpp must give: transformers' of the checkpoint,
+    and ours of the rounded file with inputs rounded as llama.cpp does."""
+    source, whole, rounded = checkpoint(kind, place / kind, MODEL), place / f"{kind}.gguf", place / f"{kind}-q.gguf"
+    convert(source, whole)
+    wanted = expected(source, ids)
+    print(f"{kind}: ours differs by {float((logprobs(whole, ids) - wanted).abs().max()):.1e}", flush=True)
+    quantize(source, rounded, scheme=scheme, method="search", calib="none")
+    return {whole: wanted, rounded: logprobs(rounded, ids, ENGINE)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal))
+    parser.add_argument("--scheme", default="q4_k_m")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        jobs, meant = [], {}
+        meant: dict[Path, Tensor] = {}
         ids = torch.randint(2, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         for kind in args.kinds.split(","):
-            file = Path(place, f"{kind}.gguf")
             try:
-                source = checkpoint(kind, Path(place, kind), MODEL)
-                convert(source, file)
-                streamed = StreamedModel(file)
-                mine = streamed.head(torch.cat(streamed.hidden(ids)))[0, -1].log_softmax(-1)
+                meant |= files_of(kind, Path(place), ids, args.scheme)
             except (InputError, ValueError) as error:
                 print(f"{kind}: {error}", flush=True)
-                continue
-            meant[kind] = expected(source, ids)
-            print(f"{kind}: ours differs by {float((mine - meant[kind]).abs().max()):.1e}", flush=True)
-            jobs.append({"file": str(file), "prompts": ids.tolist()})
-        for (kind, wanted), found in zip(meant.items(), answers(jobs, args.oracle), strict=True):
+        jobs = [{"file": str(file), "prompts": ids.tolist()} for file in meant]
+        for (file, wanted), found in zip(meant.items(), answers(jobs, args.oracle), strict=True):
             if "error" in found:
-                print(f"{kind}: llama.cpp does not load it")
+                print(f"{file.stem}: llama.cpp does not load it")
                 continue
             theirs = torch.tensor([found["logprobs"][0].get(str(i), float("nan")) for i in range(len(wanted))])
             print(
-                f"{kind}: llama.cpp's differs by {float((theirs - wanted).abs().nanmean()):.1e} on average", flush=True
+                f"{file.stem}: llama.cpp's differs by {float((theirs - wanted).abs().nanmean()):.1e} on average",
+                flush=True,
             )
 
 
