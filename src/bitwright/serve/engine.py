@@ -207,7 +207,7 @@ class Engine:
                 self._fail(sequence, failure)
 
     def _parts(self) -> list[tuple[Sequence, Part]]:
-        """What is read next: at least a token of each sequence that is being written, then of prompts what there is room for."""
+        """What is read next: a token at least of each sequence being written, then of prompts what there is room for."""
         writing = [sequence for sequence in self.running if not sequence.prefilling]
         reading = [sequence for sequence in self.running if sequence.prefilling]
         parts, room = list[tuple[Sequence, Part]](), max(TOKENS_AT_ONCE, len(writing))
