@@ -22,6 +22,7 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
@@ -66,6 +67,7 @@ def quantize(
     seed: int = 0,
     store: str | Path | None = None,
     requantize: bool = False,
+    device: str = "cpu",
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -92,6 +94,7 @@ def quantize(
         seqlen=seqlen,
         store=where,
         requantize=requantize,
+        device=device,
         size=size,
         bits=bits,
         seed=seed,
@@ -112,6 +115,7 @@ def evaluate(
     engine: str | None = None,
     kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation: ...
 
 
@@ -127,6 +131,7 @@ def evaluate(
     engine: str | None = None,
     kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> list[Evaluation]: ...
 
 
@@ -141,6 +146,7 @@ def evaluate(
     engine: str | None = None,
     kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
@@ -151,6 +157,7 @@ def evaluate(
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
     kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
@@ -163,5 +170,6 @@ def evaluate(
         engine=engine,
         kv=kv,
         chat=chat,
+        device=device_of(device),
     )
     return found[0] if isinstance(text, str) else found

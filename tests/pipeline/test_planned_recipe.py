@@ -57,7 +57,7 @@ def test_the_curvature_predicts_the_kl_of_noise(llama: Path, text: str) -> None:
 
 def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, text: str, tmp_path: Path) -> None:
     recipe, scores = tmp_path / "recipe.toml", tmp_path / "scores"
-    arguments = ["--format", "gguf", "--calib", text, "--samples", "8", "--seqlen", "32", "--json"]
+    arguments = ["--format", "gguf", "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn", "--json"]
     given = ["plan", str(wide), str(recipe), "--bits", "4.4", "--scores", str(scores), *arguments]
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
@@ -70,7 +70,7 @@ def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, 
     assert stored == {unit["match"][0]: str(TYPES[unit["scheme"].upper()].scheme) for unit in found["units"]}
     # another target: the scores are not computed again
     kept = {file.name: file.stat().st_mtime_ns for file in scores.glob("block-*")}
-    settings = Settings("gguf", calib=text, **SMALL)
+    settings = Settings("gguf", method="rtn", calib=text, **SMALL)
     size = plan_recipe(wide, Target(size=made.bytes), settings, scores=scores)
     assert size.plan.bytes <= made.bytes
     assert size.kl == pytest.approx(found["predicted_kl"], rel=0.02)
@@ -89,35 +89,34 @@ def test_a_killed_run_is_resumed_block_by_block(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(calib=text, **SMALL, schemes=("int4-g32", "int8-channel"))
-    whole = plan_recipe(llama, Target(kl=0.01), settings, scores=tmp_path / "whole")
+    target = Target(size=125_000)
+    whole = plan_recipe(llama, target, settings, scores=tmp_path / "whole")
 
     def stop(what: str, done: int, _: int) -> None:
         if (what, done) == ("scores", 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan_recipe(llama, Target(kl=0.01), settings, scores=tmp_path / "cut", progress=stop)
+        plan_recipe(llama, target, settings, scores=tmp_path / "cut", progress=stop)
     kept = {file.name for file in (tmp_path / "cut").glob("block-*")}
     assert kept == {"block-00000.json", "block-00001.json"}
     steps: list[tuple[str, int]] = []
-    again = plan_recipe(
-        llama, Target(kl=0.01), settings, scores=tmp_path / "cut", progress=lambda w, d, _: steps.append((w, d))
-    )
+    again = plan_recipe(llama, target, settings, scores=tmp_path / "cut", progress=lambda w, d, _: steps.append((w, d)))
     assert steps[0] == ("scores", 2)
     assert again.text == whole.text
     assert again.kl == pytest.approx(whole.kl, rel=1e-6)
 
 
 def test_what_vllm_fuses_gets_one_scheme(llama: Path, text: str) -> None:
-    settings = Settings(calib=text, **SMALL, schemes=("int3-g64", "int4-g64", "int8-channel"))
-    found = plan_recipe(llama, Target(kl=0.004), settings)
+    settings = Settings(calib=text, **SMALL, method="search", schemes=("int3-g64", "int4-g64", "int8-channel"))
+    found = plan_recipe(llama, Target(size=115_000), settings)
     layers = {t.layer.name: t.layer.scheme for t in found.plan.tensors if t.layer is not None}
     for i in range(3):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         assert len({layers[f"{attention}{part}_proj"] for part in "qkv"}) == 1
         assert len({layers[f"{mlp}{part}_proj"] for part in ("gate", "up")}) == 1
     assert len(set(layers.values())) > 1
-    kept = plan_recipe(llama, Target(kl=0.004), Settings(**{**vars(settings), "keep": ("*.down_proj",)}))
+    kept = plan_recipe(llama, Target(size=150_000), Settings(**{**vars(settings), "keep": ("*.down_proj",)}))
     assert not any(t.layer is not None and "down_proj" in t.source for t in kept.plan.tensors)
     assert tomllib.loads(kept.text)["rule"][-1] == {"match": "*.down_proj", "scheme": "keep"}
 
@@ -146,12 +145,12 @@ def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path
     reach = refused(*start, "--size", "10KB")
     assert "reach from" in reach and " to " in reach and "10,000 bytes" in reach
     assert "reach from" in refused(*start, "--size", "10MB")
-    assert "reach from" in refused(*start, "--kl", "1e-12")
+    assert "predicted KL" in refused(*start, "--kl", "1e-12")
     assert "--size and --bits" in refused(*start, "--bits", "4", "--size", "1MB")
     assert "one target" in refused(*start)
     assert "above 0" in refused(*start, "--bits", "0")
     assert "not a size" in refused(*start, "--size", "many")
-    assert "fits none" in refused(*start, "--bits", "4", "--schemes", "int4-g128,int8-channel,int4-g256")
+    assert "fits none" in refused(*start, "--bits", "4", "--schemes", "int8-channel,int4-g256")
     assert "none of GGUF's block types" in refused(*start, "--bits", "4", "--format", "gguf", "--schemes", "int4-g64")
     assert "one scheme" in refused(*start, "--bits", "4", "--format", "gptq", "--schemes", "int4-g64,int8-channel")
     assert "nothing to plan" in refused(*start, "--bits", "4", "--format", "bitsandbytes")
@@ -164,7 +163,7 @@ def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path
     (foreign / "thesis.txt").write_text("")
     assert "not a directory of scores" in refused(*start, "--kl", "0.1", "--scores", str(foreign))
     assert not Path(out).exists()
-    Path(out).write_text(plan_recipe(llama, Target(kl=0.01), Settings(calib=text, method="rtn", **SMALL)).text)
+    Path(out).write_text(plan_recipe(llama, Target(size=125_000), Settings(calib=text, method="rtn", **SMALL)).text)
     other = refused("quantize", str(wide), str(tmp_path / "out"), "--recipe", out, "--calib", text)
     assert "planned for a model of other matrices" in other
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitwright.cli.advise import advise
 from bitwright.cli.console import (
     AsJson,
+    Device,
     Quiet,
     check_model,
     console,
@@ -122,6 +124,7 @@ def quantize(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
     ] = False,
+    device: Device = "cpu",
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
@@ -137,7 +140,7 @@ def quantize(
             plan = planned(
                 model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
                 observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, size=size, bits=bits, seed=seed, progress=progress,
+                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -172,23 +175,22 @@ def compare(
         bool, typer.Option("--sequential", help="Statistics block by block for every candidate, as quantize does.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
+    device: Device = "cpu",
     resume: Resume = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
-    with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it", quiet=quiet),
-        progress_bar(as_json or quiet) as progress,
-    ):
+    kept = f"what is finished is kept in {out}; the same command goes on with it"
+    with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         check_model(model)
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
-            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep
-        )
+            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
+        )  # fmt: skip
         done = run_all(
             model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
             resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
@@ -233,6 +235,7 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
     ] = None,
+    device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
@@ -241,6 +244,7 @@ def evaluate(
         for one in (model, *([reference] if reference else [])):
             check_model(one)
         from bitwright.evaluation.evaluate import evaluate as judge
+        from bitwright.system.device import device_of
 
         found = judge(
             model,
@@ -252,6 +256,7 @@ def evaluate(
             engine=engine,
             kv=kv,
             chat=chat,
+            device=device_of(device),
         )
         _print_evaluations(found, as_json)
 
@@ -350,7 +355,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
 
 

@@ -263,7 +263,12 @@ def _grouped(parts: Sequence[Part], most: int) -> list[list[tuple[int, Tensor]]]
 def runs_natively(model: PreTrainedModel) -> bool:
     """Whether the extension knows every part of the model."""
     config = model.config
-    if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
+    if (
+        native is None
+        or model.device.type != "cpu"
+        or config.model_type not in LIKE_LLAMA
+        or config.hidden_act != "silu"
+    ):
         return False
     if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
         return False

@@ -68,7 +68,7 @@ def measure(
     forget_peak()
     path = local(path)  # before the time is taken
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
-    room = getattr(model.config, "max_position_embeddings", None) or prompt + decode
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + decode
     if prompt + decode > room:
         raise InputError(
             f"{prompt} + {decode} tokens in a model made for {room}", remedy="--prompt and --decode below that"

@@ -18,6 +18,7 @@ from bitwright.models.kv_cache import KvCache, check_unrounded
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 from bitwright.numerics.key_value_codes import KeyValueCodes
+from bitwright.system.device import CPU
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -31,15 +32,16 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
         engine: str | None = None,
         kv: KeyValueCodes | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """Reads headers only. dtype: of the computation. engine: whose quantization of inputs to simulate; None: that of the
-        checkpoint's own config. kv: keys and values rounded to it; None: as the checkpoint's own config says.
+        """Reads headers only. dtype, device: of the computation. engine: whose quantization of inputs to simulate; None: that
+        of the checkpoint's own config. kv: keys and values rounded to it; None: as the checkpoint's own config says.
 
         CheckpointError for a directory that is no checkpoint, or whose weights do not fit its config; InputError for an engine
         that is unknown, cannot run this file, or rounds keys and values itself where kv is given.
         """
         self.folder = folder
-        self.skeleton = Skeleton(read_config(folder), dtype)
+        self.skeleton = Skeleton(read_config(folder), dtype, device)
         self.weight_source = open_weights(folder, self.skeleton)
         self.engine, self.kv = engine, kv
         if kv is not None:
@@ -174,7 +176,7 @@ def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
 
 def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood −log p [n] of the target tokens [n], given log p [n, V]."""
-    return -log_p.gather(-1, targets[:, None])[:, 0]
+    return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
 
 
 def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:

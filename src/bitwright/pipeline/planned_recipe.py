@@ -12,6 +12,7 @@ from bitwright.calibration.text_mix import texts_of
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
+from bitwright.files.hub import local
 from bitwright.formats import SCHEME, SCHEMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -113,8 +114,9 @@ def plan_recipe(
     Raises RecipeError for a target that no allocation meets, FormatError for schemes that do not fit, CalibrationError
     without a text; and as `preflight`.
     """
-    begun = time.monotonic()
+    begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
+    _Sizes.of(base, units).check(target)
     tokens = calibration_tokens(base, settings.calib, settings.seed)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
         found = scored(base, units, tokens, scores or Path(thrown_away), progress)
@@ -149,64 +151,99 @@ def _notes(settings: Settings, tokens: Drawn) -> list[str]:
     return notes
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What a model's allocations take on the disk, known before any weight is read.
+
+    least, most  bytes of the units in their smallest and in their largest choices
+    other        bytes of all else in the files: kept tensors, headers, keys; data: of that without headers and keys
+    """
+
+    model: Path
+    parameters: int
+    schemes: tuple[str, ...]
+    least: int
+    most: int
+    other: int
+    data: int
+
+    @classmethod
+    def of(cls, base: Plan, units: list[Unit]) -> "_Sizes":
+        """The sizes of a base plan and its units."""
+        widest = sum(spec_bytes(base.specs([t])) for unit in units for t in unit.members)
+        schemes = tuple(dict.fromkeys(choice.scheme for unit in units for choice in unit.choices))
+        ends = [sum(pick(choice.bytes for choice in unit.choices) for unit in units) for pick in (min, max)]
+        other, data = base.bytes - widest, _data_bytes(base) - widest
+        return cls(base.source, base.parameters, schemes, ends[0], ends[1], other, data)
+
+    def limit(self, target: Target) -> tuple[int, int]:
+        """The bytes that may be taken, and those of them that the units cannot have."""
+        if target.size is not None:
+            return target.size, self.other
+        return int((target.bits or 0) * self.parameters / 8), self.data
+
+    def check(self, target: Target) -> None:
+        """RecipeError for a size, or bits, that no allocation meets."""
+        if target.kl is None:
+            limit, other = self.limit(target)
+            if not self.least <= limit - other <= self.most * (1 + TOLERANCE):
+                raise self.out_of_reach(target)
+
+    def out_of_reach(self, target: Target, kls: tuple[float, float] | None = None) -> RecipeError:
+        """The error that says both bounds; kls: the predicted KL of each, if it is known."""
+        ends = []
+        for at, size in enumerate((self.least, self.most)):
+            known = f", predicted KL {kls[at]:.3g}" if kls else ""
+            ends.append(
+                f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
+            )
+        message = f"{', '.join(self.schemes)} reach from {ends[0]} to {ends[1]}, not {target}"
+        return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
+
+
 class _Spending:
-    """The allocations of one model, and what they take on the disk."""
+    """The allocations of one model."""
 
     def __init__(self, model: Path, settings: Settings, base: Plan, units: list[Unit], scores: Scores) -> None:
         self.model, self.settings, self.base, self.units = model, settings, base, units
+        self.sizes = _Sizes.of(base, units)
         self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
         self.allocation = Allocation(self.options)
-        widest = sum(spec_bytes(base.specs([t])) for unit in units for t in unit.members)
-        self.other = base.bytes - widest  # bytes of all else: kept tensors, headers, keys
-        self.other_data = _data_bytes(base) - widest
 
     @property
     def bounds(self) -> tuple[tuple[int, float], tuple[int, float]]:
         """(bytes, predicted KL) of the smallest and of the largest allocation."""
-        ends = [[pick(unit, key=lambda o: o.bytes) for unit in self.options] for pick in (min, max)]
-        small, large = ((self.other + sum(o.bytes for o in end), sum(o.kl for o in end)) for end in ends)
-        return small, large
+        kls = [sum(pick(unit, key=lambda o: o.bytes).kl for unit in self.options) for pick in (min, max)]
+        return (self.sizes.other + self.sizes.least, kls[0]), (self.sizes.other + self.sizes.most, kls[1])
 
     def met(self, target: Target) -> tuple[str, Plan, list[Option]]:
         """Recipe, plan and options that meet the target. RecipeError, with both bounds, if there are none."""
+        (_, worst), (_, best) = self.bounds
+        out_of_reach = self.sizes.out_of_reach(target, (worst, best))
         if target.kl is not None:
-            found = self.allocation.below(target.kl)
-            worst = self.bounds[0][1]
-            if found is None or target.kl > worst:
-                raise self._out_of_reach(target)
-            return (*self._carried(found), found)
-        limit = target.size if target.size is not None else int((target.bits or 0) * self.base.parameters / 8)
-        whole_files = target.size is not None
-        other = self.other if whole_files else self.other_data
-        if limit - other > self.allocation.most * (1 + TOLERANCE):
-            raise self._out_of_reach(target)
-        best: tuple[str, Plan, list[Option]] | None = None
+            cheapest = self.allocation.below(target.kl)
+            if cheapest is None or target.kl > worst:
+                raise out_of_reach
+            return (*self._carried(cheapest), cheapest)
+        limit, other = self.sizes.limit(target)
+        found: tuple[str, Plan, list[Option]] | None = None
         for _ in range(ROUNDS):
-            found = self.allocation.within(limit - other)
-            if found is None:
+            options = self.allocation.within(limit - other)
+            if options is None:
                 break
-            text, plan = self._carried(found)
-            taken = plan.bytes if whole_files else _data_bytes(plan)
-            exact = taken - sum(option.bytes for option in found)
+            text, plan = self._carried(options)
+            taken = plan.bytes if target.size is not None else _data_bytes(plan)
+            exact = taken - sum(option.bytes for option in options)
             if taken > limit:
                 other = max(exact, other + 1)
                 continue
-            best = text, plan, found
+            found = text, plan, options
             if exact >= other:
                 break
             other = exact
-        if best is None:
-            raise self._out_of_reach(target)
-        return best
-
-    def _out_of_reach(self, target: Target) -> RecipeError:
-        (least, worst), (most, best) = self.bounds
-        bits = [8 * (size - self.other + self.other_data) / self.base.parameters for size in (least, most)]
-        between = f"from {least:,} bytes ({bits[0]:.3f} bits a weight, predicted KL {worst:.3g})"
-        between += f" to {most:,} ({bits[1]:.3f}, {best:.3g})"
-        tried = ", ".join(dict.fromkeys(c.scheme for unit in self.units for c in unit.choices))
-        remedy = "a target between them, or other --schemes"
-        return RecipeError(f"{tried} reach {between}, not {target}", where=str(self.model), remedy=remedy)
+        if found is None:
+            raise out_of_reach
+        return found
 
     def _carried(self, options: list[Option]) -> tuple[str, Plan]:
         """The recipe that gives each unit its option, and the plan of the run that it leads to."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import RecipeError
+from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
@@ -21,6 +21,7 @@ from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
@@ -47,6 +48,7 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
@@ -59,12 +61,13 @@ def planned(
     kept beside OUT until it appears.
     """
     check_out(out)
+    place = device_of(device)
     texts_of(calib)  # checked here, before any work
     model = local(model)
     if size is not None or bits is not None:
         chosen_too = {
             "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--store": store, "--requantize": requantize,
+            "--store": store, "--requantize": requantize, "--device": device != "cpu",
         }  # fmt: skip
         _refuse([name for name, value in chosen_too.items() if value])
         from bitwright.pipeline.planned_recipe import Settings, plan_recipe
@@ -82,11 +85,14 @@ def planned(
         file, weighted = GgufFile(model), is_imatrix(calib)
         modelless = _needs_no_model(rules, recipe, format, calib)
         unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+        if (modelless or unknown) and place.type != "cpu":
+            remedy = "leave out --device: rows are rounded on all threads of the CPU"
+            raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
         if modelless or unknown:
             return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
 
 
 def _refuse(others: list[str]) -> None:

@@ -209,7 +209,8 @@ def _score_blocks(
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
             found |= _score_together(plan, layers, some, inputs, of.modules)
         states.given = [skeleton.run(index, batch) for batch in states.given]
-        store.keep_hidden(index + 1, torch.cat(states.given))
+        if index + 1 < depth or plan.format.embeddings:
+            store.keep_hidden(index + 1, torch.cat(states.given))
         store.write(index, found)
         skeleton.unload(index)
         return_memory()
@@ -280,15 +281,20 @@ def _score_ends(
         some = w[:: max(1, len(w) // ENDS_ROWS)].float()
         uses = []  # [rows' weights, metric of their errors] of each use of the matrix
         if name == skeleton.head_name:
-            uses.append((of.head[: len(w)].double(), head_gram))
+            uses.append((_one_each(of.head.double(), w), head_gram))
         if name == skeleton.embedding_name:
-            uses.append((seen[: len(w)], of.embedding * scale**2))
+            uses.append((_one_each(seen, w), of.embedding * scale**2))
         found[name] = {}
         for scheme, planned in layers[name].items():
             q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
             error = decode(q) - some
             found[name][scheme] = sum(_use(w, some, error, rows, metric) for rows, metric in uses)
     return found
+
+
+def _one_each(values: Tensor, w: Tensor) -> Tensor:
+    """A value for each row of w; rows beyond the vocabulary, which some checkpoints have, get 0."""
+    return torch.nn.functional.pad(values, (0, max(0, len(w) - len(values))))[: len(w)]
 
 
 def _use(w: Tensor, some: Tensor, error: Tensor, rows: Tensor, metric: Tensor | None) -> float:
