@@ -1,4 +1,4 @@
-"""Published architectures with random weights, and a batch for each: torchvision's families and tiny encoders of transformers."""
+"""Published architectures with random weights, and a batch for each: torchvision's families, transformers' tiny encoders."""
 
 import importlib
 import importlib.util

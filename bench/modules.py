@@ -7,7 +7,7 @@ Rows: torchvision's families (images of `--size` pixels, or the least that a mod
 bitwright: dynamic, static (calibrated on the batch), QAT of three steps, weights only (int4-g32, RTN), and the static module's
 ONNX file in onnxruntime. Peers: torch.ao dynamic and static (FX), onnxruntime's own static quantization of the float export.
 
-A row's results are appended to bench/out/modules.jsonl when it is done, and rows that are there are not run again (`--again`: they
+A row's results are appended to bench/out/modules.jsonl when it is done; rows that are there are not run again (`--again`: they
 are). A cell is the cosine of the outputs to the float module's (for QAT, to the trained module's), "refused" where bitwright
 says what it cannot do, "fails" for any other error. Times are medians, the contenders taking turns.
 """
