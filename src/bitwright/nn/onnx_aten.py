@@ -14,6 +14,10 @@ def _cast(w: Writes, a: Arguments) -> str:
     return w.value(a["input"]) if wanted in (None, found) else w.op("Cast", [w.value(a["input"])], to=TYPES[wanted])
 
 
+def _as_other(w: Writes, a: Arguments) -> str:
+    return as_type(w, a["input"], w.example(a["other"]).dtype)
+
+
 def _range(w: Writes, a: Arguments) -> str:
     """arange: of one end, or of start, end and step."""
     ends = a["ends"]
@@ -157,6 +161,7 @@ ATEN: dict[str, tuple[tuple[str, ...], Write]] = {
     "le": (TWO, _compared("LessOrEqual")), "gt": (TWO, _compared("Greater")), "ge": (TWO, _compared("GreaterOrEqual")),
     "_to_copy": (("input", *MADE, "_non_blocking", MEMORY), _cast),
     "to": (("input", "dtype", "_non_blocking", "_copy", MEMORY), _cast),
+    "type_as": (TWO, _as_other), "_unsafe_view": FUNCTIONS["view"],
     "arange": (("*ends", *MADE), _range),
     "full": (("sizes", "value", *MADE), _full(None)), "full_like": (("input", "value", *MADE, MEMORY), _full(None)),
     "zeros": (("sizes", *MADE), _full(0)), "zeros_like": (LIKE, _full(0)), "new_zeros": (("input", "sizes", *MADE), _full(0)),

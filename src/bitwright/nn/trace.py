@@ -2,7 +2,8 @@
 
 torch.fx keeps the module's own layers, so that names, hooks and patterns of `keep` still apply. torch.export would trace more
 of Python, but specializes on the example's shapes, and gives operators on loose tensors instead of layers. In a module that fx
-cannot trace, layers are still quantized one by one, and the activations between them stay in float.
+cannot trace, layers are still quantized one by one, and the activations between them stay in float. Only ONNX files, which need
+a graph, are made from torch.export's there (exported.py).
 """
 
 import copy
