@@ -37,7 +37,7 @@ def test_static_modules(activations: str, tmp_path: Path) -> None:
     integer = converted(residual(), x, activations=activations, observer="minmax")
     file = bitwright.export_onnx(integer, x[:2], tmp_path / "m.onnx")
     kinds = {node.op_type for node in onnx.load(file).graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear", "Conv", "MatMul", "MaxPool", "Gather"} <= kinds
+    assert {"QuantizeLinear", "DequantizeLinear", "Conv", "Gemm", "MaxPool", "Gather"} <= kinds
     stored = {t.name: t for t in onnx.load(file).graph.initializer}
     assert sum(t.data_type == onnx.TensorProto.INT8 and numpy.prod(t.dims) > 8 for t in stored.values()) >= 6
     ours, theirs = integer(x), by_onnxruntime(file, x)  # another batch than the example's
@@ -108,6 +108,21 @@ def test_operations_between_layers(compute: Callable[..., Any], tmp_path: Path) 
     integer = converted(Computes(compute).eval(), x)
     file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", dynamic_axes={"x": (0, 1)})
     assert relative(outputs(integer, other)[0], by_onnxruntime(file, other)) < 1e-3
+
+
+@torch.no_grad()
+def test_onnxruntime_computes_every_product_in_integers(tmp_path: Path) -> None:
+    """Convolutions, depthwise too, and Linears to codes and to float, as its optimizer leaves them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 4)).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    file = bitwright.export_onnx(converted(net, x), x, tmp_path / "m.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 2 and kinds.count("QGemm") == 2 and "DequantizeLinear" not in kinds
 
 
 @torch.no_grad()

@@ -35,8 +35,7 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
     if layer.has_bias and not layer.fine:
         bias = [writer.constant(layer.offset())]
     elif layer.has_bias:
-        stored = writer.constant(steps.clamp(-(2**31), 2**31 - 1).to(torch.int32))
-        bias = [writer.op("DequantizeLinear", [stored, writer.constant(step.float())], axis=0)]
+        bias = [_dequantized(writer, steps.clamp(-(2**31), 2**31 - 1).to(torch.int32), step.float(), axis=0)]
     if layer.window is None:
         _gemm(writer, node, layer, scale, bias)
         return
@@ -44,7 +43,7 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
     window, first = layer.window, 1 if layer.flat else 0
     codes = layer.codes.view(len(layer.codes), *window.kernel, -1).permute(0, 3, 1, 2)
     codes = codes[:, :, 0] if layer.flat else codes
-    w = writer.op("DequantizeLinear", [writer.constant(codes), writer.constant(scale)], axis=0)
+    w = _dequantized(writer, codes, scale, axis=0)
     left, right, top, bottom = window.padding
     y = writer.op(
         "Conv",
@@ -59,17 +58,11 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
 
 
 def _gemm(writer: Writes, node: fx.Node, layer: StaticProduct, scale: Tensor, bias: list[str]) -> None:
-    """Write a Linear: MatMul and Add to float; Gemm to codes, which engines fuse, with leading dimensions flattened to rows."""
+    """Write a Linear as a Gemm of rows, to codes or to float: engines fuse it either way, and a MatMul to float they do not."""
     codes, shape = source(node), writer.shape(node.args[0])
-    if not len(layer.exit):
-        w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
-        y = writer.op("MatMul", [writer.decoded(codes, layer.entry), w])
-        y = writer.op("Add", [y, *bias]) if bias else y
-        writer.op("Identity", [y], name=node.name)
-        return
     flat = len(shape) == 2
     rows = codes if flat else writer.op("Reshape", [codes, writer.constant(integers(-1, shape[-1]))])
-    w = writer.op("DequantizeLinear", [writer.constant(layer.codes.T), writer.constant(scale)], axis=1)
+    w = _dequantized(writer, layer.codes.T, scale, axis=1)
     y = writer.op("Gemm", [writer.decoded(rows, layer.entry), w, *bias])
     made = _left(writer, layer, y, node.name if flat else f"{node.name}_rows")
     if not flat:
@@ -78,6 +71,13 @@ def _gemm(writer: Writes, node: fx.Node, layer: StaticProduct, scale: Tensor, bi
         )
         whole = writer.op("Concat", [above, writer.constant(integers(len(layer.codes)))], axis=0)
         writer.op("Reshape", [made, whole], name=node.name)
+
+
+def _dequantized(writer: Writes, codes: Tensor, scale: Tensor, *, axis: int) -> str:
+    """Write stored codes, with one scale for each index of an axis. Their zero points, all 0, are written too: without them
+    onnxruntime fuses no Gemm."""
+    zeros = torch.zeros(len(scale), dtype=codes.dtype)
+    return writer.op("DequantizeLinear", [writer.constant(x) for x in (codes, scale, zeros)], axis=axis)
 
 
 def _left(writer: Writes, layer: StaticProduct, y: str, name: str) -> str:

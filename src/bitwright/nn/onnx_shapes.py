@@ -65,7 +65,9 @@ def _unsqueeze(w: Writes, a: Arguments) -> str:
 
 
 def _concat(w: Writes, a: Arguments) -> str:
-    return w.op("Concat", [w.value(x) for x in a["tensors"]], axis=int(a.get("dim", 0)))
+    """torch.cat, which skips empty vectors, as an empty cache has."""
+    parts = [x for x in a["tensors"] if w.shape(x) != (0,)] or a["tensors"][:1]
+    return w.op("Concat", [w.value(x) for x in parts], axis=int(a.get("dim", 0)) if w.shape(parts[0]) != (0,) else 0)
 
 
 def _stack(w: Writes, a: Arguments) -> str:
