@@ -15,6 +15,7 @@ from bitwright.cli.console import (
     AsJson,
     Device,
     Quiet,
+    check_model,
     console,
     errors,
     interruption,
@@ -90,6 +91,15 @@ Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unf
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
 ]
+InTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+        "assistant.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
@@ -134,21 +144,21 @@ def quantize(
     requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
+    dry_run: DryRun = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with reporting(as_json, KEPT.format(out), quiet=quiet):
+        check_model(model)
         from bitwright.pipeline.quantize import carried_out, planned
 
         with progress_bar(as_json or quiet) as progress:
             plan = planned(
-                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
-                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples,
-                seqlen=seqlen, store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed,
-                progress=progress,
+                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
+                kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -191,6 +201,7 @@ def compare(
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
+        check_model(model)
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
@@ -226,14 +237,7 @@ def evaluate(
             show_default="stdlib-heldout",
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat",
-            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
-            "assistant.",
-        ),
-    ] = False,
+    chat: InTemplate = False,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     tokens: Tokens = None,
     predictions: Annotated[
@@ -248,6 +252,8 @@ def evaluate(
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
+        for one in (model, *([reference] if reference else [])):
+            check_model(one)
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
@@ -284,6 +290,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
@@ -330,6 +337,7 @@ def imatrix(
 ) -> None:
     """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.pipeline.importance import write_importance
 
         with progress_bar(as_json) as progress:
@@ -352,6 +360,7 @@ def convert(
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json, f"{out} was not made; the same command starts afresh"):
+        check_model(model)
         from bitwright.pipeline.conversion import convert
 
         show(convert(model, out, format), as_json, "Done")

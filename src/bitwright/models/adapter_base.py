@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint, TensorInfo
-from bitwright.gguf.reader import is_gguf
+from bitwright.files.model_path import is_gguf
 from bitwright.models.adapter import BASE, Adapter
 from bitwright.models.gguf_source import GgufWeightSource
 

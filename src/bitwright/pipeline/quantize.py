@@ -7,28 +7,29 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.pipeline.gguf_rows import quantize_gguf
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
-from bitwright.system.device import device_of
+from bitwright.system.device import CPU, device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
-    import torch
-
     from bitwright.plan.preflight import Plan
 
 
@@ -50,69 +51,47 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
-    adapter: Path | None = None,
     device: str = "cpu",
+    adapter: Path | None = None,
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+    """Plan a run by the arguments of `quantize`; a model on the hub is downloaded first. InputError of what would stop it.
 
-    adapter: of LoRA, added to the weights. size, bits: what the result may take; then planned_recipe.py chooses the schemes,
-    with scores kept beside OUT until it appears. Raises the InputError of whatever would stop the run."""
-    place, model = _checked(out, calib, device), local(model)
+    size, bits: what the result may take, see `_spent`. adapter: of LoRA, added to the model's weights before."""
+    check_out(out)
+    texts_of(calib)  # checked here, before any work
+    place, model = device_of(device), local(model)
     if size is not None or bits is not None:
-        _refuse(
-            scheme=scheme, recipe=recipe, pure=pure, activations=activations, kv_cache=kv_cache, prune=prune, store=store,
-            requantize=requantize, device=device != "cpu",
-        )  # fmt: skip
-        target, sizes = Target.parse(size, bits), (samples, seqlen, seed)
-        return _for_target(model, out, target, progress, format=format, method=method, calib=calib, sizes=sizes)
+        _refuse({
+            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
+            "--prune": prune, "--store": store, "--requantize": requantize, "--device": place != CPU,
+        })  # fmt: skip
+        return _spent(model, out, Target.parse(size, bits), format, method, calib, samples, seqlen, seed, progress)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure,
         prune=prune,
     )  # fmt: skip
     rules = rules.without_text() if calib == "none" else rules
-    if adapter is None and (plan := _without_model(model, rules, recipe, format, calib)) is not None:
-        return _on_cpu(plan, place)
+    if adapter is None and (known := _without_model(model, rules, recipe, format, calib, place)) is not None:
+        return known
     from bitwright.plan.preflight import preflight
 
     return preflight(
-        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter, device=place
+        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place, adapter=adapter
     )
 
 
-def _checked(out: Path, calib: str, device: str) -> "torch.device":
-    """The device; refusals of OUT, text or device come before any work."""
-    check_out(out)
-    texts_of(calib)
-    return device_of(device)
+def _without_model(
+    model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str, device: torch.device
+) -> GgufPlan | None:
+    """The plan for a GGUF file that becomes another one without its model; None if the model is needed and known, or no GGUF.
 
-
-def _for_target(
-    model: Path,
-    out: Path,
-    target: Target,
-    progress: Progress,
-    *,
-    format: str | None,
-    method: str | None,
-    calib: str,
-    sizes: tuple[int, int, int],
-) -> "Plan":
-    """The plan of least predicted KL for a target. sizes: samples, seqlen, seed."""
-    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
-
-    format, _, method = chosen(out, format, None, method)
-    samples, seqlen, seed = sizes
-    settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
-    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
-
-
-def _without_model(model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
-    """The plan for a GGUF file of which no model is needed, or none can be built; None for all that is run."""
+    InputError for a device that is not the CPU.
+    """
     if not is_gguf(model):
         return None
     file = GgufFile(model)
@@ -120,24 +99,39 @@ def _without_model(model: Path, rules: Recipe, recipe: Path | None, format: str,
     unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
     if not (modelless or unknown):
         return None
+    if device != CPU:
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
     return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
 
 
-def _on_cpu(plan: GgufPlan, place: "torch.device") -> GgufPlan:
-    """The plan itself; InputError for another device than the CPU."""
-    if place.type != "cpu":
-        remedy = "leave out --device: rows are rounded on all threads of the CPU"
-        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
-    return plan
-
-
-def _refuse(**options: object) -> None:
-    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
-    others = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+def _refuse(given: dict[str, object]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or no plan knows; given: values."""
+    others = [name for name, value in given.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"
         raise RecipeError(message, where="--size", remedy=remedy)
+
+
+def _spent(
+    model: Path,
+    out: Path,
+    target: Target,
+    format: str | None,
+    method: str | None,
+    calib: str,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress,
+) -> "Plan":
+    """The plan that spends what the result may take (see planned_recipe.py), with scores kept beside OUT until it appears."""
+    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+
+    format, _, method = chosen(out, format, None, method)
+    settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
+    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
 
 
 def _scores_beside(out: Path) -> Path:
