@@ -1,5 +1,6 @@
 """The Python API: the command line's functions, one for a single tensor, and functions for any torch module."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
@@ -54,6 +55,9 @@ def quantize(
     method: str | None = None,
     format: str | None = None,
     pure: bool = False,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
     activations: str | None = None,
     observer: str = "mse",
     kv_cache: str | None = None,
@@ -75,22 +79,11 @@ def quantize(
     """
     where = Path(store) if store else None
     plan = planned(
-        Path(model),
-        Path(out),
-        scheme=scheme,
-        method=method,
-        format=format,
-        pure=pure,
-        activations=activations,
-        observer=observer,
-        kv_cache=kv_cache,
-        recipe=Path(recipe) if recipe else None,
-        calib=calib,
-        samples=samples,
-        seqlen=seqlen,
-        store=where,
-        requantize=requantize,
-    )
+        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
+        seqlen=seqlen, store=where, requantize=requantize, tensor_type=tensor_type, output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+    )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 

@@ -89,6 +89,14 @@ def quantize(
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
     ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GGUF: NAME=TYPE, a block type for tensors whose name the regular expression matches; repeatable."
+        ),
+    ] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")] = None,
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
@@ -114,7 +122,8 @@ def quantize(
         plan = planned(
             model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
             kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-            requantize=requantize,
+            requantize=requantize, tensor_type=tensor_type or (), output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
         )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")

@@ -3,11 +3,13 @@
 GGUF files that need no model are planned without importing transformers, which takes as long as quantizing a small one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.formats import chosen
+from bitwright.errors import RecipeError
+from bitwright.formats import FORMATS, chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.gguf.reader import GgufFile, is_gguf
@@ -41,6 +43,9 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
     check_out(out)
@@ -49,6 +54,11 @@ def planned(
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
+    if tensor_type or output_tensor_type or token_embedding_type:
+        if not FORMATS[format].one_file:
+            message = f"types of single tensors are GGUF's, and OUT is {format}"
+            raise RecipeError(message, where=str(out), remedy="name OUT.gguf, or give rules in a recipe")
+        rules = rules.with_types(tensor_type, output_tensor_type, token_embedding_type, method)
     rules = rules.without_text() if calib == "none" else rules
     if is_gguf(model):
         file, weighted = GgufFile(model), is_imatrix(calib)

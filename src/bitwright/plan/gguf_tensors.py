@@ -208,8 +208,9 @@ class _Chooser:
         """The matrix as the file will store it; experts' matrices are stacked along N."""
         assert rule.scheme is not None
         layer = Layer(t.stem, prod(t.shape[:-1]), t.shape[-1], rule.scheme, activations=rule.activations)
-        if rule.mix and not (self.recipe.pure and rule.mix not in TYPES):
-            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, self._place(t, rule, block))]
+        exact = self.recipe.pure or rule.exact
+        if rule.mix and not (exact and rule.mix not in TYPES):
+            kind = TYPES[rule.mix if exact else type_in(rule.mix, self._place(t, rule, block))]
             layer = replace(layer, scheme=kind.scheme, container=kind.name)
         elif rule.mix:
             remedy = "leave out --pure, or name a block type such as q4_k"

@@ -19,8 +19,9 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 """
 
 import inspect
+import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -38,6 +39,7 @@ from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
 EXAMPLES = {  # of a rule's keys, for errors
     "match": 'match = "*"',
     "scheme": 'scheme = "int4-g128"',
@@ -67,6 +69,8 @@ class Rule:
     transforms: tuple[Transform, ...] = ()
     observer: str = "mse"
     mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
+    exact: bool = False  # `mix` is a block type (or float type), for every tensor that matches
+    regex: bool = False  # `match` is a regular expression, found anywhere in llama.cpp's name of a tensor
 
     def __post_init__(self) -> None:
         try:
@@ -152,6 +156,7 @@ class Rule:
             "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
             "observer": self.observer,
             "mix": self.mix,
+            **({"exact": True, "regex": self.regex} if self.exact else {}),
         }
 
 
@@ -216,6 +221,27 @@ class Recipe:
         cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
         return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)), temper=content.get("temper"))
 
+    def with_types(self, types: Sequence[str], output: str | None, embedding: str | None, method: str) -> "Recipe":
+        """The same recipe with block types for some tensors, as llama-quantize's options name them.
+
+        types      "NAME=TYPE", NAME a regular expression; of several that match a tensor the first wins
+        output     the output head's block type, or that of an embedding which is the head too; embedding: the embedding's
+        RecipeError for another form, and for what is no block type.
+        """
+        before, plain = split_method(method)
+        transforms = tuple(_transform(item, "") for item in before)
+        rules = [
+            _rule_of_type(*_name_and_type(text), plain, transforms, "--tensor-type", regex=True)
+            for text in reversed(types)
+        ]
+        for name, kind, option in (
+            (HEAD, output, "--output-tensor-type"),
+            (EMBEDDING, embedding, "--token-embedding-type"),
+        ):
+            if kind is not None:
+                rules.append(_rule_of_type(name, kind, plain, transforms, option, regex=False))
+        return replace(self, rules=(*self.rules, *rules))
+
     def without_text(self, *, weighted: bool = False) -> "Recipe":
         """The same recipe where there is no calibration text: scales are searched by importance if `weighted`, else by plain
         squared error.
@@ -234,14 +260,20 @@ class Recipe:
     def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
         """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
 
+        Where llama.cpp has no output.weight, that name means the embedding, which is the head too.
         RecipeError if a rule's pattern matches no module at all.
         """
+        tied = HEAD not in modules.values()
+        called = {name: _names(name, other, tied=tied) for name, other in modules.items()}
         for rule in self.rules:
-            if not any(_means(rule.match, name, other) for name, other in modules.items()):
-                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
-                raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
+            if not any(_means(rule, names) for names in called.values()):
+                named = [other for other in modules.values() if other]
+                some = named[:4] if rule.exact else [*list(modules)[:3], *named[:1]]
+                raise RecipeError(
+                    f"pattern {rule.match!r} matches nothing", remedy=f"names look like {', '.join(some)}"
+                )
         last_first = list(reversed(self.rules))
-        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
+        return {name: next(r for r in last_first if _means(r, names)) for name, names in called.items()}
 
     @property
     def needs_calibration(self) -> bool:
@@ -266,7 +298,7 @@ class Recipe:
     @property
     def file_type(self) -> int | None:
         """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
-        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
+        mixes = {rule.mix for rule in self.rules if not rule.exact and (rule.scheme is not None or rule.mix)}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -289,9 +321,45 @@ class Recipe:
         return Options.of(rules[0].options).windows if rules else None
 
 
-def _means(pattern: str, module: str, other: str) -> bool:
-    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
-    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
+def _names(module: str, other: str, *, tied: bool) -> tuple[str, ...]:
+    """What a pattern may call a module: its name, llama.cpp's name of its weight with and without the ending."""
+    names = [module, *((other, other.removesuffix(".weight")) if other else ())]
+    return (*names, HEAD, HEAD.removesuffix(".weight")) if tied and other == EMBEDDING else tuple(names)
+
+
+def _means(rule: Rule, names: tuple[str, ...]) -> bool:
+    """Whether a rule's pattern matches a module of these names; a regular expression is one of llama.cpp's name alone."""
+    if rule.regex:
+        return len(names) > 1 and re.search(rule.match, names[1]) is not None
+    return any(fnmatchcase(name, rule.match) for name in names)
+
+
+def _name_and_type(text: str) -> tuple[str, str]:
+    """The parts of NAME=TYPE, NAME in lower case as llama-quantize takes it. RecipeError for another form."""
+    name, found, kind = text.rpartition("=")
+    if not found or not name or not kind:
+        remedy = "--tensor-type attn_v=q6_k"
+        raise RecipeError(f"tensor type {text!r} is not of the form NAME=TYPE", where="--tensor-type", remedy=remedy)
+    try:
+        re.compile(name.lower())
+    except re.error as error:
+        remedy = r"such as --tensor-type 'blk\.[0-3]\.ffn_down=q6_k'"
+        message = f"{name!r} is no regular expression: {error}"
+        raise RecipeError(message, where="--tensor-type", remedy=remedy) from error
+    return name.lower(), kind
+
+
+def _rule_of_type(
+    match: str, kind: str, method: str, transforms: tuple[Transform, ...], option: str, *, regex: bool
+) -> Rule:
+    """The rule that gives matching tensors one block type, or a float type. RecipeError for what is none."""
+    name = kind.upper()
+    if name not in (*TYPES, *FLOAT_TYPES):
+        what = "is a mix of block types" if name in MIXES else "is no block type"
+        remedy = one_of(kind, [known.lower() for known in (*TYPES, *FLOAT_TYPES)])
+        raise RecipeError(f"{kind!r} {what}", where=option, remedy=remedy)
+    scheme = None if name in FLOAT_TYPES else TYPES[name].scheme
+    return Rule(match, scheme, method, transforms=transforms if scheme else (), mix=name, exact=True, regex=regex)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class _Chooser:
         rule = self.rules[name]
         if rule.scheme is None:
             return in_float(t, rule, one_file=self.names is not None)
-        if rule.match == "*" and (why := self._kept_by_default(t, name)):
+        if (rule.match == "*" or rule.exact) and (why := self._kept_by_default(t, name)):
             return replace(t, reason=why, rule=rule)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
@@ -192,9 +192,10 @@ class _Chooser:
         layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
         if self.rotation is not None:
             layer = replace(layer, rotate=self.rotation.online_block(name, K))
-        if rule.mix and self.names is not None and not (self.recipe.pure and rule.mix not in TYPES):
+        exact = self.recipe.pure or rule.exact
+        if rule.mix and self.names is not None and not (exact and rule.mix not in TYPES):
             place = self._place(self.names.of(t.parameter), t.block, rule, K)
-            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, place)]
+            kind = TYPES[rule.mix if exact else type_in(rule.mix, place)]
             layer = replace(layer, scheme=kind.scheme, container=kind.name)
         elif rule.mix and rule.mix.lower() not in PRESETS:
             remedy = (
