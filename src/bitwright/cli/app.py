@@ -61,6 +61,12 @@ Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdl
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="GGUF: NAME=TYPE, a block type for tensors that the regular expression NAME is found in; repeatable."
+    ),
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -89,12 +95,7 @@ def quantize(
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
     ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="GGUF: NAME=TYPE, a block type for tensors whose name the regular expression matches; repeatable."
-        ),
-    ] = None,
+    tensor_type: TensorType = None,
     output_tensor_type: Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")] = None,
     activations: Activations = None,

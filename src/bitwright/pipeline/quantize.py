@@ -65,7 +65,7 @@ def planned(
         modelless = _needs_no_model(rules, recipe, format, calib)
         unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
         if modelless or unknown:
-            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
+            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
     from bitwright.plan.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
@@ -16,7 +17,7 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
-from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
+from bitwright.models.decoded_source import FloatCheckpoint
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.file_names import Conversion
 from bitwright.models.skeleton import Skeleton
@@ -76,7 +77,7 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    if isinstance(checkpoint, DecodedCheckpoint):
+    if not isinstance(checkpoint, Checkpoint):
         planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
     notes = _engine_notes(planned, format_, skeleton)
     fused = any(info.take is not None for info in checkpoint.tensors.values())
