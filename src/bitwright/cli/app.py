@@ -254,8 +254,9 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
+    """Every tensor: shape, scheme, bytes, loss; total bits per weight; of a .gguf file its tokenizer, templates and keys."""
     with reporting(as_json):
+        from bitwright.evaluation.gguf_inspection import lines
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
@@ -265,6 +266,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
             return
         rows = [_inspected(t) for t in found["tensors"]]
         console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
+        for line in lines(found) if "keys" in found else []:
+            console.print(plain(line), highlight=False, soft_wrap=True)
         console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
 
 
