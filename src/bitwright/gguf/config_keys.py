@@ -184,7 +184,7 @@ def config_of(
     values |= _ends(keys)
     try:
         return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 
 

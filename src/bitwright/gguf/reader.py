@@ -21,6 +21,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from bitwright.errors import CheckpointError
+from bitwright.gguf.key_kinds import of_wrong_kind
 
 Types = gguf.GGMLQuantizationType
 SUFFIX = ".gguf"
@@ -89,6 +90,10 @@ class GgufFile:
         self.path = path
         self.kinds: dict[str, tuple[int, int | None]] = {}
         self.keys, self.tensors = _read(path, self.kinds)
+        wrong = of_wrong_kind(self.keys)
+        if wrong is not None:
+            name, kind = wrong
+            raise _wrong(path, f"key {name!r} is {str(self.keys[name])[:40]!r}, not {kind}")
         parts = self.keys.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             for part in _other_parts(path, parts):
