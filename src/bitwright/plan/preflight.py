@@ -22,6 +22,7 @@ from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
+from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.config import quantization_of, read_config
@@ -375,7 +376,10 @@ def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool
         skeleton.split_experts(checkpoint)
         return checkpoint
     decoded_as = torch.float32 if format_.one_file else HALF
-    return FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    if not format_.one_file:  # whose tokenizer is written anew
+        template_keys(read_templates(found.weight_source.file.keys), str(source))
+    return found
 
 
 def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
