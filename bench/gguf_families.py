@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
 from bitwright.cli.demo import MODEL
@@ -28,6 +28,14 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }  # fmt: skip
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+GLM_MIXTURE = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
@@ -35,22 +43,65 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "seed_oss": {"head_dim": 16},
     "glm4": {"head_dim": 16}, "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "olmo": {"clip_qkv": 4.0}, "gpt_neox": {"num_key_value_heads": None}, "qwen3_moe": {"head_dim": 16, **MIXTURE},
+    "olmo": {"clip_qkv": 1.0}, "qwen3_moe": {"head_dim": 16, **MIXTURE},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**MIXTURE, "norm_topk_prob": False, "shared_expert_intermediate_size": 96, "tie_word_embeddings": False},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "granitemoe": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "glm4_moe": {"head_dim": 16, **GLM_MIXTURE, "use_qk_norm": True},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+        "moe_layer_end_index": 7,
+    },
+    "deepseek_v2": {**LATENT, **GLM_MIXTURE, "norm_topk_prob": False},
+    "deepseek_v3": {
+        **LATENT, **GLM_MIXTURE, "n_group": 2, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32,
+            "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "gpt_oss": {
+        "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "tie_word_embeddings": False,
+        "max_position_embeddings": 131072, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        },
+    },
+    "hunyuan_v1_dense": {
+        "head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10000.0, "factor": 1.0},
+    },
+    "hunyuan_v1_moe": {
+        "head_dim": 16, "num_experts": 4, "moe_topk": 2,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10000.0, "factor": 1.0},
+    },
+    "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8},
+    "falcon": {"ffn_hidden_size": 256, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_multiple_of": 32},
 }  # fmt: skip
 PROMPT = 24  # tokens
 
 
-def checkpoint(kind: str, folder: Path, tokenizer: Path) -> Path:
-    """A random model of a kind, with a tokenizer."""
+def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random model of a kind, whose vectors differ from ones and zeros. sizes: instead of those of `SIZES`."""
     torch.manual_seed(0)
-    options = {key: value for key, value in {**SIZES, **CHANGES.get(kind, {})}.items() if value is not None}
+    options = SIZES | sizes | CHANGES.get(kind, {})
+    if "layer_types" in options:
+        options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))):
+            if tensor.ndim == 1:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return model.eval()
+
+
+def checkpoint(kind: str, folder: Path, tokenizer: Path) -> Path:
+    """A random model of a kind, with a tokenizer."""
+    random_model(kind).save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return folder

@@ -1,94 +1,133 @@
-"""Architectures as they are published, with random weights: which of them each way of quantizing takes, and how near it stays.
+"""Published architectures with random weights, quantized each way: how near to float, how large, how fast, beside the peers.
 
-    python -m bench.modules [--only NAME,...] [--ways dynamic,static,qat,onnx] [--size 64]
+    bench/peers/install.sh modules
+    PYTHONPATH=src OMP_NUM_THREADS=1 bench/peers/envs/modules/bin/python -m bench.modules [--only NAME,…] [--size 64] [--again]
 
-torchvision's families (an environment of its own: `pip install torchvision onnxruntime`; without it these rows are left out)
-and tiny encoders of transformers. A cell is the cosine of the outputs to the float module's (for QAT: to the trained
-module's, after three steps), "refused" where bitwright said what it cannot do, or "BROKEN" for any other error. A last line
-says how many of each way work, and whether any was silently wrong: a cosine below .9 that nothing complained of.
+Rows: torchvision's families (images of `--size` pixels, or the least that a model allows) and tiny encoders of transformers.
+bitwright: dynamic, static (calibrated on the batch), QAT of three steps, weights only (int4-g32, RTN), and the static module's
+ONNX file in onnxruntime. Peers: torch.ao dynamic and static (FX), onnxruntime's own static quantization of the float export.
+
+A row's results are appended to bench/out/modules.jsonl when it is done; rows that are there are not run again, except with
+`--again`. A cell is the cosine of the outputs to the float module's (for QAT, to the trained module's), "refused" where
+bitwright says what it cannot do, "fails" for any other error. Times are medians, the contenders taking turns.
 """
 
 import argparse
 import copy
-import importlib
-import importlib.util
+import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 from torch import Tensor, nn
 
 import bitwright
-from bench.measure import table
+from bench.architectures import makers
+from bench.digits import milliseconds, size
+from bench.measure import OUT, table
 from bitwright.errors import BitwrightError
-from bitwright.nn.batches import outputs, tensors
+from bitwright.nn.batches import cloned, outputs, run, tensors
 
-IMAGES = (
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
-    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5",
-    "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_16",
-)  # fmt: skip
-SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
-VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d")
-ENCODERS = ("bert", "distilbert", "roberta", "albert", "electra", "mpnet", "deberta-v2", "xlm-roberta", "gpt2", "t5")
-SIZES = {"inception_v3": 96, "vit_b_16": 224, "maxvit_t": 224}
-WAYS = ("dynamic", "static", "qat", "onnx")
-SILENT = 0.9
-
-Made = tuple[nn.Module, Any]  # a module in eval mode, and a batch
+Row = dict[str, Any]  # way -> {"cosine": …, "ms": …, "bytes": …} or {"error": …}
+Session = Any
+FILE = OUT / "modules.jsonl"
+SILENT = 0.9  # a lower cosine that nothing complained of counts as silently wrong
+MOST_BELOW_PEER = 0.005
+PAIRS = (("dynamic", "torch.ao dynamic"), ("static", "torch.ao static"))
 
 
-def torchvision_model(family: str, name: str, size: int) -> Made:
-    """One of torchvision's, and random images or clips."""
-    models = importlib.import_module(f"torchvision.models{family}")
-    size = SIZES.get(name, size)
-    options: dict[str, Any] = (
-        {"weights": None, "weights_backbone": None} if family == ".segmentation" else {"weights": None}
-    )
-    options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    shape = (2, 3, 8, size, size) if family == ".video" else (2, 3, size, size)
-    return getattr(models, name)(**options).eval(), torch.randn(shape)
+# ------------------------------------------------------------------------------------------------------------ contenders
 
 
-def encoder(name: str) -> Made:
-    """A tiny model of transformers, and random tokens."""
-    import transformers
-
-    small = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50,
-        "max_position_embeddings": 40,
-    }  # fmt: skip
-    own: dict[str, dict[str, Any]] = {
-        "distilbert": {
-            "dim": 32,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 64,
-            "vocab_size": 50,
-            "max_position_embeddings": 40,
-        },
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 40},
-        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 50},
-        "albert": {**small, "embedding_size": 16},
-        "electra": {**small, "embedding_size": 16},
-    }
-    config = transformers.AutoConfig.for_model(name, **own.get(name, small))
-    batch = {"input_ids": torch.randint(3, 50, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
-    if name == "t5":
-        batch["decoder_input_ids"] = torch.randint(3, 50, (2, 6))
-    return transformers.AutoModel.from_config(config, attn_implementation="eager").eval(), batch
+def static(net: nn.Module, batch: Any) -> nn.Module:
+    """Calibrated on the batch itself."""
+    return bitwright.convert(bitwright.calibrate(bitwright.prepare(net, batch), [batch]))
 
 
-def makers(size: int) -> dict[str, Callable[[], Made]]:
-    """Every architecture, by name."""
-    found: dict[str, Callable[[], Made]] = {}
-    if importlib.util.find_spec("torchvision"):
-        for family, names in (("", IMAGES), (".segmentation", SEGMENTATION), (".video", VIDEO)):
-            found |= {name: lambda name=name, family=family: torchvision_model(family, name, size) for name in names}
-    return found | {name: lambda name=name: encoder(name) for name in ENCODERS}
+def trained(net: nn.Module, batch: Any) -> tuple[nn.Module, nn.Module]:
+    """Three steps of quantization-aware training: the trained module, and its integer form."""
+    student = bitwright.prepare_qat(copy.deepcopy(net).train(), batch)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        result = student(**batch) if isinstance(batch, dict) else student(batch)
+        sum(t.float().square().mean() for t in tensors(result) if t.is_floating_point()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    student.eval()
+    return student, bitwright.convert(student)
+
+
+def torch_ao(net: nn.Module, batch: Any, way: str) -> nn.Module:
+    """By torch.ao, with its defaults for x86."""
+    from torch.ao import quantization as ao
+    from torch.ao.quantization import quantize_fx
+
+    torch.backends.quantized.engine = "x86"
+    net = copy.deepcopy(net)
+    if way == "dynamic":
+        return ao.quantize_dynamic(net, dtype=torch.qint8)
+    example = tuple(batch.values()) if isinstance(batch, dict) else (batch,)
+    prepared = quantize_fx.prepare_fx(net, ao.get_default_qconfig_mapping("x86"), example)
+    run(prepared, batch)
+    return quantize_fx.convert_fx(prepared)
+
+
+class Onnx:
+    """A file in onnxruntime, on one thread."""
+
+    def __init__(self, file: Path, batch: Any) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.bytes = file.stat().st_size
+        self.feeds = feeds(self.session, batch)
+
+    def __call__(self) -> list[Tensor]:
+        """The outputs."""
+        return [torch.from_numpy(y) for y in self.session.run(None, self.feeds)]
+
+
+def feeds(session: Session, batch: Any) -> dict[str, Any]:
+    """A batch as onnxruntime takes it."""
+    given = list(batch.values()) if isinstance(batch, dict) else [batch]
+    return {each.name: x.numpy() for each, x in zip(session.get_inputs(), given, strict=True)}
+
+
+class Batches:
+    """The one batch, for onnxruntime's calibration."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = [given]
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The batch, then None."""
+        return self.given.pop() if self.given else None
+
+
+def by_onnxruntime(net: nn.Module, batch: Any, folder: Path) -> Path:
+    """The float module's export, quantized by onnxruntime's own static quantization: uint8 inputs, weights by channel."""
+    import onnxruntime
+    from onnxruntime import quantization
+
+    float_file, ready, made = folder / "float.onnx", folder / "ready.onnx", folder / "theirs.onnx"
+    given = cloned(batch)
+    args, named = ((), given) if isinstance(given, dict) else ((given,), None)
+    torch.onnx.export(net, args, str(float_file), kwargs=named, dynamo=False, opset_version=17)
+    quantization.shape_inference.quant_pre_process(str(float_file), str(ready))
+    session = onnxruntime.InferenceSession(str(ready), providers=["CPUExecutionProvider"])
+    quantization.quantize_static(str(ready), str(made), Batches(feeds(session, batch)), per_channel=True)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- one row
 
 
 def cosine(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -98,76 +137,141 @@ def cosine(expected: list[Tensor], found: list[Tensor]) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
-def static(net: nn.Module, batch: Any) -> nn.Module:
-    """Calibrated on the batch itself."""
-    return bitwright.convert(bitwright.calibrate(bitwright.prepare(net, batch), [batch]))
+class Measured:
+    """One architecture, all ways. result: the row; runs: what is timed at the end."""
+
+    def __init__(self, net: nn.Module, batch: Any, folder: Path) -> None:
+        self.net, self.batch, self.folder = net, batch, folder
+        self.expected = outputs(net, batch)
+        self.result: Row = {"float": {"cosine": 1.0, "bytes": size(net)}}
+        self.runs: dict[str, Callable[[], object]] = {"float": lambda: run(net, batch)}
+
+    def way(self, name: str, measure: Callable[[], Row]) -> None:
+        """Measure one way, or record why it failed."""
+        try:
+            self.result[name] = measure()
+        except BitwrightError as error:
+            self.result[name] = {"error": f"refused: {error}"}
+        except Exception as error:  # noqa: BLE001  what fails is a row of the table
+            self.result[name] = {"error": f"{type(error).__name__}: {error}"}
+        if "error" in self.result[name]:
+            print(f"  {name}: {self.result[name]['error']}"[:400].replace("\n", " "), flush=True)
+
+    def module(self, name: str, make: Callable[[nn.Module, Any], nn.Module]) -> None:
+        """A way that makes a module."""
+
+        def measure() -> Row:
+            made = make(self.net, self.batch)
+            self.runs[name] = lambda: run(made, self.batch)
+            return {"cosine": cosine(self.expected, outputs(made, self.batch)), "bytes": size(made)}
+
+        self.way(name, measure)
+
+    def file(self, name: str, make: Callable[[], Path]) -> None:
+        """A way that makes an ONNX file."""
+
+        def measure() -> Row:
+            self.runs[name] = made = Onnx(make(), self.batch)
+            return {"cosine": cosine(self.expected, made()), "bytes": made.bytes}
+
+        self.way(name, measure)
+
+    def qat(self) -> Row:
+        """Integers beside what was trained."""
+        student, integer = trained(self.net, self.batch)
+        return {"cosine": cosine(outputs(student, self.batch), outputs(integer, self.batch)), "bytes": size(integer)}
+
+    def all(self) -> Row:
+        """Every way, and the times."""
+        self.module("dynamic", lambda net, batch: bitwright.quantize_dynamic(net, example_inputs=batch))
+        self.module("static", static)
+        self.way("QAT", self.qat)
+        self.module(
+            "weights", lambda net, batch: bitwright.quantize_weights(net, [batch], scheme="int4-g32", method="rtn")
+        )
+        self.file("ONNX", self.exported)
+        self.module("torch.ao dynamic", lambda net, batch: torch_ao(net, batch, "dynamic"))
+        self.module("torch.ao static", lambda net, batch: torch_ao(net, batch, "static"))
+        self.file("onnxruntime", lambda: by_onnxruntime(self.net, self.batch, self.folder))
+        for name, ms in milliseconds(self.runs, 5, 1).items():
+            self.result[name]["ms"] = ms
+        return self.result
+
+    def exported(self) -> Path:
+        """The static module's file."""
+        return bitwright.export_onnx(static(self.net, self.batch), self.batch, self.folder / "ours.onnx")
 
 
-def trained(net: nn.Module, batch: Any) -> float:
-    """Three steps of training, then integers, beside what was trained."""
-    student = bitwright.prepare_qat(copy.deepcopy(net).train(), batch)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
-    for _ in range(3):
-        optimizer.zero_grad()
-        result = student(**batch) if isinstance(batch, dict) else student(batch)
-        sum(t.float().square().mean() for t in tensors(result) if t.is_floating_point()).backward()  # type: ignore[union-attr]
-        optimizer.step()
-    student.eval()
-    return cosine(outputs(student, batch), outputs(bitwright.convert(student), batch))
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
-def in_onnxruntime(net: nn.Module, batch: Any) -> float:
-    """The static module's file beside the static module."""
-    import onnxruntime
-
-    integer = static(net, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        file = bitwright.export_onnx(integer, batch, Path(folder) / "model.onnx")
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    given = list(batch.values()) if isinstance(batch, dict) else [batch]
-    feeds = {each.name: x.numpy() for each, x in zip(session.get_inputs(), given, strict=True)}
-    return cosine(outputs(integer, batch), [torch.from_numpy(y) for y in session.run(None, feeds)])
+def cell(found: Row) -> str:
+    """A cosine, or how it failed."""
+    if "error" in found:
+        return "refused" if found["error"].startswith("refused") else "fails"
+    return f"{found['cosine']:.4f}"
 
 
-def cell(way: str, net: nn.Module, batch: Any) -> str:
-    """How near one way comes, or why it does not."""
-    try:
-        if way == "qat":
-            return f"{trained(net, batch):.4f}"
-        if way == "onnx":
-            return f"{in_onnxruntime(net, batch):.4f}"
-        made = bitwright.quantize_dynamic(net, example_inputs=batch) if way == "dynamic" else static(net, batch)
-        return f"{cosine(outputs(net, batch), outputs(made, batch)):.4f}"
-    except BitwrightError as error:
-        print(f"  {way}: {error}".replace("\n", " "), flush=True)
-        return "refused"
-    except Exception as error:  # noqa: BLE001  what breaks is a row of the table
-        print(f"  {way}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
-        return "BROKEN"
+def time_of(found: Row) -> str:
+    """Milliseconds, "" if there are none."""
+    return f"{found['ms']:.1f}" if "ms" in found else ""
+
+
+def report(rows: dict[str, Row]) -> str:
+    """Both tables, and what they come to."""
+    ways = list(next(iter(rows.values())))
+    ours = [way for way in ways if way not in ("float", "onnxruntime") and not way.startswith("torch.ao")]
+    timed = [way for way in ways if way not in ("QAT",)]
+    nearness = [[name, *(cell(row[way]) for way in ways[1:])] for name, row in rows.items()]
+    speed = [
+        [name, *(time_of(row[way]) for way in timed), f"{row['float']['bytes'] / row['static'].get('bytes', 1e-9):.2f} ×"]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    lines = [table(["cosine", *ways[1:]], nearness), "", table(["ms", *timed, "static smaller"], speed), ""]
+    for way in ways[1:]:
+        good = [name for name, row in rows.items() if row[way].get("cosine", 0) >= SILENT]
+        wrong = [name for name, row in rows.items() if "cosine" in row[way] and name not in good]
+        said = f"; silently wrong: {', '.join(wrong) or 'none'}" if way in ours else ""
+        lines.append(f"{way}: {len(good)} of {len(rows)} work{said}")
+    for mine, theirs in PAIRS:
+        below = [
+            f"{name} ({row[mine].get('cosine', 0):.4f}, {row[theirs]['cosine']:.4f})"
+            for name, row in rows.items()
+            if row[theirs].get("cosine", 0) - row[mine].get("cosine", 0) > MOST_BELOW_PEER
+        ]
+        lines.append(f"{mine} below {theirs} by more than {MOST_BELOW_PEER}: {', '.join(below) or 'none'}")
+    return "\n".join(lines)
+
+
+def done() -> dict[str, Row]:
+    """The rows in the file; of two of one name, the last."""
+    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    return {each["name"]: each["row"] for each in map(json.loads, lines)}
 
 
 def main() -> None:
-    """The table."""
+    """Measure what is not measured yet, then the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
-    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    ways, known = options.ways.split(","), makers(options.size)
+    OUT.mkdir(parents=True, exist_ok=True)
+    known = makers(options.size)
     names = options.only.split(",") if options.only else list(known)
-    rows = []
     for name in names:
+        if name in done() and not options.again:
+            continue
+        print(name, flush=True)
         torch.manual_seed(0)
         net, batch = known[name]()
-        rows.append([name, *(cell(way, net, batch) for way in ways)])
-        print(*rows[-1], flush=True)
-    print(table(["", *ways], rows))
-    for i, way in enumerate(ways, 1):
-        values = [row[i] for row in rows]
-        good = [value for value in values if value[0].isdigit() and float(value) >= SILENT]
-        wrong = [row[0] for row in rows if row[i] not in ("refused", "BROKEN") and row[i] not in good]
-        print(f"{way}: {len(good)} of {len(values)} work; silently wrong: {', '.join(wrong) or 'none'}")
+        with tempfile.TemporaryDirectory() as folder:
+            row = Measured(net, batch, Path(folder)).all()
+        with FILE.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, "row": row}) + "\n")
+    rows = {name: row for name, row in done().items() if name in names}
+    print(report({name: rows[name] for name in names}))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,6 @@ def version(name: str) -> str | None:
         mark = PEERS / "envs" / environment / ".installed"
         return " ".join(re.findall(r"\S+==\S+", mark.read_text())) if mark.exists() else None
     digest, source = hashlib.sha256(), ROOT / "src" / OURS
-    for file in sorted([*source.rglob("*.py"), *(ROOT / "csrc").iterdir()]):
+    for file in sorted([*source.rglob("*.py"), *(ROOT / "csrc").glob("*/*")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -23,6 +23,8 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
+from bitwright.plan.tensor_types import TensorTypes
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
@@ -62,16 +64,19 @@ def quantize(
     observer: str = "mse",
     kv_cache: str | None = None,
     recipe: str | Path | None = None,
+    size: str | None = None,
+    bits: float | None = None,
     calib: str = "general",
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
     store: str | Path | None = None,
     requantize: bool = False,
+    device: str = "cpu",
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """Quantize the checkpoint `model` (a directory or GGUF file) into a new directory or .gguf file `out`.
+    """Quantize the checkpoint `model` (a directory, GGUF file or name on the hub) into a new directory or .gguf file `out`.
 
     Arguments are the options of `bitwright quantize` (see docs/options.md); samples and seqlen: calibration windows, and
     tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
@@ -81,8 +86,9 @@ def quantize(
     plan = planned(
         Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
         observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
-        seqlen=seqlen, store=where, requantize=requantize, tensor_type=tensor_type, output_tensor_type=output_tensor_type,
-        token_embedding_type=token_embedding_type,
+        seqlen=seqlen, store=where, requantize=requantize,
+        types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type),
+        device=device, size=size, bits=bits, seed=seed, progress=progress,
     )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
@@ -97,7 +103,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation: ...
 
 
@@ -111,7 +119,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> list[Evaluation]: ...
 
 
@@ -124,16 +134,20 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
-    model, reference  checkpoint directories or GGUF files; reference: usually the float original
+    model, reference  checkpoint directories, GGUF files or names on the hub; reference: usually the float original
     text              a UTF-8 file or a built-in text by name; several in a list are judged in one pass, a result for each
     seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
@@ -144,6 +158,8 @@ def evaluate(
         tokens=tokens,
         predictions=Path(predictions) if predictions else None,
         engine=engine,
+        kv=kv,
         chat=chat,
+        device=device_of(device),
     )
     return found[0] if isinstance(text, str) else found

@@ -15,8 +15,8 @@ from bitwright.gguf.reader import GgufFile
 from bitwright.gguf.special_tokens import ends_of
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.gguf.tokenizer_keys import keys_of
-from bitwright.inference.decoding import Sampling
 from bitwright.inference.generation import Generator
+from bitwright.inference.sampling import Sampling
 from bitwright.models.gguf_source import read_config, read_tokenizer
 from bitwright.pipeline.conversion import convert
 from conftest import make_checkpoint

@@ -22,11 +22,14 @@ from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError, InputError, KernelError, RecipeError
 from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml_scales import READ_ONLY
-from bitwright.inference.decoding import LIKE_LLAMA, ModuleDecoder, NativeDecoder, Sampling, decoder_of, tokens
+from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.dense import Dense
 from bitwright.inference.generation import pieces
 from bitwright.inference.lookup import Lookup
+from bitwright.inference.module_decoder import ModuleDecoder
+from bitwright.inference.native_decoder import LIKE_LLAMA, NativeDecoder
 from bitwright.inference.qlinear import QLinear
+from bitwright.inference.sampling import Sampling
 from bitwright.methods.rtn import rtn
 from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode
@@ -152,7 +155,7 @@ def test_outliers_at_run_time(llama: Path, text: str, tmp_path: Path) -> None:
 def test_native_steps_are_the_modules_own(
     family: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.inference.decoding.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("bitwright.inference.native_decoder.TOKENS_AT_ONCE", at_once)
     window = {"sliding_window": 5} if family == "mistral" else {}
     model = load(make_checkpoint(tmp_path / "m", family, **window), scheme="int4-g32")
     fast, slow = decoder_of(model, 32), ModuleDecoder(model)
@@ -187,12 +190,11 @@ def test_every_instruction_set_takes_the_same_steps(llama: Path) -> None:
     for isa in ISAS:
         native.choose(isa)
         decoder = NativeDecoder(model, 60)
-        decoder.cache[:, :, :, :40] = torch.randn(
-            decoder.cache[:, :, :, :40].shape, generator=torch.Generator().manual_seed(0)
-        )
-        decoder.position = 40
+        held = decoder.store.rows[..., :40, :]
+        held.copy_(torch.randn(held.shape, generator=torch.Generator().manual_seed(0)))
+        decoder.lengths[0] = 40
         logits.append(torch.stack([decoder.step(token) for token in range(20)]))
-        caches.append(decoder.cache)
+        caches.append(decoder.store.rows)
     native.choose(before)
     assert all(torch.equal(each, logits[0]) for each in logits)
     assert all(torch.equal(each, caches[0]) for each in caches)

@@ -120,12 +120,12 @@ def test_the_twin_in_torch_rounds_inputs_alike(scheme: str, by_row: bool) -> Non
     zero=st.sampled_from(["sym", "asym", "min"]),
 )
 def test_any_shape(M: int, N: int, K: int, bits: int, group: str, zero: str) -> None:
+    """Half a step of inputs in 16 bits for every column, and what float32 sums lose."""
     p = pack(quantized(f"int{bits}-{group}-{zero}", N, K))
-    x = inputs(M, K)
-    exact = x.double() @ by_rows(p).double().T
-    assert (product(x, p) - exact).abs().max() <= 1e-4 * max(
-        1e-30, float(exact.abs().max()) + float(x.norm() * by_rows(p).norm()) * 0.1
-    )
+    x, w = inputs(M, K).double(), by_rows(p).double()
+    half = x.abs().amax(1, keepdim=True) / 32512 / 2  # [M, 1]
+    sums = x.norm(dim=1)[:, None] * w.norm(dim=1)[None]  # [M, N]
+    assert bool(((product(x.float(), p) - x @ w.T).abs() <= half * w.abs().sum(1)[None] + 4e-6 * sums).all())
 
 
 @needs_native

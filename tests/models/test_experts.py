@@ -1,6 +1,7 @@
 """Mixtures of experts: named as their files have them, fused or one by one; each expert judged by the tokens it sees."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bitwright.errors import CheckpointError
 from bitwright.models.experts import Experts
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.result import Result
+from bitwright.transforms.folds import applied, find_folds, readers_of
 from conftest import TEXT, save_tokenizer
 
 SIZES = {
@@ -158,7 +160,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks tensor.*experts\.2\.up_proj"):
+    with pytest.raises(CheckpointError, match=r"lacks tensor.*experts\.2\.up_proj.* there for 3 experts .* means 4"):
         quantize(folder)
 
 
@@ -167,7 +169,7 @@ def test_more_experts_in_the_config_than_in_the_file(kind: str, tmp_path: Path) 
     folder = save(tmp_path / "float", kind)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 5}))
-    with pytest.raises(CheckpointError, match=r"experts|shape"):
+    with pytest.raises(CheckpointError, match=r"there for 4 experts .* means 5|shape \(4, .* means \(5"):
         quantize(folder)
 
 
@@ -187,3 +189,54 @@ def test_a_fused_tensor_of_the_wrong_rank_is_named(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"input_linear.*shape \(768, 64\)"):
         quantize(folder)
+
+
+@pytest.mark.parametrize(("kind", "readers"), [("mixtral", 1 + 4 * 2), ("qwen2_moe", 1 + 4 * 2 + 3)])
+@torch.no_grad()
+def test_the_norm_before_a_mixture_of_experts_is_a_fold(kind: str, readers: int, tmp_path: Path) -> None:
+    """Router, gate and up of every expert, shared expert and its gate are scaled; transformers computes the same logits."""
+    source, scaled = save(tmp_path / "model", kind), tmp_path / "scaled"
+    before = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    streamed = StreamedModel(source)
+    streamed.load(streamed.skeleton.outer_names())
+    hidden = streamed.skeleton.embed(torch.arange(64).view(2, 32))
+    tensors = load_file(source / "model.safetensors")
+    names = streamed.names
+    for index in range(len(streamed.skeleton)):
+        streamed.load(streamed.skeleton.state_names(index))
+        found = [
+            f for f in find_folds(streamed.skeleton, index, hidden) if f.producer.endswith("post_attention_layernorm")
+        ]
+        assert [len(fold.readers) for fold in found] == [readers]
+        s = 10 ** (torch.rand(64, generator=torch.Generator().manual_seed(index)) * 2 - 1)
+        state = {name: tensors[names[name]] for name in streamed.skeleton.state_names(index)}
+        changed, _ = applied(found[0], s, state, readers_of(streamed.skeleton, index))
+        tensors |= {names[name]: tensor for name, tensor in changed.items()}
+    shutil.copytree(source, scaled)
+    save_file(tensors, scaled / "model.safetensors", metadata={"format": "pt"})
+    after = logits(AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_awq_scales_the_norm_before_experts(tmp_path: Path) -> None:
+    """Experts that share the norm get the same scales, the float router takes them in, and the ledger says both."""
+    out, result = quantize(save(tmp_path / "float", "qwen2_moe", _outlying), scheme="int3-g32", method="awq+rtn")
+    done = {e.name: e.transforms for e in result.ledger if e.action == "quantized"}
+    gates = {
+        text
+        for name, text in done.items()
+        if ".layers.0." in name and name.endswith(("gate_proj.weight", "up_proj.weight"))
+    }
+    assert len(gates) == 1 and "awq" in gates.pop()
+    assert all(e.reason.endswith("transformed") for e in result.ledger if e.name.endswith("mlp.gate.weight"))
+    whole = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32))
+    lost = float((logits(bitwright.load(out)) - whole).norm())
+    shutil.rmtree(out)
+    plain, _ = quantize(tmp_path / "float", scheme="int3-g32", method="rtn")
+    assert lost < float((logits(bitwright.load(plain)) - whole).norm())
+
+
+def _outlying(model: PreTrainedModel) -> None:
+    """Some channels behind the norms are large, as in trained models."""
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.fill_(1)[::16] = 30

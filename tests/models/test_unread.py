@@ -16,6 +16,7 @@ from bitwright import load, quantize
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
 from bitwright.evaluation.inspection import inspect
+from bitwright.models.source import names_in
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 
@@ -88,5 +89,26 @@ def test_codes_that_no_config_explains(packed: Path, tmp_path: Path) -> None:
     del said["quantization_config"]
     shutil.copytree(packed, tmp_path / "q")
     (tmp_path / "q" / "config.json").write_text(json.dumps(said))
-    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "q"), "--json"])
-    assert done.exit_code == 2 and "quantize_config.json" in json.loads(done.stdout)["remedy"]
+    for words in (["inspect"], ["convert", "c.gguf"], ["quantize", "o", "--calib", "none", "--method", "rtn"]):
+        command, *more = words
+        out = [str(tmp_path / word) if not i else word for i, word in enumerate(more)]
+        done = CliRunner().invoke(app, [command, str(tmp_path / "q"), *out, "--json"])
+        assert done.exit_code == 2 and "quantize_config.json" in json.loads(done.stdout)["remedy"], words
+
+
+def test_scales_for_keys_and_values_that_no_config_asks_for_are_noted(packed: Path, text: str, tmp_path: Path) -> None:
+    """They stay in float in `load` and `eval`, which say so; with a kv_cache_scheme only the others are noted."""
+    scales = {f"model.layers.{i}.self_attn.{s}_scale": torch.ones(1) for i in range(3) for s in "kv"}
+    model = holding(packed, tmp_path / "m", scales)
+    with pytest.warns(UserWarning, match=r"6 scales .*layers\.0\.self_attn\.k_scale; .*kv_cache_scheme"):
+        load(model)
+    done = CliRunner().invoke(app, ["eval", str(model), "--text", text, "--tokens", "64", "--seqlen", "32"])
+    assert done.exit_code == 0
+    assert "note: " in done.output
+    assert "6 scales" in done.output
+    said = json.loads((model / "config.json").read_text())
+    said["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    (model / "config.json").write_text(json.dumps(said))
+    streamed = StreamedModel(model)
+    names_in(streamed.weight_source, streamed.skeleton)
+    assert streamed.weight_source.notes == ()

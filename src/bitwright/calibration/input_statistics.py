@@ -3,7 +3,9 @@
 They belong to an *input*, not to a layer: modules that read the same tensor share one `Inputs`.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,12 @@ class Inputs:
             raise CalibrationError(message, where=", ".join(self.names), remedy=remedy)
         return torch.maximum(self.low.abs(), self.high.abs())
 
+    def to(self, device: torch.device) -> "Inputs":
+        """The same on another device; histograms stay on the CPU."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
+
     def divided(self, s: Tensor) -> "Inputs":
         """The statistics of x / s, s [K] > 0.
 
@@ -90,6 +98,37 @@ class Inputs:
         return histogram
 
 
+def pooled(some: Sequence[Inputs]) -> Inputs:
+    """The statistics by which channels are scaled, of several inputs together, such as those of all experts of a layer.
+
+    Each counts by its tokens; all must have been gathered alike. Drift, residual and histogram are left out.
+    """
+    if len(some) == 1:
+        return some[0]
+    counts = [float(max(1, one.tokens)) for one in some]
+    low, high = ([t for one in some if (t := one.low if least else one.high) is not None] for least in (True, False))
+    samples = [one.sample for one in some if one.sample is not None]
+    return Inputs(
+        tuple(name for one in some for name in one.names),
+        sum(one.tokens for one in some),
+        gram=_mean([one.gram for one in some if one.gram is not None], counts),
+        mean=_mean([one.mean for one in some if one.mean is not None], counts),
+        low=torch.stack(low).amin(0) if low else None,
+        high=torch.stack(high).amax(0) if high else None,
+        sample=torch.cat(samples)[:: len(some)] if samples else None,
+    )
+
+
+def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor | None:
+    """The mean weighted by counts; None of none."""
+    if not tensors:
+        return None
+    total = torch.zeros_like(tensors[0])
+    for tensor, count in zip(tensors, counts, strict=True):
+        total.add_(tensor, alpha=count / sum(counts))
+    return total
+
+
 @dataclass
 class Gathering:
     """Running statistics of one input, batch by batch."""
@@ -112,7 +151,7 @@ class Gathering:
         K = x.shape[-1]
         gathering = cls([], Gram(K, x.device))
         if detailed:
-            gathering.range, gathering.histogram = Range.empty(K), Histogram()
+            gathering.range, gathering.histogram = Range.empty(K, x.device), Histogram()
             gathering.stride = max(1, expected // SAMPLED)
         return gathering
 

@@ -10,8 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
-from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.advise import advise
+from bitwright.cli.console import (
+    AsJson,
+    Device,
+    Quiet,
+    console,
+    errors,
+    interruption,
+    plain,
+    progress_bar,
+    reporting,
+    show,
+)
+from bitwright.cli.inference import KeysAndValues, bench, chat, generate
+from bitwright.cli.plan import Bits, Size, plan
+from bitwright.cli.serve import serve
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +39,13 @@ ABOUT = (
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
+        "org/name@revision, org/name:FILE.gguf."
+    ),
+]
 Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
@@ -67,6 +87,14 @@ TensorType = Annotated[
         help="GGUF: NAME=TYPE, a block type for tensors that the regular expression NAME is found in; repeatable."
     ),
 ]
+HeadType = Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")]
+EmbeddingType = Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take a source that is quantized already (GGUF too), decoded.")
+]
+WrittenFormat = Annotated[
+    str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -91,25 +119,24 @@ def quantize(
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = None,
-    format: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
-    ] = None,
+    format: WrittenFormat = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
     tensor_type: TensorType = None,
-    output_tensor_type: Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")] = None,
+    output_tensor_type: HeadType = None,
+    token_embedding_type: EmbeddingType = None,
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
+    size: Size = None,
+    bits: Bits = None,
     calib: Calib = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
     store: Store = None,
-    requantize: Annotated[
-        bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
-    ] = False,
+    requantize: Requantize = False,
+    device: Device = "cpu",
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
@@ -117,15 +144,17 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
-    with reporting(as_json, KEPT.format(out)):
+    with reporting(as_json, KEPT.format(out), quiet=quiet):
         from bitwright.pipeline.quantize import carried_out, planned
+        from bitwright.plan.tensor_types import TensorTypes
 
-        plan = planned(
-            model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
-            kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-            requantize=requantize, tensor_type=tensor_type or (), output_tensor_type=output_tensor_type,
-            token_embedding_type=token_embedding_type,
-        )  # fmt: skip
+        with progress_bar(as_json or quiet) as progress:
+            types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
+            plan = planned(
+                model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
+                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
+                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+            )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
@@ -134,8 +163,7 @@ def quantize(
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
-    if done.fallbacks:
-        raise typer.Exit(1)
+    raise typer.Exit(1 if done.fallbacks else 0)
 
 
 @app.command()
@@ -159,22 +187,21 @@ def compare(
         bool, typer.Option("--sequential", help="Statistics block by block for every candidate, as quantize does.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
+    device: Device = "cpu",
     resume: Resume = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
-    with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it"),
-        progress_bar(as_json or quiet) as progress,
-    ):
+    kept = f"what is finished is kept in {out}; the same command goes on with it"
+    with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
-            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep
-        )
+            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
+        )  # fmt: skip
         done = run_all(
             model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
             resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
@@ -219,11 +246,14 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
     ] = None,
+    device: Device = "cpu",
+    kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
         from bitwright.evaluation.evaluate import evaluate as judge
+        from bitwright.system.device import device_of
 
         found = judge(
             model,
@@ -233,7 +263,9 @@ def evaluate(
             tokens=tokens,
             predictions=predictions,
             engine=engine,
+            kv=kv,
             chat=chat,
+            device=device_of(device),
         )
         _print_evaluations(found, as_json)
 
@@ -248,7 +280,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
         show(whole[0] if len(whole) == 1 else {"texts": whole}, True, "")
         return
     console.print(evaluation_table(found))
-    for line in verdict(found):
+    for line in (*(f"note: {note}" for note in found[0].notes), *verdict(found)):
         console.print(plain(line), highlight=False)
 
 
@@ -332,7 +364,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (generate, chat, bench):
+for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
 
 

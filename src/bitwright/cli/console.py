@@ -1,6 +1,7 @@
 """What all commands do at the terminal: errors as messages or JSON, progress, results as a list or JSON."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary: only what is worse than asked.")]
+Device = Annotated[str, typer.Option(help="Compute on cpu, cuda or cuda:N.")]
 console, errors = Console(), Console(stderr=True)
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -51,13 +53,15 @@ interruption = Interruption()
 
 
 @contextmanager
-def reporting(as_json: bool, kept: str = "nothing was written") -> Iterator[None]:
+def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool = False) -> Iterator[None]:
     """Turn a BitwrightError into a message (or JSON) and an exit status; any other error is a bug and keeps its traceback.
 
-    kept: what to say after Ctrl-C of work that is kept, and how to resume it.
+    kept: what to say after Ctrl-C of work that is kept, and how to resume it; quiet: no progress bars of downloads.
     """
     from bitwright.errors import BitwrightError, InputError
 
+    if as_json or quiet:  # read when huggingface_hub is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
     except KeyboardInterrupt:

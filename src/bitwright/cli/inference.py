@@ -11,10 +11,10 @@ import typer
 from bitwright.cli.console import AsJson, console, errors, interruption, reporting, show
 
 if TYPE_CHECKING:
-    from bitwright.inference.decoding import Sampling
     from bitwright.inference.generation import Message
+    from bitwright.inference.sampling import Sampling
 
-Model = Annotated[Path, typer.Argument(help="Directory or .gguf file, float or quantized.")]
+Model = Annotated[Path, typer.Argument(help="Directory, .gguf file or name on the hub, float or quantized.")]
 Most = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; above, the more the freer.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that have this share of the mass.")]
@@ -25,7 +25,19 @@ Rounded = Annotated[
 Bits = Annotated[
     int, typer.Option(help="Bits of quantized layers' inputs: 16 (as good as float), or 8 (faster prompts).")
 ]
-Room = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")]
+Context = Annotated[int, typer.Option("--context", "--room", min=2, help="Tokens of prompt and answer together.")]
+KeysAndValues = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep keys and values in q8 (half the memory) or q4 (little more than a quarter); float otherwise."
+    ),
+]
+Lookahead = Annotated[
+    int,
+    typer.Option(
+        min=0, max=64, help="Tokens tried at a time where the text repeats itself: the same tokens, sooner. 0: none."
+    ),
+]
 
 
 def generate(
@@ -38,7 +50,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, by the chat template.")] = False,
     scheme: Rounded = None,
     activations: Bits = 16,
-    room: Room = 4096,
+    context: Context = 4096,
+    kv: KeysAndValues = None,
+    lookahead: Lookahead = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write on from a prompt; the text appears as it is made."""
@@ -46,7 +60,9 @@ def generate(
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
-        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        generator = Generator.open(
+            model, scheme=scheme, activations=activations, context=context, kv=kv, lookahead=lookahead
+        )
         text = sys.stdin.read() if prompt == "-" else prompt
         if chat:
             stream = generator.answer([{"role": "user", "content": text}], most=max_tokens, sampling=sampling)
@@ -66,14 +82,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
     scheme: Rounded = None,
     activations: Bits = 16,
-    room: Room = 4096,
+    context: Context = 4096,
+    kv: KeysAndValues = None,
+    lookahead: Lookahead = 0,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
     with reporting(False):
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
-        generator = Generator.open(model, scheme=scheme, activations=activations, room=room)
+        generator = Generator.open(
+            model, scheme=scheme, activations=activations, context=context, kv=kv, lookahead=lookahead
+        )
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
         for line in _lines():
             messages.append({"role": "user", "content": line})
@@ -85,6 +105,7 @@ def bench(
     model: Model,
     scheme: Rounded = None,
     activations: Bits = 16,
+    kv: KeysAndValues = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which the medians count.")] = 3,
@@ -94,12 +115,14 @@ def bench(
     with reporting(as_json):
         from bitwright.inference.speed import measure
 
-        found = measure(model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat)
+        found = measure(
+            model, scheme=scheme, activations=activations, kv=kv, prompt=prompt, decode=decode, repeat=repeat
+        )
         show(found.as_dict(), as_json, "Speed")
 
 
 def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
-    from bitwright.inference.decoding import Sampling
+    from bitwright.inference.sampling import Sampling
 
     return Sampling(temperature, top_p, seed)
 

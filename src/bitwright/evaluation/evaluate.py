@@ -21,8 +21,11 @@ from torch import Tensor
 from bitwright.errors import InputError
 from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
+from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
+from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.pipeline.statistics_store import code_version
+from bitwright.system.device import CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Evaluation:
     kl_p99, kl_p999   quantiles of KL over tokens: 99 % and 99.9 %
     top1              share of tokens whose most likely prediction is the reference's
     seconds           for all texts that were evaluated together
+    notes             on what the models' files hold and is not used
     """
 
     text: str
@@ -52,6 +56,7 @@ class Evaluation:
     top1: float | None = None
     bits_per_weight: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, keys as they are named."""
@@ -67,7 +72,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: torch.device = CPU,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -76,14 +83,18 @@ def evaluate(
     predictions  a directory with this reference's predictions, written if they are missing. KL is then over the reference's
                  most likely tokens (see reference.py)
     engine       "llama.cpp": round inputs, keys and values as that engine does (GGUF files)
+    kv           keys and values rounded to "q8" or "q4", of the model alone
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
+    device       that both models are computed on
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
-    run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
+    run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
+    than one window.
     """
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed, other = StreamedModel(model, engine=engine), StreamedModel(reference) if reference else None
+    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv), device=device)
+    other = StreamedModel(local(reference), device=device) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -93,7 +104,9 @@ def evaluate(
     against = _references(other, parts, predictions) if other else [None] * len(parts)
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
-    return [_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True)]
+    notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)
+    found = (_evaluation(streamed, name, cost, seconds) for name, cost in zip(texts, costs, strict=True))
+    return [replace(one, notes=notes) for one in found]
 
 
 Against = Callable[
@@ -159,9 +172,9 @@ def _costs(
     nll, beside = list[Tensor](), list[Compared]()
     for piece in pieces(parts, streamed.vocabulary):
         log_q = streamed.log_probabilities(hidden, piece)
-        nll.append(surprise(log_q, piece.targets(parts)))
+        nll.append(surprise(log_q, piece.targets(parts)).cpu())
         if against:
-            beside.append(against(piece, log_q))
+            beside.append(against(piece, log_q).cpu())
     count = sum(len(part) for part in parts)
 
     def whole(tensors: list[Tensor]) -> Tensor:

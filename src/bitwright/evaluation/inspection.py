@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.evaluation.gguf_inspection import described
+from bitwright.files.hub import local
 from bitwright.gguf.architectures import named
 from bitwright.gguf.reader import GgufFile, is_gguf
 from bitwright.models.config import read_config
@@ -24,6 +25,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     import torch
 
+    folder = local(folder)
     if is_gguf(folder):
         file = GgufFile(folder)
         if named(file.key("general.architecture", str)) is None:

@@ -72,7 +72,7 @@ class Checkpoint:
             remedy = "give a directory with config.json and model.safetensors"
             raise CheckpointError("no such directory", where=str(folder), remedy=remedy)
         self.tensors: dict[str, TensorInfo] = {}
-        for file, wanted in sorted(({only: []} if only else _weight_files(folder)).items()):
+        for file, wanted in sorted(({only: []} if only else weight_files(folder)).items()):
             found = read_header(file)
             for name in wanted or found:
                 if name not in found:
@@ -112,8 +112,11 @@ class Checkpoint:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Each weight file and the tensors that the index lists for it; an empty list: all that the file holds."""
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Each weight file of a directory and the tensors that the index lists for it; an empty list: all that the file holds.
+
+    CheckpointError if there is none, or a shard or the index is missing or damaged.
+    """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         try:

@@ -29,6 +29,29 @@ MIXTURE = (
     ("num_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),
     ("moe_intermediate_size", "expert_feed_forward_length"),
 )  # fmt: skip
+GLM_MIXTURE = (
+    ("n_routed_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),
+    ("moe_intermediate_size", "expert_feed_forward_length"), ("n_shared_experts", "expert_shared_count"),
+    ("first_k_dense_replace", "leading_dense_block_count"), ("routed_scaling_factor", "expert_weights_scale"),
+    ("norm_topk_prob", "expert_weights_norm"), ("n_group", "expert_group_count"), ("topk_group", "expert_group_used_count"),
+)  # fmt: skip
+ERNIE_MIXTURE = (
+    ("moe_num_experts", EXPERT_COUNT), ("moe_k", "expert_used_count"), ("moe_intermediate_size", "expert_feed_forward_length"),
+    ("moe_num_shared_experts", "expert_shared_count"), ("moe_layer_start_index", "leading_dense_block_count"),
+    ("moe_layer_interval", "interleave_moe_layer_step"),
+)  # fmt: skip
+LATENT = (("q_lora_rank", "attention.q_lora_rank"), ("kv_lora_rank", "attention.kv_lora_rank"))
+DEEPSEEK = (*GROUPED, *RMS, *LATENT, *GLM_MIXTURE, ("vocab_size", "vocab_size"))
+GATED_BY_SIGMOID = (("expert_gating_func", 2),)
+FALCON = (
+    ("max_position_embeddings", "context_length"), ("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"),
+    ("num_attention_heads", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
+)  # fmt: skip
+LFM2 = (
+    ("max_position_embeddings", "context_length"), ("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"),
+    ("intermediate_size", "feed_forward_length"), ("num_attention_heads", "attention.head_count"),
+    ("norm_eps", RMS[0][1]), ("conv_L_cache", "shortconv.l_cache"), ("vocab_size", "vocab_size"),
+)  # fmt: skip
 GPT2 = (
     ("n_positions", "context_length"), ("n_embd", "embedding_length"), ("n_layer", "block_count"),
     ("n_head", "attention.head_count"), ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
@@ -89,6 +112,11 @@ ARCHITECTURES = {
         Architecture("mixtral", "llama", (*LLAMA, *MIXTRAL), pairs=True),
         Architecture("qwen2", "qwen2", (*GROUPED, *RMS)),
         Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
+        Architecture(
+            "qwen2_moe",
+            "qwen2moe",
+            (*GROUPED, *RMS, *MIXTURE, ("shared_expert_intermediate_size", "expert_shared_feed_forward_length")),
+        ),
         Architecture("qwen3_moe", "qwen3moe", (*GROUPED, *RMS, *HEADS, *MIXTURE), biases=BIASES[:1]),
         Architecture("phi3", "phi3", (*GROUPED, *RMS, *SLIDING)),
         Architecture("gemma", "gemma", GEMMA, shifted=True),
@@ -112,7 +140,46 @@ ARCHITECTURES = {
         Architecture(
             "gpt_neox", "gptneox", (*SHAPE, *NORM, ("use_parallel_residual", "use_parallel_residual")), fused=True
         ),
+        Architecture("olmoe", "olmoe", (*GROUPED, *RMS, *MIXTRAL)),
+        Architecture(
+            "granitemoe",
+            "granitemoe",
+            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, ("vocab_size", "vocab_size")),
+            pairs=True,
+        ),
+        Architecture(
+            "glm4_moe",
+            "glm4moe",
+            (*GROUPED, *RMS, *HEADS, *GLM_MIXTURE),
+            constant=GATED_BY_SIGMOID,
+            biases=(*BIASES[:1], ("use_qk_norm", "blk.0.attn_q_norm.weight")),
+        ),
+        Architecture("ernie4_5_moe", "ernie4_5-moe", (*GROUPED, *RMS, *ERNIE_MIXTURE)),
+        Architecture("deepseek_v2", "deepseek2", DEEPSEEK),
+        Architecture("deepseek_v3", "deepseek2", DEEPSEEK),
+        Architecture(
+            "gpt_oss",
+            "gpt-oss",
+            (*GROUPED, *RMS, *HEADS, *MIXTRAL, *SLIDING, ("intermediate_size", "expert_feed_forward_length")),
+        ),
+        Architecture("hunyuan_v1_dense", "hunyuan-dense", (*GROUPED, *RMS, *HEADS)),
+        Architecture(
+            "hunyuan_v1_moe",
+            "hunyuan-moe",
+            (
+                *GROUPED,
+                *RMS,
+                *HEADS,
+                ("num_experts", EXPERT_COUNT),
+                ("moe_topk", "expert_used_count"),
+                ("intermediate_size", "expert_feed_forward_length"),
+            ),
+        ),
+        Architecture("exaone4", "exaone4", (*GROUPED, *RMS, *HEADS, *SLIDING, ("vocab_size", "vocab_size"))),
+        Architecture("falcon", "falcon", FALCON),
+        Architecture("lfm2", "lfm2", LFM2),
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
+        Architecture("gpt_bigcode", "starcoder", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
         *(
             Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False, padded=kind != "bert")

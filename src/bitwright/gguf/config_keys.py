@@ -17,19 +17,52 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
 from bitwright.gguf.architectures import ARCHITECTURES, EXPERT_COUNT, VISION, Architecture, check_is_model, named
 from bitwright.gguf.rope import head_dim_of
+from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
 from bitwright.gguf.special_tokens import ends_of
 
 Keys = dict[str, Any]
 
-DISTILLED_EPSILON = 1e-12  # epsilon of DistilBERT's norms, fixed in its code
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 # Config attributes that llama.cpp's code fixes for each model_type.
 GELU = "gelu_pytorch_tanh"
 ALIKE = {"gelu_new": GELU}  # two names of the same function
+SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
 FIXED: dict[str, Keys] = {
     **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3")},
-    "qwen3_moe": {"hidden_act": "silu", "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    "qwen2_moe": {
+        "hidden_act": "silu",
+        "norm_topk_prob": False,
+        "qkv_bias": True,
+        "tie_word_embeddings": False,
+        **SPARSE,
+    },
+    "qwen3_moe": {"hidden_act": "silu", "norm_topk_prob": True, **SPARSE},
+    "olmoe": {
+        "hidden_act": "silu",
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "tie_word_embeddings": False,
+    },
+    "granitemoe": {"hidden_act": "silu", "attention_bias": False},
+    "glm4_moe": {"hidden_act": "silu"},
+    "ernie4_5_moe": {"hidden_act": "silu", "use_bias": False},
+    "deepseek_v2": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
+    "gpt_oss": {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False},
+    "hunyuan_v1_dense": {"hidden_act": "silu", "attention_bias": False},
+    "hunyuan_v1_moe": {"hidden_act": "silu", "attention_bias": False},
+    "exaone4": {"hidden_act": "silu"},
+    "falcon": {"activation": "gelu", "alibi": False, "parallel_attn": True, "bias": False},
+    "gpt_bigcode": {"activation_function": GELU, "multi_query": True, "scale_attn_weights": True},
+    "lfm2": {"conv_bias": False, "tie_word_embeddings": True},
     "gemma": {"hidden_activation": GELU},
     "gemma2": {"hidden_activation": GELU},
     "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
@@ -56,7 +89,9 @@ EVERY = {
     "gemma2": 2,
     "gemma3_text": 6,
     "cohere2": 4,
+    "gpt_oss": 2,
 }  # every how many layers one has full attention; the others have a sliding window
+EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
 WINDOWLESS = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
@@ -98,10 +133,8 @@ def keys_of(config: PretrainedConfig) -> Keys:
         if value is not None:
             found[f"{row.name}.{key}"] = value - first_position(config) if key == "context_length" else value
     found |= {f"{row.name}.{key}": value for key, value in row.constant}
-    if row.kind == "gpt2":
-        found["gpt2.feed_forward_length"] = config.n_inner or 4 * config.n_embd
-    if row.kind == "distilbert":
-        found["bert.attention.layer_norm_epsilon"] = DISTILLED_EPSILON
+    if row.kind in WRITTEN:
+        found |= {f"{row.name}.{key}": value for key, value in WRITTEN[row.kind](config).items() if value is not None}
     if not row.causal:
         found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: getattr(config, "type_vocab_size", 1)}
     return found | (rope.keys_of(row.name, config) if row.rotary else {})
@@ -114,8 +147,12 @@ def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys
         found["query_pre_attn_scalar"] = width // heads if depth == WIDE[kind] else head_dim
     if kind == "smollm3":  # every fourth layer has no position embedding (NoPE)
         found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
-    if kind in EVERY:
-        found["layer_types"] = [rope.LOCAL if (i + 1) % EVERY[kind] else rope.GLOBAL for i in range(depth)]
+    if kind == "olmoe":
+        found["num_key_value_heads"] = heads  # the norm of keys is as wide as that of queries
+    if kind == "exaone4":
+        found |= {"layer_types": [rope.GLOBAL] * depth, "sliding_window": None} if depth != EXAONE_WINDOWED else {}
+    if kind in EVERY or (kind == "exaone4" and depth == EXAONE_WINDOWED):
+        found["layer_types"] = [rope.LOCAL if (i + 1) % EVERY.get(kind, 4) else rope.GLOBAL for i in range(depth)]
     return found
 
 
@@ -130,7 +167,11 @@ def _check_fixed(row: Architecture, config: PretrainedConfig) -> None:
 
 
 def not_kept(config: PretrainedConfig) -> list[str]:
-    """Notes on what llama.cpp ignores of the config, as it does in files of its own converter: the sliding window."""
+    """Notes on what llama.cpp ignores of the config, as in files of its own converter: sliding windows, YaRN's exact ramp."""
+    if config.model_type == "gpt_oss" and config.rope_parameters.get("rope_type") == "yarn":
+        return [
+            "llama.cpp begins and ends YaRN's ramp at whole frequencies, and gpt-oss between them: logits differ a little"
+        ]
     window = getattr(config, "sliding_window", None)
     sliding = window and getattr(config, "use_sliding_window", True) and config.model_type in WINDOWLESS
     if not sliding or window >= config.max_position_embeddings:
@@ -160,6 +201,8 @@ def config_of(
         row = _distilled(keys, where)
     if row is not None and row.name == "llama" and keys.get(f"llama.{EXPERT_COUNT}"):
         row = ARCHITECTURES["mixtral"]
+    if row is not None and row.name == "deepseek2" and keys.get("deepseek2.expert_gating_func") == SIGMOID:
+        row = ARCHITECTURES["deepseek_v3"]
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
         remedy = f"known: {known}; another needs its keys and tensor names in gguf/architectures.py"
@@ -182,8 +225,10 @@ def config_of(
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
     values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
     values |= _ends(keys)
+    own = {key.removeprefix(f"{row.name}."): _plain(value) for key, value in keys.items()}
     try:
-        return AutoConfig.for_model(row.kind, **values, **_implied(row, values, keys, factors or {}, where))
+        values |= READ[row.kind](own, tensors) if row.kind in READ else {}
+        return AutoConfig.for_model(row.kind, **_implied(row, values, keys, factors or {}, where) | values)
     except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 

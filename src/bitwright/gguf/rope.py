@@ -32,6 +32,15 @@ KNOWN = {
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
 ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp takes if a file does not say otherwise
+MSCALE = "mscale_all_dim"  # of DeepSeek's YaRN: scores are divided by more, as the context grows
+LATENT = "deepseek2"  # the architecture that has a key for it
+ALPHA = (
+    "hunyuan-dense",
+    "hunyuan-moe",
+)  # architectures whose "dynamic" type is a larger base: NTK-aware scaling by alpha
+# What all checkpoints of an architecture have, and llama.cpp nevertheless computes as by YARN.
+OWN = {"gpt-oss": {"truncate": False}}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LOCAL_BASES = {"gemma3": 10000.0}  # default base of sliding-window layers, for architectures in which it differs
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -45,11 +54,12 @@ def head_dim_of(config: PretrainedConfig) -> int:
 def keys_of(name: str, config: PretrainedConfig) -> Keys:
     """The RoPE keys of llama.cpp's architecture `name`. FormatError for parameters that they cannot express."""
     both = config.rope_parameters or {}
-    rope = both.get(GLOBAL, both)
+    rope = _plain(name, both.get(GLOBAL, both), head_dim_of(config))
     keys: Keys = {
         "freq_base": float(rope.get("rope_theta", 10000.0)),
         "dimension_count": int(head_dim_of(config) * _share(rope, config)),
     }
+    keys |= {"scaling.yarn_log_multiplier": 0.1 * rope.pop(MSCALE)} if MSCALE in rope else {}
     keys |= _scaling(rope, config)
     if LOCAL in both:
         if both[LOCAL].get("rope_type", "default") != "default":
@@ -61,6 +71,24 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
 def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
     """The fraction of a head's channels that is rotated."""
     return float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
+
+
+def _plain(name: str, rope: Mapping[str, Any], dim: int) -> Keys:
+    """The parameters without those that llama.cpp's architecture takes for granted.
+
+    Hunyuan's alpha becomes a larger base. FormatError for DeepSeek's two scales, if they differ.
+    """
+    left = dict(rope)
+    kind = left.get("rope_type", "default")
+    if kind == "yarn":
+        meant, given = YARN | OWN.get(name, {}), YARN | left
+        left = {key: value for key, value in given.items() if key not in meant or value not in (None, meant[key])}
+    if kind == "yarn" and name == LATENT and MSCALE in left and left.pop("mscale", 1.0) != left[MSCALE]:
+        raise _unknown(f"{kind!r} with an mscale other than {MSCALE}")
+    if kind == "dynamic" and name in ALPHA and left.get("alpha"):
+        base = float(left.get("rope_theta", 10000.0)) * left["alpha"] ** (dim / (dim - 2))
+        left = {"rope_type": "default", "rope_theta": base}
+    return left
 
 
 def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
@@ -144,6 +172,10 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         rope |= {"attention_factor": own.get("scaling.attn_factor", 1.0)}
     elif kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": own.get("scaling.factor", 1.0)}
+        rope |= OWN.get(name, {}) if kind == "yarn" else {}
+    if name == LATENT and kind == "yarn" and "scaling.yarn_log_multiplier" in own:
+        scale = own["scaling.yarn_log_multiplier"] / 0.1
+        rope |= {"mscale": scale, MSCALE: scale}
     original = own.get("scaling.original_context_length")
     if original and rope["rope_type"] in ("yarn", "longrope"):
         rope["original_max_position_embeddings"] = original

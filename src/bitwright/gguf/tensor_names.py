@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
+from bitwright.gguf.special_keys import falcon_kv_heads
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # embeddings that are added, never used in a matrix product
@@ -30,7 +31,23 @@ HEADS = (
 )  # heads of an encoder's pretraining tasks
 POSITIONS = "position_embeddings.weight"
 EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
-FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers
+# Routers and convolutions.
+FLOAT32 = (
+    "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "exp_probs_b.bias", "ssm_conv1d.weight", "shortconv.conv.weight",
+)  # fmt: skip
+RENAMED = {  # endings of parameters that the gguf package's table has otherwise
+    "gate.moe_statics.e_score_correction_bias": "moe_statics.e_score_correction.bias",
+    "e_score_correction_bias": "e_score_correction.bias",
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
+    "self_attn.sinks": "self_attn.sinks.weight",
+}
+# Endings of parameters with a dimension of 1 that llama.cpp leaves out, and which one.
+FLAT = {
+    "shared_expert_gate.weight": 0,
+    "moe_statics.e_score_correction_bias": 0,
+    "conv1d.weight": 1,
+    "conv.conv.weight": 1,
+}
 
 
 def expert_of(parameter: str) -> int | None:
@@ -73,7 +90,9 @@ class Names:
         expert = EXPERT.search(parameter)
         if expert is not None and self.experts:
             return f"blk.{expert[1]}.ffn_{expert[3]}_exps.{expert[4]}"
-        found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        ending = next((end for end in RENAMED if parameter.endswith(end)), None)
+        known = parameter if ending is None else parameter.removesuffix(ending) + RENAMED[ending]
+        found = self._map.get_name(known, try_suffixes=(".weight", ".bias"))
         if found is None:
             remedy = "keep to the architecture's own tensors"
             raise FormatError(
@@ -97,10 +116,19 @@ class Names:
         if self.row.fused and leaf == "query_key_value":
             heads = self.config.num_attention_heads
             return _by_head(parameter, N, heads, 3).transpose(0, 1).reshape(N)
+        if self.row.kind == "falcon" and leaf == "query_key_value":
+            return self._falcon_rows(N)
         if not self.row.pairs or leaf not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if leaf == "q_proj" else self.config.num_key_value_heads
         return _by_head(parameter, N, heads, 2).transpose(1, 2).reshape(N)
+
+    def _falcon_rows(self, N: int) -> Tensor:
+        """All of Q, then K, then V, from groups of query heads, each with its key and value."""
+        groups, heads = falcon_kv_heads(self.config), self.config.num_attention_heads
+        each = heads // groups
+        order = torch.arange(N).view(groups, each + 2, -1)
+        return torch.cat([order[:, :each].flatten(), order[:, each].flatten(), order[:, each + 1].flatten()])
 
     def height(self, parameter: str, N: int) -> int:
         """The number of rows that are written of a parameter with N rows."""
@@ -109,28 +137,24 @@ class Names:
     def written(self, parameter: str, tensor: Tensor) -> Tensor:
         """A float tensor in llama.cpp's layout: transposed, rows permuted, norms shifted by 1, vectors in float32."""
         tensor = tensor.T if self._is_transposed(parameter) else tensor
-        order = self.rows(parameter, len(tensor))
+        flat = next((dim for end, dim in FLAT.items() if parameter.endswith(end)), None)
+        tensor = tensor if flat is None else tensor.squeeze(flat)
+        order = self.rows(parameter, len(tensor)) if tensor.ndim else None
         tensor = tensor if order is None else tensor[order]
         tensor = tensor.float() if self.is_float32(parameter, tensor.ndim) else tensor
         return tensor + 1 if self._is_shifted(parameter) else tensor
 
-    def read(self, parameter: str, tensor: Tensor) -> Tensor:
-        """A tensor from a GGUF file in transformers' layout; undoes `written`."""
+    def read(self, parameter: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor from a GGUF file in transformers' layout and of this shape; undoes `written`."""
         tensor = tensor - 1 if self._is_shifted(parameter) else tensor
         order = self.rows(parameter, len(tensor))
         tensor = tensor if order is None else tensor[order.argsort()]
-        return tensor.T if self._is_transposed(parameter) else tensor
-
-    def shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a parameter has in transformers, given its tensor's shape in the file."""
-        shape = shape if expert_of(parameter) is None else shape[1:]
-        return shape[::-1] if self._is_transposed(parameter) else shape
+        return tensor.T if self._is_transposed(parameter) else tensor.reshape(shape)
 
     def stored_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor that holds a parameter, given its shape in transformers."""
-        shape = shape[::-1] if self._is_transposed(parameter) else shape
-        shape = (self.height(parameter, shape[0]), *shape[1:]) if shape else shape
-        return shape if expert_of(parameter) is None else (self.experts, *shape)
+        own = tuple(self.written(parameter, torch.empty(shape, device="meta")).shape)
+        return own if expert_of(parameter) is None else (self.experts, *own)
 
     def _is_transposed(self, parameter: str) -> bool:
         return self.row.kind == "gpt2" and parameter.endswith(TRANSPOSED)

@@ -1,16 +1,21 @@
 """Generate text with a loaded model, piece by piece as it can be read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import InputError
-from bitwright.inference.decoding import Decoder, Sampling, decoder_of, tokens
+from bitwright.files.hub import local
+from bitwright.inference.decoder import Decoder
+from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.loading import load
+from bitwright.inference.sampling import Sampling
+from bitwright.numerics.key_value_codes import key_value_codes
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
 
@@ -19,22 +24,38 @@ Message = dict[str, str]  # role and content
 
 @dataclass(frozen=True)
 class Generator:
-    """A model with its tokenizer, decoder and context length (`room`)."""
+    """A model with its tokenizer, decoder and context length; `lookahead`: see `decoding.tokens`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder
-    room: int
+    context: int
+    lookahead: int = 0
 
     @classmethod
-    def open(cls, path: Path, *, scheme: str | None = None, activations: int = 16, room: int = 4096) -> "Generator":
-        """Load a checkpoint. room: context length, prompt and answer together; at most what the model was trained for.
+    def open(
+        cls,
+        path: Path,
+        *,
+        scheme: str | None = None,
+        activations: int = 16,
+        context: int = 4096,
+        kv: str | None = None,
+        lookahead: int = 0,
+        slots: int = 1,
+    ) -> "Generator":
+        """Load a checkpoint.
 
-        Raises what `load` does, and CheckpointError for an encoder.
+        context  tokens of prompt and answer together; at most what the model was trained for
+        kv       keys and values in q8 or q4; None: in float16, or in float where the model's modules run
+        slots    sequences that the decoder holds
+        Raises what `load` does, CheckpointError for an encoder, InputError for an unknown kv.
         """
+        codes, path = key_value_codes(kv), local(path)
         model = load(path, scheme=scheme, activations=activations)
-        room = min(room, getattr(model.config, "max_position_embeddings", None) or room)
-        return cls(model, load_tokenizer(path), decoder_of(model, room), room)
+        context = min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
+        decoder = decoder_of(model, context, slots=slots, kv=codes)
+        return cls(model, load_tokenizer(path), decoder, context, lookahead)
 
     def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Iterator[str]:
         """The model's continuation of a text: up to `most` tokens, in pieces. InputError for a text that is too long."""
@@ -42,45 +63,73 @@ class Generator:
 
     def answer(self, messages: list[Message], *, most: int, sampling: Sampling) -> Iterator[str]:
         """The model's answer to a conversation, in its chat template. InputError if it has none."""
-        if not self.tokenizer.chat_template:
-            raise InputError("the model has no chat template", remedy="use `bitwright generate` without --chat")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._stream(self.tokenizer.encode(text, add_special_tokens=False), most, sampling)
+        return self._stream(conversation(self.tokenizer, messages), most, sampling)
 
     def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Iterator[str]:
-        if len(ids) >= self.room:
-            remedy = f"give a shorter prompt, or --room {len(ids) + most} if the model reaches that far"
-            raise InputError(f"a prompt of {len(ids)} tokens in a context of {self.room}", remedy=remedy)
-        most = min(most, self.room - len(ids))
+        if len(ids) >= self.context:
+            remedy = f"give a shorter prompt, or --context {len(ids) + most} if the model reaches that far"
+            raise InputError(f"a prompt of {len(ids)} tokens in a context of {self.context}", remedy=remedy)
         found = tokens(
-            self.decoder, torch.tensor(ids, dtype=torch.long), most=most, stop=self._stop(), sampling=sampling
+            self.decoder,
+            torch.tensor(ids, dtype=torch.long),
+            most=min(most, self.context - len(ids)),
+            stop=self.stop(),
+            sampling=sampling,
+            lookahead=self.lookahead,
         )
         return pieces(found, lambda part: str(self.tokenizer.decode(part)))
 
-    def _stop(self) -> frozenset[int]:
+    def stop(self) -> frozenset[int]:
         """The tokens that end an answer."""
         found: set[int] = set()
         for end in (
             self.model.generation_config.eos_token_id,
-            self.model.config.eos_token_id,
+            getattr(self.model.config.get_text_config(), "eos_token_id", None),
             self.tokenizer.eos_token_id,
         ):
             found |= set(end) if isinstance(end, list) else set() if end is None else {end}
         return frozenset(found)
 
 
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """A conversation as tokens, in the model's chat template, up to where its answer begins. InputError if it has none."""
+    if not tokenizer.chat_template:
+        raise InputError("the model has no chat template", remedy="use `bitwright generate` without --chat")
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+class Detokenizer:
+    """Tokens as text, each piece as soon as none of its characters can change any more."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode, self.ids = decode, list[int]()
+        self.before = ""  # text already given of the tokens since the last line's end
+
+    def push(self, token: int) -> str:
+        """The text that one more token completes: none, as long as a character is unfinished."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        if text.endswith(UNFINISHED):
+            return ""
+        new, self.before = text[len(self.before) :], text
+        if text.endswith("\n"):
+            self.ids, self.before = [], ""
+        return new
+
+    def rest(self) -> str:
+        """What is left at the end: an unfinished character."""
+        return self.decode(self.ids)[len(self.before) :] if self.ids else ""
+
+
 def pieces(found: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
     """Tokens as text, each piece as soon as none of its characters can change any more."""
-    ids: list[int] = []
-    before = ""  # text already yielded of the tokens since the last line's end
+    text = Detokenizer(decode)
     for token in found:
-        ids.append(token)
-        text = decode(ids)
-        if text.endswith(UNFINISHED):
-            continue
-        yield text[len(before) :]
-        before = text
-        if text.endswith("\n"):
-            ids, before = [], ""
-    if ids and len(text := decode(ids)) > len(before):
-        yield text[len(before) :]
+        if new := text.push(token):
+            yield new
+    if rest := text.rest():
+        yield rest

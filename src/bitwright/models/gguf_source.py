@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +32,19 @@ def read_config(path: Path) -> PretrainedConfig:
 
     CheckpointError for a damaged file, an unknown architecture, or tensors that do not fit the keys.
     """
-    return _matched(GgufFile(path))[0].config
+    return _matched(GgufFile(path)).names.config
 
 
-def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
-    """The model's `Names`, and the map from transformers' parameter names to the file's tensor names.
+class Matched(NamedTuple):
+    """A file's model: its names; transformers' parameter name -> the file's tensor, and -> shape in transformers."""
+
+    names: Names
+    stored: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _matched(file: GgufFile) -> Matched:
+    """The model of a file.
 
     Shapes from the keys are compared with the tensors before any memory is allocated. CheckpointError if they differ, or for
     tensors that the architecture does not have.
@@ -44,8 +52,8 @@ def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     file.check_vocabulary()
-    names, stored = Names(config), dict[str, str]()
-    for parameter, shape in _parameters(config, str(file.path)).items():
+    names, stored, parameters = Names(config), dict[str, str](), _parameters(config, str(file.path))
+    for parameter, shape in parameters.items():
         with suppress(FormatError):  # llama.cpp has no tensor for buffers and tied parameters
             name = names.of(parameter)
             found = file.tensors.get(name)
@@ -57,7 +65,7 @@ def _matched(file: GgufFile) -> tuple[Names, dict[str, str]]:
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
-    return names, stored
+    return Matched(names, stored, {parameter: parameters[parameter] for parameter in stored})
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
@@ -87,12 +95,13 @@ class GgufWeightSource:
         """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
-        self.names, self.stored = _matched(self.file)
+        self.names, self.stored, self._shapes = _matched(self.file)
+        self.notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Parameter name -> shape in transformers."""
-        return {p: self.names.shape(p, self.file.tensors[name].shape) for p, name in self.stored.items()}
+        return {**self._shapes}
 
     @property
     def is_float(self) -> bool:
@@ -113,7 +122,7 @@ class GgufWeightSource:
         stored, first, last = self._place(name)
         shape = self.file.tensors[stored].shape
         own = shape if expert_of(name) is None else shape[1:]
-        return self.names.read(name, self.file.read_rows(stored, first, last).view(own))
+        return self.names.read(name, self.file.read_rows(stored, first, last).view(own), self._shapes[name])
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The tensor that holds a parameter, and its rows there, [first, last): of an expert, a part of them."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from bitwright.errors import CheckpointError
 from bitwright.gguf.tensor_names import is_unused
+from bitwright.models.kv_cache import SCALES
 from bitwright.models.skeleton import Skeleton
 
 Shapes = Mapping[str, tuple[int, ...] | None]
@@ -53,6 +54,17 @@ def check_all_read(shapes: Shapes, read: Iterable[str], skeleton: Skeleton, wher
     found = [name for name, shape in shapes.items() if name not in read and why_left(name, shape, skeleton) is None]
     if found:
         raise unread(found, skeleton, where)
+
+
+def notes_on_scales(shapes: Shapes, skeleton: Skeleton, *, rounded: bool) -> tuple[str, ...]:
+    """A note on scales for keys, values or queries that are not used; rounded: whether config.json has a kv_cache_scheme."""
+    found = [name for name, shape in shapes.items() if why_left(name, shape, skeleton) == KV_SCALES]
+    left = [name for name in found if not (rounded and name.endswith(SCALES))]
+    if not left:
+        return ()
+    asks = "k_scale and v_scale alone" if rounded else "none, so keys and values stay in float"
+    shown = f"{len(left)} scales for keys and values, such as" if len(left) > 1 else "a scale for keys and values,"
+    return (f"not used: {shown} {left[0]}; config.json (kv_cache_scheme) asks for {asks}",)
 
 
 def unread(names: list[str], skeleton: Skeleton, where: str) -> CheckpointError:

@@ -8,12 +8,13 @@ import torch
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Checkpoint, disk_errors
+from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
-from bitwright.models.config import quantization_of, read_config
+from bitwright.models.config import check_described, quantization_of, read_config
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter
@@ -29,6 +30,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
     number by number.
     """
     check_out(out)
+    model = local(model)
     chosen_format, _, _ = chosen(out, format_name, None, None)
     if chosen_format != "gguf":
         return repack(model, out, chosen_format)
@@ -37,6 +39,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    check_described(checkpoint.tensors, model)
     skeleton.split_experts(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))

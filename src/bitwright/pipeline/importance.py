@@ -11,6 +11,7 @@ from torch import Tensor
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import RecipeError
+from bitwright.files.hub import local
 from bitwright.gguf import imatrix
 from bitwright.gguf.imatrix import UNSEEN, Seen
 from bitwright.gguf.tensor_names import Names, expert_of
@@ -84,7 +85,7 @@ def write_importance(
     Errors as of `preflight` and of calibration.
     """
     check_out(out)
-    plan = preflight(model, Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
+    plan = preflight(local(model), Recipe.uniform("q8_0", "search"), "gguf", samples=samples, seqlen=seqlen)
     tokens = calibration_tokens(plan, calib, seed).seen
     names, found = Names(plan.skeleton.config), dict[str, list[Seen]]()
     folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.absolute().parent))

@@ -3,12 +3,15 @@
 GGUF files that need no model are planned without importing transformers, which takes as long as quantizing a small one.
 """
 
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import RecipeError
+from bitwright.errors import InputError, RecipeError
+from bitwright.files.hub import local
 from bitwright.formats import FORMATS, chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
@@ -18,9 +21,13 @@ from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.target import Target
+from bitwright.plan.tensor_types import NO_TYPES, TensorTypes
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
+NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
     from bitwright.plan.preflight import Plan
@@ -43,32 +50,95 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
-    tensor_type: Sequence[str] = (),
-    output_tensor_type: str | None = None,
-    token_embedding_type: str | None = None,
+    types: TensorTypes = NO_TYPES,
+    device: str = "cpu",
+    size: str | None = None,
+    bits: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`. Raises the InputError of whatever would stop it."""
+    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+
+    Raises the InputError of whatever would stop the run. size, bits: what the result may take; schemes are chosen for it
+    (planned_recipe.py), with scores that are kept beside OUT until it appears.
+    """
     check_out(out)
+    place = device_of(device)
     texts_of(calib)  # checked here, before any work
+    model = local(model)
+    if size is not None or bits is not None:
+        chosen_too = {
+            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
+            "--store": store, "--requantize": requantize, "--device": device != "cpu", **types.options,
+        }  # fmt: skip
+        _refuse([name for name, value in chosen_too.items() if value])
+        format, _, method = chosen(out, format, None, method)
+        text = _Calibration(calib, samples, seqlen, seed)
+        return _for_target(model, out, Target.parse(size, bits), format, method, text, progress)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
-    if tensor_type or output_tensor_type or token_embedding_type:
-        if not FORMATS[format].one_file:
-            message = f"types of single tensors are GGUF's, and OUT is {format}"
-            raise RecipeError(message, where=str(out), remedy="name OUT.gguf, or give rules in a recipe")
-        rules = rules.with_types(tensor_type, output_tensor_type, token_embedding_type, method)
+    rules = types.added_to(rules, method, format, one_file=FORMATS[format].one_file)
     rules = rules.without_text() if calib == "none" else rules
-    if is_gguf(model):
-        file, weighted = GgufFile(model), is_imatrix(calib)
-        modelless = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-        if modelless or unknown:
-            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
+    by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize) if is_gguf(model) else None
+    return by_name or _by_model(model, rules, format, samples, seqlen, place, requantize=requantize)
+
+
+def _by_model(
+    model: Path, rules: Recipe, format: str, samples: int, seqlen: int, place: torch.device, *, requantize: bool
+) -> "Plan":
+    """The plan of a checkpoint whose model is built and may be run."""
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
+
+
+class _Calibration(NamedTuple):
+    """The arguments that say which text is taken for calibration."""
+
+    calib: str
+    samples: int
+    seqlen: int
+    seed: int
+
+
+def _for_target(
+    model: Path, out: Path, target: Target, format: str, method: str, how: _Calibration, progress: Progress
+) -> "Plan":
+    """The plan whose schemes are chosen for a size or a number of bits."""
+    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+
+    settings = Settings(format, method=method, **how._asdict())
+    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+
+
+def _by_name(
+    model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str, place: torch.device, *, requantize: bool
+) -> GgufPlan | None:
+    """The plan of a GGUF file that becomes another one without its model; None if the model is needed, and known."""
+    file, weighted = GgufFile(model), is_imatrix(calib)
+    modelless = _needs_no_model(rules, recipe, format, calib)
+    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+    if not (modelless or unknown):
+        return None
+    if place.type != "cpu":
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
+
+
+def _refuse(others: list[str]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+    if others:
+        message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
+        remedy = "leave one of them out; bitwright plan has --schemes and --keep"
+        raise RecipeError(message, where="--size", remedy=remedy)
+
+
+def _scores_beside(out: Path) -> Path:
+    """Where scores are kept until OUT appears, for a run that is resumed."""
+    return out.with_name(f"{out.name}.scores")
 
 
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
@@ -87,4 +157,7 @@ def carried_out(
         return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
     from bitwright.pipeline.run import run
 
-    return run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    if (_scores_beside(out) / NOTE).is_file():
+        shutil.rmtree(_scores_beside(out))
+    return done

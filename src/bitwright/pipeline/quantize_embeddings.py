@@ -55,7 +55,7 @@ def quantize_embedding_and_head(
     """
     known: dict[str, Inputs] = {}
     if plan.calibrates_embeddings and tokens is not None and plan.skeleton.predicts:
-        known = _observe(plan, weights, states, tokens.seen)
+        known = observe_ends(plan, weights, states, tokens.seen)
     done = [_rounded(plan, t, weights, known.get(_name(t), Inputs())) for t in _ends(plan)]
     budget = plan.recipe.temper
     if budget is not None and states is not None and states.original is not None and tokens is not None:
@@ -77,7 +77,9 @@ def _name(t: PlannedTensor) -> str:
     return t.layer.name
 
 
-def _observe(plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Tensor) -> dict[str, Inputs]:
+def observe_ends(
+    plan: Plan, weights: dict[str, Tensor], states: HiddenStates | None, tokens: Tensor
+) -> dict[str, Inputs]:
     """Statistics for the embedding and the head, by module name: see calibration/embedding_statistics.py."""
     skeleton = plan.skeleton
     embedding, head = skeleton.embedding_name, skeleton.head_name

@@ -70,7 +70,7 @@ class Store:
             raise OutputError(
                 "a directory with other files in it", where=str(folder), remedy="give --store an empty or new one"
             )
-        differing = _differing(note, key) if note.is_file() else ""
+        differing = differing_keys(note, key) if note.is_file() else ""
         if note.is_file() and not differing:
             return
         if differing:
@@ -144,13 +144,13 @@ class Store:
 
     def keep_hidden(self, index: int, hidden: Tensor) -> None:
         """Save the inputs of block `index`, until its statistics are written."""
-        write_shard(self._hidden(index), {"hidden": hidden})
+        write_shard(self._hidden(index), {"hidden": hidden.cpu()})
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
 
-def _differing(note: Path, key: dict[str, Any]) -> str:
+def differing_keys(note: Path, key: dict[str, Any]) -> str:
     """Which parts of the key differ from the store's; "" if none."""
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
     for name in TENSORS:
         tensor = getattr(inputs, name)
         if tensor is not None:
-            yield name, tensor
+            yield name, tensor.cpu()
     if inputs.histogram is not None:
         yield from ((f"histogram.{name}", tensor) for name, tensor in inputs.histogram.state().items())
 

@@ -7,6 +7,7 @@ the byte; estimates peak memory; refuses what the format cannot hold; and notes 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
-from bitwright.models.config import quantization_of, read_config
+from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
@@ -34,6 +35,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
+from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
 HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks
@@ -135,6 +137,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
+
+    @property
+    def shapes_digest(self) -> str:
+        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
+        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
+        return sha256(repr(shapes).encode()).hexdigest()[:16]
 
     @property
     def statistics_bytes(self) -> int:
@@ -272,12 +280,15 @@ def preflight(
     samples: int = 128,
     seqlen: int = 2048,
     requantize: bool = False,
+    device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what
-    the format cannot hold; RecipeError for a rule that does not fit the model.
+    rounded once more. device: of statistics and rounding.
+
+    Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what the format cannot
+    hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -287,7 +298,7 @@ def preflight(
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
-    skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
     checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if any(t.stored_as for t in tensors):
@@ -299,18 +310,8 @@ def preflight(
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
     notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
-        source,
-        skeleton,
-        checkpoint,
-        format_,
-        tuple(tensors),
-        recipe,
-        min(seqlen, limit),
-        samples,
-        tuple(notes),
-        rotation,
-        keys,
-    )
+        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation, keys
+    )  # fmt: skip
     _check_recipe(plan)
     return plan
 
@@ -318,6 +319,9 @@ def preflight(
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
+    if recipe.made_for and recipe.made_for != plan.shapes_digest:
+        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
@@ -362,7 +366,7 @@ def _refuse_integers(source: Path) -> None:
     """CheckpointError for a source that is quantized, and has a float original."""
     quantization = quantization_of(source)
     if quantization is not None and not has_no_original(quantization):
-        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        message = f"already quantized ({quantization.get('quant_method')}: {described_in(source)} says so)"
         remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
@@ -373,6 +377,7 @@ def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
         checkpoint = Checkpoint(source)
+        check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
     decoded_as = torch.float32 if format_.one_file else HALF

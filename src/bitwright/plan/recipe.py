@@ -21,7 +21,7 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -169,6 +169,7 @@ class Recipe:
     kv_observer: str = "minmax"  # no clipping: a clipped key changes which token is attended to
     pure: bool = False  # mixes stand for their block type in all tensors
     temper: float | None = None  # budget of KL for an output temperature, a share; None: no output temperature
+    made_for: str = ""  # hash of the names and shapes that a plan was made for; "": for any model
 
     def __post_init__(self) -> None:
         if self.temper is not None and not 0 <= self.temper <= 1:
@@ -213,34 +214,27 @@ class Recipe:
         pure: bool = False,
     ) -> "Recipe":
         """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
+        content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else _content(file))
         defaults = _Defaults(method, activations, observer)
-        content = {} if file is None else _content(file)
+        return cls._of(content, scheme, defaults, str(file or ""))
+
+    @classmethod
+    def of_text(cls, text: str, *, scheme: str, method: str) -> "Recipe":
+        """The recipe that a TOML text says, as `of` reads it from a file."""
+        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse"), "")
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], scheme: str, defaults: "_Defaults", where: str) -> "Recipe":
         rules = [_rule({"match": "*", "scheme": scheme}, defaults, "")]
-        rules += [_rule(entry, defaults, str(file)) for entry in content.get("rule", [])]
-        kv = content.get("kv_cache", kv_cache)
-        cache = None if kv in (None, KEEP) else Scheme.parse(str(kv))
-        return cls(tuple(rules), cache, pure=bool(content.get("pure", pure)), temper=content.get("temper"))
-
-    def with_types(self, types: Sequence[str], output: str | None, embedding: str | None, method: str) -> "Recipe":
-        """The same recipe with block types for some tensors, as llama-quantize's options name them.
-
-        types      "NAME=TYPE", NAME a regular expression; of several that match a tensor the first wins
-        output     the output head's block type, or that of an embedding which is the head too; embedding: the embedding's
-        RecipeError for another form, and for what is no block type.
-        """
-        before, plain = split_method(method)
-        transforms = tuple(_transform(item, "") for item in before)
-        rules = [
-            _rule_of_type(*_name_and_type(text), plain, transforms, "--tensor-type", regex=True)
-            for text in reversed(types)
-        ]
-        for name, kind, option in (
-            (HEAD, output, "--output-tensor-type"),
-            (EMBEDDING, embedding, "--token-embedding-type"),
-        ):
-            if kind is not None:
-                rules.append(_rule_of_type(name, kind, plain, transforms, option, regex=False))
-        return replace(self, rules=(*self.rules, *rules))
+        rules += [_rule(entry, defaults, where) for entry in content.get("rule", [])]
+        kv = content.get("kv_cache")
+        return cls(
+            tuple(rules),
+            None if kv in (None, KEEP) else Scheme.parse(str(kv)),
+            pure=bool(content.get("pure", False)),
+            temper=content.get("temper"),
+            made_for=content.get("made_for", ""),
+        )
 
     def without_text(self, *, weighted: bool = False) -> "Recipe":
         """The same recipe where there is no calibration text: scales are searched by importance if `weighted`, else by plain
@@ -334,34 +328,6 @@ def _means(rule: Rule, names: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, rule.match) for name in names)
 
 
-def _name_and_type(text: str) -> tuple[str, str]:
-    """The parts of NAME=TYPE, NAME in lower case as llama-quantize takes it. RecipeError for another form."""
-    name, found, kind = text.rpartition("=")
-    if not found or not name or not kind:
-        remedy = "--tensor-type attn_v=q6_k"
-        raise RecipeError(f"tensor type {text!r} is not of the form NAME=TYPE", where="--tensor-type", remedy=remedy)
-    try:
-        re.compile(name.lower())
-    except re.error as error:
-        remedy = r"such as --tensor-type 'blk\.[0-3]\.ffn_down=q6_k'"
-        message = f"{name!r} is no regular expression: {error}"
-        raise RecipeError(message, where="--tensor-type", remedy=remedy) from error
-    return name.lower(), kind
-
-
-def _rule_of_type(
-    match: str, kind: str, method: str, transforms: tuple[Transform, ...], option: str, *, regex: bool
-) -> Rule:
-    """The rule that gives matching tensors one block type, or a float type. RecipeError for what is none."""
-    name = kind.upper()
-    if name not in (*TYPES, *FLOAT_TYPES):
-        what = "is a mix of block types" if name in MIXES else "is no block type"
-        remedy = one_of(kind, [known.lower() for known in (*TYPES, *FLOAT_TYPES)])
-        raise RecipeError(f"{kind!r} {what}", where=option, remedy=remedy)
-    scheme = None if name in FLOAT_TYPES else TYPES[name].scheme
-    return Rule(match, scheme, method, transforms=transforms if scheme else (), mix=name, exact=True, regex=regex)
-
-
 @dataclass(frozen=True)
 class _Defaults:
     """The command line's choices, for keys that a rule leaves out."""
@@ -380,11 +346,19 @@ def _content(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         remedy = "mend it, or leave out --recipe"
         raise RecipeError(f"not a TOML file: {error}", where=str(file), remedy=remedy) from error
-    _known_keys(content, {"rule", "kv_cache", "pure", "temper"}, str(file))
+    return _checked(content, str(file))
+
+
+def _checked(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's content. RecipeError for a key that is unknown or of the wrong kind."""
+    _known_keys(content, {"rule", "kv_cache", "pure", "temper", "made_for"}, where)
     if not isinstance(content.get("temper", 0.0), float):
-        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=str(file), remedy="temper = 0.05")
+        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=where, remedy="temper = 0.05")
+    if not isinstance(content.get("made_for", ""), str):
+        remedy = "leave the line out, and the recipe is for any model"
+        raise RecipeError(f"made_for is {content['made_for']!r}, not a text", where=where, remedy=remedy)
     if not isinstance(content.get("rule", []), list):
-        raise RecipeError("rule is not a list of tables", where=str(file), remedy="write [[rule]] above each rule")
+        raise RecipeError("rule is not a list of tables", where=where, remedy="write [[rule]] above each rule")
     return content
 
 
@@ -409,7 +383,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         remedy = f"such as {EXAMPLES['match']} and {EXAMPLES['scheme']}"
         raise RecipeError("a rule needs match and scheme", where=where, remedy=remedy)
     before, method = split_method(entry.get("method", defaults.method))
-    transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
+    transforms = [transform_of(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
@@ -441,7 +415,7 @@ def _parsed(name: str) -> Scheme:
         raise
 
 
-def _transform(item: object, where: str) -> Transform:
+def transform_of(item: object, where: str) -> Transform:
     """A transform by name, or as a table of its name and options."""
     options = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, dict) else {}
     name = options.pop("name", None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.input_statistics import Inputs, pooled
 from bitwright.errors import RecipeError
 from bitwright.methods.scaling import Reader, Scaling
 from bitwright.methods.smooth import reach_of
@@ -56,18 +56,21 @@ def fold_scales(
     targets  of the matrices to be rounded, by module name
     weights  all parameters of the block, by name
     inputs   statistics of the block's inputs; scaled ones replace them in the list, since memory does not hold both
-    modules  the block's linear modules, by name
+    modules  from `readers_of`
     RecipeError if matrices that share an input have different scaling transforms.
     """
     now, done = dict(weights), dict[str, list[str]]()
     for fold in folds:
-        at = next((i for i, one in enumerate(inputs) if set(one.names) & set(fold.readers)), None)
-        for transform in _scalings(fold, targets) if at is not None else ():
-            assert at is not None
+        at = [
+            i for i, one in enumerate(inputs) if set(one.names) & set(fold.readers)
+        ]  # several: each expert has its own
+        for transform in _scalings(fold, targets) if at else ():
             readers = [_reader(name, targets, now, modules) for name in fold.readers]
-            found = SCALINGS[type(transform)](transform, readers, inputs[at], fold)
+            found = SCALINGS[type(transform)](transform, readers, pooled([inputs[i] for i in at]), fold)
             changed, s = applied(fold, found.s, now, modules)
-            now, inputs[at] = now | changed, inputs[at].divided(s)
+            now |= changed
+            for i in at:
+                inputs[i] = inputs[i].divided(s)
             for name in fold.readers:
                 done.setdefault(name, []).append(f"{NAMES[type(transform)]} {found.exponent:g}")
     changed = {name: tensor for name, tensor in now.items() if tensor is not weights[name]}

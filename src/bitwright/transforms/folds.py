@@ -1,7 +1,8 @@
 """Folds: places in a block that can take channel scales without changing what it computes; found, then tested.
 
 Linear modules (*readers*) read an input x [T, K] from a *producer*: a norm, whose weight multiplies each channel, or another
-linear module, whose rows make the channels. Dividing the producer's output by s [K] and multiplying the readers' columns by
+linear module, whose rows make the channels. In a mixture of experts the router and the gate and up of every expert read one
+norm, whichever tokens each is handed. Dividing the producer's output by s [K] and multiplying the readers' columns by
 s leaves the function as it was, for any s. Norms are found in a forward; pairs of linear modules are listed in `PAIRS`. Each
 is tested by running the block with random scales: if its output changes, something else reads the channels, or an
 activation function or another layout lies between, and there is no fold.
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bitwright.models.experts import DOWN, Experts
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 
 # Producer and reader, in one parent module; the producer's *last* rows make the reader's channels.
@@ -31,7 +33,7 @@ class Fold:
     """A place for channel scales.
 
     producer  parameter name of the norm or linear module, without ".weight"
-    readers   full names of the linear modules whose K columns are multiplied
+    readers   full names of the linear modules (and routers) whose K columns are multiplied
     offset    1 for norms that multiply by (1 + weight) (Gemma), else 0
     rows      None for a norm; else how many of the producer's last rows make the channels, in heads of `head` rows, each
               read by `repeat` heads of channels (grouped-query attention: those share their scales)
@@ -62,7 +64,7 @@ def applied(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Changed parameters by name, and the scales [K] actually applied.
 
-    weights: the block's parameters by name; modules: its linear modules. A norm's weight keeps its float type, so s is
+    weights: the block's parameters by name; modules: from `readers_of`. A norm's weight keeps its float type, so s is
     rounded to what that type can hold; readers and producing rows come back in float32.
     """
     changed: dict[str, Tensor] = {}
@@ -106,6 +108,12 @@ def _divided_rows(fold: Fold, s: Tensor, parameter: Tensor, module: nn.Module) -
 # ------------------------------------------------------------------------------------------------------------- finding
 
 
+def readers_of(skeleton: Skeleton, index: int) -> dict[str, nn.Module]:
+    """The modules of block `index` that may read a fold's channels, by name: linear ones, and routers, which may be none."""
+    prefix, get = f"{skeleton.block_prefix}.{index}.", skeleton.model.get_submodule
+    return skeleton.linears(index) | {name: get(name) for name in skeleton.routers() if name.startswith(prefix)}
+
+
 @torch.no_grad()
 def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
     """The folds of block `index`, whose weights must be loaded; hidden [B, T, H]: a batch of its inputs."""
@@ -118,7 +126,7 @@ def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """From one forward: the input of each linear module, and the output of each norm (a module with a weight vector)."""
+    """From one forward: inputs of linear modules, routers and mixtures of experts; outputs of norms (weight: a vector)."""
 
     read: dict[str, Tensor]
     gave: dict[str, Tensor]
@@ -127,9 +135,9 @@ class _Observed:
 def _observe(skeleton: Skeleton, index: int, hidden: Tensor) -> tuple[_Observed, Tensor]:
     """Run the block and observe it; also its output."""
     observed, hooks = _Observed({}, {}), []
-    linears = skeleton.linears(index)
+    readers = readers_of(skeleton, index)
     for name, module in _named(skeleton, index):
-        if name in linears:
+        if name in readers or isinstance(module, Experts):
             hooks.append(module.register_forward_pre_hook(lambda _, args, n=name: observed.read.update({n: args[0]})))
         elif is_norm(module):
             hooks.append(module.register_forward_hook(lambda _, __, out, n=name: observed.gave.update({n: out})))
@@ -151,11 +159,21 @@ def _norm_folds(skeleton: Skeleton, index: int, observed: _Observed) -> list[Fol
     """Norms whose output is the very tensor that linear modules read (same memory)."""
     folds = []
     for norm, out in observed.gave.items():
-        readers = [name for name, x in observed.read.items() if _same(x, out)]
+        read = [name for name, x in observed.read.items() if _same(x, out)]
+        readers = [reader for name in read for reader in _matrices(skeleton, name)]
         if readers:
             offset = _offset(skeleton.model.get_submodule(norm), out)
             folds.append(Fold(norm, tuple(readers), offset))
     return folds
+
+
+def _matrices(skeleton: Skeleton, name: str) -> list[str]:
+    """The modules whose columns are an observed module's channels: itself; of a mixture, the gate and up of all experts."""
+    module = skeleton.model.get_submodule(name)
+    if not isinstance(module, Experts):
+        return [name]
+    inside = (n for n, m in module.named_modules(prefix=name) if isinstance(m, nn.Linear))
+    return [n for n in inside if not n.endswith(f".{DOWN}")]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -203,15 +221,15 @@ def _siblings(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Iterato
 
 def _unmoved(skeleton: Skeleton, index: int, hidden: Tensor, plain: Tensor, folds: list[Fold]) -> bool:
     """Whether the block's output is still `plain` with random powers of two in these folds."""
-    linears = skeleton.linears(index)
+    modules = readers_of(skeleton, index)
     state = dict(skeleton.blocks[index].named_parameters())
     weights: dict[str, Tensor] = {f"{skeleton.block_prefix}.{index}.{name}": p.detach() for name, p in state.items()}
     own: dict[str, Tensor] = {}
     for i, fold in enumerate(folds):
-        K = matrix_of(linears[fold.readers[0]], weights[f"{fold.readers[0]}.weight"]).shape[1]
+        K = matrix_of(modules[fold.readers[0]], weights[f"{fold.readers[0]}.weight"]).shape[1]
         drawn = torch.randint(-1, 2, (K,), generator=torch.Generator().manual_seed(i)).to(hidden.device)
         s = fold.tied(torch.exp2(drawn.float()), "amax")
-        changed, _ = applied(fold, s, {**weights, **own}, linears)
+        changed, _ = applied(fold, s, {**weights, **own}, modules)
         own |= {name: tensor.to(skeleton.dtype) for name, tensor in changed.items()}
     after, before, given = (skeleton.stream(x).float() for x in (skeleton.run_with(index, hidden, own), plain, hidden))
     moved = (after - before).norm() / (before - given).norm().clamp(min=1e-30)

@@ -1,0 +1,83 @@
+"""The command that plans a recipe: spend bytes where they save most KL."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitwright.cli.console import AsJson, Quiet, console, errors, plain, progress_bar, reporting, show, size
+
+if TYPE_CHECKING:
+    from bitwright.pipeline.planned_recipe import PlannedRecipe
+
+Model = Annotated[Path, typer.Argument(help="Directory with a checkpoint, .gguf file, or name on the hub.")]
+Bits = Annotated[float | None, typer.Option(help="Bits a weight, of all weight data.")]
+Size = Annotated[str | None, typer.Option(help="Bytes of the result: 100MB, 6GiB.")]
+KEPT = "scores are kept in {}; the same command goes on with them"
+
+
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Recipe to make, for quantize --recipe.")],
+    bits: Bits = None,
+    size: Size = None,
+    kl: Annotated[float | None, typer.Option(help="Predicted KL, nats a token: the fewest bytes for it.")] = None,
+    format: Annotated[str, typer.Option(help="gguf, compressed-tensors, gptq or bitwright.")] = "compressed-tensors",
+    schemes: Annotated[str | None, typer.Option(help="Candidates, with commas between; keep: in float.")] = None,
+    method: Annotated[str, typer.Option(help="The method that quantize will use.")] = "gptaq",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Pattern of matrices that stay in float; again for more.")
+    ] = None,
+    calib: Annotated[str, typer.Option(help="Calibration text, as for quantize.")] = "general",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    scores: Annotated[
+        Path | None, typer.Option(help="Directory that keeps the scores: another target then takes seconds.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe that spends a number of bits, or bytes, where they save most KL; or the fewest bytes for a KL."""
+    with reporting(
+        as_json, KEPT.format(scores) if scores else "nothing was written; give --scores to keep what is done"
+    ):
+        from bitwright.files.checkpoint import write_file
+        from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+        from bitwright.pipeline.work_in_progress import check_out
+        from bitwright.plan.target import Target
+
+        check_out(out)
+        target = Target.parse(size, bits, kl)
+        tried = None if schemes is None else tuple(schemes.split(","))
+        settings = Settings(format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed)
+        with progress_bar(as_json or quiet) as progress:
+            made = plan_recipe(model, target, settings, scores=scores, progress=progress)
+        write_file(out, made.text.encode())
+        if as_json:
+            show({"recipe": str(out), **made.as_dict()}, True, "")
+        elif not quiet:
+            _print(made, model, out)
+
+
+def _print(made: "PlannedRecipe", model: Path, out: Path) -> None:
+    """What each kind of matrix was given, sizes, and what to do next."""
+    for note in made.notes:
+        errors.print(f"note: {plain(note)}", highlight=False)
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in made.given:
+        kinds["+".join(pattern.rpartition(".")[2] for pattern in one.patterns)][one.scheme] += 1
+    for kind, given in kinds.items():
+        console.print(
+            f"{plain(kind)}: {', '.join(f'{n} {scheme}' for scheme, n in given.most_common())}", highlight=False
+        )
+    bounds = " to ".join(size(end[0]) for end in made.bounds)
+    console.print(
+        f"{size(made.plan.bytes)}, {made.plan.bits_per_weight:.3f} bits a weight, predicted KL {made.kl:.4f} "
+        f"(these schemes reach {bounds})",
+        highlight=False,
+    )
+    result = "OUT.gguf" if made.plan.format.one_file else f"OUT --format {made.plan.format.name}"
+    command = f"bitwright quantize {model} {result} --recipe {out}"
+    console.print(f"carry it out: {plain(command)}", highlight=False, soft_wrap=True)

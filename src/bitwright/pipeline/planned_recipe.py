@@ -1,0 +1,280 @@
+"""Plan a recipe: score every matrix in every scheme, then spend the target's bytes where they save most KL."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.windows import Drawn
+from bitwright.errors import CalibrationError, RecipeError
+from bitwright.files.checkpoint import spec_bytes
+from bitwright.files.hub import local
+from bitwright.formats import SCHEME, SCHEMES
+from bitwright.gguf.imatrix import is_imatrix
+from bitwright.methods import ASYMMETRIC
+from bitwright.pipeline.calibration_pass import calibration_tokens
+from bitwright.pipeline.scores import STAND_IN, Scores, scored
+from bitwright.plan.allocation import Allocation, Option
+from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.target import Target
+from bitwright.plan.units import Unit, base_plan, units_of
+from bitwright.system.progress import Progress
+from bitwright.transforms import split_method
+
+ROUNDS = 8  # of correcting a budget by what the file's other bytes turn out to be
+TOLERANCE = 0.005  # share by which a target may be above the largest allocation, and still get it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan depends on, beside model and target; as for `quantize`.
+
+    schemes  candidates; None: those of plan/units.py
+    keep     patterns of matrices that stay in float
+    """
+
+    format: str = "compressed-tensors"
+    schemes: tuple[str, ...] | None = None
+    method: str = "gptaq"
+    keep: tuple[str, ...] = ()
+    calib: str = "general"
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a plan gives one unit. share: of the predicted KL of all."""
+
+    patterns: tuple[str, ...]
+    scheme: str
+    bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """A recipe with what it is predicted to cost.
+
+    text      the recipe as TOML
+    plan      the run that it leads to, with its exact sizes
+    kl        predicted: nats a token
+    bounds    (bytes, predicted KL) of the smallest and of the largest allocation
+    """
+
+    text: str
+    plan: Plan
+    given: tuple[Given, ...]
+    target: Target
+    kl: float
+    bounds: tuple[tuple[int, float], tuple[int, float]]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `bitwright plan`."""
+        (least, worst), (most, best) = self.bounds
+        return {
+            "model": str(self.plan.source),
+            "format": self.plan.format.name,
+            "target": str(self.target),
+            "bytes": self.plan.bytes,
+            "bits_per_weight": round(self.plan.bits_per_weight, 4),
+            "predicted_kl": self.kl,
+            "smallest": {"bytes": least, "predicted_kl": worst},
+            "largest": {"bytes": most, "predicted_kl": best},
+            "schemes": dict(Counter(one.scheme for one in self.given).most_common()),
+            "units": [{"match": list(one.patterns), **_plain(one)} for one in self.given],
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def _plain(one: Given) -> dict[str, Any]:
+    return {"scheme": one.scheme, "bytes": one.bytes, "predicted_kl": one.kl}
+
+
+def plan_recipe(
+    model: Path,
+    target: Target,
+    settings: Settings = Settings(),
+    *,
+    scores: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> PlannedRecipe:
+    """The recipe of least predicted KL whose result takes at most the target; or, for a KL, of the fewest bytes.
+
+    scores  a directory that keeps the scores, so that another target takes seconds; None: they are thrown away
+    Raises RecipeError for a target that no allocation meets, FormatError for schemes that do not fit, CalibrationError
+    without a text; and as `preflight`.
+    """
+    begun, model = time.monotonic(), local(model)
+    base, units = prepared(model, settings)
+    _Sizes.of(base, units).check(target)
+    tokens = calibration_tokens(base, settings.calib, settings.seed)
+    with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
+        found = scored(base, units, tokens, scores or Path(thrown_away), progress)
+    spending = _Spending(model, settings, base, units, found.scores)
+    text, plan, options = spending.met(target)
+    given = tuple(Given(u.patterns, o.scheme, o.bytes, o.kl) for u, o in zip(units, options, strict=True))
+    notes = (*_notes(settings, tokens), *found.notes, *plan.notes)
+    kl = sum(option.kl for option in options)
+    return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
+
+
+def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
+    """The base plan and its units; raises all that can be refused before any weight is read."""
+    texts_of(settings.calib)
+    if settings.calib == "none" or is_imatrix(settings.calib):
+        raise CalibrationError("a plan scores errors on a text", where="--calib", remedy="give --calib general")
+    transforms, _ = split_method(settings.method)
+    if transforms:
+        message = f"a plan scores a method by itself, not behind {', '.join(transforms)}"
+        raise RecipeError(message, where=settings.method, remedy=f"--method {settings.method.rpartition('+')[2]}")
+    base = base_plan(
+        model, settings.format, method=settings.method, keep=settings.keep,
+        samples=settings.samples, seqlen=settings.seqlen,
+    )  # fmt: skip
+    return base, units_of(base, settings.schemes)
+
+
+def _notes(settings: Settings, tokens: Drawn) -> list[str]:
+    notes = list(tokens.notes)
+    if settings.method in ASYMMETRIC:
+        notes.append(f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give")
+    return notes
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a model's allocations take on the disk, known before any weight is read.
+
+    least, most  bytes of the units in their smallest and in their largest choices
+    other        bytes of all else in the files: kept tensors, headers, keys; data: of that without headers and keys
+    """
+
+    model: Path
+    parameters: int
+    schemes: tuple[str, ...]
+    least: int
+    most: int
+    other: int
+    data: int
+
+    @classmethod
+    def of(cls, base: Plan, units: list[Unit]) -> "_Sizes":
+        """The sizes of a base plan and its units."""
+        widest = sum(spec_bytes(base.specs([t])) for unit in units for t in unit.members)
+        schemes = tuple(dict.fromkeys(choice.scheme for unit in units for choice in unit.choices))
+        ends = [sum(pick(choice.bytes for choice in unit.choices) for unit in units) for pick in (min, max)]
+        other, data = base.bytes - widest, _data_bytes(base) - widest
+        return cls(base.source, base.parameters, schemes, ends[0], ends[1], other, data)
+
+    def limit(self, target: Target) -> tuple[int, int]:
+        """The bytes that may be taken, and those of them that the units cannot have."""
+        if target.size is not None:
+            return target.size, self.other
+        return int((target.bits or 0) * self.parameters / 8), self.data
+
+    def check(self, target: Target) -> None:
+        """RecipeError for a size, or bits, that no allocation meets."""
+        if target.kl is None:
+            limit, other = self.limit(target)
+            if not self.least <= limit - other <= self.most * (1 + TOLERANCE):
+                raise self.out_of_reach(target)
+
+    def out_of_reach(self, target: Target, kls: tuple[float, float] | None = None) -> RecipeError:
+        """The error that says both bounds; kls: the predicted KL of each, if it is known."""
+        ends = []
+        for at, size in enumerate((self.least, self.most)):
+            known = f", predicted KL {kls[at]:.3g}" if kls else ""
+            ends.append(
+                f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
+            )
+        message = f"{', '.join(self.schemes)} reach from {ends[0]} to {ends[1]}, not {target}"
+        return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
+
+
+class _Spending:
+    """The allocations of one model."""
+
+    def __init__(self, model: Path, settings: Settings, base: Plan, units: list[Unit], scores: Scores) -> None:
+        self.model, self.settings, self.base, self.units = model, settings, base, units
+        self.sizes = _Sizes.of(base, units)
+        self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
+        self.allocation = Allocation(self.options)
+
+    @property
+    def bounds(self) -> tuple[tuple[int, float], tuple[int, float]]:
+        """(bytes, predicted KL) of the smallest and of the largest allocation."""
+        kls = [sum(pick(unit, key=lambda o: o.bytes).kl for unit in self.options) for pick in (min, max)]
+        return (self.sizes.other + self.sizes.least, kls[0]), (self.sizes.other + self.sizes.most, kls[1])
+
+    def met(self, target: Target) -> tuple[str, Plan, list[Option]]:
+        """Recipe, plan and options that meet the target. RecipeError, with both bounds, if there are none."""
+        (_, worst), (_, best) = self.bounds
+        out_of_reach = self.sizes.out_of_reach(target, (worst, best))
+        if target.kl is not None:
+            cheapest = self.allocation.below(target.kl)
+            if cheapest is None or target.kl > worst:
+                raise out_of_reach
+            return (*self._carried(cheapest), cheapest)
+        limit, other = self.sizes.limit(target)
+        found: tuple[str, Plan, list[Option]] | None = None
+        for _ in range(ROUNDS):
+            options = self.allocation.within(limit - other)
+            if options is None:
+                break
+            text, plan = self._carried(options)
+            taken = plan.bytes if target.size is not None else _data_bytes(plan)
+            exact = taken - sum(option.bytes for option in options)
+            if taken > limit:
+                other = max(exact, other + 1)
+                continue
+            found = text, plan, options
+            if exact >= other:
+                break
+            other = exact
+        if found is None:
+            raise out_of_reach
+        return found
+
+    def _carried(self, options: list[Option]) -> tuple[str, Plan]:
+        """The recipe that gives each unit its option, and the plan of the run that it leads to."""
+        settings = self.settings
+        text = _text(self.units, options, settings, self.base)
+        recipe = Recipe.of_text(text, scheme=SCHEMES.get(settings.format, SCHEME), method=settings.method)
+        return text, preflight(self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen)
+
+
+def _data_bytes(plan: Plan) -> int:
+    """Bytes of all weight data, without headers: what bits a weight count."""
+    return round(plan.bits_per_weight * plan.parameters / 8)
+
+
+def _option(unit: Unit, scores: Scores, at: int) -> Option:
+    choice = unit.choices[at]
+    kls = [0.0 if layer is None else scores[layer.name][choice.scheme] for layer in choice.layers]
+    return Option(choice.scheme, choice.bytes, sum(kls))
+
+
+def _text(units: Sequence[Unit], options: Sequence[Option], settings: Settings, base: Plan) -> str:
+    """The recipe: one rule for the most frequent scheme, and one for each unit that gets another."""
+    usual = Counter(option.scheme for option in options).most_common(1)[0][0]
+    rules = [("*", usual)]
+    for unit, option in zip(units, options, strict=True):
+        if option.scheme != usual:
+            rules += [(pattern, option.scheme) for pattern in unit.patterns]
+    rules += [(pattern, "keep") for pattern in settings.keep]
+    head = [f'made_for = "{base.shapes_digest}"', *(["pure = true"] if base.format.one_file else [])]
+    parts = ["\n".join(head)]
+    for match, scheme in rules:
+        method = [] if scheme == "keep" else [f'method = "{settings.method}"']
+        parts.append("\n".join(["[[rule]]", f'match = "{match}"', f'scheme = "{scheme}"', *method]))
+    return "\n\n".join(parts) + "\n"

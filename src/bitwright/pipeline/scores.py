@@ -1,0 +1,313 @@
+"""Score every matrix in every candidate scheme: the KL that it is predicted to add. Kept in a directory, block by block.
+
+scores.json                what the scores depend on: model, text, format, method, schemes, code
+curvature.safetensors      ½ Fₙₙ of each output: see curvature.py
+block-00003.json           {module: {scheme: KL}} of block 3; the last is of the embedding and the head
+hidden-00004.safetensors   inputs of block 4, until its scores are written
+
+One pass through the float model. Each input is observed once, and the matrices that read it are rounded on its Gram by the
+method that will be used, on a sample of their rows, in every scheme. Each row's loss times its curvature, summed up, is the KL.
+Scores of another model, text, method or code are never used: they are computed again, and `notes` says so.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.calibration.embedding_statistics import observe_head
+from bitwright.calibration.input_statistics import Inputs
+from bitwright.calibration.windows import Drawn
+from bitwright.errors import CheckpointError, OutputError
+from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file, write_shard
+from bitwright.methods import ASYMMETRIC
+from bitwright.models.skeleton import matrix_of
+from bitwright.numerics.codec import decode
+from bitwright.numerics.loss import energy
+from bitwright.pipeline.calibration_pass import (
+    HiddenStates,
+    digest,
+    first_hidden_states,
+    key_of,
+    observe_block,
+    read_block,
+    read_lent,
+)
+from bitwright.pipeline.curvature import Curvature, curvature
+from bitwright.pipeline.quantize_embeddings import observe_ends
+from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
+from bitwright.pipeline.statistics_store import differing_keys
+from bitwright.plan.planned_tensor import PlannedTensor
+from bitwright.plan.preflight import Plan
+from bitwright.plan.recipe import Rule
+from bitwright.plan.units import Unit
+from bitwright.system.memory import return_memory
+from bitwright.system.progress import Progress
+
+ROWS = 128  # of a matrix that are rounded in each scheme
+ENDS_ROWS = 1024  # of the embedding and the head
+AT_ONCE = 1 << 14  # rows of theirs that are multiplied at a time
+STAND_IN = "gptq"  # scores methods that need the quantized model's inputs, which are not known yet
+REMOVE = "remove this directory, or name another, and the scores are computed anew"
+
+Scores = dict[str, dict[str, float]]  # module -> scheme -> KL in nats a token
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All scores, and notes."""
+
+    scores: Scores
+    notes: tuple[str, ...]
+
+
+class ScoreStore:
+    """A directory of scores that belong to one key."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        """Open or make it. Scores with another key are discarded, and `notes` says so.
+
+        OutputError for a directory with other files in it; CheckpointError for a damaged one.
+        """
+        self.folder, self.notes = folder, tuple[str, ...]()
+        note = folder / "scores.json"
+        if folder.exists() and (not folder.is_dir() or (not note.is_file() and any(folder.iterdir()))):
+            remedy = "give --scores an empty or new directory"
+            raise OutputError("not a directory of scores", where=str(folder), remedy=remedy)
+        differing = differing_keys(note, key) if note.is_file() else ""
+        if differing:
+            self.notes = (f"the scores in {folder} were of another {differing}: computed anew",)
+            for pattern in ("block-*.json", "hidden-*.safetensors", "curvature.safetensors"):
+                for file in folder.glob(pattern):
+                    file.unlink()
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_file(note, json.dumps(key, indent=1).encode())
+
+    def first_missing(self, count: int) -> int:
+        """The first of `count` shards that has no scores yet."""
+        return next((i for i in range(count) if not self._file(i).is_file()), count)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"
+
+    def write(self, index: int, scores: Scores) -> None:
+        """Write the scores of a shard, and remove its saved inputs."""
+        write_file(self._file(index), json.dumps(scores, indent=1).encode())
+        self._hidden(index).unlink(missing_ok=True)
+
+    def read(self, count: int) -> Scores:
+        """The scores of all shards. CheckpointError for a damaged file."""
+        found: Scores = {}
+        for index in range(count):
+            file = self._file(index)
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                found |= {name: {s: float(kl) for s, kl in of.items()} for name, of in content.items()}
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise CheckpointError(f"damaged scores: {error}", where=str(file), remedy=REMOVE) from error
+        return found
+
+    def hidden(self, index: int) -> Tensor:
+        """The saved inputs of block `index`, [S, T, H]."""
+        return Checkpoint(self.folder, only=self._hidden(index)).read("hidden")
+
+    def keep_hidden(self, index: int, hidden: Tensor) -> None:
+        """Save the inputs of block `index`, until its scores are written."""
+        write_shard(self._hidden(index), {"hidden": hidden})
+
+    def _hidden(self, index: int) -> Path:
+        return self.folder / f"hidden-{index:05d}.safetensors"
+
+    def curvature(self) -> Curvature | None:
+        """The curvature, if it has been measured."""
+        file = self.folder / "curvature.safetensors"
+        if not file.is_file():
+            return None
+        stored = Checkpoint(self.folder, only=file)
+        whole = {name: stored.read(name) for name in stored.tensors}
+        return Curvature({n: t for n, t in whole.items() if n not in ENDS}, whole["head"], whole["embedding"])
+
+    def keep_curvature(self, found: Curvature) -> None:
+        """Keep the curvature."""
+        tensors = {**found.modules, "head": found.head, "embedding": found.embedding}
+        write_shard(self.folder / "curvature.safetensors", {n: t.contiguous() for n, t in tensors.items()})
+
+
+ENDS = ("head", "embedding")
+
+
+def scored(plan: Plan, units: Sequence[Unit], tokens: Drawn, folder: Path, progress: Progress) -> Scored:
+    """The scores of every matrix of a base plan in every choice that its unit has; those in `folder` are not computed again.
+
+    Errors as of `ScoreStore`; CheckpointError for an encoder, and for a weight that is not finite.
+    """
+    _ = plan.skeleton.head_name  # an encoder predicts nothing that could differ
+    store, depth = ScoreStore(folder, _key(plan, units, tokens.seen)), len(plan.skeleton)
+    count = depth + plan.format.embeddings
+    first = store.first_missing(count)
+    if first < count:
+        of = store.curvature()
+        if of is None:
+            store.keep_curvature(of := curvature(plan, tokens.seen, progress))
+        _score_blocks(plan, _layers_of(units), tokens, store, of, first, progress)
+    return Scored(store.read(count), store.notes)
+
+
+def _key(plan: Plan, units: Sequence[Unit], tokens: Tensor) -> dict[str, Any]:
+    tried = [[list(unit.patterns), [choice.scheme for choice in unit.choices]] for unit in units]
+    rules = [rule.describe() for rule in plan.recipe.rules]
+    known = key_of(plan, tokens)
+    return {
+        "model": known["model"],
+        "calibration": [known["text"], known["tokenizer"]],
+        "code version": known["code version"],
+        "format": plan.format.name,
+        "method": [[rule["method"], rule["options"], rule["transforms"]] for rule in rules],
+        "choice of schemes": digest(json.dumps(tried).encode()),
+    }
+
+
+Layers = dict[str, dict[str, PlannedTensor]]  # module -> scheme -> the matrix as stored in it
+
+
+def _layers_of(units: Sequence[Unit]) -> Layers:
+    """Every matrix in every scheme that it may have, but for float."""
+    found: Layers = {}
+    for unit in units:
+        for choice in unit.choices:
+            for t, layer in zip(unit.members, choice.layers, strict=True):
+                if layer is not None:
+                    found.setdefault(layer.name, {})[choice.scheme] = replace(t, layer=layer, rule=_rule(t))
+    return found
+
+
+def _rule(t: PlannedTensor) -> Rule:
+    assert t.rule is not None
+    stands_in = t.rule.method in ASYMMETRIC
+    return replace(t.rule, method=STAND_IN, options={}) if stands_in else t.rule
+
+
+def _score_blocks(
+    plan: Plan, layers: Layers, tokens: Drawn, store: ScoreStore, of: Curvature, first: int, progress: Progress
+) -> None:
+    """Let the tokens through the float model, and score each block as they reach it."""
+    skeleton, depth = plan.skeleton, len(plan.skeleton)
+    saved = {"given": store.hidden(first)} if first else None
+    states = first_hidden_states(plan, Drawn(tokens.seen, tokens.seen[:0]), saved, first)
+    for index in range(first, depth):
+        progress("scores", index, depth)
+        weights = read_block(plan, index)
+        skeleton.load(weights | read_lent(plan, index))
+        members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
+        found: Scores = {}
+        for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
+            some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
+            found |= _score_together(plan, layers, some, inputs, of.modules)
+        states.given = [skeleton.run(index, batch) for batch in states.given]
+        if index + 1 < depth or plan.format.embeddings:
+            store.keep_hidden(index + 1, torch.cat(states.given))
+        store.write(index, found)
+        skeleton.unload(index)
+        return_memory()
+    if plan.format.embeddings:
+        store.write(depth, _score_ends(plan, layers, read_block(plan, depth), states, tokens.seen, of))
+    progress("scores", depth, depth)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix [N, K] float32, and ½ Fₙₙ times the energy of each row's outputs: the KL of losing it whole, [N] float64."""
+
+    w: Tensor
+    curved: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, w: Tensor, curved: Tensor | None, metric: Tensor | None) -> "_Matrix":
+        """curved: ½ Fₙₙ [N]; None: no gradient ever reached it."""
+        half = torch.zeros(len(w), dtype=torch.float64) if curved is None else curved.double()
+        return cls(w, half, half * energy(w if metric is None else w.to(metric.dtype), metric))
+
+    def kl(self, lost: Tensor, step: int) -> float:
+        """KL for the energies of the errors of every `step`-th row."""
+        share = _share((self.curved[::step] * lost).sum(), self.whole[::step].sum())
+        return share * float(self.whole.sum())
+
+
+def _score_together(
+    plan: Plan, layers: Layers, weights: Mapping[str, Tensor], inputs: Inputs, curved: Mapping[str, Tensor]
+) -> Scores:
+    """Score matrices that read the same input; those that may have the same scheme are rounded as one."""
+    metric, of = metric_of(plan.skeleton.dtype, inputs), plan.skeleton.model.get_submodule
+    matrices = {n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), metric) for n, w in weights.items()}
+    found: Scores = {name: {} for name in weights}
+    for scheme in dict.fromkeys(scheme for name in weights for scheme in layers[name]):
+        stored = {name: layers[name][scheme] for name in weights if scheme in layers[name]}
+        rowwise = all(t.layer is not None and t.layer.scheme.rowwise for t in stored.values())
+        for pile in [list(stored)] if rowwise else [[name] for name in stored]:
+            steps = {name: max(1, len(matrices[name].w) // ROWS) if rowwise else 1 for name in pile}
+            parts = [matrices[name].w[:: steps[name]] for name in pile]
+            fit = quantize_matrix(plan.skeleton.dtype, stored[pile[0]], torch.cat(parts), inputs)
+            for name, lost in zip(pile, fit.lost.split([len(part) for part in parts]), strict=True):
+                found[name][scheme] = matrices[name].kl(lost, steps[name])
+    return found
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else 0.0
+
+
+def _score_ends(
+    plan: Plan, layers: Layers, weights: dict[str, Tensor], states: HiddenStates, tokens: Tensor, of: Curvature
+) -> Scores:
+    """Score the embedding and the head, by what their errors do where rows are looked up, and where they are multiplied."""
+    skeleton = plan.skeleton
+    known = observe_ends(plan, weights, states, tokens)
+    skeleton.load(weights)
+    head_gram = observe_head(skeleton, states.given).gram
+    scale = _embedding_scale(plan, weights, tokens)
+    skeleton.unload_outside()
+    seen = torch.bincount(tokens.flatten(), minlength=len(of.head)).double() / tokens.numel()
+    found: Scores = {}
+    for t in plan.shard(len(skeleton)):
+        if t.layer is None:
+            continue
+        name, w = t.layer.name, weights[t.parameter]
+        some = w[:: max(1, len(w) // ENDS_ROWS)].float()
+        uses = []  # [rows' weights, metric of their errors] of each use of the matrix
+        if name == skeleton.head_name:
+            uses.append((_one_each(of.head.double(), w), head_gram))
+        if name == skeleton.embedding_name:
+            uses.append((_one_each(seen, w), of.embedding * scale**2))
+        found[name] = {}
+        for scheme, planned in layers[name].items():
+            q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
+            error = decode(q) - some
+            found[name][scheme] = sum(_use(w, some, error, rows, metric) for rows, metric in uses)
+    return found
+
+
+def _one_each(values: Tensor, w: Tensor) -> Tensor:
+    """A value for each row of w; rows beyond the vocabulary, which some checkpoints have, get 0."""
+    return torch.nn.functional.pad(values, (0, max(0, len(w) - len(values))))[: len(w)]
+
+
+def _use(w: Tensor, some: Tensor, error: Tensor, rows: Tensor, metric: Tensor | None) -> float:
+    """The KL that the errors of some rows stand for, where rows count by these weights [N]."""
+    slabs = (slab.float() for slab in w.split(AT_ONCE))
+    total = float((rows * torch.cat([energy(slab, metric) for slab in slabs])).sum())
+    return total * _share(energy(error, metric).sum(), energy(some, metric).sum())
+
+
+def _embedding_scale(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> float:
+    """What the first block's input is to the rows of the embedding: 1, or the factor that models such as Gemma put there."""
+    skeleton = plan.skeleton
+    some = tokens[:1]
+    rows = weights[f"{skeleton.embedding_name}.weight"][some[0]].float()
+    read = skeleton.stream(skeleton.embed(some)).float()
+    return float(read.norm() / rows.norm().clamp(min=torch.finfo(torch.float32).tiny))

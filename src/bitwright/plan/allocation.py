@@ -1,0 +1,87 @@
+"""Allocate bytes: which scheme each matrix gets, so that the predicted KL is least and the bytes are at most a budget.
+
+A multiple-choice knapsack: one option of each unit, costs and values add up. Solved by dynamic programming over a grid of
+budgets, whose table answers every budget and every KL at once; what rounding to the grid leaves over is then spent option by
+option, in exact bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CELLS = 20_000  # budgets of the grid: what rounding up leaves over is spent afterwards
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a unit may be given: its scheme by name, bytes in the file, and the KL that it is predicted to add."""
+
+    scheme: str
+    bytes: int
+    kl: float
+
+
+class Allocation:
+    """The table of the dynamic programme for units with one or more options each."""
+
+    def __init__(self, units: Sequence[Sequence[Option]]) -> None:
+        self.units = [sorted(unit, key=lambda option: option.bytes) for unit in units]
+        self.least = sum(unit[0].bytes for unit in self.units)
+        self.most = sum(unit[-1].bytes for unit in self.units)
+        self.cell = max(1, -(-(self.most - self.least) // CELLS))
+        self._best, self._taken = self._table()
+
+    def _table(self) -> tuple[NDArray[np.float64], list[NDArray[np.uint8]]]:
+        """Least KL for each budget above `least`, in cells; and, unit by unit, the option that was taken to reach it."""
+        width = -(-(self.most - self.least) // self.cell) + 1
+        best, taken = np.zeros(width), []
+        for unit in self.units:
+            found, choice = np.full(width, np.inf), np.zeros(width, np.uint8)
+            for at, option in enumerate(unit):
+                cells = -(-(option.bytes - unit[0].bytes) // self.cell)
+                if cells < width:
+                    tried = best[: width - cells] + option.kl
+                    better = tried < found[cells:]
+                    found[cells:][better] = tried[better]
+                    choice[cells:][better] = at
+            best = found
+            taken.append(choice)
+        return best, taken
+
+    def within(self, budget: int) -> list[Option] | None:
+        """The best option for each unit, of at most `budget` bytes together; None if even the smallest take more."""
+        if budget < self.least:
+            return None
+        cell = min((budget - self.least) // self.cell, len(self._best) - 1)
+        return self._spend(self._options(cell), budget)
+
+    def below(self, kl: float) -> list[Option] | None:
+        """The fewest bytes whose predicted KL is at most `kl`; None if there are none."""
+        reached = np.flatnonzero(np.minimum.accumulate(self._best) <= kl)
+        return self._options(int(reached[0])) if len(reached) else None
+
+    def _options(self, cell: int) -> list[Option]:
+        found = []
+        for unit, choice in zip(reversed(self.units), reversed(self._taken), strict=True):
+            option = unit[choice[cell]]
+            found.append(option)
+            cell -= -(-(option.bytes - unit[0].bytes) // self.cell)
+        return found[::-1]
+
+    def _spend(self, options: list[Option], budget: int) -> list[Option]:
+        """Spend what is left over: again and again the step that saves most KL among those that fit."""
+        found, left = list(options), budget - sum(option.bytes for option in options)
+        while True:
+            steps = [
+                (option.kl - found[i].kl, i, option)
+                for i, unit in enumerate(self.units)
+                for option in unit
+                if option.bytes - found[i].bytes <= left and option.kl < found[i].kl
+            ]
+            if not steps:
+                return found
+            _, i, option = min(steps, key=lambda step: step[:2])
+            left -= option.bytes - found[i].bytes
+            found[i] = option

@@ -1,0 +1,174 @@
+"""Planned recipes: predicted KL against measured, exact bytes, groups that engines fuse, scores kept, and bad input."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from bitwright.api import quantize
+from bitwright.cli.app import app
+from bitwright.errors import CheckpointError
+from bitwright.formats.ggml import TYPES
+from bitwright.pipeline.calibration_pass import calibration_tokens
+from bitwright.pipeline.curvature import curvature
+from bitwright.pipeline.planned_recipe import Settings, plan_recipe, prepared
+from bitwright.plan.target import Target
+from conftest import make_checkpoint
+
+SMALL = {"samples": 8, "seqlen": 32}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 256, so that GGUF's large blocks fit."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("wide") / "model", hidden_size=256, intermediate_size=256, num_hidden_layers=2
+    )
+
+
+def test_the_curvature_predicts_the_kl_of_noise(llama: Path, text: str) -> None:
+    """Against the model run by transformers: noise of known size in one matrix, KL over all tokens."""
+    plan, _ = prepared(llama, Settings(calib=text, **SMALL))
+    ids = calibration_tokens(plan, text, 0).seen
+    found = curvature(plan, ids, lambda *_: None)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        for name in ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"):
+            module, seen = model.get_submodule(name), []
+            hook = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+            model(ids)
+            hook.remove()
+            predicted, measured, weight = 0.0, 0.0, module.weight.data
+            for _ in range(4):
+                noise = 0.05 * weight.std() * torch.randn_like(weight)
+                predicted += float(((seen[0] @ noise.T).square().mean(0) * found.modules[name]).sum())
+                module.weight.data = weight + noise
+                after = model(ids).logits.log_softmax(-1)
+                measured += float((before.exp() * (before - after)).sum(-1).mean())
+            module.weight.data = weight
+            assert 0.7 < measured / predicted < 1.4, (name, measured, predicted)
+
+
+def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, text: str, tmp_path: Path) -> None:
+    recipe, scores = tmp_path / "recipe.toml", tmp_path / "scores"
+    arguments = ["--format", "gguf", "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn", "--json"]
+    given = ["plan", str(wide), str(recipe), "--bits", "4.4", "--scores", str(scores), *arguments]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert 4.4 * 0.98 < found["bits_per_weight"] <= 4.4
+    assert len(found["schemes"]) > 1
+    made = quantize(wide, tmp_path / "out.gguf", recipe=recipe, calib=text, **SMALL)
+    assert made.bytes == found["bytes"] == (tmp_path / "out.gguf").stat().st_size
+    stored = {entry.name.removesuffix(".weight"): entry.scheme for entry in made.ledger if entry.action == "quantized"}
+    assert stored == {unit["match"][0]: str(TYPES[unit["scheme"].upper()].scheme) for unit in found["units"]}
+    # another target: the scores are not computed again
+    kept = {file.name: file.stat().st_mtime_ns for file in scores.glob("block-*")}
+    settings = Settings("gguf", method="rtn", calib=text, **SMALL)
+    size = plan_recipe(wide, Target(size=made.bytes), settings, scores=scores)
+    assert size.plan.bytes <= made.bytes
+    assert size.kl == pytest.approx(found["predicted_kl"], rel=0.02)
+    kl = plan_recipe(wide, Target(kl=1.2 * size.kl), settings, scores=scores)
+    assert size.kl < kl.kl <= 1.2 * size.kl
+    assert kl.plan.bytes < size.plan.bytes
+    assert {file.name: file.stat().st_mtime_ns for file in scores.glob("block-*")} == kept
+    # another calibration: they are, and that is said
+    other = plan_recipe(
+        wide, Target(kl=1.2 * size.kl), Settings("gguf", calib=text, samples=6, seqlen=32), scores=scores
+    )
+    assert any("of another calibration" in note for note in other.notes)
+
+
+def test_a_killed_run_is_resumed_block_by_block(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(calib=text, **SMALL, schemes=("int4-g32", "int8-channel"))
+    target = Target(size=125_000)
+    whole = plan_recipe(llama, target, settings, scores=tmp_path / "whole")
+
+    def stop(what: str, done: int, _: int) -> None:
+        if (what, done) == ("scores", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan_recipe(llama, target, settings, scores=tmp_path / "cut", progress=stop)
+    kept = {file.name for file in (tmp_path / "cut").glob("block-*")}
+    assert kept == {"block-00000.json", "block-00001.json"}
+    steps: list[tuple[str, int]] = []
+    again = plan_recipe(llama, target, settings, scores=tmp_path / "cut", progress=lambda w, d, _: steps.append((w, d)))
+    assert steps[0] == ("scores", 2)
+    assert again.text == whole.text
+    assert again.kl == pytest.approx(whole.kl, rel=1e-6)
+
+
+def test_what_vllm_fuses_gets_one_scheme(llama: Path, text: str) -> None:
+    settings = Settings(calib=text, **SMALL, method="search", schemes=("int3-g64", "int4-g64", "int8-channel"))
+    found = plan_recipe(llama, Target(size=115_000), settings)
+    layers = {t.layer.name: t.layer.scheme for t in found.plan.tensors if t.layer is not None}
+    for i in range(3):
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        assert len({layers[f"{attention}{part}_proj"] for part in "qkv"}) == 1
+        assert len({layers[f"{mlp}{part}_proj"] for part in ("gate", "up")}) == 1
+    assert len(set(layers.values())) > 1
+    kept = plan_recipe(llama, Target(size=150_000), Settings(**{**vars(settings), "keep": ("*.down_proj",)}))
+    assert not any(t.layer is not None and "down_proj" in t.source for t in kept.plan.tensors)
+    assert tomllib.loads(kept.text)["rule"][-1] == {"match": "*.down_proj", "scheme": "keep"}
+
+
+def test_quantize_to_a_size_does_both(llama: Path, text: str, tmp_path: Path) -> None:
+    smallest = quantize(llama, tmp_path / "all4", scheme="int4-g64", method="rtn", calib=text, **SMALL).bytes
+    limit = smallest + 4000
+    made = quantize(llama, tmp_path / "out", size=str(limit), calib=text, **SMALL)
+    assert 0.98 * limit < made.bytes <= limit
+    assert made.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert len({entry.scheme for entry in made.ledger if entry.action == "quantized"}) > 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all4", "out"]
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 2, (done.output, done.exception)
+    error = json.loads(done.stdout)
+    assert error["remedy"]
+    return f"{error['where']}: {error['error']}"
+
+
+def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "recipe.toml")
+    start = ("plan", str(llama), out, "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn")
+    reach = refused(*start, "--size", "10KB")
+    assert "reach from" in reach and " to " in reach and "10,000 bytes" in reach
+    assert "reach from" in refused(*start, "--size", "10MB")
+    assert "predicted KL" in refused(*start, "--kl", "1e-12")
+    assert "--size and --bits" in refused(*start, "--bits", "4", "--size", "1MB")
+    assert "one target" in refused(*start)
+    assert "above 0" in refused(*start, "--bits", "0")
+    assert "not a size" in refused(*start, "--size", "many")
+    assert "fits none" in refused(*start, "--bits", "4", "--schemes", "int8-channel,int4-g256")
+    assert "none of GGUF's block types" in refused(*start, "--bits", "4", "--format", "gguf", "--schemes", "int4-g64")
+    assert "one scheme" in refused(*start, "--bits", "4", "--format", "gptq", "--schemes", "int4-g64,int8-channel")
+    assert "nothing to plan" in refused(*start, "--bits", "4", "--format", "bitsandbytes")
+    assert "matches nothing" in refused(*start, "--bits", "4", "--keep", "*.nowhere")
+    assert "by itself" in refused(*start[:-1], "awq+gptq", "--bits", "4")
+    quantizing = ("quantize", str(llama), str(tmp_path / "out"), "--calib", text, "--size", "1MB")
+    assert "--scheme" in refused(*quantizing, "--scheme", "int4-g64")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("")
+    assert "not a directory of scores" in refused(*start, "--kl", "0.1", "--scores", str(foreign))
+    assert not Path(out).exists()
+    Path(out).write_text(plan_recipe(llama, Target(size=125_000), Settings(calib=text, method="rtn", **SMALL)).text)
+    other = refused("quantize", str(wide), str(tmp_path / "out"), "--recipe", out, "--calib", text)
+    assert "planned for a model of other matrices" in other
+
+
+def test_an_encoder_has_nothing_to_plan_by(text: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "bert", "bert")
+    with pytest.raises(CheckpointError, match="predict no next token"):
+        plan_recipe(model, Target(bits=4.5), Settings("gguf", calib=text, **SMALL))
