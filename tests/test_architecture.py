@@ -72,7 +72,9 @@ def test_functions_are_small_enough_to_check_by_eye() -> None:
     for file in FILES.values():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno is not None and node.end_lineno - node.body[0].lineno < 48, f"{file.name}: {node.name}"
+                assert node.end_lineno is not None and node.end_lineno - node.body[0].lineno < 48, (
+                    f"{file.name}: {node.name}"
+                )
 
 
 def test_numerics_know_no_models_files_or_logging() -> None:
