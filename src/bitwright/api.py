@@ -63,6 +63,7 @@ def quantize(
     activations: str | None = None,
     observer: str = "mse",
     kv_cache: str | None = None,
+    prune: str | None = None,
     recipe: str | Path | None = None,
     size: str | None = None,
     bits: float | None = None,
@@ -85,8 +86,8 @@ def quantize(
     where = Path(store) if store else None
     plan = planned(
         Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
-        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
-        seqlen=seqlen, store=where, requantize=requantize,
+        observer=observer, kv_cache=kv_cache, prune=prune, recipe=Path(recipe) if recipe else None, calib=calib,
+        samples=samples, seqlen=seqlen, store=where, requantize=requantize,
         types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type),
         device=device, size=size, bits=bits, seed=seed, progress=progress,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from bitwright.cli.console import (
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
+from bitwright.cli.training import finetune, merge
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ Activations = Annotated[
     ),
 ]
 Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        help="Set weights to zero first: wanda:0.5, magnitude:0.3, sparsegpt:0.5; sparsegpt:2:4 keeps 2 of every 4."
+    ),
+]
 Calib = Annotated[
     str,
     typer.Option(
@@ -128,6 +135,7 @@ def quantize(
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
+    prune: Prune = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     size: Size = None,
     bits: Bits = None,
@@ -154,8 +162,8 @@ def quantize(
             types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
             plan = planned(
                 model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
-                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen,
+                store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -372,7 +380,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, advise, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench, finetune, merge):
     app.command()(command)
 
 

@@ -27,6 +27,8 @@ from bitwright.gguf.reader import carried_keys
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
+from bitwright.models.adapter import Adapter
+from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
@@ -62,6 +64,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
     file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys of a format that is one file (GGUF)
+    adapter: Adapter | None = None  # added to the source's weights as they are read
 
     @property
     def calibrates_embeddings(self) -> bool:
@@ -281,15 +284,16 @@ def preflight(
     samples: int = 128,
     seqlen: int = 2048,
     requantize: bool = False,
+    adapter: Path | None = None,
     device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. device: of statistics and rounding.
+    rounded once more. adapter: of LoRA; the model with it is what is quantized. device: of statistics and rounding.
 
-    Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what the format cannot
-    hold; RecipeError for a rule that does not fit the model.
+    Raises CheckpointError for a source that is missing, damaged or quantized already, or an adapter of another one; FormatError
+    for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -304,6 +308,11 @@ def preflight(
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if any(t.stored_as for t in tensors):
         notes.append(decoded_note(tensors))
+    added = None if adapter is None else Adapter(adapter)
+    if added is not None:
+        added.check(skeleton)
+        notes += check_base(added, source)
+        tensors = [_adapted(t, added) for t in tensors]
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
@@ -311,10 +320,16 @@ def preflight(
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
     notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
-        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation, keys
+        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation,
+        keys, added,
     )  # fmt: skip
     _check_recipe(plan)
     return plan
+
+
+def _adapted(t: PlannedTensor, adapter: Adapter) -> PlannedTensor:
+    """The tensor's plan, which says so where the adapter changes it."""
+    return replace(t, reason=f"adapted by {adapter.folder.name}") if adapter.changes(t.parameter) else t
 
 
 def _check_recipe(plan: Plan) -> None:
