@@ -19,7 +19,7 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.scores import STAND_IN, Scores, scored
 from bitwright.plan.allocation import Allocation, Option
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import Plan, preflight, shapes_digest
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
 from bitwright.plan.units import Unit, base_plan, units_of
@@ -142,6 +142,7 @@ def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
         model, settings.format, method=settings.method, keep=settings.keep,
         samples=settings.samples, seqlen=settings.seqlen,
     )  # fmt: skip
+    _ = base.skeleton.head_name  # CheckpointError for an encoder: it predicts nothing that could differ
     return base, units_of(base, settings.schemes)
 
 
@@ -273,7 +274,7 @@ def _text(units: Sequence[Unit], options: Sequence[Option], settings: Settings, 
         if option.scheme != usual:
             rules += [(pattern, option.scheme) for pattern in unit.patterns]
     rules += [(pattern, "keep") for pattern in settings.keep]
-    head = [f'made_for = "{base.shapes_digest}"', *(["pure = true"] if base.format.one_file else [])]
+    head = [f'made_for = "{shapes_digest(base.skeleton)}"', *(["pure = true"] if base.format.one_file else [])]
     parts = ["\n".join(head)]
     for match, scheme in rules:
         method = [] if scheme == "keep" else [f'method = "{settings.method}"']

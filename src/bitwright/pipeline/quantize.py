@@ -53,43 +53,47 @@ def planned(
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
 
-    Raises the InputError of whatever would stop the run.
-    size, bits: what the result may take; then the schemes are chosen for it (see planned_recipe.py), with scores that are
-    kept beside OUT until it appears.
+    size, bits: what the result may take; then the schemes are chosen (see planned_recipe.py), with scores kept beside OUT until
+    it appears. Raises the InputError of whatever would stop the run.
     """
     check_out(out)
     texts_of(calib)  # checked here, before any work
     model = local(model)
     if size is not None or bits is not None:
-        chosen_too = {
-            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--store": store, "--requantize": requantize,
-        }  # fmt: skip
-        _refuse([name for name, value in chosen_too.items() if value])
+        _refuse({"--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
+                 "--store": store, "--requantize": requantize})  # fmt: skip
+        format, _, method = chosen(out, format, None, method)
         from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
-        format, _, method = chosen(out, format, None, method)
         settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
-        target = Target.parse(size, bits)
-        return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+        return plan_recipe(
+            model, Target.parse(size, bits), settings, scores=_scores_beside(out), progress=progress
+        ).plan
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
     rules = rules.without_text() if calib == "none" else rules
-    if is_gguf(model):
-        file, weighted = GgufFile(model), is_imatrix(calib)
-        modelless = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-        if modelless or unknown:
-            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
+    if (by_tensor := _by_tensor(model, rules, recipe, format, calib)) is not None:
+        return by_tensor
     from bitwright.plan.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
 
 
-def _refuse(others: list[str]) -> None:
-    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+def _by_tensor(model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
+    """The plan for a GGUF file that is quantized tensor by tensor, since no model is needed or known; None for all others."""
+    if not is_gguf(model):
+        return None
+    file, weighted = GgufFile(model), is_imatrix(calib)
+    modelless = _needs_no_model(rules, recipe, format, calib)
+    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown) if modelless or unknown else None
+
+
+def _refuse(options: dict[str, object]) -> None:
+    """RecipeError for options that are given beside --size or --bits: these choose it, or no plan knows it."""
+    others = [name for name, value in options.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"
