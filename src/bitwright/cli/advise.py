@@ -72,6 +72,9 @@ def _print(found: "Advice") -> None:
         _say(f"because: {reason}" if found.scheme else reason)
     _say(f"training for it (QAT): {found.training}")
     for row in found.engines:
-        _say(f"{row.engine}: {row.what}" + (f" ({row.source}, {row.read})" if row.source else ""))
+        _say(f"{row.engine}: {row.what}")
+    sources = dict.fromkeys(row.source for row in found.engines if row.source)
+    for line in ["sources, read " + found.engines[0].read, *sources] if sources else []:
+        console.print(plain(line), highlight=False, soft_wrap=True)
     if found.command:
         console.print(plain(found.command), highlight=False, soft_wrap=True)
