@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: as the command line does
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -29,6 +29,7 @@ from bitwright.pipeline.planned_recipe import plan_recipe as _plan_recipe
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.plan.target import Target
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 from bitwright.train.adapters import prepare_for_training
 from bitwright.train.distill import distill
@@ -73,6 +74,7 @@ def quantize(
     seed: int = 0,
     store: str | Path | None = None,
     requantize: bool = False,
+    device: str = "cpu",
     resume: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Result:
@@ -86,7 +88,8 @@ def quantize(
     plan = planned(
         Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
         observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
-        seqlen=seqlen, store=where, requantize=requantize, size=size, bits=bits, seed=seed, progress=progress,
+        seqlen=seqlen, store=where, requantize=requantize, device=device, size=size, bits=bits, seed=seed,
+        progress=progress,
     )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
@@ -134,7 +137,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation: ...
 
 
@@ -148,7 +153,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> list[Evaluation]: ...
 
 
@@ -161,7 +168,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: str | Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: str = "cpu",
 ) -> Evaluation | list[Evaluation]:
     """Perplexity of a checkpoint on a text and, with a reference, KL divergence (nats a token) and top-1 agreement.
 
@@ -170,7 +179,9 @@ def evaluate(
     seqlen            tokens in a window, each predicted from its own start; tokens: stop after so many of each text
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
+    kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
     chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """
     found = _evaluate(
@@ -181,6 +192,8 @@ def evaluate(
         tokens=tokens,
         predictions=Path(predictions) if predictions else None,
         engine=engine,
+        kv=kv,
         chat=chat,
+        device=device_of(device),
     )
     return found[0] if isinstance(text, str) else found

@@ -165,6 +165,8 @@ def test_spoilt_shards(damage: str, text: str, tmp_path: Path) -> None:
         (("--scheme", "int4-g128"), "not a multiple"),
         (("--seqlen", "64", "--samples", "1", "--calib", "/no/such/file"), "cannot read"),
         (("--recipe", "/no/such/recipe.toml"), "no such recipe"),
+        (("--device", "cuda"), "CUDA GPU"),
+        (("--device", "gpu"), "unknown device"),
     ],
 )
 def test_what_does_not_exist_or_does_not_fit(
@@ -213,7 +215,7 @@ def test_calibration_text_that_is_not_text(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["/no/such/directory", "somebody/some-model"])
 def test_a_model_that_is_not_here(model: str, text: str, tmp_path: Path) -> None:
     error = refused(model, tmp_path / "out", text)
-    assert model in error["where"] and "download" in error["remedy"]
+    assert model in error["where"] and "no such file or directory" in error["error"] and error["remedy"]
 
 
 def test_out_exists(llama: Path, text: str, tmp_path: Path) -> None:

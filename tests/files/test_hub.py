@@ -23,6 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a hub that refuses connections."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     yield tmp_path / "hub"
@@ -73,10 +74,11 @@ def test_a_directory_of_that_name_comes_first(cache: Path, llama: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "eval", "generate", "inspect", "convert", "compare", "bench", "imatrix"]
+    "command", ["quantize", "eval", "generate", "inspect", "convert", "compare", "bench", "imatrix", "plan"]
 )
 def test_no_network_and_nothing_cached(cache: Path, command: str, tmp_path: Path) -> None:
-    more = {"generate": ["--prompt", "a"], "eval": [], "inspect": [], "bench": []}.get(command, ["out"])
+    alone = {"generate": ["--prompt", "a"], "plan": ["out", "--bits", "4.5"], "eval": [], "inspect": [], "bench": []}
+    more = alone.get(command, ["out"])
     code, error = run(command, "org/missing", *more)
     assert code == 2
     assert "no such file or directory here" in error["error"]

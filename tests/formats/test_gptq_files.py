@@ -85,6 +85,7 @@ def test_zero_points_of_0_borrow_of_their_neighbours_in_version_1() -> None:
     ("config", "word"),
     [
         ({"checkpoint_format": "marlin"}, "marlin"), ({"checkpoint_format": "gptq_p"}, "gptq_p"), ({"bits": 5}, "5 bits"),
+        ({"bits": None}, "how many bits"),
         ({"group_size": 0}, "groups of 0"), ({"pack_dtype": "int8"}, "int8"), ({"group_size": 64}, "not those of"),
         ({"dynamic": {r"-:.*": {}}}, "says that it is not"), ({"dynamic": {"+:(": {}}}, "no regular expression"),
         ({"desc_act": True}, "lacks the g_idx"), ({"bits": 8}, "not those of"),

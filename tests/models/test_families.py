@@ -7,8 +7,10 @@ import pytest
 import torch
 from bench.families import IDS, Outcome, save_tokenizer, tried
 from bench.tiny_models import model_class, tiny_model
+from typer.testing import CliRunner
 
 from bitwright import quantize
+from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.models.block_calls import Part
 from bitwright.models.config import read_config
@@ -51,6 +53,8 @@ def test_the_text_model_alone_is_quantized_and_the_rest_copied(tmp_path: Path) -
     assert all(entry.action == "kept" and "vision_tower" in entry.reason for entry in vision)
     assert any("preprocessor_config.json" in note for note in result.notes)
     assert "AutoModelForImageTextToText" in (out / "README.md").read_text()
+    wrote = CliRunner().invoke(app, ["generate", str(out), "--prompt", "a", "--max-tokens", "2", "--json"])
+    assert wrote.exit_code == 0, wrote.exception
 
 
 def test_a_state_space_keeps_what_steers_it_and_quantizes_its_projections(tmp_path: Path) -> None:
@@ -103,6 +107,9 @@ def test_an_adapter_is_named(tmp_path: Path) -> None:
         read_config(tmp_path)
     assert "merge_and_unload" in raised.value.remedy
     assert "some/base" in raised.value.remedy
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as some trainers leave it there
+    with pytest.raises(CheckpointError, match="an adapter, not a whole model"):
+        read_config(tmp_path)
 
 
 def test_an_encoder_and_decoder_is_refused_by_what_it_is(tmp_path: Path) -> None:

@@ -89,8 +89,11 @@ def test_codes_that_no_config_explains(packed: Path, tmp_path: Path) -> None:
     del said["quantization_config"]
     shutil.copytree(packed, tmp_path / "q")
     (tmp_path / "q" / "config.json").write_text(json.dumps(said))
-    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "q"), "--json"])
-    assert done.exit_code == 2 and "quantize_config.json" in json.loads(done.stdout)["remedy"]
+    for words in (["inspect"], ["convert", "c.gguf"], ["quantize", "o", "--calib", "none", "--method", "rtn"]):
+        command, *more = words
+        out = [str(tmp_path / word) if not i else word for i, word in enumerate(more)]
+        done = CliRunner().invoke(app, [command, str(tmp_path / "q"), *out, "--json"])
+        assert done.exit_code == 2 and "quantize_config.json" in json.loads(done.stdout)["remedy"], words
 
 
 def test_scales_for_keys_and_values_that_no_config_asks_for_are_noted(packed: Path, text: str, tmp_path: Path) -> None:

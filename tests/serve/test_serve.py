@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,44 +9,11 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 from bitwright.inference.generation import Generator
 from bitwright.inference.sampling import Sampling
-from bitwright.serve.app import Server
-from bitwright.serve.server import bound
-from bitwright.serve.service import Limits, Service
 from conftest import make_checkpoint
-
-KEY = "secret"
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, model: Path, key: str | None = KEY, limits: Limits | None = None, **options: Any) -> None:
-        self.service = Service.open(model, name="tiny", limits=limits, **options)
-        listening = bound("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(Server(self.service, key).app(), log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, args=([listening],))
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
-
-    def idle(self) -> bool:
-        """Whether the engine comes to rest."""
-        deadline = time.monotonic() + 5
-        while self.service.engine.running or self.service.engine.waiting:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
+from serve.running import KEY, Running, until
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +96,7 @@ def test_stop_strings_end_a_text_before_them(running: Running, own: Generator) -
         )
         found = "".join(c.choices[0].text for c in got) if streamed else got.choices[0].text
         assert found == text[: text.index(stop)]
-    assert got is not None and running.idle()
+    until(lambda: not running.busy())
 
 
 def test_log_probabilities_are_the_models_own(running: Running, own: Generator) -> None:
@@ -252,12 +217,13 @@ def test_a_client_that_leaves_frees_its_slot(running: Running) -> None:
             await stream.__anext__()
             await stream.close()
         else:
-            await asyncio.sleep(0.05)
+            while not running.busy():
+                await asyncio.sleep(0.001)
             task.cancel()
         await client.close()
 
-    assert running.idle()
     for streamed in (True, False):
         before = running.service.engine.counts.written
         asyncio.run(leave(streamed))
-        assert running.idle() and running.service.engine.counts.written - before < 149
+        until(lambda: not running.busy())
+        assert running.service.engine.counts.written - before < 149

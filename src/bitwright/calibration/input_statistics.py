@@ -4,7 +4,8 @@ They belong to an *input*, not to a layer: modules that read the same tensor sha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ class Inputs:
             message = "the ranges of this input were not gathered"
             raise CalibrationError(message, where=", ".join(self.names), remedy=remedy)
         return torch.maximum(self.low.abs(), self.high.abs())
+
+    def to(self, device: torch.device) -> "Inputs":
+        """The same on another device; histograms stay on the CPU."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     def divided(self, s: Tensor) -> "Inputs":
         """The statistics of x / s, s [K] > 0.
@@ -144,7 +151,7 @@ class Gathering:
         K = x.shape[-1]
         gathering = cls([], Gram(K, x.device))
         if detailed:
-            gathering.range, gathering.histogram = Range.empty(K), Histogram()
+            gathering.range, gathering.histogram = Range.empty(K, x.device), Histogram()
             gathering.stride = max(1, expected // SAMPLED)
         return gathering
 

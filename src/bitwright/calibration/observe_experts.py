@@ -76,7 +76,7 @@ class _Layer:
         original = None
         if of_floats is not None:
             original = torch.cat([of_floats.run.handed(batch, mixture.name)[0] for batch in of_floats.batches])
-        seen = torch.arange(len(x)) if routed else x.any(-1).nonzero()[:, 0]
+        seen = torch.arange(len(x), device=x.device) if routed else x.any(-1).nonzero()[:, 0]
         return cls(
             run, None if of_floats is None else of_floats.run, experts, mixture, x, original,
             {e: torch.cat(parts) for e, parts in rows.items()}, seen[:: max(1, len(seen) // SAMPLE)], detailed,
@@ -84,10 +84,10 @@ class _Layer:
 
     def expert(self, e: int) -> Iterator[Inputs]:
         """What gate and up of expert e read, and then what down reads."""
-        own = self.rows.get(e, torch.empty(0, dtype=torch.long))
+        own = self.rows.get(e, torch.empty(0, dtype=torch.long, device=self.x.device))
         few = len(own) < ENOUGH * self.x.shape[1]
         rows = torch.cat([own, self.pool]) if few else own
-        counting = torch.ones(len(rows))
+        counting = torch.ones(len(rows), device=self.x.device)
         counting[len(own) :] = PRIOR / max(1, len(self.pool))
         names = [name for name in self.mixture.names if name.startswith(f"{self.mixture.name}.{e}.")]
         x, original = self.x[rows], None if self.original is None else self.original[rows]

@@ -91,9 +91,10 @@ class Range:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, K: int) -> "Range":
+    def empty(cls, K: int, device: torch.device | None = None) -> "Range":
         """Nothing seen yet: low = +inf, high = −inf."""
-        return cls(torch.full((K,), float("inf")), torch.full((K,), float("-inf")), torch.zeros(K))
+        low, high = (torch.full((K,), end, device=device) for end in (float("inf"), float("-inf")))
+        return cls(low, high, torch.zeros(K, device=device))
 
     def update(self, x: Tensor) -> None:
         """x [..., K]: one more batch of inputs."""

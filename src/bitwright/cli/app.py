@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitwright.cli.advise import advise
-from bitwright.cli.console import AsJson, Quiet, console, errors, interruption, plain, progress_bar, reporting, show
-from bitwright.cli.inference import bench, chat, generate
+from bitwright.cli.console import (
+    AsJson,
+    Device,
+    Quiet,
+    console,
+    errors,
+    interruption,
+    plain,
+    progress_bar,
+    reporting,
+    show,
+)
+from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
 from bitwright.version import __version__
@@ -112,6 +123,7 @@ def quantize(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
     ] = False,
+    device: Device = "cpu",
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
@@ -126,7 +138,7 @@ def quantize(
             plan = planned(
                 model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
                 observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, size=size, bits=bits, seed=seed, progress=progress,
+                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -161,22 +173,21 @@ def compare(
         bool, typer.Option("--sequential", help="Statistics block by block for every candidate, as quantize does.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the candidates, or only what they cost.")] = True,
+    device: Device = "cpu",
     resume: Resume = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
-    with (
-        reporting(as_json, f"what is finished is kept in {out}; the same command goes on with it", quiet=quiet),
-        progress_bar(as_json or quiet) as progress,
-    ):
+    kept = f"what is finished is kept in {out}; the same command goes on with it"
+    with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
-            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep
-        )
+            calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
+        )  # fmt: skip
         done = run_all(
             model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
             resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
@@ -221,11 +232,14 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
     ] = None,
+    device: Device = "cpu",
+    kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
         from bitwright.evaluation.evaluate import evaluate as judge
+        from bitwright.system.device import device_of
 
         found = judge(
             model,
@@ -235,7 +249,9 @@ def evaluate(
             tokens=tokens,
             predictions=predictions,
             engine=engine,
+            kv=kv,
             chat=chat,
+            device=device_of(device),
         )
         _print_evaluations(found, as_json)
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary: only what is worse than asked.")]
+Device = Annotated[str, typer.Option(help="Compute on cpu, cuda or cuda:N.")]
 console, errors = Console(), Console(stderr=True)
 INTERRUPTED = 130  # exit status, as shells have it
 

@@ -28,7 +28,9 @@ Bits = Annotated[
 Context = Annotated[int, typer.Option("--context", "--room", min=2, help="Tokens of prompt and answer together.")]
 KeysAndValues = Annotated[
     str | None,
-    typer.Option(help="Keep keys and values in q8 (half the memory) or q4 (nearly a quarter); float otherwise."),
+    typer.Option(
+        help="Keep keys and values in q8 (half the memory) or q4 (little more than a quarter); float otherwise."
+    ),
 ]
 Lookahead = Annotated[
     int,
@@ -103,6 +105,7 @@ def bench(
     model: Model,
     scheme: Rounded = None,
     activations: Bits = 16,
+    kv: KeysAndValues = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which the medians count.")] = 3,
@@ -112,7 +115,9 @@ def bench(
     with reporting(as_json):
         from bitwright.inference.speed import measure
 
-        found = measure(model, scheme=scheme, activations=activations, prompt=prompt, decode=decode, repeat=repeat)
+        found = measure(
+            model, scheme=scheme, activations=activations, kv=kv, prompt=prompt, decode=decode, repeat=repeat
+        )
         show(found.as_dict(), as_json, "Speed")
 
 

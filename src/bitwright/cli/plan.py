@@ -11,7 +11,7 @@ from bitwright.cli.console import AsJson, Quiet, console, errors, plain, progres
 if TYPE_CHECKING:
     from bitwright.pipeline.planned_recipe import PlannedRecipe
 
-Model = Annotated[Path, typer.Argument(help="Directory with a Hugging Face checkpoint (safetensors), or a .gguf file.")]
+Model = Annotated[Path, typer.Argument(help="Directory with a checkpoint, .gguf file, or name on the hub.")]
 Bits = Annotated[float | None, typer.Option(help="Bits a weight, of all weight data.")]
 Size = Annotated[str | None, typer.Option(help="Bytes of the result: 100MB, 6GiB.")]
 KEPT = "scores are kept in {}; the same command goes on with them"

@@ -33,7 +33,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, waiting included.")] = 600,
 ) -> None:
     """Serve a model over HTTP by OpenAI's API: chat, completions, embeddings."""
-    with reporting(False, "the server has ended"), suppress(KeyboardInterrupt):
+    with reporting(False):
         _check_installed()
         from bitwright.serve.server import bound, run
         from bitwright.serve.service import Limits, Service
@@ -59,7 +59,8 @@ def serve(
             f"context {service.generator.context}",
             flush=True,
         )
-        run(service, listening, api_key)
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+            run(service, listening, api_key)
 
 
 def _check_installed() -> None:

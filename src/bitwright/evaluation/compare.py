@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bitwright.pipeline.run import run
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.preflight import Plan, preflight
 from bitwright.plan.recipe import Recipe
+from bitwright.system.device import device_of
 from bitwright.system.memory import forget_peak, peak_since, return_memory
 from bitwright.system.progress import Progress
 from bitwright.transforms import split_method
@@ -46,6 +48,7 @@ class Settings:
     format                        file format; None: the first that can hold a candidate
     sequential                    take statistics for each candidate, block by block, as `quantize` does
     keep                          keep the quantized checkpoints; else each is removed once it is evaluated
+    device                        of statistics, rounding and evaluation: cpu, cuda or cuda:N
     """
 
     calib: str = "general"
@@ -60,6 +63,7 @@ class Settings:
     format: str | None = None
     sequential: bool = False
     keep: bool = True
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -196,12 +200,15 @@ def _plan(model: Path, scheme: str, method: str, settings: Settings) -> Plan:
     """The plan in the first file format that can hold it."""
     recipe = Recipe.uniform(scheme, method, settings.activations, settings.observer)
     formats = [settings.format] if settings.format else list(FORMATS_IN_TURN)
+    plan = partial(
+        preflight, model, recipe, samples=settings.samples, seqlen=settings.seqlen, device=device_of(settings.device)
+    )
     for name in formats[:-1]:
         try:
-            return preflight(model, recipe, name, samples=settings.samples, seqlen=settings.seqlen)
+            return plan(name)
         except (FormatError, SchemeError):
             continue
-    return preflight(model, recipe, formats[-1], samples=settings.samples, seqlen=settings.seqlen)
+    return plan(formats[-1])
 
 
 def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resume: bool) -> Path:
@@ -291,6 +298,7 @@ def _judged(folder: Path, reference: Path | None, predictions: Path | None, sett
         seqlen=settings.eval_seqlen,
         tokens=settings.tokens,
         predictions=predictions,
+        device=device_of(settings.device),
     )
     return found.as_dict()
 

@@ -23,7 +23,9 @@ from bitwright.evaluation.judged_text import JudgedText
 from bitwright.evaluation.reference import Compared, Predictions
 from bitwright.files.hub import local
 from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_of, pieces, surprise
+from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.pipeline.statistics_store import code_version
+from bitwright.system.device import CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,9 @@ def evaluate(
     tokens: int | None = None,
     predictions: Path | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     chat: bool = False,
+    device: torch.device = CPU,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -79,15 +83,18 @@ def evaluate(
     predictions  a directory with this reference's predictions, written if they are missing. KL is then over the reference's
                  most likely tokens (see reference.py)
     engine       "llama.cpp": round inputs, keys and values as that engine does (GGUF files)
+    kv           keys and values rounded to "q8" or "q4", of the model alone
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
+    device       that both models are computed on
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
-    run the file, a chat template that is missing; CalibrationError for a text shorter than one window.
+    run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
+    than one window.
     """
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed = StreamedModel(local(model), engine=engine)
-    other = StreamedModel(local(reference)) if reference else None
+    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv), device=device)
+    other = StreamedModel(local(reference), device=device) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -165,9 +172,9 @@ def _costs(
     nll, beside = list[Tensor](), list[Compared]()
     for piece in pieces(parts, streamed.vocabulary):
         log_q = streamed.log_probabilities(hidden, piece)
-        nll.append(surprise(log_q, piece.targets(parts)))
+        nll.append(surprise(log_q, piece.targets(parts)).cpu())
         if against:
-            beside.append(against(piece, log_q))
+            beside.append(against(piece, log_q).cpu())
     count = sum(len(part) for part in parts)
 
     def whole(tensors: list[Tensor]) -> Tensor:

@@ -27,6 +27,10 @@ class Compared:
     same: Tensor
     nll: Tensor
 
+    def cpu(self) -> "Compared":
+        """The same on the CPU."""
+        return Compared(self.kl.cpu(), self.same.cpu(), self.nll.cpu())
+
 
 class Predictions:
     """The stored predictions on one text, in pieces as they were computed; complete only after `finish`."""
@@ -49,7 +53,7 @@ class Predictions:
         """Store predictions log_p [n, V] of the tokens from number `begin` on, and −log p of the actual tokens, nll [n]."""
         top = log_p.topk(min(TOP, log_p.shape[1]), dim=-1)
         tensors = {"log_p": top.values.to(torch.float32), "token": top.indices.to(torch.int32), "nll": nll}
-        write_shard(self._piece(begin), tensors)
+        write_shard(self._piece(begin), {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def finish(self, tokens: int) -> None:
         """Mark the predictions as complete."""
@@ -61,7 +65,7 @@ class Predictions:
         CheckpointError for a piece that is missing, damaged or of another length.
         """
         piece = Checkpoint(self.folder, only=self._piece(begin))
-        log_p, token = piece.read("log_p"), piece.read("token").long()
+        log_p, token = piece.read("log_p").to(log_q.device), piece.read("token").long().to(log_q.device)
         if len(log_p) != len(log_q):
             message = f"{len(log_p)} predictions for {len(log_q)} tokens"
             remedy = "delete that directory of predictions and run again"

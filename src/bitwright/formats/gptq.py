@@ -136,6 +136,9 @@ class Gptq:
             remedy = f"known: {', '.join(VERSIONS)}; GPTQModel converts others"
             raise FormatError(f"GPTQ's layout {layout!r} is not read here", where=name, remedy=remedy)
         bits, group = config.get("bits"), config.get("group_size", -1)
+        if bits is None:
+            remedy = "get the whole config from where the weights are from: bits, group_size, desc_act, sym"
+            raise FormatError("the quantization_config does not say how many bits", where=name, remedy=remedy)
         if bits not in BITS or type(group) is not int or (group != -1 and group < 1):
             remedy = f"{', '.join(map(str, BITS))} bits; a group of columns, or -1"
             raise FormatError(f"{bits!r} bits in groups of {group!r} are not read here", where=name, remedy=remedy)

@@ -16,6 +16,7 @@ from bitwright.inference.module_decoder import ModuleDecoder
 from bitwright.inference.native_decoder import NativeDecoder, runs_natively
 from bitwright.inference.ngrams import NgramIndex
 from bitwright.inference.sampling import Sampling
+from bitwright.models.kv_cache import check_unrounded
 from bitwright.numerics.key_value_codes import KeyValueCodes
 
 
@@ -24,6 +25,8 @@ def decoder_of(model: PreTrainedModel, context: int, *, slots: int = 1, kv: KeyV
     if not model.can_generate():
         message = f"models of type {model.config.model_type!r} predict no next token"
         raise CheckpointError(message, remedy="`bitwright.load` gives their hidden states")
+    if kv is not None:
+        check_unrounded(getattr(model.config, "quantization_config", None), model.config.model_type)
     kind = NativeDecoder if runs_natively(model) else ModuleDecoder
     return kind(model, context, slots=slots, kv=kv)
 

@@ -51,10 +51,9 @@ class Generator:
         slots    sequences that the decoder holds
         Raises what `load` does, CheckpointError for an encoder, InputError for an unknown kv.
         """
-        path = local(path)
-        codes = key_value_codes(kv)
+        codes, path = key_value_codes(kv), local(path)
         model = load(path, scheme=scheme, activations=activations)
-        context = min(context, getattr(model.config, "max_position_embeddings", None) or context)
+        context = min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
         decoder = decoder_of(model, context, slots=slots, kv=codes)
         return cls(model, load_tokenizer(path), decoder, context, lookahead)
 
@@ -85,7 +84,7 @@ class Generator:
         found: set[int] = set()
         for end in (
             self.model.generation_config.eos_token_id,
-            self.model.config.eos_token_id,
+            getattr(self.model.config.get_text_config(), "eos_token_id", None),
             self.tokenizer.eos_token_id,
         ):
             found |= set(end) if isinstance(end, list) else set() if end is None else {end}

@@ -21,15 +21,15 @@ class KeyValueStore:
         """Whether keys are held rotated, so that queries must be rotated too."""
         return self.codes is not None and self.codes.rotates_keys
 
-    def write(self, slot: int, layer: int, position: int, new: Tensor) -> None:
-        """Put keys and values [2, key heads, T, D] of a layer at a position and behind it; keys rotated if they are held so."""
+    def write(self, layer: int, slots: Tensor, positions: Tensor, new: Tensor) -> None:
+        """Put keys and values [2, key heads, M, D] of a layer at the position [M] and in the sequence [M] of each."""
         rows = new if self.codes is None else self.codes.encode(new)
-        self.rows[slot, layer, :, :, position : position + new.shape[2]] = rows
+        self.rows[slots, layer, :, :, positions] = rows.permute(2, 0, 1, 3)
 
     def read(self, slots: list[int], layer: int, first: int, end: int) -> Tensor:
         """Keys and values float32 [2, B, key heads, S, D] of a layer's positions first … end − 1 in some sequences."""
-        whole = self.rows[slots[0], layer][None] if len(slots) == 1 else self.rows[slots, layer]
-        rows = whole[..., first:end, :].transpose(0, 1)
+        whole = self.rows[:, layer, :, :, first:end]
+        rows = (whole[slots[0], None] if len(slots) == 1 else whole[slots]).transpose(0, 1)
         return rows.float() if self.codes is None else self.codes.decode(rows, self.D)
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -30,6 +30,7 @@ from bitwright.models.skeleton import Skeleton, is_linear, matrix_of
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
+from bitwright.system.device import DeviceMap, device_in
 from bitwright.system.memory import return_memory
 
 
@@ -40,6 +41,7 @@ def load(
     method: str = "search",
     activations: int = 16,
     dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap = None,
 ) -> PreTrainedModel:
     """A checkpoint directory, GGUF file or name on the hub, float or quantized by anyone whose format is read here, ready to
     generate.
@@ -47,6 +49,8 @@ def load(
     scheme       a float checkpoint's matrices are rounded to it, block by block, with a method that needs no data
     activations  bits that inputs of quantized matrices are rounded to: 16 (finer than bfloat16) or 8 (faster prefill)
     dtype        of all that is not quantized, and of what passes between modules
+    device_map   as of transformers, the whole model on one device: "cpu" (as without it), "cuda", "cuda:1", "auto" (a GPU where
+                 there is one) or {"": device}; packed matrices go there a matrix at a time
 
     Warns of scales for keys and values that the config does not ask for. Raises CheckpointError, FormatError, SchemeError or
     RecipeError, naming the tensor.
@@ -57,7 +61,8 @@ def load(
         raise RecipeError(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
         )
-    filling = _Filling(local(Path(model)), Scheme.parse(scheme) if scheme else None, method, activations, dtype)
+    device = device_in(device_map)
+    filling = _Filling(local(Path(model)), Scheme.parse(scheme) if scheme else None, method, activations, dtype, device)
     for note in filling.weight_source.notes:
         warnings.warn(f"{model}: {note}", stacklevel=2)
     return filling.run()
@@ -66,9 +71,17 @@ def load(
 class _Filling:
     """One model on its way into memory."""
 
-    def __init__(self, path: Path, scheme: Scheme | None, method: str, activations: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        path: Path,
+        scheme: Scheme | None,
+        method: str,
+        activations: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.path, self.scheme, self.method, self.activations = path, scheme, method, activations
-        self.skeleton = Skeleton(read_config(path), dtype)
+        self.skeleton, self.device = Skeleton(read_config(path), dtype, device), device
         self.weight_source: WeightSource | GgufWeightSource = open_weights(path, self.skeleton)
         self.names = names_in(self.weight_source, self.skeleton)
         self.ties = self.skeleton.ties()
@@ -111,13 +124,13 @@ class _Filling:
             self.skeleton.load({name: read(name) for name in conversion.sources})
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta:
-                value = nn.Parameter(read(self._source(name)).to(self.skeleton.dtype), requires_grad=False)
+                value = nn.Parameter(read(self._source(name)).to(self.device, self.skeleton.dtype), requires_grad=False)
                 for twin, whole in list(model.named_parameters(remove_duplicate=False)):
                     if whole is parameter:
                         _replace(model, twin, value)
         for name, buffer in list(model.named_buffers()):
             if name in self.names:
-                state = read(self.names[name])
+                state = read(self.names[name]).to(self.device)
                 _replace(model, name, state.to(self.skeleton.dtype) if buffer.is_floating_point() else state)
 
     def _linear(self, name: str, module: nn.Module, *, rounded: bool) -> None:
@@ -131,7 +144,7 @@ class _Filling:
             weight = self._float(source, module)
             self._check(source, tuple(weight.shape), shape)
             stored = self._stored(name, source) if self.weight_source.is_packed(source) else None
-            return _replace(self.skeleton.model, name, Dense(weight, bias, stored=stored))
+            return _replace(self.skeleton.model, name, Dense(weight, bias, stored=stored).to(self.device))
         self._check(source, tuple(q.codes.shape), shape)
         stored = self._stored(name, source) if self.scheme is None else None
         packed = QLinear(
@@ -141,7 +154,7 @@ class _Filling:
             activations=self.activations,
             stored=stored,
         )
-        return _replace(self.skeleton.model, name, packed)
+        return _replace(self.skeleton.model, name, packed.to(self.device))
 
     def _float(self, source: str, module: nn.Module) -> Tensor:
         """A matrix [N, K] that is computed in float: it is so in the file, or no scheme has its codes."""
@@ -175,7 +188,7 @@ class _Filling:
         stored = partial(self.weight_source.parts, source) if self.weight_source.is_packed(source) else None
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():
-            self.tables[source] = rows
+            rows = self.tables[source] = rows.to(self.device)
         _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width, stored=stored))
 
 

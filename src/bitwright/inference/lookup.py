@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Lookup(nn.Module):
     """ids [...] -> rows [..., H] of an embedding table [V, H] kept in the file's own bytes.
 
-    rows    [V, ...] the table: bytes of blocks, or float numbers
+    rows    [V, ...] the table: bytes of blocks, which stay on the CPU, or float numbers
     decode  some of its rows -> float [n, H]
     dtype   of the output
     stored  gives the file's tensors of the table by suffix, for `state_dict`; None: it is one tensor, the rows
@@ -35,7 +35,7 @@ class Lookup(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., H]; a row that occurs several times is decoded once."""
         wanted, place = ids.unique(return_inverse=True)
-        return self.decode(self.rows[wanted]).to(self.dtype)[place]
+        return self.decode(self.rows[wanted.to(self.rows.device)]).to(ids.device, self.dtype)[place]
 
     @property
     def weight(self) -> Tensor:

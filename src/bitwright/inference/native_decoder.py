@@ -154,6 +154,7 @@ class NativeDecoder(Decoder):
             runs.append(_Run(slot, self.lengths[slot], first, first + T))
             first += T
         positions = torch.cat([torch.arange(run.position, run.end) for run in runs])
+        slots = torch.cat([torch.full((run.count,), run.slot) for run in runs])
         for table, row_table in zip(self.tables, self.row_tables, strict=True):
             row_table[: len(x)] = table[positions]
         together, threads = self._together(runs), torch.get_num_threads()
@@ -161,17 +162,17 @@ class NativeDecoder(Decoder):
         q = torch.empty(len(x), self.heads * self.D)
         for layer in range(self.layers):
             self.many.enter(layer, x, 0, q, new, threads)
-            mixed = self._attention(layer, q.view(len(x), self.heads, self.D), new[layer], runs, together)
+            queries, fresh = q.view(len(x), self.heads, self.D), new[layer]
+            if self.store.rotates_keys:
+                queries, fresh = rotated(queries), torch.stack([rotated(fresh[0].float()), fresh[1].float()])
+            self.store.write(layer, slots, positions, fresh)
+            mixed = self._attention(layer, queries, runs, together)
             self.many.leave(layer, mixed.flatten(1), x, threads)
         for run in runs:
             self.lengths[run.slot] = run.end
 
-    def _attention(self, layer: int, q: Tensor, new: Tensor, runs: list[_Run], together: list[_Together]) -> Tensor:
-        """Queries [M, heads, D], new keys and values [2, key heads, M, D] -> what attention mixes [M, heads, D]."""
-        if self.store.rotates_keys:
-            q, new = rotated(q), torch.stack([rotated(new[0].float()), new[1].float()])
-        for run in runs:
-            self.store.write(run.slot, layer, run.position, new[:, :, run.first : run.last])
+    def _attention(self, layer: int, q: Tensor, runs: list[_Run], together: list[_Together]) -> Tensor:
+        """Queries [M, heads, D] -> what attention mixes of the values that each sees [M, heads, D]."""
         mixed = torch.empty_like(q)
         for group in together:
             self._short(layer, q, group, mixed)
@@ -262,7 +263,12 @@ def _grouped(parts: Sequence[Part], most: int) -> list[list[tuple[int, Tensor]]]
 def runs_natively(model: PreTrainedModel) -> bool:
     """Whether the extension knows every part of the model."""
     config = model.config
-    if native is None or config.model_type not in LIKE_LLAMA or config.hidden_act != "silu":
+    if (
+        native is None
+        or model.device.type != "cpu"
+        or config.model_type not in LIKE_LLAMA
+        or config.hidden_act != "silu"
+    ):
         return False
     if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
         return False

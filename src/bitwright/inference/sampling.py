@@ -28,7 +28,7 @@ class Sampling:
         """Choose a token from logits [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        chances = (logits / self.temperature).softmax(-1)
+        chances = ((logits - logits.max()) / self.temperature).softmax(-1)  # none grows beyond bounds when it is near 0
         if self.top_p == 1:
             return _drawn(chances, generator)
         kept, order = nucleus(chances, self.top_p)

@@ -18,6 +18,7 @@ from bitwright.inference.dense import Dense
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
+from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.system.memory import forget_peak, peak_since
 
 PROBE_BYTES = 1 << 29  # read to measure memory bandwidth: more than caches hold
@@ -54,6 +55,7 @@ def measure(
     *,
     scheme: str | None = None,
     activations: int = 16,
+    kv: str | None = None,
     prompt: int = 512,
     decode: int = 128,
     repeat: int = 3,
@@ -62,16 +64,17 @@ def measure(
 
     Raises what `load` does, and InputError where the model's context is too short.
     """
+    codes = key_value_codes(kv)
     forget_peak()
     path = local(path)  # before the time is taken
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
-    room = getattr(model.config, "max_position_embeddings", None) or prompt + decode
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + decode
     if prompt + decode > room:
         raise InputError(
             f"{prompt} + {decode} tokens in a model made for {room}", remedy="--prompt and --decode below that"
         )
     ids = torch.randint(model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0))
-    decoder = decoder_of(model, prompt + decode)
+    decoder = decoder_of(model, prompt + decode, kv=codes)
     decoder.prefill(ids)  # warm up: what is set up at first use does not count
     rounds = [_round(decoder, ids, decode) for _ in range(repeat)]
     first, each = median(r[0] for r in rounds), median(r[1] for r in rounds)

@@ -111,7 +111,7 @@ def _panels(codes: Tensor, bits: int) -> Tensor:
         if bits & width:
             part = vectors >> below & ((1 << width) - 1)
             side = part.view(len(part), width, 8 // width, 64)  # one vector of bytes holds 8 / width vectors of codes
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)[:, None]
             planes.append((side << shifts).sum(2, dtype=torch.uint8))
             below += width
     return torch.cat(planes, 1).reshape(-1).contiguous()
@@ -285,9 +285,8 @@ def _codes(panels: Tensor, bits: int, K: int) -> Tensor:
         vectors, below, at = torch.zeros(len(tiles), 8, 64, dtype=torch.uint8, device=panels.device), 0, 0
         for width in (4, 2, 1):
             if bits & width:
-                plane = (
-                    tiles[:, at : at + width, None] >> torch.arange(0, 8, width, dtype=torch.uint8)[None, None, :, None]
-                )
+                shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=panels.device)
+                plane = tiles[:, at : at + width, None] >> shifts[None, None, :, None]
                 vectors |= (plane & ((1 << width) - 1)).view(len(tiles), 8, 64) << below
                 below, at = below + width, at + width
     fours = vectors.view(len(panels), -1, 4, 8, PANEL, 4).permute(0, 2, 4, 1, 3, 5)

@@ -1,6 +1,7 @@
 """Read a checkpoint's configuration: the model's, and its quantization_config."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from bitwright.gguf.reader import is_gguf
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.own_head import has_own_head
 
+# Last parts of tensor names that occur only in quantized checkpoints.
+QUANTIZED = ("qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "absmax", "SCB")
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files of AutoGPTQ, AutoAWQ -> quant_method
 
 
@@ -31,9 +34,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not folder.is_dir():
         remedy = "give a directory, a .gguf file, or a name on the hub: org/name"
         raise CheckpointError("no such file or directory", where=str(folder), remedy=remedy)
+    if _is_adapter(folder):
+        raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
         raise CheckpointError(
             "no config.json", where=str(folder), remedy="give the directory of a Hugging Face checkpoint"
         )
@@ -53,6 +56,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     if getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
         config.tie_word_embeddings = False
     return config
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a directory holds a LoRA adapter (peft) alone, without the model, though perhaps with its config."""
+    whole = [folder / "config.json", *folder.glob("model*.safetensors*")]
+    return (folder / "adapter_config.json").is_file() and len([file for file in whole if file.is_file()]) < 2
 
 
 def _merging(folder: Path) -> str:
@@ -81,6 +90,21 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def described_in(folder: Path) -> str:
+    """The file in which a quantized checkpoint says how it was quantized."""
+    beside = (name for name in BESIDE if (folder / name).is_file())
+    return next(beside, "config.json") if "quantization_config" not in _json(folder / "config.json") else "config.json"
+
+
+def check_described(tensors: Iterable[str], folder: Path) -> None:
+    """CheckpointError if there are quantized tensors, and no file says how they were quantized."""
+    found = next((name for name in tensors if name.rpartition(".")[2] in QUANTIZED), None)
+    if found is not None and quantization_of(folder) is None:
+        message = f"holds quantized weights ({found}), and neither config.json nor quantize_config.json says how"
+        remedy = "get config.json with its quantization_config (or quantize_config.json) from where the file is from"
+        raise CheckpointError(message, where=str(folder), remedy=remedy)
+
+
 def _json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no file. CheckpointError for invalid JSON."""
     if not file.is_file():
@@ -88,5 +112,6 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file)) from error
+        remedy = "get a good copy of it from where the weights are from"
+        raise CheckpointError(f"unusable {file.name}: {error}", where=str(file), remedy=remedy) from error
     return raw if isinstance(raw, dict) else {}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bitwright.errors import CheckpointError, RecipeError
+from bitwright.errors import CheckpointError, InputError, RecipeError
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import TENSOR, Scheme
@@ -56,6 +56,12 @@ def check(scheme: Scheme) -> None:
     """RecipeError for a KV cache scheme that no engine supports: it must be int8 or fp8, symmetric, per tensor."""
     if scheme.group != TENSOR or scheme.grid not in GRIDS or scheme.zero != "sym":
         raise RecipeError(f"no engine keeps keys and values in {scheme}", remedy="int8-tensor or fp8-tensor")
+
+
+def check_unrounded(config: dict[str, Any] | None, where: object) -> None:
+    """InputError where a checkpoint's quantization_config rounds keys and values itself: they are not rounded again."""
+    if (config or {}).get("kv_cache_scheme"):
+        raise InputError("the checkpoint rounds its keys and values already", where=str(where), remedy="leave out --kv")
 
 
 def rounding(scheme: Scheme, scales: tuple[Scales, Scales]) -> KvRounding:

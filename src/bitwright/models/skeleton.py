@@ -23,6 +23,7 @@ from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
+from bitwright.system.device import CPU
 
 # Buffers that models compute, and that may be missing in a checkpoint; older checkpoints hold them.
 COMPUTED = (
@@ -40,9 +41,9 @@ TOKENS_PER_BATCH = 4096
 class Skeleton:
     """A causal language model, or an encoder without its pooling layer, whose blocks are loaded and unloaded one by one."""
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        """dtype: of the computation, whatever the checkpoint's is. CheckpointError for a config without such a model."""
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        """dtype, device: of the computation, whatever the checkpoint's type. CheckpointError for a config without a model."""
+        self.config, self.dtype, self.device = config, dtype, device
         with parameters_on_meta():
             try:
                 self.model = model_of(config, dtype)
@@ -55,6 +56,8 @@ class Skeleton:
                 raise CheckpointError(f"no model for it: {reason}", where=where, remedy=remedy) from error
         self.experts = one_by_one(self.model)
         self.model.tie_weights()
+        if device != CPU:
+            self._move_buffers()
         self.predicts = config.model_type not in ENCODERS
         self.block_prefix, self.blocks = find_blocks(self.model, config)
         self.towers = towers_of(self.model, self.block_prefix)
@@ -62,6 +65,12 @@ class Skeleton:
         self._calls = Calls(len(self.blocks))
         self._recorded: dict[int, list[Call]] = {}
         self._cache: KvCache | None = None
+
+    def _move_buffers(self) -> None:
+        """Buffers are real from the start, and made on the CPU; parameters come to the device as they are loaded."""
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self.device))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -199,10 +208,19 @@ class Skeleton:
         missing = self.model.state_dict(keep_vars=True).keys() - found - self.tied_names()
         lacking = [n for n in missing if not n.endswith(COMPUTED) and not any(p.search(n) for p in spared)]
         if lacking:
-            remedy = "config.json and weights must belong together"
-            if ".experts." in min(lacking):
+            remedy, counted = "config.json and weights must belong together", self._experts_found(min(lacking), found)
+            if " 0 experts" in counted:
                 remedy += ", or this family's files hold experts in a form that is not known here"
-            raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}", where=where, remedy=remedy)
+            raise CheckpointError(f"the checkpoint lacks tensor {min(lacking)!r}{counted}", where=where, remedy=remedy)
+
+    def _experts_found(self, lacking: str, found: Set[str]) -> str:
+        """Of how many experts of a layer the files hold such a tensor, for one that they lack; "" if it is no expert's."""
+        for experts, layout in self.experts.items():
+            if lacking.startswith(f"{experts}."):
+                leaf = lacking.removeprefix(f"{experts}.").partition(".")[2]
+                count = sum(f"{experts}.{e}.{leaf}" in found for e in range(layout.E))
+                return f": {leaf} is there for {count} experts of the layer, config.json means {layout.E}"
+        return ""
 
     def routers(self) -> set[str]:
         """Names of the modules that route tokens to experts, or compute the weight of a shared expert."""
@@ -233,7 +251,8 @@ class Skeleton:
         for conversion in self.conversions:
             if all(name in tensors for name in conversion.sources):
                 tensors = {**tensors, **conversion.applied(self.model, tensors)}
-        cast = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        types = {name: self.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        cast = {name: tensor.to(self.device, types[name]) for name, tensor in tensors.items()}
         inside = f"{self.block_prefix}."
         if not all(name.startswith(inside) for name in cast):  # transformers ties from either name to the other
             ties = self.ties().items()
@@ -292,7 +311,7 @@ class Skeleton:
         """The recorded calls of all blocks for token ids [B, T]."""
         calls: list[Call] = []
         with self._ports(calls, form):
-            self._base(input_ids=ids, use_cache=False)
+            self._base(input_ids=ids.to(self.device), use_cache=False)
         if len(calls) != len(self):
             raise CheckpointError(f"the model calls its {len(self)} blocks {len(calls)} times", remedy=ALONE)
         return calls
@@ -375,7 +394,7 @@ class Skeleton:
         """Within this context, ports take the place of all blocks."""
         owner, _, attribute = self.block_prefix.rpartition(".")
         port = ports(self.model.get_submodule(owner), attribute, self.blocks, record, form, inject)
-        with no_longer_meta(self.model), port:
+        with no_longer_meta(self.model, self.device), port:
             yield
 
 
@@ -410,11 +429,11 @@ def as_source(skeleton: Skeleton, name: str, matrix: Tensor) -> Tensor:
     return matrix_of(skeleton.model.get_submodule(name), matrix).to(skeleton.dtype)
 
 
-def best_dtype() -> torch.dtype:
+def best_dtype(device: torch.device = CPU) -> torch.dtype:
     """The dtype for calibration: bfloat16 on a GPU, or where the CPU multiplies it natively; else float32.
 
     Also float32 where ATEN_CPU_CAPABILITY restricts torch to older instructions.
     """
     held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if torch.cuda.is_available() or (fast and not held_back) else torch.float32
+    return torch.bfloat16 if device != CPU or (fast and not held_back) else torch.float32

@@ -12,7 +12,7 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import READERS, CheckpointReader
 from bitwright.gguf.reader import is_gguf
-from bitwright.models.config import quantization_of
+from bitwright.models.config import check_described, quantization_of
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvRounding, read_rounding
 from bitwright.models.skeleton import Skeleton
@@ -23,8 +23,6 @@ from bitwright.numerics.qtensor import QTensor
 T = TypeVar("T")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Last parts of tensor names that occur only in quantized checkpoints.
-QUANTIZED = ("qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "absmax", "SCB")
 
 
 class WeightSource:
@@ -64,7 +62,7 @@ class WeightSource:
 
     def meet(self, skeleton: Skeleton) -> dict[str, str]:
         """Match the files with a model: see `names_in`. Also records the modules' classes, which configs refer to."""
-        self._check_described()
+        check_described(self.plain, self.folder)
         names = skeleton.source_names(self.shapes, str(self.folder))
         zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
         check_all_read(self.shapes, [*names.values(), *zeros], skeleton, str(self.folder))
@@ -77,16 +75,6 @@ class WeightSource:
             module, called = source.rpartition(".")[0], parameter.rpartition(".")[0]
             self._called[module], self._kinds[module] = called, type(skeleton.model.get_submodule(called))
         return names
-
-    def _check_described(self) -> None:
-        """CheckpointError if there are quantized tensors, but no quantization_config."""
-        found = next((name for name in self.plain if name.rpartition(".")[2] in QUANTIZED), None)
-        if found is not None and self.config is None:
-            message = f"holds quantized weights ({found}), and neither config.json nor quantize_config.json says how"
-            remedy = (
-                "get config.json with its quantization_config (or quantize_config.json) from where the file is from"
-            )
-            raise CheckpointError(message, where=str(self.folder), remedy=remedy)
 
     def _is_bias_of_zeros(self, name: str) -> bool:
         """Whether a tensor is the zero bias that AutoGPTQ and its successors write for a layer without a bias."""

@@ -14,9 +14,11 @@ from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.kv_cache import KvCache
+from bitwright.models.kv_cache import KvCache, check_unrounded
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
+from bitwright.numerics.key_value_codes import KeyValueCodes
+from bitwright.system.device import CPU
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -24,17 +26,28 @@ LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 class StreamedModel:
     """A checkpoint directory or GGUF file, float or quantized, that is run block by block."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, engine: str | None = None) -> None:
-        """Reads headers only. dtype: of the computation. engine: whose quantization of inputs to simulate; None: that of the
-        checkpoint's own config.
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        engine: str | None = None,
+        kv: KeyValueCodes | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        """Reads headers only. dtype, device: of the computation. engine: whose quantization of inputs to simulate; None: that
+        of the checkpoint's own config. kv: keys and values rounded to it; None: as the checkpoint's own config says.
 
         CheckpointError for a directory that is no checkpoint, or whose weights do not fit its config; InputError for an engine
-        that is unknown, or cannot run this file.
+        that is unknown, cannot run this file, or rounds keys and values itself where kv is given.
         """
         self.folder = folder
-        self.skeleton = Skeleton(read_config(folder), dtype)
+        self.skeleton = Skeleton(read_config(folder), dtype, device)
         self.weight_source = open_weights(folder, self.skeleton)
-        self.engine = engine
+        self.engine, self.kv = engine, kv
+        if kv is not None:
+            check_unrounded(self.weight_source.config, folder)
+            if engine is not None:
+                raise InputError(f"{engine} keeps keys and values in its own way", remedy="leave out --kv or --engine")
         self.input_quantization = (
             self.weight_source.input_quantization
             if engine is None
@@ -106,6 +119,8 @@ class StreamedModel:
         """The quantized KV cache of block `index`; None: it is in float."""
         if self.engine == ENGINE:
             return KvCache(rounding=(cached, cached))
+        if self.kv is not None:
+            return KvCache(rounding=(self.kv.rounded_keys, self.kv.rounded))
         name = self.skeleton.attention_name(index)
         rounding = None if name is None else kv_rounding(self.weight_source, self.skeleton, name)
         return None if rounding is None else KvCache(rounding=rounding)
@@ -161,7 +176,7 @@ def pieces(parts: list[Tensor], vocabulary: int) -> Iterator[Piece]:
 
 def surprise(log_p: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood −log p [n] of the target tokens [n], given log p [n, V]."""
-    return -log_p.gather(-1, targets[:, None])[:, 0]
+    return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
 
 
 def float_perplexities(folder: Path, texts: Sequence[Tensor]) -> list[float]:

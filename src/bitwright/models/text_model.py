@@ -41,8 +41,8 @@ def towers_of(model: PreTrainedModel, text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def no_longer_meta(model: nn.Module) -> Iterator[None]:
-    """Within this context, the model's first parameter is empty instead of on the meta device.
+def no_longer_meta(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within this context, the model's first parameter is empty, on `device`, instead of on the meta device.
 
     transformers takes a model's device from its first parameter, which may be a vision tower's, whose weights are not loaded.
     """
@@ -50,7 +50,8 @@ def no_longer_meta(model: nn.Module) -> Iterator[None]:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if parameter.is_meta:
-        module.register_parameter(leaf, nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False))
+        empty = torch.empty(0, dtype=parameter.dtype, device=device)
+        module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
     try:
         yield
     finally:

@@ -45,4 +45,4 @@ def random_signs(K: int, seed: int) -> Tensor:
 
 def rotated(x: Tensor, signs: Tensor) -> Tensor:
     """x [..., K] times R = diag(signs) diag(H, …, H): the random Hadamard rotation."""
-    return hadamard(x.float() * signs, block_of(x.shape[-1])).to(x.dtype)
+    return hadamard(x.float() * signs.to(x.device), block_of(x.shape[-1])).to(x.dtype)

@@ -42,10 +42,11 @@ class InputQuantization:
         matrix = x.reshape(-1, x.shape[-1]).float()
         spared = torch.zeros(matrix.shape[1], dtype=torch.bool, device=x.device)
         if self.outliers is not None:
-            spared[self.outliers] = True
+            spared[self.outliers.to(x.device)] = True
         loud = matrix.abs() >= self.threshold if self.threshold else None
         counted = matrix.masked_fill(spared, 0) if loud is None else matrix.masked_fill(loud, 0)
-        scales = self.scales or dynamic_scales(counted, self.scheme, self.outer)
+        outer = None if self.outer is None else self.outer.to(x.device)
+        scales = dynamic_scales(counted, self.scheme, outer) if self.scales is None else self.scales.to(x.device)
         spared = spared if loud is None else spared | loud.any(0)
         found = _under(matrix, self.scheme, scales)
         return torch.where(spared, matrix, found).reshape(x.shape).to(x.dtype)

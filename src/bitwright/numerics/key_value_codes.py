@@ -1,9 +1,9 @@
 """Keys and values of attention in 8 or 4 bits: each head's vector of a token as one row of bytes, codes and scales together.
 
-A vector [D] is cut into blocks of 32 (one block where 32 does not divide D). `q8`: integers −127 … 127 under one float16 scale
-a block. `q4`: integers 0 … 15 under a float16 scale and a float16 minimum, two in a byte; keys are rotated by a Hadamard matrix
-first, because a few of their channels are far larger than the rest (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4).
-A query rotated likewise has the same products with them.
+`q8`: integers −127 … 127 under one float16 scale for 32 channels, 8.5 bits a number. `q4`: integers 0 … 15 under a float16
+scale and a float16 minimum for 64 channels, two in a byte, 4.5 bits a number; keys are rotated by a Hadamard matrix first: a
+few of their channels are far larger than the rest (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4). A head whose
+width such blocks do not divide is one block.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.errors import InputError, one_of
 from bitwright.numerics.hadamard import block_of, hadamard
 
-BLOCK = 32
+BLOCKS = {8: 32, 4: 64}  # bits -> channels that share a scale
 HALF_MAX = 65504.0
 
 
@@ -29,20 +29,24 @@ class KeyValueCodes:
         """Whether keys are stored rotated; then queries must be rotated as well, or keys back."""
         return self.bits == 4
 
+    def block(self, D: int) -> int:
+        """Channels of a head of D that share a scale."""
+        return BLOCKS[self.bits] if D % BLOCKS[self.bits] == 0 else D
+
     def width(self, D: int) -> int:
         """Bytes of a vector of D numbers. InputError for an odd D in 4 bits."""
         if self.bits == 4 and D % 2:
             raise InputError(f"heads of {D} channels do not fill bytes at 4 bits", remedy="--kv q8")
-        return D * self.bits // 8 + D // block_length(D) * (2 if self.bits == 8 else 4)
+        return D * self.bits // 8 + D // self.block(D) * (2 if self.bits == 8 else 4)
 
     def encode(self, x: Tensor) -> Tensor:
         """Numbers [..., D] -> rows of bytes, uint8 [..., width(D)], rounded to nearest."""
-        blocks = x.float().unflatten(-1, (-1, block_length(x.shape[-1])))
+        blocks = x.float().unflatten(-1, (-1, self.block(x.shape[-1])))
         return _encode8(blocks) if self.bits == 8 else _encode4(blocks)
 
     def decode(self, rows: Tensor, D: int) -> Tensor:
         """Rows of bytes -> float32 [..., D]."""
-        count = D // block_length(D)
+        count = D // self.block(D)
         codes, scales = rows[..., : D * self.bits // 8], rows[..., D * self.bits // 8 :]
         numbers = (
             scales.clone(memory_format=torch.contiguous_format).view(torch.float16).float().unflatten(-1, (-1, count))
@@ -73,25 +77,20 @@ def key_value_codes(name: str | None) -> KeyValueCodes | None:
     return KEY_VALUE_CODES[name]
 
 
-def block_length(D: int) -> int:
-    """Channels of a head that share a scale."""
-    return BLOCK if D % BLOCK == 0 else D
-
-
 def rotated(x: Tensor) -> Tensor:
     """Queries or keys [..., D] times an orthonormal, symmetric Hadamard matrix: its own inverse."""
     return hadamard(x, block_of(x.shape[-1]))
 
 
 def _encode8(blocks: Tensor) -> Tensor:
-    """Blocks [..., n, BLOCK] -> [..., bytes]: codes, then scales."""
+    """Blocks [..., n, block] -> [..., bytes]: codes, then scales."""
     scale = _half(blocks.abs().amax(-1) / 127)
     codes = (blocks / _divisor(scale)[..., None]).round().clamp(-127, 127).to(torch.int8)
     return torch.cat([codes.flatten(-2).view(torch.uint8), scale.view(torch.uint8)], -1)
 
 
 def _encode4(blocks: Tensor) -> Tensor:
-    """Blocks [..., n, BLOCK] -> [..., bytes]: codes two in a byte, then scales, then minima."""
+    """Blocks [..., n, block] -> [..., bytes]: codes two in a byte, then scales, then minima."""
     low = _half(blocks.amin(-1))
     scale = _half((blocks.amax(-1) - low.float()) / 15)
     codes = ((blocks - low.float()[..., None]) / _divisor(scale)[..., None]).round().clamp(0, 15).to(torch.uint8)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ class Scales:
     zero: Tensor | None = None
     outer: Tensor | None = None
     outer_zero: Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        zero, outer, outer_zero = (
+            None if t is None else t.to(device) for t in (self.zero, self.outer, self.outer_zero)
+        )
+        return replace(self, scale=self.scale.to(device), zero=zero, outer=outer, outer_zero=outer_zero)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,17 @@ class QTensor:
         if self.order is not None and len(self.order) != self.codes.shape[1]:
             message = f"an order of {len(self.order)} columns, but codes of {self.codes.shape[1]}"
             raise SchemeError(message, remedy=f"give an order [{self.codes.shape[1]}]")
+
+    def to(self, device: torch.device) -> "QTensor":
+        """The same on another device."""
+        spared, order = self.outliers, self.order
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            outliers=None if spared is None else Outliers(spared.columns.to(device), spared.weight.to(device)),
+            order=None if order is None else order.to(device),
+        )
 
 
 def map_rows(f: Callable[..., Tensor], scheme: Scheme, *tables: Scales) -> Scales:

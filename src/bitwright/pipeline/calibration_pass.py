@@ -43,7 +43,7 @@ class HiddenStates:
     def whole(self) -> dict[str, Tensor]:
         """The same as one tensor each [S, T, H], by name; empty ones are left out."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: torch.cat(batches) for name, batches in parts.items() if batches}
+        return {name: torch.cat(batches).cpu() for name, batches in parts.items() if batches}
 
 
 def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None, first: int = 0) -> HiddenStates:
@@ -69,7 +69,7 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
     else:
         if skeleton.hands_on:
             _run_through(plan, first, given[0][:1])
-        parts = {name: list(whole.split(len(seen[0]))) for name, whole in saved.items()}
+        parts = {name: list(whole.to(skeleton.device).split(len(seen[0]))) for name, whole in saved.items()}
         states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return states
@@ -186,7 +186,7 @@ def key_of(plan: Plan, tokens: Tensor) -> dict[str, Any]:
         "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],
         "text": [list(tokens.shape), digest(tokens.numpy().tobytes())],
         "tokenizer": digest(b"".join(tokenizer)),
-        "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype)],
+        "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype), plan.skeleton.device.type],
         "rotation": None if plan.rotation is None else asdict(plan.rotation),
         "choice of matrices": digest(repr(sorted(t.layer.name for t in plan.tensors if t.layer)).encode()),
     }
@@ -198,10 +198,10 @@ def digest(content: bytes) -> str:
 
 
 def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
-    """The parameters of shard `index` by name, rotated if the plan says so."""
-    members = plan.shard(index)
+    """The parameters of shard `index` by name, on the plan's device, rotated if the plan says so."""
+    members, device = plan.shard(index), plan.skeleton.device
     found = each(lambda t: read_finite(plan.checkpoint, t.made_of or t.source), members)
-    weights = {t.parameter: tensor for t, tensor in zip(members, found, strict=True)}
+    weights = {t.parameter: tensor.to(device) for t, tensor in zip(members, found, strict=True)}
     if plan.rotation is None:
         return weights
     if index == len(plan.skeleton):

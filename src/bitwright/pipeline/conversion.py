@@ -14,7 +14,7 @@ from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
-from bitwright.models.config import quantization_of, read_config
+from bitwright.models.config import check_described, quantization_of, read_config
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter
@@ -39,6 +39,7 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    check_described(checkpoint.tensors, model)
     skeleton.split_experts(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))

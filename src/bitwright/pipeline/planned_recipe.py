@@ -114,8 +114,7 @@ def plan_recipe(
     Raises RecipeError for a target that no allocation meets, FormatError for schemes that do not fit, CalibrationError
     without a text; and as `preflight`.
     """
-    begun = time.monotonic()
-    model = local(model)
+    begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
     _Sizes.of(base, units).check(target)
     tokens = calibration_tokens(base, settings.calib, settings.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import RecipeError
+from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
@@ -20,12 +20,15 @@ from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
+from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
+    import torch
+
     from bitwright.plan.preflight import Plan
 
 
@@ -46,6 +49,7 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
@@ -57,38 +61,46 @@ def planned(
     it appears. Raises the InputError of whatever would stop the run.
     """
     check_out(out)
+    place = device_of(device)
     texts_of(calib)  # checked here, before any work
     model = local(model)
+    format, named_scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     if size is not None or bits is not None:
         _refuse({"--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-                 "--store": store, "--requantize": requantize})  # fmt: skip
-        format, _, method = chosen(out, format, None, method)
+                 "--store": store, "--requantize": requantize, "--device": device != "cpu"})  # fmt: skip
         from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
         settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
-        return plan_recipe(
-            model, Target.parse(size, bits), settings, scores=_scores_beside(out), progress=progress
-        ).plan
-    format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
-    rules = Recipe.of(
-        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
-    )
+        target, scores = Target.parse(size, bits), _scores_beside(out)
+        return plan_recipe(model, target, settings, scores=scores, progress=progress).plan
+    rules = Recipe.of(recipe, scheme=named_scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache,
+                      pure=pure)  # fmt: skip
     rules = rules.without_text() if calib == "none" else rules
-    if (by_tensor := _by_tensor(model, rules, recipe, format, calib)) is not None:
+    if (by_tensor := _by_tensor(model, rules, recipe, format, calib, place)) is not None:
         return by_tensor
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize)
+    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
 
 
-def _by_tensor(model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str) -> GgufPlan | None:
-    """The plan for a GGUF file that is quantized tensor by tensor, since no model is needed or known; None for all others."""
+def _by_tensor(
+    model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str, place: "torch.device"
+) -> GgufPlan | None:
+    """The plan for a GGUF file that is quantized tensor by tensor, since no model is needed or known; None for all others.
+
+    InputError for another device than the CPU.
+    """
     if not is_gguf(model):
         return None
     file, weighted = GgufFile(model), is_imatrix(calib)
     modelless = _needs_no_model(rules, recipe, format, calib)
     unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown) if modelless or unknown else None
+    if not (modelless or unknown):
+        return None
+    if place.type != "cpu":
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
 
 
 def _refuse(options: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from bitwright.pipeline.statistics_store import BlockStatistics, Store
 from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.preflight import Plan
+from bitwright.system.device import CPU
 from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
 from bitwright.system.threads import single_threads
@@ -145,6 +147,7 @@ def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None
         "temper": plan.recipe.temper,
         "format": plan.format.name,
         "dtype": str(plan.skeleton.dtype),
+        "device": plan.skeleton.device.type,
         "calibration": None
         if tokens is None
         else [digest(t.numpy().tobytes()) for t in (tokens.seen, tokens.held_out)],
@@ -221,7 +224,8 @@ def _quantize_shard(
     kept = [t for t in members if t.layer is None]
     entries = [r.entry for r in done]
     entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
-    tensors = {t.source: weights[t.parameter].to(t.dtype) for t in kept}
+    tensors = {t.source: weights[t.parameter].to(CPU, t.dtype) for t in kept}
+    done = [replace(r, q=r.q.to(CPU)) for r in done]
     for (name, (dtype, shape)), input_quantization in zip(plan.kv_specs(index).items(), kv or (), strict=True):
         assert input_quantization.scales is not None
         tensors[name] = input_quantization.scales.scale.reshape(shape).to(dtype)
@@ -271,14 +275,18 @@ def _quantize_block(
     Parameters that transforms change are replaced in `weights`. Also how the block's KV cache is quantized, if it is.
     """
     layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
+    device = plan.skeleton.device
     if source is None or isinstance(source, Importance):
         importance = source or Importance()
         each = [importance.noted(t) for t in layers.values()]
-        return [r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t), Origin())], None
+        return [
+            r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t).to(device), Origin())
+        ], None
     skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
     targets = _targets(layers)
     if isinstance(source, Store):
         known = source.read(index)
+        known.inputs[:] = [one.to(device) for one in known.inputs]
         transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
         weights |= transformed.weights
         return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(

@@ -144,7 +144,7 @@ class Store:
 
     def keep_hidden(self, index: int, hidden: Tensor) -> None:
         """Save the inputs of block `index`, until its statistics are written."""
-        write_shard(self._hidden(index), {"hidden": hidden})
+        write_shard(self._hidden(index), {"hidden": hidden.cpu()})
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
@@ -166,7 +166,7 @@ def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
     for name in TENSORS:
         tensor = getattr(inputs, name)
         if tensor is not None:
-            yield name, tensor
+            yield name, tensor.cpu()
     if inputs.histogram is not None:
         yield from ((f"histogram.{name}", tensor) for name, tensor in inputs.histogram.state().items())
 

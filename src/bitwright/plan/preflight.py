@@ -25,7 +25,7 @@ from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys, is_gguf
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
-from bitwright.models.config import quantization_of, read_config
+from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
@@ -34,6 +34,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
+from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -271,12 +272,15 @@ def preflight(
     samples: int = 128,
     seqlen: int = 2048,
     requantize: bool = False,
+    device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what
-    the format cannot hold; RecipeError for a rule that does not fit the model.
+    rounded once more. device: of statistics and rounding.
+
+    Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what the format cannot
+    hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -286,7 +290,7 @@ def preflight(
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
-    skeleton = Skeleton(config, best_dtype() if recipe.needs_calibration else torch.float32)
+    skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
     _check_made_for(recipe, skeleton, source)
     checkpoint = _open(source, format_name, skeleton)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
@@ -299,18 +303,8 @@ def preflight(
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
     notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
-        source,
-        skeleton,
-        checkpoint,
-        format_,
-        tuple(tensors),
-        recipe,
-        min(seqlen, limit),
-        samples,
-        tuple(notes),
-        rotation,
-        keys,
-    )
+        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation, keys
+    )  # fmt: skip
     _check_recipe(plan)
     return plan
 
@@ -375,7 +369,7 @@ def _refuse_integers(source: Path) -> None:
     """CheckpointError for a source that is quantized, and has a float original."""
     quantization = quantization_of(source)
     if quantization is not None and not has_no_original(quantization):
-        message = f"already quantized ({quantization.get('quant_method')}: config.json has a quantization_config)"
+        message = f"already quantized ({quantization.get('quant_method')}: {described_in(source)} says so)"
         remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
@@ -394,6 +388,7 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
         checkpoint = Checkpoint(source)
+        check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
     if not FORMATS[format_name].one_file:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Counts:
     proposed: int = 0
     kept: int = 0
     steps: int = 0
-    first_token: list[float] = field(default_factory=list)  # seconds, taken away by whoever reports them
+    first_token: deque[float] = field(default_factory=partial(deque, maxlen=10_000))  # seconds, until they are reported
 
 
 @dataclass(eq=False)
@@ -201,13 +202,20 @@ class Engine:
             found = self.decoder.read([part for _, part in parts])
         except RuntimeError as error:  # torch: these jobs fail, the server lives on
             for sequence, _ in parts:
-                sequence.job.deliver(broken(error))
-                self.decoder.keep(sequence.slot, 0)
-                self._release(sequence)
+                self._fail(sequence, broken(error))
             return
         self.counts.steps += 1
         for (sequence, part), logits in zip(parts, found, strict=True):
-            self._advance(sequence, part, logits)
+            try:
+                self._advance(sequence, part, logits)
+            except RequestError as failure:
+                self._fail(sequence, failure)
+
+    def _fail(self, sequence: Sequence, failure: RequestError) -> None:
+        """End a sequence without an answer; its slot may hold anything."""
+        sequence.job.deliver(failure)
+        self.decoder.keep(sequence.slot, 0)
+        self._release(sequence)
 
     def _advance(self, sequence: Sequence, part: Part, logits: Tensor) -> None:
         before, proposed = sequence.written, len(sequence.proposed)

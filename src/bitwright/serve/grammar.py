@@ -54,9 +54,11 @@ class Grammar:
         return Grammar(self.matcher.deep_copy(), self.vocabulary)
 
     def masked(self, logits: Tensor) -> Tensor:
-        """Logits [V], −∞ for tokens that may not follow."""
+        """Logits [V], −∞ for tokens that may not follow. RequestError 500 where the schema asks too much of the grammar."""
         self.matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
         allowed = np.unpackbits(self.bits.view(np.uint8), bitorder="little")[: len(logits)]
+        if not allowed.any():
+            raise RequestError(500, f"The answer cannot go on: {self.matcher.get_error()}", type="server_error")
         return logits.masked_fill(~torch.from_numpy(allowed).bool(), -torch.inf)
 
     def accept(self, token: int) -> bool:

@@ -74,7 +74,7 @@ class Function(Fields):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Literal[False] | None = None  # calls are not held to the schema
 
 
 class Tool(Fields):
@@ -116,7 +116,7 @@ class StreamOptions(Fields):
     """What is added to a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Drawing(Fields):
@@ -124,15 +124,15 @@ class Drawing(Fields):
 
     model: str
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2, strict=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, strict=False)]] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None  # who asks changes nothing
 
     @model_validator(mode="after")

@@ -77,8 +77,8 @@ def _costs(
         logits = skeleton.head(x[None])[0]
         for i, s in enumerate((1 - STEP, 1.0, 1 + STEP)):
             log_q = (logits * s).log_softmax(-1)
-            sums[0, i] += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            sums[1, i] -= log_q.gather(-1, targets[:, None]).sum()
+            sums[0, i] += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).cpu()
+            sums[1, i] -= log_q.gather(-1, targets[:, None].to(log_q.device)).sum().cpu()
         count += len(targets)
     skeleton.unload_outside()
     (a, b, c), (d, e, f) = (sums / count).tolist()
