@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
 from bitwright.files.hub import local
@@ -50,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a plan gives one unit. share: of the predicted KL of all."""
+    """What a plan gives one unit, and the KL that it is predicted to add."""
 
     patterns: tuple[str, ...]
     scheme: str
@@ -123,7 +122,8 @@ def plan_recipe(
     spending = _Spending(model, settings, base, units, found.scores)
     text, plan, options = spending.met(target)
     given = tuple(Given(u.patterns, o.scheme, o.bytes, o.kl) for u, o in zip(units, options, strict=True))
-    notes = (*_notes(settings, tokens), *found.notes, *plan.notes)
+    said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
+    notes = (*plan.notes, *said, *found.notes, *_notes(settings))
     kl = sum(option.kl for option in options)
     return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
 
@@ -145,11 +145,11 @@ def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
     return base, units_of(base, settings.schemes)
 
 
-def _notes(settings: Settings, tokens: Drawn) -> list[str]:
-    notes = list(tokens.notes)
-    if settings.method in ASYMMETRIC:
-        notes.append(f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give")
-    return notes
+def _notes(settings: Settings) -> list[str]:
+    """What is to be known of how matrices were scored."""
+    if settings.method not in ASYMMETRIC:
+        return []
+    return [f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give"]
 
 
 @dataclass(frozen=True)
