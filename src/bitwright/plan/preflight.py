@@ -143,12 +143,6 @@ class Plan:
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
 
     @property
-    def shapes_digest(self) -> str:
-        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
-        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
-        return sha256(repr(shapes).encode()).hexdigest()[:16]
-
-    @property
     def statistics_bytes(self) -> int:
         """Most bytes that the float model's statistics take on disk: a Gram for every matrix."""
         return sum(4 * t.layer.K * t.layer.K for t in self.tensors if t.layer is not None) if self.calibrated else 0
@@ -304,6 +298,7 @@ def preflight(
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
+    _check_made_for(recipe, skeleton, source)
     checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if any(t.stored_as for t in tensors):
@@ -332,12 +327,22 @@ def _adapted(t: PlannedTensor, adapter: Adapter) -> PlannedTensor:
     return replace(t, reason=f"adapted by {adapter.folder.name}") if adapter.changes(t.parameter) else t
 
 
+def _check_made_for(recipe: Recipe, skeleton: Skeleton, source: Path) -> None:
+    """RecipeError for a recipe that was planned for a model of other matrices."""
+    if recipe.made_for and recipe.made_for != shapes_digest(skeleton):
+        remedy = f"bitwright plan {source} RECIPE.toml --bits 4.5; or remove that line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
+
+
+def shapes_digest(skeleton: Skeleton) -> str:
+    """A hash of the names and shapes of all parameters, the same for all models of one kind and size."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in skeleton.model.named_parameters())
+    return sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
-    if recipe.made_for and recipe.made_for != plan.shapes_digest:
-        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
-        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
