@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from bitwright.errors import CheckpointError
-from bitwright.files.checkpoint import weight_files
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?")
 # Of a repository: configs, weights, tokenizers, processors, chat templates, and what results keep: licence and card.
@@ -67,6 +66,8 @@ class HubName:
 
     def has_weights(self, snapshot: Path) -> bool:
         """Whether a snapshot holds a config and all weights: then it can be used, though its tokenizer may be missing."""
+        from bitwright.files.checkpoint import weight_files  # imports torch, which a refusal does without
+
         if self.file:
             return self.is_complete(snapshot)
         try:

@@ -12,10 +12,11 @@ import torch
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.pipeline.gguf_rows import quantize_gguf
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
