@@ -82,6 +82,12 @@ Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdl
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -121,9 +127,7 @@ def quantize(
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
     store: Store = None,
-    requantize: Annotated[
-        bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
-    ] = False,
+    requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
@@ -232,9 +236,7 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
-    ] = None,
+    engine: Engine = None,
     device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
