@@ -103,6 +103,9 @@ Requantize = Annotated[
 WrittenFormat = Annotated[
     str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
 ]
+Engine = Annotated[
+    str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -254,9 +257,7 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
-    ] = None,
+    engine: Engine = None,
     device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
