@@ -3,6 +3,7 @@
 The functions are loaded at first use, so that the command line can start, and set up its process, before torch does.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitwright.version import __version__
@@ -35,6 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("bitwright.train")
     if name not in __all__:
         raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
     from bitwright import api

@@ -19,25 +19,29 @@ from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
+from bitwright.formats import Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
+from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
+from bitwright.models.adapter import Adapter
+from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
+HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = (
@@ -60,6 +64,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
     file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys of a format that is one file (GGUF)
+    adapter: Adapter | None = None  # added to the source's weights as they are read
 
     @property
     def calibrates_embeddings(self) -> bool:
@@ -279,15 +284,16 @@ def preflight(
     samples: int = 128,
     seqlen: int = 2048,
     requantize: bool = False,
+    adapter: Path | None = None,
     device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. device: of statistics and rounding.
+    rounded once more. adapter: of LoRA; the model with it is what is quantized. device: of statistics and rounding.
 
-    Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what the format cannot
-    hold; RecipeError for a rule that does not fit the model.
+    Raises CheckpointError for a source that is missing, damaged or quantized already, or an adapter of another one; FormatError
+    for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -298,10 +304,15 @@ def preflight(
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
-    checkpoint = _open(source, format_name, skeleton)
+    checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        notes.append(_decoded_note(tensors))
+    if any(t.stored_as for t in tensors):
+        notes.append(decoded_note(tensors))
+    added = None if adapter is None else Adapter(adapter)
+    if added is not None:
+        added.check(skeleton)
+        notes += check_base(added, source)
+        tensors = [_adapted(t, added) for t in tensors]
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
@@ -309,10 +320,16 @@ def preflight(
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
     notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
-        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation, keys
+        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation,
+        keys, added,
     )  # fmt: skip
     _check_recipe(plan)
     return plan
+
+
+def _adapted(t: PlannedTensor, adapter: Adapter) -> PlannedTensor:
+    """The tensor's plan, which says so where the adapter changes it."""
+    return replace(t, reason=f"adapted by {adapter.folder.name}") if adapter.changes(t.parameter) else t
 
 
 def _check_recipe(plan: Plan) -> None:
@@ -370,16 +387,8 @@ def _refuse_integers(source: Path) -> None:
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
 
-def _decoded_note(tensors: list[PlannedTensor]) -> str:
-    """What is said of a source that is quantized."""
-    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
-    many = sum(bool(t.stored_as) for t in tensors)
-    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
-    return f"{what}; losses are counted from there"
-
-
-def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
-    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
+def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool) -> FloatCheckpoint:
+    """The source's tensors, fused experts apart. A quantized GGUF file: CheckpointError unless `requantize`."""
     if not is_gguf(source):
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
@@ -387,12 +396,11 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint
         check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
-    if not FORMATS[format_name].one_file:
-        remedy = "give the checkpoint's directory, or name OUT.gguf"
-        raise FormatError(
-            f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
-        )
-    return FloatGgufCheckpoint(source)
+    decoded_as = torch.float32 if format_.one_file else HALF
+    found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    if not format_.one_file:  # whose tokenizer is written anew
+        template_keys(read_templates(found.weight_source.file.keys), str(source))
+    return found
 
 
 def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:

@@ -11,6 +11,7 @@ are errors. In TOML:
     transforms = ["awq"]           # before rounding; with options: [{ name = "outlier", fraction = 0.01 }]
     activations = "int8-token"     # the layer's inputs are rounded too: as they come, or (int8-tensor) to a fixed range
     observer = "mse"               # how that fixed range is chosen
+    prune = "wanda:0.5"            # first set weights to zero, for good: METHOD:SHARE or METHOD:N:M; or "none"
 
 `scheme` may be one of llama.cpp's mixes, such as q4_k_m. Above the rules may stand
 kv_cache = "fp8-tensor"  (what the KV cache is quantized to),
@@ -19,6 +20,7 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 """
 
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -35,9 +37,12 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
+from bitwright.sparsity.pruning import Pruning
 from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
+UNPRUNED = "none"
 EXAMPLES = {  # of a rule's keys, for errors
     "match": 'match = "*"',
     "scheme": 'scheme = "int4-g128"',
@@ -46,6 +51,7 @@ EXAMPLES = {  # of a rule's keys, for errors
     "activations": 'activations = "int8-token"',
     "transforms": 'transforms = ["awq"]',
     "observer": 'observer = "mse"',
+    "prune": 'prune = "wanda:0.5"',
 }
 # Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -67,6 +73,9 @@ class Rule:
     transforms: tuple[Transform, ...] = ()
     observer: str = "mse"
     mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
+    exact: bool = False  # `mix` is a block type (or float type), for every tensor that matches
+    regex: bool = False  # `match` is a regular expression, found anywhere in llama.cpp's name of a tensor
+    prune: Pruning | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -98,6 +107,8 @@ class Rule:
                 raise RecipeError(f"method {self.method} has no option {name!r}", remedy=remedy)
         if self.scheme is not None:
             check_serves(self.method, self.scheme)
+        elif self.prune is not None:
+            raise RecipeError("matrices that stay in float are not pruned", remedy="give a scheme, or leave out prune")
 
     def _check_transforms(self) -> None:
         kinds = [type(transform) for transform in self.transforms]
@@ -110,6 +121,9 @@ class Rule:
         if Smooth in kinds and self.activations is None and self.scheme is not None:
             message = "smooth makes inputs easier to round, and this rule does not round them"
             raise RecipeError(message, remedy="give --activations int8-token; for weights alone use awq")
+        if self.prune is not None and Outlier in kinds:
+            message = "outlier channels stay in float, and cannot be pruned"
+            raise RecipeError(message, remedy="leave out outlier, or prune")
 
     def transform(self, kind: type[Transform]) -> Transform | None:
         """The rule's transform of that kind, if it has one."""
@@ -134,12 +148,14 @@ class Rule:
     def needs_calibration(self) -> bool:
         """Whether it uses statistics of the inputs."""
         weighted = self.method == "search" and self.options.get("objective", "weighted") == "weighted"
-        return self.needs_details or self.method in CALIBRATED or weighted
+        pruned = self.prune is not None and self.prune.needs_calibration
+        return self.needs_details or self.method in CALIBRATED or weighted or pruned
 
     @property
     def name(self) -> str:
-        """The method with its transforms: "awq+gptq"."""
-        return "+".join([*(NAMES[type(t)] for t in self.transforms), self.method])
+        """The method with its transforms and what is pruned: "awq+wanda:0.5+gptq"."""
+        pruned = [] if self.prune is None else [str(self.prune)]
+        return "+".join([*(NAMES[type(t)] for t in self.transforms), *pruned, self.method])
 
     def describe(self) -> dict[str, Any]:
         """The rule as plain data, for manifests."""
@@ -152,6 +168,8 @@ class Rule:
             "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
             "observer": self.observer,
             "mix": self.mix,
+            **({"exact": True, "regex": self.regex} if self.exact else {}),
+            "prune": None if self.prune is None else str(self.prune),
         }
 
 
@@ -207,16 +225,17 @@ class Recipe:
         observer: str = "mse",
         kv_cache: str | None = None,
         pure: bool = False,
+        prune: str | None = None,
     ) -> "Recipe":
         """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
         content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else _content(file))
-        defaults = _Defaults(method, activations, observer)
+        defaults = _Defaults(method, activations, observer, prune)
         return cls._of(content, scheme, defaults, str(file or ""))
 
     @classmethod
     def of_text(cls, text: str, *, scheme: str, method: str) -> "Recipe":
         """The recipe that a TOML text says, as `of` reads it from a file."""
-        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse"), "")
+        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse", None), "")
 
     @classmethod
     def _of(cls, content: Mapping[str, Any], scheme: str, defaults: "_Defaults", where: str) -> "Recipe":
@@ -249,14 +268,20 @@ class Recipe:
     def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
         """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
 
+        Where llama.cpp has no output.weight, that name means the embedding, which is the head too.
         RecipeError if a rule's pattern matches no module at all.
         """
+        tied = HEAD not in modules.values()
+        called = {name: _names(name, other, tied=tied) for name, other in modules.items()}
         for rule in self.rules:
-            if not any(_means(rule.match, name, other) for name, other in modules.items()):
-                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
-                raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
+            if not any(_means(rule, names) for names in called.values()):
+                named = [other for other in modules.values() if other]
+                some = named[:4] if rule.exact else [*list(modules)[:3], *named[:1]]
+                raise RecipeError(
+                    f"pattern {rule.match!r} matches nothing", remedy=f"names look like {', '.join(some)}"
+                )
         last_first = list(reversed(self.rules))
-        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
+        return {name: next(r for r in last_first if _means(r, names)) for name, names in called.items()}
 
     @property
     def needs_calibration(self) -> bool:
@@ -281,7 +306,7 @@ class Recipe:
     @property
     def file_type(self) -> int | None:
         """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
-        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
+        mixes = {rule.mix for rule in self.rules if not rule.exact and (rule.scheme is not None or rule.mix)}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -304,9 +329,17 @@ class Recipe:
         return Options.of(rules[0].options).windows if rules else None
 
 
-def _means(pattern: str, module: str, other: str) -> bool:
-    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
-    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
+def _names(module: str, other: str, *, tied: bool) -> tuple[str, ...]:
+    """What a pattern may call a module: its name, llama.cpp's name of its weight with and without the ending."""
+    names = [module, *((other, other.removesuffix(".weight")) if other else ())]
+    return (*names, HEAD, HEAD.removesuffix(".weight")) if tied and other == EMBEDDING else tuple(names)
+
+
+def _means(rule: Rule, names: tuple[str, ...]) -> bool:
+    """Whether a rule's pattern matches a module of these names; a regular expression is one of llama.cpp's name alone."""
+    if rule.regex:
+        return len(names) > 1 and re.search(rule.match, names[1]) is not None
+    return any(fnmatchcase(name, rule.match) for name in names)
 
 
 @dataclass(frozen=True)
@@ -316,6 +349,7 @@ class _Defaults:
     method: str
     activations: str | None
     observer: str
+    prune: str | None
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -353,6 +387,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         "activations": str,
         "transforms": list,
         "observer": str,
+        "prune": str,
     }
     _known_keys(entry, set(kinds), where)
     assert isinstance(entry, dict)  # see _known_keys
@@ -364,10 +399,11 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         remedy = f"such as {EXAMPLES['match']} and {EXAMPLES['scheme']}"
         raise RecipeError("a rule needs match and scheme", where=where, remedy=remedy)
     before, method = split_method(entry.get("method", defaults.method))
-    transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
+    transforms = [transform_of(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    pruned = entry.get("prune", None if name == KEEP or mix in FLOAT_TYPES else defaults.prune)
     scheme = None if name == KEEP or mix in FLOAT_TYPES else _scheme_of(mix) if mix else _parsed(name)
     return Rule(
         entry["match"],
@@ -378,6 +414,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         tuple(transforms),
         entry.get("observer", defaults.observer),
         mix,
+        prune=None if pruned in (None, UNPRUNED) else Pruning.parse(pruned),
     )
 
 
@@ -396,7 +433,7 @@ def _parsed(name: str) -> Scheme:
         raise
 
 
-def _transform(item: object, where: str) -> Transform:
+def transform_of(item: object, where: str) -> Transform:
     """A transform by name, or as a table of its name and options."""
     options = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, dict) else {}
     name = options.pop("name", None)
