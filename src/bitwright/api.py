@@ -79,27 +79,10 @@ def quantize(
     """
     where = Path(store) if store else None
     plan = planned(
-        Path(model),
-        Path(out),
-        scheme=scheme,
-        method=method,
-        format=format,
-        pure=pure,
-        activations=activations,
-        observer=observer,
-        kv_cache=kv_cache,
-        recipe=Path(recipe) if recipe else None,
-        calib=calib,
-        samples=samples,
-        seqlen=seqlen,
-        store=where,
-        requantize=requantize,
-        device=device,
-        size=size,
-        bits=bits,
-        seed=seed,
-        progress=progress,
-    )
+        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
+        seqlen=seqlen, store=where, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+    )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
+from bitwright.files.model_path import is_gguf
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.methods.search import search
 from bitwright.pipeline.conversion import convert
 from bitwright.pipeline.ledger import from_jsonl

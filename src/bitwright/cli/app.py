@@ -15,6 +15,7 @@ from bitwright.cli.console import (
     AsJson,
     Device,
     Quiet,
+    check_model,
     console,
     errors,
     interruption,
@@ -132,6 +133,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with reporting(as_json, KEPT.format(out), quiet=quiet):
+        check_model(model)
         from bitwright.pipeline.quantize import carried_out, planned
 
         with progress_bar(as_json or quiet) as progress:
@@ -181,6 +183,7 @@ def compare(
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
+        check_model(model)
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
@@ -238,6 +241,8 @@ def evaluate(
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
+        for one in (model, *([reference] if reference else [])):
+            check_model(one)
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
@@ -274,6 +279,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
@@ -320,6 +326,7 @@ def imatrix(
 ) -> None:
     """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.pipeline.importance import write_importance
 
         with progress_bar(as_json) as progress:
@@ -342,6 +349,7 @@ def convert(
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json, f"{out} was not made; the same command starts afresh"):
+        check_model(model)
         from bitwright.pipeline.conversion import convert
 
         show(convert(model, out, format), as_json, "Done")

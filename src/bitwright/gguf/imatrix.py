@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.files.checkpoint import disk_errors
-from bitwright.gguf.reader import MAGIC, GgufFile, is_gguf
+from bitwright.files.model_path import MAGIC, is_gguf
+from bitwright.gguf.reader import GgufFile
 
 SUFFIXES = (".gguf", ".dat", ".imatrix")
 SUMS, COUNTS = ".in_sum2", ".counts"

@@ -18,11 +18,12 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
-from bitwright.gguf.reader import carried_keys, is_gguf
+from bitwright.gguf.reader import carried_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.config import check_described, described_in, quantization_of, read_config

@@ -192,12 +192,7 @@ class Engine:
 
     def _step(self) -> None:
         """Read all running sequences on, and choose their next tokens."""
-        parts, room = list[tuple[Sequence, Part]](), max(TOKENS_AT_ONCE, len(self.running))
-        for sequence in sorted(self.running, key=lambda s: s.prefilling):
-            if room:
-                part = sequence.part(room)
-                parts.append((sequence, part))
-                room -= len(part.ids)
+        parts = self._parts()
         try:
             found = self.decoder.read([part for _, part in parts])
         except RuntimeError as error:  # torch: these jobs fail, the server lives on
@@ -210,6 +205,19 @@ class Engine:
                 self._advance(sequence, part, logits)
             except RequestError as failure:
                 self._fail(sequence, failure)
+
+    def _parts(self) -> list[tuple[Sequence, Part]]:
+        """What is read next: a token at least of each sequence being written, then of prompts what there is room for."""
+        writing = [sequence for sequence in self.running if not sequence.prefilling]
+        reading = [sequence for sequence in self.running if sequence.prefilling]
+        parts, room = list[tuple[Sequence, Part]](), max(TOKENS_AT_ONCE, len(writing))
+        for i, sequence in enumerate([*writing, *reading]):
+            left = room - max(0, len(writing) - 1 - i)
+            if left:
+                part = sequence.part(left)
+                parts.append((sequence, part))
+                room -= len(part.ids)
+        return parts
 
     def _fail(self, sequence: Sequence, failure: RequestError) -> None:
         """End a sequence without an answer; its slot may hold anything."""
