@@ -119,18 +119,19 @@ class GgufWeightSource:
 
     def read(self, name: str) -> Tensor:
         """A parameter in float, in transformers' layout."""
-        stored, first, last = self._place(name)
-        shape = self.file.tensors[stored].shape
-        own = shape if expert_of(name) is None else shape[1:]
-        return self.names.read(name, self.file.read_rows(stored, first, last).view(own), self._shapes[name])
+        found = self.file.read_rows(*self._place(name)).view(self._stored_shape(name))
+        return self.names.read(name, found, self._shapes[name])
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in the file: of its tensor, or of one expert in it."""
+        shape = self.file.tensors[self.stored[name]].shape
+        return shape if expert_of(name) is None else shape[1:]
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The tensor that holds a parameter, and its rows there, [first, last): of an expert, a part of them."""
-        stored = self.stored[name]
-        shape = self.file.tensors[stored].shape
-        own = shape if expert_of(name) is None else shape[1:]
+        own = self._stored_shape(name)
         first = first_row(name, own)
-        return stored, first, first + prod(own[:-1])
+        return self.stored[name], first, first + prod(own[:-1])
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """An embedding for lookups: the tensor to keep in memory (perhaps blocks), and a function that dequantizes rows."""
