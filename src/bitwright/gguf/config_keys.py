@@ -236,16 +236,28 @@ def config_of(
 def _check_depth(
     row: Architecture, values: Keys, keys: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """CheckpointError for a file without its most important keys, or with more blocks than tensors."""
+    """CheckpointError for a file without its most important keys, or with more blocks than tensors.
+
+    Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
+    """
     needed = {"block_count", "embedding_length", "attention.head_count"}
     missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
     if missing or "token_embd.weight" not in tensors:
         what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
-    depth = values[next(a for a, key in row.keys if key == "block_count")]
+    attribute = next(a for a, key in row.keys if key == "block_count")
+    depth = values[attribute]
+    if isinstance(depth, int):
+        depth = values[attribute] = depth - further_blocks(keys)
     if not isinstance(depth, int) or not 0 < depth <= len(tensors):
         message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
         raise CheckpointError(message, where=where, remedy="get a good copy")
+
+
+def further_blocks(keys: Mapping[str, Any]) -> int:
+    """The number of a file's last blocks that are for multi-token prediction (GLM-4.5), which no other prediction needs."""
+    found = keys.get(f"{keys.get('general.architecture')}.nextn_predict_layers", 0)
+    return found if isinstance(found, int) else 0
 
 
 def _row_of(keys: Mapping[str, Any], tensors: Container[str], where: str) -> Architecture | None:

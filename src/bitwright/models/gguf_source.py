@@ -1,6 +1,6 @@
 """GGUF files as a source of weights, under transformers' parameter names; with their config and tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import TensorInfo
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
-from bitwright.gguf.config_keys import config_of
+from bitwright.gguf.config_keys import config_of, further_blocks
 from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.tensor_names import Names, expert_of, first_row
@@ -61,11 +61,19 @@ def _matched(file: GgufFile) -> Matched:
                 message = f"tensor {name!r} has shape {found.shape}, the keys mean {meant}"
                 raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
             stored |= {} if found is None else {parameter: name}
-    unknown = [name for name in file.tensors if name not in stored.values() and name not in COMPUTED]
+    known = {*stored.values(), *COMPUTED}
+    unknown = [name for name in file.tensors if name not in known and not _is_further(name, file.keys, config)]
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
     return Matched(names, stored, {parameter: parameters[parameter] for parameter in stored})
+
+
+def _is_further(name: str, keys: Mapping[str, Any], config: PretrainedConfig) -> bool:
+    """Whether a tensor is of a block of multi-token prediction, behind the last block."""
+    parts = name.split(".")
+    behind = parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= config.num_hidden_layers
+    return behind and further_blocks(keys) > 0
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
@@ -186,8 +194,12 @@ class FloatGgufCheckpoint:
     """A float GGUF file with the interface of `Checkpoint`; tensors under transformers' names."""
 
     def __init__(self, path: Path) -> None:
-        """CheckpointError for a file that is quantized already."""
+        """CheckpointError for a file that is quantized already, or has blocks of multi-token prediction."""
         self.weight_source, self.folder = GgufWeightSource(path), path
+        if further_blocks(self.weight_source.file.keys):
+            remedy = "--calib none or an importance matrix, and --method search, which keep them; or the checkpoint's directory"
+            message = "it has blocks of multi-token prediction, which a calibrated run would lose"
+            raise CheckpointError(message, where=str(path), remedy=remedy)
         self.tensors = {name: self._info(name, stored) for name, stored in self.weight_source.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:
