@@ -229,7 +229,7 @@ def config_of(
     try:
         values |= READ[row.kind](own, tensors) if row.kind in READ else {}
         return AutoConfig.for_model(row.kind, **_implied(row, values, keys, factors or {}, where) | values)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 
 
