@@ -1,5 +1,6 @@
 """The Python API: the command line's functions, one for a single tensor, and functions for any torch module."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
@@ -22,6 +23,7 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
+from bitwright.plan.tensor_types import TensorTypes
 from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
 from bitwright.train.adapters import prepare_for_training
@@ -55,6 +57,9 @@ def quantize(
     method: str | None = None,
     format: str | None = None,
     pure: bool = False,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
     activations: str | None = None,
     observer: str = "mse",
     kv_cache: str | None = None,
@@ -79,27 +84,12 @@ def quantize(
     """
     where = Path(store) if store else None
     plan = planned(
-        Path(model),
-        Path(out),
-        scheme=scheme,
-        method=method,
-        format=format,
-        pure=pure,
-        activations=activations,
-        observer=observer,
-        kv_cache=kv_cache,
-        recipe=Path(recipe) if recipe else None,
-        calib=calib,
-        samples=samples,
-        seqlen=seqlen,
-        store=where,
-        requantize=requantize,
-        device=device,
-        size=size,
-        bits=bits,
-        seed=seed,
-        progress=progress,
-    )
+        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
+        seqlen=seqlen, store=where, requantize=requantize,
+        types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type),
+        device=device, size=size, bits=bits, seed=seed, progress=progress,
+    )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
 
 

@@ -82,6 +82,20 @@ Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdl
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="GGUF: NAME=TYPE, a block type for tensors that the regular expression NAME is found in; repeatable."
+    ),
+]
+HeadType = Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")]
+EmbeddingType = Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take a source that is quantized already (GGUF too), decoded.")
+]
+WrittenFormat = Annotated[
+    str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -106,10 +120,11 @@ def quantize(
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = None,
-    format: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
-    ] = None,
+    format: WrittenFormat = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
+    tensor_type: TensorType = None,
+    output_tensor_type: HeadType = None,
+    token_embedding_type: EmbeddingType = None,
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
@@ -121,9 +136,7 @@ def quantize(
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
     store: Store = None,
-    requantize: Annotated[
-        bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
-    ] = False,
+    requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
@@ -135,10 +148,12 @@ def quantize(
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
         from bitwright.pipeline.quantize import carried_out, planned
+        from bitwright.plan.tensor_types import TensorTypes
 
         with progress_bar(as_json or quiet) as progress:
+            types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
             plan = planned(
-                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations,
+                model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
                 observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
                 requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
@@ -267,9 +282,10 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
+    """Every tensor: shape, scheme, bytes, loss; total bits per weight; of a .gguf file its tokenizer, templates and keys."""
     with reporting(as_json):
         check_model(model)
+        from bitwright.evaluation.gguf_inspection import lines
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
@@ -279,6 +295,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
             return
         rows = [_inspected(t) for t in found["tensors"]]
         console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
+        for line in lines(found) if "keys" in found else []:
+            console.print(plain(line), highlight=False, soft_wrap=True)
         console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
 
 

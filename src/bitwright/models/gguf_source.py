@@ -182,22 +182,27 @@ class GgufWeightSource:
 
 
 class FloatGgufCheckpoint:
-    """A float GGUF file with the interface of `Checkpoint`; tensors under transformers' names."""
+    """A GGUF file with the interface of `Checkpoint`; tensors under transformers' names, quantized ones dequantized as read."""
 
-    def __init__(self, path: Path) -> None:
-        """CheckpointError for a file that is quantized already."""
-        self.weight_source, self.folder = GgufWeightSource(path), path
+    def __init__(self, path: Path, decoded_as: torch.dtype | None = None) -> None:
+        """decoded_as: the dtype that quantized tensors count as; None: CheckpointError for a file that is quantized already."""
+        self.weight_source, self.folder, self.decoded_as = GgufWeightSource(path), path, decoded_as
         self.tensors = {name: self._info(name, stored) for name, stored in self.weight_source.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:
         t, shape = self.weight_source.file.tensors[stored], self.weight_source.shapes[name]
         assert shape is not None
-        dtype = float_dtype(t, stored, str(self.folder))
+        dtype = float_dtype(t, stored, str(self.folder), self.decoded_as)
         return TensorInfo(t.file, t.offset, dtype, shape)
 
     def read(self, name: str) -> Tensor:
         """One tensor in transformers' layout."""
         return self.weight_source.read(name)
+
+    def stored_as(self, name: str) -> str:
+        """The block type of a tensor in the file, such as "q4_k"; "" if it is float."""
+        kind = self.weight_source.file.tensors[self.weight_source.stored[name]].type
+        return "" if kind in FLOATS else kind.name.lower()
 
     def fingerprint(self) -> list[Any]:
         """Identifies the weight files, to detect that they have changed."""

@@ -5,13 +5,15 @@ GGUF files that need no model are planned without importing transformers, which 
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import chosen
+from bitwright.formats import FORMATS, chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.gguf.reader import GgufFile
@@ -21,7 +23,8 @@ from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
-from bitwright.system.device import device_of
+from bitwright.plan.tensor_types import NO_TYPES, TensorTypes
+from bitwright.system.device import CPU, device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
@@ -48,55 +51,85 @@ def planned(
     seqlen: int,
     store: Path | None,
     requantize: bool = False,
+    types: TensorTypes = NO_TYPES,
     device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+    """Plan a run from the arguments of `quantize`; a model on the hub is downloaded first. InputError of what would stop it.
 
-    Raises the InputError of whatever would stop the run.
-    size, bits: what the result may take; then the schemes are chosen for it (see planned_recipe.py), with scores that are
-    kept beside OUT until it appears.
+    size, bits: what the result may take; then the schemes are chosen for it: see `_for_target`.
     """
     check_out(out)
     place = device_of(device)
     texts_of(calib)  # checked here, before any work
     model = local(model)
     if size is not None or bits is not None:
-        chosen_too = {
+        _refuse({
             "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--store": store, "--requantize": requantize, "--device": device != "cpu",
-        }  # fmt: skip
-        _refuse([name for name, value in chosen_too.items() if value])
-        from bitwright.pipeline.planned_recipe import Settings, plan_recipe
-
+            "--store": store, "--requantize": requantize, "--device": place != CPU, **types.options,
+        })  # fmt: skip
         format, _, method = chosen(out, format, None, method)
-        settings = Settings(format, method=method, calib=calib, samples=samples, seqlen=seqlen, seed=seed)
-        target = Target.parse(size, bits)
-        return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+        text = _Calibration(calib, samples, seqlen, seed)
+        return _for_target(model, out, Target.parse(size, bits), format, method, text, progress)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
         recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
     )
+    rules = types.added_to(rules, method, format, one_file=FORMATS[format].one_file)
     rules = rules.without_text() if calib == "none" else rules
-    if is_gguf(model):
-        file, weighted = GgufFile(model), is_imatrix(calib)
-        modelless = _needs_no_model(rules, recipe, format, calib)
-        unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-        if (modelless or unknown) and place.type != "cpu":
-            remedy = "leave out --device: rows are rounded on all threads of the CPU"
-            raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
-        if modelless or unknown:
-            return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown)
+    by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize) if is_gguf(model) else None
+    return by_name or _by_model(model, rules, format, samples, seqlen, place, requantize=requantize)
+
+
+def _by_model(
+    model: Path, rules: Recipe, format: str, samples: int, seqlen: int, place: torch.device, *, requantize: bool
+) -> "Plan":
+    """The plan of a checkpoint whose model is built and may be run."""
     from bitwright.plan.preflight import preflight
 
     return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
 
 
-def _refuse(others: list[str]) -> None:
-    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+class _Calibration(NamedTuple):
+    """The arguments that say which text is taken for calibration."""
+
+    calib: str
+    samples: int
+    seqlen: int
+    seed: int
+
+
+def _for_target(
+    model: Path, out: Path, target: Target, format: str, method: str, how: _Calibration, progress: Progress
+) -> "Plan":
+    """The plan whose schemes are chosen for a size or bits (planned_recipe.py); scores are kept beside OUT until it appears."""
+    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+
+    settings = Settings(format, method=method, **how._asdict())
+    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+
+
+def _by_name(
+    model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str, place: torch.device, *, requantize: bool
+) -> GgufPlan | None:
+    """The plan of a GGUF file that becomes another one without its model; None if the model is needed, and known."""
+    file, weighted = GgufFile(model), is_imatrix(calib)
+    modelless = _needs_no_model(rules, recipe, format, calib)
+    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+    if not (modelless or unknown):
+        return None
+    if place != CPU:
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
+
+
+def _refuse(given: dict[str, object]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or no plan knows; given: values."""
+    others = [name for name, value in given.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"

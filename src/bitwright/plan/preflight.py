@@ -19,11 +19,12 @@ from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
+from bitwright.formats import Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
+from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
@@ -32,12 +33,13 @@ from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
+HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = (
@@ -298,10 +300,10 @@ def preflight(
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
-    checkpoint = _open(source, format_name, skeleton)
+    checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        notes.append(_decoded_note(tensors))
+    if any(t.stored_as for t in tensors):
+        notes.append(decoded_note(tensors))
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
@@ -370,16 +372,8 @@ def _refuse_integers(source: Path) -> None:
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
 
-def _decoded_note(tensors: list[PlannedTensor]) -> str:
-    """What is said of a source that is quantized."""
-    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
-    many = sum(bool(t.stored_as) for t in tensors)
-    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
-    return f"{what}; losses are counted from there"
-
-
-def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
-    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
+def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool) -> FloatCheckpoint:
+    """The source's tensors, fused experts apart. A quantized GGUF file: CheckpointError unless `requantize`."""
     if not is_gguf(source):
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
@@ -387,12 +381,11 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint
         check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
-    if not FORMATS[format_name].one_file:
-        remedy = "give the checkpoint's directory, or name OUT.gguf"
-        raise FormatError(
-            f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
-        )
-    return FloatGgufCheckpoint(source)
+    decoded_as = torch.float32 if format_.one_file else HALF
+    found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    if not format_.one_file:  # whose tokenizer is written anew
+        template_keys(read_templates(found.weight_source.file.keys), str(source))
+    return found
 
 
 def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:
