@@ -264,23 +264,14 @@ def evaluate(
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
-        for one in (model, *([reference] if reference else [])):
-            check_model(one)
+        check_model(model, reference)
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
         found = judge(
-            model,
-            reference=reference,
-            texts=text or ["stdlib-heldout"],
-            seqlen=seqlen,
-            tokens=tokens,
-            predictions=predictions,
-            engine=engine,
-            kv=kv,
-            chat=chat,
-            device=device_of(device),
-        )
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, kv=kv, chat=chat, device=device_of(device),
+        )  # fmt: skip
         _print_evaluations(found, as_json)
 
 
