@@ -10,6 +10,7 @@ from bitwright.version import __version__
 
 if TYPE_CHECKING:
     from bitwright.api import (
+        advise,
         calibrate,
         convert,
         distill,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         export_onnx,
         layers,
         load,
+        plan_recipe,
         prepare,
         prepare_for_training,
         prepare_qat,
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "__version__", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
-    "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights",
-    "sensitivity",
+    "__version__", "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_recipe",
+    "prepare", "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor",
+    "quantize_weights", "sensitivity",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bench.gguf_families import small_config
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,15 +32,17 @@ from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
 from bitwright.gguf import rope
 from bitwright.gguf.architectures import ARCHITECTURES
-from bitwright.gguf.config_keys import ALIKE, config_of, keys_of
+from bitwright.gguf.config_keys import ALIKE, EVERY, WINDOWLESS, config_of, keys_of
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile
-from bitwright.gguf.tensor_names import Names
+from bitwright.gguf.tensor_names import Names, expert_of
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
+from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of, positions_of
 from bitwright.models.gguf_source import GgufWeightSource, read_tokenizer
 from bitwright.numerics.codec import code_range, decode, per_column
+from bitwright.numerics.lattice import nearest
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.ledger import from_jsonl
@@ -62,13 +66,13 @@ def weight(N: int, K: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", TYPES)
 def test_the_gguf_package_reads_what_was_meant(name: str) -> None:
     kind = TYPES[name]
-    known = getattr(gguf.GGMLQuantizationType, name)
-    assert gguf.GGML_QUANT_SIZES[known] == (kind.size, kind.bytes)
+    known = getattr(gguf.GGMLQuantizationType, name, None)
+    assert known is None or gguf.GGML_QUANT_SIZES[known] == (kind.size, kind.bytes)
     for seed in range(3):
         q = search(weight(9, 768, seed), None, kind.scheme).q
         for any_code in (q, scrambled(q)):
             blocks = encode(any_code, kind)
-            assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), known)), decode(any_code))
+            assert torch.equal(torch.from_numpy(read(name, blocks.numpy())), decode(any_code))
             assert torch.equal(codes_of(name, blocks), any_code.codes)  # our own reader of what lies in them
 
 
@@ -90,6 +94,9 @@ def test_a_changed_bit_is_seen(name: str) -> None:
 
 def scrambled(q: QTensor) -> QTensor:
     """Codes that no rounding need have chosen, under the same scales."""
+    if q.scheme.levels.run > 1:
+        entries = nearest(3 * torch.randn(q.codes.shape, generator=torch.Generator().manual_seed(1)), q.scheme.grid)
+        return replace(q, codes=entries)
     lo, hi = code_range(q.scheme)
     codes = torch.randint(lo, hi + 1, q.codes.shape, generator=torch.Generator().manual_seed(1)).to(q.codes.dtype)
     if q.scheme.scale == "e8m0":  # which has no zero: groups of zeros keep their codes
@@ -98,7 +105,7 @@ def scrambled(q: QTensor) -> QTensor:
     return QTensor(codes, q.scales, q.scheme, q.shape)
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "MXFP4"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "MXFP4", "IQ1_S", "IQ3_XXS"])
 def test_gptq_into_blocks_is_read_back_as_meant(name: str) -> None:
     kind = TYPES[name]
     x = torch.randn(900, 512, generator=torch.Generator().manual_seed(3))
@@ -117,15 +124,35 @@ def signs(blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dty
     return np.array(weights, np.float32).reshape(len(blocks), -1)
 
 
-@pytest.mark.parametrize("name", READ_ONLY)
+def two_bits(blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Q2_0 weight by weight, as `dequantize_row_q2_0` in ggml-quants.c says."""
+    weights = []
+    for block in blocks.reshape(-1, 18):
+        d = struct.unpack("<e", block[:2].tobytes())[0]
+        weights += [((block[2 + j // 4] >> 2 * (j % 4) & 3) - 1.0) * d for j in range(64)]
+    return np.array(weights, np.float32).reshape(len(blocks), -1)
+
+
+def read(name: str, blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The gguf package's numbers, and those of two types that it does not decode."""
+    known = {"Q1_0": signs, "Q2_0": two_bits}
+    if name in known:
+        return known[name](blocks)
+    found: np.ndarray[Any, np.dtype[np.float32]] = dequantize(blocks, gguf.GGMLQuantizationType[name])
+    return found
+
+
+IN_RUNS = [name for name, kind in TYPES.items() if kind.scheme.levels.run > 1]
+
+
+@pytest.mark.parametrize("name", [*READ_ONLY, "Q1_0", *IN_RUNS])
 def test_lattices_are_codes_under_scales(name: str) -> None:
-    """Whatever lies in a block of a type that is only read: the numbers of the gguf package."""
+    """Whatever lies in a block of others' files: the numbers of the gguf package."""
     for seed in range(3):
         blocks = random_blocks(name, 9, 768, seed)
         q = GGUF.quantized({"types": {"a": name}}, "a", {"weight": torch.from_numpy(blocks)})
-        read = (lambda b, _: signs(b)) if name == "Q1_0" else dequantize  # which the package does not decode
-        found = torch.from_numpy(read(blocks, getattr(gguf.GGMLQuantizationType, name)))
-        assert torch.equal(decode(q), found) and q.scheme == Scheme.parse(READ_ONLY[name])
+        scheme = Scheme.parse(READ_ONLY[name]) if name in READ_ONLY else TYPES[name].scheme
+        assert torch.equal(decode(q), torch.from_numpy(read(name, blocks))) and q.scheme == scheme
         assert len(q.codes.unique()) == len(set(q.scheme.levels.levels or ()))  # each level is taken
 
 
@@ -287,42 +314,44 @@ def test_misplaced_tensors_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- configs and tokenizers
 
 
-def small_config(kind: str) -> Any:
+def encoder_config(kind: str) -> Any:
     from transformers import AutoConfig
 
     values: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-    if kind not in ("gpt2", "distilbert"):
-        values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    if kind in ("gemma", "gemma2", "gemma3_text", "qwen3"):
-        values["head_dim"] = 16
-    if kind in ("gemma2", "gemma3_text"):
-        values |= {"query_pre_attn_scalar": 16, "num_hidden_layers": 6}
+    if kind != "distilbert":
+        values |= {"intermediate_size": 96, "max_position_embeddings": 128}
     return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_configs_survive_the_way_there_and_back(kind: str) -> None:
-    config = small_config(kind)
+    config = (
+        encoder_config(kind) if kind in ENCODERS else small_config(kind, num_hidden_layers=6 if kind in EVERY else 2)
+    )
     with torch.device("meta"):
         model = model_of(config)
+        one_by_one(model)
     names = Names(config)
-    shapes = {}
+    shapes = dict[str, tuple[int, ...]]()
     for parameter, tensor in model.state_dict().items():
         tied = config.tie_word_embeddings and parameter == "lm_head.weight"
         if not tied:
-            assert names.of(parameter) not in shapes
-            shapes[names.of(parameter)] = names.shape(parameter, tuple(tensor.shape))
+            assert names.of(parameter) not in shapes or expert_of(parameter)
+            shapes[names.of(parameter)] = names.stored_shape(parameter, tuple(tensor.shape))
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
     assert back.model_type == {"mistral": "llama", "roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind)
     with torch.device("meta"):
-        other = model_of(back).state_dict()
-    known = {k: names.shape(k, (names.height(k, len(v)), *v.shape[1:])) for k, v in model.state_dict().items()}
-    assert known == {k: names.shape(k, tuple(v.shape)) for k, v in other.items()}
+        other = model_of(back)
+        one_by_one(other)
+    found = {k: Names(back).stored_shape(k, tuple(v.shape)) for k, v in other.state_dict().items() if names.has(k)}
+    assert found == {k: names.stored_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
+    turned = {key: value for key, value in keys_of(config).items() if ".rope." in key}
+    assert turned == pytest.approx({key: value for key, value in keys_of(back).items() if ".rope." in key})
     kept = (
         "rms_norm_eps layer_norm_epsilon layer_norm_eps sliding_window max_position_embeddings hidden_act layer_types"
     )
-    for name in (*kept.split(), "rope_parameters", "query_pre_attn_scalar", "type_vocab_size"):
-        if name in ("sliding_window", "layer_types") and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
+    for name in (*kept.split(), "query_pre_attn_scalar", "type_vocab_size"):
+        if name in ("sliding_window", "layer_types") and kind in WINDOWLESS:
             continue  # llama.cpp does without
         if hasattr(config, name) and hasattr(back, name):
             meant = positions_of(config) if name == "max_position_embeddings" else getattr(config, name)
@@ -337,7 +366,7 @@ def test_rows_are_turned_and_turned_back() -> None:
     assert order is not None and order.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     w = torch.randn(64, 64)
     for parameter in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-        assert torch.equal(names.read(parameter, names.written(parameter, w)), w)
+        assert torch.equal(names.read(parameter, names.written(parameter, w), (64, 64)), w)
     shifted = Names(small_config("gemma"))
     assert torch.equal(shifted.written("model.norm.weight", torch.zeros(3)), torch.ones(3))
 

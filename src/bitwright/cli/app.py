@@ -88,19 +88,24 @@ Store = Annotated[
 Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
-Requantize = Annotated[
-    bool, typer.Option("--requantize", help="Take a source that is rounded to integers already, decoded.")
-]
-InTemplate = Annotated[
-    bool,
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+TensorType = Annotated[
+    list[str] | None,
     typer.Option(
-        "--chat",
-        help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
-        "assistant.",
+        help="GGUF: NAME=TYPE, a block type for tensors that the regular expression NAME is found in; repeatable."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
+HeadType = Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")]
+EmbeddingType = Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take a source that is quantized already (GGUF too), decoded.")
+]
+WrittenFormat = Annotated[
+    str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
+]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
 
@@ -125,10 +130,11 @@ def quantize(
     out: Out,
     scheme: Annotated[str | None, typer.Option(help="Number format: int4-g128, int3-g64-asym, q4_k_m, ...")] = None,
     method: Method = None,
-    format: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
-    ] = None,
+    format: WrittenFormat = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: one block type everywhere, no mix.")] = False,
+    tensor_type: TensorType = None,
+    output_tensor_type: HeadType = None,
+    token_embedding_type: EmbeddingType = None,
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
@@ -144,7 +150,7 @@ def quantize(
     requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -153,12 +159,14 @@ def quantize(
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
         from bitwright.pipeline.quantize import carried_out, planned
+        from bitwright.plan.tensor_types import TensorTypes
 
         with progress_bar(as_json or quiet) as progress:
+            types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
             plan = planned(
-                model, out, scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
-                kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+                model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
+                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen,
+                store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -168,8 +176,7 @@ def quantize(
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
-    if done.fallbacks:
-        raise typer.Exit(1)
+    raise typer.Exit(1 if done.fallbacks else 0)
 
 
 @app.command()
@@ -237,38 +244,34 @@ def evaluate(
             show_default="stdlib-heldout",
         ),
     ] = None,
-    chat: InTemplate = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+            "assistant.",
+        ),
+    ] = False,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     tokens: Tokens = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
-    ] = None,
+    engine: Engine = None,
     device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
-        for one in (model, *([reference] if reference else [])):
-            check_model(one)
+        check_model(model, reference)
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
         found = judge(
-            model,
-            reference=reference,
-            texts=text or ["stdlib-heldout"],
-            seqlen=seqlen,
-            tokens=tokens,
-            predictions=predictions,
-            engine=engine,
-            kv=kv,
-            chat=chat,
-            device=device_of(device),
-        )
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, kv=kv, chat=chat, device=device_of(device),
+        )  # fmt: skip
         _print_evaluations(found, as_json)
 
 
@@ -288,9 +291,10 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Every tensor: shape, scheme, bytes, loss; and total bits per weight."""
+    """Every tensor: shape, scheme, bytes, loss; total bits per weight; of a .gguf file its tokenizer, templates and keys."""
     with reporting(as_json):
         check_model(model)
+        from bitwright.evaluation.gguf_inspection import lines
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
 
@@ -300,6 +304,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
             return
         rows = [_inspected(t) for t in found["tensors"]]
         console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
+        for line in lines(found) if "keys" in found else []:
+            console.print(plain(line), highlight=False, soft_wrap=True)
         console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
 
 

@@ -82,12 +82,14 @@ def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool =
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
-def check_model(model: Path) -> None:
-    """Refuse what is no model, and download one that is named as on the hub, before anything large is imported."""
+def check_model(*models: Path | None) -> None:
+    """Refuse what is no model, and download what is named as on the hub, before anything large is imported."""
     from bitwright.files.hub import local
     from bitwright.files.model_path import check_model_path
 
-    check_model_path(local(model))
+    for model in models:
+        if model is not None:
+            check_model_path(local(model))
 
 
 def plain(text: str) -> str:

@@ -1,9 +1,14 @@
 """Inspect a checkpoint: shape, scheme, bytes and loss of every tensor, from headers and the ledger alone."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitwright.evaluation.gguf_inspection import described
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
+from bitwright.gguf.architectures import named
+from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton
@@ -15,12 +20,17 @@ from bitwright.pipeline.work_in_progress import ledger_beside
 def inspect(folder: Path) -> dict[str, Any]:
     """{bytes, bits_per_weight, tensors: [{name, shape, scheme, bytes, loss}]}, one entry a tensor of the float model.
 
-    `scheme` is the float type of a tensor that is not quantized; `loss` is known where a ledger is. CheckpointError for a
-    tensor that the model lacks, or that it does not read.
+    Of a GGUF file also what `gguf_inspection.described` gives, and each tensor's block type (`type`); one of an architecture
+    that is not known here has its tensors by their own names. `scheme` is the float type of a tensor that is not quantized;
+    `loss` is known where a ledger is. CheckpointError for a tensor that the model lacks, or that it does not read.
     """
     import torch
 
     folder = local(folder)
+    if is_gguf(folder):
+        file = GgufFile(folder)
+        if named(file.key("general.architecture", str)) is None:
+            return _by_name(file) | described(file)
     skeleton = Skeleton(read_config(folder), torch.float32)
     weight_source = open_weights(folder, skeleton)
     names_in(weight_source, skeleton)
@@ -34,6 +44,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     for name, shape in sorted(weight_source.shapes.items()):
         entry = entries.get(name) or entries.get(renamed.get(name, ""))
         stored, size = weight_source.describe(name)
+        kind = {"type": stored} if isinstance(weight_source, GgufWeightSource) else {}
         tensors.append(
             {
                 "name": name,
@@ -41,6 +52,20 @@ def inspect(folder: Path) -> dict[str, Any]:
                 "scheme": entry.scheme if entry and entry.scheme else stored,
                 "bytes": size,
                 "loss": entry.loss if entry else None,
+                **kind,
             }
         )
-    return {"bytes": weight_source.bytes, "bits_per_weight": 8 * weight_source.bytes / parameters, "tensors": tensors}
+    found = {"bytes": weight_source.bytes, "bits_per_weight": 8 * weight_source.bytes / parameters, "tensors": tensors}
+    return found | described(weight_source.file) if isinstance(weight_source, GgufWeightSource) else found
+
+
+def _by_name(file: GgufFile) -> dict[str, Any]:
+    """Bytes and tensors of a file whose architecture is not known."""
+    tensors = []
+    for name, t in file.tensors.items():
+        kind = t.type.name.lower()
+        tensors.append(
+            {"name": name, "shape": list(t.shape), "scheme": kind, "bytes": t.nbytes, "loss": None, "type": kind}
+        )
+    size, parameters = (sum(t.nbytes for t in file.tensors.values()), sum(prod(t.shape) for t in file.tensors.values()))
+    return {"bytes": size, "bits_per_weight": 8 * size / max(parameters, 1), "tensors": tensors}

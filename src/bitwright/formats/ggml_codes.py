@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitwright.formats.format import recovered
+from bitwright.formats import ggml_lattice_codes
 from bitwright.formats.ggml import TYPES
-from bitwright.formats.ggml_scales import scales_of
-from bitwright.gguf.reader import decoded, type_named
 from bitwright.kernels import native
 from bitwright.numerics.codec import code_dtype
 
@@ -22,14 +20,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def codes_of(kind: str, rows: Tensor) -> Tensor:
-    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> codes [N, K], as a QTensor has them.
-
-    Those of codebooks are read off the weights that the gguf package decodes.
-    """
-    if kind not in READERS:
-        scheme, scales = scales_of(kind, rows, kind)
-        return recovered(torch.from_numpy(decoded(rows.numpy(), type_named(kind), kind)), scheme, scales, kind).codes
+    """Rows of blocks uint8 [N, bytes] of the ggml type `kind` -> codes [N, K], as a QTensor has them."""
     blocks = rows.numpy().reshape(-1, TYPES[kind].bytes)
+    if kind in ggml_lattice_codes.READERS:
+        return torch.from_numpy(ggml_lattice_codes.codes(kind, blocks).reshape(len(rows), -1))
     read, zero = READERS[kind]
     codes = read(blocks).reshape(len(rows), -1)
     if zero:

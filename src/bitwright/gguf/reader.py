@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError
 from bitwright.files.model_path import MAGIC
+from bitwright.gguf.key_kinds import of_wrong_kind
 
 Types = gguf.GGMLQuantizationType
 VERSIONS = 2, 3
@@ -89,6 +90,10 @@ class GgufFile:
         self.path = path
         self.kinds: dict[str, tuple[int, int | None]] = {}
         self.keys, self.tensors = _read(path, self.kinds)
+        wrong = of_wrong_kind(self.keys)
+        if wrong is not None:
+            name, kind = wrong
+            raise _wrong(path, f"key {name!r} is {str(self.keys[name])[:40]!r}, not {kind}")
         parts = self.keys.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             for part in _other_parts(path, parts):
@@ -203,10 +208,13 @@ def _two_bits(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 OWN: dict[Kind, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {Types.Q1_0: _signs, Newer.Q2_0: _two_bits}
 
 
-def float_dtype(t: Stored, name: str, where: str) -> torch.dtype:
-    """The dtype of a tensor that is to be quantized. CheckpointError if it is quantized already."""
+def float_dtype(t: Stored, name: str, where: str, decoded_as: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a tensor that is to be quantized; `decoded_as`, if it is quantized already. CheckpointError where that is
+    not wanted."""
     if t.type not in FLOATS:
-        remedy = "quantize the float original; rounding twice only loses"
+        if decoded_as is not None:
+            return decoded_as
+        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
         raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
     return FLOATS[t.type]
 

@@ -1,12 +1,14 @@
 """Chat templates (Jinja) as GGUF keys, and back: a default one, and others by name, such as `tool_use` and `rag`."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 
 KEY = "tokenizer.chat_template"
 NAMES = "tokenizer.chat_templates"
@@ -44,14 +46,29 @@ def _without_generation(text: str) -> str:
     return text
 
 
+def check_names(source: Path) -> None:
+    """FormatError for two chat templates of one name in a directory: which one is meant is not known."""
+    file = source / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    names = [str(one.get("name")) for one in said if isinstance(one, Mapping)] if isinstance(said, list) else []
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        remedy = "take one of them out of chat_template, or give it another name"
+        raise FormatError(f"two chat templates are named {twice!r}", where=str(file), remedy=remedy)
+
+
 def read_templates(keys: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The tokenizer's chat_template for a file's keys: a text, texts by name, or None."""
+    """The tokenizer's chat_template for a file's keys: a text, texts by name, or None. CheckpointError for two default ones."""
     named = {
         name.removeprefix(f"{KEY}."): text
         for name, text in keys.items()
         if name.startswith(f"{KEY}.") and isinstance(text, str)
     }
     plain = keys.get(KEY)
+    if isinstance(plain, str) and named.get(DEFAULT, plain) != plain:
+        remedy = f"remove one of the two keys: gguf-new-metadata --remove-metadata {KEY}.{DEFAULT} IN.gguf OUT.gguf"
+        message = f"two chat templates are the default one: {KEY} and {KEY}.{DEFAULT} differ"
+        raise CheckpointError(message, where=KEY, remedy=remedy)
     if not named:
         return plain if isinstance(plain, str) else None
     return ({DEFAULT: plain} if isinstance(plain, str) else {}) | named

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
 from bitwright.gguf.special_keys import falcon_kv_heads
 
@@ -115,13 +115,13 @@ class Names:
         leaf = parameter.rpartition(".")[0].rpartition(".")[2]
         if self.row.fused and leaf == "query_key_value":
             heads = self.config.num_attention_heads
-            return torch.arange(N).view(heads, 3, N // heads // 3).transpose(0, 1).reshape(N)
+            return _by_head(parameter, N, heads, 3).transpose(0, 1).reshape(N)
         if self.row.kind == "falcon" and leaf == "query_key_value":
             return self._falcon_rows(N)
         if not self.row.pairs or leaf not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if leaf == "q_proj" else self.config.num_key_value_heads
-        return torch.arange(N).view(heads, 2, N // heads // 2).transpose(1, 2).reshape(N)
+        return _by_head(parameter, N, heads, 2).transpose(1, 2).reshape(N)
 
     def _falcon_rows(self, N: int) -> Tensor:
         """All of Q, then K, then V, from groups of query heads, each with its key and value."""
@@ -132,8 +132,7 @@ class Names:
 
     def height(self, parameter: str, N: int) -> int:
         """The number of rows that are written of a parameter with N rows."""
-        order = self.rows(parameter, N)
-        return N if order is None else len(order)
+        return N - first_position(self.config) if parameter.endswith(POSITIONS) else N
 
     def written(self, parameter: str, tensor: Tensor) -> Tensor:
         """A float tensor in llama.cpp's layout: transposed, rows permuted, norms shifted by 1, vectors in float32."""
@@ -162,3 +161,11 @@ class Names:
 
     def _is_shifted(self, parameter: str) -> bool:
         return self.row.shifted and parameter.endswith("norm.weight")
+
+
+def _by_head(parameter: str, N: int, heads: int, parts: int) -> Tensor:
+    """The numbers of N rows, [heads, parts, N / heads / parts]. CheckpointError where they do not divide so."""
+    if heads <= 0 or N % (heads * parts):
+        message = f"its {N} rows are not {heads} heads of {parts} equal parts"
+        raise CheckpointError(message, where=parameter, remedy="the file is damaged: get a good copy")
+    return torch.arange(N).view(heads, parts, N // heads // parts)

@@ -91,7 +91,7 @@ def _own(keys: Mapping[str, Any], where: str) -> Keys:
     own = {name.removeprefix(PREFIX): value for name, value in plain.items() if name.startswith(PREFIX)}
     tokens, kinds = own.get("tokens"), own.get("token_type")
     known = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-    numbers = np.zeros(len(tokens), int) if tokens and kinds is None else np.asarray(kinds)
+    numbers = np.zeros(len(tokens), int) if known and tokens and kinds is None else np.asarray(kinds)
     if not known or not tokens or numbers.dtype.kind not in "iu" or len(numbers) != len(tokens):
         raise CheckpointError(
             "no tokens, or not a kind for each", where=where, remedy="give a file with its vocabulary"
@@ -158,6 +158,9 @@ def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
     unknown = id_of(own, "unknown_token_id")
     if unknown is None:
         raise CheckpointError("WordPiece without a token for what is unknown", where=where, remedy="get a good copy")
+    if own["token_type"][unknown] == Kind.NORMAL:
+        message = f"the token for what is unknown, {tokens[unknown]!r}, is marked as a piece of words"
+        raise CheckpointError(message, where=where, remedy="get a good copy")
     plain = [
         _unmarked(token) if kind == Kind.NORMAL else token
         for token, kind in zip(tokens, own["token_type"], strict=True)

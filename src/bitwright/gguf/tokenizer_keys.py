@@ -13,7 +13,7 @@ from typing import Any
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import unigram_tokenizer
 from bitwright.gguf.special_tokens import END_TEXTS, PREFIX, Kind, ends_of, is_phi3, phi3_loads
-from bitwright.gguf.templates import template_keys
+from bitwright.gguf.templates import check_names, template_keys
 from bitwright.gguf.tokenizer import GOES_ON, NO_MERGE, SPECIAL, WORDS
 from bitwright.gguf.tokenizer_proof import Proof, fitting_row
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys, single_steps
@@ -53,6 +53,7 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int, name: str = "") -> Vo
     ready = [{PREFIX + key: value for key, value in (keys | more).items()} for more in ways]
     if len(ready) == 1 and ready[0].get(f"{PREFIX}model") == "gpt2":
         ready = [one | {f"{PREFIX}pre": row} for one in ready for row in fitting_row(one, content, proof, str(file))]
+    check_names(folder)
     found, notes = proof.first_alike([one | {NAME: title} for title in _names(name, tokens) for one in ready])
     return Vocabulary(found | template_keys(getattr(tokenizer, "chat_template", None), str(folder)), notes)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitwright.inference.decoder import Decoder, Part
-from bitwright.inference.dense import FEW, Dense
+from bitwright.inference.dense import Dense
 from bitwright.inference.key_value_store import KeyValueStore
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
@@ -235,10 +235,7 @@ class NativeDecoder(Decoder):
             logits = torch.empty(self.model.config.vocab_size)
             self.many.finish(x[0], logits, torch.get_num_threads())
             return logits[None]
-        normed, head = self.model.model.norm(x), self.model.lm_head
-        # float weights: a few rows at a time are multiplied as they are stored, more are converted first
-        some = FEW if isinstance(head, Dense) and len(x) <= 4 * FEW else len(x)
-        return torch.cat([head(rows) for rows in normed.split(some)]).float()
+        return self.model.lm_head(self.model.model.norm(x)).float()
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return self.model.model.embed_tokens(ids).to(torch.float32, copy=True)

@@ -269,7 +269,10 @@ class Scheme:
         return self.group if isinstance(self.group, int) else K
 
     def bits_per_weight(self, K: int) -> float:
-        """Stored bits per weight of a matrix with rows of K weights, scales and zeros included, without a file's padding."""
+        """Stored bits per weight of a matrix with rows of K weights, scales and zeros included, without a file's padding.
+
+        Grids with a codebook (IQ1 to IQ3) count a code for each weight; their blocks in a GGUF file take fewer bits.
+        """
         each = SCALE_BITS[self.scale]
         blocks = math.ceil(K / SUPERBLOCK)
         super_bits = 16 * blocks if self.scale in ("k8", "k6", "k4") else 0

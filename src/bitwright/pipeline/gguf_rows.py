@@ -143,7 +143,7 @@ def _make_rows(file: GgufFile, writer: gguf_writer.GgufWriter, job: Rows) -> Par
     """Some rows: read, rounded, written, read back, compared. CheckpointError for a weight that is not finite."""
     begun = time.monotonic()
     t, first, last, importance = job
-    w = file.floats(t.source, first, last)
+    w = file.read_rows(t.source, first, last)
     if t.layer is None or t.rule is None:
         writer.put_floats(t.source, w.to(t.dtype), first)
         return Part(NOTHING, NOTHING, NOTHING, NOTHING, None, 0)
@@ -175,7 +175,7 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
         size = t.dtype.itemsize * prod(t.shape)
-        return Entry(t.source, t.shape, dtype, KEPT, t.reason, fallback=t.fallback, bytes=size)
+        return Entry(t.source, t.shape, dtype, KEPT, t.reason, fallback=t.fallback, bytes=size, source=t.stored_as)
     loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
     if t.rule.method != "rtn":
         rounded = torch.cat([rtn_lost(part.sample, t.layer.scheme, part.gram) for part in parts])
@@ -194,4 +194,5 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
         seconds=round(sum(part.seconds for part in parts), 4),
         fallback=t.layer.fallback,
         bytes=nbytes,
+        source=t.stored_as,
     )

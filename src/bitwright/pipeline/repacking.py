@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.files.checkpoint import count
 from bitwright.files.model_path import is_gguf
@@ -30,6 +29,7 @@ from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import GRIDS, Zero
+from bitwright.pipeline.from_gguf import config_of_file, write_companions
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.model_card import Card
@@ -177,7 +177,7 @@ def repack(model: Path, out: Path, format_name: str) -> dict[str, Any]:
     if format_name == "gptq":
         place.write_json("quantize_config.json", config)
     if is_gguf(model):
-        load_tokenizer(model).save_pretrained(place.result)
+        write_companions(model, source.skeleton, place)
     place.finish(model, ledger)
     return {"out": str(out), "bytes": total, "tensors": len(ledger), "notes": source.notes}
 
@@ -245,8 +245,7 @@ class _Source:
     def config(self) -> dict[str, Any]:
         """config.json without quantization_config."""
         if is_gguf(self.model):
-            said: dict[str, Any] = json.loads(self.skeleton.config.to_json_string(use_diff=False))
-            said["architectures"] = [type(self.skeleton.model).__name__]
+            said = config_of_file(self.skeleton)
         else:
             said = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         stale = ("quantization_config", "torch_dtype")

@@ -22,7 +22,9 @@ from torch import Tensor
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
+from bitwright.files.checkpoint import count
 from bitwright.files.hub import name_of
+from bitwright.files.model_path import is_gguf
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
@@ -40,6 +42,7 @@ from bitwright.pipeline.calibration_pass import (
     read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
+from bitwright.pipeline.from_gguf import config_of_file, write_companions
 from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
@@ -351,7 +354,12 @@ def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float,
 
 def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> None:
     """Write the configs and the model card."""
-    config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    if is_gguf(plan.source):
+        largest = max((t for t in plan.tensors if t.layer is None), key=lambda t: count(t.shape))
+        config = config_of_file(plan.skeleton) | {"dtype": str(largest.dtype).removeprefix("torch.")}
+        write_companions(plan.source, plan.skeleton, place)
+    else:
+        config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     if not getattr(plan.skeleton.config, "tie_word_embeddings", True) and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})

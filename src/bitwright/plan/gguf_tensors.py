@@ -23,9 +23,17 @@ from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
-from bitwright.gguf.reader import GgufFile, Kind, carried_keys, float_dtype, type_named
+from bitwright.gguf.reader import FLOATS, GgufFile, Kind, carried_keys, float_dtype, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
-from bitwright.plan.planned_tensor import KEPT, QUANTIZED, SMALLEST, PlannedTensor, half_precision, in_float
+from bitwright.plan.planned_tensor import (
+    KEPT,
+    QUANTIZED,
+    SMALLEST,
+    PlannedTensor,
+    decoded_note,
+    half_precision,
+    in_float,
+)
 from bitwright.plan.recipe import Recipe, Rule
 
 GGUF = FORMATS["gguf"]
@@ -124,8 +132,11 @@ class GgufPlan:
         return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool) -> GgufPlan:
-    """Plan every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether the architecture is.
+def plan_gguf(
+    file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool, requantize: bool = False
+) -> GgufPlan:
+    """Plan every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether the architecture is;
+    requantize: whether quantized tensors are dequantized and rounded once more.
 
     FormatError for another output format, RecipeError for what needs a model or for nothing to quantize.
     """
@@ -144,7 +155,7 @@ def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: boo
     ):
         message = f"transforms, pruning, caches and temper need a model that is run: architecture {architecture!r} is not known"
         raise RecipeError(message, where=str(source), remedy="leave them out")
-    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted)
+    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted, requantize=requantize)
     tensors = tuple(chooser.decide(name) for name in file.tensors)
     if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")
@@ -153,13 +164,15 @@ def plan_gguf(file: GgufFile, recipe: Recipe, format_name: str, *, weighted: boo
     )
     known = "with the columns' importance" if weighted else "without importance"
     notes = [f"{note}, {known}"] if unknown else []
+    notes += [decoded_note(tensors)] if any(t.stored_as for t in tensors) else []
     return GgufPlan(source, file, recipe, tensors, (*notes, *chooser.said), unknown)
 
 
 class _Chooser:
     """Chooses the action for each tensor of a file."""
 
-    def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool) -> None:
+    def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool, requantize: bool) -> None:
+        self.decoded_as = torch.float32 if requantize else None
         self.file, self.recipe, self.weighted = file, recipe, weighted
         self.others: dict[str, list[str]] = {"another block type": [], "another method": []}
         self.rules = recipe.assign({name.removesuffix(".weight"): name for name in file.tensors if self._may(name)})
@@ -172,10 +185,11 @@ class _Chooser:
     def decide(self, name: str) -> PlannedTensor:
         """Quantize a matrix as its rule says; keep all other tensors as they are."""
         stored = self.file.tensors[name]
-        dtype = float_dtype(stored, name, str(self.file.path))
+        dtype = float_dtype(stored, name, str(self.file.path), self.decoded_as)
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
-        t = PlannedTensor(name, name, block, dtype, stored.shape, KEPT)
+        stored_as = "" if stored.type in FLOATS else stored.type.name.lower()
+        t = PlannedTensor(name, name, block, dtype, stored.shape, KEPT, stored_as=stored_as)
         if not self._may(name):
             return replace(t, reason="llama.cpp keeps it in float")
         rule = self.rules[t.stem]
@@ -212,8 +226,9 @@ class _Chooser:
         """The matrix as the file will store it; experts' matrices are stacked along N."""
         assert rule.scheme is not None
         layer = Layer(t.stem, prod(t.shape[:-1]), t.shape[-1], rule.scheme, activations=rule.activations)
-        if rule.mix and not (self.recipe.pure and rule.mix not in TYPES):
-            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, self._place(t, rule, block))]
+        exact = self.recipe.pure or rule.exact
+        if rule.mix and not (exact and rule.mix not in TYPES):
+            kind = TYPES[rule.mix if exact else type_in(rule.mix, self._place(t, rule, block))]
             layer = replace(layer, scheme=kind.scheme, container=kind.name)
         elif rule.mix:
             remedy = "leave out --pure, or name a block type such as q4_k"

@@ -1,5 +1,6 @@
 """One tensor of a plan: where it comes from, and what becomes of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,3 +61,10 @@ def half_precision(t: PlannedTensor, K: int) -> PlannedTensor:
     asked = t.rule.mix if t.rule is not None and t.rule.mix else "blocks"
     why = f"{asked} -> F16: rows of {K} do not fill blocks of {SMALLEST}"
     return replace(t, dtype=torch.float16, reason="in F16: no block holds its rows", fallback=why)
+
+
+def decoded_note(tensors: Iterable[PlannedTensor]) -> str:
+    """What is said of a source that is quantized."""
+    stored = [t.stored_as for t in tensors if t.stored_as]
+    what = f"the source is quantized itself ({', '.join(sorted(set(stored)))}): {len(stored)} matrices are decoded"
+    return f"{what}; losses are counted from there"

@@ -19,11 +19,12 @@ from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import FORMATS, Format, Layer, format_named, gguf_writer
+from bitwright.formats import Format, Layer, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
+from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.adapter import Adapter
@@ -34,12 +35,13 @@ from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
-from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor
+from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
 from bitwright.system.device import CPU
 from bitwright.transforms.rotation import Rotation
 
+HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROCESS_BYTES = 420 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = (
@@ -139,12 +141,6 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
-
-    @property
-    def shapes_digest(self) -> str:
-        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
-        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
-        return sha256(repr(shapes).encode()).hexdigest()[:16]
 
     @property
     def statistics_bytes(self) -> int:
@@ -302,10 +298,11 @@ def preflight(
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
-    checkpoint = _open(source, format_name, skeleton)
+    _check_made_for(recipe, skeleton, source)
+    checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
-    if isinstance(checkpoint, DecodedCheckpoint):
-        notes.append(_decoded_note(tensors))
+    if any(t.stored_as for t in tensors):
+        notes.append(decoded_note(tensors))
     added = None if adapter is None else Adapter(adapter)
     if added is not None:
         added.check(skeleton)
@@ -330,12 +327,22 @@ def _adapted(t: PlannedTensor, adapter: Adapter) -> PlannedTensor:
     return replace(t, reason=f"adapted by {adapter.folder.name}") if adapter.changes(t.parameter) else t
 
 
+def _check_made_for(recipe: Recipe, skeleton: Skeleton, source: Path) -> None:
+    """RecipeError for a recipe that was planned for a model of other matrices."""
+    if recipe.made_for and recipe.made_for != shapes_digest(skeleton):
+        remedy = f"bitwright plan {source} RECIPE.toml --bits 4.5; or remove that line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
+
+
+def shapes_digest(skeleton: Skeleton) -> str:
+    """A hash of the names and shapes of all parameters, the same for all models of one kind and size."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in skeleton.model.named_parameters())
+    return sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
-    if recipe.made_for and recipe.made_for != plan.shapes_digest:
-        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
-        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):
@@ -385,16 +392,8 @@ def _refuse_integers(source: Path) -> None:
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
 
-def _decoded_note(tensors: list[PlannedTensor]) -> str:
-    """What is said of a source that is quantized."""
-    kinds = sorted({t.stored_as for t in tensors if t.stored_as})
-    many = sum(bool(t.stored_as) for t in tensors)
-    what = f"the source is quantized itself ({', '.join(kinds)}): {many} matrices are decoded"
-    return f"{what}; losses are counted from there"
-
-
-def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint:
-    """The source's tensors, fused experts apart. FormatError for a GGUF file and an output format that is a directory."""
+def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool) -> FloatCheckpoint:
+    """The source's tensors, fused experts apart. A quantized GGUF file: CheckpointError unless `requantize`."""
     if not is_gguf(source):
         if quantization_of(source) is not None:
             return DecodedCheckpoint(source, skeleton)
@@ -402,12 +401,11 @@ def _open(source: Path, format_name: str, skeleton: Skeleton) -> FloatCheckpoint
         check_described(checkpoint.tensors, source)
         skeleton.split_experts(checkpoint)
         return checkpoint
-    if not FORMATS[format_name].one_file:
-        remedy = "give the checkpoint's directory, or name OUT.gguf"
-        raise FormatError(
-            f"a GGUF file has no config.json and tokenizer files, which {format_name} needs", remedy=remedy
-        )
-    return FloatGgufCheckpoint(source)
+    decoded_as = torch.float32 if format_.one_file else HALF
+    found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    if not format_.one_file:  # whose tokenizer is written anew
+        template_keys(read_templates(found.weight_source.file.keys), str(source))
+    return found
 
 
 def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:

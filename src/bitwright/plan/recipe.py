@@ -20,6 +20,7 @@ temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see
 """
 
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,7 @@ from bitwright.sparsity.pruning import Pruning
 from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
 UNPRUNED = "none"
 EXAMPLES = {  # of a rule's keys, for errors
     "match": 'match = "*"',
@@ -71,6 +73,8 @@ class Rule:
     transforms: tuple[Transform, ...] = ()
     observer: str = "mse"
     mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
+    exact: bool = False  # `mix` is a block type (or float type), for every tensor that matches
+    regex: bool = False  # `match` is a regular expression, found anywhere in llama.cpp's name of a tensor
     prune: Pruning | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +168,7 @@ class Rule:
             "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
             "observer": self.observer,
             "mix": self.mix,
+            **({"exact": True, "regex": self.regex} if self.exact else {}),
             "prune": None if self.prune is None else str(self.prune),
         }
 
@@ -263,14 +268,20 @@ class Recipe:
     def assign(self, modules: Mapping[str, str]) -> dict[str, Rule]:
         """The rule of each module. modules: name -> what its file or llama.cpp calls it, or ""; a pattern may mean either.
 
+        Where llama.cpp has no output.weight, that name means the embedding, which is the head too.
         RecipeError if a rule's pattern matches no module at all.
         """
+        tied = HEAD not in modules.values()
+        called = {name: _names(name, other, tied=tied) for name, other in modules.items()}
         for rule in self.rules:
-            if not any(_means(rule.match, name, other) for name, other in modules.items()):
-                some = ", ".join([*list(modules)[:3], *(other for other in list(modules.values())[:1] if other)])
-                raise RecipeError(f"pattern {rule.match!r} matches nothing", remedy=f"names look like {some}")
+            if not any(_means(rule, names) for names in called.values()):
+                named = [other for other in modules.values() if other]
+                some = named[:4] if rule.exact else [*list(modules)[:3], *named[:1]]
+                raise RecipeError(
+                    f"pattern {rule.match!r} matches nothing", remedy=f"names look like {', '.join(some)}"
+                )
         last_first = list(reversed(self.rules))
-        return {name: next(r for r in last_first if _means(r.match, name, other)) for name, other in modules.items()}
+        return {name: next(r for r in last_first if _means(r, names)) for name, names in called.items()}
 
     @property
     def needs_calibration(self) -> bool:
@@ -295,7 +306,7 @@ class Recipe:
     @property
     def file_type(self) -> int | None:
         """llama.cpp's file type number, if all rules that quantize name one mix that has a number."""
-        mixes = {rule.mix for rule in self.rules if rule.scheme is not None or rule.mix}
+        mixes = {rule.mix for rule in self.rules if not rule.exact and (rule.scheme is not None or rule.mix)}
         return FILE_TYPES.get(mixes.pop()) if len(mixes) == 1 else None
 
     @property
@@ -318,9 +329,17 @@ class Recipe:
         return Options.of(rules[0].options).windows if rules else None
 
 
-def _means(pattern: str, module: str, other: str) -> bool:
-    """Whether a pattern matches a module's name, or its weight's in llama.cpp with or without the ending."""
-    return any(fnmatchcase(name, pattern) for name in (module, other, other.removesuffix(".weight")) if name)
+def _names(module: str, other: str, *, tied: bool) -> tuple[str, ...]:
+    """What a pattern may call a module: its name, llama.cpp's name of its weight with and without the ending."""
+    names = [module, *((other, other.removesuffix(".weight")) if other else ())]
+    return (*names, HEAD, HEAD.removesuffix(".weight")) if tied and other == EMBEDDING else tuple(names)
+
+
+def _means(rule: Rule, names: tuple[str, ...]) -> bool:
+    """Whether a rule's pattern matches a module of these names; a regular expression is one of llama.cpp's name alone."""
+    if rule.regex:
+        return len(names) > 1 and re.search(rule.match, names[1]) is not None
+    return any(fnmatchcase(name, rule.match) for name in names)
 
 
 @dataclass(frozen=True)
@@ -380,7 +399,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         remedy = f"such as {EXAMPLES['match']} and {EXAMPLES['scheme']}"
         raise RecipeError("a rule needs match and scheme", where=where, remedy=remedy)
     before, method = split_method(entry.get("method", defaults.method))
-    transforms = [_transform(item, where) for item in [*before, *entry.get("transforms", [])]]
+    transforms = [transform_of(item, where) for item in [*before, *entry.get("transforms", [])]]
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
@@ -395,7 +414,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         tuple(transforms),
         entry.get("observer", defaults.observer),
         mix,
-        None if pruned in (None, UNPRUNED) else Pruning.parse(pruned),
+        prune=None if pruned in (None, UNPRUNED) else Pruning.parse(pruned),
     )
 
 
@@ -414,7 +433,7 @@ def _parsed(name: str) -> Scheme:
         raise
 
 
-def _transform(item: object, where: str) -> Transform:
+def transform_of(item: object, where: str) -> Transform:
     """A transform by name, or as a table of its name and options."""
     options = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, dict) else {}
     name = options.pop("name", None)

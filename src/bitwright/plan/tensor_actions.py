@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
@@ -17,7 +18,7 @@ from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
-from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint
+from bitwright.models.decoded_source import FloatCheckpoint
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.file_names import Conversion
 from bitwright.models.skeleton import Skeleton
@@ -77,7 +78,7 @@ def decide(
         planned.append(
             chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
         )
-    if isinstance(checkpoint, DecodedCheckpoint):
+    if not isinstance(checkpoint, Checkpoint):
         planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
     notes = _engine_notes(planned, format_, skeleton)
     fused = any(info.take is not None for info in checkpoint.tensors.values())
@@ -150,7 +151,7 @@ class _Chooser:
         rule = self.rules[name]
         if rule.scheme is None:
             return in_float(t, rule, one_file=self.names is not None)
-        if rule.match == "*" and (why := self._kept_by_default(t, name)):
+        if (rule.match == "*" or rule.exact) and (why := self._kept_by_default(t, name)):
             return replace(t, reason=why, rule=rule)
         if name not in self.modules:
             remedy = f'a recipe rule with match = "{name}" and scheme = "keep"'
@@ -194,9 +195,10 @@ class _Chooser:
         layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
         if self.rotation is not None:
             layer = replace(layer, rotate=self.rotation.online_block(name, K))
-        if rule.mix and self.names is not None and not (self.recipe.pure and rule.mix not in TYPES):
+        exact = self.recipe.pure or rule.exact
+        if rule.mix and self.names is not None and not (exact and rule.mix not in TYPES):
             place = self._place(self.names.of(t.parameter), t.block, rule, K)
-            kind = TYPES[rule.mix if self.recipe.pure else type_in(rule.mix, place)]
+            kind = TYPES[rule.mix if exact else type_in(rule.mix, place)]
             layer = replace(layer, scheme=kind.scheme, container=kind.name)
         elif rule.mix and rule.mix.lower() not in PRESETS:
             remedy = (

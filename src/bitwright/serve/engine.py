@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from time import perf_counter
 
 from torch import Tensor
 
@@ -193,6 +194,7 @@ class Engine:
     def _step(self) -> None:
         """Read all running sequences on, and choose their next tokens."""
         parts = self._parts()
+        begun = perf_counter()
         try:
             found = self.decoder.read([part for _, part in parts])
         except RuntimeError as error:  # torch: these jobs fail, the server lives on
@@ -200,9 +202,10 @@ class Engine:
                 self._fail(sequence, broken(error))
             return
         self.counts.steps += 1
+        seconds = perf_counter() - begun
         for (sequence, part), logits in zip(parts, found, strict=True):
             try:
-                self._advance(sequence, part, logits)
+                self._advance(sequence, part, logits, seconds)
             except RequestError as failure:
                 self._fail(sequence, failure)
 
@@ -225,10 +228,10 @@ class Engine:
         self.decoder.keep(sequence.slot, 0)
         self._release(sequence)
 
-    def _advance(self, sequence: Sequence, part: Part, logits: Tensor) -> None:
+    def _advance(self, sequence: Sequence, part: Part, logits: Tensor, seconds: float) -> None:
         before, proposed = sequence.written, len(sequence.proposed)
         self.counts.prompt += len(part.ids) if sequence.prefilling else 0
-        sequence.advance(part, logits, self.decoder)
+        sequence.advance(part, logits, self.decoder, seconds)
         self.held[sequence.slot] = sequence.ids[: self.decoder.length(sequence.slot)]
         self.counts.written += sequence.written - before
         self.counts.proposed += proposed
