@@ -124,7 +124,7 @@ def plan_recipe(
     return _plan_recipe(Path(model), target, settings or Settings(), scores=kept, progress=progress)
 
 
-def advise(model: str | Path, *, context: int = 4096, engine: str | None = None) -> Advice:
+def advise(model: str | Path, *, context: int | None = None, engine: str | None = None) -> Advice:
     """What of a model fits this machine, how fast it will be, and which scheme, method, format and engine to take.
 
     model: a checkpoint directory, a GGUF file, or a config.json; only headers are read. The machine is measured for some

@@ -20,11 +20,14 @@ FEWER = {
     "compare": "--samples 8 --seqlen 32 --tokens 256 --eval-seqlen 32",
     "eval": "--tokens 256 --seqlen 32",
     "generate": "--max-tokens 4",
+    "advise": "",
+    "finetune": "--steps 2 --batch 1 --seqlen 32 --rank 2",
+    "merge": "--samples 8 --seqlen 32 --tokens 256 --eval-seqlen 32",
 }
 
 
-def test_there_are_five_commands_and_python() -> None:
-    assert len(COMMANDS) == 5 and [kind for kind, _ in BLOCKS if kind] == ["python"]
+def test_there_are_commands_and_python() -> None:
+    assert len(COMMANDS) == 8 and [kind for kind, _ in BLOCKS if kind] == ["python"]
 
 
 def test_every_command_runs(llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +40,7 @@ def test_every_command_runs(llama: Path, text: str, tmp_path: Path, monkeypatch:
         done = CliRunner().invoke(app, [*given, *more, *FEWER[given[0]].split()], catch_exceptions=False)
         # A model this small may lack rows for a type's blocks: fallbacks, said and in the status.
         assert done.exit_code == 0 or "worse than asked" in done.output, (command, done.output)
-    assert {"OUT", "OUT.gguf", "COMPARED"} <= {file.name for file in tmp_path.iterdir()}
+    assert {"OUT", "OUT.gguf", "COMPARED", "ADAPTER", "MERGED"} <= {file.name for file in tmp_path.iterdir()}
     python = next(block for kind, block in BLOCKS if kind == "python")
     short = python.replace('scheme="int4-g64"', 'scheme="int4-g32", calib="my-text.txt", samples=8, seqlen=32')
     short = short.replace('"OUT"', '"OUT2"').replace('text="my-text.txt"', 'text="my-text.txt", tokens=256, seqlen=32')

@@ -28,6 +28,7 @@ ON_GPU = (
 )  # fmt: skip
 GROUPS = (128, 64, 32)
 FOUR_BITS = ("q4_k", "int4-g128")
+CONTEXT = 4096  # tokens, where the model knows as many
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,18 @@ class Advice:
         }  # fmt: skip
 
 
-def advise(shape: ModelShape, machine: Machine, *, model: str, context: int, engine: str | None = None) -> Advice:
-    """What to do with a model on a machine. model: as commands name it.
+def advise(
+    shape: ModelShape, machine: Machine, *, model: str, context: int | None = None, engine: str | None = None
+) -> Advice:
+    """What to do with a model on a machine.
+
+    model    as commands name it
+    context  tokens of the KV cache; None: 4096, or what the model knows
 
     InputError for an unknown engine, one that does not run on this hardware, or a context beyond the model's.
     """
+    if context is None:
+        context = min(CONTEXT, shape.positions or CONTEXT)
     if shape.positions is not None and context > shape.positions:
         remedy = f"--context {shape.positions}, or less"
         raise InputError(

@@ -16,7 +16,9 @@ WIDTH = 80
 
 def advise(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory, .gguf file, or a config.json by itself.")],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of the KV cache.")] = 4096,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the KV cache; by default 4096, or what the model knows.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Only what this engine runs: vLLM, llama.cpp, ...")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Check the expected speed by a short run of the model.")
