@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bitwright
 from bitwright.errors import CalibrationError, NumericsError, RecipeError, SchemeError
-from bitwright.nn import layers
+from bitwright.nn import integer as arithmetic
 from bitwright.nn.integer import product, product_on_gpu
 from small_modules import converted
 
@@ -98,7 +98,7 @@ def test_a_state_that_is_changed_in_place() -> None:
 
 def test_a_device_without_products_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [bitwright.quantize_dynamic(net()), converted(net(), X)]
-    monkeypatch.setattr(layers, "DEVICES", ("cuda",))
+    monkeypatch.setattr(arithmetic, "DEVICES", ("cuda",))
     for integer in made:
         with pytest.raises(SchemeError, match=r"^0: there are no products of int8 on device 'cpu'\s+remedy: .to"):
             integer(X)

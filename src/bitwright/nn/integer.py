@@ -34,6 +34,13 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     return torch._int_mm(x.contiguous(), w.T)  # it is wrong for rows that overlap in memory, as patches may
 
 
+def require_device(x: Tensor, where: str) -> None:
+    """SchemeError, for a layer's name, if a tensor is on a device that has no integer products."""
+    if x.device.type not in DEVICES:
+        message = f"there are no products of int8 on device {x.device.type!r}"
+        raise SchemeError(message, where=where, remedy=f'.to("cpu"), or one of {", ".join(DEVICES)}')
+
+
 def product_on_gpu(x: Tensor, w: Tensor) -> Tensor:
     """As `product`; torch._int_mm needs there at least 17 rows, and numbers of inputs and outputs that 8 divides."""
     rows, columns = max(17 - len(x), 0), -x.shape[1] % 8

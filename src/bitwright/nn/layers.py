@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bitwright.errors import SchemeError
 from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import (
-    DEVICES,
     IntegerWeight,
     Multiply,
     Window,
@@ -20,6 +19,7 @@ from bitwright.nn.integer import (
     integer_weight,
     like,
     requantized,
+    require_device,
     rescaled,
     scaled_product,
 )  # fmt: skip
@@ -72,9 +72,7 @@ class IntegerProduct(Replacement):
     def check(self, x: Tensor) -> None:
         """SchemeError for a device without integer products, or an input with another number of channels than the weights',
         or smaller than the kernel."""
-        if x.device.type not in DEVICES:
-            message = f"there are no products of int8 on device {x.device.type!r}"
-            raise SchemeError(message, where=self.where, remedy=f'.to("cpu"), or one of {", ".join(DEVICES)}')
+        require_device(x, self.where)
         axis = -1 if self.window is None else -2 if self.flat else -3
         if x.ndim < -axis or x.shape[axis] != self.channels:
             message = f"an input of shape {tuple(x.shape)}, where axis {axis} should be {self.channels}"
