@@ -84,9 +84,6 @@ def gptq(
     parts = []
     for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
         q, _ = _round(part, factor, scheme, how)
-        if scheme.levels.run > 1:
-            parts.append(q)  # coordinate descent moves one code at a time
-            continue
         parts.append(coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
@@ -128,8 +125,10 @@ def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
     """
     K = len(diagonal)
     if run > 1:
-        runs = column_order(diagonal.view(-1, run).mean(1), None if unit is None else unit // run)
-        return (runs[:, None] * run + torch.arange(run)).flatten()
+        whole = diagonal[: K // run * run].view(-1, run).mean(1)
+        runs = column_order(whole, None if unit is None else max(unit // run, 1))
+        tail = torch.arange(len(whole) * run, K, device=diagonal.device)
+        return torch.cat([(runs[:, None] * run + torch.arange(run, device=diagonal.device)).flatten(), tail])
     if unit is None or unit >= K:
         return diagonal.argsort(descending=True, stable=True)
     whole = diagonal[: K // unit * unit].view(-1, unit)
