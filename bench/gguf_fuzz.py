@@ -5,8 +5,8 @@
 Each input is a small file of one architecture and one family of tokenizers with one to three changes: keys deleted, renamed,
 of another type, absurd numbers, tables cut, grown, shuffled, with odd texts, and bytes of the header overwritten. It is read as
 `inspect`, `generate` and `quantize` read it: header, keys, config, tokenizer (which then encodes a text), now and then the
-whole model. Allowed is an error of `bitwright.errors`; anything else, 20 seconds of processor time, or memory beyond `--memory` is a
-failure, printed with the number that makes the same input again.
+whole model. Allowed is an error of `bitwright.errors`; anything else, 20 seconds of processor time, or memory beyond `--memory`
+is a failure, printed with the number that makes the same input again.
 """
 
 import argparse
