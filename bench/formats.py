@@ -10,6 +10,7 @@ and the share of tokens with the same likeliest successor. The first row of a sc
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -79,22 +80,25 @@ def matrices(path: Path) -> Iterator[Tensor]:
             yield weight if source.is_packed(names[f"{name}.weight"]) else matrix_of(module, weight)
 
 
-def apart(a: Path, b: Path) -> float:
-    """‖W_a − W_b‖ / ‖W_a‖ over all matrices."""
-    missed = whole = 0.0
-    for ours, theirs in zip(matrices(a), matrices(b), strict=True):
-        missed += float((ours - theirs).double().square().sum())
-        whole += float(ours.double().square().sum())
-    return (missed / whole) ** 0.5
+def apart(found: list[Made]) -> dict[tuple[str, str], float]:
+    """‖W_a − W_b‖ / ‖W_a‖ over all matrices, for every pair; all files are read side by side, a matrix at a time."""
+    missed, whole = defaultdict[tuple[str, str], float](float), defaultdict[str, float](float)
+    for same in zip(*(matrices(one.path) for one in found), strict=True):
+        known = {one.name: w for one, w in zip(found, same, strict=True)}
+        for name, w in known.items():
+            whole[name] += float(w.square().sum(dtype=torch.float64))
+        for a, b in combinations(known, 2):
+            missed[a, b] += float((known[a] - known[b]).square().sum(dtype=torch.float64))
+    return {(a, b): (lost / whole[a]) ** 0.5 for (a, b), lost in missed.items()}
 
 
-def row(scheme: str, a: Made, b: Made) -> list[str]:
+def row(scheme: str, a: Made, b: Made, weights: float) -> list[str]:
     """A pair of models in the table."""
     log_p, log_q = a.logits.log_softmax(-1), b.logits.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     same = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
     moved = float((a.logits - b.logits).norm() / a.logits.norm())
-    return [scheme, a.name, b.name, f"{apart(a.path, b.path):.1e}", f"{moved:.1e}", f"{kl:.1e}", f"{same:.1%}"]
+    return [scheme, a.name, b.name, f"{weights:.1e}", f"{moved:.1e}", f"{kl:.1e}", f"{same:.1%}"]
 
 
 def main() -> None:
@@ -104,12 +108,14 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(FORMATS))
     args = parser.parse_args()
     ids = torch.tensor(load_tokenizer(args.model).encode(read_text("stdlib-heldout")[:20_000])[: args.tokens])
-    whole, rows = Made("float", args.model, logits(args.model, ids)), list[list[str]]()
+    whole = Made("float", args.model, logits(args.model, ids))
     for scheme in args.schemes.split(","):
         with TemporaryDirectory() as folder:
-            found = list(made(args.model, scheme, Path(folder), ids))
-            rows += [row(scheme, whole, found[0]), *(row(scheme, *pair) for pair in combinations(found, 2))]
-    print(table(["scheme", "of", "and", "weights apart", "logits apart", "KL", "same token"], rows))
+            found = [whole, *made(args.model, scheme, Path(folder), ids)]
+            weights = apart(found)
+        pairs = ((a, b) for a, b in combinations(found, 2) if a is not whole or b is found[1])
+        rows = [row(scheme, a, b, weights[a.name, b.name]) for a, b in pairs]
+        print(table(["scheme", "of", "and", "weights apart", "logits apart", "KL", "same token"], rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Each architecture of GGUF: a small random checkpoint made a file; its logprobs must be transformers' and llama.cpp's.
 
-    python -m bench.gguf_families [--kinds granite,olmo2] [--oracle PYTHON]
+    python -m bench.gguf_families [--kinds granite,olmo2] [--scheme q4_k_m] [--oracle PYTHON]
 
-A line an architecture: how far the logprobs that our reader computes from the file are from transformers' on the checkpoint,
-and those that llama.cpp computes from the same file; float32 all. Needs `bench/peers/install.sh xllamacpp`.
+For each architecture: how far the logprobs that our reader computes from the float file are from transformers' on the
+checkpoint; how far llama.cpp's of that file are from them; and its of a quantized file (marked -q) from ours. Needs
+`bench/peers/install.sh xllamacpp`.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
+from bitwright import quantize
 from bitwright.cli.demo import MODEL
 from bitwright.errors import InputError
 from bitwright.gguf.architectures import ARCHITECTURES
+from bitwright.gguf.input_rounding import ENGINE
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 
@@ -46,6 +49,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmo": {"clip_qkv": 1.0}, "qwen3_moe": {"head_dim": 16, **MIXTURE},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**MIXTURE, "norm_topk_prob": False, "shared_expert_intermediate_size": 96, "tie_word_embeddings": False},
+    "olmo3": {"sliding_window": 8, "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": False},
     "granitemoe": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
@@ -77,6 +87,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "head_dim": 16, "num_experts": 4, "moe_topk": 2,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 10000.0, "factor": 1.0},
     },
+    "ministral3": {
+        "head_dim": 16, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8},
     "falcon": {"ffn_hidden_size": 256, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
@@ -85,13 +101,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 PROMPT = 24  # tokens
 
 
-def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
-    """A random model of a kind, whose vectors differ from ones and zeros. sizes: instead of those of `SIZES`."""
-    torch.manual_seed(0)
-    options = SIZES | sizes | CHANGES.get(kind, {})
+def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
+    """A config of a kind. sizes: instead of those of `SIZES`."""
+    options = SIZES | CHANGES.get(kind, {}) | sizes
     if "layer_types" in options:
         options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)
+    return AutoConfig.for_model(kind, **options)
+
+
+def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random model of a kind, whose vectors differ from ones and zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(kind, **sizes), dtype=torch.float32)
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))):
             if tensor.ndim == 1:
@@ -114,34 +135,46 @@ def expected(folder: Path, ids: Tensor) -> Tensor:
     return model(ids).logits[0, -1].log_softmax(-1)
 
 
+def logprobs(file: Path, ids: Tensor, engine: str | None = None) -> Tensor:
+    """Ours behind a prompt, by the file as it is read here."""
+    streamed = StreamedModel(file, engine=engine)
+    return streamed.head(torch.cat(streamed.hidden(ids)))[0, -1].log_softmax(-1)
+
+
+def files_of(kind: str, place: Path, ids: Tensor, scheme: str) -> dict[Path, Tensor]:
+    """A float file and a rounded one of a kind, with the logprobs that llama.cpp must give: transformers' of the checkpoint,
+    and ours of the rounded file with inputs rounded as llama.cpp does."""
+    source, whole, rounded = checkpoint(kind, place / kind, MODEL), place / f"{kind}.gguf", place / f"{kind}-q.gguf"
+    convert(source, whole)
+    wanted = expected(source, ids)
+    print(f"{kind}: ours differs by {float((logprobs(whole, ids) - wanted).abs().max()):.1e}", flush=True)
+    quantize(source, rounded, scheme=scheme, method="search", calib="none")
+    return {whole: wanted, rounded: logprobs(rounded, ids, ENGINE)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal))
+    parser.add_argument("--scheme", default="q4_k_m")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        jobs, meant = [], {}
+        meant: dict[Path, Tensor] = {}
         ids = torch.randint(2, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         for kind in args.kinds.split(","):
-            file = Path(place, f"{kind}.gguf")
             try:
-                source = checkpoint(kind, Path(place, kind), MODEL)
-                convert(source, file)
-                streamed = StreamedModel(file)
-                mine = streamed.head(torch.cat(streamed.hidden(ids)))[0, -1].log_softmax(-1)
+                meant |= files_of(kind, Path(place), ids, args.scheme)
             except (InputError, ValueError) as error:
                 print(f"{kind}: {error}", flush=True)
-                continue
-            meant[kind] = expected(source, ids)
-            print(f"{kind}: ours differs by {float((mine - meant[kind]).abs().max()):.1e}", flush=True)
-            jobs.append({"file": str(file), "prompts": ids.tolist()})
-        for (kind, wanted), found in zip(meant.items(), answers(jobs, args.oracle), strict=True):
+        jobs = [{"file": str(file), "prompts": ids.tolist()} for file in meant]
+        for (file, wanted), found in zip(meant.items(), answers(jobs, args.oracle), strict=True):
             if "error" in found:
-                print(f"{kind}: llama.cpp does not load it")
+                print(f"{file.stem}: llama.cpp does not load it")
                 continue
             theirs = torch.tensor([found["logprobs"][0].get(str(i), float("nan")) for i in range(len(wanted))])
             print(
-                f"{kind}: llama.cpp's differs by {float((theirs - wanted).abs().nanmean()):.1e} on average", flush=True
+                f"{file.stem}: llama.cpp's differs by {float((theirs - wanted).abs().nanmean()):.1e} on average",
+                flush=True,
             )
 
 

@@ -1,7 +1,7 @@
 """GGUF files of bitwright beside those of llama-quantize with an importance matrix of the same text, mix by mix.
 
-    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama] [--mixes Q4_K_M,Q2_K] [--method gptaq] [--seed 0]
-                                     [--temper 0.05]
+    python -m bench.gguf_vs_llamacpp [--models wiki-llama-7m,tiny1m-llama,mixture] [--mixes Q4_K_M,Q2_K] [--method gptaq]
+                                     [--seed 0] [--temper 0.05]
 
 Both judged by `bitwright eval` on text that neither has seen; llama-perplexity loads each file of ours and must agree with it,
 better where inputs are rounded as it rounds them, and where it is given the same numbers in float32.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
+from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.gguf.input_rounding import ENGINE
 from bitwright.gguf.reader import GgufFile
@@ -45,8 +46,14 @@ class Case:
 
 
 def case_of(name: str, work: Path) -> Case:
-    """wiki-llama-7m on Wikipedia and WikiText-2; tiny1m-llama on the two halves of TinyStories."""
+    """wiki-llama-7m on Wikipedia and WikiText-2; tiny1m-llama on the two halves of TinyStories; the mixture of experts on
+    Python's standard library, without the modules it is judged on."""
     model, text = SHARED / "models" / name, SHARED / "text"
+    if name == "mixture":
+        files = [work / f"{part}.txt" for part in ("stdlib", "heldout")]
+        for file, modules in zip(files, (CALIBRATION, HELD_OUT), strict=True):
+            file.write_text(module_text(modules))
+        return Case(ROOT / "bench/mixture", files[0], files[1])
     if name != "tiny1m-llama":
         return Case(model, text / "wiki.txt", text / "wikitext2_raw_test.txt")
     stories = (text / "tinystories.txt").read_text()

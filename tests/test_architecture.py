@@ -68,10 +68,13 @@ def test_a_package_says_what_it_is_for() -> None:
 
 
 def test_functions_are_small_enough_to_check_by_eye() -> None:
+    """Signatures are not counted: a command has a line for each option."""
     for file in FILES.values():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno is not None and node.end_lineno - node.lineno < 50, f"{file.name}: {node.name}"
+                assert node.end_lineno is not None and node.end_lineno - node.body[0].lineno < 48, (
+                    f"{file.name}: {node.name}"
+                )
 
 
 def test_numerics_know_no_models_files_or_logging() -> None:

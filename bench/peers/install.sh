@@ -37,10 +37,14 @@ case "${1:-}" in
     onnxruntime)
         packages=("onnxruntime==1.32.0" "onnx==1.23.2" "transformers==5.23.0" "safetensors" "onnxscript")
         ;;
+    modules) # torchvision's architectures, for bench.modules, which is run in this environment
+        packages=("onnx==1.23.2" "onnxruntime==1.32.0" "transformers==5.24.0" "compressed-tensors" "gguf" "rich" "typer" "jinja2")
+        bare=("torchvision==0.28.0" "pillow==13.0.0")
+        ;;
     lmeval) packages=("lm_eval==0.4.13" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
     bitsandbytes) packages=("bitsandbytes==0.50.2") ;;
     *)
-        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, onnxruntime, lmeval, bitsandbytes" >&2
+        echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, modules, onnxruntime, lmeval, bitsandbytes" >&2
         exit 2
         ;;
 esac

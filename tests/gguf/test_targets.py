@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
+from bitwright.files.model_path import is_gguf
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.methods.search import search
 from bitwright.pipeline.conversion import convert
 from bitwright.pipeline.ledger import from_jsonl
@@ -168,6 +169,8 @@ def test_a_file_is_known_by_its_first_bytes(source: Path, tmp_path: Path) -> Non
         ("adapter", "llama", "a LoRA adapter"),
         ("imatrix", "llama", "an importance matrix"),
         ("mmproj", "clip", "encoder of images"),
+        ("model", "eagle3", "a draft model"),
+        ("model", "gemma3n", "'gemma3n' is not read here"),
     ],
 )
 def test_files_that_are_no_model(tmp_path: Path, kind: str, architecture: str, says: str) -> None:

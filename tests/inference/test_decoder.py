@@ -1,5 +1,6 @@
 """Several sequences in one decoder, keys and values in few bits, n-gram look-ahead: each against one sequence in float."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,11 @@ class Counting(ModuleDecoder):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_look_ahead_changes_no_token(temperature: float, models: dict[str, PreTrainedModel]) -> None:
+def test_look_ahead_changes_no_token(
+    temperature: float, models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor the stream of random numbers, so not the distribution either."""
+    monkeypatch.setattr("bitwright.inference.decoding.perf_counter", itertools.count().__next__)  # all take alike
     prompt = torch.tensor([10, 20, 30, 40] * 5)
     said, reads = [], []
     for lookahead in (0, 6):
@@ -158,10 +162,13 @@ def test_proposals_come_from_the_last_place_that_is_alike() -> None:
     seen = NgramIndex(4)
     seen.extend([1, 2, 3, 4, 1, 2, 3, 5, 9, 1, 2, 3])
     assert seen.propose(8) == [5, 9]  # two at first
-    seen.judged(2, 2)
+    seen.judged(0, 0, 1.0)
+    seen.judged(2, 2, 2.9)
     assert seen.propose(8) == [5, 9, 1, 2] and seen.propose(1) == [5] and seen.propose(0) == []
-    seen.judged(4, 0)
-    assert [len(seen.propose(8)) for _ in range(9)] == [0] * 8 + [2]
+    seen.judged(4, 4, 5.1)  # it would have taken 5 without
+    assert [len(seen.propose(8)) for _ in range(17)] == [0] * 16 + [2]
+    seen.judged(2, 0, 1.0)
+    assert [len(seen.propose(8)) for _ in range(65)] == [0] * 64 + [2]
     seen.extend([200])
     assert seen.propose(8) == [] and NgramIndex(0).propose(8) == []
 

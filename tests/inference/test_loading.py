@@ -241,7 +241,7 @@ def test_drawing_follows_the_seed_and_the_mass() -> None:
 
 
 def test_text_comes_in_whole_characters() -> None:
-    text = "größe 字\nnext — line"
+    text = "größe 字\nnext — line " + "字ö" * 60 + "e"
     alphabet = list(text.encode())
 
     def decode_bytes(part: list[int]) -> str:

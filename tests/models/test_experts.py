@@ -240,3 +240,18 @@ def _outlying(model: PreTrainedModel) -> None:
     """Some channels behind the norms are large, as in trained models."""
     for layer in model.model.layers:
         layer.post_attention_layernorm.weight.data.fill_(1)[::16] = 30
+
+
+def test_no_expert_has_a_fold_that_another_s_tokens_disprove(tmp_path: Path) -> None:
+    """gpt-oss clamps what up gives: no scales pass, for experts without a token in the batch neither."""
+    streamed = StreamedModel(save(tmp_path / "model", "gpt_oss", _never_third, num_hidden_layers=1))
+    streamed.load(streamed.skeleton.outer_names())
+    hidden = streamed.skeleton.embed(torch.arange(32)[None])
+    streamed.load(streamed.skeleton.state_names(0))
+    found = find_folds(streamed.skeleton, 0, hidden)
+    assert "post_attention_layernorm" in str(found)
+    assert not [fold for fold in found if ".experts." in fold.producer]
+
+
+def _never_third(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.router.bias.data[3] = -1e3

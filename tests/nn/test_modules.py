@@ -337,6 +337,43 @@ def test_integer_layers_are_drop_in() -> None:
         assert relative(net(index), integer(index).float()) < 0.05
 
 
+class Outputs(dict[str, Tensor]):
+    """As transformers' outputs: also by number, and by attribute."""
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(hidden=self.fc(x))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.fc = Inner(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(logits=self.fc(self.inner(x)[0]))
+
+
+@torch.no_grad()
+def test_outputs_of_a_class_of_their_own_stay_what_they_are() -> None:
+    torch.manual_seed(0)
+    net = Outer().eval()
+    for integer in ways(net, X).values():
+        found = integer(X)
+        assert type(found) is Outputs and relative(net(X).logits, found.logits) < 0.05
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @torch.no_grad()
 def test_the_fast_path_of_transformers_is_off() -> None:

@@ -37,7 +37,7 @@ def test_static_modules(activations: str, tmp_path: Path) -> None:
     integer = converted(residual(), x, activations=activations, observer="minmax")
     file = bitwright.export_onnx(integer, x[:2], tmp_path / "m.onnx")
     kinds = {node.op_type for node in onnx.load(file).graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear", "Conv", "MatMul", "MaxPool", "Gather"} <= kinds
+    assert {"QuantizeLinear", "DequantizeLinear", "Conv", "Gemm", "MaxPool", "Gather"} <= kinds
     stored = {t.name: t for t in onnx.load(file).graph.initializer}
     assert sum(t.data_type == onnx.TensorProto.INT8 and numpy.prod(t.dims) > 8 for t in stored.values()) >= 6
     ours, theirs = integer(x), by_onnxruntime(file, x)  # another batch than the example's
@@ -111,6 +111,21 @@ def test_operations_between_layers(compute: Callable[..., Any], tmp_path: Path) 
 
 
 @torch.no_grad()
+def test_onnxruntime_computes_every_product_in_integers(tmp_path: Path) -> None:
+    """Convolutions, depthwise too, and Linears to codes and to float, as its optimizer leaves them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 4)).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    file = bitwright.export_onnx(converted(net, x), x, tmp_path / "m.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 2 and kinds.count("QGemm") == 2 and "DequantizeLinear" not in kinds
+
+
+@torch.no_grad()
 def test_activations_of_onnxruntime_and_of_tensorrt(tmp_path: Path) -> None:
     """uint8 with the ReLU in the lowest code and an int32 bias; int8."""
     torch.manual_seed(0)
@@ -129,8 +144,9 @@ def test_activations_of_onnxruntime_and_of_tensorrt(tmp_path: Path) -> None:
 def test_what_has_no_onnx_form(tmp_path: Path) -> None:
     x, file = torch.randn(3, 64), tmp_path / "m.onnx"
     net = nn.Sequential(nn.Linear(64, 4)).eval()
-    with pytest.raises(FormatError, match=r"^0: DynamicProduct has no ONNX form here"):
-        bitwright.export_onnx(bitwright.quantize_dynamic(net), x, file)
+    odd = nn.Sequential(nn.Linear(64, 4), nn.Unfold((1, 2))).eval()
+    with pytest.raises(FormatError, match=r"^1: Unfold has no ONNX form here"):
+        bitwright.export_onnx(bitwright.quantize_dynamic(odd), x[:, None, None], file)
     with pytest.raises(FormatError, match=r"^0: a weight in groups has no ONNX form"):
         bitwright.export_onnx(converted(net, x, weights="int4-g32"), x, file)
     with pytest.raises(FormatError, match=r"^0: a weight of scheme int3-g32 has no ONNX form"):

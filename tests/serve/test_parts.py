@@ -170,7 +170,8 @@ def test_who_leaves_or_is_late_is_dropped() -> None:
         one.add([job([1])[0] for _ in range(6)])
 
 
-def test_proposals_are_read_together_and_change_nothing() -> None:
+def test_proposals_are_read_together_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.serve.engine.perf_counter", lambda: 0.0)
     for lookahead in (0, 6):
         one, decoder = engine(slots=1, lookahead=lookahead)
         made, got = job([*range(30), 0, 1, 2], most=20)

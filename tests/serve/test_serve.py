@@ -181,6 +181,38 @@ def test_a_bias_and_penalties_change_what_is_likely(running: Running, own: Gener
     assert len(set(free)) > len(set(said(own, "x", 40)))
 
 
+def test_tools_reach_the_template_and_calls_come_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template shows them to the model; what it is made to write is read as a call, streamed and not."""
+    template = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m['content'] }}{% endfor %}{# <tool_call> #}"
+    )
+    monkeypatch.setattr(running.service.tokenizer, "chat_template", template)
+    wrote = 'Wait.<tool_call>{"name": "age", "arguments": {"who": "you"}}</tool_call>'
+    monkeypatch.setattr(running.service.engine, "decode", lambda ids: wrote[: 10 * len(ids)])
+    tools: Any = [{"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}]
+    ask: Any = running.client.chat.completions.create
+    options = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 8,
+        "logit_bias": {"256": -100},
+    }
+    whole = ask(**options, tools=tools)
+    message = whole.choices[0].message
+    assert whole.choices[0].finish_reason == "tool_calls" and message.content == "Wait."
+    assert message.tool_calls[0].function.name == "age" and json.loads(message.tool_calls[0].function.arguments) == {
+        "who": "you"
+    }
+    deltas = [chunk.choices[0].delta for chunk in ask(**options, tools=tools, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == "Wait."
+    assert [delta.tool_calls[0].function.name for delta in deltas if delta.tool_calls] == ["age"]
+    without = ask(**options, tools=tools, tool_choice="none")
+    assert without.choices[0].message.content == wrote and whole.usage.prompt_tokens > without.usage.prompt_tokens + 50
+    call = {"id": "c", "type": "function", "function": {"name": "age", "arguments": '{"who": "you"}'}}
+    told: Any = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "7"}]
+    assert ask(**options | {"messages": [*options["messages"], *told]}, tools=tools).choices[0].message
+
+
 def test_embeddings_are_mean_hidden_states(running: Running, own: Generator) -> None:
     import torch
 

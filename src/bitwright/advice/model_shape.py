@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bitwright.files.hub import local
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.files.model_path import is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.families import positions_of
 from bitwright.models.skeleton import Skeleton, matrix_of

@@ -42,13 +42,13 @@ def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
 
 def observe_embedding(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
     """E[Jᵀ J] of the first block at the embedded tokens [B, T, H]; the block's weights must be loaded."""
-    generator = torch.Generator(hidden[0].device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of the CPU: the same signs on every device
     gram = Gram(hidden[0].shape[-1], hidden[0].device)
     for batch in hidden:
         x = batch.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             out = skeleton.run_with(0, x, {})
-        signs = torch.randint(0, 2, out.shape, generator=generator, device=out.device).to(out.dtype) * 2 - 1
+        signs = torch.randint(0, 2, out.shape, generator=generator).to(out.device, out.dtype) * 2 - 1
         (gradient,) = torch.autograd.grad(out, x, signs)
         gram.update(gradient)
     return Inputs(("embedding",), gram.tokens, gram.value())

@@ -14,7 +14,7 @@ from bitwright.calibration.general_text import cut_at_lines, general_pieces, pla
 from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
 from bitwright.calibration.text_mix import texts_of, windows_of
 from bitwright.errors import CalibrationError, CheckpointError
-from bitwright.gguf.reader import is_gguf
+from bitwright.files.model_path import is_gguf
 from bitwright.models.gguf_source import read_tokenizer
 
 BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python

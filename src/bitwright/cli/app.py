@@ -15,6 +15,7 @@ from bitwright.cli.console import (
     AsJson,
     Device,
     Quiet,
+    check_model,
     console,
     errors,
     interruption,
@@ -26,6 +27,7 @@ from bitwright.cli.console import (
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
+from bitwright.cli.training import finetune, merge
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +65,12 @@ Activations = Annotated[
     ),
 ]
 Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        help="Set weights to zero first: wanda:0.5, magnitude:0.3, sparsegpt:0.5; sparsegpt:2:4 keeps 2 of every 4."
+    ),
+]
 Calib = Annotated[
     str,
     typer.Option(
@@ -94,6 +102,9 @@ Requantize = Annotated[
 ]
 WrittenFormat = Annotated[
     str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
 ]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
@@ -127,6 +138,7 @@ def quantize(
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
+    prune: Prune = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     size: Size = None,
     bits: Bits = None,
@@ -145,6 +157,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with reporting(as_json, KEPT.format(out), quiet=quiet):
+        check_model(model)
         from bitwright.pipeline.quantize import carried_out, planned
         from bitwright.plan.tensor_types import TensorTypes
 
@@ -152,8 +165,8 @@ def quantize(
             types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
             plan = planned(
                 model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
-                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen,
+                store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -195,6 +208,7 @@ def compare(
     """Try many methods and number formats on one model: one calibration pass, one table, one page."""
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
+        check_model(model)
         from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
         from bitwright.evaluation.report import comparison_table
@@ -243,30 +257,21 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
-    ] = None,
+    engine: Engine = None,
     device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts and, with --reference, KL divergence and top-1 agreement; and what that means."""
     with reporting(as_json):
+        check_model(model, reference)
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
         found = judge(
-            model,
-            reference=reference,
-            texts=text or ["stdlib-heldout"],
-            seqlen=seqlen,
-            tokens=tokens,
-            predictions=predictions,
-            engine=engine,
-            kv=kv,
-            chat=chat,
-            device=device_of(device),
-        )
+            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+            predictions=predictions, engine=engine, kv=kv, chat=chat, device=device_of(device),
+        )  # fmt: skip
         _print_evaluations(found, as_json)
 
 
@@ -288,6 +293,7 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Every tensor: shape, scheme, bytes, loss; total bits per weight; of a .gguf file its tokenizer, templates and keys."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.evaluation.gguf_inspection import lines
         from bitwright.evaluation.inspection import inspect as inspected
         from bitwright.evaluation.report import table
@@ -337,6 +343,7 @@ def imatrix(
 ) -> None:
     """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.pipeline.importance import write_importance
 
         with progress_bar(as_json) as progress:
@@ -359,12 +366,13 @@ def convert(
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json, f"{out} was not made; the same command starts afresh"):
+        check_model(model)
         from bitwright.pipeline.conversion import convert
 
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, advise, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench, finetune, merge):
     app.command()(command)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,6 +80,16 @@ def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool =
             if error.remedy:
                 errors.print(f"[bold]remedy[/] {plain(error.remedy)}", highlight=False)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+
+
+def check_model(*models: Path | None) -> None:
+    """Refuse what is no model, and download what is named as on the hub, before anything large is imported."""
+    from bitwright.files.hub import local
+    from bitwright.files.model_path import check_model_path
+
+    for model in models:
+        if model is not None:
+            check_model_path(local(model))
 
 
 def plain(text: str) -> str:

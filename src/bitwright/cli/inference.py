@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli.console import AsJson, console, errors, interruption, reporting, show
+from bitwright.cli.console import AsJson, check_model, console, errors, interruption, reporting, show
 
 if TYPE_CHECKING:
     from bitwright.inference.generation import Message
@@ -57,6 +57,7 @@ def generate(
 ) -> None:
     """Write on from a prompt; the text appears as it is made."""
     with reporting(as_json):
+        check_model(model)
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
@@ -88,6 +89,7 @@ def chat(
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
     with reporting(False):
+        check_model(model)
         sampling = _sampling(temperature, top_p, seed)
         from bitwright.inference.generation import Generator
 
@@ -113,6 +115,7 @@ def bench(
 ) -> None:
     """Tokens a second for a prompt and after it, and how far that is from what the memory allows."""
     with reporting(as_json):
+        check_model(model)
         from bitwright.inference.speed import measure
 
         found = measure(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitwright.cli.console import errors, plain, reporting
+from bitwright.cli.console import check_model, errors, plain, reporting
 from bitwright.cli.inference import Bits, Context, KeysAndValues, Lookahead, Model, Rounded
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client", "llguidance", "pydantic")
@@ -35,6 +35,7 @@ def serve(
     """Serve a model over HTTP by OpenAI's API: chat, completions, embeddings."""
     with reporting(False):
         _check_installed()
+        check_model(model)
         from bitwright.serve.server import bound, run
         from bitwright.serve.service import Limits, Service
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from bitwright.evaluation.gguf_inspection import described
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
 from bitwright.gguf.architectures import named
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.skeleton import Skeleton

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from bitwright.errors import CheckpointError
-from bitwright.files.checkpoint import weight_files
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?")
 # Of a repository: configs, weights, tokenizers, processors, chat templates, and what results keep: licence and card.
@@ -67,6 +66,8 @@ class HubName:
 
     def has_weights(self, snapshot: Path) -> bool:
         """Whether a snapshot holds a config and all weights: then it can be used, though its tokenizer may be missing."""
+        from bitwright.files.checkpoint import weight_files  # imports torch, which a refusal does without
+
         if self.file:
             return self.is_complete(snapshot)
         try:
@@ -144,7 +145,7 @@ def _refusal(name: HubName, error: Exception) -> CheckpointError:
     if isinstance(error, LocalEntryNotFoundError):
         why = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         message = f"{nowhere}, no model of this name in the cache ({constants.HF_HUB_CACHE}), and {why}"
-        remedy = f"{path}, or download it where there is a network: hf download {name.repo}"
+        remedy = f"{path}, or download it where there is a network: {_download(name)}"
     elif isinstance(error, GatedRepoError):
         message = f"{nowhere}, and the model of this name on the hub is gated"
         remedy = f"{path}, or accept its terms at {constants.ENDPOINT}/{name.repo}, then: hf auth login"
@@ -171,9 +172,15 @@ def _unusable(name: HubName, snapshot: Path) -> CheckpointError:
     message = f"its snapshot in the cache has no {lacking}, and the hub gave none"
     remedy = (
         f"a GGUF file is named as {name.repo}:FILE.gguf; pickled weights are never opened; without a network, "
-        f"download it where there is one: hf download {name.repo}"
+        f"download it where there is one: {_download(name)}"
     )
     return CheckpointError(message, where=where, remedy=remedy)
+
+
+def _download(name: HubName) -> str:
+    """The command that puts a model into the cache."""
+    parts = ("hf download", name.repo, name.file, f"--revision {name.revision}" if name.revision else "")
+    return " ".join(part for part in parts if part)
 
 
 def _shown(name: HubName) -> str:

@@ -103,6 +103,11 @@ OTHERS = {  # general.type of files that are no models: what they are, and the r
     "imatrix": ("an importance matrix", "give it as --calib, and a model's file"),
 }
 VISION = "clip"  # general.architecture of mmproj files: a vision encoder without its language model
+DRAFTS = (
+    "eagle3",
+    "dflash",
+    "gemma4-assistant",
+)  # models that propose tokens for another one, and cannot run without it
 
 ARCHITECTURES = {
     row.kind: row
@@ -110,6 +115,7 @@ ARCHITECTURES = {
         Architecture("llama", "llama", LLAMA, pairs=True, biases=BIASES),
         Architecture("mistral", "llama", LLAMA, pairs=True),
         Architecture("mixtral", "llama", (*LLAMA, *MIXTRAL), pairs=True),
+        Architecture("ministral3", "mistral3", LLAMA, pairs=True),
         Architecture("qwen2", "qwen2", (*GROUPED, *RMS)),
         Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture(
@@ -129,6 +135,7 @@ ARCHITECTURES = {
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
+        Architecture("olmo3", "olmo2", (*GROUPED, *RMS, *SLIDING)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("glm4", "glm4", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("ernie4_5", "ernie4_5", (*GROUPED, *RMS, *HEADS)),
@@ -190,12 +197,51 @@ ARCHITECTURES = {
 }
 
 
+STATES = "the tensors of a state space in llama.cpp's layout"
+HALVES = "gate and up of shared_mlp, one matrix here, as two tensors"
+GATED_STATES = "one matrix (in_proj_qkvz) as the two tensors attn_qkv and attn_gate, and the tensors of a state"
+ENCODER = "its class among the encoders, of which the last hidden state is taken"
+# Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
+MISSING = {
+    "qwen3_next": ("qwen3next", GATED_STATES),
+    "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
+    "qwen3_5_moe_text": ("qwen35moe", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
+    "llama4_text": ("llama4", "experts whose inputs are scaled, and chunked attention with temperatures"),
+    "gemma3n_text": ("gemma3n", "the tensors of AltUp, LAuReL and of embeddings for each layer"),
+    "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
+    "granitemoeshared": ("granitemoe", HALVES),
+    "granitemoehybrid": ("granitehybrid", f"{HALVES}; and {STATES}"),
+    "falcon_h1": ("falcon-h1", f"its multipliers folded into matrices; and {STATES}"),
+    "mamba2": ("mamba2", f"{STATES}, and keys for a model without attention"),
+    "jamba": ("jamba", f"{STATES}, and layers with and without experts"),
+    "apertus": ("apertus", "the parameters of its activation as keys of the file"),
+    "phimoe": ("phimoe", "SparseMixer's weights of experts, where llama.cpp has those of a softmax"),
+    "lfm2_moe": ("lfm2moe", "layers with and without experts beside convolutions"),
+    "modernbert": ("modern-bert", ENCODER),
+    "nomic_bert": ("nomic-bert", ENCODER),
+    "eurobert": ("eurobert", ENCODER),
+    "t5": ("t5", "an encoder beside the decoder"),
+    "mpt": ("mpt", "positions as biases (ALiBi)"),
+    "bloom": ("bloom", "positions as biases (ALiBi)"),
+}
+
+
+def needed_for(kind: object, name: object) -> str:
+    """What a row would need for transformers' model_type `kind`, or llama.cpp's architecture `name`."""
+    known = {**{kind: why for kind, (_, why) in MISSING.items()}, **dict(MISSING.values())}
+    why = known.get(str(kind if name is None else name), "its keys and tensor names in gguf/architectures.py")
+    return f"it would need {why}"
+
+
 def check_is_model(keys: Mapping[str, Any], where: str) -> None:
-    """CheckpointError for a file that holds no model, but a LoRA adapter or an importance matrix."""
+    """CheckpointError for a file that holds a LoRA adapter, an importance matrix or a draft model."""
     kind = keys.get("general.type", "model")
     if kind in OTHERS:
         what, remedy = OTHERS[kind]
         raise CheckpointError(f"a file of {what}, not a model", where=where, remedy=remedy)
+    if keys.get("general.architecture") in DRAFTS:
+        remedy = "give the file of the model that it proposes tokens for"
+        raise CheckpointError("a draft model, which runs beside another one alone", where=where, remedy=remedy)
 
 
 def named(name: object) -> Architecture | None:

@@ -6,7 +6,7 @@ refused when a file is written; when one is read, they are put into the config. 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +15,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
-from bitwright.gguf.architectures import ARCHITECTURES, EXPERT_COUNT, VISION, Architecture, check_is_model, named
+from bitwright.gguf.architectures import (
+    ARCHITECTURES,
+    EXPERT_COUNT,
+    VISION,
+    Architecture,
+    check_is_model,
+    named,
+    needed_for,
+)
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
 from bitwright.gguf.special_tokens import ends_of
@@ -29,7 +37,9 @@ GELU = "gelu_pytorch_tanh"
 ALIKE = {"gelu_new": GELU}  # two names of the same function
 SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
 FIXED: dict[str, Keys] = {
-    **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3")},
+    **{
+        kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen3", "phi3")
+    },
     "qwen2_moe": {
         "hidden_act": "silu",
         "norm_topk_prob": False,
@@ -72,7 +82,7 @@ FIXED: dict[str, Keys] = {
     "arcee": {"hidden_act": "relu2"},
     "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "olmo": {"hidden_act": "silu", "attention_bias": False},
-    "olmo2": {"hidden_act": "silu", "attention_bias": False},
+    **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("olmo2", "olmo3")},
     "seed_oss": {"hidden_act": "silu", "attention_out_bias": False, "mlp_bias": False},
     "glm4": {"hidden_act": "silu"},
     "ernie4_5": {"hidden_act": "silu", "use_bias": False},
@@ -90,11 +100,12 @@ EVERY = {
     "gemma3_text": 6,
     "cohere2": 4,
     "gpt_oss": 2,
+    "olmo3": 4,
 }  # every how many layers one has full attention; the others have a sliding window
 EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
-WINDOWLESS = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
+WINDOWLESS = ("mistral", "ministral3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -104,8 +115,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         message = f"models of type {config.model_type!r} cannot be written as GGUF here"
         remedy = (
-            f"known: {known}; another needs its keys and tensor names in gguf/architectures.py; or convert it by "
-            "llama.cpp's own converter, and give that file"
+            f"{needed_for(config.model_type, None)}; known: {known}; or convert it by llama.cpp's own converter, and give "
+            "that file, which is quantized tensor by tensor"
         )
         raise FormatError(message, remedy=remedy)
     return row
@@ -196,28 +207,17 @@ def config_of(
         message = "the encoder of images (mmproj) of a model, not the model itself"
         remedy = "give the model's own file; `bitwright quantize` makes a smaller mmproj of this one, with --calib none"
         raise CheckpointError(message, where=where, remedy=remedy)
-    row = named(keys.get("general.architecture"))
-    if row is not None and row.name == "bert" and "token_types.weight" not in tensors:
-        row = _distilled(keys, where)
-    if row is not None and row.name == "llama" and keys.get(f"llama.{EXPERT_COUNT}"):
-        row = ARCHITECTURES["mixtral"]
-    if row is not None and row.name == "deepseek2" and keys.get("deepseek2.expert_gating_func") == SIGMOID:
-        row = ARCHITECTURES["deepseek_v3"]
+    row = _row_of(keys, tensors, where)
     if row is None:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
-        remedy = f"known: {known}; another needs its keys and tensor names in gguf/architectures.py"
-        message = f"architecture {keys.get('general.architecture')!r} is not read here"
+        name = keys.get("general.architecture")
+        remedy = (
+            f"{needed_for(None, name)}; `bitwright quantize` makes a smaller file of it all the same; known: {known}"
+        )
+        message = f"architecture {name!r} is not read here"
         raise CheckpointError(message, where=where, remedy=remedy)
     values = {a: _plain(keys[f"{row.name}.{key}"]) for a, key in row.keys if f"{row.name}.{key}" in keys}
-    needed = {"block_count", "embedding_length", "attention.head_count"}
-    missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
-    if missing or "token_embd.weight" not in tensors:
-        what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
-        raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
-    depth = values[next(a for a, key in row.keys if key == "block_count")]
-    if not isinstance(depth, int) or not 0 < depth <= len(tensors):
-        message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
-        raise CheckpointError(message, where=where, remedy="get a good copy")
+    _check_depth(row, values, keys, tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
@@ -231,6 +231,49 @@ def config_of(
         return AutoConfig.for_model(row.kind, **_implied(row, values, keys, factors or {}, where) | values)
     except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
+
+
+def _check_depth(
+    row: Architecture, values: Keys, keys: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """CheckpointError for a file without its most important keys, or with more blocks than tensors.
+
+    Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
+    """
+    needed = {"block_count", "embedding_length", "attention.head_count"}
+    missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
+    if missing or "token_embd.weight" not in tensors:
+        what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
+        raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
+    attribute = next(a for a, key in row.keys if key == "block_count")
+    depth = values[attribute]
+    if isinstance(depth, int):
+        depth = values[attribute] = depth - further_blocks(keys)
+    if not isinstance(depth, int) or not 0 < depth <= len(tensors):
+        message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
+        raise CheckpointError(message, where=where, remedy="get a good copy")
+
+
+def further_blocks(keys: Mapping[str, Any]) -> int:
+    """The number of a file's last blocks that are for multi-token prediction (GLM-4.5), which no other prediction needs."""
+    found = keys.get(f"{keys.get('general.architecture')}.nextn_predict_layers", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _row_of(keys: Mapping[str, Any], tensors: Container[str], where: str) -> Architecture | None:
+    """The row for a file's architecture; where several transformers models share one, what else there is decides."""
+    row = named(keys.get("general.architecture"))
+    if row is None:
+        return None
+    if row.name == "bert" and "token_types.weight" not in tensors:
+        return _distilled(keys, where)
+    others = {
+        "llama": ("mixtral", bool(keys.get(f"llama.{EXPERT_COUNT}"))),
+        "deepseek2": ("deepseek_v3", keys.get("deepseek2.expert_gating_func") == SIGMOID),
+        "olmo2": ("olmo3", bool(keys.get("olmo2.attention.sliding_window"))),
+    }
+    kind, is_other = others.get(row.name, ("", False))
+    return ARCHITECTURES[kind] if is_other else row
 
 
 def _ends(keys: Mapping[str, Any]) -> Keys:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.files.checkpoint import disk_errors
-from bitwright.gguf.reader import MAGIC, GgufFile, is_gguf
+from bitwright.files.model_path import MAGIC, is_gguf
+from bitwright.gguf.reader import GgufFile
 
 SUFFIXES = (".gguf", ".dat", ".imatrix")
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -148,7 +149,8 @@ def write(path: Path, importance: Mapping[str, list[Seen]], *, chunks: int, seql
 
 
 def of_another_model(file: Path, name: str, found: Tensor | None, K: int) -> CalibrationError:
-    """The error for an importance matrix that has another number of columns for a matrix [N, K], or none at all."""
-    size = "nothing" if found is None else f"{len(found)} columns"
+    """The error for an importance matrix that has another number of columns for a matrix [N, K], or none at all. K: those of
+    all experts together."""
+    size = "nothing" if found is None else f"{found.numel()} columns"
     remedy = "give an importance matrix of this very model"
     return CalibrationError(f"it has {size} for {name}, not {K} columns", where=str(file), remedy=remedy)

@@ -21,11 +21,11 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from bitwright.errors import CheckpointError
+from bitwright.files.model_path import MAGIC
 from bitwright.gguf.key_kinds import of_wrong_kind
 
 Types = gguf.GGMLQuantizationType
-SUFFIX = ".gguf"
-MAGIC, VERSIONS = b"GGUF", (2, 3)
+VERSIONS = 2, 3
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 DEEPEST, MOST_AXES = 4, 4  # nesting of arrays; dimensions of a tensor
@@ -167,17 +167,6 @@ class GgufFile:
         for at in range(0, len(rows), step):
             out[at : at + step] = decoded(rows[at : at + step], t.type, name)
         return torch.from_numpy(out)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file: by its first bytes or its suffix; a file that does not exist by its suffix."""
-    if not path.is_file():
-        return path.suffix.lower() == SUFFIX and not path.is_dir()
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC or path.suffix.lower() == SUFFIX
-    except OSError:
-        return path.suffix.lower() == SUFFIX
 
 
 def type_named(name: str) -> Kind:

@@ -34,7 +34,13 @@ KNOWN = {
 ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp takes if a file does not say otherwise
 MSCALE = "mscale_all_dim"  # of DeepSeek's YaRN: scores are divided by more, as the context grows
-LATENT = "deepseek2"  # the architecture that has a key for it
+LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
+# Architectures that have this key, and times what it is written.
+TIMES = {"deepseek2": 0.1, "mistral3": 1.0}
+TEMPERATURE, TEMPERATURE_KEY = (
+    "llama_4_scaling_beta",
+    "mistral3.attention.temperature_scale",
+)  # of queries, far from the start
 ALPHA = (
     "hunyuan-dense",
     "hunyuan-moe",
@@ -59,13 +65,15 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
         "freq_base": float(rope.get("rope_theta", 10000.0)),
         "dimension_count": int(head_dim_of(config) * _share(rope, config)),
     }
-    keys |= {"scaling.yarn_log_multiplier": 0.1 * rope.pop(MSCALE)} if MSCALE in rope else {}
+    if MSCALE in rope and name in TIMES:
+        keys[LOG_MULTIPLIER] = TIMES[name] * rope.pop(MSCALE)
+    warm = {TEMPERATURE_KEY: float(rope.pop(TEMPERATURE))} if name == "mistral3" and TEMPERATURE in rope else {}
     keys |= _scaling(rope, config)
     if LOCAL in both:
         if both[LOCAL].get("rope_type", "default") != "default":
             raise _unknown(f"{both[LOCAL]['rope_type']!r} in sliding layers")
         keys["freq_base_swa"] = float(both[LOCAL]["rope_theta"])
-    return {f"{name}.rope.{key}": value for key, value in keys.items()}
+    return {f"{name}.rope.{key}": value for key, value in keys.items()} | warm
 
 
 def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
@@ -83,7 +91,10 @@ def _plain(name: str, rope: Mapping[str, Any], dim: int) -> Keys:
     if kind == "yarn":
         meant, given = YARN | OWN.get(name, {}), YARN | left
         left = {key: value for key, value in given.items() if key not in meant or value not in (None, meant[key])}
-    if kind == "yarn" and name == LATENT and MSCALE in left and left.pop("mscale", 1.0) != left[MSCALE]:
+    factor = left.get("attention_factor")
+    if kind == "yarn" and factor and math.isclose(factor, 1 + 0.1 * math.log(left["factor"]), rel_tol=1e-6):
+        del left["attention_factor"]  # as computed without it
+    if kind == "yarn" and name in TIMES and MSCALE in left and left.pop("mscale", 1.0) != left[MSCALE]:
         raise _unknown(f"{kind!r} with an mscale other than {MSCALE}")
     if kind == "dynamic" and name in ALPHA and left.get("alpha"):
         base = float(left.get("rope_theta", 10000.0)) * left["alpha"] ** (dim / (dim - 2))
@@ -173,16 +184,16 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     elif kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": own.get("scaling.factor", 1.0)}
         rope |= OWN.get(name, {}) if kind == "yarn" else {}
-    if name == LATENT and kind == "yarn" and "scaling.yarn_log_multiplier" in own:
-        scale = own["scaling.yarn_log_multiplier"] / 0.1
-        rope |= {"mscale": scale, MSCALE: scale}
+    if name in TIMES and kind == "yarn" and LOG_MULTIPLIER in own:
+        rope |= dict.fromkeys(("mscale", MSCALE), own[LOG_MULTIPLIER] / TIMES[name])
+    rope |= {TEMPERATURE: keys[TEMPERATURE_KEY]} if TEMPERATURE_KEY in keys else {}
     original = own.get("scaling.original_context_length")
     if original and rope["rope_type"] in ("yarn", "longrope"):
         rope["original_max_position_embeddings"] = original
     if FACTORS in factors:
         rope = _read_llama3(rope, factors[FACTORS], dim, where)
-    if name in LOCAL_BASES:
-        base = own.get("freq_base_swa", LOCAL_BASES[name])
+    if name in LOCAL_BASES or (name == "olmo2" and keys.get("olmo2.attention.sliding_window")):
+        base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
         return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
     return rope
 

@@ -76,6 +76,8 @@ def _latent(config: PretrainedConfig) -> Keys:
 
 
 def _latent_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    if "attention.key_length_mla" in own:
+        raise ValueError("latent attention with kv_b split into attn_k_b and attn_v_b, which is not read here yet")
     turned = own["rope.dimension_count"]
     return {
         "qk_rope_head_dim": turned,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError
@@ -54,13 +55,30 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
     behind = takes_spaces_behind(str(keys.get("general.name", "")), own["tokens"])
     content |= {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(_added(own, behind))}
     content["post_processor"] = _around(own)
+    special = {a: own["tokens"][i] for key, a in SPECIAL.items() if (i := _special(own, key)) is not None}
     try:
-        inner = Tokenizer.from_str(json.dumps(content))
+        found = _built(content, special)
     except Exception as error:
         raise CheckpointError(f"its tokenizer cannot be built: {error}", where=where) from error
-    special = {a: own["tokens"][i] for key, a in SPECIAL.items() if (i := _special(own, key)) is not None}
-    found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
     found.chat_template = read_templates(keys)
+    return found
+
+
+def _built(content: Keys, special: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of tokenizer.json's content.
+
+    A BPE of many merges takes seconds to be written as JSON and read again, which transformers does once more to copy it.
+    So that is done with the added tokens alone, and the whole model put in its place.
+    """
+    model = content["model"]
+    if model["type"] == "BPE":
+        added = {token["content"] for token in content["added_tokens"]}
+        few = {token: i for token, i in model["vocab"].items() if token in added}
+        content = {**content, "model": {**model, "vocab": few, "merges": []}}
+    inner = Tokenizer.from_str(json.dumps(content))
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
+    if model["type"] == "BPE":
+        found.backend_tokenizer.model = BPE(**{name: value for name, value in model.items() if name != "type"})
     return found
 
 
@@ -128,12 +146,12 @@ def _bpe(own: Keys, tokens: list[str], where: str) -> Keys:
     }  # fmt: skip
 
 
-def _pair(merge: Any, where: str) -> list[str]:
+def _pair(merge: Any, where: str) -> tuple[str, str]:
     """The two halves of a merge "left right", split at the first space after the first character."""
     at = merge.find(" ", 1) if isinstance(merge, str) else -1
     if at < 0:
         raise CheckpointError(f"{merge!r} is no merge", where=where, remedy="get a good copy")
-    return [merge[:at], merge[at + 1 :]]
+    return merge[:at], merge[at + 1 :]
 
 
 def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
@@ -183,7 +201,7 @@ def _sentencepiece(own: Keys, tokens: list[str], where: str) -> Keys:
     }  # fmt: skip
 
 
-def _merges(own: Keys, tokens: list[str], where: str) -> list[list[str]]:
+def _merges(own: Keys, tokens: list[str], where: str) -> list[tuple[str, str]]:
     """Merges equivalent to sentencepiece's scores: every way to make a normal token of two others, best score first.
 
     The two others may be of any type: llama.cpp looks texts up in the whole vocabulary.
@@ -191,12 +209,15 @@ def _merges(own: Keys, tokens: list[str], where: str) -> list[list[str]]:
     scores, known = np.asarray(own.get("scores", np.zeros(len(tokens)))), set(tokens)
     if scores.dtype.kind not in "fiu" or scores.shape != (len(tokens),):
         raise CheckpointError("not a score for each token", where=where, remedy="get a good copy")
-    pairs = []
+    kinds, normal, pairs = own["token_type"], int(Kind.NORMAL), []
     for i in np.argsort(-scores, kind="stable").tolist():
-        token = tokens[i]
-        if own["token_type"][i] == Kind.NORMAL:
-            cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-            pairs += [[left, right] for left, right in cuts if left in known and right in known]
+        if kinds[i] == normal:
+            token = tokens[i]
+            for at in range(
+                1, len(token)
+            ):  # a plain loop: a quarter of a million tokens, and most cuts end at the left
+                if (left := token[:at]) in known and (right := token[at:]) in known:
+                    pairs.append((left, right))
     return pairs
 
 

@@ -5,6 +5,7 @@ the extension, the modules run with transformers' cache (module_decoder.py). Bot
 """
 
 from collections.abc import Iterator
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def tokens(
     generator = torch.Generator().manual_seed(sampling.seed)
     seen = NgramIndex(lookahead if decoder.goes_back else 0)
     seen.extend(prompt.tolist())
-    logits, proposed = decoder.prefill(prompt)[None], list[int]()
+    logits, proposed, seconds = decoder.prefill(prompt)[None], list[int](), 0.0
     while True:
         chosen: list[int] = []
         for row in logits:  # of the last token, then of each proposed one, as long as it is what is chosen
@@ -56,10 +57,13 @@ def tokens(
                 return
             if chosen != proposed[: len(chosen)]:
                 break
+        if seconds:
+            seen.judged(len(proposed), len(chosen) - 1, seconds)
         if proposed:
-            seen.judged(len(proposed), len(chosen) - 1)
             decoder.keep(0, decoder.length(0) - len(proposed) + len(chosen) - 1)
         seen.extend(chosen)
         proposed = seen.propose(min(most - 1, decoder.context - decoder.length(0) - 1))
         ids = torch.tensor([chosen[-1], *proposed])
+        begun = perf_counter()
         logits = decoder.read([Part(0, ids, len(ids))])[0]
+        seconds = perf_counter() - begun

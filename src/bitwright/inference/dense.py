@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from bitwright.kernels import native
 
 FEW = 4  # most inputs for which the extension is used: it reads every weight once
-WEIGHTS_AT_ONCE = 1 << 22  # weights converted to the inputs' type at a time where torch multiplies
+WEIGHTS_AT_ONCE = (
+    1 << 18
+)  # weights converted to the inputs' type at a time where torch multiplies: as many as a cache holds
 
 
 def handles(x: Tensor, w: Tensor) -> bool:

@@ -18,6 +18,7 @@ from bitwright.inference.sampling import Sampling
 from bitwright.numerics.key_value_codes import key_value_codes
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
+LONG, ENOUGH = 64, 8  # tokens of a line that are decoded again for each new one at most; of which so many go on
 
 Message = dict[str, str]  # role and content
 
@@ -107,7 +108,7 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self.decode, self.ids = decode, list[int]()
-        self.before = ""  # text already given of the tokens since the last line's end
+        self.before = ""  # text already given of these tokens: of the last line, if it is not long
 
     def push(self, token: int) -> str:
         """The text that one more token completes: none, as long as a character is unfinished."""
@@ -118,6 +119,9 @@ class Detokenizer:
         new, self.before = text[len(self.before) :], text
         if text.endswith("\n"):
             self.ids, self.before = [], ""
+        elif len(self.ids) >= LONG:
+            self.ids = self.ids[-ENOUGH:]
+            self.before = self.decode(self.ids)
         return new
 
     def rest(self) -> str:

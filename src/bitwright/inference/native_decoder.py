@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitwright.inference.decoder import Decoder, Part
-from bitwright.inference.dense import FEW, Dense
+from bitwright.inference.dense import Dense
 from bitwright.inference.key_value_store import KeyValueStore
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
@@ -185,12 +185,14 @@ class NativeDecoder(Decoder):
         """Attention of many tokens of one sequence [T, heads, D]."""
         first = max(0, run.position - self.window + 1) if self.window else 0
         keys, values = self.store.read([run.slot], layer, first, run.end)
+        from_start = run.position == 0 and not self.window
+        back = torch.arange(run.position, run.end)[:, None] - torch.arange(first, run.end)
         mixed = nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys,
             values,
-            attn_mask=None if run.position == 0 and not self.window else self._seen(run, first),
-            is_causal=run.position == 0 and not self.window,
+            attn_mask=None if from_start else self._seen(back),
+            is_causal=from_start,
             scale=self.scaling,
             enable_gqa=True,
         )
@@ -221,12 +223,10 @@ class NativeDecoder(Decoder):
         own = torch.stack([steps < run.count for run in runs])
         at = torch.stack([run.position + steps.clamp(max=run.count - 1) for run in runs])
         back = at[:, :, None] - torch.arange(end)
-        seen = (back >= 0) & (back < self.window) if self.window else back >= 0
-        return _Together(runs, rows, own, seen[:, None, None], end)
+        return _Together(runs, rows, own, self._seen(back)[:, None, None], end)
 
-    def _seen(self, run: _Run, first: int) -> Tensor:
-        """Which of the positions first … end − 1 each of a run's tokens sees: [T, S]."""
-        back = torch.arange(run.position, run.end)[:, None] - torch.arange(first, run.end)[None]
+    def _seen(self, back: Tensor) -> Tensor:
+        """Whether a token sees what lies so many positions back."""
         return (back >= 0) & (back < self.window) if self.window else back >= 0
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -235,10 +235,7 @@ class NativeDecoder(Decoder):
             logits = torch.empty(self.model.config.vocab_size)
             self.many.finish(x[0], logits, torch.get_num_threads())
             return logits[None]
-        normed, head = self.model.model.norm(x), self.model.lm_head
-        # float weights: a few rows at a time are multiplied as they are stored, more are converted first
-        some = FEW if isinstance(head, Dense) and len(x) <= 4 * FEW else len(x)
-        return torch.cat([head(rows) for rows in normed.split(some)]).float()
+        return self.model.lm_head(self.model.model.norm(x)).float()
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return self.model.model.embed_tokens(ids).to(torch.float32, copy=True)

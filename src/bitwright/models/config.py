@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from bitwright.errors import CheckpointError
-from bitwright.gguf.reader import is_gguf
+from bitwright.files.model_path import check_model_path, is_gguf
 from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.own_head import has_own_head
 
@@ -25,21 +25,12 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     CheckpointError if the config is missing, damaged, or of an unknown architecture.
     """
+    check_model_path(folder)
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
-    if folder.is_file():
-        message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
-        raise CheckpointError(message, where=str(folder), remedy="give a .gguf file, or a checkpoint's directory")
-    if not folder.is_dir():
-        remedy = "give a directory, a .gguf file, or a name on the hub: org/name"
-        raise CheckpointError("no such file or directory", where=str(folder), remedy=remedy)
     if _is_adapter(folder):
         raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
-    if not file.is_file():
-        raise CheckpointError(
-            "no config.json", where=str(folder), remedy="give the directory of a Hugging Face checkpoint"
-        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):

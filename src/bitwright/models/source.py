@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import READERS, CheckpointReader
-from bitwright.gguf.reader import is_gguf
 from bitwright.models.config import check_described, quantization_of
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvRounding, read_rounding

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.errors import BitwrightError, NumericsError
+
 Batch = Tensor | tuple[Any, ...] | dict[str, Any]  # f(x), f(*x) or f(**x)
 
 
@@ -16,6 +18,32 @@ def run(module: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, dict):
         return module(**batch)
     return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+
+
+def run_named(module: nn.Module, batch: Batch, kind: type[BitwrightError], remedy: str) -> Any:
+    """`run`, where torch's error becomes one of this kind that names the last layer that was reached."""
+    reached = [type(module).__name__]
+    layers = [(name, layer) for name, layer in module.named_modules() if name and not list(layer.children())]
+    handles = [layer.register_forward_pre_hook(lambda *_, name=name: reached.append(name)) for name, layer in layers]
+    try:
+        return run(module, batch)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "not implemented for" in message:  # half precision, mostly
+            remedy = "module.float(), which what is quantized computes like; .half() of the result gives half results"
+        raise kind(message, where=reached[-1].removeprefix("body."), remedy=remedy) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_finite(values: list[Tensor], what: str, where: str) -> list[Tensor]:
+    """The values. NumericsError if one is NaN or infinite."""
+    if any(not bool(torch.isfinite(x).all()) for x in values if x.is_floating_point()):
+        raise NumericsError(
+            f"{what} are not finite", where=where, remedy="look for NaN in the batches and in the weights"
+        )
+    return values
 
 
 def cloned(value: Any) -> Any:

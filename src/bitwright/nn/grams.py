@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.calibration.statistics import Gram
-from bitwright.nn.batches import Batch, run
+from bitwright.nn.batches import Batch, require_finite, run
 from bitwright.nn.tree import no_fast_path
 
 
@@ -18,13 +18,14 @@ def grams_of(
 ) -> dict[str, Gram]:
     """The Gram matrix XᵀX [K, K] of each layer's inputs, by name; a layer that no batch reaches is missing.
 
-    rows: makes the rows [..., K] that count of a layer's input and the layer.
+    rows: makes the rows [..., K] that count of a layer's input and the layer. NumericsError for inputs that are not finite.
     """
     grams: dict[str, Gram] = {}
 
     def hook(name: str) -> Any:
         def see(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = rows(inputs[0] if inputs else named["input"], layer)
+            require_finite([x], "the inputs", name)
             grams.setdefault(name, Gram(x.shape[-1])).update(x)
 
         return see

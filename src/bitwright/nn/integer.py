@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.matmul import FACTORS
@@ -19,6 +20,7 @@ from bitwright.numerics.codec import choose, fit, raw_scales, safe
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TOKEN, Scheme
 
+DEVICES = ("cpu", "cuda", "meta")  # where torch multiplies int8
 CHUNK = 1 << 17  # outputs computed in one step, so that they stay in the cache
 MOST_INPUTS = (1 << 31) // (1 << 14) - 1  # the largest K for which a sum of products of at most 128 · 128 fits an int32
 
@@ -27,7 +29,16 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     """x int8 [T, K], w int8 [N, K] -> x wᵀ int32 [T, N], exact. All integer products in torch go through this function."""
     if x.shape[1] == 1:  # torch._int_mm does not write the result for K = 1
         return x.int() * w.int().T
+    if x.is_cuda:
+        return product_on_gpu(x, w)
     return torch._int_mm(x.contiguous(), w.T)  # it is wrong for rows that overlap in memory, as patches may
+
+
+def product_on_gpu(x: Tensor, w: Tensor) -> Tensor:
+    """As `product`; torch._int_mm needs there at least 17 rows, and numbers of inputs and outputs that 8 divides."""
+    rows, columns = max(17 - len(x), 0), -x.shape[1] % 8
+    x, padded = pad(x, (0, columns, 0, rows)), pad(w, (0, columns, 0, -len(w) % 8))
+    return torch._int_mm(x.contiguous(), padded.T)[: len(x) - rows, : len(w)]
 
 
 def scaled_product(x: Tensor, w: Tensor, scale: Tensor, constant: Tensor) -> Tensor:

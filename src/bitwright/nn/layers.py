@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bitwright.errors import SchemeError
 from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import (
+    DEVICES,
     IntegerWeight,
     Multiply,
     Window,
@@ -69,7 +70,11 @@ class IntegerProduct(Replacement):
         return y if x.ndim == axes else y.view(*x.shape[:-1], y.shape[1]) if self.window is None else y[0]
 
     def check(self, x: Tensor) -> None:
-        """SchemeError for an input with another number of channels than the weights', or smaller than the kernel."""
+        """SchemeError for a device without integer products, or an input with another number of channels than the weights',
+        or smaller than the kernel."""
+        if x.device.type not in DEVICES:
+            message = f"there are no products of int8 on device {x.device.type!r}"
+            raise SchemeError(message, where=self.where, remedy=f'.to("cpu"), or one of {", ".join(DEVICES)}')
         axis = -1 if self.window is None else -2 if self.flat else -3
         if x.ndim < -axis or x.shape[axis] != self.channels:
             message = f"an input of shape {tuple(x.shape)}, where axis {axis} should be {self.channels}"

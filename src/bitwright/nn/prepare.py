@@ -8,7 +8,7 @@ from torch import nn
 
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import CalibrationError, NumericsError, RecipeError, one_of
-from bitwright.nn.batches import Batch, run, tensors
+from bitwright.nn.batches import Batch, run, run_named, tensors
 from bitwright.nn.dynamic import DYNAMIC, nothing_to_quantize
 from bitwright.nn.edges import Maker
 from bitwright.nn.fake import Edge
@@ -98,7 +98,7 @@ def _prepared(
     kept = Kept(module, keep or {})
     with no_fast_path():
         source = copied(module)
-        run(source, example)
+        run_named(source, example, RecipeError, "example_inputs as the module is called with")
         expected = run(source, example)  # the second run, as a stateful module gives another result
         del source
         target = plain(module if inplace else copied(module), kept)
@@ -125,7 +125,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Batch]) -> Prepared:
         edge.phase = "watch"
     try:
         for batch in batches:
-            _run_named(prepared, batch)
+            run_named(prepared, batch, CalibrationError, "batches shaped as example_inputs were")
             prepared.batch = batch if not count else prepared.batch
             count += 1
     finally:
@@ -134,21 +134,6 @@ def calibrate(prepared: Prepared, batches: Iterable[Batch]) -> Prepared:
     if not count:
         raise CalibrationError("no batches", remedy="give at least one batch of inputs")
     return prepared
-
-
-def _run_named(prepared: Prepared, batch: Batch) -> None:
-    """Run a batch. CalibrationError, with the last layer that was reached, if torch refuses its shape."""
-    reached = [""]
-    layers = [(name, module) for name, module in prepared.body.named_modules() if not list(module.children())]
-    handles = [module.register_forward_pre_hook(lambda *_, name=name: reached.append(name)) for name, module in layers]
-    try:
-        run(prepared, batch)
-    except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        raise CalibrationError(message, where=reached[-1], remedy="batches shaped as example_inputs were") from error
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def require_prepared(module: nn.Module) -> None:

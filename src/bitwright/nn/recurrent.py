@@ -182,7 +182,7 @@ class IntegerCell(Replacement):
         single = input.ndim == 1
         x = input[None] if single else input
         if hx is None:
-            zeros = x.new_zeros(len(x), self.hidden_size)
+            zeros = x.new_zeros(x.shape[0], self.hidden_size)  # len() would fix the size in torch.export
             states: States = (zeros, zeros) if self.mode == "LSTM" else (zeros,)
         else:
             given = (hx,) if isinstance(hx, Tensor) else hx

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import CalibrationError
-from bitwright.nn.batches import Batch, run, tensors
+from bitwright.nn.batches import Batch, require_finite, run, tensors
 from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize
 from bitwright.nn.integer import activations_of
 from bitwright.nn.plain import plain
@@ -20,8 +20,8 @@ def sensitivity(
 ) -> dict[str, float]:
     """Layer -> relative squared error of the outputs, Σ (y − ŷ)² / Σ y², if only this layer is dynamically quantized.
 
-    The most sensitive layer is first. The module itself is not changed. Raises as `quantize_dynamic`, and CalibrationError if
-    there are no batches.
+    The most sensitive layer is first. The module itself is not changed. Raises as `quantize_dynamic`, CalibrationError if there
+    are no batches, and NumericsError if the outputs are not finite.
     """
     require_mode(module, training=False)
     scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), list(batches)
@@ -32,7 +32,8 @@ def sensitivity(
     if not layers:
         raise nothing_to_quantize(module)
     with no_fast_path():
-        expected = [tensors(run(module, batch)) for batch in kept]
+        name = type(module).__name__
+        expected = [require_finite(tensors(run(module, batch)), "the outputs", name) for batch in kept]
         costs = {}
         for name, layer in layers:
             integer = dynamic(layer, scheme, rounding, where=name).eval()

@@ -2,18 +2,21 @@
 
 torch.fx keeps the module's own layers, so that names, hooks and patterns of `keep` still apply. torch.export would trace more
 of Python, but specializes on the example's shapes, and gives operators on loose tensors instead of layers. In a module that fx
-cannot trace, layers are still quantized one by one, and the activations between them stay in float.
+cannot trace, layers are still quantized one by one, and the activations between them stay in float. Only ONNX files, which need
+a graph, are made from torch.export's there (exported.py).
 """
 
 import copy
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.fx.node import has_side_effect
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -78,6 +81,12 @@ class Tracer(fx.Tracer):
         """The proxy for a node's value."""
         return Value(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx's. TypeError for a mapping of a class of its own (transformers' outputs), which would become a dict."""
+        if isinstance(a, dict) and type(a) not in MAPPINGS:
+            raise TypeError(f"a graph does not keep a {type(a).__name__}")
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, LEAVES):
             return True
@@ -93,6 +102,9 @@ class Tracer(fx.Tracer):
                 self.create_proxy("call_function", require_same, (arg, self.fixed[name], name), {})
                 args[i] = self.fixed[name]
         return function, args
+
+
+MAPPINGS = (dict, OrderedDict, immutable_dict)
 
 
 class Value(fx.Proxy):

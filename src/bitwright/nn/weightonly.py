@@ -10,7 +10,7 @@ from torch.nn import functional
 from bitwright.errors import CalibrationError, RecipeError, SchemeError, one_of
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
-from bitwright.nn.batches import Batch, outputs
+from bitwright.nn.batches import Batch, outputs, require_finite
 from bitwright.nn.check import Check, check_outputs, require_check
 from bitwright.nn.dropin import Replacement
 from bitwright.nn.dynamic import nothing_to_quantize, refuse_bare_weights
@@ -154,7 +154,7 @@ def _still_zero(q: QTensor, w: Tensor) -> QTensor:
 
 def _check(source: nn.Module, target: nn.Module, batch: Batch, check: Check) -> None:
     """Compare the packed module with the float module that has the dequantized weights."""
-    expected = outputs(source, batch)
+    expected = require_finite(outputs(source, batch), "the outputs", type(source).__name__)
     for name, layer in named_layers(target):
         source.get_submodule(name).get_parameter("weight").copy_(layer.weight)
     check_outputs(target, batch, expected, outputs(source, batch), check, source)

@@ -243,6 +243,12 @@ class Scheme:
         return float(max(abs(level) for level in grid.levels or (grid.lo, grid.hi)))
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether some code stands for exactly 0 under any scale: false with a float minimum, or on a grid without 0."""
+        levels = self.levels.levels
+        return self.zero != "min" and (levels is None or 0.0 in levels)
+
+    @property
     def rowwise(self) -> bool:
         """Whether each output row is quantized independently of all others, so that matrices may be stacked."""
         return self.group != TENSOR and self.scale not in ("e4m3", "dq8")
@@ -263,7 +269,10 @@ class Scheme:
         return self.group if isinstance(self.group, int) else K
 
     def bits_per_weight(self, K: int) -> float:
-        """Stored bits per weight of a matrix with rows of K weights, scales and zeros included, without a file's padding."""
+        """Stored bits per weight of a matrix with rows of K weights, scales and zeros included, without a file's padding.
+
+        Grids with a codebook (IQ1 to IQ3) count a code for each weight; their blocks in a GGUF file take fewer bits.
+        """
         each = SCALE_BITS[self.scale]
         blocks = math.ceil(K / SUPERBLOCK)
         super_bits = 16 * blocks if self.scale in ("k8", "k6", "k4") else 0

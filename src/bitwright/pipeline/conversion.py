@@ -9,10 +9,10 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Checkpoint, disk_errors
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
 from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
-from bitwright.gguf.reader import is_gguf
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, quantization_of, read_config
 from bitwright.models.skeleton import Skeleton

@@ -12,10 +12,11 @@ import torch
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import FORMATS, chosen
 from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
-from bitwright.gguf.reader import GgufFile, is_gguf
+from bitwright.gguf.reader import GgufFile
 from bitwright.pipeline.gguf_rows import quantize_gguf
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
@@ -23,13 +24,15 @@ from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
 from bitwright.plan.tensor_types import NO_TYPES, TensorTypes
-from bitwright.system.device import device_of
+from bitwright.system.device import CPU, device_of
 from bitwright.system.progress import Progress
 
 NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
+    import torch
+
     from bitwright.plan.preflight import Plan
 
 
@@ -44,6 +47,7 @@ def planned(
     activations: str | None,
     observer: str,
     kv_cache: str | None,
+    prune: str | None,
     recipe: Path | None,
     calib: str,
     samples: int,
@@ -51,47 +55,45 @@ def planned(
     store: Path | None,
     requantize: bool = False,
     types: TensorTypes = NO_TYPES,
+    adapter: Path | None = None,
     device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`; a model that is named as on the hub is downloaded first.
+    """Plan a run from the arguments of `quantize`; a model on the hub is downloaded first. InputError of what would stop it.
 
-    Raises the InputError of whatever would stop the run. size, bits: what the result may take; schemes are chosen for it
-    (planned_recipe.py), with scores that are kept beside OUT until it appears.
+    adapter: of LoRA, added to the weights. size, bits: what the result may take; then `_for_target` chooses the schemes.
     """
     check_out(out)
     place = device_of(device)
     texts_of(calib)  # checked here, before any work
     model = local(model)
     if size is not None or bits is not None:
-        chosen_too = {
+        _refuse({
             "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--store": store, "--requantize": requantize, "--device": device != "cpu", **types.options,
-        }  # fmt: skip
-        _refuse([name for name, value in chosen_too.items() if value])
+            "--prune": prune, "--store": store, "--requantize": requantize, "--device": place != CPU, **types.options,
+        })  # fmt: skip
         format, _, method = chosen(out, format, None, method)
         text = _Calibration(calib, samples, seqlen, seed)
         return _for_target(model, out, Target.parse(size, bits), format, method, text, progress)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
-        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
-    )
+        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure,
+        prune=prune,
+    )  # fmt: skip
     rules = types.added_to(rules, method, format, one_file=FORMATS[format].one_file)
     rules = rules.without_text() if calib == "none" else rules
-    by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize) if is_gguf(model) else None
-    return by_name or _by_model(model, rules, format, samples, seqlen, place, requantize=requantize)
-
-
-def _by_model(
-    model: Path, rules: Recipe, format: str, samples: int, seqlen: int, place: torch.device, *, requantize: bool
-) -> "Plan":
-    """The plan of a checkpoint whose model is built and may be run."""
+    if adapter is None and is_gguf(model):
+        by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize)
+        if by_name is not None:
+            return by_name
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
+    return preflight(
+        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter, device=place
+    )
 
 
 class _Calibration(NamedTuple):
@@ -106,7 +108,7 @@ class _Calibration(NamedTuple):
 def _for_target(
     model: Path, out: Path, target: Target, format: str, method: str, how: _Calibration, progress: Progress
 ) -> "Plan":
-    """The plan whose schemes are chosen for a size or a number of bits."""
+    """The plan whose schemes are chosen for a size or bits (planned_recipe.py); scores are kept beside OUT until it appears."""
     from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
     settings = Settings(format, method=method, **how._asdict())
@@ -122,14 +124,15 @@ def _by_name(
     unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
     if not (modelless or unknown):
         return None
-    if place.type != "cpu":
+    if place != CPU:
         remedy = "leave out --device: rows are rounded on all threads of the CPU"
         raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
     return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
 
 
-def _refuse(others: list[str]) -> None:
-    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+def _refuse(given: dict[str, object]) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or no plan knows; given: values."""
+    others = [name for name, value in given.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"
@@ -144,7 +147,8 @@ def _scores_beside(out: Path) -> Path:
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
     """Whether a GGUF file becomes another one tensor by tensor, by rules without patterns on transformers' names."""
     modelless = all(
-        rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
+        rule.method in NEEDING_NO_MODEL and not (rule.transforms or rule.needs_details or rule.prune)
+        for rule in rules.active
     )
     return (calib == "none" or is_imatrix(calib)) and format == "gguf" and modelless and not (recipe or rules.kv_cache)
 

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.files.checkpoint import count
+from bitwright.files.model_path import is_gguf
 from bitwright.formats import FORMATS, Format, Layer
-from bitwright.gguf.reader import is_gguf
 from bitwright.kernels.matmul import FACTORS
 from bitwright.models.config import read_config
 from bitwright.models.families import auto_class

@@ -24,9 +24,9 @@ from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.files.checkpoint import count
 from bitwright.files.hub import name_of
+from bitwright.files.model_path import is_gguf
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
-from bitwright.gguf.reader import is_gguf
 from bitwright.methods import ASYMMETRIC
 from bitwright.models.families import auto_class
 from bitwright.models.kv_cache import KvRounding, rounding
@@ -144,6 +144,7 @@ def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None
         "version": __version__,
         "torch": torch.__version__,
         "source": plan.checkpoint.fingerprint(),
+        "adapter": None if plan.adapter is None else plan.adapter.digest,
         "config": digest(plan.skeleton.config.to_json_string().encode()),
         "recipe": [rule.describe() for rule in plan.recipe.rules],
         "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from time import perf_counter
 
 from torch import Tensor
 
@@ -192,12 +193,8 @@ class Engine:
 
     def _step(self) -> None:
         """Read all running sequences on, and choose their next tokens."""
-        parts, room = list[tuple[Sequence, Part]](), max(TOKENS_AT_ONCE, len(self.running))
-        for sequence in sorted(self.running, key=lambda s: s.prefilling):
-            if room:
-                part = sequence.part(room)
-                parts.append((sequence, part))
-                room -= len(part.ids)
+        parts = self._parts()
+        begun = perf_counter()
         try:
             found = self.decoder.read([part for _, part in parts])
         except RuntimeError as error:  # torch: these jobs fail, the server lives on
@@ -205,11 +202,25 @@ class Engine:
                 self._fail(sequence, broken(error))
             return
         self.counts.steps += 1
+        seconds = perf_counter() - begun
         for (sequence, part), logits in zip(parts, found, strict=True):
             try:
-                self._advance(sequence, part, logits)
+                self._advance(sequence, part, logits, seconds)
             except RequestError as failure:
                 self._fail(sequence, failure)
+
+    def _parts(self) -> list[tuple[Sequence, Part]]:
+        """What is read next: a token at least of each sequence being written, then of prompts what there is room for."""
+        writing = [sequence for sequence in self.running if not sequence.prefilling]
+        reading = [sequence for sequence in self.running if sequence.prefilling]
+        parts, room = list[tuple[Sequence, Part]](), max(TOKENS_AT_ONCE, len(writing))
+        for i, sequence in enumerate([*writing, *reading]):
+            left = room - max(0, len(writing) - 1 - i)
+            if left:
+                part = sequence.part(left)
+                parts.append((sequence, part))
+                room -= len(part.ids)
+        return parts
 
     def _fail(self, sequence: Sequence, failure: RequestError) -> None:
         """End a sequence without an answer; its slot may hold anything."""
@@ -217,10 +228,10 @@ class Engine:
         self.decoder.keep(sequence.slot, 0)
         self._release(sequence)
 
-    def _advance(self, sequence: Sequence, part: Part, logits: Tensor) -> None:
+    def _advance(self, sequence: Sequence, part: Part, logits: Tensor, seconds: float) -> None:
         before, proposed = sequence.written, len(sequence.proposed)
         self.counts.prompt += len(part.ids) if sequence.prefilling else 0
-        sequence.advance(part, logits, self.decoder)
+        sequence.advance(part, logits, self.decoder, seconds)
         self.held[sequence.slot] = sequence.ids[: self.decoder.length(sequence.slot)]
         self.counts.written += sequence.written - before
         self.counts.proposed += proposed

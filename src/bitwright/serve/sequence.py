@@ -57,8 +57,8 @@ class Sequence:
         self.proposed = self.proposed[: max(0, room - len(self.unread))]
         return Part(self.slot, torch.tensor([*self.unread[:room], *self.proposed]), len(self.proposed) + 1)
 
-    def advance(self, part: Part, logits: Tensor, decoder: Decoder) -> None:
-        """Choose tokens from logits [wanted, V] behind a part that was read, and deliver their text."""
+    def advance(self, part: Part, logits: Tensor, decoder: Decoder, seconds: float) -> None:
+        """Choose tokens from logits [wanted, V] behind a part whose reading took so long, and deliver their text."""
         self.unread = self.unread[len(part.ids) :]
         if self.unread:
             return
@@ -68,9 +68,10 @@ class Sequence:
             self._write(chosen[-1], row)
             if self.reason or chosen != self.proposed[: len(chosen)]:
                 break
+        kept = len(chosen) - 1
+        if self.written > len(chosen):  # the first token's reading was the prompt's
+            self.seen.judged(len(self.proposed), kept, seconds)
         if self.proposed:
-            kept = len(chosen) - 1
-            self.seen.judged(len(self.proposed), kept)
             decoder.keep(self.slot, decoder.length(self.slot) - len(self.proposed) + kept)
         self.seen.extend(chosen)
         self.unread = chosen[-1:]

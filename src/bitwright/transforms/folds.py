@@ -121,7 +121,17 @@ def find_folds(skeleton: Skeleton, index: int, hidden: Tensor) -> list[Fold]:
     found = [*_norm_folds(skeleton, index, observed), *_row_folds(skeleton, index)]
     if _unmoved(skeleton, index, hidden, plain, found):
         return found
-    return [fold for fold in found if _unmoved(skeleton, index, hidden, plain, [fold])]
+    proved = [fold for fold in found if _unmoved(skeleton, index, hidden, plain, [fold])]
+    moved = {_alike(skeleton, fold) for fold in found if fold not in proved}
+    return [fold for fold in proved if _alike(skeleton, fold) not in moved]
+
+
+def _alike(skeleton: Skeleton, fold: Fold) -> str:
+    """The producer's name, without the expert's number: of experts only those that the batch's tokens reach are tested."""
+    for experts in skeleton.experts:
+        if fold.producer.startswith(f"{experts}."):
+            return f"{experts}.{fold.producer.removeprefix(experts).partition('.')[2].partition('.')[2]}"
+    return fold.producer
 
 
 @dataclass(frozen=True)
