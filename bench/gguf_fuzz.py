@@ -5,8 +5,8 @@
 Each input is a small file of one architecture and one family of tokenizers with one to three changes: keys deleted, renamed,
 of another type, absurd numbers, tables cut, grown, shuffled, with odd texts, and bytes of the header overwritten. It is read as
 `inspect`, `generate` and `quantize` read it: header, keys, config, tokenizer (which then encodes a text), now and then the
-whole model. Allowed is an error of `bitwright.errors`; anything else, 20 seconds of work, or memory beyond `--memory` is a
-failure, printed with the number that makes the same input again.
+whole model. Allowed is an error of `bitwright.errors`; anything else, 20 seconds of processor time, or memory beyond `--memory`
+is a failure, printed with the number that makes the same input again.
 """
 
 import argparse
@@ -267,7 +267,7 @@ def one(number: int, known: list[Base], path: Path) -> str:
     with path.open("wb") as stream:
         stream.write(head)
         stream.truncate(len(head) + -len(head) % 32 + size)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         read_all(path, whole=number % WHOLE == 0)
     except BitwrightError as error:
@@ -277,14 +277,14 @@ def one(number: int, known: list[Base], path: Path) -> str:
     except BaseException as error:  # noqa: BLE001  # panics of the tokenizers package among them
         return f"FAILURE: {type(error).__name__}: {str(error)[:160]}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return "read"
 
 
 def fuzz(inputs: range) -> tuple[Counter[str], dict[int, str]]:
     """How often each outcome was met, and the failures by the number of their input."""
     known, met, failures = bases(), Counter[str](), dict[int, str]()
-    old = signal.signal(signal.SIGALRM, _alarm)
+    old = signal.signal(signal.SIGPROF, _alarm)
     with tempfile.TemporaryDirectory() as place:
         for number in inputs:
             found = one(number, known, Path(place, "input.gguf"))
@@ -293,7 +293,8 @@ def fuzz(inputs: range) -> tuple[Counter[str], dict[int, str]]:
                 print(f"{number + 1}: {dict(met)}", file=sys.stderr, flush=True)
             if found.startswith("FAILURE"):
                 failures[number] = found
-    signal.signal(signal.SIGALRM, old)
+                print(number, found, file=sys.stderr, flush=True)
+    signal.signal(signal.SIGPROF, old)
     return met, failures
 
 

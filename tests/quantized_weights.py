@@ -12,8 +12,10 @@ from bitwright.numerics.codec import dynamic_map
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import PRESETS, Scheme
 
+IN_RUNS = [name for name in PRESETS if Scheme.parse(name).levels.run > 1]  # codes from codebooks: one stands for all
 FAMILIES = (
-    *PRESETS, "int4-g128", "int3-g64-asym", "int2-g32-asym", "int4-g32-asym1-bf16", "int8-channel", "int8-channel-asym-f32",
+    *(name for name in PRESETS if name not in IN_RUNS[1:]),
+    "int4-g128", "int3-g64-asym", "int2-g32-asym", "int4-g32-asym1-bf16", "int8-channel", "int8-channel-asym-f32",
     "int8-tensor", "int8-tensor-asym", "int6-channel-min-f32", "nf4-g64", "nf4-g64-dq", "int4-g64-asym-dq", "fp4-channel",
     "fp8-channel", "fp8-tensor", "int8-g128-e8m0", "int4-g16-asym-e4m3", "ternary-channel", "ternary-g32-e8m0", "binary-g32",
     "binary-tensor", "iq4nl-g64-bf16",

@@ -80,8 +80,8 @@ def test_logits_are_those_of_the_decoded_weights(format: str, scheme: str, llama
     assert not any(p.dtype == torch.float32 and p.ndim == 2 for p in model.parameters())  # nothing was decoded
 
 
-@pytest.mark.parametrize("kind", READ_ONLY)
-def test_blocks_that_are_only_read_are_multiplied_too(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*READ_ONLY, "IQ1_M", "IQ2_XXS", "IQ3_S"])
+def test_others_blocks_are_multiplied_too(kind: str, tmp_path: Path) -> None:
     """Lattices of 2 and 3 bits, NVFP4: logits of the decoded weights, and a matrix no larger than its codes."""
     source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     convert(source, tmp_path / "float.gguf")

@@ -282,6 +282,7 @@ def test_snapping_loses_little(text: str) -> None:
     if scheme.scale in ("k8", "k6", "k4"):
         assert stored.outer is not None
         step = stored.outer.abs().repeat_interleave(liked.shape[1] // stored.outer.shape[1], dim=1) / 2
+        step = step * 2 if scheme.levels.odd else step
     elif scheme.scale == "dq8":
         assert stored.outer is not None
         step = stored.outer.max() * dynamic_map().diff().max() / 2

@@ -37,13 +37,13 @@ def coordinate_descent(
 ) -> QTensor:
     """Improve the codes of q, a quantization of w [N, K], under H = gram + ridge·I; and scales, if groups store their own.
 
-    sweeps  passes over all columns; 0 returns q
+    sweeps  passes over all columns; 0 returns q, and so does a scheme whose codes come in runs: a step moves one code
     block   columns whose changes reach the others in one product
     ridge   like GPTQ's damping, keeps few calibration tokens from being overfitted
     gone    [N, K], True where the weight is pruned, which q decodes to 0: it stays so, and scales stay as they are
     fast    large products in bfloat16 (see numerics/matmul.py): a step may then raise the loss by their rounding errors
     """
-    if sweeps <= 0:
+    if sweeps <= 0 or q.scheme.levels.run > 1:
         return q
     K = w.shape[1]
     step = q.scheme.group_length(K)

@@ -89,9 +89,7 @@ def gptq(
     for at in range(0, len(matrix), some):
         part, mask = matrix[at : at + some], None if gone is None else gone[at : at + some]
         q, _ = _round(part, mask, factor, scheme, how)
-        if scheme.levels.run == 1:  # coordinate descent moves one code at a time
-            q = coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, gone=mask, fast=fast)
-        parts.append(q)
+        parts.append(coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, gone=mask, fast=fast))
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
 
@@ -132,8 +130,10 @@ def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
     """
     K = len(diagonal)
     if run > 1:
-        runs = column_order(diagonal.view(-1, run).mean(1), None if unit is None else unit // run)
-        return (runs[:, None] * run + torch.arange(run)).flatten()
+        whole = diagonal[: K // run * run].view(-1, run).mean(1)
+        runs = column_order(whole, None if unit is None else max(unit // run, 1))
+        tail = torch.arange(len(whole) * run, K, device=diagonal.device)
+        return torch.cat([(runs[:, None] * run + torch.arange(run, device=diagonal.device)).flatten(), tail])
     if unit is None or unit >= K:
         return diagonal.argsort(descending=True, stable=True)
     whole = diagonal[: K // unit * unit].view(-1, unit)
