@@ -160,8 +160,7 @@ def quantize(
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
             return
-        if not (as_json or quiet):
-            errors.print(plan.headline, highlight=False, soft_wrap=not errors.is_terminal)
+        _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
@@ -365,6 +364,12 @@ def convert(
 
 for command in (plan, advise, generate, chat, serve, bench):
     app.command()(command)
+
+
+def _announce(headline: str, *, quiet: bool) -> None:
+    """Say what a run is about to do."""
+    if not quiet:
+        errors.print(headline, highlight=False, soft_wrap=not errors.is_terminal)
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
