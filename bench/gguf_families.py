@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
 from bitwright import quantize
@@ -101,13 +101,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 PROMPT = 24  # tokens
 
 
-def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
-    """A random model of a kind, whose vectors differ from ones and zeros. sizes: instead of those of `SIZES`."""
-    torch.manual_seed(0)
+def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
+    """A config of a kind. sizes: instead of those of `SIZES`."""
     options = SIZES | CHANGES.get(kind, {}) | sizes
     if "layer_types" in options:
         options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)
+    return AutoConfig.for_model(kind, **options)
+
+
+def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random model of a kind, whose vectors differ from ones and zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(kind, **sizes), dtype=torch.float32)
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))):
             if tensor.ndim == 1:

@@ -6,6 +6,10 @@ from typing import overload
 
 from torch import Tensor
 
+from bitwright.advice.advise import CPU_SCHEMES, Advice
+from bitwright.advice.advise import advise as _advise
+from bitwright.advice.machine import this_machine
+from bitwright.advice.model_shape import shape_of
 from bitwright.errors import RecipeError, one_of
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.evaluate import evaluate as _evaluate
@@ -21,8 +25,11 @@ from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.planned_recipe import PlannedRecipe, Settings
+from bitwright.pipeline.planned_recipe import plan_recipe as _plan_recipe
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
+from bitwright.plan.target import Target
 from bitwright.plan.tensor_types import TensorTypes
 from bitwright.system.device import device_of
 from bitwright.system.progress import Progress
@@ -31,7 +38,7 @@ from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "prepare",
+    "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_recipe", "prepare",
     "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights",
     "sensitivity",
 ]  # fmt: skip
@@ -63,6 +70,7 @@ def quantize(
     activations: str | None = None,
     observer: str = "mse",
     kv_cache: str | None = None,
+    prune: str | None = None,
     recipe: str | Path | None = None,
     size: str | None = None,
     bits: float | None = None,
@@ -85,12 +93,45 @@ def quantize(
     where = Path(store) if store else None
     plan = planned(
         Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
-        observer=observer, kv_cache=kv_cache, recipe=Path(recipe) if recipe else None, calib=calib, samples=samples,
-        seqlen=seqlen, store=where, requantize=requantize,
+        observer=observer, kv_cache=kv_cache, prune=prune, recipe=Path(recipe) if recipe else None, calib=calib,
+        samples=samples, seqlen=seqlen, store=where, requantize=requantize,
         types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type),
         device=device, size=size, bits=bits, seed=seed, progress=progress,
     )  # fmt: skip
     return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
+
+
+def plan_recipe(
+    model: str | Path,
+    *,
+    size: str | None = None,
+    bits: float | None = None,
+    kl: float | None = None,
+    settings: Settings | None = None,
+    scores: str | Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> PlannedRecipe:
+    """The recipe of least predicted KL whose result takes at most `size` or `bits`; or for a KL, of the fewest bytes.
+
+    size      such as "100MB"; bits: a weight; kl: nats a token. One of the three
+    settings  format, candidates, method and calibration; None: `Settings()`
+    scores    a directory that keeps the scores, so that another target takes seconds
+    Write `text` to a file for `quantize(recipe=...)`. Raises RecipeError for a target that no allocation meets, FormatError for
+    schemes that the format cannot hold or that fit no matrix.
+    """
+    kept = Path(scores) if scores else None
+    target = Target.parse(size, bits, kl)
+    return _plan_recipe(Path(model), target, settings or Settings(), scores=kept, progress=progress)
+
+
+def advise(model: str | Path, *, context: int = 4096, engine: str | None = None) -> Advice:
+    """What of a model fits this machine, how fast it will be, and which scheme, method, format and engine to take.
+
+    model: a checkpoint directory, a GGUF file, or a config.json; only headers are read. The machine is measured for some
+    seconds. Raises InputError for an engine that is unknown or does not run here, or a context beyond the model's.
+    """
+    shape = shape_of(Path(model))
+    return _advise(shape, this_machine(CPU_SCHEMES), model=str(model), context=context, engine=engine)
 
 
 @overload

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from bitwright.advice.advise import CPU_SCHEMES, Advice, advise, expected_speed
 from bitwright.advice.engines import ENGINES, TABLE
 from bitwright.advice.machine import Gpu, Machine, this_machine
+from bitwright.advice.measured import measured
 from bitwright.advice.model_shape import shape_of
 from bitwright.api import quantize
 from bitwright.cli.app import app
@@ -157,3 +158,19 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = this_machine(("int4-g128", "q2_k"))
     assert found.cores >= 1 and 0 < found.available <= found.memory
     assert min(found.bandwidth, *found.products.values(), *found.weights.values()) > 1e6
+
+
+def test_groups_fit_the_rows_and_a_short_run_checks_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_checkpoint(tmp_path / "model", intermediate_size=160, hidden_size=64)
+    monkeypatch.setattr("bitwright.advice.advise.SMALL", 1000)
+    shape = shape_of(model)
+    found = advise(shape, LAPTOP, model="MODEL", context=64, engine="vLLM")
+    assert found.scheme == "int8-channel"  # quick enough in eight bits
+    slow = replace(LAPTOP, weights=dict.fromkeys(CPU_SCHEMES, 1e5))
+    assert advise(shape, slow, model="MODEL", context=64, engine="vLLM").scheme == "int4-g32"
+    monkeypatch.setattr("bitwright.advice.measured.MEASURED_TOKENS", (8, 4))
+    monkeypatch.setattr("bitwright.inference.speed.PROBE_BYTES", 1 << 24)
+    run = measured(model, found)
+    assert run.measured > 0 and run.expected > 0
+    with pytest.raises(InputError, match="stored as"):
+        measured(model, replace(found, shape=replace(shape, quantized=True)))

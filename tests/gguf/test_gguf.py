@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bench.gguf_families import small_config
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,12 +32,13 @@ from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
 from bitwright.gguf import rope
 from bitwright.gguf.architectures import ARCHITECTURES
-from bitwright.gguf.config_keys import ALIKE, config_of, keys_of
+from bitwright.gguf.config_keys import ALIKE, EVERY, WINDOWLESS, config_of, keys_of
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile
-from bitwright.gguf.tensor_names import Names
+from bitwright.gguf.tensor_names import Names, expert_of
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
+from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of, positions_of
 from bitwright.models.gguf_source import GgufWeightSource, read_tokenizer
 from bitwright.numerics.codec import code_range, decode, per_column
@@ -312,42 +314,44 @@ def test_misplaced_tensors_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- configs and tokenizers
 
 
-def small_config(kind: str) -> Any:
+def encoder_config(kind: str) -> Any:
     from transformers import AutoConfig
 
     values: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-    if kind not in ("gpt2", "distilbert"):
-        values |= {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    if kind in ("gemma", "gemma2", "gemma3_text", "qwen3"):
-        values["head_dim"] = 16
-    if kind in ("gemma2", "gemma3_text"):
-        values |= {"query_pre_attn_scalar": 16, "num_hidden_layers": 6}
+    if kind != "distilbert":
+        values |= {"intermediate_size": 96, "max_position_embeddings": 128}
     return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_configs_survive_the_way_there_and_back(kind: str) -> None:
-    config = small_config(kind)
+    config = (
+        encoder_config(kind) if kind in ENCODERS else small_config(kind, num_hidden_layers=6 if kind in EVERY else 2)
+    )
     with torch.device("meta"):
         model = model_of(config)
+        one_by_one(model)
     names = Names(config)
-    shapes = {}
+    shapes = dict[str, tuple[int, ...]]()
     for parameter, tensor in model.state_dict().items():
         tied = config.tie_word_embeddings and parameter == "lm_head.weight"
         if not tied:
-            assert names.of(parameter) not in shapes
-            shapes[names.of(parameter)] = names.shape(parameter, tuple(tensor.shape))
+            assert names.of(parameter) not in shapes or expert_of(parameter)
+            shapes[names.of(parameter)] = names.stored_shape(parameter, tuple(tensor.shape))
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
     assert back.model_type == {"mistral": "llama", "roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind)
     with torch.device("meta"):
-        other = model_of(back).state_dict()
-    known = {k: names.shape(k, (names.height(k, len(v)), *v.shape[1:])) for k, v in model.state_dict().items()}
-    assert known == {k: names.shape(k, tuple(v.shape)) for k, v in other.items()}
+        other = model_of(back)
+        one_by_one(other)
+    found = {k: Names(back).stored_shape(k, tuple(v.shape)) for k, v in other.state_dict().items() if names.has(k)}
+    assert found == {k: names.stored_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
+    turned = {key: value for key, value in keys_of(config).items() if ".rope." in key}
+    assert turned == pytest.approx({key: value for key, value in keys_of(back).items() if ".rope." in key})
     kept = (
         "rms_norm_eps layer_norm_epsilon layer_norm_eps sliding_window max_position_embeddings hidden_act layer_types"
     )
-    for name in (*kept.split(), "rope_parameters", "query_pre_attn_scalar", "type_vocab_size"):
-        if name in ("sliding_window", "layer_types") and kind in ("mistral", "qwen2", "qwen3", "starcoder2"):
+    for name in (*kept.split(), "query_pre_attn_scalar", "type_vocab_size"):
+        if name in ("sliding_window", "layer_types") and kind in WINDOWLESS:
             continue  # llama.cpp does without
         if hasattr(config, name) and hasattr(back, name):
             meant = positions_of(config) if name == "max_position_embeddings" else getattr(config, name)
@@ -362,7 +366,7 @@ def test_rows_are_turned_and_turned_back() -> None:
     assert order is not None and order.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     w = torch.randn(64, 64)
     for parameter in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-        assert torch.equal(names.read(parameter, names.written(parameter, w)), w)
+        assert torch.equal(names.read(parameter, names.written(parameter, w), (64, 64)), w)
     shifted = Names(small_config("gemma"))
     assert torch.equal(shifted.written("model.norm.weight", torch.zeros(3)), torch.ones(3))
 

@@ -8,9 +8,12 @@ import torch
 from bench.gguf_families import random_model
 from transformers import AutoConfig
 
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
+from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.config_keys import keys_of
+from bitwright.gguf.reader import GgufFile, Typed
+from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 from conftest import ENCODERS, FAMILIES, SIZES, save_tokenizer
@@ -42,3 +45,24 @@ def test_what_llamacpp_has_otherwise_is_refused(kind: str, change: dict[str, Any
     config = AutoConfig.for_model(kind, **{**SIZES, "num_hidden_layers": 4, "pad_token_id": 1, **change})
     with pytest.raises(FormatError, match=says):
         keys_of(config)
+
+
+@torch.no_grad()
+def test_blocks_of_multi_token_prediction_are_left_unread(tmp_path: Path) -> None:
+    """As in published files of GLM-4.5: block_count has them too. They are neither needed nor lost."""
+    model = random_model("glm4_moe", num_hidden_layers=2, vocab_size=257, bos_token_id=256, eos_token_id=256)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+    made, more = GgufFile(tmp_path / "a.gguf"), {"blk.2.nextn.eh_proj.weight": torch.ones(64, 128)}
+    keys = {name: Typed(value, *made.kinds[name]) for name, value in made.keys.items()}
+    keys |= {"general.architecture": "glm4moe", "glm4moe.block_count": 3, "glm4moe.nextn_predict_layers": 1}
+    tensors = {name: made.read(name) for name in made.tensors} | more
+    with GgufWriter(tmp_path / "b.gguf", keys, [(n, FLOAT_TYPES[t.dtype], t) for n, t in tensors.items()]) as file:
+        for name, tensor in tensors.items():
+            file.put_floats(name, tensor)
+    streamed, ids = StreamedModel(tmp_path / "b.gguf"), torch.arange(24)[None] * 7 % 256
+    wanted = model(ids).logits
+    assert torch.allclose(streamed.head(torch.cat(streamed.hidden(ids))), wanted, atol=1e-4 * float(wanted.abs().max()))
+    with pytest.raises(CheckpointError, match="multi-token prediction"):
+        FloatGgufCheckpoint(tmp_path / "b.gguf")

@@ -209,7 +209,7 @@ def test_against_optimal_brain_surgery(text: str) -> None:
 def test_the_loss_of_each_row_is_exact(text: str, refit_from: int) -> None:
     """The squared errors that the visit adds up are diag(E H Eᵀ) under the damped H, refitted scales or not."""
     w, gram, scheme = random_weight(8, 160), correlated(160), Scheme.parse(text)
-    factor = factorize(gram, scheme, 0.01)
+    factor = factorize(gram, column_order(gram.diagonal(), scheme.unit, scheme.levels.run), 0.01)
     assert factor is not None
     importance = gram.diagonal()
     q, row_losses = _round_columns(
@@ -229,7 +229,7 @@ def test_a_refit_finds_what_a_search_finds(text: str) -> None:
         Scheme.parse(text),
         torch.rand(600, generator=torch.Generator().manual_seed(1)) + 0.1,
     )
-    factor = factorize(torch.diag(diagonal), scheme, 0.01)
+    factor = factorize(torch.diag(diagonal), column_order(diagonal, scheme.unit), 0.01)
     assert factor is not None
     expected = best_scales(w, scheme, diagonal)
     wrong = best_scales(3 * w, scheme, diagonal)
@@ -246,7 +246,7 @@ def test_a_refit_finds_what_a_search_finds(text: str) -> None:
 def test_the_factor_is_that_of_the_gram(text: str) -> None:
     """H = U Uᵀ with U upper triangular, in the order of the visit; its inverse is GPTQ's R, H⁻¹ = RᵀR."""
     gram, scheme = correlated(96), Scheme.parse(text)
-    factor = factorize(gram, scheme, 0.05)
+    factor = factorize(gram, column_order(gram.diagonal(), scheme.unit, scheme.levels.run), 0.05)
     assert factor is not None
     U, H = (factor.propagation * factor.pivots).double(), damped(gram, 0.05)[factor.order][:, factor.order]
     assert torch.equal(U, U.triu())

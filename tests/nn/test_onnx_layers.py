@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import bitwright
 from bitwright.errors import FormatError
@@ -100,6 +101,31 @@ def test_dynamic_products_and_three_dimensions(tmp_path: Path) -> None:
     asym = bitwright.quantize_dynamic(net, activations="int8-token-asym")
     for integer in (converted(net, x), bitwright.quantize_dynamic(net), asym):
         assert relative(integer(other), by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))[0]) < 3e-3
+
+
+class Rearranges(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.shuffle = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(2, 4, 1), nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Any:
+        left, right = self.first(x).chunk(2, 1)
+        y = torch.roll(torch.cat([right, left.flip(3)], 1), (1, -2), (2, 3))
+        y = functional.adaptive_avg_pool2d(self.shuffle(y), (5, 7))
+        return (
+            self.last(y),
+            torch.where(left > 0, right, x).masked_fill(x < 0, -1.0),
+            torch.einsum("bchw,bdhw->bcd", left, x),
+        )
+
+
+@torch.no_grad()
+def test_rearranged_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 6, 6)
+    integer = converted(Rearranges().eval(), x)
+    found = by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))
+    assert all(relative(a, b) < 3e-3 for a, b in zip(outputs(integer, other), found, strict=True))
 
 
 class Branches(nn.Module):

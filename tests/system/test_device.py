@@ -99,4 +99,4 @@ def test_a_run_an_evaluation_and_a_loaded_model_on_another_device(
             logits = model(ids.to(DEVICE), use_cache=False).logits
             assert logits.device == DEVICE and all(p.device == DEVICE for p in model.parameters())
             logits = logits.to(CPU)
-    assert torch.allclose(logits, meant_logits, atol=2e-3 * float(meant_logits.abs().max()))
+    assert float((logits - meant_logits).norm()) < 1e-2 * float(meant_logits.norm())  # inputs are rounded to 8 bits

@@ -26,6 +26,7 @@ ON_GPU = (
     ("fp8-channel", "fp8-channel", "fp8-token"), ("int8-channel", "int8-channel", "int8-token"),
     ("int4-g128", "int4-g128", ""), ("q4_k", "q4_k_m", ""), ("q3_k", "q3_k_m", ""), ("q2_k", "q2_k", ""),
 )  # fmt: skip
+GROUPS = (128, 64, 32)
 FOUR_BITS = ("q4_k", "int4-g128")
 
 
@@ -185,7 +186,7 @@ def _chosen(
     for scheme, name, activations in ON_CPU if gpu is None else ON_GPU:
         row = next((r for r in rows if r.format and r.activations == activations and name.startswith(r.schemes)), None)
         if row is not None and scheme in fits:
-            possible.append((scheme, name, activations, row))
+            possible.append((scheme, _with_a_group_that_fits(shape, name), activations, row))
     fitting = [one for one in possible if fits[one[0]].fits]
     if not fitting:
         return None, [_nothing(gpu, rows, [fits[one[0]] for one in possible], memory)]
@@ -199,6 +200,14 @@ def _chosen(
     row = best[3]
     why.append(f"{row.engine} runs it here ({row.what}{f': {row.source}, {row.read}' if row.source else ''})")
     return best, why
+
+
+def _with_a_group_that_fits(shape: ModelShape, name: str) -> str:
+    """The scheme with shorter groups, where 128 does not divide every row."""
+    least = GROUPS[-1]  # a matrix of fewer inputs stays in float
+    widths = {width for _, width in shape.matrices if width >= least}
+    group = next((g for g in GROUPS if all(width % g == 0 for width in widths)), least)
+    return name.replace(f"-g{GROUPS[0]}", f"-g{group}")
 
 
 def _nothing(gpu: Gpu | None, rows: tuple[Support, ...], possible: list[Fit], memory: int) -> str:

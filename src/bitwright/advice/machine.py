@@ -45,6 +45,7 @@ class Machine:
     bandwidth                 bytes a second read from memory; 0: not measured
     products                  "float32", "bfloat16", "int8" -> operations a second of a large product
     weights                   scheme -> weights a second that one token's product works through
+    load                      processes that ran or waited during the last minute, before anything was measured
     """
 
     cpu: str
@@ -58,11 +59,18 @@ class Machine:
     products: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     gpus: tuple[Gpu, ...] = ()
+    load: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes have the cores, so that what was measured is too low."""
+        return self.load > self.cores
 
 
 def this_machine(schemes: tuple[str, ...]) -> Machine:
     """Look at this machine, and measure it for some seconds. schemes: whose products are timed."""
     memory, available = _memory()
+    load = os.getloadavg()[0]
     return Machine(
         _cpu_name(),
         _instructions(),
@@ -75,6 +83,7 @@ def this_machine(schemes: tuple[str, ...]) -> Machine:
         {"float32": _rate(torch.float32), "bfloat16": _rate(torch.bfloat16), "int8": _int8_rate()},
         {scheme: weights_per_second(scheme) for scheme in schemes},
         _gpus(),
+        load,
     )
 
 

@@ -9,7 +9,7 @@ from bitwright.advice.machine import weights_per_second
 from bitwright.errors import InputError
 from bitwright.inference.speed import measure
 
-ON_THE_WAY = "int4-g128"  # what a float model is rounded to on the way into memory, where nothing else is recommended
+ON_THE_WAY = "int4-g32"  # what a float model is rounded to on the way into memory: it fits every width
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ def measured(model: Path, advice: Advice) -> Check:
         raise InputError(
             f"it is stored as {shape.stored}, which is not rounded again", where="--measure", remedy=remedy
         )
-    scheme = ON_THE_WAY
-    prompt, decode = MEASURED_TOKENS
+    (prompt, decode), scheme = MEASURED_TOKENS, ON_THE_WAY
     found = measure(model, scheme=scheme, prompt=prompt, decode=decode, repeat=2)
     known = replace(machine, bandwidth=found.bandwidth, weights={scheme: weights_per_second(scheme)})
     expected = expected_speed(shape, known, scheme, prompt + decode)

@@ -53,7 +53,9 @@ def _print(found: "Advice") -> None:
     machine, shape = found.machine, found.shape
     _say(f"machine: {machine.cpu}, {machine.cores} cores, {', '.join(machine.instructions) or 'no vector instructions'}, "
          f"{size(machine.memory)} ({size(machine.available)} free), reads {machine.bandwidth / 1e9:.1f} GB/s")  # fmt: skip
-    _say("products: " + ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in machine.products.items()))
+    _say("products: " + ", ".join(f"{kind} {rate / 1e9:.3g} GOP/s" for kind, rate in machine.products.items()))
+    if machine.busy:
+        _say(f"note: {machine.load:.0f} processes were waiting for the cores, so all speeds here are too low")
     for gpu in machine.gpus:
         _say(f"GPU: {gpu.name}, {size(gpu.memory)}, compute capability {gpu.capability[0]}.{gpu.capability[1]}")
     _say(f"model: {shape.name}, {shape.parameters:,} parameters, stored as {shape.stored}; {4 * shape.parameters / 1e9:.4g} GB "
@@ -72,6 +74,9 @@ def _print(found: "Advice") -> None:
         _say(f"because: {reason}" if found.scheme else reason)
     _say(f"training for it (QAT): {found.training}")
     for row in found.engines:
-        _say(f"{row.engine}: {row.what}" + (f" ({row.source}, {row.read})" if row.source else ""))
+        _say(f"{row.engine}: {row.what}")
+    sources = dict.fromkeys(row.source for row in found.engines if row.source)
+    for line in ["sources, read " + found.engines[0].read, *sources] if sources else []:
+        console.print(plain(line), highlight=False, soft_wrap=True)
     if found.command:
         console.print(plain(found.command), highlight=False, soft_wrap=True)

@@ -27,6 +27,7 @@ from bitwright.cli.console import (
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
+from bitwright.cli.training import finetune, merge
 from bitwright.version import __version__
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ Activations = Annotated[
     ),
 ]
 Observer = Annotated[str, typer.Option(help="Fixed ranges by minmax, average, percentile, mse or kl.")]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        help="Set weights to zero first: wanda:0.5, magnitude:0.3, sparsegpt:0.5; sparsegpt:2:4 keeps 2 of every 4."
+    ),
+]
 Calib = Annotated[
     str,
     typer.Option(
@@ -95,6 +102,9 @@ Requantize = Annotated[
 ]
 WrittenFormat = Annotated[
     str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
 ]
 KEPT = "finished blocks are kept in {}.partial; the same command goes on with them, --restart discards them"
 
@@ -128,6 +138,7 @@ def quantize(
     activations: Activations = None,
     observer: Observer = "mse",
     kv_cache: Annotated[str | None, typer.Option(help="Keep keys and values in int8-tensor or fp8-tensor.")] = None,
+    prune: Prune = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     size: Size = None,
     bits: Bits = None,
@@ -154,8 +165,8 @@ def quantize(
             types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
             plan = planned(
                 model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
-                observer=observer, kv_cache=kv_cache, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen, store=store,
-                requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
+                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen,
+                store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
             show(plan.as_dict(), as_json, "Preflight")
@@ -245,9 +256,7 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Directory to keep what the reference predicts in, for other evaluations.")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
-    ] = None,
+    engine: Engine = None,
     device: Device = "cpu",
     kv: KeysAndValues = None,
     as_json: AsJson = False,
@@ -362,7 +371,7 @@ def convert(
         show(convert(model, out, format), as_json, "Done")
 
 
-for command in (plan, advise, generate, chat, serve, bench):
+for command in (plan, advise, generate, chat, serve, bench, finetune, merge):
     app.command()(command)
 
 

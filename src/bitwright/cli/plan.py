@@ -50,7 +50,7 @@ def plan(
 
         check_out(out)
         target = Target.parse(size, bits, kl)
-        tried = None if schemes is None else tuple(schemes.split(","))
+        tried = None if schemes is None else tuple(name.strip().lower() for name in schemes.split(","))
         settings = Settings(format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed)
         with progress_bar(as_json or quiet) as progress:
             made = plan_recipe(model, target, settings, scores=scores, progress=progress)

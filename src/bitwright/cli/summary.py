@@ -20,6 +20,7 @@ def summary(done: Result, model: Path) -> list[str]:
         f"{done.out}: {size(done.bytes)}, {done.bits_per_weight:.2f} bits a weight, "
         f"in {duration(done.seconds)} and {size(done.peak_rss_bytes)} of memory",
         f"quantized: {len(matrices)} of {len(done.ledger)} tensors, {_schemes(matrices)}",
+        *_pruned(matrices),
         *_losses(matrices),
         *_replaced(done, matrices),
         *_experts(matrices),
@@ -34,6 +35,15 @@ def _schemes(matrices: list[Entry]) -> str:
     shown = ", ".join(f"{count} {name}" for name, count in schemes.most_common(4))
     more = f" and {len(schemes) - 4} other schemes" if len(schemes) > 4 else ""
     return f"{shown}{more}; by {', '.join(name for name, _ in methods.most_common(3))}"
+
+
+def _pruned(matrices: list[Entry]) -> Iterator[str]:
+    """How many weights were set to zero, by which methods."""
+    pruned = [entry for entry in matrices if entry.pruning]
+    if pruned:
+        share = mean(entry.sparsity for entry in pruned)
+        how = ", ".join(sorted({entry.pruning for entry in pruned}))
+        yield f"pruned: {share:.0%} of the weights of {len(pruned)} matrices, by {how}; losses count from before that"
 
 
 def _losses(matrices: list[Entry]) -> Iterator[str]:

@@ -36,7 +36,7 @@ def chat_windows(
     for number, conversation in enumerate(conversations(source), 1):
         if most is not None and len(ids) >= most * seqlen:
             break
-        text = _rendered(tokenizer, conversation, f"{source}, conversation {number}")
+        text = rendered(tokenizer, conversation, f"{source}, conversation {number}")
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = _rows(ids, opening(tokenizer), seqlen)[:most]
     if not rows:
@@ -78,10 +78,10 @@ def _messages(line: str, where: str) -> list[Message]:
     return messages
 
 
-def _rendered(tokenizer: Any, conversation: list[Message], where: str) -> str:
-    """A conversation in the chat template, special tokens as text."""
+def rendered(tokenizer: Any, conversation: list[Message], where: str, *, asking: bool = False) -> str:
+    """A conversation in the chat template, special tokens as text; asking: and what the template asks for an answer with."""
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asking))
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "give conversations as the model knows them, or leave out --chat"

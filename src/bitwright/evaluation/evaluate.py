@@ -75,6 +75,8 @@ def evaluate(
     kv: str | None = None,
     chat: bool = False,
     device: torch.device = CPU,
+    adapter: Path | None = None,
+    reference_adapter: Path | None = None,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -86,6 +88,7 @@ def evaluate(
     kv           keys and values rounded to "q8" or "q4", of the model alone
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
     device       that both models are computed on
+    adapter, reference_adapter  LoRA adapters in peft's form, added to the weights of the model and of the reference
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
     run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
     than one window.
@@ -93,8 +96,8 @@ def evaluate(
     begun = time.monotonic()
     if not texts:
         raise InputError("no text to judge on", remedy="name at least one")
-    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv), device=device)
-    other = StreamedModel(local(reference), device=device) if reference else None
+    streamed = StreamedModel(local(model), engine=engine, kv=key_value_codes(kv), device=device, adapter=adapter)
+    other = StreamedModel(local(reference), device=device, adapter=reference_adapter) if reference else None
     judged = JudgedText(texts, seqlen, tokens, chat)
     ids = judged.windows(streamed)
     if other:
@@ -162,6 +165,7 @@ def _key(other: StreamedModel, parts: list[Tensor]) -> str:
     """A hash of all that predictions depend on: model, windows and code."""
     ids = torch.cat(parts)
     model = [other.weight_source.fingerprint(), other.skeleton.config.to_json_string()]
+    model += [] if other.adapter is None else [other.adapter.digest]
     return sha256(json.dumps([model, code_version(), ids.shape]).encode() + ids.numpy().tobytes()).hexdigest()
 
 

@@ -32,6 +32,7 @@ class Layer:
     rotate       block size of the Hadamard rotation that the engine applies to the inputs; 0: none
     container    the format's own name for the storage, where the scheme alone does not determine it (GGUF: the block type)
     fallback     why the layer is not stored as requested; "" if it is
+    pruned       how many of its weights are zero because they were pruned
     """
 
     name: str
@@ -44,6 +45,7 @@ class Layer:
     rotate: int = 0
     container: str = ""
     fallback: str = ""
+    pruned: int = 0
 
 
 class Reader(Protocol):

@@ -5,6 +5,9 @@ N outputs, K inputs, G groups along K, b bits a code. Tensors of one module, by 
 weight_shape         int64 [2]   N, K; packed rows end in padding, so K does not follow from their width
 weight_codes         int32 [N, ⌈K·b/32⌉]   b bits a code along K, lowest bit first; signed codes plus 2^(b−1).
                      fp8: float8_e4m3fn [N, K]
+                     where the config says `sparse`: only the n weights that weight_mask keeps, row after row, as one stream
+                     int32 [⌈n·b/32⌉]; fp8: float8_e4m3fn [n]
+weight_mask          `sparse` only, int32 [N, ⌈K/32⌉]: one bit a weight along K, lowest first; 0: the weight is 0
 weight_scale         R rows (N; one for group "tensor") of G groups, as the scheme says:
                      f32, f16, bf16   [R, G]
                      e8m0             uint8 [R, G], exponent + 127; 255, which would be NaN, says that the scale is 0
@@ -19,13 +22,15 @@ outlier_columns      int32 [k], ascending input channels; outlier_weight [N, k] 
                      weights of these channels. Both are there, possibly empty, wherever the config says `outliers`
 input_scale          float32 [1], and unless "sym" input_zero_point, int32 [1]: static activations, per tensor
 
-quantization_config: {quant_method: "bitwright", format_version: 1, modules: [{scheme, activations, outliers, rotate,
-modules: [names]}]}. `scheme` and `activations` are Schemes as text; `outliers` is true or left out; `rotate` is the block size
-of a Hadamard rotation or left out. The names are the model's; names of tensors may lack its prefix, or have one more.
+quantization_config: {quant_method: "bitwright", format_version: 1, modules: [{scheme, activations, outliers, rotate, sparse,
+modules: [names]}]}. `scheme` and `activations` are Schemes as text; `outliers` and `sparse` are true or left out; `rotate` is
+the block size of a Hadamard rotation or left out. The names are the model's; names of tensors may lack its prefix, or have
+one more.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +51,7 @@ from bitwright.formats.native_reader import (
     scales_of,
     static_range,
 )
-from bitwright.numerics.codec import dq8_index, integers_of, is_signed
+from bitwright.numerics.codec import decode, dq8_index, integers_of, is_signed
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, words
 from bitwright.numerics.qtensor import Outliers, QTensor, Scales
@@ -54,7 +59,8 @@ from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, TOKEN, Scheme
 
 PARTS = (
     "weight_shape", "weight_codes", "weight_scale", "weight_scale_outer", "weight_scale_mean", "weight_zero_point",
-    "weight_minimum", "weight_minimum_outer", "outlier_columns", "outlier_weight", "input_scale", "input_zero_point",
+    "weight_minimum", "weight_minimum_outer", "weight_mask", "outlier_columns", "outlier_weight", "input_scale",
+    "input_zero_point",
 )  # fmt: skip
 ZERO_SCALE = 255  # e8m0 has no zero; its bit pattern of NaN is used for it
 
@@ -86,6 +92,10 @@ class Native:
         s, N, K, bits = layer.scheme, layer.N, layer.K, layer.scheme.levels.bits
         codes: Spec = (FP8, (N, K)) if s.grid == "fp8" else (torch.int32, (N, words(K, bits)))
         specs: dict[str, Spec] = {"weight_codes": codes, "weight_shape": (torch.int64, (2,))}
+        if is_sparse(layer):
+            left = N * K - layer.pruned
+            specs["weight_codes"] = (FP8, (left,)) if s.grid == "fp8" else (torch.int32, (words(left, bits),))
+            specs["weight_mask"] = (torch.int32, (N, words(K, 1)))
         specs |= _table_layout("weight_scale", layer)
         if s.zero == "min":
             specs |= _table_layout("weight_minimum", layer)
@@ -104,8 +114,15 @@ class Native:
         """See `Format.encode`. FormatError if q's outliers or the input scales do not match the layer."""
         s, bits, zero = q.scheme, q.scheme.levels.bits, q.scales.zero
         half = 1 << (bits - 1)
-        codes = q.codes.view(FP8) if s.grid == "fp8" else pack(q.codes.short() + (half if is_signed(s) else 0), bits)
-        tensors = {"weight_codes": codes, "weight_shape": torch.tensor(q.codes.shape)}
+        unsigned = q.codes if s.grid == "fp8" else q.codes.short() + (half if is_signed(s) else 0)
+        tensors = {"weight_shape": torch.tensor(q.codes.shape)}
+        if is_sparse(layer):
+            left = _left(q, layer)
+            kept = unsigned[left]
+            tensors["weight_codes"] = kept.view(FP8) if s.grid == "fp8" else _stream(kept, bits)
+            tensors["weight_mask"] = pack(left.short(), 1)
+        else:
+            tensors["weight_codes"] = unsigned.view(FP8) if s.grid == "fp8" else pack(unsigned, bits)
         tensors |= _table_tensors("weight_scale", q.scales.scale, q.scales.outer, q)
         if s.zero == "min" and zero is not None:
             tensors |= _table_tensors("weight_minimum", zero, q.scales.outer_zero, q)
@@ -119,13 +136,13 @@ class Native:
 
     def config(self, layers: list[Layer], kept: list[str]) -> dict[str, Any]:
         """See `Format.config`: modules with equal settings share an entry; modules that are not listed are in float."""
-        alike: dict[tuple[str, str, bool, int], list[str]] = defaultdict(list)
+        alike: dict[tuple[str, str, bool, int, bool], list[str]] = defaultdict(list)
         for layer in layers:
             activations, outliers = str(layer.activations or ""), layer.outliers > 0  # their number is in the tensors
-            alike[(str(layer.scheme), activations, outliers, layer.rotate)].append(layer.name)
+            alike[(str(layer.scheme), activations, outliers, layer.rotate, is_sparse(layer))].append(layer.name)
         entries = []
-        for (scheme, activations, outliers, rotate), names in alike.items():
-            more = {"activations": activations, "outliers": outliers, "rotate": rotate}
+        for (scheme, activations, outliers, rotate, sparse), names in alike.items():
+            more = {"activations": activations, "outliers": outliers, "rotate": rotate, "sparse": sparse}
             entries.append({"scheme": scheme, **{key: value for key, value in more.items() if value}, "modules": names})
         return {"quant_method": self.method, "format_version": VERSION, "modules": entries}
 
@@ -163,6 +180,21 @@ class Native:
 
 
 # -------------------------------------------------------------------------------------------------------------- write
+
+
+def is_sparse(layer: Layer) -> bool:
+    """Whether a mask and the codes of the weights that are left take less than all codes."""
+    bits, all_of = layer.scheme.levels.bits, layer.N * layer.K
+    return all_of + bits * (all_of - layer.pruned) < bits * all_of
+
+
+def _left(q: QTensor, layer: Layer) -> Tensor:
+    """The mask [N, K] of the weights whose codes are stored: all but the first `layer.pruned` zeros, since any may be."""
+    zero = decode(replace(q, shape=tuple(q.codes.shape), outliers=None)).view(-1) == 0
+    gone = zero & (zero.cumsum(0) <= layer.pruned)
+    if int(gone.sum()) < layer.pruned:
+        refuse(layer.name, f"{int(gone.sum())} zeros, not the {layer.pruned} that were planned", "report this defect")
+    return ~gone.view(q.codes.shape)
 
 
 def _rows(s: Scheme, N: int) -> int:

@@ -4,7 +4,7 @@ It shares no packing code with the writer. It unpacks bits itself, and derives f
 definitions; only the levels of nf4 and the IQ types are shared constants. Types and shapes of all tensors are checked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FP8 = torch.float8_e4m3fn
 WEIGHTS_AT_ONCE = 1 << 20  # weights decoded in one step; bounds the memory
 DAMAGED = "the file is damaged: get a good copy"
-KEYS = {"scheme", "activations", "outliers", "rotate", "modules"}
+KEYS = {"scheme", "activations", "outliers", "rotate", "sparse", "modules"}
 Floats = NDArray[np.float32]
 
 
@@ -50,6 +50,7 @@ class Entry:
     activations: Scheme | None
     outliers: bool
     rotate: int
+    sparse: bool = False
 
 
 def entry_of(config: Mapping[str, Any], name: str) -> Entry:
@@ -85,13 +86,14 @@ def _checked(entry: dict[str, Any], name: str) -> Entry:
     if unknown:
         refuse(name, f"the config says things of this module that are not known here: {', '.join(unknown)}")
     outliers, rotate = entry.get("outliers", False), entry.get("rotate", 0)
-    if type(outliers) is not bool or type(rotate) is not int:
-        refuse(name, f"outliers {outliers!r} is not true or false, or rotate {rotate!r} no block")
+    sparse = entry.get("sparse", False)
+    if type(outliers) is not bool or type(rotate) is not int or type(sparse) is not bool:
+        refuse(name, f"outliers {outliers!r} or sparse {sparse!r} is not true or false, or rotate {rotate!r} no block")
     scheme = _parsed(entry.get("scheme"), name)
     activations = _parsed(entry["activations"], name) if "activations" in entry else None
     if scheme.group == TOKEN or not inputs_can_be(activations):
         refuse(name, f"weights cannot be rounded to {scheme}, or inputs to {activations}")
-    return Entry(scheme, activations, outliers, rotate)
+    return Entry(scheme, activations, outliers, rotate, sparse)
 
 
 def inputs_can_be(scheme: Scheme | None) -> bool:
@@ -240,18 +242,58 @@ def _zeros(stored: Stored, scheme: Scheme, R: int, K: int) -> Floats | None:
     return stored.stream("weight_zero_point", bits, R * G).reshape(R, G).astype(np.float32) - (1 << (bits - 1))
 
 
-def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
+def _numbers_of(
+    stored: Stored, scheme: Scheme, K: int, left: NDArray[np.bool_] | None
+) -> Callable[[slice], NDArray[Any]]:
+    """A function that gives the stored codes of some rows [n, K]; 0 where the mask `left` [N, K] has none."""
+    bits, fp8 = scheme.levels.bits, scheme.grid == "fp8"
+    if left is None:
+        N = stored.shape()[0]
+        codes = stored.take("weight_codes", *((FP8, N, K) if fp8 else (torch.int32, N, -(-K * bits // 32))))
+        return lambda here: codes[here] if fp8 else _numbers(codes[here], bits, K)
+    ends = np.concatenate([[0], left.sum(1, dtype=np.int64).cumsum()])
+    total = int(ends[-1])
+    stream = stored.take("weight_codes", *((FP8, total) if fp8 else (torch.int32, -(-total * bits // 32))))
+
+    def spread(here: slice) -> NDArray[Any]:
+        rows = left[here]
+        first, last = int(ends[here.start]), int(ends[here.start + len(rows)])
+        word = first * bits // 32  # of the first code; the bits before it in that word are skipped
+        found = np.zeros(rows.shape, dtype=np.uint8)
+        found[rows] = stream[first:last] if fp8 else _after(stream[word:], first * bits % 32, bits, last - first)
+        return found
+
+    return spread
+
+
+def _after(packed: NDArray[np.int32], skipped: int, bits: int, count: int) -> NDArray[np.uint8]:
+    """Unpack `count` numbers of int32 words [W], the first of which begins behind `skipped` bits."""
+    at = skipped + np.arange(count, dtype=np.int64) * bits
+    low = packed[: (skipped + count * bits) // 32 + 2].view(np.uint32).astype(np.uint64)
+    pairs = low | np.append(low[1:], np.uint64(0)) << np.uint64(32)
+    found = pairs[at >> 5] >> (at & 31).astype(np.uint64) if count else low[:0]
+    return (found & np.uint64((1 << bits) - 1)).astype(np.uint8)
+
+
+def _mask(stored: Stored, N: int, K: int) -> NDArray[np.bool_]:
+    """The weights [N, K] that are stored; all others are 0."""
+    packed = stored.take("weight_mask", torch.int32, N, -(-K // 32))
+    return np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")[:, :K].astype(np.bool_)
+
+
+def _weights(stored: Stored, entry: Entry, N: int, K: int) -> Floats:
     """Dequantize to [N, K] float32, some rows at a time. FormatError for a result that is not finite."""
-    bits, levels, R = scheme.levels.bits, _levels(scheme), 1 if scheme.group == TENSOR else N
-    fp8, some = scheme.grid == "fp8", max(1, WEIGHTS_AT_ONCE // K)
-    dtype, width = (FP8, K) if fp8 else (torch.int32, -(-K * bits // 32))
-    codes = stored.take("weight_codes", dtype, N, width)
+    scheme = entry.scheme
+    left = _mask(stored, N, K) if entry.sparse else None
+    levels, R = _levels(scheme), 1 if scheme.group == TENSOR else N
+    some = max(1, WEIGHTS_AT_ONCE // K)
+    numbers = _numbers_of(stored, scheme, K, left)
     with np.errstate(all="ignore"):  # what is not finite is refused below
         scale, zero = _table(stored, "weight_scale", scheme, R, K), _zeros(stored, scheme, R, K)
         w = np.empty((N, K), dtype=np.float32)
         for here in (slice(n, n + some) for n in range(0, N, some)):
-            v = levels[codes[here] if fp8 else _numbers(codes[here], bits, K)]
-            if scheme.grid == "ternary" and (v < -1).any():
+            v = levels[numbers(here)]
+            if scheme.grid == "ternary" and (v < -1)[... if left is None else left[here]].any():
                 refuse(stored.name, "weight_codes holds a code that stands for nothing")
             s = _spread(scale, scheme, K, here)
             if zero is None:
@@ -259,6 +301,8 @@ def _weights(stored: Stored, scheme: Scheme, N: int, K: int) -> Floats:
             else:
                 z = _spread(zero, scheme, K, here)
                 w[here] = v * s + z if scheme.zero == "min" else (v - z) * s
+            if left is not None:
+                w[here][~left[here]] = 0
     return stored.finite("what its weights decode to", w)
 
 
@@ -274,7 +318,7 @@ def scales_of(entry: Entry, stored: Stored) -> Scales:
 def matrix(entry: Entry, stored: Stored) -> Floats:
     """Dequantize one module's tensors to the matrix [N, K], outlier channels included."""
     N, K = stored.shape()
-    w = _weights(stored, entry.scheme, N, K)
+    w = _weights(stored, entry, N, K)
     if entry.outliers:
         columns, found = stored.columns(K), stored.tensor("outlier_weight").dtype
         dtype = found if found in FLOATS.values() else torch.float32

@@ -217,15 +217,7 @@ def config_of(
         message = f"architecture {name!r} is not read here"
         raise CheckpointError(message, where=where, remedy=remedy)
     values = {a: _plain(keys[f"{row.name}.{key}"]) for a, key in row.keys if f"{row.name}.{key}" in keys}
-    needed = {"block_count", "embedding_length", "attention.head_count"}
-    missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
-    if missing or "token_embd.weight" not in tensors:
-        what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
-        raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
-    depth = values[next(a for a, key in row.keys if key == "block_count")]
-    if not isinstance(depth, int) or not 0 < depth <= len(tensors):
-        message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
-        raise CheckpointError(message, where=where, remedy="get a good copy")
+    _check_depth(row, values, keys, tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
@@ -239,6 +231,33 @@ def config_of(
         return AutoConfig.for_model(row.kind, **_implied(row, values, keys, factors or {}, where) | values)
     except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
+
+
+def _check_depth(
+    row: Architecture, values: Keys, keys: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """CheckpointError for a file without its most important keys, or with more blocks than tensors.
+
+    Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
+    """
+    needed = {"block_count", "embedding_length", "attention.head_count"}
+    missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
+    if missing or "token_embd.weight" not in tensors:
+        what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
+        raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
+    attribute = next(a for a, key in row.keys if key == "block_count")
+    depth = values[attribute]
+    if isinstance(depth, int):
+        depth = values[attribute] = depth - further_blocks(keys)
+    if not isinstance(depth, int) or not 0 < depth <= len(tensors):
+        message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
+        raise CheckpointError(message, where=where, remedy="get a good copy")
+
+
+def further_blocks(keys: Mapping[str, Any]) -> int:
+    """The number of a file's last blocks that are for multi-token prediction (GLM-4.5), which no other prediction needs."""
+    found = keys.get(f"{keys.get('general.architecture')}.nextn_predict_layers", 0)
+    return found if isinstance(found, int) else 0
 
 
 def _row_of(keys: Mapping[str, Any], tensors: Container[str], where: str) -> Architecture | None:

@@ -81,17 +81,18 @@ def autoround(
     seed: int = Options.seed,
     drift: Tensor | None = None,
     residual: Tensor | None = None,
+    pruned: Tensor | None = None,
     fast: bool = False,
 ) -> Outcome:
     """The start of AutoRound: GPTAQ's result for one matrix. `tune` goes on from there, block by block.
 
-    w, gram, drift, residual, fast: as for `gptaq`; the other options: see `Options`. Raises RecipeError for a codebook.
+    w, gram, drift, residual, pruned, fast: as for `gptaq`; the other options: see `Options`. Raises RecipeError for a codebook.
     """
     Options(iterations, windows, lr, scale_lr, seed)
     if scheme.levels.levels is not None:
         remedy = "give int2 to int8, or --method gptaq"
         raise RecipeError(f"autoround tunes integer codes, not {scheme.grid}", remedy=remedy)
-    return gptaq(w, gram, scheme, drift=drift, residual=residual, fast=fast)
+    return gptaq(w, gram, scheme, drift=drift, residual=residual, pruned=pruned, fast=fast)
 
 
 def tune(
@@ -101,6 +102,7 @@ def tune(
     weights: dict[str, Tensor],
     start: dict[str, QTensor],
     how: Options,
+    pruned: dict[str, Tensor] | None = None,
 ) -> dict[str, QTensor]:
     """Tune codes and scales of a block's matrices; the start where the end is no better.
 
@@ -108,6 +110,7 @@ def tune(
     inputs, targets  [S, T, H]: inputs of the quantized block; outputs of the float block on the float model's activations.
                      Decoded weights are of their float type
     weights, start   the float matrices [N, K] by name; what they were quantized to
+    pruned           masks [N, K] by name: where weights stay 0, as they are in `weights` and `start`
     """
     if how.iterations == 0:
         return start
@@ -119,7 +122,9 @@ def tune(
         error = (missed.float() / sizes[some]).square().mean()
         gradients = torch.autograd.grad(error, [k.decoded for k in variables.values()])
         left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # bias correction, as in Adam
-        for k, gradient in zip(variables.values(), gradients, strict=True):
+        for (name, k), gradient in zip(variables.items(), gradients, strict=True):
+            if pruned and name in pruned:
+                gradient = gradient.masked_fill(pruned[name], 0.0)
             move(k, gradient, rate=left * (how.lr or WALK / how.iterations**0.5), scale_rate=left * how.scale_lr)
     end = {name: result(variables[name], q) for name, q in start.items()}
     before, after = (_error(forward, inputs, targets, q, how.windows) for q in (start, end))

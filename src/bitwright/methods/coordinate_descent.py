@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import rounding
-from bitwright.numerics.codec import decode, round_to, safe, same_sign, snap, values
+from bitwright.methods.keeping_zeros import with_zeros
+from bitwright.numerics.codec import decode, per_column, round_to, safe, same_sign, snap, values
 from bitwright.numerics.matmul import add_product
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import TENSOR
@@ -24,22 +25,31 @@ SOLVABLE = ("f32", "f16", "bf16")  # encodings where a group's scale is stored b
 
 
 def coordinate_descent(
-    w: Tensor, gram: Tensor, q: QTensor, *, sweeps: int = 1, block: int = 128, ridge: float = 0.0, fast: bool = False
+    w: Tensor,
+    gram: Tensor,
+    q: QTensor,
+    *,
+    sweeps: int = 1,
+    block: int = 128,
+    ridge: float = 0.0,
+    gone: Tensor | None = None,
+    fast: bool = False,
 ) -> QTensor:
     """Improve the codes of q, a quantization of w [N, K], under H = gram + ridge·I; and scales, if groups store their own.
 
     sweeps  passes over all columns; 0 returns q
     block   columns whose changes reach the others in one product
     ridge   like GPTQ's damping, keeps few calibration tokens from being overfitted
+    gone    [N, K], True where the weight is pruned, which q decodes to 0: it stays so, and scales stay as they are
     fast    large products in bfloat16 (see numerics/matmul.py): a step may then raise the loss by their rounding errors
     """
     if sweeps <= 0:
         return q
     K = w.shape[1]
     step = q.scheme.group_length(K)
-    solve = isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
+    solve = gone is None and isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
-    state = _State(w, q)
+    state = _State(w, q, gone)
     sweep = _Sweep(state, gram, ridge, solve=solve, span=span, fast=fast)
     for _ in range(sweeps):
         sweep.run()
@@ -82,14 +92,17 @@ class _Sweep:
 class _State:
     """Codes, decoded weights and scales in the transposed layout [K, N] that a sweep updates in place."""
 
-    def __init__(self, w: Tensor, q: QTensor) -> None:
+    def __init__(self, w: Tensor, q: QTensor, gone: Tensor | None) -> None:
         N, K = w.shape
-        self.q, self.scheme, self.g = q, q.scheme, q.scheme.group_length(K)
+        self.q, self.scheme, self.g, self.gone = q, q.scheme, q.scheme.group_length(K), gone
         G = q.scheme.groups(K)
         self.wt, self.decoded = w.T.contiguous(), _transposed(decode(replace(q, shape=(N, K))))
         self.codes = _transposed(q.codes)
         self.scale = _transposed(q.scales.scale.expand(N, G))
         self.zero = None if q.scales.zero is None else q.scales.zero.expand(N, G).T.contiguous()
+        if gone is not None:  # a scale for each weight: 0 where it is pruned, so that every code stands for 0 there
+            self.g, self.scale = 1, _by_column(q.scales.scale, q).masked_fill_(gone.T, 0.0)
+            self.zero = None if q.scales.zero is None else _by_column(q.scales.zero, q)
 
     def improve(self, here: slice, pull: Tensor, H: Tensor, curvature: Tensor, ridge: float, *, solve: bool) -> None:
         """Improve the columns `here`, group by group, the scale first; pull [n, N] and H [n, n] are those of these columns."""
@@ -167,8 +180,16 @@ class _State:
     def result(self) -> QTensor:
         """The quantized weight as it is now."""
         s = self.q.scales
+        if self.gone is not None:
+            return replace(self.q, codes=with_zeros(self.codes.T.contiguous(), self.gone, s, self.scheme))
         scale = s.scale if self.scheme.group == TENSOR else self.scale.T.contiguous()
         return replace(self.q, codes=self.codes.T.contiguous(), scales=Scales(scale, s.zero, s.outer, s.outer_zero))
+
+
+def _by_column(table: Tensor, q: QTensor) -> Tensor:
+    """Scales (or zeros) [N, G] of q, one for each weight: [K, N]."""
+    N, K = q.codes.shape
+    return _transposed(per_column(table, q.scheme, K).expand(N, K))
 
 
 def _transposed(t: Tensor) -> Tensor:

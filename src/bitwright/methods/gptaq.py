@@ -31,6 +31,7 @@ def gptaq(
     damping: float = 0.01,
     correction_damping: float = 1.0,
     sweeps: int | None = None,
+    pruned: Tensor | None = None,
     fast: bool = False,
 ) -> Outcome:
     """Round w [N, K] so that its outputs on X come near to the float model's on X₀.
@@ -39,10 +40,10 @@ def gptaq(
     drift               [K, K] = (X₀ − X)ᵀX / T; None: X = X₀, and this is `gptq`
     residual            [N, K] = (R₀ − R)ᵀX / T; None: R = R₀, or the output is added to no residual stream
     correction_damping  λ, as a share of the Gram's mean diagonal
-    damping, sweeps, fast  as for `gptq`
+    damping, sweeps, pruned, fast  as for `gptq`
     """
     target = w if drift is None or gram is None else corrected(w, gram, drift, correction_damping, residual)
-    return gptq(target, gram, scheme, damping=damping, sweeps=sweeps, fast=fast)
+    return gptq(target, gram, scheme, damping=damping, sweeps=sweeps, pruned=pruned, fast=fast)
 
 
 def corrected(w: Tensor, gram: Tensor, drift: Tensor, damping: float, residual: Tensor | None = None) -> Tensor:

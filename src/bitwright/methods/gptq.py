@@ -12,7 +12,9 @@ Beyond the paper:
 - a unit's scales are searched when its turn comes, on weights that already carry earlier errors, with the importance
   Uₖₖ² that a rounding error has there; each row is also rounded with scales fixed beforehand, and keeps the better;
 - input channels that are never active get w = 0; damping grows until the factor exists; else `search` takes over, on record;
-- coordinate descent then improves codes and scales: see coordinate_descent.py.
+- coordinate descent then improves codes and scales: see coordinate_descent.py;
+- pruned weights stay 0: their columns are rounded under a scale of 0, and what that misses is made up for like any error
+  (the joint pass of SparseGPT, Frantar & Alistarh 2023, arXiv:2301.00774, section 3.5).
 
 The loop works on wᵀ, so that each column of w is contiguous.
 """
@@ -26,6 +28,7 @@ from torch import Tensor
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.coordinate_descent import coordinate_descent
+from bitwright.methods.keeping_zeros import mask_of, with_zeros
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
 from bitwright.numerics.codec import code_dtype, fit, round_to
@@ -50,6 +53,7 @@ def gptq(
     block: int = 128,
     sweeps: int | None = None,
     compensated_scales: bool = True,
+    pruned: Tensor | None = None,
     fast: bool = False,
 ) -> Outcome:
     """Round w with error feedback (Frantar et al. 2022, algorithm 1).
@@ -60,34 +64,34 @@ def gptq(
     block               columns rounded before their errors reach the others, in one product (lazy batches)
     sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
     compensated_scales  try scales searched on compensated weights beside those fixed beforehand
+    pruned              bool, of w's shape: True where the weight is to be exactly zero; the others make up for it
     fast                large products in bfloat16: see numerics/matmul.py
-    Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite.
+    Raises RecipeError without a Gram or for options that mean nothing, NumericsError if the Gram is not finite, SchemeError
+    if weights are pruned and the scheme has no code for zero.
     """
-    if gram is None:
-        raise RecipeError("gptq needs calibration", remedy="give --calib general, or --method search")
-    if not torch.isfinite(gram).all():
-        remedy = "activations overflow: give other calibration text, or --method search"
-        raise NumericsError("the Gram matrix of the inputs is not finite", remedy=remedy)
+    gram = _usable(gram)
     _check_options(damping, block, scheme.unit)
     sweeps = (2 if scheme.levels.bits < 4 else 1) if sweeps is None else sweeps
     matrix = w.reshape(w.shape[0], -1).float()
     dead = gram.diagonal() == 0
     if dead.any():
         matrix = matrix.masked_fill(dead, 0.0)
-    factor = factorize(gram, scheme, damping)
+    gone = None if pruned is None else mask_of(pruned, w, scheme)
+    factor = factorize(gram, column_order(gram.diagonal(), scheme.unit, scheme.levels.run), damping)
     if factor is None:
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
-        return Outcome(reshaped(search(matrix, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
+        left = matrix if gone is None else matrix.masked_fill(gone, 0.0)
+        return Outcome(reshaped(search(left, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
     how = LoopOptions(block, fast)
-    how = replace(how, way=_best_way(matrix, factor, scheme, how) if compensated_scales else "fixed")
+    how = replace(how, way=_best_way(matrix, gone, factor, scheme, how) if compensated_scales else "fixed")
     ridge = RIDGE * factor.damping * float(gram.diagonal().mean())
-    parts = []
-    for part in matrix.split(max(1, AT_ONCE // matrix.shape[1])) if scheme.rowwise else [matrix]:
-        q, _ = _round(part, factor, scheme, how)
-        if scheme.levels.run > 1:
-            parts.append(q)  # coordinate descent moves one code at a time
-            continue
-        parts.append(coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, fast=fast))
+    parts, some = [], max(1, AT_ONCE // matrix.shape[1]) if scheme.rowwise else len(matrix)
+    for at in range(0, len(matrix), some):
+        part, mask = matrix[at : at + some], None if gone is None else gone[at : at + some]
+        q, _ = _round(part, mask, factor, scheme, how)
+        if scheme.levels.run == 1:  # coordinate descent moves one code at a time
+            q = coordinate_descent(part, gram, q, sweeps=sweeps, block=block, ridge=ridge, gone=mask, fast=fast)
+        parts.append(q)
     return Outcome(reshaped(stacked(parts), tuple(w.shape)), factor.damping)
 
 
@@ -141,10 +145,9 @@ def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
     return torch.cat([inside[units].flatten(), tail])
 
 
-def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
-    """U by one Cholesky factorization of H in reversed order; None if H is not positive definite at any damping."""
+def factorize(gram: Tensor, order: Tensor, damping: float) -> Factor | None:
+    """U for columns in this order [K], by one Cholesky factorization of H in reversed order; None if no damping suffices."""
     diagonal = gram.diagonal()
-    order = column_order(diagonal, scheme.unit, scheme.levels.run)
     backwards = order.flip(0)
     mean = float(diagonal.mean())
     for times in DAMPINGS:
@@ -159,6 +162,16 @@ def factorize(gram: Tensor, scheme: Scheme, damping: float) -> Factor | None:
     return None
 
 
+def _usable(gram: Tensor | None) -> Tensor:
+    """The Gram; RecipeError or NumericsError as of `gptq`."""
+    if gram is None:
+        raise RecipeError("gptq needs calibration", remedy="give --calib general, or --method search")
+    if not torch.isfinite(gram).all():
+        remedy = "activations overflow: give other calibration text, or --method search"
+        raise NumericsError("the Gram matrix of the inputs is not finite", remedy=remedy)
+    return gram
+
+
 def _check_options(damping: float, block: int, unit: int | None) -> None:
     if not damping > 0 or block < 1:
         remedy = "options = { damping = 0.01, block = 128 }"
@@ -168,29 +181,38 @@ def _check_options(damping: float, block: int, unit: int | None) -> None:
         raise RecipeError(message, remedy=f"options = {{ block = {unit} }}")
 
 
-def _best_way(w: Tensor, factor: Factor, scheme: Scheme, how: LoopOptions) -> Literal["fixed", "refit", "both"]:
+def _best_way(
+    w: Tensor, gone: Tensor | None, factor: Factor, scheme: Scheme, how: LoopOptions
+) -> Literal["fixed", "refit", "both"]:
     """ "both" for a small matrix; for a large one the better of "fixed" and "refit" on a sample of its rows."""
     N, K = w.shape
     if scheme.unit is None or scheme.unit >= K:
         return "fixed"
     if N <= 4 * TRIAL_ROWS and scheme.levels.run == 1:
         return "both"
-    fixed, refitted = _round(w[:: max(1, N // TRIAL_ROWS)], factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
+    step = max(1, N // TRIAL_ROWS)
+    mask = None if gone is None else gone[::step]
+    fixed, refitted = _round(w[::step], mask, factor, scheme, replace(how, way="both"))[1].sum(1).tolist()
     return "refit" if refitted < fixed else "fixed"
 
 
-def _round(w: Tensor, factor: Factor, scheme: Scheme, how: LoopOptions) -> tuple[QTensor, Tensor]:
-    """Round the rows of w. Also their losses: [N]; or, both ways, [2, N] under fixed and under refitted scales."""
+def _round(w: Tensor, gone: Tensor | None, factor: Factor, scheme: Scheme, how: LoopOptions) -> tuple[QTensor, Tensor]:
+    """Round the rows of w but those weights that are pruned, where the mask `gone` [N, K] is true.
+
+    Also the rows' losses: [N]; or, both ways, [2, N] under fixed and under refitted scales.
+    """
     N, K = w.shape
     importance = torch.empty(K, device=w.device)
     importance[factor.order] = factor.pivots.square()
+    left = w if gone is None else w.masked_fill(gone, 0.0)  # a weight of 0 asks nothing of the scales
     if how.way == "refit":
-        return _round_columns(w, factor, scheme, fit(w, scheme), importance, how, refit_from=0)
-    scales = best_scales(w, scheme, importance)
+        return _round_columns(w, factor, scheme, fit(left, scheme), importance, how, refit_from=0, gone=gone)
+    scales = best_scales(left, scheme, importance)
     if how.way == "fixed":
-        return _round_columns(w, factor, scheme, scales, importance, how, refit_from=N)
+        return _round_columns(w, factor, scheme, scales, importance, how, refit_from=N, gone=gone)
     twice = map_rows(lambda t: torch.cat([t, t]), scheme, scales)
-    q, lost = _round_columns(torch.cat([w, w]), factor, scheme, twice, importance, how, refit_from=N)
+    w, gone = torch.cat([w, w]), None if gone is None else torch.cat([gone, gone])
+    q, lost = _round_columns(w, factor, scheme, twice, importance, how, refit_from=N, gone=gone)
     lost = lost.view(2, N)
     return pick_rows(lost[1] < lost[0], rows(q, N, 2 * N), rows(q, 0, N)), lost
 
@@ -203,19 +225,27 @@ def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
 
 
 def _round_columns(
-    w: Tensor, factor: Factor, scheme: Scheme, scales: Scales, importance: Tensor, how: LoopOptions, *, refit_from: int
+    w: Tensor,
+    factor: Factor,
+    scheme: Scheme,
+    scales: Scales,
+    importance: Tensor,
+    how: LoopOptions,
+    *,
+    refit_from: int,
+    gone: Tensor | None = None,
 ) -> tuple[QTensor, Tensor]:
     """The column loop: round each column, propagate its error to the later ones. Also each row's loss [N].
 
     From row `refit_from` on, scales are searched anew at the first column of each unit.
     """
-    round_columns = _ColumnLoop(w, factor, scheme, scales, importance, how, refit_from)
-    round_columns.columns(0, w.shape[1])
-    codes = torch.empty_like(round_columns.codes)
-    codes[factor.order] = round_columns.codes
-    return QTensor(
-        codes.T.contiguous(), round_columns.tables.scales(), scheme, (w.shape[0], w.shape[1])
-    ), round_columns.lost
+    loop = _ColumnLoop(w, gone, factor, scheme, scales, importance, how, refit_from)
+    loop.columns(0, w.shape[1])
+    codes, found = torch.empty_like(loop.codes), loop.tables.scales()
+    codes[factor.order] = loop.codes
+    codes = codes.T.contiguous()
+    codes = codes if gone is None else with_zeros(codes, gone, found, scheme)
+    return QTensor(codes, found, scheme, (w.shape[0], w.shape[1])), loop.lost
 
 
 class _ColumnLoop:
@@ -224,6 +254,7 @@ class _ColumnLoop:
     def __init__(
         self,
         w: Tensor,
+        gone: Tensor | None,
         factor: Factor,
         scheme: Scheme,
         scales: Scales,
@@ -232,6 +263,7 @@ class _ColumnLoop:
         refit_from: int,
     ) -> None:
         N, K = w.shape
+        self.gone = None if gone is None else gone.T[factor.order]
         self.factor, self.importance, self.how = factor, importance, how
         self.original = w.T[factor.order]
         self.target = self.original.clone()  # the columns plus the errors propagated so far
@@ -265,10 +297,11 @@ class _ColumnLoop:
             stop = min(start + self.unit, end)
             own = slice(start, stop)
             if start % self.unit == 0 and self.refit_from < self.target.shape[1]:
-                self.tables.refit(self.target, self.factor.order, start, self.unit, self.importance, self.refit_from)
-            near = self.factor.propagation[own, own]
+                left = self.target if self.gone is None else self.target.masked_fill(self.gone, 0.0)
+                self.tables.refit(left, self.factor.order, start, self.unit, self.importance, self.refit_from)
+            near, gone = self.factor.propagation[own, own], None if self.gone is None else self.gone[own]
             codes, errors = self.tables.round_columns(
-                self.target[own], self.original[own], near, self.groups[own], self.factor.pivots[own]
+                self.target[own], self.original[own], near, self.groups[own], self.factor.pivots[own], gone
             )
             self.codes[own], self.errors[own] = codes, errors
             add_product(self.target[stop:end], self.factor.propagation[own, stop:end].T, errors)
@@ -289,17 +322,30 @@ class _Tables:
         self.outer_zero = None if scales.outer_zero is None else scales.outer_zero.clone()
 
     def round_columns(
-        self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, pivots: Tensor
+        self,
+        target: Tensor,
+        true: Tensor,
+        propagation: Tensor,
+        groups: Tensor,
+        pivots: Tensor,
+        gone: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Round n columns in turn: codes [n, N], errors [n, N]; target [n, N] takes on the errors of earlier ones."""
+        """Round n columns in turn: codes [n, N], errors [n, N]; target [n, N] takes on the errors of earlier ones.
+
+        gone [n, N]: where weights are pruned. There every code stands for 0, since its scale is 0.
+        """
         if self.scheme.levels.run > 1:
             return self._round_runs(target, true, propagation, groups, pivots)
+        scale, zeros = self.scale, self.zero
+        if gone is not None:
+            scale, zeros = scale[groups].masked_fill_(gone, 0.0), None if zeros is None else zeros[groups]
+            groups = torch.arange(len(groups), device=groups.device)
         if rounding.handles(self.scheme, target):
-            return rounding.round_columns(target, true, propagation, self.scheme, groups, self.scale, self.zero)
+            return rounding.round_columns(target, true, propagation, self.scheme, groups, scale, zeros)
         codes, errors = [], torch.empty_like(target)
         for i, group in enumerate(groups.tolist()):
-            zero = None if self.zero is None else self.zero[group]
-            code, decoded = round_to(target[i], self.scale[group], zero, self.scheme)
+            zero = None if zeros is None else zeros[group]
+            code, decoded = round_to(target[i], scale[group], zero, self.scheme)
             codes.append(code.to(code_dtype(self.scheme)))
             torch.sub(true[i], decoded, out=errors[i])
             target[i + 1 :].addr_(propagation[i, i + 1 :], errors[i])

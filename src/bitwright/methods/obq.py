@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.errors import NumericsError, RecipeError, SchemeError
+from bitwright.errors import NumericsError, RecipeError
 from bitwright.methods.gptq import column_order
+from bitwright.methods.keeping_zeros import mask_of
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales
 from bitwright.numerics.codec import code_dtype, per_column, round_to
@@ -58,7 +59,7 @@ def obq(
     inverse = inverse_hessian(gram, damping)
     gone = torch.zeros_like(matrix, dtype=torch.bool)
     if pruned is not None:
-        gone = _mask(pruned, w, scheme)
+        gone = mask_of(pruned, w, scheme)
         matrix = without(matrix, inverse, gone)
     scales = best_scales(matrix, scheme, 1 / inverse.diagonal())
     scale = per_column(scales.scale, scheme, K).expand(N, K)
@@ -70,27 +71,6 @@ def obq(
         parts.append(_rounded(matrix[rows], inverse, scheme, scale[rows], offset, fixed, gone[rows]))
     q = QTensor(torch.cat(parts), scales, scheme, (N, K))
     return Outcome(reshaped(q, tuple(w.shape)), damping)
-
-
-def holds_zero(scheme: Scheme) -> bool:
-    """Whether some code stands for exactly 0 under any scale: false with a float minimum, or on a grid without 0."""
-    levels = scheme.levels.levels
-    return scheme.zero != "min" and (levels is None or 0.0 in levels)
-
-
-def _mask(pruned: Tensor, w: Tensor, scheme: Scheme) -> Tensor:
-    """The mask as a matrix [N, K], checked: SchemeError or RecipeError as of `obq`."""
-    if not holds_zero(scheme):
-        raise SchemeError(
-            f"{scheme} has no code for zero",
-            remedy="give a sym or asym scheme of integers, nf4, fp4 or fp8, such as int4-g128",
-        )
-    if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool or pruned.shape != w.shape:
-        raise RecipeError(
-            f"pruned is not a mask of bool, {list(w.shape)}",
-            remedy="give the mask that a function of bitwright.sparsity returned",
-        )
-    return pruned.reshape(len(w), -1)
 
 
 def inverse_hessian(gram: Tensor, damping: float) -> Tensor:

@@ -1,6 +1,6 @@
 """GGUF files as a source of weights, under transformers' parameter names; with their config and tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import TensorInfo
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
-from bitwright.gguf.config_keys import config_of
+from bitwright.gguf.config_keys import config_of, further_blocks
 from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.tensor_names import Names, expert_of, first_row
@@ -61,11 +61,19 @@ def _matched(file: GgufFile) -> Matched:
                 message = f"tensor {name!r} has shape {found.shape}, the keys mean {meant}"
                 raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
             stored |= {} if found is None else {parameter: name}
-    unknown = [name for name in file.tensors if name not in stored.values() and name not in COMPUTED]
+    known = {*stored.values(), *COMPUTED}
+    unknown = [name for name in file.tensors if name not in known and not _is_further(name, file.keys, config)]
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
     return Matched(names, stored, {parameter: parameters[parameter] for parameter in stored})
+
+
+def _is_further(name: str, keys: Mapping[str, Any], config: PretrainedConfig) -> bool:
+    """Whether a tensor is of a block of multi-token prediction, behind the last block."""
+    parts = name.split(".")
+    behind = parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= config.num_hidden_layers
+    return behind and further_blocks(keys) > 0
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
@@ -119,18 +127,19 @@ class GgufWeightSource:
 
     def read(self, name: str) -> Tensor:
         """A parameter in float, in transformers' layout."""
-        stored, first, last = self._place(name)
-        shape = self.file.tensors[stored].shape
-        own = shape if expert_of(name) is None else shape[1:]
-        return self.names.read(name, self.file.read_rows(stored, first, last).view(own), self._shapes[name])
+        found = self.file.read_rows(*self._place(name)).view(self._stored_shape(name))
+        return self.names.read(name, found, self._shapes[name])
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in the file: of its tensor, or of one expert in it."""
+        shape = self.file.tensors[self.stored[name]].shape
+        return shape if expert_of(name) is None else shape[1:]
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The tensor that holds a parameter, and its rows there, [first, last): of an expert, a part of them."""
-        stored = self.stored[name]
-        shape = self.file.tensors[stored].shape
-        own = shape if expert_of(name) is None else shape[1:]
+        own = self._stored_shape(name)
         first = first_row(name, own)
-        return stored, first, first + prod(own[:-1])
+        return self.stored[name], first, first + prod(own[:-1])
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """An embedding for lookups: the tensor to keep in memory (perhaps blocks), and a function that dequantizes rows."""
@@ -185,8 +194,15 @@ class FloatGgufCheckpoint:
     """A GGUF file with the interface of `Checkpoint`; tensors under transformers' names, quantized ones dequantized as read."""
 
     def __init__(self, path: Path, decoded_as: torch.dtype | None = None) -> None:
-        """decoded_as: the dtype that quantized tensors count as; None: CheckpointError for a file that is quantized already."""
+        """decoded_as: the dtype that quantized tensors count as; None: CheckpointError for a file that is quantized already.
+
+        CheckpointError for a file with blocks of multi-token prediction, too.
+        """
         self.weight_source, self.folder, self.decoded_as = GgufWeightSource(path), path, decoded_as
+        if further_blocks(self.weight_source.file.keys):
+            remedy = "--calib none or an importance matrix, and --method search, which keep them; or the checkpoint's directory"
+            message = "it has blocks of multi-token prediction, which a calibrated run would lose"
+            raise CheckpointError(message, where=str(path), remedy=remedy)
         self.tensors = {name: self._info(name, stored) for name, stored in self.weight_source.stored.items()}
 
     def _info(self, name: str, stored: str) -> TensorInfo:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError, InputError
 from bitwright.gguf.input_rounding import ENGINE, EightBits, cached, inputs_of
+from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvCache, check_unrounded
@@ -33,9 +34,11 @@ class StreamedModel:
         engine: str | None = None,
         kv: KeyValueCodes | None = None,
         device: torch.device = CPU,
+        adapter: Path | None = None,
     ) -> None:
         """Reads headers only. dtype, device: of the computation. engine: whose quantization of inputs to simulate; None: that
         of the checkpoint's own config. kv: keys and values rounded to it; None: as the checkpoint's own config says.
+        adapter: of LoRA, added to the model's weights, quantized or not, as they are read.
 
         CheckpointError for a directory that is no checkpoint, or whose weights do not fit its config; InputError for an engine
         that is unknown, cannot run this file, or rounds keys and values itself where kv is given.
@@ -54,6 +57,9 @@ class StreamedModel:
             else _input_quantization_of(engine, self.weight_source)
         )
         self.names = names_in(self.weight_source, self.skeleton)
+        self.adapter = None if adapter is None else Adapter(adapter)
+        if self.adapter is not None:
+            self.adapter.check(self.skeleton)
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,7 +80,7 @@ class StreamedModel:
                 raise CheckpointError(
                     f"tensor {source!r} decodes to shape {tuple(tensor.shape)}", where=str(self.folder)
                 )
-            tensors[name] = tensor
+            tensors[name] = tensor if self.adapter is None else self.adapter.applied(self.skeleton, name, tensor)
         self.skeleton.load(tensors)
 
     def _converted(self, parameters: set[str]) -> dict[str, Tensor]:

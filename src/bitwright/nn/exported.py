@@ -1,8 +1,8 @@
 """Trace a converted module with torch.export, for modules that torch.fx cannot trace.
 
-The result is a graph of ATen operators in which quantized layers are still single operations. Such a layer is traced as usual,
-The result is a graph of ATen operators in which quantized layers are still single operations. A layer is traced as usual,
-layer, and what was traced inside it is removed.
+The result is a graph of ATen operators in which quantized layers are still single operations. Such a layer is traced too, and
+its results are passed through an operator that stands for it. In the finished graph this operator becomes a call of the layer,
+and what was traced inside the layer is removed.
 """
 
 import operator
@@ -18,7 +18,7 @@ from bitwright.errors import FormatError
 from bitwright.nn.batches import tensors
 from bitwright.nn.tree import copied, named, no_fast_path
 
-# (Name of the layer, its arguments with numbers of tensors in place of tensors, the form of its results) of each call.
+# (Name of the layer, its arguments with `Numbered` in place of tensors, where its results are) of each call.
 Call = tuple[str, Any, Any]
 
 
@@ -58,9 +58,8 @@ class Calls:
             numbered = [Numbered(next(places)) if isinstance(x, Tensor) else x for x in given]
             kept = [x for x in results if isinstance(x, Tensor)]
             passed = iter(quantized_layer(inputs, kept, len(self.made)))
-            self.made.append(
-                (name, pytree.tree_unflatten(numbered, inside), _paths(pytree.tree_unflatten(results, form)))
-            )
+            paths = _paths(pytree.tree_unflatten(results, form))
+            self.made.append((name, pytree.tree_unflatten(numbered, inside), paths))
             return pytree.tree_unflatten([next(passed) if isinstance(x, Tensor) else x for x in results], form)
 
         layer.forward = recorded
@@ -147,8 +146,7 @@ def _call(graph: fx.GraphModule, node: fx.Node, module: nn.Module, call: Call) -
     name, arguments, paths = call
     inputs: Any = node.args[0]
     args, options = pytree.tree_map(lambda x: inputs[x.place] if isinstance(x, Numbered) else x, arguments)
-    graph.add_submodule("layers", nn.Module()) if "layers" not in dict(graph.named_children()) else None
-    path = f"layers.{name.replace('.', '_')}"
+    path = f"layers.{name}"
     graph.add_submodule(path, module.get_submodule(name))
     with graph.graph.inserting_before(node):
         new = graph.graph.call_module(path, args, options)

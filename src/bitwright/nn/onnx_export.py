@@ -39,14 +39,17 @@ def export_onnx(
     dynamic_axes: Mapping[str, Sequence[int]] | None = None,
     opset: int = 21,
 ) -> Path:
-    """Write a module of `convert` or `quantize_weights` as an ONNX file.
+    """Write a module of `convert`, `quantize_dynamic` or `quantize_weights` as an ONNX file.
 
     example_inputs  a batch of inputs
     activations     "uint8" for onnxruntime on x86, "int8" for TensorRT, with symmetric schemes
     dynamic_axes    input name -> dimensions of variable size; None: the first dimension of every input
     opset           17 to 21
 
-    Raises FormatError, with its name, for an operation that has no ONNX form here, such as dynamic layers.
+    A module that torch.fx cannot trace is traced by torch.export, with its quantized layers as single operations.
+
+    Raises FormatError, with its name, for an operation that has no ONNX form here, a module that neither can trace, or
+    a dimension of `dynamic_axes` whose size the module fixes.
     """
     try:
         import onnx
@@ -84,14 +87,14 @@ def _written(
     """
     first: FormatError | None = None
     try:
-        return _done(Writer(_traced(module, given), given, shift, opset)), free
+        return Writer(_traced(module, given), given, shift, opset).written(), free
     except FormatError as error:
         first = error
     except Exception:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         pass
     try:
         graph, found = exported(module, given, free, LAYERS)
-        writer = _done(Writer(graph, given, shift, opset))
+        writer = Writer(graph, given, shift, opset).written()
     except FormatError as error:
         raise first or error from error
     fixed = next((name for name in free if free[name] - found[name]), None)
@@ -115,11 +118,6 @@ def _traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     args = [named.pop(name) for name in order]
     graph.output(graph.call_module("layer", tuple(args), named))
     return fx.GraphModule(root, graph)
-
-
-def _done(writer: Writer) -> Writer:
-    writer.write()
-    return writer
 
 
 class Packed(Tracer):

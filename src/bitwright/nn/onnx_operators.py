@@ -249,6 +249,12 @@ def _conv(w: Writes, a: Arguments) -> str:
     )
 
 
+def _einsum(w: Writes, a: Arguments) -> str:
+    given = a["operands"]
+    given = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+    return w.op("Einsum", [w.value(x) for x in given], equation=a["equation"])
+
+
 def _attention(w: Writes, a: Arguments) -> str:
     """scaled_dot_product_attention: softmax(q kᵀ · scale + mask) v."""
     q, k, v = (w.value(a[name]) for name in ("query", "key", "value"))
@@ -312,6 +318,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     "layer_norm": (NORM, _layer_norm),
     "batch_norm": (("input", "running_mean", "running_var", "weight", "bias", "_training", "_momentum", "eps"), _batch_norm),
     "group_norm": (("input", "num_groups", "weight", "bias", "eps", "_cudnn_enabled"), _group_norm),
+    "einsum": (("equation", "*operands"), _einsum),
     "linear": (("input", "weight", "bias"), _linear), "prelu": (("input", "weight"), _prelu),
     **{f"conv{n}d": (CONV, _conv) for n in (1, 2, 3)},
     "scaled_dot_product_attention": (
@@ -335,6 +342,7 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
                     ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"))),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
                     ("adaptive_avg_pool2d", ("output_size",))),
+    nn.PixelShuffle: ("pixel_shuffle", ("upscale_factor",)),
     nn.AdaptiveMaxPool2d: ("adaptive_max_pool2d", ("output_size",)),
     nn.LayerNorm: ("layer_norm", ("normalized_shape", "weight", "bias", "eps")),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),

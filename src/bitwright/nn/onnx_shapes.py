@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import fx
 
 from bitwright.nn.onnx_writes import Arguments, Write, Writes, X, integers, no_form
 
@@ -64,16 +65,22 @@ def _unsqueeze(w: Writes, a: Arguments) -> str:
     return w.op("Unsqueeze", [w.value(a["input"]), w.constant(integers(a["dim"]))])
 
 
+def _listed(w: Writes, tensors: Any) -> list[str]:
+    """The names of a list of tensors, or of the parts of a split. Empty vectors (an empty cache) are left out, as by torch."""
+    if isinstance(tensors, fx.Node):
+        return [str(name) for name in w.parts(tensors) or ()]
+    return [w.value(x) for x in tensors if w.shape(x) != (0,)] or [w.value(tensors[0])]
+
+
 def _concat(w: Writes, a: Arguments) -> str:
-    """torch.cat, which skips empty vectors, as an empty cache has."""
-    parts = [x for x in a["tensors"] if w.shape(x) != (0,)] or a["tensors"][:1]
-    return w.op("Concat", [w.value(x) for x in parts], axis=int(a.get("dim", 0)) if w.shape(parts[0]) != (0,) else 0)
+    names = _listed(w, a["tensors"])
+    return names[0] if len(names) == 1 else w.op("Concat", names, axis=int(a.get("dim", 0)))
 
 
 def _stack(w: Writes, a: Arguments) -> str:
     dim = int(a.get("dim", 0))
     axis = w.constant(integers(dim))
-    return w.op("Concat", [w.op("Unsqueeze", [w.value(x), axis]) for x in a["tensors"]], axis=dim)
+    return w.op("Concat", [w.op("Unsqueeze", [x, axis]) for x in _listed(w, a["tensors"])], axis=dim)
 
 
 def _expand(w: Writes, a: Arguments) -> str:
@@ -255,6 +262,11 @@ def _planes(w: Writes, a: Arguments) -> str:
     return w.op("Squeeze", [y, ends[0]]) if rank == 4 else y
 
 
+def _shuffled(w: Writes, a: Arguments) -> str:
+    """Pixel shuffle: channels as blocks of pixels."""
+    return w.op("DepthToSpace", [w.value(a["input"])], blocksize=int(a["upscale_factor"]), mode="CRD")
+
+
 SHAPE, SIDES = ("input", "*shape"), ("input", "*dims")
 # Function or method name -> (names of its parameters in order, writer).
 SHAPES: dict[str, tuple[tuple[str, ...], Write]] = {
@@ -266,6 +278,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], Write]] = {
     **dict.fromkeys(("cat", "concat"), (("tensors", "dim"), _concat)), "stack": (("tensors", "dim"), _stack),
     "expand": (SHAPE, _expand), "repeat": (("input", "*times"), _repeat), "getitem": (("input", "index"), _item),
     "slice": (("input", "dim", "start", "end", "step"), _slice), "narrow": (("input", "dim", "start", "length"), _narrow),
+    "pixel_shuffle": (("input", "upscale_factor"), _shuffled),
     "select": (("input", "dim", "index"), _select), "roll": (("input", "shifts", "dims"), _roll),
     **dict.fromkeys(("pad", "constant_pad_nd"), (("input", "pad", "mode", "value"), _pad)),
     "interpolate": (

@@ -1,7 +1,7 @@
 """Build the ONNX nodes and initializers of a traced graph, one operation after another."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +42,7 @@ class Writer:
         with torch.no_grad():
             self.seen.run(*cloned(tuple(args)))
 
-    def write(self) -> None:
+    def written(self) -> Self:
         """Write every operation, in the order of computation."""
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":
@@ -56,6 +56,7 @@ class Writer:
                 self.module(node, self.graph.get_submodule(str(node.target)))
             elif node.target is not require_same and tensors(self.seen.of.get(node)):
                 self.function(node)
+        return self
 
     def input(self, node: fx.Node, name: str) -> None:
         """Write an input of the graph, under the name of the argument."""

@@ -30,8 +30,9 @@ def prune(
 ) -> nn.Module:
     """Set weights of Linear layers and convolutions to 0.
 
-    batches   calibration inputs, needed by "wanda" and "obs"
+    batches   calibration inputs, needed by all methods but "magnitude"
     method    "magnitude": the smallest weights; "wanda": the smallest |weight| · ‖input‖ (Sun et al. 2023, arXiv:2306.11695);
+              "sparsegpt": column by column, compensated by the columns to come (Frantar and Alistarh 2023, arXiv:2301.00774);
               "obs": those that add least error, compensated by the others (Frantar and Alistarh 2022, arXiv:2208.11580; up to
               1024 inputs)
     sparsity  the fraction that is set to 0, such as 0.5, or a pattern n:m of which n stay, such as "2:4"

@@ -243,6 +243,12 @@ class Scheme:
         return float(max(abs(level) for level in grid.levels or (grid.lo, grid.hi)))
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether some code stands for exactly 0 under any scale: false with a float minimum, or on a grid without 0."""
+        levels = self.levels.levels
+        return self.zero != "min" and (levels is None or 0.0 in levels)
+
+    @property
     def rowwise(self) -> bool:
         """Whether each output row is quantized independently of all others, so that matrices may be stacked."""
         return self.group != TENSOR and self.scale not in ("e4m3", "dq8")

@@ -52,9 +52,9 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
     The outer parameters are loaded meanwhile, since a run through them records how the blocks are called.
     """
     skeleton = plan.skeleton
-    sources = {t.parameter: t.made_of or t.source for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
-    base = [name for name in skeleton.outer_names(base_only=True) if name in sources]
-    weights = {name: read_finite(plan.checkpoint, sources[name]) for name in base}
+    outside = {t.parameter: t for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
+    base = [name for name in skeleton.outer_names(base_only=True) if name in outside]
+    weights = {name: _read(plan, outside[name]) for name in base}
     skeleton.load(weights if plan.rotation is None else plan.rotation.outer(weights))
     tuned = plan.recipe.windows_at_once
     steps = list(tokens.seen.split(tuned)) if tuned else []
@@ -183,7 +183,8 @@ def key_of(plan: Plan, tokens: Tensor) -> dict[str, Any]:
     """The key of a store: what statistics of the float model depend on."""
     tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
     return {
-        "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())],
+        "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())]
+        + ([] if plan.adapter is None else [plan.adapter.digest]),
         "text": [list(tokens.shape), digest(tokens.numpy().tobytes())],
         "tokenizer": digest(b"".join(tokenizer)),
         "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype), plan.skeleton.device.type],
@@ -200,7 +201,7 @@ def digest(content: bytes) -> str:
 def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
     """The parameters of shard `index` by name, on the plan's device, rotated if the plan says so."""
     members, device = plan.shard(index), plan.skeleton.device
-    found = each(lambda t: read_finite(plan.checkpoint, t.made_of or t.source), members)
+    found = each(lambda t: _read(plan, t), members)
     weights = {t.parameter: tensor.to(device) for t, tensor in zip(members, found, strict=True)}
     if plan.rotation is None:
         return weights
@@ -211,8 +212,14 @@ def read_block(plan: Plan, index: int) -> dict[str, Tensor]:
 
 def read_lent(plan: Plan, index: int) -> dict[str, Tensor]:
     """The parameters that block `index` shares with others, which stay in float, by name."""
-    sources = {t.parameter: t.source for t in plan.tensors}
-    return {name: read_finite(plan.checkpoint, sources[name]) for name in plan.skeleton.lent_names(index)}
+    tensors = {t.parameter: t for t in plan.tensors}
+    return {name: _read(plan, tensors[name]) for name in plan.skeleton.lent_names(index)}
+
+
+def _read(plan: Plan, t: PlannedTensor) -> Tensor:
+    """A parameter of the source, with what the plan's adapter adds to it."""
+    weight = read_finite(plan.checkpoint, t.made_of or t.source)
+    return weight if plan.adapter is None else plan.adapter.applied(plan.skeleton, t.parameter, weight)
 
 
 def read_finite(checkpoint: FloatCheckpoint, name: str) -> Tensor:

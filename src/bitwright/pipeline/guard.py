@@ -18,6 +18,7 @@ from bitwright.numerics.loss import energy, ratio
 from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, metric_of, quantize_matrix_by
 from bitwright.plan.planned_tensor import PlannedTensor
+from bitwright.sparsity import Pruned
 
 PLAINER: dict[str, tuple[str, ...]] = {
     "rtn": (),
@@ -39,17 +40,22 @@ class Judgement:
     best: str
 
 
-def judge(dtype: torch.dtype, t: PlannedTensor, w: Tensor, q: QTensor, inputs: Inputs) -> Judgement:
+def judge(
+    dtype: torch.dtype, t: PlannedTensor, w: Tensor, q: QTensor, inputs: Inputs, pruned: Pruned | None = None
+) -> Judgement:
     """Compare q, what the rule's method made of w [N, K], with plainer methods on a sample of the rows.
 
-    dtype: the type of large products. Without statistics of the inputs nothing is replaced.
+    dtype: the type of large products; pruned: the zeros that all of them keep. Without statistics of the inputs nothing is
+    replaced.
     """
     assert t.rule is not None
     method = t.rule.method
     step = max(1, len(w) // SAMPLED_ROWS)
     some, metric = w[::step].float(), metric_of(dtype, inputs)
     tried = {method: rows(q, 0, len(w), step)}
-    tried |= {name: quantize_matrix_by(name, dtype, t, some, inputs).outcome.q for name in PLAINER.get(method, BOTH)}
+    zeros = None if pruned is None else pruned.rows(0, len(w), step)
+    for name in PLAINER.get(method, BOTH):
+        tried[name] = quantize_matrix_by(name, dtype, t, some, inputs, zeros).outcome.q
     errors = {name: decode(one) - some for name, one in tried.items()}
     whole = _energy(some, metric)
     losses = {name: ratio(_energy(error, metric), whole) for name, error in errors.items()}

@@ -26,6 +26,8 @@ class Entry:
                   stand for all tokens of its layer
     outliers      how many of its input channels stay in float
     source        how the source has it quantized, which is decoded first; "": it is float there
+    sparsity      share of its weights that were pruned, and are zero; pruning: by what, such as "wanda:0.5". Losses are
+                  relative to the weights before, also those of RTN and of a search, which keep the same zeros
     """
 
     name: str
@@ -52,6 +54,8 @@ class Entry:
     arithmetic: str = ""
     borrowed: int = 0
     source: str = ""
+    sparsity: float = 0.0
+    pruning: str = ""
 
 
 @dataclass(frozen=True)

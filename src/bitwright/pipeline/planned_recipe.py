@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
 from bitwright.files.hub import local
@@ -19,7 +18,7 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.scores import STAND_IN, Scores, scored
 from bitwright.plan.allocation import Allocation, Option
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import Plan, preflight, shapes_digest
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
 from bitwright.plan.units import Unit, base_plan, units_of
@@ -50,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a plan gives one unit. share: of the predicted KL of all."""
+    """What a plan gives one unit, and the KL that it is predicted to add."""
 
     patterns: tuple[str, ...]
     scheme: str
@@ -123,7 +122,8 @@ def plan_recipe(
     spending = _Spending(model, settings, base, units, found.scores)
     text, plan, options = spending.met(target)
     given = tuple(Given(u.patterns, o.scheme, o.bytes, o.kl) for u, o in zip(units, options, strict=True))
-    notes = (*_notes(settings, tokens), *found.notes, *plan.notes)
+    said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
+    notes = (*plan.notes, *said, *found.notes, *_notes(settings))
     kl = sum(option.kl for option in options)
     return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
 
@@ -141,14 +141,15 @@ def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
         model, settings.format, method=settings.method, keep=settings.keep,
         samples=settings.samples, seqlen=settings.seqlen,
     )  # fmt: skip
+    _ = base.skeleton.head_name  # CheckpointError for an encoder: it predicts nothing that could differ
     return base, units_of(base, settings.schemes)
 
 
-def _notes(settings: Settings, tokens: Drawn) -> list[str]:
-    notes = list(tokens.notes)
-    if settings.method in ASYMMETRIC:
-        notes.append(f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give")
-    return notes
+def _notes(settings: Settings) -> list[str]:
+    """What is to be known of how matrices were scored."""
+    if settings.method not in ASYMMETRIC:
+        return []
+    return [f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give"]
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def _text(units: Sequence[Unit], options: Sequence[Option], settings: Settings, 
         if option.scheme != usual:
             rules += [(pattern, option.scheme) for pattern in unit.patterns]
     rules += [(pattern, "keep") for pattern in settings.keep]
-    head = [f'made_for = "{base.shapes_digest}"', *(["pure = true"] if base.format.one_file else [])]
+    head = [f'made_for = "{shapes_digest(base.skeleton)}"', *(["pure = true"] if base.format.one_file else [])]
     parts = ["\n".join(head)]
     for match, scheme in rules:
         method = [] if scheme == "keep" else [f'method = "{settings.method}"']

@@ -31,6 +31,8 @@ NEEDING_NO_MODEL = ("rtn", "search", "hqq")
 NOTE = "scores.json"  # of scores.py, which is not imported here: it knows models
 
 if TYPE_CHECKING:
+    import torch
+
     from bitwright.plan.preflight import Plan
 
 
@@ -45,6 +47,7 @@ def planned(
     activations: str | None,
     observer: str,
     kv_cache: str | None,
+    prune: str | None,
     recipe: Path | None,
     calib: str,
     samples: int,
@@ -52,6 +55,7 @@ def planned(
     store: Path | None,
     requantize: bool = False,
     types: TensorTypes = NO_TYPES,
+    adapter: Path | None = None,
     device: str = "cpu",
     size: str | None = None,
     bits: float | None = None,
@@ -60,7 +64,7 @@ def planned(
 ) -> "Plan | GgufPlan":
     """Plan a run from the arguments of `quantize`; a model on the hub is downloaded first. InputError of what would stop it.
 
-    size, bits: what the result may take; then the schemes are chosen for it: see `_for_target`.
+    adapter: of LoRA, added to the weights. size, bits: what the result may take; then `_for_target` chooses the schemes.
     """
     check_out(out)
     place = device_of(device)
@@ -69,28 +73,27 @@ def planned(
     if size is not None or bits is not None:
         _refuse({
             "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--store": store, "--requantize": requantize, "--device": place != CPU, **types.options,
+            "--prune": prune, "--store": store, "--requantize": requantize, "--device": place != CPU, **types.options,
         })  # fmt: skip
         format, _, method = chosen(out, format, None, method)
         text = _Calibration(calib, samples, seqlen, seed)
         return _for_target(model, out, Target.parse(size, bits), format, method, text, progress)
     format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
     rules = Recipe.of(
-        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure
-    )
+        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure,
+        prune=prune,
+    )  # fmt: skip
     rules = types.added_to(rules, method, format, one_file=FORMATS[format].one_file)
     rules = rules.without_text() if calib == "none" else rules
-    by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize) if is_gguf(model) else None
-    return by_name or _by_model(model, rules, format, samples, seqlen, place, requantize=requantize)
-
-
-def _by_model(
-    model: Path, rules: Recipe, format: str, samples: int, seqlen: int, place: torch.device, *, requantize: bool
-) -> "Plan":
-    """The plan of a checkpoint whose model is built and may be run."""
+    if adapter is None and is_gguf(model):
+        by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize)
+        if by_name is not None:
+            return by_name
     from bitwright.plan.preflight import preflight
 
-    return preflight(model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, device=place)
+    return preflight(
+        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter, device=place
+    )
 
 
 class _Calibration(NamedTuple):
@@ -144,7 +147,8 @@ def _scores_beside(out: Path) -> Path:
 def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
     """Whether a GGUF file becomes another one tensor by tensor, by rules without patterns on transformers' names."""
     modelless = all(
-        rule.method in NEEDING_NO_MODEL and not rule.transforms and not rule.needs_details for rule in rules.active
+        rule.method in NEEDING_NO_MODEL and not (rule.transforms or rule.needs_details or rule.prune)
+        for rule in rules.active
     )
     return (calib == "none" or is_imatrix(calib)) and format == "gguf" and modelless and not (recipe or rules.kv_cache)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.ranges import static_scales
-from bitwright.errors import BitwrightError, CalibrationError
+from bitwright.errors import BitwrightError, CalibrationError, VerificationError
 from bitwright.methods import BLOCKWISE, Outcome
 from bitwright.models.skeleton import matrix_of
 from bitwright.numerics.codec import decode
@@ -22,12 +22,13 @@ from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_matrix, quantize_matrix_by
 from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
 from bitwright.plan.preflight import Plan
+from bitwright.sparsity import Pruned
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized matrix with its plan and ledger entry; the Gram of its inputs, if the block will be tuned; and how the
-    engine quantizes its inputs.
+    """A quantized matrix with its plan and ledger entry; the Gram of its inputs, if the block will be tuned; how the engine
+    quantizes its inputs; and the mask [N, K] of its pruned weights, if there are any.
     """
 
     planned: PlannedTensor
@@ -35,6 +36,7 @@ class Rounded:
     entry: Entry
     gram: Tensor | None = None
     input_quantization: InputQuantization | None = None
+    gone: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,16 @@ def quantize_together(
     for t in members:
         assert t.layer is not None and t.rule is not None
         apart = () if t.layer.scheme.rowwise else (t.source,)
-        piles[(t.layer.scheme, t.layer.activations, t.rule.name, str(t.rule.describe()["options"]), *apart)].append(t)
+        piles[
+            (
+                t.layer.scheme,
+                t.layer.activations,
+                t.rule.name,
+                str(t.rule.describe()["options"]),
+                str(t.rule.prune),
+                *apart,
+            )
+        ].append(t)
     return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs, origin)]
 
 
@@ -78,39 +89,62 @@ def _quantize_pile(
     matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
-        fit = quantize_matrix(plan.skeleton.dtype, pile[0], w, inputs)
+        zeros = [_pruned(t, matrix, inputs) for t, matrix in zip(pile, matrices, strict=True)]
+        fit = quantize_matrix(plan.skeleton.dtype, pile[0], w, inputs, _stacked(zeros))
         input_quantization = _input_quantization(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter
         raise
     seconds = (time.monotonic() - begun) / w.numel()
     done, at = [], 0
-    for t, matrix in zip(pile, matrices, strict=True):
+    for t, matrix, pruned in zip(pile, matrices, zeros, strict=True):
         here = slice(at, at + len(matrix))
         at += len(matrix)
         q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
         t = _with_outliers(t, q)
         own = RoundedMatrix(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
-        taken, method, losses = _better(plan, t, matrix, inputs, own)
+        taken, method, losses = _better(plan, t, matrix, inputs, own, pruned)
+        _check_zeros(t, taken.outcome.q, pruned)
         loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
         spent = round(seconds * matrix.numel(), 4)
         entry = _entry(plan, t, taken.outcome, method, loss, inputs, spent, origin)
         assert t.rule is not None
         gram = inputs.gram if t.rule.method in BLOCKWISE else None
-        done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization))
+        gone = None if pruned is None else pruned.mask
+        done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization, gone))
     return done
 
 
+def _pruned(t: PlannedTensor, matrix: Tensor, inputs: Inputs) -> Pruned | None:
+    """The matrix pruned as its rule says; None: it is not."""
+    assert t.rule is not None
+    return None if t.rule.prune is None else t.rule.prune(matrix, inputs.gram)
+
+
+def _stacked(zeros: list[Pruned | None]) -> Pruned | None:
+    """Pruned matrices of one pile as one, or None."""
+    known = [pruned for pruned in zeros if pruned is not None]
+    return Pruned(torch.cat([p.weight for p in known]), torch.cat([p.mask for p in known])) if known else None
+
+
+def _check_zeros(t: PlannedTensor, q: QTensor, pruned: Pruned | None) -> None:
+    """VerificationError if a pruned weight is not zero any more."""
+    lost = 0 if pruned is None else int(decode(q)[pruned.mask].count_nonzero())
+    if lost:
+        remedy = "this is a defect of bitwright: please report it with the command"
+        raise VerificationError(f"{lost} pruned weights are not zero after rounding", where=t.source, remedy=remedy)
+
+
 def _better(
-    plan: Plan, t: PlannedTensor, matrix: Tensor, inputs: Inputs, fit: RoundedMatrix
+    plan: Plan, t: PlannedTensor, matrix: Tensor, inputs: Inputs, fit: RoundedMatrix, pruned: Pruned | None
 ) -> tuple[RoundedMatrix, str, dict[str, float]]:
     """The result of the rule's method, or of a plainer one that loses less (see guard.py); its name, and the losses of all."""
     assert t.rule is not None
     asked, dtype = t.rule.method, plan.skeleton.dtype
-    judged = judge(dtype, t, matrix, fit.outcome.q, inputs)
+    judged = judge(dtype, t, matrix, fit.outcome.q, inputs, pruned)
     if judged.best == asked:
         return fit, asked, judged.losses
-    better = quantize_matrix_by(judged.best, dtype, t, matrix, inputs)
+    better = quantize_matrix_by(judged.best, dtype, t, matrix, inputs, pruned)
     first, second = (f"{name} loses {judged.losses[name]:.3g}" for name in (asked, judged.best))
     why = f"{asked} -> {judged.best}: on the same statistics {first} of the output, {second}"
     return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
@@ -195,6 +229,8 @@ def _entry(
         arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if observed else "",
         borrowed=inputs.borrowed,
         source=t.stored_as,
+        sparsity=round(t.layer.pruned / (t.layer.N * t.layer.K), 4),
+        pruning=str(t.rule.prune or ""),
     )
 
 

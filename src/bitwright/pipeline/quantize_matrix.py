@@ -14,6 +14,7 @@ from bitwright.numerics.loss import energy
 from bitwright.numerics.qtensor import Outliers, QTensor, rows, stacked
 from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import PlannedTensor
+from bitwright.sparsity import Pruned
 from bitwright.system.threads import each
 from bitwright.transforms import Outlier
 
@@ -31,18 +32,27 @@ class RoundedMatrix:
     lost: Tensor
 
 
-def quantize_matrix(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
+def quantize_matrix(
+    dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None = None
+) -> RoundedMatrix:
     """Quantize w [N, K] of any float type by the rule's method; dtype: the type of large products.
 
+    pruned: w with zeros, which stay: methods with error feedback (`CALIBRATED`) have the other weights make up for them, all
+    others round the pruned matrix. Losses are relative to w itself.
     Where rows are independent, slabs of rows are quantized side by side, so that an embedding is never copied to float32
     as a whole.
     """
     assert t.layer is not None and t.rule is not None
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
-        return _fit_at_once(dtype, t, w.float(), inputs)
-    slabs = w.split(max(1, SLAB // w.shape[1]))
+        return _fit_at_once(dtype, t, w.float(), inputs, pruned)
+    step = max(1, SLAB // w.shape[1])
     any_float = t.rule.method == "search"
-    parts = each(lambda slab: _fit_at_once(dtype, t, slab if any_float else slab.float(), inputs), slabs)
+
+    def fit(at: int) -> RoundedMatrix:
+        slab, zeros = w[at : at + step], None if pruned is None else pruned.rows(at, at + step)
+        return _fit_at_once(dtype, t, slab if any_float else slab.float(), inputs, zeros)
+
+    parts = each(fit, range(0, len(w), step))
     if len(parts) == 1:
         return parts[0]
     q = stacked([part.outcome.q for part in parts])
@@ -51,16 +61,21 @@ def quantize_matrix(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inp
     )
 
 
-def quantize_matrix_by(method: str, dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
+def quantize_matrix_by(
+    method: str, dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None = None
+) -> RoundedMatrix:
     """`quantize_matrix` by another method than the rule's, without options."""
     assert t.rule is not None
-    return quantize_matrix(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs)
+    return quantize_matrix(dtype, replace(t, rule=replace(t.rule, method=method, options={})), w, inputs, pruned)
 
 
-def _fit_at_once(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> RoundedMatrix:
-    outcome, metric = _outcome(dtype, t, w, inputs), metric_of(dtype, inputs)
+def _fit_at_once(
+    dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None
+) -> RoundedMatrix:
+    outcome, metric = _outcome(dtype, t, w, inputs, pruned), metric_of(dtype, inputs)
     if metric is None or not inputs.correlated:
-        lost, whole = outcome.energies or error_energy(w.float(), outcome.q, metric)
+        known = outcome.energies if pruned is None else None  # a method's own are those of what it was given
+        lost, whole = known or error_energy(w.float(), outcome.q, metric)
         return RoundedMatrix(outcome, whole, lost)
     fast = metric.dtype  # bfloat16 gives three digits of the loss: enough
     return RoundedMatrix(outcome, energy(w.to(fast), metric), _lost(w, outcome.q, metric, fast))
@@ -80,11 +95,15 @@ def metric_of(dtype: torch.dtype, inputs: Inputs) -> Tensor | None:
     return inputs.gram.to(dtype) if inputs.gram is not None and inputs.correlated else inputs.gram
 
 
-def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs) -> Outcome:
+def _outcome(dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None = None) -> Outcome:
     """The rule's method on (stacked) matrices; outlier channels are taken out first, and stay in float."""
     rule, layer = t.rule, t.layer
     assert rule is not None and layer is not None
     options: dict[str, Any] = {"fast": dtype == torch.bfloat16} if rule.method in CALIBRATED else {}
+    if pruned is not None and rule.method in CALIBRATED:
+        options["pruned"] = pruned.mask
+    elif pruned is not None:
+        w = pruned.weight
     separate = rule.transform(Outlier)
     if not isinstance(separate, Outlier):
         options |= _compared(inputs) if rule.method in ASYMMETRIC else {}

@@ -144,6 +144,7 @@ def _manifest(plan: Plan, tokens: Drawn | None, known: Store | Importance | None
         "version": __version__,
         "torch": torch.__version__,
         "source": plan.checkpoint.fingerprint(),
+        "adapter": None if plan.adapter is None else plan.adapter.digest,
         "config": digest(plan.skeleton.config.to_json_string().encode()),
         "recipe": [rule.describe() for rule in plan.recipe.rules],
         "kv_cache": None if plan.recipe.kv_cache is None else str(plan.recipe.kv_cache),

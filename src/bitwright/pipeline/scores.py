@@ -144,9 +144,8 @@ ENDS = ("head", "embedding")
 def scored(plan: Plan, units: Sequence[Unit], tokens: Drawn, folder: Path, progress: Progress) -> Scored:
     """The scores of every matrix of a base plan in every choice that its unit has; those in `folder` are not computed again.
 
-    Errors as of `ScoreStore`; CheckpointError for an encoder, and for a weight that is not finite.
+    Errors as of `ScoreStore`; CheckpointError for a weight that is not finite.
     """
-    _ = plan.skeleton.head_name  # an encoder predicts nothing that could differ
     store, depth = ScoreStore(folder, _key(plan, units, tokens.seen)), len(plan.skeleton)
     count = depth + plan.format.embeddings
     first = store.first_missing(count)
@@ -279,29 +278,26 @@ def _score_ends(
             continue
         name, w = t.layer.name, weights[t.parameter]
         some = w[:: max(1, len(w) // ENDS_ROWS)].float()
-        uses = []  # [rows' weights, metric of their errors] of each use of the matrix
+        uses = []  # of the matrix: the KL of losing it whole, and the metric of its errors
         if name == skeleton.head_name:
-            uses.append((_one_each(of.head.double(), w), head_gram))
+            uses.append((_whole(w, of.head.double(), head_gram), head_gram))
         if name == skeleton.embedding_name:
-            uses.append((_one_each(seen, w), of.embedding * scale**2))
+            read = of.embedding * scale**2
+            uses.append((_whole(w, seen, read), read))
         found[name] = {}
         for scheme, planned in layers[name].items():
             q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
             error = decode(q) - some
-            found[name][scheme] = sum(_use(w, some, error, rows, metric) for rows, metric in uses)
+            found[name][scheme] = sum(
+                whole * _share(energy(error, metric).sum(), energy(some, metric).sum()) for whole, metric in uses
+            )
     return found
 
 
-def _one_each(values: Tensor, w: Tensor) -> Tensor:
-    """A value for each row of w; rows beyond the vocabulary, which some checkpoints have, get 0."""
-    return torch.nn.functional.pad(values, (0, max(0, len(w) - len(values))))[: len(w)]
-
-
-def _use(w: Tensor, some: Tensor, error: Tensor, rows: Tensor, metric: Tensor | None) -> float:
-    """The KL that the errors of some rows stand for, where rows count by these weights [N]."""
-    slabs = (slab.float() for slab in w.split(AT_ONCE))
-    total = float((rows * torch.cat([energy(slab, metric) for slab in slabs])).sum())
-    return total * _share(energy(error, metric).sum(), energy(some, metric).sum())
+def _whole(w: Tensor, counted: Tensor, metric: Tensor | None) -> float:
+    """The KL of losing all rows of w [N, K], where row n counts by counted[n]; rows beyond the vocabulary by 0."""
+    each = torch.cat([energy(slab.float(), metric) for slab in w.split(AT_ONCE)])
+    return float((each[: len(counted)] * counted[: len(each)]).sum())
 
 
 def _embedding_scale(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> float:

@@ -39,7 +39,10 @@ def tune_block(
         return skeleton.run_with(index, x, sources)
 
     floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
-    found = tune(forward, torch.cat(inputs), torch.cat(targets), floats, {name: r.q for name, r in chosen.items()}, how)
+    gone = {name: r.gone for name, r in chosen.items() if r.gone is not None}
+    left = floats | {name: floats[name].masked_fill(mask, 0.0) for name, mask in gone.items()}
+    start = {name: r.q for name, r in chosen.items()}
+    found = tune(forward, torch.cat(inputs), torch.cat(targets), left, start, how, gone)
     seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
     tuned = []
     for r in done:

@@ -148,8 +148,12 @@ def plan_gguf(
         remedy = "name OUT.gguf"
         message = f"architecture {architecture!r} is not known here: it can stay GGUF, and become nothing else"
         raise FormatError(message, where=str(source), remedy=remedy)
-    if recipe.kv_cache is not None or recipe.temper is not None or any(rule.transforms for rule in recipe.active):
-        message = f"transforms, caches and temper need a model that can be run: architecture {architecture!r} is not known here"
+    if (
+        recipe.kv_cache is not None
+        or recipe.temper is not None
+        or any(rule.transforms or rule.prune for rule in recipe.active)
+    ):
+        message = f"transforms, pruning, caches and temper need a model that is run: architecture {architecture!r} is not known"
         raise RecipeError(message, where=str(source), remedy="leave them out")
     chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted, requantize=requantize)
     tensors = tuple(chooser.decide(name) for name in file.tensors)

@@ -27,6 +27,8 @@ from bitwright.gguf.reader import carried_keys
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.methods.gptq import AT_ONCE
+from bitwright.models.adapter import Adapter
+from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
@@ -62,6 +64,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     rotation: Rotation | None = None
     file_keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys of a format that is one file (GGUF)
+    adapter: Adapter | None = None  # added to the source's weights as they are read
 
     @property
     def calibrates_embeddings(self) -> bool:
@@ -138,12 +141,6 @@ class Plan:
     def bits_per_weight(self) -> float:
         """8 × bytes of all weight data / parameters."""
         return 8 * sum(map(spec_bytes, self._shards())) / self.parameters
-
-    @property
-    def shapes_digest(self) -> str:
-        """A hash of the names and shapes of all tensors, which is the same for all models of one kind and size."""
-        shapes = sorted((t.parameter, t.shape) for t in self._written() if not t.made_of)
-        return sha256(repr(shapes).encode()).hexdigest()[:16]
 
     @property
     def statistics_bytes(self) -> int:
@@ -281,15 +278,16 @@ def preflight(
     samples: int = 128,
     seqlen: int = 2048,
     requantize: bool = False,
+    adapter: Path | None = None,
     device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. device: of statistics and rounding.
+    rounded once more. adapter: of LoRA; the model with it is what is quantized. device: of statistics and rounding.
 
-    Raises CheckpointError for a source that is missing, damaged or quantized already; FormatError for what the format cannot
-    hold; RecipeError for a rule that does not fit the model.
+    Raises CheckpointError for a source that is missing, damaged or quantized already, or an adapter of another one; FormatError
+    for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
     config = read_config(source)
@@ -300,10 +298,16 @@ def preflight(
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
+    _check_made_for(recipe, skeleton, source)
     checkpoint = _open(source, format_, skeleton, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if any(t.stored_as for t in tensors):
         notes.append(decoded_note(tensors))
+    added = None if adapter is None else Adapter(adapter)
+    if added is not None:
+        added.check(skeleton)
+        notes += check_base(added, source)
+        tensors = [_adapted(t, added) for t in tensors]
     if untied:
         notes.append("a rotation unties the output head from the embedding: both are written")
     notes += _notes_on_towers(source, skeleton)
@@ -311,18 +315,34 @@ def preflight(
     keys, said = _file_keys(checkpoint, skeleton, recipe) if format_.one_file else Metadata({}, ())
     notes += [*_calibration_notes(recipe, tensors, samples, seqlen, limit), *said]
     plan = Plan(
-        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation, keys
+        source, skeleton, checkpoint, format_, tuple(tensors), recipe, min(seqlen, limit), samples, tuple(notes), rotation,
+        keys, added,
     )  # fmt: skip
     _check_recipe(plan)
     return plan
 
 
+def _adapted(t: PlannedTensor, adapter: Adapter) -> PlannedTensor:
+    """The tensor's plan, which says so where the adapter changes it."""
+    return replace(t, reason=f"adapted by {adapter.folder.name}") if adapter.changes(t.parameter) else t
+
+
+def _check_made_for(recipe: Recipe, skeleton: Skeleton, source: Path) -> None:
+    """RecipeError for a recipe that was planned for a model of other matrices."""
+    if recipe.made_for and recipe.made_for != shapes_digest(skeleton):
+        remedy = f"bitwright plan {source} RECIPE.toml --bits 4.5; or remove that line to use it all the same"
+        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
+
+
+def shapes_digest(skeleton: Skeleton) -> str:
+    """A hash of the names and shapes of all parameters, the same for all models of one kind and size."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in skeleton.model.named_parameters())
+    return sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
 def _check_recipe(plan: Plan) -> None:
     """Raises FormatError or RecipeError for what this format, this model or this recipe cannot do."""
     recipe = plan.recipe
-    if recipe.made_for and recipe.made_for != plan.shapes_digest:
-        remedy = f"bitwright plan {plan.source} RECIPE.toml --bits 4.5; or remove the line to use it all the same"
-        raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
     if recipe.kv_cache is not None:
         _check_kv(plan)
     if recipe.temper is not None and not (plan.format.one_file and plan.skeleton.predicts):

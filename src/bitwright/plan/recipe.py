@@ -11,6 +11,7 @@ are errors. In TOML:
     transforms = ["awq"]           # before rounding; with options: [{ name = "outlier", fraction = 0.01 }]
     activations = "int8-token"     # the layer's inputs are rounded too: as they come, or (int8-tensor) to a fixed range
     observer = "mse"               # how that fixed range is chosen
+    prune = "wanda:0.5"            # first set weights to zero, for good: METHOD:SHARE or METHOD:N:M; or "none"
 
 `scheme` may be one of llama.cpp's mixes, such as q4_k_m. Above the rules may stand
 kv_cache = "fp8-tensor"  (what the KV cache is quantized to),
@@ -36,10 +37,12 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
+from bitwright.sparsity.pruning import Pruning
 from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
 
 KEEP = "keep"
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
+UNPRUNED = "none"
 EXAMPLES = {  # of a rule's keys, for errors
     "match": 'match = "*"',
     "scheme": 'scheme = "int4-g128"',
@@ -48,6 +51,7 @@ EXAMPLES = {  # of a rule's keys, for errors
     "activations": 'activations = "int8-token"',
     "transforms": 'transforms = ["awq"]',
     "observer": 'observer = "mse"',
+    "prune": 'prune = "wanda:0.5"',
 }
 # Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -71,6 +75,7 @@ class Rule:
     mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
     exact: bool = False  # `mix` is a block type (or float type), for every tensor that matches
     regex: bool = False  # `match` is a regular expression, found anywhere in llama.cpp's name of a tensor
+    prune: Pruning | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -102,6 +107,8 @@ class Rule:
                 raise RecipeError(f"method {self.method} has no option {name!r}", remedy=remedy)
         if self.scheme is not None:
             check_serves(self.method, self.scheme)
+        elif self.prune is not None:
+            raise RecipeError("matrices that stay in float are not pruned", remedy="give a scheme, or leave out prune")
 
     def _check_transforms(self) -> None:
         kinds = [type(transform) for transform in self.transforms]
@@ -114,6 +121,9 @@ class Rule:
         if Smooth in kinds and self.activations is None and self.scheme is not None:
             message = "smooth makes inputs easier to round, and this rule does not round them"
             raise RecipeError(message, remedy="give --activations int8-token; for weights alone use awq")
+        if self.prune is not None and Outlier in kinds:
+            message = "outlier channels stay in float, and cannot be pruned"
+            raise RecipeError(message, remedy="leave out outlier, or prune")
 
     def transform(self, kind: type[Transform]) -> Transform | None:
         """The rule's transform of that kind, if it has one."""
@@ -138,12 +148,14 @@ class Rule:
     def needs_calibration(self) -> bool:
         """Whether it uses statistics of the inputs."""
         weighted = self.method == "search" and self.options.get("objective", "weighted") == "weighted"
-        return self.needs_details or self.method in CALIBRATED or weighted
+        pruned = self.prune is not None and self.prune.needs_calibration
+        return self.needs_details or self.method in CALIBRATED or weighted or pruned
 
     @property
     def name(self) -> str:
-        """The method with its transforms: "awq+gptq"."""
-        return "+".join([*(NAMES[type(t)] for t in self.transforms), self.method])
+        """The method with its transforms and what is pruned: "awq+wanda:0.5+gptq"."""
+        pruned = [] if self.prune is None else [str(self.prune)]
+        return "+".join([*(NAMES[type(t)] for t in self.transforms), *pruned, self.method])
 
     def describe(self) -> dict[str, Any]:
         """The rule as plain data, for manifests."""
@@ -157,6 +169,7 @@ class Rule:
             "observer": self.observer,
             "mix": self.mix,
             **({"exact": True, "regex": self.regex} if self.exact else {}),
+            "prune": None if self.prune is None else str(self.prune),
         }
 
 
@@ -212,16 +225,17 @@ class Recipe:
         observer: str = "mse",
         kv_cache: str | None = None,
         pure: bool = False,
+        prune: str | None = None,
     ) -> "Recipe":
         """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
         content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else _content(file))
-        defaults = _Defaults(method, activations, observer)
+        defaults = _Defaults(method, activations, observer, prune)
         return cls._of(content, scheme, defaults, str(file or ""))
 
     @classmethod
     def of_text(cls, text: str, *, scheme: str, method: str) -> "Recipe":
         """The recipe that a TOML text says, as `of` reads it from a file."""
-        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse"), "")
+        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse", None), "")
 
     @classmethod
     def _of(cls, content: Mapping[str, Any], scheme: str, defaults: "_Defaults", where: str) -> "Recipe":
@@ -335,6 +349,7 @@ class _Defaults:
     method: str
     activations: str | None
     observer: str
+    prune: str | None
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -372,6 +387,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         "activations": str,
         "transforms": list,
         "observer": str,
+        "prune": str,
     }
     _known_keys(entry, set(kinds), where)
     assert isinstance(entry, dict)  # see _known_keys
@@ -387,6 +403,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
     activations = entry.get("activations", defaults.activations)
     name = entry["scheme"]
     mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
+    pruned = entry.get("prune", None if name == KEEP or mix in FLOAT_TYPES else defaults.prune)
     scheme = None if name == KEEP or mix in FLOAT_TYPES else _scheme_of(mix) if mix else _parsed(name)
     return Rule(
         entry["match"],
@@ -397,6 +414,7 @@ def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
         tuple(transforms),
         entry.get("observer", defaults.observer),
         mix,
+        prune=None if pruned in (None, UNPRUNED) else Pruning.parse(pruned),
     )
 
 

@@ -13,6 +13,7 @@ from bitwright.files.checkpoint import Checkpoint
 from bitwright.formats import Format, Layer
 from bitwright.formats.format import FLOAT_NAMES
 from bitwright.formats.ggml import TYPES
+from bitwright.formats.native import is_sparse
 from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
 from bitwright.gguf.tensor_names import Names, is_unused
@@ -162,6 +163,7 @@ class _Chooser:
         K = t.shape[0] if isinstance(self.modules[name], Conv1D) else t.shape[1]
         if self.names is not None and K % SMALLEST:
             return half_precision(replace(t, rule=rule), K)
+        rule = rule if t.block is not None else replace(rule, prune=None)  # an embedding's rows are looked up whole
         layer = self._layer(t, name, rule)
         if rule.method == "obq" and layer.K > LARGEST_K:
             remedy = f"use --method gptq, or K up to {LARGEST_K}"
@@ -203,7 +205,7 @@ class _Chooser:
                 "use --format gguf" if self.names is None else "leave out --pure, or name a block type such as q4_k"
             )
             raise FormatError(f"{rule.mix.lower()} is a mix of llama.cpp's block types", where=name, remedy=remedy)
-        return self.format.adapt(layer, t.dtype)
+        return _pruned(self.format.adapt(layer, t.dtype), rule, self.format)
 
     def _place(self, name: str, block: int | None, rule: Rule, K: int) -> Place:
         """What the choice of a block type in a mix depends on; name: llama.cpp's."""
@@ -216,6 +218,32 @@ class _Chooser:
         tied = bool(config.tie_word_embeddings)
         weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0
         return Place(part, block or 0, len(self.skeleton), heads, tied, weighted, fits, experts, "_exps" in name)
+
+
+def _mask_notes(layers: list[Layer]) -> list[str]:
+    """What is said of pruned layers whose mask would take as much as their zeros."""
+    dense = [layer for layer in layers if layer.pruned and not is_sparse(layer)]
+    if not dense:
+        return []
+    share = dense[0].pruned / (dense[0].N * dense[0].K)
+    why = f"a mask of one bit a weight saves nothing at {dense[0].scheme.levels.bits} bits with {share:.0%} zeros"
+    return [f"{len(dense)} pruned matrices are no smaller in the file, such as {dense[0].name}: {why}"]
+
+
+def _pruned(layer: Layer, rule: Rule, format_: Format) -> Layer:
+    """The layer with the number of its pruned weights. FormatError if no code of what stores it stands for zero."""
+    if rule.prune is None:
+        return layer
+    if not layer.scheme.holds_zero:
+        stored = f"{layer.container.lower()} blocks have" if layer.container else f"{layer.scheme} has"
+        others = "q4_0, q5_0, q6_k, q3_k or q8_0" if format_.one_file else "int4-g64, int4-g64-asym, nf4-g64 or fp4-g32"
+        message = f"pruned weights are exactly zero, and {stored} no code for that"
+        raise FormatError(message, where=layer.name, remedy=f"--scheme {others}, or leave out --prune")
+    try:
+        return replace(layer, pruned=rule.prune.removed(layer.N, layer.K))
+    except RecipeError as error:
+        error.where = error.where or layer.name
+        raise
 
 
 def _inputs_as_stored(rule: Rule, dtype: torch.dtype) -> Scheme | None:
@@ -239,7 +267,10 @@ def _outliers(rule: Rule, K: int) -> int:
 
 def _engine_notes(planned: list[PlannedTensor], format_: Format, skeleton: Skeleton) -> list[str]:
     """What the usual engines will say to these files, or do with them."""
-    notes = _format_notes([t.layer for t in planned if t.layer], format_)
+    layers = [t.layer for t in planned if t.layer]
+    notes = _format_notes(layers, format_)
+    if format_.name != "bitwright" and any(layer.pruned for layer in layers):
+        notes.append(f"{format_.name} stores zeros like other codes: pruned weights make no smaller file")
     floats = [f"{t.source}: {t.fallback}" for t in planned if t.fallback]
     notes += [f"{len(floats)} matrices stay in float, such as {floats[0]}"] if floats else []
     kept = [t.source for t in planned if t.block is not None and t.rule is not None and t.layer is None]
@@ -282,7 +313,7 @@ def _format_notes(layers: list[Layer], format_: Format) -> list[str]:
             f"{len(fallbacks)} of {len(layers)} matrices get another block type than asked for, such as {fallbacks[0]}"
         ]
     if format_.name == "bitwright":
-        return ["bitwright's own format: no engine reads it yet"]
+        return ["bitwright's own format: no engine reads it yet", *_mask_notes(layers)]
     odd = not_served(format_.name, (layer.scheme for layer in layers))
     if format_.name == "compressed-tensors" and odd:
         return [f"{', '.join(odd)}: transformers loads it; vLLM serves packed integers of 4 and 8 bits"]

@@ -116,12 +116,14 @@ def _unit(plan: Plan, members: list[PlannedTensor], schemes: Sequence[str] | Non
 
 
 def _choice(plan: Plan, members: list[PlannedTensor], scheme: str) -> Choice | None:
-    """The members in this scheme; None if it does not fit one of them."""
+    """The members in this scheme; None if it does not fit one of them, or the method does not serve it."""
     if scheme == KEEP:
         return Choice(KEEP, (None,) * len(members), sum(spec_bytes({t.source: (t.dtype, t.shape)}) for t in members))
     try:
         layers = tuple(_stored(plan, t, scheme) for t in members)
-    except (FormatError, SchemeError):
+        for t, layer in zip(members, layers, strict=True):
+            check_serves(t.rule.method if t.rule else "rtn", layer.scheme)
+    except (FormatError, SchemeError, RecipeError):
         return None
     if any(layer.fallback for layer in layers):  # another block type, which is a candidate of its own
         return None

@@ -7,8 +7,14 @@ from collections.abc import Callable
 
 from bitwright.sparsity.magnitude import Pruned, magnitude
 from bitwright.sparsity.obs import prune
+from bitwright.sparsity.sparsegpt import sparsegpt
 from bitwright.sparsity.wanda import wanda
 
-PRUNERS: dict[str, Callable[..., Pruned]] = {"magnitude": magnitude, "wanda": wanda, "obs": prune}
+PRUNERS: dict[str, Callable[..., Pruned]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "sparsegpt": sparsegpt,
+    "obs": prune,
+}
 
-__all__ = ["PRUNERS", "Pruned", "magnitude", "prune", "wanda"]
+__all__ = ["PRUNERS", "Pruned", "magnitude", "prune", "sparsegpt", "wanda"]

@@ -16,6 +16,11 @@ class Pruned:
     mask: Tensor
     damping: float = 0.0
 
+    def rows(self, start: int, stop: int, step: int = 1) -> "Pruned":
+        """Rows start..stop, or every step-th of them."""
+        here = slice(start, stop, step)
+        return Pruned(self.weight[here], self.mask[here], self.damping)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -43,22 +48,26 @@ class Target:
     def matrix(self, w: Tensor) -> Tensor:
         """w [N, ...] as a float32 matrix [N, K]. RecipeError if the pattern does not fit K, NumericsError for NaN or Inf."""
         matrix = w.reshape(w.shape[0], -1).float()
-        if self.pattern is not None and matrix.shape[1] % self.pattern[1]:
-            message = f"K = {matrix.shape[1]} is not a multiple of the pattern's {self.pattern[1]}"
-            raise RecipeError(message, remedy="a pattern that divides K, or a sparsity")
+        self.check(matrix.shape[1])
         if not torch.isfinite(matrix).all():
             raise NumericsError("the weights are not finite", remedy="get a good copy of the checkpoint")
         return matrix
 
-    def lowest(self, score: Tensor, pool: int) -> Tensor:
+    def check(self, K: int) -> None:
+        """RecipeError if the pattern does not fit rows of K weights."""
+        if self.pattern is not None and K % self.pattern[1]:
+            message = f"K = {K} is not a multiple of the pattern's {self.pattern[1]}"
+            raise RecipeError(message, remedy="a pattern that divides K, or a sparsity")
+
+    def lowest(self, score: Tensor, pool: int, count: int | None = None) -> Tensor:
         """The mask [N, K] of the weights of lowest score [N, K], the first among equals.
 
         Scores are compared among the m neighbours of a pattern, or else among `pool` neighbours: K for each row by itself,
-        N · K for the whole matrix.
+        N · K for the whole matrix. count: how many of each pool; None: the share of it.
         """
         if self.pattern is not None:
             count, pool = self.pattern[1] - self.pattern[0], self.pattern[1]
-        else:
+        elif count is None:
             count = self.count(pool)
         pools = score.reshape(-1, pool)
         first = pools.argsort(dim=1, stable=True)[:, :count]

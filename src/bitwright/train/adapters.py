@@ -1,5 +1,9 @@
 """Prepare a quantized model for training LoRA adapters on it (QLoRA, arXiv:2305.14314)."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,5 +22,14 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
             module.float()
     model.enable_input_require_grads()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with renamed():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+@contextmanager
+def renamed() -> Iterator[None]:
+    """Within this context, transformers does not warn of its new names for gradient checkpointing, which 5.0 has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield

@@ -1,0 +1,193 @@
+"""What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, pruned models, and
+weights stored in 8 bits.
+
+    python -m bench.training [--model DIR] [--text FILE] [--steps 30] [--batch 2] [--seqlen 128] [--parts lora,merge,prune]
+
+Every figure is kept in bench/out/training/results.json as soon as it is known: the same command goes on from there. Small by
+default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR for a real one. The text needs ../shared.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
+
+WORK = OUT / "training"
+PRUNED = [f"{method}:{amount}" for amount in ("0.5", "2:4") for method in ("sparsegpt", "wanda", "magnitude")]
+STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The arguments, and the results so far."""
+
+    model: Path
+    text: Path
+    steps: int
+    batch: int
+    seqlen: int
+    samples: int
+    tokens: int
+
+    def known(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A result by key, made and kept if it is not there yet."""
+        file = WORK / "results.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        whole = f"{self.model.name} {self.text.name} {self.steps}x{self.batch}x{self.seqlen} {self.tokens} {key}"
+        if whole not in found:
+            found[whole] = make()
+            WORK.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=1))
+        result: dict[str, Any] = found[whole]
+        return result
+
+    def trained(self, scheme: str) -> dict[str, Any]:
+        """A LoRA adapter beside weights in this scheme; float: 16 bits."""
+        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen)]
+        more = [*sizes, "--scheme", scheme, "--data", str(self.text), "--json"]
+        out = self.adapter(scheme)
+        return self.known(
+            f"lora {scheme}", lambda: run([*BITWRIGHT, "finetune", str(self.model), str(out), *more]).result
+        )
+
+    def adapter(self, scheme: str) -> Path:
+        """Where that adapter lies."""
+        return WORK / f"adapter-{self.model.name}-{scheme}-{self.steps}x{self.batch}x{self.seqlen}"
+
+    @property
+    def calibration(self) -> list[str]:
+        """Options of calibration."""
+        return ["--samples", str(self.samples), "--seqlen", str(self.seqlen)]
+
+    def merged(self, scheme: str, ending: str) -> dict[str, Any]:
+        """The QLoRA adapter merged at this scheme."""
+        out = WORK / f"merged-{self.model.name}-{scheme}{ending}"
+        judged = ["--calib", str(self.text), "--tokens", str(self.tokens), "--eval-seqlen", str(self.seqlen), "--json"]
+        command = [*BITWRIGHT, "merge", str(self.model), str(self.adapter("nf4-g64-dq")), str(out), "--scheme", scheme]
+        return self.known(f"merge {scheme}", lambda: run([*command, *self.calibration, *judged], fine=(0, 1)).result)
+
+    def pruned(self, scheme: str, prune: str) -> dict[str, Any]:
+        """The model pruned, rounded and evaluated; prune "": not pruned."""
+        out = WORK / f"pruned-{self.model.name}-{scheme}-{prune.replace(':', '-')}"
+        more = ["--scheme", scheme, "--format", "bitwright", "--calib", str(self.text), "--json", *self.calibration]
+        more += ["--prune", prune] if prune else []
+        judged = ["--text", str(self.text), "--tokens", str(self.tokens), "--seqlen", str(self.seqlen), "--json"]
+
+        def make() -> dict[str, Any]:
+            done = (
+                {}
+                if out.exists()
+                else run([*BITWRIGHT, "quantize", str(self.model), str(out), *more], fine=(0, 1)).result
+            )
+            found = run([*BITWRIGHT, "eval", str(out), "--reference", str(self.model), *judged]).result
+            return {**found, "bytes": done.get("bytes", 0)}
+
+        return self.known(f"prune {scheme} {prune}", make)
+
+
+def lora(bench: Bench) -> str:
+    """QLoRA beside LoRA on 16-bit weights."""
+    rows = []
+    for name, scheme in (("QLoRA, nf4-g64-dq", "nf4-g64-dq"), ("LoRA, 16 bits", "float")):
+        r = bench.trained(scheme)
+        figures = [r["loss_before"], r["loss_after"], r["tokens_per_second"], r["peak_rss_bytes"] / 1e6]
+        rows.append([name, *(f"{f:.4f}" if f < 50 else f"{f:,.0f}" for f in figures)])
+    return table(["", "held-out loss before", "after", "tokens a second", "MB at most"], rows)
+
+
+def merge(bench: Bench) -> str:
+    """What merges keep of the adapter."""
+    bench.trained("nf4-g64-dq")
+    rows = []
+    for scheme, ending in (("int4-g64", ""), ("q4_k_m", ".gguf")):
+        for way in bench.merged(scheme, ending)["ways"]:
+            kept = [
+                f"{way['kl_mean']:.5f} ± {way['kl_stderr']:.5f}",
+                f"{way['perplexity']:.3f}",
+                f"{way['gain_kept']:.0%}",
+            ]
+            rows.append([scheme, way["name"], *kept])
+    return table(["scheme", "way", "KL to the adapted model", "perplexity", "gain kept"], rows)
+
+
+def prune(bench: Bench) -> str:
+    """Pruned models, in 8 bits (nearly alone) and in 4."""
+    rows = []
+    for scheme in ("int8-g64", "int4-g64"):
+        for how in ("", *PRUNED):
+            r = bench.pruned(scheme, how)
+            rows.append(
+                [scheme, how or "–", f"{r['perplexity']:.3f}", f"{r['kl_mean']:.4f}", f"{r['bytes'] / 1e6:.1f}"]
+            )
+    return table(["scheme", "pruned", "perplexity", "KL", "MB"], rows)
+
+
+def storage(bench: Bench) -> str:
+    """A small classifier trained from scratch on weights in different types."""
+    rows = []
+    for kind in STORED:
+        r = bench.known(f"storage {kind}", lambda kind=kind: trained_from_scratch(kind))  # type: ignore[misc]
+        rows.append([kind, f"{r['loss']:.4f}", f"{r['bytes']:,}"])
+    return table(["weights", "loss", "bytes of weights"], rows)
+
+
+def trained_from_scratch(kind: str, steps: int = 400) -> dict[str, Any]:
+    """Loss on what is held out of a task of eight classes, and the bytes of the weights between steps."""
+    import torch
+    from torch import nn
+
+    from bitwright.train import store_in_8_bits
+    from bitwright.train.storage import StoredLayer
+
+    g = torch.Generator().manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+        x = torch.randn(5120, 32, generator=g)
+        y = (3 * teacher(x)).argmax(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+    half = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = model.to(half)
+    if kind.startswith("8 bits"):
+        model = store_in_8_bits(model, dtype=torch.float32, stochastic="nearest" not in kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for step in range(steps):
+        some = torch.arange(step * 64, step * 64 + 64) % 4096
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[some].to(half)).float(), y[some]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(model(x[4096:].to(half)).float(), y[4096:]))
+    layers = [m for m in model.modules() if isinstance(m, StoredLayer)]
+    held = sum(m.codes.nbytes + m.scale.nbytes for m in layers) or sum(
+        p.nbytes for p in model.parameters() if p.ndim > 1
+    )
+    return {"loss": loss, "bytes": held}
+
+
+PARTS = {"lora": lora, "merge": merge, "prune": prune, "storage": storage}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "src/bitwright/builtin")
+    parser.add_argument("--text", type=Path, default=SHARED / "text/tinystories.txt")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    for name, value in (("steps", 30), ("batch", 2), ("seqlen", 128), ("samples", 16), ("tokens", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = vars(parser.parse_args())
+    parts = args.pop("parts").split(",")
+    bench = Bench(**args)
+    for part in parts:
+        print(f"\n{part}\n\n{PARTS[part](bench)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""LoRA adapters in peft's form: read, checked against a model, added to its weights as they are read.
+
+A directory with adapter_config.json and adapter_model.safetensors. Kinds: LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA
+(arXiv:2312.03732) and DoRA (Liu et al. 2024, arXiv:2402.09353), with ranks and alphas by module. What peft would merge into
+a weight [N, K] is w + s B A with s = α / r (rsLoRA: α / √r), and for DoRA m (w + s B A) / ‖w + s B A‖, row by row.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import CheckpointError
+from bitwright.files.checkpoint import Checkpoint
+from bitwright.models.skeleton import Skeleton, matrix_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "bitwright.json"  # what `finetune` writes beside an adapter: the weights that it was trained beside
+STEM = "base_model.model."
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+# Keys of adapter_config.json that add something else than the kinds above; falsy values are fine.
+OTHERS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to one matrix: A [r, K], B [N, r], scaling s; DoRA's magnitude [N], or None."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    def added_to(self, w: Tensor) -> Tensor:
+        """The adapted matrix [N, K] in float32."""
+        adapted = w.float() + self.scaling * (self.B.float() @ self.A.float())
+        if self.magnitude is None:
+            return adapted
+        return self.magnitude.float()[:, None] * adapted / torch.linalg.norm(adapted, dim=1, keepdim=True)
+
+
+class Adapter:
+    """An adapter's deltas by module name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the whole adapter, which is small. CheckpointError for one that is missing, damaged, or of another kind."""
+        self.folder = folder
+        self.config = _config(folder)
+        checkpoint = Checkpoint(folder, only=folder / WEIGHTS)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name in checkpoint.tensors:
+            module, part = _parted(name, folder)
+            tensor = checkpoint.read(name)
+            if not bool(torch.isfinite(tensor).all()):
+                remedy = "train it again from its last good checkpoint"
+                raise CheckpointError(f"tensor {name!r} has NaN or Inf", where=str(folder), remedy=remedy)
+            parts.setdefault(module, {})[part] = tensor
+        self.deltas = {module: self._delta(module, own) for module, own in parts.items()}
+        self.digest = hashlib.sha256((folder / CONFIG).read_bytes() + (folder / WEIGHTS).read_bytes()).hexdigest()
+
+    def _delta(self, module: str, own: dict[str, Tensor]) -> Delta:
+        """The delta of one module. CheckpointError for missing parts, or ranks that do not fit together."""
+        lacking = [part for part in PARTS[:2] if part not in own]
+        if lacking or (PARTS[2] in own) != bool(self.config.get("use_dora")):
+            missing = lacking[0] if lacking else PARTS[2]
+            raise CheckpointError(
+                f"the adapter has no {missing} for it, or too many", where=module, remedy=_again(self)
+            )
+        A, B = own[PARTS[0]], own[PARTS[1]]
+        rank = int(_of(self.config.get("rank_pattern"), module, self.config["r"]))
+        if A.ndim != 2 or B.ndim != 2 or len(A) != rank or B.shape[1] != rank:
+            found = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not of rank {rank}, as {CONFIG} says"
+            raise CheckpointError(found, where=module, remedy=_again(self))
+        alpha = float(_of(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
+        scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+        magnitude = own.get(PARTS[2])
+        return Delta(A, B, scaling, None if magnitude is None else magnitude.flatten())
+
+    def check(self, skeleton: Skeleton) -> None:
+        """CheckpointError for an adapter of another model: modules that are missing on either side, or of another shape."""
+        parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+        linear, tied = set(skeleton.linear_names()), {*skeleton.ties(), *skeleton.ties().values()}
+        for module, delta in self.deltas.items():
+            name = f"{module}.weight"
+            if module not in linear:
+                raise CheckpointError(
+                    f"the model has no linear module {module!r}", where=str(self.folder), remedy=_base(self)
+                )
+            if name in tied:
+                message = f"{module!r} shares its weight with another module, which the adapter does not mean"
+                raise CheckpointError(message, where=str(self.folder), remedy="train without that module")
+            made, meant = (
+                (len(delta.B), delta.A.shape[1]),
+                matrix_of(skeleton.model.get_submodule(module), parameters[name]).shape,
+            )
+            if made != tuple(meant):
+                message = f"the adapter is for a matrix {list(made)}, the model's is {list(meant)}"
+                raise CheckpointError(message, where=module, remedy=_base(self))
+        lacking = sorted(self._meant(linear) - self.deltas.keys())
+        if lacking:
+            message = f"the adapter has nothing for {len(lacking)} modules that its target_modules names, such as {lacking[0]}"
+            raise CheckpointError(message, where=str(self.folder), remedy=_base(self))
+
+    def _meant(self, linear: Iterable[str]) -> set[str]:
+        """The modules that the config's target_modules means, by peft's rule; none where other keys choose among them."""
+        targets, others = self.config.get("target_modules"), ("layers_to_transform", "exclude_modules")
+        if any(self.config.get(key) for key in others) or targets is None:
+            return set()
+        if isinstance(targets, str):
+            return {name for name in linear if re.fullmatch(targets, name)}
+        return {name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)}
+
+    def applied(self, skeleton: Skeleton, parameter: str, weight: Tensor) -> Tensor:
+        """The parameter with what the adapter adds to it, in float32; itself where that is nothing."""
+        module = parameter.removesuffix(".weight")
+        if module not in self.deltas or module == parameter:
+            return weight
+        owner = skeleton.model.get_submodule(module)
+        return matrix_of(owner, self.deltas[module].added_to(matrix_of(owner, weight))).contiguous()
+
+    def changes(self, parameter: str) -> bool:
+        """Whether it adds to this parameter."""
+        return parameter.removesuffix(".weight") in self.deltas and parameter.endswith(".weight")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. CheckpointError if it is missing, damaged, or of a kind that is not read here."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            remedy = "give the directory that peft's save_pretrained wrote, with safetensors"
+            raise CheckpointError(f"no {name} here: not an adapter", where=str(folder), remedy=remedy)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+        _ = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"unusable {CONFIG}: {type(error).__name__} {error}"
+        raise CheckpointError(message, where=str(folder), remedy="save the adapter again with peft") from error
+    odd = [key for key in OTHERS if config.get(key)] + ([] if config.get("bias", "none") == "none" else ["bias"])
+    if kind != "LORA" or odd:
+        what = f"{odd[0]} = {config[odd[0]]!r}" if kind == "LORA" else f"peft's {kind}"
+        remedy = (
+            f'merge it with peft first: peft.AutoPeftModelForCausalLM.from_pretrained("{folder}").merge_and_unload()'
+        )
+        raise CheckpointError(f"LoRA, rsLoRA and DoRA are read, not {what}", where=str(folder), remedy=remedy)
+    return dict(config)
+
+
+def _parted(name: str, folder: Path) -> tuple[str, str]:
+    """A tensor's module and part: base_model.model.MODULE.lora_A.weight. CheckpointError for any other name."""
+    for part in PARTS:
+        if name.startswith(STEM) and name.endswith(f".{part}"):
+            return name.removeprefix(STEM).removesuffix(f".{part}"), part
+    if name.startswith(STEM) and name.endswith(f".{PARTS[2]}.weight"):
+        return name.removeprefix(STEM).removesuffix(f".{PARTS[2]}.weight"), PARTS[2]
+    remedy = "train LoRA on linear layers alone, or merge this adapter with peft first"
+    raise CheckpointError(f"tensor {name!r} is no part of LoRA on a linear layer", where=str(folder), remedy=remedy)
+
+
+def _of(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """A module's own rank or alpha: that of the first pattern that matches the end of its name, as in peft."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
+
+
+def _again(adapter: Adapter) -> str:
+    return f"get a good copy of {adapter.folder}"
+
+
+def _base(adapter: Adapter) -> str:
+    return f"give the model that it was trained beside: {adapter.config.get('base_model_name_or_path') or 'unknown'}"

@@ -1,0 +1,129 @@
+"""Checkpoints of a training run: adapter, optimizer and step, in a directory beside the one that is to be made.
+
+ADAPTER.partial holds a manifest, and step-000050 and the like: adapters in peft's form, with the optimizer's state. Each is
+written under another name first. A run that resumes does the same steps on the same data as one that was never interrupted,
+so its adapter has the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bitwright.errors import CheckpointError, OutputError
+from bitwright.files.checkpoint import Checkpoint, disk_errors, sync_folder, write_file, write_shard
+
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+KEPT = 2  # checkpoints that stay
+
+
+class Checkpoints:
+    """The checkpoints of the run that makes `out`."""
+
+    def __init__(self, out: Path, manifest: dict[str, Any], *, resume: bool) -> None:
+        """Begin, or go on with unfinished work of the same manifest. OutputError if `out` exists, or other work lies there."""
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+        if out.exists():
+            raise OutputError("it exists already", where=str(out), remedy="name a new directory, or delete this one")
+        self.manifest = json.dumps(manifest, indent=1, sort_keys=True)
+        file = self.path / MANIFEST
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        if file.is_file() and file.read_text(encoding="utf-8") != self.manifest:
+            message = "unfinished training of another kind lies there: other data, base, settings or versions"
+            raise OutputError(
+                message, where=str(self.path), remedy="add --restart to discard it, or name another ADAPTER"
+            )
+
+    def _begin(self) -> None:
+        """Make the directory, if it is not there yet: a run that fails before its first checkpoint leaves nothing behind."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.path / MANIFEST, self.manifest.encode())
+
+    @property
+    def last(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = sorted(self.path.glob("step-??????"))
+        return found[-1] if found else None
+
+    def save(self, step: int, adapter: "nn.Module", optimizer: Optimizer, more: dict[str, Any]) -> Path:
+        """Write the state after `step` steps. more: plain data to be given back by `restore`."""
+        self._begin()
+        whole = self.path / f"step-{step:06d}"
+        beside = whole.with_suffix(".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(whole, ignore_errors=True)
+        with disk_errors(beside):
+            adapter.save_pretrained(beside, save_embedding_layers=False)  # type: ignore[operator]
+            tensors, plain = _flat(optimizer)
+            write_shard(beside / OPTIMIZER, tensors)
+            write_file(beside / STATE, json.dumps({"step": step, "optimizer": plain, **more}).encode())
+            sync_folder(beside)
+            beside.rename(whole)
+            sync_folder(self.path)
+            for old in sorted(self.path.glob("step-??????"))[:-KEPT]:
+                shutil.rmtree(old)
+        return whole
+
+    def restore(self, adapter: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Load the newest checkpoint into both; its plain data, with the key "step". {"step": 0} if there is none."""
+        from peft import set_peft_model_state_dict
+
+        folder = self.last
+        if folder is None:
+            return {"step": 0}
+        try:
+            state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            weights = Checkpoint(folder, only=folder / "adapter_model.safetensors")
+            set_peft_model_state_dict(adapter, {name: weights.read(name) for name in weights.tensors})
+            stored = Checkpoint(folder, only=folder / OPTIMIZER)
+            _fill(optimizer, {name: stored.read(name) for name in stored.tensors}, state["optimizer"])
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"damaged: {error}", where=str(folder), remedy="delete this checkpoint") from error
+        return state
+
+    def finish(self, adapter: nn.Module, report: dict[str, Any], base: bytes, name: str) -> None:
+        """Make `out` appear: the adapter in peft's form, a report, and which weights it was trained beside."""
+        self._begin()
+        beside = self.path / "whole"
+        shutil.rmtree(beside, ignore_errors=True)
+        with disk_errors(beside):
+            adapter.save_pretrained(beside, save_embedding_layers=False)  # type: ignore[operator]
+            write_file(beside / "training.json", json.dumps(report, indent=1).encode())
+            write_file(beside / name, base)
+            sync_folder(beside)
+            beside.rename(self.out)
+            shutil.rmtree(self.path)
+
+
+def _flat(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[tuple[str, Any]]]:
+    """An optimizer's state as tensors, and as plain data, by path: "parameter/key", or deeper (bitsandbytes)."""
+    leaves = list(_leaves(optimizer.state_dict()["state"], ()))
+    tensors = {"/".join(path): value.contiguous() for path, value in leaves if isinstance(value, Tensor)}
+    return tensors, [("/".join(path), value) for path, value in leaves if not isinstance(value, Tensor)]
+
+
+def _leaves(node: dict[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in node.items():
+        here = (*path, str(key))
+        if isinstance(value, dict):
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _fill(optimizer: Optimizer, tensors: dict[str, Tensor], plain: list[tuple[str, Any]]) -> None:
+    """Undoes `_flat`."""
+    state: dict[Any, Any] = {}
+    for path, value in [*tensors.items(), *plain]:
+        first, *between, last = path.split("/")
+        node = state.setdefault(int(first), {})
+        for key in between:
+            node = node.setdefault(key, {})
+        node[last] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,261 @@
+"""`bitwright finetune` and `merge`: adapters of peft's that learn, resume to the same bytes, and are kept by the rounding."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitwright.errors import (
+    BitwrightError,
+    CalibrationError,
+    CheckpointError,
+    InputError,
+    NumericsError,
+    OutputError,
+    RecipeError,
+)
+from bitwright.evaluation.merge import BESIDE, MERGED, NEAREST, Settings, merge
+from bitwright.models.adapter import Adapter
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
+from bitwright.pipeline.quantize import planned
+from bitwright.train import finetune as module
+from bitwright.train.data import IGNORED, training_data
+from bitwright.train.finetune import Training, finetune
+
+peft = pytest.importorskip("peft")
+HOW = Training(rank=4, steps=4, batch=2, seqlen=32, lr=5e-3, save_every=2)
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "domain.txt"
+    file.write_text("".join(f"{i} apples and {i + 1} pears make {2 * i + 1} fruits.\n" for i in range(300)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapter") / "fruits"
+    report = finetune(llama, out, data=str(text), how=replace(HOW, steps=12, save_every=99))
+    assert report.loss_after < report.loss_before - 0.1
+    assert json.loads((out / "training.json").read_text())["loss_after"] == report.loss_after
+    return out
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finetune(llama, whole, data=str(text), how=HOW)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(llama, cut, data=str(text), how=HOW, progress=stop)
+    assert not cut.exists()
+    with pytest.raises(OutputError, match="of another kind"):
+        finetune(llama, cut, data=str(text), how=replace(HOW, lr=1e-3))
+    steps: list[int] = []
+    finetune(llama, cut, data=str(text), how=HOW, progress=lambda _, done, total: steps.append(done))
+    assert steps == [3, 4] and not (tmp_path / "cut.partial").exists()
+    assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in FILES)
+
+
+def test_a_teacher_s_predictions_are_learned(llama: Path, text: Path, tmp_path: Path) -> None:
+    how = replace(HOW, scheme="int2-g32", teacher=llama, save_every=99)
+    report = finetune(llama, tmp_path / "out", data=str(text), how=how)
+    assert 0 < report.loss_after < report.loss_before
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = module._Run._lost
+    calls: list[int] = []
+
+    def broken(self: Any, part: Any) -> torch.Tensor:
+        calls.append(1)
+        found = lost(self, part)
+        return found * math.nan if found.requires_grad and sum(calls) > 3 else found
+
+    monkeypatch.setattr(module._Run, "_lost", broken)
+    with pytest.raises(NumericsError, match="step 3: the loss is nan") as caught:
+        finetune(llama, tmp_path / "out", data=str(text), how=HOW)
+    kept = next((tmp_path / "out.partial").glob("step-*"))
+    assert str(kept) in caught.value.message and not (tmp_path / "out").exists()
+    assert all(bool(t.isfinite().all()) for t in load_file(kept / FILES[0]).values())
+    assert "lr" in caught.value.remedy
+
+
+CHAT = [
+    [{"role": "user", "content": f"What is {i} and {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]
+    for i in range(20)
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chats(tmp_path: Path, said: list[list[dict[str, str]]]) -> str:
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in said))
+    return str(file)
+
+
+def templated(llama: Path, **more: Any) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+OPTIONS: dict[str, Any] = {"seqlen": 96, "vocabulary": 257, "windows": 8, "seed": 0, "where": "model"}
+
+
+def test_only_answers_count_and_packed_conversations_do_not_see_one_another(llama: Path, tmp_path: Path) -> None:
+    tokenizer = templated(llama)
+    data = training_data(tokenizer, chats(tmp_path, CHAT), **OPTIONS)
+    first = data.seen.take(torch.arange(1))
+    assert first.positions is not None and int((first.positions[0] == 0).sum()) > 2
+    counted = tokenizer.decode(first.labels[0][first.labels[0] != IGNORED])
+    assert counted.startswith("It is 0.\nIt is 2.\n") and "What" not in counted
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    start = int((first.positions[0] == 0).nonzero()[1])
+    end = int((first.positions[0] == 0).nonzero()[2])
+    packed = model(input_ids=first.ids, position_ids=first.positions, use_cache=False).logits[0, start:end]
+    alone = model(input_ids=first.ids[:, start:end]).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_conversations_that_teach_nothing_or_do_not_fit_are_named(llama: Path, tmp_path: Path) -> None:
+    tokenizer = templated(llama)
+    silent, long = [*CHAT[:2], CHAT[2][:1]], [*CHAT[:1], [CHAT[1][0], {"role": "assistant", "content": "so " * 60}]]
+    for said, message in ((silent, "no answer"), (long, "longer than a window"), (CHAT[:1], "leave none")):
+        with pytest.raises(CalibrationError, match=message) as caught:
+            training_data(tokenizer, chats(tmp_path, said), **OPTIONS)
+        assert "chat.jsonl" in caught.value.where
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        training_data(tokenizer, chats(tmp_path, CHAT), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"rank": 0}, RecipeError, "rank 0"),
+        ({"lr": -1.0}, RecipeError, "learning rate"),
+        ({"seqlen": 4096}, InputError, "positions"),
+        ({"targets": ("nothing",)}, RecipeError, "nothing"),
+        ({"scheme": "int99-g64"}, BitwrightError, "int99"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(
+    change: dict[str, Any], kind: type[Exception], said: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=said):
+        finetune(llama, tmp_path / "out", data=str(text), how=replace(HOW, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_peft_the_remedy_installs_it(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match="peft") as caught:
+        finetune(llama, tmp_path / "out", data=str(text), how=HOW)
+    assert caught.value.remedy == "pip install 'bitwright[train]'"
+
+
+# ------------------------------------------------------------------------------------------------------ adapters, merge
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 2}}, {"use_dora": True}])
+def test_the_adapted_weights_are_those_that_peft_merges(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    plain = {name: p.clone() for name, p in base.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    adapter, skeleton = Adapter(tmp_path / "adapter"), Skeleton(read_config(llama), torch.float32)
+    adapter.check(skeleton)
+    assert len(adapter.deltas) == 21
+    for name, weight in plain.items():
+        torch.testing.assert_close(adapter.applied(skeleton, name, weight), merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_keeps_what_the_adapter_learned(adapter: Path, llama: Path, text: Path, tmp_path: Path) -> None:
+    how = Settings(scheme="int4-g32", calib=str(text), samples=8, seqlen=32, tokens=256, eval_seqlen=32)
+    done = merge(llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda *_: None)
+    ways = {way.name: way for way in done.ways}
+    assert ways.keys() == {MERGED, NEAREST, BESIDE} and not done.worse
+    assert ways[MERGED].kl_mean < ways[NEAREST].kl_mean
+    assert max(done.adapted_perplexity, ways[MERGED].perplexity) < done.base_perplexity
+    assert 0.5 < ways[MERGED].gain_kept < 1.5
+    assert {e.reason for e in done.result.ledger if e.scheme} == {"adapted by fruits"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def broken(adapter: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of the adapter after `change(config, tensors)`."""
+    out = tmp_path / "broken"
+    out.mkdir()
+    config, tensors = json.loads((adapter / FILES[1]).read_text()), load_file(adapter / FILES[0])
+    change(config, tensors)
+    (out / FILES[1]).write_text(json.dumps(config))
+    save_file(tensors, out / FILES[0])
+    return out
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+WRONG: dict[str, tuple[Any, str]] = {
+    "rank": (lambda c, t: c.update(r=8), "not of rank 8"),
+    "half": (lambda c, t: t.pop(f"{Q}B.weight"), "no lora_B"),
+    "module": (lambda c, t: [t.pop(f"{Q}{x}.weight") for x in "AB"], "nothing for 1 modules"),
+    "shape": (lambda c, t: t.update({f"{Q}A.weight": torch.zeros(4, 32)}), "matrix .64, 32., the model's is .64, 64."),
+    "other": (
+        lambda c, t: t.update({f"{Q[:-5]}x.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}),
+        "no linear module",
+    ),
+    "kind": (lambda c, t: c.update(peft_type="LOHA"), "LOHA"),
+    "whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), "modules_to_save"),
+    "nan": (lambda c, t: t[f"{Q}B.weight"].fill_(math.nan), "NaN"),
+    "config": (lambda c, t: c.pop("r"), "unusable"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_adapter_that_does_not_fit_is_refused(name: str, adapter: Path, llama: Path, tmp_path: Path) -> None:
+    change, said = WRONG[name]
+    with pytest.raises(CheckpointError, match=said) as caught:
+        plan(llama, broken(adapter, tmp_path, change), tmp_path)
+    assert caught.value.remedy
+
+
+def plan(model: Path, adapter: Path, tmp_path: Path) -> Any:
+    return planned(
+        model, tmp_path / "out", scheme="int4-g32", method="rtn", format=None, pure=False, activations=None, observer="mse",
+        kv_cache=None, prune=None, recipe=None, calib="none", samples=4, seqlen=32, store=None, adapter=adapter,
+    )  # fmt: skip
+
+
+def test_an_adapter_of_other_weights_is_refused(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in llama.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    assert not any("adapter" in note for note in plan(other, adapter, tmp_path).notes)  # a copy has the same weights
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="trained beside other weights"):
+        plan(other, adapter, tmp_path)
+    named = broken(adapter, tmp_path, lambda c, t: c.update(base_model_name_or_path="someone/else"))
+    assert any("someone/else" in note for note in plan(other, named, tmp_path).notes)

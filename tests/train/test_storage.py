@@ -1,0 +1,109 @@
+"""Training on weights in 8 bits: it learns as in float, stalls without stochastic rounding, is saved exactly."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitwright import quantize_dynamic
+from bitwright.errors import RecipeError
+from bitwright.train.storage import StoredLayer, decode_from_8_bits, store_in_8_bits
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+
+
+def task() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(128, 8, generator=g)
+    return x, (x @ torch.randn(8, 4, generator=g)).argmax(1)
+
+
+def trained(module: nn.Module, steps: int = 60, lr: float = 1e-3, **options: Any) -> float:
+    x, y = task()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(functional.cross_entropy(module(x), y))
+
+
+def test_it_learns_as_in_float_and_stalls_when_rounded_to_nearest() -> None:
+    start = float(functional.cross_entropy(net()(task()[0]), task()[1]).detach())
+    plain = trained(net(), lr=5e-4)
+    stored = trained(store_in_8_bits(net(), dtype=torch.float32), lr=5e-4)
+    stalled = trained(store_in_8_bits(net(), dtype=torch.float32, stochastic=False), lr=5e-4)
+    assert plain < 0.8 * start
+    assert abs(stored - plain) < 0.1 * (start - plain)
+    assert start - stalled < 0.7 * (start - plain)  # biases alone are trained
+
+
+def test_gradients_are_those_of_the_decoded_layers_of_every_kind() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Embedding(16, 12), nn.Conv1d(5, 6, 3), nn.Flatten(), nn.Linear(60, 3))
+    stored = store_in_8_bits(copy.deepcopy(model), dtype=torch.float32)
+    plain = decode_from_8_bits(copy.deepcopy(stored))
+    ids = torch.randint(16, (4, 5))
+    stored(ids).square().sum().backward()
+    plain(ids).square().sum().backward()
+    meant = [p.grad for p in plain.parameters()]
+    found = {name: p.grad for name, p in stored.named_parameters()}
+    assert len(found) == len(meant) == 5
+    for name, p in plain.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        where = name if leaf == "weight" else f"{stem}.body.{leaf}"
+        torch.testing.assert_close(found[where], p.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_between_steps_only_codes_have_memory_and_nothing_decoded_is_kept_for_the_way_back() -> None:
+    model = store_in_8_bits(net(), dtype=torch.float32)
+    layers = [m for m in model.modules() if isinstance(m, StoredLayer)]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model(task()[0][:2]).sum()
+    assert max(kept, default=0) < 64 * 8  # no weight among what is saved
+    assert all(layer.weight.untyped_storage().nbytes() == 4 for layer in layers)
+    loss.backward()
+    assert all(layer.waiting for layer in layers)
+    model(task()[0][:2])
+    assert not any(layer.waiting for layer in layers)
+
+
+def test_a_run_that_is_saved_and_loaded_goes_on_to_the_same_weights() -> None:
+    whole = store_in_8_bits(net(), dtype=torch.float32)
+    trained(whole, 3, lr=1e-2)
+    state = copy.deepcopy(whole.state_dict())
+    assert {t.dtype for name, t in state.items() if name.endswith("codes")} == {torch.int8}
+    assert not any(name.endswith("weight") for name in state)
+    other = store_in_8_bits(net(), dtype=torch.float32)
+    other.load_state_dict(state)
+    for model in (whole, other):
+        trained(model, 2, lr=1e-2)
+    again = other.state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in whole.state_dict().items())
+
+
+def test_it_becomes_an_integer_module() -> None:
+    model = store_in_8_bits(net(), dtype=torch.float32)
+    trained(model, 20)
+    x = task()[0]
+    with torch.no_grad():
+        meant = model(x)
+        found = quantize_dynamic(decode_from_8_bits(model).eval())(x)
+    assert float((found - meant).norm()) < 0.03 * float(meant.norm())
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no Linear"):
+        store_in_8_bits(nn.LayerNorm(4))
+    tied = nn.ModuleDict({"a": nn.Embedding(8, 4), "b": nn.Linear(4, 8, bias=False)})
+    tied["b"].weight = tied["a"].weight
+    with pytest.raises(RecipeError, match="b shares its weight with a"):
+        store_in_8_bits(tied)
