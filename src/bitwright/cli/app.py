@@ -169,8 +169,7 @@ def quantize(
                 store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
-            show(plan.as_dict(), as_json, "Preflight")
-            return
+            return show(plan.as_dict(), as_json, "Preflight")
         _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
