@@ -169,10 +169,8 @@ def quantize(
                 store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
             )  # fmt: skip
         if dry_run:
-            show(plan.as_dict(), as_json, "Preflight")
-            return
-        if not (as_json or quiet):
-            errors.print(plan.headline, highlight=False, soft_wrap=not errors.is_terminal)
+            return show(plan.as_dict(), as_json, "Preflight")
+        _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
         _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
@@ -374,6 +372,12 @@ def convert(
 
 for command in (plan, advise, generate, chat, serve, bench, finetune, merge):
     app.command()(command)
+
+
+def _announce(headline: str, *, quiet: bool) -> None:
+    """Say what a run is about to do."""
+    if not quiet:
+        errors.print(headline, highlight=False, soft_wrap=not errors.is_terminal)
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
