@@ -389,7 +389,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown inputs": (_entry(activations="int8"), "'int8' is no scheme"),
     "no inputs": (_entry(activations=None), "None is no scheme"),
     "grouped inputs": (_entry(activations="int8-g32"), "or inputs to int8-g32"),
-    "outliers a number": (_entry(outliers=2), "outliers 2 is not true or false"),
+    "outliers a number": (_entry(outliers=2), "outliers 2 or sparse False is not true or false"),
     "rotate a flag": (_entry(rotate=True), "rotate True no block"),
     "a newer key": (_entry(permuted=True), "not known here: permuted"),
 }

@@ -181,7 +181,9 @@ def test_files_that_are_no_model(tmp_path: Path, kind: str, architecture: str, s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert says in run("inspect", str(tmp_path / "a.gguf"), code=2)["error"]
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    assert says in run("eval", str(tmp_path / "a.gguf"), "--text", str(text), code=2)["error"]
     if kind == "adapter":
         how = ["--scheme", "q8_0", "--method", "rtn", "--calib", "none"]
         assert says in run("quantize", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), *how, code=2)["error"]

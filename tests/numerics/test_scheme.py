@@ -21,7 +21,10 @@ COMBINATIONS = list(itertools.product(GRIDS, ALL_GROUPS, ZEROS, SCALE_BITS))
 
 
 def means_something(grid: str, group: int | str, zero: str, scale: str) -> bool:
-    """The rules, said once more: offsets only on integer grids, k scales only in groups, minima only where they fit."""
+    """The rules, said once more: offsets only on integer grids, k scales only in groups, minima only where they fit, the
+    odd scales of grids with a codebook not in 4 bits."""
+    if scale == "k4" and grid in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"):
+        return False
     if zero == "signed":
         return (
             (grid.startswith("int") or grid in ("nf4", "iq4nl"))

@@ -82,15 +82,19 @@ def test_it_is_announced_and_methods_give_way_on_record(files: tuple[Path, Path]
 def test_an_importance_matrix_counts_the_same(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Whether a model is planned or not; and one of another model is refused where the model is known."""
     tensors = GgufFile(files[0]).tensors
-    values = {n: torch.rand(t.shape[-1]) + 0.1 for n, t in tensors.items() if n.startswith("blk") and len(t.shape) == 2}
-    imatrix.write(tmp_path / "m.gguf", values, tokens=10, seqlen=10, text="t")
+    values = {
+        n: [imatrix.Seen(torch.rand(t.shape[-1]) + 0.1, 10)]
+        for n, t in tensors.items()
+        if n.startswith("blk") and len(t.shape) == 2
+    }
+    imatrix.write(tmp_path / "m.gguf", values, chunks=1, seqlen=10, text="t")
     (tmp_path / "recipe.toml").write_text('[[rule]]\nmatch = "*"\nscheme = "q3_k_m"\n')
     how = ["--scheme", "q3_k_m", "--method", "search", "--calib", str(tmp_path / "m.gguf")]
     for name, more in (("a", ["--recipe", str(tmp_path / "recipe.toml")]), ("b", [])):
         run("quantize", str(files[0]), str(tmp_path / f"{name}.gguf"), *how, *more)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     values.pop("blk.3.attn_q.weight")
-    imatrix.write(tmp_path / "m.gguf", values, tokens=10, seqlen=10, text="t")
+    imatrix.write(tmp_path / "m.gguf", values, chunks=1, seqlen=10, text="t")
     for more in (["--recipe", str(tmp_path / "recipe.toml")], []):
         refused = run("quantize", str(files[0]), str(tmp_path / "c.gguf"), *how, *more, fine=(2,))
         assert "it has nothing for blk.3.attn_q.weight" in refused["error"] and not (tmp_path / "c.gguf").exists()
@@ -98,8 +102,8 @@ def test_an_importance_matrix_counts_the_same(files: tuple[Path, Path], tmp_path
 
 def test_an_importance_matrix_counts(files: tuple[Path, Path], tmp_path: Path) -> None:
     weight = torch.arange(256.0) % 7 * 10 + 0.1
-    importance = {"blk.0.ffn_up.weight": weight}
-    imatrix.write(tmp_path / "m.gguf", importance, tokens=10, seqlen=10, text="t")
+    importance = {"blk.0.ffn_up.weight": [imatrix.Seen(weight, 10)]}
+    imatrix.write(tmp_path / "m.gguf", importance, chunks=1, seqlen=10, text="t")
     for name, calib in (("a", "none"), ("b", str(tmp_path / "m.gguf"))):
         how = ["--scheme", "q3_k", "--pure", "--method", "search", "--calib", calib]
         run("quantize", str(files[1]), str(tmp_path / f"{name}.gguf"), *how)
@@ -139,7 +143,7 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
 
 def test_what_needs_a_model_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     for arguments, says in [
-        (["x.gguf", "--method", "awq"], "need a model that can be run"),
+        (["x.gguf", "--method", "awq"], "need a model that is run"),
         (["x"], "can stay GGUF"),
         (["x.gguf", "--activations", "int8-token"], "inputs are rounded"),
         (["x.gguf", "--scheme", "q4_k_m", "--pure"], "is a mix"),

@@ -136,7 +136,7 @@ def test_an_online_rotation_needs_a_format_that_can_say_so(llama: Path) -> None:
 @pytest.mark.parametrize("family", list(ROTATABLE))
 def test_the_proof_does_not_hang_on_the_processor(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with bfloat16 calibrates in it; the proof is made in float32 all the same."""
-    monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda _: torch.bfloat16)
     source = make_checkpoint(tmp_path / "model", family, torch.bfloat16)
     plan = preflight(source, Recipe.uniform("int8-channel", "rotate+gptq"), "compressed-tensors")
     assert plan.skeleton.dtype == torch.bfloat16

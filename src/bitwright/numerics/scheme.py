@@ -184,6 +184,9 @@ class Scheme:
             raise SchemeError(
                 f"scale encoding {self.scale} needs groups inside blocks of {SUPERBLOCK}", remedy="use g16 or g32"
             )
+        if self.scale == "k4" and self.levels.odd:
+            message = f"{self.grid} has odd multiples up to {self.levels.odd} as scales, too many for k4"
+            raise SchemeError(message, remedy="use k6")
         if self.zero == "signed" and (not self.levels.lopsided or self.scale in ("e8m0", "e4m3", "dq8")):
             message = f"{self.grid} with scales in {self.scale} has no use for negative ones"
             raise SchemeError(message, remedy="leave out 'signed'")
