@@ -1,8 +1,8 @@
-"""Which engine runs what on which hardware: a table, with its sources and the day they were read."""
+"""Which engine runs what on which hardware: a table, with its sources and the day they were read, where they were."""
 
 from dataclasses import dataclass
 
-READ = "2026-11-29"
+READ, UNREAD = "2026-11-29", "not checked"
 VLLM = "https://docs.vllm.ai/en/latest/features/quantization/"
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md"
 TRANSFORMERS = "https://huggingface.co/docs/transformers/main/en/quantization/overview"
@@ -19,6 +19,7 @@ class Support:
     format       as `quantize --format` has it; "" for files of language models that bitwright does not write
     schemes      beginnings of scheme names; activations: what the engine rounds inputs to
     cpus, least  which CPUs; CUDA's least compute capability, None for no GPU
+    read         the day the row was checked against its source; UNREAD: it has not been
     """
 
     engine: str
@@ -33,19 +34,19 @@ class Support:
 
 
 TABLE = (
-    Support("llama.cpp", "GGUF, 2 to 8 bits", "gguf", ("q", "iq"), CPUS, (5, 0), LLAMA_CPP),
+    Support("llama.cpp", "GGUF, 2 to 8 bits", "gguf", ("q", "iq"), CPUS, (5, 0), LLAMA_CPP, read=UNREAD),
     Support("vLLM", "FP8 weights and inputs", "compressed-tensors", ("fp8",), (), ADA, VLLM, "fp8-token"),
     Support("vLLM", "int8 weights and inputs", "compressed-tensors", ("int8",), CPUS, TURING, VLLM, "int8-token"),
     Support("vLLM", "4 and 8 bits, compressed-tensors", "compressed-tensors", ("int4", "int8"), (), TURING, VLLM),
     Support("vLLM", "4 and 8 bits, GPTQ", "gptq", ("int4", "int8"), ("x86",), VOLTA, VLLM),
     Support("vLLM", "4 bits, AWQ", "awq", ("int4-g128-asym",), ("x86",), TURING, VLLM),
     Support("vLLM", "NF4, bitsandbytes", "bitsandbytes", ("nf4",), (), VOLTA, VLLM),
-    Support("transformers", "compressed-tensors", "compressed-tensors", ("int", "fp8"), CPUS, VOLTA, TRANSFORMERS),
-    Support("transformers", "GPTQ, through GPTQModel", "gptq", ("int",), CPUS, VOLTA, TRANSFORMERS),
-    Support("transformers", "NF4, bitsandbytes", "bitsandbytes", ("nf4",), CPUS, (6, 0), TRANSFORMERS),
+    Support("transformers", "compressed-tensors", "compressed-tensors", ("int", "fp8"), CPUS, VOLTA, TRANSFORMERS, read=UNREAD),
+    Support("transformers", "GPTQ, through GPTQModel", "gptq", ("int",), CPUS, VOLTA, TRANSFORMERS, read=UNREAD),
+    Support("transformers", "NF4, bitsandbytes", "bitsandbytes", ("nf4",), CPUS, (6, 0), TRANSFORMERS, read=UNREAD),
     Support("bitwright", "GGUF, its own kernels", "gguf", ("q", "iq"), CPUS, None, ""),
     Support("bitwright", "every format, its own kernels", "bitwright", ("int", "nf4"), CPUS, None, ""),
-    Support("ONNX Runtime", "4 bits (MatMulNBits), int8 (QDQ)", "", ("int4", "int8"), CPUS, VOLTA, ONNX),
+    Support("ONNX Runtime", "4 bits (MatMulNBits), int8 (QDQ)", "", ("int4", "int8"), CPUS, VOLTA, ONNX, read=UNREAD),
     Support("TensorRT-LLM", "FP8", "", ("fp8",), (), ADA, MODELOPT),
     Support("TensorRT-LLM", "4 bits, AWQ and GPTQ", "", ("int4",), (), AMPERE, MODELOPT),
     Support("TensorRT-LLM", "NVFP4", "", ("nvfp4",), (), BLACKWELL, MODELOPT),
