@@ -14,7 +14,12 @@ from bitwright.cli.advise import advise
 from bitwright.cli.console import (
     AsJson,
     Device,
+    Out,
     Quiet,
+    Resume,
+    Samples,
+    Seed,
+    Seqlen,
     check_model,
     console,
     errors,
@@ -48,9 +53,6 @@ Model = Annotated[
         "org/name@revision, org/name:FILE.gguf."
     ),
 ]
-Out = Annotated[
-    Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
-]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -78,16 +80,12 @@ Calib = Annotated[
         "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
-Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
 Store = Annotated[
     Path | None,
     typer.Option(help="Directory of statistics of the float model: used if they are there, taken if they are not."),
 ]
 Text = Annotated[str, typer.Option(help="Text to judge on: a UTF-8 file, or stdlib-heldout.")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="Judge on so many tokens; the whole text otherwise.")]
-Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every kind of tensor, with all that is known of it.")]
 TensorType = Annotated[
     list[str] | None,

@@ -16,6 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary: only what is worse than asked.")]
+Out = Annotated[
+    Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
+Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Device = Annotated[str, typer.Option(help="Compute on cpu, cuda or cuda:N.")]
 console, errors = Console(), Console(stderr=True)
 INTERRUPTED = 130  # exit status, as shells have it

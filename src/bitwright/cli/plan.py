@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli.console import AsJson, Quiet, console, errors, plain, progress_bar, reporting, show, size
+from bitwright.cli.console import (
+    AsJson,
+    Quiet,
+    Samples,
+    Seed,
+    Seqlen,
+    console,
+    errors,
+    plain,
+    progress_bar,
+    reporting,
+    show,
+    size,
+)
 
 if TYPE_CHECKING:
     from bitwright.pipeline.planned_recipe import PlannedRecipe
@@ -30,9 +43,9 @@ def plan(
         list[str] | None, typer.Option(help="Pattern of matrices that stay in float; again for more.")
     ] = None,
     calib: Annotated[str, typer.Option(help="Calibration text, as for quantize.")] = "general",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
     scores: Annotated[
         Path | None, typer.Option(help="Directory that keeps the scores: another target then takes seconds.")
     ] = None,

@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitwright.cli.console import AsJson, Quiet, console, plain, progress_bar, reporting, show
+from bitwright.cli.console import (
+    AsJson,
+    Out,
+    Quiet,
+    Resume,
+    Samples,
+    Seed,
+    Seqlen,
+    console,
+    plain,
+    progress_bar,
+    reporting,
+    show,
+)
 
 if TYPE_CHECKING:
     from bitwright.evaluation.merge import Merged
@@ -14,9 +27,6 @@ Base = Annotated[
     Path, typer.Argument(help="Directory of the float checkpoint that the adapter is for, or a .gguf file.")
 ]
 Trained = Annotated[Path, typer.Argument(help="Directory of a LoRA adapter, as peft and `bitwright finetune` save it.")]
-Out = Annotated[
-    Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
-]
 
 
 def finetune(
@@ -43,9 +53,7 @@ def finetune(
     teacher: Annotated[
         Path | None, typer.Option(help="A model whose predictions are learned (KL), such as the float original.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
+    resume: Resume = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,9 +84,9 @@ def merge(
     calib: Annotated[
         str, typer.Option(help="Text of what the adapter was trained on: a UTF-8 file, or .jsonl of conversations.")
     ] = "general",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
     text: Annotated[
         str | None, typer.Option(help="Text to judge on; by default the last tenth of --calib, which is then held out.")
     ] = None,
@@ -91,9 +99,7 @@ def merge(
             help="Judge rounding to nearest, and the quantized base with the adapter beside it, too.",
         ),
     ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
+    resume: Resume = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class Choice:
         return None if self.end is None else "tool_calls" if self.calls else self.end.reason
 
 
-class Shape:
+class Shape(ABC):
     """How an endpoint words its answers.
 
     with_logprobs  whether log probabilities were asked for
@@ -87,21 +88,21 @@ class Shape:
         """Chunks that end a stream."""
         return [self._around(self.objects[1], []) | {"usage": usage(choices, self.each)}] if self.usage else []
 
+    @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
         """A whole choice's own fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
         """A chunk's fields for some text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The last chunk's fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def likely(self, tokens: list[Likely], before: str) -> dict[str, Any] | None:
         """Log probabilities of some tokens. before: the text that they follow."""
-        raise NotImplementedError
 
     def _chunk(self, index: int, fields: dict[str, Any], reason: str | None, likely: Any) -> dict[str, Any]:
         choice = {"index": index, **fields, "finish_reason": reason, "logprobs": likely}
