@@ -25,6 +25,7 @@ from bitwright.nn.sensitivity import sensitivity
 from bitwright.nn.weightonly import quantize_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.planned_recipe import PlannedRecipe, Settings
 from bitwright.pipeline.planned_recipe import plan_recipe as _plan_recipe
 from bitwright.pipeline.quantize import carried_out, planned
@@ -90,15 +91,14 @@ def quantize(
     tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
     written does not read back as meant.
     """
-    where = Path(store) if store else None
-    plan = planned(
-        Path(model), Path(out), scheme=scheme, method=method, format=format, pure=pure, activations=activations,
-        observer=observer, kv_cache=kv_cache, prune=prune, recipe=Path(recipe) if recipe else None, calib=calib,
-        samples=samples, seqlen=seqlen, store=where, requantize=requantize,
-        types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type),
-        device=device, size=size, bits=bits, seed=seed, progress=progress,
+    options = QuantizeOptions(
+        scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
+        types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type), kv_cache=kv_cache, prune=prune,
+        recipe=Path(recipe) if recipe else None, size=size, bits=bits, calib=calib, samples=samples, seqlen=seqlen,
+        seed=seed, store=Path(store) if store else None, requantize=requantize, device=device, resume=resume,
     )  # fmt: skip
-    return carried_out(plan, Path(out), calib=calib, seed=seed, resume=resume, store=where, progress=progress)
+    plan = planned(Path(model), Path(out), options, progress=progress)
+    return carried_out(plan, Path(out), options, progress=progress)
 
 
 def plan_recipe(

@@ -24,6 +24,7 @@ from bitwright.evaluation.merge import BESIDE, MERGED, NEAREST, Settings, merge
 from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
+from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
 from bitwright.train.data import IGNORED, training_data
@@ -241,10 +242,8 @@ def test_an_adapter_that_does_not_fit_is_refused(name: str, adapter: Path, llama
 
 
 def plan(model: Path, adapter: Path, tmp_path: Path) -> Any:
-    return planned(
-        model, tmp_path / "out", scheme="int4-g32", method="rtn", format=None, pure=False, activations=None, observer="mse",
-        kv_cache=None, prune=None, recipe=None, calib="none", samples=4, seqlen=32, store=None, adapter=adapter,
-    )  # fmt: skip
+    options = QuantizeOptions(scheme="int4-g32", method="rtn", calib="none", samples=4, seqlen=32, adapter=adapter)
+    return planned(model, tmp_path / "out", options)
 
 
 def test_an_adapter_of_other_weights_is_refused(adapter: Path, llama: Path, tmp_path: Path) -> None:

@@ -156,21 +156,23 @@ def quantize(
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
+        from bitwright.pipeline.options import QuantizeOptions
         from bitwright.pipeline.quantize import carried_out, planned
         from bitwright.plan.tensor_types import TensorTypes
 
+        options = QuantizeOptions(
+            scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
+            types=TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type), kv_cache=kv_cache,
+            prune=prune, recipe=recipe, size=size, bits=bits, calib=calib, samples=samples, seqlen=seqlen, seed=seed,
+            store=store, requantize=requantize, device=device, resume=resume,
+        )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            types = TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
-            plan = planned(
-                model, out, scheme=scheme, method=method, format=format, pure=pure, types=types, activations=activations,
-                observer=observer, kv_cache=kv_cache, prune=prune, recipe=recipe, calib=calib, samples=samples, seqlen=seqlen,
-                store=store, requantize=requantize, device=device, size=size, bits=bits, seed=seed, progress=progress,
-            )  # fmt: skip
+            plan = planned(model, out, options, progress=progress)
         if dry_run:
             return show(plan.as_dict(), as_json, "Preflight")
         _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
-            done = carried_out(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+            done = carried_out(plan, out, options, progress=progress)
         _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
     raise typer.Exit(1 if done.fallbacks else 0)
 

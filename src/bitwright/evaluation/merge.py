@@ -19,6 +19,7 @@ from bitwright.evaluation.domain_text import two_parts
 from bitwright.evaluation.evaluate import Evaluation, evaluate
 from bitwright.files.checkpoint import disk_errors
 from bitwright.files.hub import local
+from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
@@ -135,12 +136,12 @@ def _quantize(
     method: str | None,
     resume: bool,
 ) -> Result:
-    plan = planned(
-        model, out, scheme=settings.scheme, method=method, format=settings.format, pure=False, activations=None,
-        observer="mse", kv_cache=None, prune=None, recipe=settings.recipe if method != "rtn" else None, calib=calib,
-        samples=settings.samples, seqlen=settings.seqlen, store=None, adapter=adapter,
+    options = QuantizeOptions(
+        scheme=settings.scheme, method=method, format=settings.format, adapter=adapter, calib=calib,
+        recipe=settings.recipe if method != "rtn" else None, samples=settings.samples, seqlen=settings.seqlen,
+        seed=settings.seed, resume=resume,
     )  # fmt: skip
-    return carried_out(plan, out, calib=calib, seed=settings.seed, resume=resume, store=None, progress=progress)
+    return carried_out(planned(model, out, options), out, options, progress=progress)
 
 
 def _judged(

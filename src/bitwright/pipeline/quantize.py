@@ -5,9 +5,7 @@ GGUF files that need no model are planned without importing transformers, which 
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING
 
 from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import InputError, RecipeError
@@ -18,12 +16,12 @@ from bitwright.gguf.architectures import named
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.gguf.reader import GgufFile
 from bitwright.pipeline.gguf_rows import quantize_gguf
+from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.gguf_tensors import GgufPlan, plan_gguf
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
-from bitwright.plan.tensor_types import NO_TYPES, TensorTypes
 from bitwright.system.device import CPU, device_of
 from bitwright.system.progress import Progress
 
@@ -37,101 +35,52 @@ if TYPE_CHECKING:
 
 
 def planned(
-    model: Path,
-    out: Path,
-    *,
-    scheme: str | None,
-    method: str | None,
-    format: str | None,
-    pure: bool,
-    activations: str | None,
-    observer: str,
-    kv_cache: str | None,
-    prune: str | None,
-    recipe: Path | None,
-    calib: str,
-    samples: int,
-    seqlen: int,
-    store: Path | None,
-    requantize: bool = False,
-    types: TensorTypes = NO_TYPES,
-    adapter: Path | None = None,
-    device: str = "cpu",
-    size: str | None = None,
-    bits: float | None = None,
-    seed: int = 0,
-    progress: Progress = lambda *_: None,
+    model: Path, out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
 ) -> "Plan | GgufPlan":
-    """Plan a run from the arguments of `quantize`; a model on the hub is downloaded first. InputError of what would stop it.
-
-    adapter: of LoRA, added to the weights. size, bits: what the result may take; then `_for_target` chooses the schemes.
-    """
+    """Plan a run; a model on the hub is downloaded first. Raises an InputError for what would stop it."""
     check_out(out)
-    place = device_of(device)
-    texts_of(calib)  # checked here, before any work
+    place = device_of(options.device)
+    texts_of(options.calib)  # checked here, before any work
     model = local(model)
-    if size is not None or bits is not None:
-        _refuse({
-            "--scheme": scheme, "--recipe": recipe, "--pure": pure, "--activations": activations, "--kv-cache": kv_cache,
-            "--prune": prune, "--store": store, "--requantize": requantize, "--device": place != CPU, **types.options,
-        })  # fmt: skip
-        format, _, method = chosen(out, format, None, method)
-        text = _Calibration(calib, samples, seqlen, seed)
-        return _for_target(model, out, Target.parse(size, bits), format, method, text, progress)
-    format, scheme, method = chosen(out, format, scheme, method, one_shot=store is not None)
-    rules = Recipe.of(
-        recipe, scheme=scheme, method=method, activations=activations, observer=observer, kv_cache=kv_cache, pure=pure,
-        prune=prune,
-    )  # fmt: skip
-    rules = types.added_to(rules, method, format, one_file=FORMATS[format].one_file)
-    rules = rules.without_text() if calib == "none" else rules
-    if adapter is None and is_gguf(model):
-        by_name = _by_name(model, rules, recipe, format, calib, place, requantize=requantize)
+    if options.size is not None or options.bits is not None:
+        return _for_target(model, out, options, progress)
+    one_shot = options.store is not None
+    format, scheme, method = chosen(out, options.format, options.scheme, options.method, one_shot=one_shot)
+    rules = options.types.added_to(options.rules(scheme, method), method, format, one_file=FORMATS[format].one_file)
+    rules = rules.without_text() if options.calib == "none" else rules
+    if options.adapter is None and is_gguf(model):
+        by_name = _by_name(model, rules, format, options, place)
         if by_name is not None:
             return by_name
     from bitwright.plan.preflight import preflight
 
     return preflight(
-        model, rules, format, samples=samples, seqlen=seqlen, requantize=requantize, adapter=adapter, device=place
-    )
+        model, rules, format, samples=options.samples, seqlen=options.seqlen, requantize=options.requantize,
+        adapter=options.adapter, device=place,
+    )  # fmt: skip
 
 
-class _Calibration(NamedTuple):
-    """The arguments that say which text is taken for calibration."""
-
-    calib: str
-    samples: int
-    seqlen: int
-    seed: int
-
-
-def _for_target(
-    model: Path, out: Path, target: Target, format: str, method: str, how: _Calibration, progress: Progress
-) -> "Plan":
+def _for_target(model: Path, out: Path, options: QuantizeOptions, progress: Progress) -> "Plan":
     """The plan whose schemes are chosen for a size or bits (planned_recipe.py); scores are kept beside OUT until it appears."""
     from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
-    settings = Settings(format, method=method, **how._asdict())
+    _refuse_beside_a_target(options)
+    target = Target.parse(options.size, options.bits)
+    format, _, method = chosen(out, options.format, None, options.method)
+    settings = Settings(
+        format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed
+    )
     return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
 
 
-def _by_name(
-    model: Path, rules: Recipe, recipe: Path | None, format: str, calib: str, place: torch.device, *, requantize: bool
-) -> GgufPlan | None:
-    """The plan of a GGUF file that becomes another one without its model; None if the model is needed, and known."""
-    file, weighted = GgufFile(model), is_imatrix(calib)
-    modelless = _needs_no_model(rules, recipe, format, calib)
-    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
-    if not (modelless or unknown):
-        return None
-    if place != CPU:
-        remedy = "leave out --device: rows are rounded on all threads of the CPU"
-        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
-    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=requantize)
-
-
-def _refuse(given: dict[str, object]) -> None:
-    """RecipeError for options beside --size or --bits that say what these choose, or no plan knows; given: values."""
+def _refuse_beside_a_target(options: QuantizeOptions) -> None:
+    """RecipeError for options beside --size or --bits that say what these choose, or that no plan knows."""
+    given = {
+        "--scheme": options.scheme, "--recipe": options.recipe, "--pure": options.pure,
+        "--activations": options.activations, "--kv-cache": options.kv_cache, "--prune": options.prune,
+        "--store": options.store, "--requantize": options.requantize, "--device": device_of(options.device) != CPU,
+        **options.types.options,
+    }  # fmt: skip
     others = [name for name, value in given.items() if value]
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
@@ -139,29 +88,47 @@ def _refuse(given: dict[str, object]) -> None:
         raise RecipeError(message, where="--size", remedy=remedy)
 
 
+def _by_name(
+    model: Path, rules: Recipe, format: str, options: QuantizeOptions, place: "torch.device"
+) -> GgufPlan | None:
+    """The plan of a GGUF file that becomes another one without its model; None if the model is needed, and known."""
+    file, weighted = GgufFile(model), is_imatrix(options.calib)
+    modelless = _needs_no_model(rules, options, format)
+    unknown = (weighted or not modelless) and named(file.key("general.architecture", str)) is None
+    if not (modelless or unknown):
+        return None
+    if place != CPU:
+        remedy = "leave out --device: rows are rounded on all threads of the CPU"
+        raise InputError("a GGUF file that needs no model is made on the CPU", where="device", remedy=remedy)
+    return plan_gguf(file, rules, format, weighted=weighted, unknown=unknown, requantize=options.requantize)
+
+
 def _scores_beside(out: Path) -> Path:
     """Where scores are kept until OUT appears, for a run that is resumed."""
     return out.with_name(f"{out.name}.scores")
 
 
-def _needs_no_model(rules: Recipe, recipe: Path | None, format: str, calib: str) -> bool:
+def _needs_no_model(rules: Recipe, options: QuantizeOptions, format: str) -> bool:
     """Whether a GGUF file becomes another one tensor by tensor, by rules without patterns on transformers' names."""
     modelless = all(
         rule.method in NEEDING_NO_MODEL and not (rule.transforms or rule.needs_details or rule.prune)
         for rule in rules.active
     )
-    return (calib == "none" or is_imatrix(calib)) and format == "gguf" and modelless and not (recipe or rules.kv_cache)
+    text = options.calib != "none" and not is_imatrix(options.calib)
+    return format == "gguf" and modelless and not (text or options.recipe or rules.kv_cache)
 
 
 def carried_out(
-    plan: "Plan | GgufPlan", out: Path, *, calib: str, seed: int, resume: bool, store: Path | None, progress: Progress
+    plan: "Plan | GgufPlan", out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
 ) -> Result:
     """Carry out a plan: `pipeline.run.run`, or `gguf_rows.quantize_gguf` where no model is needed."""
     if isinstance(plan, GgufPlan):
-        return quantize_gguf(plan, out, calib=calib, resume=resume, progress=progress)
+        return quantize_gguf(plan, out, calib=options.calib, resume=options.resume, progress=progress)
     from bitwright.pipeline.run import run
 
-    done = run(plan, out, calib=calib, seed=seed, resume=resume, store=store, progress=progress)
+    done = run(
+        plan, out, calib=options.calib, seed=options.seed, resume=options.resume, store=options.store, progress=progress
+    )
     if (_scores_beside(out) / NOTE).is_file():
         shutil.rmtree(_scores_beside(out))
     return done
