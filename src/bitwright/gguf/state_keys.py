@@ -47,12 +47,13 @@ def _kv_heads(config: PretrainedConfig) -> list[int]:
     return [config.num_key_value_heads if kind == FULL else 0 for kind in config.layer_types]
 
 
-def _kinds(own: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Heads of keys and values where there is attention, and the kind of each layer."""
+def _kinds(own: Mapping[str, Any]) -> tuple[Keys, list[str]]:
+    """num_key_value_heads, if any layer has attention, and the kind of each layer."""
     heads = [int(n) for n in own[KV_HEADS]]
-    if len(set(heads) - {0}) != 1:
+    some = set(heads) - {0}
+    if len(some) > 1:
         raise ValueError(f"{KV_HEADS} = {heads}, and all layers with attention have as many here")
-    return max(heads), [FULL if n else STATE for n in heads]
+    return {"num_key_value_heads": n for n in some}, [FULL if n else STATE for n in heads]
 
 
 def _granite(config: PretrainedConfig) -> Keys:
@@ -79,7 +80,7 @@ def _granite_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     heads, kinds = _kinds(own)
     widths = {"intermediate_size": own[WIDTH], "shared_intermediate_size": own.get(SHARED) or own[WIDTH]}
     found = _heads_read(own, "mamba_d_head", "mamba_expand") | widths
-    return found | {"num_key_value_heads": heads, "layer_types": kinds, "position_embedding_type": None}
+    return found | heads | {"layer_types": kinds, "position_embedding_type": None}
 
 
 def _nemotron(config: PretrainedConfig) -> Keys:
@@ -98,7 +99,7 @@ def _nemotron_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     width = {"moe_intermediate_size" if experts else "intermediate_size": max(widths)}
     found = _heads_read({**own, "embedding_length": 1}, "mamba_head_dim", "expand")
     del found["expand"]  # which this model does not go by
-    return found | width | {"num_key_value_heads": heads, "layers_block_type": kinds}
+    return found | width | heads | {"layers_block_type": kinds}
 
 
 def _jamba(config: PretrainedConfig) -> Keys:
@@ -112,9 +113,9 @@ def _jamba_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     attention = _regular([i for i, kind in enumerate(kinds) if kind == FULL], len(kinds))
     experts = _regular([i for i in range(len(kinds)) if f"blk.{i}.ffn_gate_inp.weight" in tensors], len(kinds))
     expand = own[INNER] // own["embedding_length"]
-    return {
-        "num_key_value_heads": heads, "mamba_expand": expand, "attn_layer_offset": attention[0],
-        "attn_layer_period": attention[1], "expert_layer_offset": experts[0], "expert_layer_period": experts[1],
+    return heads | {
+        "mamba_expand": expand, "attn_layer_offset": attention[0], "attn_layer_period": attention[1],
+        "expert_layer_offset": experts[0], "expert_layer_period": experts[1],
     }  # fmt: skip
 
 
