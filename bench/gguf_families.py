@@ -39,6 +39,9 @@ LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
@@ -96,6 +99,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8},
     "falcon": {"ffn_hidden_size": 256, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "head_dim": 16, "interleave_moe_layer_step": 2},
+    "qwen3_next": {**MIXTURE, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 96},
+    "mamba": {"state_size": 16, "time_step_rank": 8},
+    "falcon_mamba": {"state_size": 16, "time_step_rank": 8, "mixer_rms_eps": 1e-5},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "granitemoeshared": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "mamba_n_heads": 4,
+        "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "layer_types": ["linear_attention", "full_attention"] * 4,
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 2, "mamba_num_heads": 4,
+        "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 16, "head_dim": 16,
+    },
+    "jamba": {
+        "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_d_state": 16,
+        "mamba_dt_rank": 8,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_multiple_of": 32},
 }  # fmt: skip
 PROMPT = 24  # tokens
@@ -104,8 +129,9 @@ PROMPT = 24  # tokens
 def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
     """A config of a kind. sizes: instead of those of `SIZES`."""
     options = SIZES | CHANGES.get(kind, {}) | sizes
-    if "layer_types" in options:
-        options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
+    for layers in ("layer_types", "layers_block_type"):
+        if layers in options:
+            options[layers] = options[layers][: options["num_hidden_layers"]]
     return AutoConfig.for_model(kind, **options)
 
 

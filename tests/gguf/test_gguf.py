@@ -337,14 +337,14 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
         tied = config.tie_word_embeddings and parameter == "lm_head.weight"
         if not tied:
             assert names.of(parameter) not in shapes or expert_of(parameter)
-            shapes[names.of(parameter)] = names.stored_shape(parameter, tuple(tensor.shape))
+            shapes[names.of(parameter)] = names.own_shape(parameter, tuple(tensor.shape))
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
     assert back.model_type == {"mistral": "llama", "roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind)
     with torch.device("meta"):
         other = model_of(back)
         one_by_one(other)
-    found = {k: Names(back).stored_shape(k, tuple(v.shape)) for k, v in other.state_dict().items() if names.has(k)}
-    assert found == {k: names.stored_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
+    found = {k: Names(back).own_shape(k, tuple(v.shape)) for k, v in other.state_dict().items() if names.has(k)}
+    assert found == {k: names.own_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
     turned = {key: value for key, value in keys_of(config).items() if ".rope." in key}
     assert turned == pytest.approx({key: value for key, value in keys_of(back).items() if ".rope." in key})
     kept = (

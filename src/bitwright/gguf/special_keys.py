@@ -9,10 +9,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from bitwright.errors import FormatError
+from bitwright.gguf import state_keys
+
 Keys = dict[str, Any]
 
 DISTILLED_EPSILON = 1e-12  # epsilon of DistilBERT's norms, fixed in its code
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+MAVERICK = 128  # experts of the one Llama 4 without norms of queries and keys
 CONV = "conv"  # the type of Lfm2's layers without attention
 FULL = "full_attention"
 
@@ -92,6 +96,26 @@ def _ernie(config: PretrainedConfig) -> Keys:
     return {"expert_shared_feed_forward_length": config.moe_num_shared_experts * config.moe_intermediate_size}
 
 
+def _llama4(config: PretrainedConfig) -> Keys:
+    """Nothing: queries and keys have norms but in the model of 128 experts, and experts come at regular intervals."""
+    regular = list(
+        range(config.interleave_moe_layer_step - 1, config.num_hidden_layers, config.interleave_moe_layer_step)
+    )
+    meant = {"use_qk_norm": config.num_local_experts != MAVERICK, "moe_layers": regular}
+    for attribute, value in meant.items():
+        found = getattr(config, attribute)
+        if found != value:
+            message = f"{attribute} = {found!r}, and llama.cpp's llama4 has {value!r} for such a model"
+            raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
+    return {}
+
+
+def _llama4_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    if own.get("attention.sliding_window") == 0:
+        raise ValueError("attention to the whole text in all layers, which is not read here yet")
+    return {"use_qk_norm": own["expert_count"] != MAVERICK}
+
+
 WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "gpt2": _gpt2,
     "gpt_bigcode": _starcoder,
@@ -105,6 +129,8 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
         "expert_shared_feed_forward_length": config.intermediate_size,
         "expert_shared_count": 1,
     },
+    "llama4_text": _llama4,
+    **state_keys.WRITTEN,
 }
 READ: dict[str, Callable[[Mapping[str, Any], Container[str]], Keys]] = {
     "gpt2": _inner_read,
@@ -113,4 +139,6 @@ READ: dict[str, Callable[[Mapping[str, Any], Container[str]], Keys]] = {
     "lfm2": _lfm2_read,
     "deepseek_v2": _latent_read,
     "deepseek_v3": _latent_read,
+    "llama4_text": _llama4_read,
+    **state_keys.READ,
 }
