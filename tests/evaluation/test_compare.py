@@ -15,7 +15,8 @@ from bitwright.api import evaluate, quantize
 from bitwright.cli.app import app
 from bitwright.errors import OutputError, RecipeError, SchemeError
 from bitwright.evaluation import compare as compare_module
-from bitwright.evaluation.compare import Settings, compare
+from bitwright.evaluation.compare import compare
+from bitwright.evaluation.contests import Settings
 from bitwright.pipeline.ledger import from_jsonl
 from conftest import make_checkpoint
 

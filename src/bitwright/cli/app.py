@@ -211,8 +211,8 @@ def compare(
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         check_model(model)
-        from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
+        from bitwright.evaluation.contests import Settings
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
