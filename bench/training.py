@@ -32,12 +32,13 @@ class Bench:
     seqlen: int
     samples: int
     tokens: int
+    lr: float
 
     def known(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result by key, made and kept if it is not there yet."""
         file = WORK / "results.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        whole = f"{self.model.name} {self.text.name} {self.steps}x{self.batch}x{self.seqlen} {self.tokens} {key}"
+        whole = f"{self.model.name} {self.text.name} {self.steps}x{self.batch}x{self.seqlen} {self.lr:g} {self.tokens} {key}"
         if whole not in found:
             found[whole] = make()
             WORK.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,18 @@ class Bench:
     def trained(self, scheme: str) -> dict[str, Any]:
         """A LoRA adapter beside weights in this scheme; float: 16 bits."""
         sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen)]
-        more = [*sizes, "--scheme", scheme, "--data", str(self.text), "--json"]
+        more = [
+            *sizes,
+            "--scheme",
+            scheme,
+            "--data",
+            str(self.text),
+            "--lr",
+            str(self.lr),
+            "--save-every",
+            "10",
+            "--json",
+        ]
         out = self.adapter(scheme)
         return self.known(
             f"lora {scheme}", lambda: run([*BITWRIGHT, "finetune", str(self.model), str(out), *more]).result
@@ -182,6 +194,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     for name, value in (("steps", 30), ("batch", 2), ("seqlen", 128), ("samples", 16), ("tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--lr", type=float, default=2e-4)
     args = vars(parser.parse_args())
     parts = args.pop("parts").split(",")
     bench = Bench(**args)

@@ -31,7 +31,8 @@ from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
 from bitwright.train.data import IGNORED, training_data
-from bitwright.train.finetune import Training, finetune
+from bitwright.train.finetune import finetune
+from bitwright.train.settings import Training
 
 peft = pytest.importorskip("peft")
 HOW = Training(rank=4, steps=4, batch=2, seqlen=32, lr=5e-3, save_every=2)
@@ -58,7 +59,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bitwright.train import checkpoints
-from bitwright.train.finetune import Training, finetune
+from bitwright.train.finetune import finetune
+from bitwright.train.settings import Training
 
 synced, sync = [], checkpoints.sync_folder
 
