@@ -1,7 +1,9 @@
-"""What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, pruned models, and
-weights stored in 8 bits.
+"""What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, distillation of
+quantized models, pruned models, and weights stored in 8 bits.
 
     python -m bench.training [--model DIR] [--text FILE] [--steps 30] [--batch 2] [--seqlen 128] [--parts lora,merge,prune]
+
+Distilled and pruned models are calibrated and trained on the text's first nine tenths, and judged on the last.
 
 Every figure is kept in bench/out/training/results.json as soon as it is known: the same command goes on from there. Small by
 default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR for a real one. The text needs ../shared.
@@ -18,6 +20,7 @@ from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 
 WORK = OUT / "training"
 PRUNED = [f"{method}:{amount}" for amount in ("0.5", "2:4") for method in ("sparsegpt", "wanda", "magnitude")]
+DISTILLED = ("int2-g32", "int3-g64", "int4-g64")
 STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
 
 
@@ -82,12 +85,71 @@ class Bench:
         command = [*BITWRIGHT, "merge", str(self.model), str(self.adapter("nf4-g64-dq")), str(out), "--scheme", scheme]
         return self.known(f"merge {scheme}", lambda: run([*command, *self.calibration, *judged], fine=(0, 1)).result)
 
+    def parts(self) -> tuple[Path, Path]:
+        """The text's first nine tenths, and its last."""
+        lines = self.text.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = len(lines) * 9 // 10
+        found = WORK / f"seen-{self.text.name}", WORK / f"held-out-{self.text.name}"
+        WORK.mkdir(parents=True, exist_ok=True)
+        for file, part in zip(found, (lines[:cut], lines[cut:]), strict=True):
+            file.write_text("".join(part), encoding="utf-8")
+        return found
+
+    def judged(self, model: Path) -> dict[str, Any]:
+        """Perplexity and KL from the original, on what is held out."""
+        how = ["--text", str(self.parts()[1]), "--tokens", str(self.tokens), "--seqlen", str(self.seqlen), "--json"]
+        return run([*BITWRIGHT, "eval", str(model), "--reference", str(self.model), *how]).result
+
+    def rounded(self, scheme: str, method: str) -> dict[str, Any]:
+        """The model rounded by a method that is calibrated on the seen text."""
+        out = WORK / f"rounded-{self.model.name}-{scheme}-{method}"
+        how = [
+            "--scheme",
+            scheme,
+            "--method",
+            method,
+            "--format",
+            "bitwright",
+            "--calib",
+            str(self.parts()[0]),
+            "--json",
+        ]
+
+        def make() -> dict[str, Any]:
+            done = run([*BITWRIGHT, "quantize", str(self.model), str(out), *how, *self.calibration], fine=(0, 1))
+            return {**self.judged(out), "out": str(out), "seconds": done.seconds}
+
+        return self.known(f"round {scheme} {method}", make)
+
+    def distilled(self, scheme: str, method: str, way: str) -> dict[str, Any]:
+        """That model trained towards the original: by scales and norms, or by an adapter beside it (merged by nothing)."""
+        source = self.rounded(scheme, method)["out"]
+        out = WORK / f"distilled-{self.model.name}-{scheme}-{method}-{way}"
+        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen), "--json"]
+        more = [*sizes, "--data", str(self.parts()[0]), "--teacher", str(self.model)]
+        more += ["--scales-only"] if way == "scales" else ["--lr", str(self.lr)]
+
+        def make() -> dict[str, Any]:
+            done = run([*BITWRIGHT, "finetune", source, str(out), *more])
+            found = self.judged(out) if way == "scales" else beside(Path(source), out, self)
+            return {**found, "seconds": done.seconds}
+
+        return self.known(f"distil {scheme} {method} {way}", make)
+
     def pruned(self, scheme: str, prune: str) -> dict[str, Any]:
         """The model pruned, rounded and evaluated; prune "": not pruned."""
         out = WORK / f"pruned-{self.model.name}-{scheme}-{prune.replace(':', '-')}"
-        more = ["--scheme", scheme, "--format", "bitwright", "--calib", str(self.text), "--json", *self.calibration]
+        more = [
+            "--scheme",
+            scheme,
+            "--format",
+            "bitwright",
+            "--calib",
+            str(self.parts()[0]),
+            "--json",
+            *self.calibration,
+        ]
         more += ["--prune", prune] if prune else []
-        judged = ["--text", str(self.text), "--tokens", str(self.tokens), "--seqlen", str(self.seqlen), "--json"]
 
         def make() -> dict[str, Any]:
             done = (
@@ -95,8 +157,7 @@ class Bench:
                 if out.exists()
                 else run([*BITWRIGHT, "quantize", str(self.model), str(out), *more], fine=(0, 1)).result
             )
-            found = run([*BITWRIGHT, "eval", str(out), "--reference", str(self.model), *judged]).result
-            return {**found, "bytes": done.get("bytes", 0)}
+            return {**self.judged(out), "bytes": done.get("bytes", 0)}
 
         return self.known(f"prune {scheme} {prune}", make)
 
@@ -124,6 +185,28 @@ def merge(bench: Bench) -> str:
             ]
             rows.append([scheme, way["name"], *kept])
     return table(["scheme", "way", "KL to the adapted model", "perplexity", "gain kept"], rows)
+
+
+def beside(model: Path, adapter: Path, bench: Bench) -> dict[str, Any]:
+    """KL of a quantized model with an adapter beside it from the original, on what is held out."""
+    from bitwright.evaluation.evaluate import evaluate
+
+    how: dict[str, Any] = {"reference": bench.model, "seqlen": bench.seqlen, "tokens": bench.tokens}
+    found = evaluate(model, texts=[str(bench.parts()[1])], adapter=adapter, **how)[0]
+    return {"kl_mean": found.kl_mean, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
+
+
+def distil(bench: Bench) -> str:
+    """Quantized models trained towards the original, beside the methods that need no training."""
+    rows = []
+    for scheme in DISTILLED:
+        for method in ("gptaq", "autoround"):
+            ways = [("", bench.rounded(scheme, method))]
+            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "adapter")]
+            for way, r in ways:
+                kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}"
+                rows.append([scheme, method, way or "–", kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
+    return table(["scheme", "method", "trained", "KL", "perplexity", "minutes"], rows)
 
 
 def prune(bench: Bench) -> str:
@@ -184,7 +267,7 @@ def trained_from_scratch(kind: str, steps: int = 400) -> dict[str, Any]:
     return {"loss": loss, "bytes": held}
 
 
-PARTS = {"lora": lora, "merge": merge, "prune": prune, "storage": storage}
+PARTS = {"lora": lora, "merge": merge, "distil": distil, "prune": prune, "storage": storage}
 
 
 def main() -> None:

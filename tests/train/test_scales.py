@@ -13,7 +13,7 @@ from bitwright.models.source import open_weights
 from bitwright.numerics.codec import decode, per_column
 from bitwright.numerics.scheme import Scheme
 from bitwright.train.finetune import finetune
-from bitwright.train.scales import ScaledLinear
+from bitwright.train.scaled_linear import ScaledLinear
 from bitwright.train.settings import Training
 
 HOW = Training(scales_only=True, steps=6, batch=2, seqlen=32, lr=2e-2, save_every=99)
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_decoded_weight(scheme: str) -> None:
     torch.testing.assert_close(decode(layer.scaled()), scaled, rtol=1e-3, atol=5e-3)  # a minimum and scales cancel
 
 
-FORMATS = {"compressed-tensors": "int4-g32-asym", "gptq": "int3-g32", "bitwright": "int2-g32", "awq": "int4-g32-asym"}
+FORMATS = {"compressed-tensors": "int4-g32-asym", "gptq": "int3-g32", "bitwright": "int2-g32"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

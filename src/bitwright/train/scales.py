@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,58 +23,14 @@ from bitwright.inference.qlinear import QLinear
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton, is_norm
 from bitwright.models.source import WeightSource, names_in, open_weights
-from bitwright.numerics.codec import decode, group_view, per_column, snap
+from bitwright.numerics.codec import decode
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.train.adapters import prepare_for_training
+from bitwright.train.scaled_linear import ScaledLinear
 
 STATE = "scales.safetensors"
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}  # encodings of scales that can be trained
 OF_THE_CODES = ("README.md", "ledger.jsonl")  # of the source: they tell of losses under the scales that were
-
-
-class ScaledLinear(nn.Module):
-    """y = x (f ∘ W)ᵀ + b: W [N, K] quantized, f [N, G] trained, one factor for each group. `q` stays as it was read."""
-
-    bias: Tensor | None
-
-    def __init__(self, q: QTensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.q, self.factor = q, nn.Parameter(torch.ones_like(q.scales.scale))
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in x's type."""
-        y: Tensor = _Product.apply(x, self.factor, self.q)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
-
-    def scaled(self) -> QTensor:
-        """The matrix with its scales times the factors, rounded to what the file can hold."""
-        scales = self.q.scales
-        minimum = self.q.scheme.zero == "min"
-        zero = scales.zero * self.factor.detach() if minimum and scales.zero is not None else scales.zero
-        return replace(self.q, scales=snap(scales.scale * self.factor.detach(), zero, self.q.scheme))
-
-
-class _Product(torch.autograd.Function):
-    """x (f ∘ W)ᵀ; W is decoded for each pass, so that no float copy of it stays."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, q: QTensor) -> Tensor:
-        ctx.save_for_backward(x, factor)
-        ctx.q = q
-        return x @ _scaled(decode(q), factor, q).to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, factor), q = ctx.saved_tensors, ctx.q
-        w = decode(q)
-        dw = dy.flatten(0, -2).T.float() @ x.flatten(0, -2).float()
-        df = group_view(dw.mul_(w), q.scheme).sum(-1).view_as(factor)
-        return dy @ _scaled(w, factor, q).to(dy.dtype), df, None
-
-
-def _scaled(w: Tensor, factor: Tensor, q: QTensor) -> Tensor:
-    return w.mul_(per_column(factor, q.scheme, w.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -104,6 +59,7 @@ class ScalesAndNorms:
         self.format = _writer(source, path)
         self.loaded = prepare_for_training(load(path, dtype=dtype))
         self.places: dict[str, _Place] = {}
+        self.layers: dict[str, ScaledLinear] = {}
         for name, module in list(self.loaded.named_modules()):
             if isinstance(module, QLinear):
                 transposed = isinstance(skeleton.model.get_submodule(name), Conv1D)
@@ -128,7 +84,8 @@ class ScalesAndNorms:
             remedy = "a scheme with float scales, such as int3-g64, and columns in their own order; or train an adapter"
             raise RecipeError(message, where=source, remedy=remedy)
         self.places[name], q = self._placed(name, source, q, transposed=transposed)
-        self.loaded.set_submodule(name, ScaledLinear(q, module.bias))
+        self.layers[name] = ScaledLinear(q, module.bias)
+        self.loaded.set_submodule(name, self.layers[name])
 
     def _placed(self, name: str, source: str, q: QTensor, *, transposed: bool) -> tuple[_Place, QTensor]:
         """How the format stores a matrix, and the matrix in that scheme: encoding it gives the file's own tensors.
@@ -154,12 +111,6 @@ class ScalesAndNorms:
     def model(self) -> nn.Module:
         """The model."""
         return self.loaded
-
-    @property
-    def layers(self) -> dict[str, ScaledLinear]:
-        """The matrices whose scales are trained, by name."""
-        found = {name: self.loaded.get_submodule(name) for name in self.places}
-        return {name: layer for name, layer in found.items() if isinstance(layer, ScaledLinear)}
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return self.norms | {f"{name}.factor": layer.factor for name, layer in self.layers.items()}
