@@ -11,6 +11,7 @@ default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR f
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,71 +96,57 @@ class Bench:
             file.write_text("".join(part), encoding="utf-8")
         return found
 
-    def judged(self, model: Path) -> dict[str, Any]:
+    def judged(self, model: Path, adapter: Path | None = None) -> dict[str, Any]:
         """Perplexity and KL from the original, on what is held out."""
-        how = ["--text", str(self.parts()[1]), "--tokens", str(self.tokens), "--seqlen", str(self.seqlen), "--json"]
-        return run([*BITWRIGHT, "eval", str(model), "--reference", str(self.model), *how]).result
+        from bitwright.evaluation.evaluate import evaluate
 
-    def rounded(self, scheme: str, method: str) -> dict[str, Any]:
-        """The model rounded by a method that is calibrated on the seen text."""
-        out = WORK / f"rounded-{self.model.name}-{scheme}-{method}"
-        how = [
-            "--scheme",
-            scheme,
-            "--method",
-            method,
-            "--format",
-            "bitwright",
-            "--calib",
-            str(self.parts()[0]),
-            "--json",
+        how: dict[str, Any] = {"reference": self.model, "seqlen": self.seqlen, "tokens": self.tokens}
+        found = evaluate(model, texts=[str(self.parts()[1])], adapter=adapter, predictions=WORK / "predictions", **how)[
+            0
         ]
+        return {"kl_mean": found.kl_mean, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
+
+    def quantized(self, name: str, **how: Any) -> dict[str, Any]:
+        """The model rounded, with calibration on the seen text, and judged."""
+        from bitwright import quantize
+
+        out = WORK / f"{self.model.name}-{name}"
 
         def make() -> dict[str, Any]:
-            done = run([*BITWRIGHT, "quantize", str(self.model), str(out), *how, *self.calibration], fine=(0, 1))
-            return {**self.judged(out), "out": str(out), "seconds": done.seconds}
+            begun = time.process_time()
+            if not out.exists():
+                sizes: dict[str, Any] = {"samples": self.samples, "seqlen": self.seqlen}
+                quantize(self.model, out, format="bitwright", calib=str(self.parts()[0]), **sizes, **how)
+            spent, size = time.process_time() - begun, (out / "model.safetensors").stat().st_size
+            return {**self.judged(out), "out": str(out), "seconds": spent, "bytes": size}
 
-        return self.known(f"round {scheme} {method}", make)
+        return self.known(name, make)
 
     def distilled(self, scheme: str, method: str, way: str) -> dict[str, Any]:
-        """That model trained towards the original: by scales and norms, or by an adapter beside it (merged by nothing)."""
-        source = self.rounded(scheme, method)["out"]
-        out = WORK / f"distilled-{self.model.name}-{scheme}-{method}-{way}"
-        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen), "--json"]
-        more = [*sizes, "--data", str(self.parts()[0]), "--teacher", str(self.model)]
-        more += ["--scales-only"] if way == "scales" else ["--lr", str(self.lr)]
+        """A rounded model trained towards the original: its scales and norms, or an adapter beside it."""
+        from bitwright.train.finetune import finetune
+        from bitwright.train.settings import Training
+
+        source = Path(self.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method)["out"])
+        out, alone = source.with_name(f"{source.name}-{way}"), way == "scales"
+        how = Training(
+            steps=self.steps, batch=self.batch, seqlen=self.seqlen, teacher=self.model, scales_only=alone,
+            lr=self.lr,
+        )  # fmt: skip
 
         def make() -> dict[str, Any]:
-            done = run([*BITWRIGHT, "finetune", source, str(out), *more])
-            found = self.judged(out) if way == "scales" else beside(Path(source), out, self)
-            return {**found, "seconds": done.seconds}
+            begun = time.process_time()
+            if not out.exists():
+                finetune(source, out, data=str(self.parts()[0]), how=how)
+            spent = time.process_time() - begun
+            return {**(self.judged(out) if alone else self.judged(source, out)), "seconds": spent}
 
-        return self.known(f"distil {scheme} {method} {way}", make)
+        return self.known(f"distil-{scheme}-{method}-{way}", make)
 
     def pruned(self, scheme: str, prune: str) -> dict[str, Any]:
-        """The model pruned, rounded and evaluated; prune "": not pruned."""
-        out = WORK / f"pruned-{self.model.name}-{scheme}-{prune.replace(':', '-')}"
-        more = [
-            "--scheme",
-            scheme,
-            "--format",
-            "bitwright",
-            "--calib",
-            str(self.parts()[0]),
-            "--json",
-            *self.calibration,
-        ]
-        more += ["--prune", prune] if prune else []
-
-        def make() -> dict[str, Any]:
-            done = (
-                {}
-                if out.exists()
-                else run([*BITWRIGHT, "quantize", str(self.model), str(out), *more], fine=(0, 1)).result
-            )
-            return {**self.judged(out), "bytes": done.get("bytes", 0)}
-
-        return self.known(f"prune {scheme} {prune}", make)
+        """The model pruned, rounded and judged; prune "": not pruned."""
+        name = f"prune-{scheme}-{prune.replace(':', '-')}"
+        return self.quantized(name, scheme=scheme, **({"prune": prune} if prune else {}))
 
 
 def lora(bench: Bench) -> str:
@@ -187,26 +174,17 @@ def merge(bench: Bench) -> str:
     return table(["scheme", "way", "KL to the adapted model", "perplexity", "gain kept"], rows)
 
 
-def beside(model: Path, adapter: Path, bench: Bench) -> dict[str, Any]:
-    """KL of a quantized model with an adapter beside it from the original, on what is held out."""
-    from bitwright.evaluation.evaluate import evaluate
-
-    how: dict[str, Any] = {"reference": bench.model, "seqlen": bench.seqlen, "tokens": bench.tokens}
-    found = evaluate(model, texts=[str(bench.parts()[1])], adapter=adapter, **how)[0]
-    return {"kl_mean": found.kl_mean, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
-
-
 def distil(bench: Bench) -> str:
     """Quantized models trained towards the original, beside the methods that need no training."""
     rows = []
     for scheme in DISTILLED:
         for method in ("gptaq", "autoround"):
-            ways = [("", bench.rounded(scheme, method))]
+            ways = [("", bench.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method))]
             ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "adapter")]
             for way, r in ways:
                 kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}"
                 rows.append([scheme, method, way or "–", kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
-    return table(["scheme", "method", "trained", "KL", "perplexity", "minutes"], rows)
+    return table(["scheme", "method", "trained", "KL", "perplexity", "CPU minutes"], rows)
 
 
 def prune(bench: Bench) -> str:
