@@ -2,9 +2,10 @@
 
     bench/peers/envs/xllamacpp/bin/python bench/peers/llamacpp_oracle.py JOBS.json ANSWERS.json
 
-JOBS: [{"file": PATH, "texts": [TEXT, ...], "prompts": [[ID, ...], ...], "write": [[ID, ...], ...]}]. ANSWERS, one a job:
-{"tokens": [[ID, ...], ...] with special tokens, "logprobs": [{ID: LOGPROB}, ...], "written": [TEXT, ...]: what is written
-greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Needs the wheel xllamacpp alone.
+JOBS: [{"file": PATH, "texts": [TEXT, ...], "prompts": [[ID, ...], ...], "write": [[ID, ...], ...], "lora": PATH of an
+adapter, or left out}]. ANSWERS, one a job: {"tokens": [[ID, ...], ...] with special tokens, "logprobs": [{ID: LOGPROB}, ...],
+"written": [TEXT, ...]: what is written greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Needs the wheel
+xllamacpp alone.
 """
 
 import json
@@ -44,6 +45,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     params.n_ctx, params.n_parallel, params.warmup, params.port, params.verbosity = 256, 1, False, 0, -1
     params.hostnames = ["127.0.0.1"]
     params.cpuparams.n_threads = 1
+    if "lora" in job:
+        added = xllamacpp.CommonAdapterLoraInfo()
+        added.path, added.scale = job["lora"], 1.0
+        params.lora_adapters = [added]
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
