@@ -53,7 +53,7 @@ def _kinds(own: Mapping[str, Any]) -> tuple[Keys, list[str]]:
     some = set(heads) - {0}
     if len(some) > 1:
         raise ValueError(f"{KV_HEADS} = {heads}, and all layers with attention have as many here")
-    return {"num_key_value_heads": n for n in some}, [FULL if n else STATE for n in heads]
+    return ({"num_key_value_heads": max(some)} if some else {}), [FULL if n else STATE for n in heads]
 
 
 def _granite(config: PretrainedConfig) -> Keys:
@@ -154,7 +154,7 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "jamba": _jamba,
     "qwen3_next": _delta,
 }
-READ: dict[str, Callable[[Mapping[str, Any], Container[str]], Keys]] = {
+READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Keys]] = {
     "mamba2": lambda own, tensors: _heads_read(own, "head_dim", "expand"),
     "granitemoehybrid": _granite_read,
     "nemotron_h": _nemotron_read,
