@@ -127,6 +127,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 2, "mamba_num_heads": 4,
         "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 16, "head_dim": 16,
     },
+    "falcon_h1": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "head_dim": 16,
+        "embedding_multiplier": 3.0, "lm_head_multiplier": 0.7, "key_multiplier": 0.6, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.4, "mlp_multipliers": [0.9, 0.7],
+        "ssm_multipliers": [0.4, 0.5, 0.6, 0.7, 0.8], "tie_word_embeddings": False,
+    },
     "jamba": {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_d_state": 16,
         "mamba_dt_rank": 8,

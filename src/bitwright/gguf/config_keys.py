@@ -144,6 +144,16 @@ FIXED: dict[str, Keys] = {
         "mlp_bias": False,
     },
     "eurobert": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "falcon_h1": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+        "mamba_rms_norm": False,
+        **ANY_STEP,
+    },
     "jamba": {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False},
 }
 EVERY = {

@@ -15,6 +15,7 @@ from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, quantization_of, read_config
+from bitwright.models.multipliers import fold_multipliers, without_multipliers
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter
@@ -38,9 +39,11 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         remedy = "quantize the float original to GGUF"
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
-    skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    config = read_config(model)
+    skeleton, checkpoint = Skeleton(without_multipliers(config), torch.float32), Checkpoint(model)
     check_described(checkpoint.tensors, model)
     skeleton.split_experts(checkpoint)
+    fold_multipliers(config, checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))
     check_all_read(shapes, names.values(), skeleton, str(model))

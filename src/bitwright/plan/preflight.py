@@ -34,6 +34,7 @@ from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, 
 from bitwright.models.families import DECOMPRESSED, positions_of
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
+from bitwright.models.multipliers import fold_multipliers, without_multipliers
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
@@ -290,7 +291,9 @@ def preflight(
     for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
-    config = read_config(source)
+    config = original = read_config(source)
+    if format_.one_file:
+        config = without_multipliers(original)
     if not requantize:
         _refuse_integers(source)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
@@ -300,6 +303,8 @@ def preflight(
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
     _check_made_for(recipe, skeleton, source)
     checkpoint = _open(source, format_, skeleton, requantize=requantize)
+    if format_.one_file and isinstance(checkpoint, Checkpoint):
+        fold_multipliers(original, checkpoint)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     if any(t.stored_as for t in tensors):
         notes.append(decoded_note(tensors))
