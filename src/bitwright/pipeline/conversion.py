@@ -15,7 +15,7 @@ from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, quantization_of, read_config
-from bitwright.models.multipliers import fold_multipliers, without_multipliers
+from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.gguf_file import GgufModelWriter
@@ -40,10 +40,10 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
     config = read_config(model)
-    skeleton, checkpoint = Skeleton(without_multipliers(config), torch.float32), Checkpoint(model)
+    skeleton, checkpoint = Skeleton(config_for_gguf(config), torch.float32), Checkpoint(model)
     check_described(checkpoint.tensors, model)
+    said_of_parts = fit_to_gguf(config, checkpoint)
     skeleton.split_experts(checkpoint)
-    fold_multipliers(config, checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))
     check_all_read(shapes, names.values(), skeleton, str(model))
@@ -59,7 +59,12 @@ def convert(model: Path, out: Path, format_name: str | None = None) -> dict[str,
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": [*notes, *said]}
+    return {
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "tensors": len(members),
+        "notes": [*said_of_parts, *notes, *said],
+    }
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:
