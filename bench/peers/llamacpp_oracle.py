@@ -2,10 +2,11 @@
 
     bench/peers/envs/xllamacpp/bin/python bench/peers/llamacpp_oracle.py JOBS.json ANSWERS.json
 
-JOBS: [{"file": PATH, "texts": [TEXT, ...], "prompts": [[ID, ...], ...], "write": [[ID, ...], ...]}]. ANSWERS, one a job:
-{"tokens": [[ID, ...], ...] with special tokens, "logprobs": [{ID: LOGPROB}, ...], "written": [TEXT, ...]: what is written
-greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Of an encoder "embed": [[ID, ...], ...] instead of prompts:
-{"embedded": [[VECTOR, ...], ...]}, the last hidden state of each token. Needs the wheel xllamacpp alone.
+JOBS: [{"file": PATH, "texts": [TEXT, ...], "prompts": [[ID, ...], ...], "write": [[ID, ...], ...], "lora": PATH of an
+adapter, or left out}]. ANSWERS, one a job: {"tokens": [[ID, ...], ...] with special tokens, "logprobs": [{ID: LOGPROB}, ...],
+"written": [TEXT, ...]: what is written greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Of an encoder
+"embed": [[ID, ...], ...] instead of prompts: {"embedded": [[VECTOR, ...], ...]}, the last hidden state of each token. Needs the
+wheel xllamacpp alone.
 """
 
 import json
@@ -54,6 +55,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     params.cpuparams.n_threads = 1
     if job.get("embed"):
         params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    if "lora" in job:
+        added = xllamacpp.CommonAdapterLoraInfo()
+        added.path, added.scale = job["lora"], 1.0
+        params.lora_adapters = [added]
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
 from bitwright.train.data import IGNORED, training_data
-from bitwright.train.finetune import Training, finetune
+from bitwright.train.finetune import finetune
+from bitwright.train.settings import Training
 
 peft = pytest.importorskip("peft")
 HOW = Training(rank=4, steps=4, batch=2, seqlen=32, lr=5e-3, save_every=2)
@@ -51,22 +55,39 @@ def adapter(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finetune(llama, whole, data=str(text), how=HOW)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bitwright.train import checkpoints
+from bitwright.train.finetune import finetune
+from bitwright.train.settings import Training
 
-    def stop(what: str, done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
+synced, sync = [], checkpoints.sync_folder
 
-    with pytest.raises(KeyboardInterrupt):
-        finetune(llama, cut, data=str(text), how=HOW, progress=stop)
+def stop(folder):
+    synced.append(folder)
+    if len(synced) == 3:  # the second checkpoint is written, and not yet under its name
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(folder)
+
+checkpoints.sync_folder = stop
+how = Training(rank=4, steps=6, batch=2, seqlen=32, lr=5e-3, save_every=2)
+finetune(Path(sys.argv[1]), Path(sys.argv[2]), data=sys.argv[3], how=how)
+"""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
+    whole, cut, how = tmp_path / "whole", tmp_path / "cut", replace(HOW, steps=6)
+    dead = subprocess.run([sys.executable, "-c", KILLED, str(llama), str(cut), str(text)], capture_output=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+    assert sorted(p.name for p in (tmp_path / "cut.partial").glob("step-*")) == ["step-000002", "step-000004.tmp"]
     assert not cut.exists()
     with pytest.raises(OutputError, match="of another kind"):
-        finetune(llama, cut, data=str(text), how=replace(HOW, lr=1e-3))
+        finetune(llama, cut, data=str(text), how=replace(how, lr=1e-3))
+    finetune(llama, whole, data=str(text), how=how)
     steps: list[int] = []
-    finetune(llama, cut, data=str(text), how=HOW, progress=lambda _, done, total: steps.append(done))
-    assert steps == [3, 4] and not (tmp_path / "cut.partial").exists()
+    finetune(llama, cut, data=str(text), how=how, progress=lambda _, done, total: steps.append(done))
+    assert steps == [3, 4, 5, 6] and not (tmp_path / "cut.partial").exists()
     assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in FILES)
 
 

@@ -152,7 +152,10 @@ class Architecture:
 
 
 OTHERS = {  # general.type of files that are no models: what they are, and the remedy
-    "adapter": ("a LoRA adapter", "merge it into its model, and give that; llama.cpp takes both, as -m and --lora"),
+    "adapter": (
+        "a LoRA adapter",
+        "bitwright convert LORA.gguf ADAPTER --base MODEL, then bitwright merge MODEL ADAPTER OUT",
+    ),
     "imatrix": ("an importance matrix", "give it as --calib, and a model's file"),
 }
 VISION = "clip"  # general.architecture of mmproj files: a vision encoder without its language model

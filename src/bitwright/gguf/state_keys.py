@@ -53,7 +53,7 @@ def _kinds(own: Mapping[str, Any]) -> tuple[Keys, list[str]]:
     some = set(heads) - {0}
     if len(some) > 1:
         raise ValueError(f"{KV_HEADS} = {heads}, and all layers with attention have as many here")
-    return ({"num_key_value_heads": max(some)} if some else {}), [FULL if n else STATE for n in heads]
+    return {"num_key_value_heads": max(some)} if some else {}, [FULL if n else STATE for n in heads]
 
 
 def _granite(config: PretrainedConfig) -> Keys:

@@ -45,7 +45,7 @@ def check_base(adapter: Adapter, model: Path) -> tuple[str, ...]:
     The base is known from what `finetune` recorded, or from a local directory that adapter_config.json names. A hub's name
     tells no weights: where it is not the model's own, that is noted.
     """
-    recorded = _recorded(adapter.folder)
+    recorded = recorded_base(adapter.folder)
     named = str(adapter.config.get("base_model_name_or_path") or "")
     own = weights_digest(model)
     if recorded is not None:
@@ -63,8 +63,8 @@ def check_base(adapter: Adapter, model: Path) -> tuple[str, ...]:
     return ()
 
 
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """What `base_record` has. CheckpointError for a damaged file."""
+def recorded_base(folder: Path) -> dict[str, Any] | None:
+    """What `base_record` has put beside an adapter; None if nothing. CheckpointError for a damaged file."""
     file = folder / BASE
     if not file.is_file():
         return None
