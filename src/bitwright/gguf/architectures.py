@@ -101,6 +101,14 @@ DELTA = (
     ("linear_conv_kernel_dim", "ssm.conv_kernel"), ("linear_key_head_dim", "ssm.state_size"),
     ("linear_num_key_heads", "ssm.group_count"), ("linear_num_value_heads", "ssm.time_step_rank"),
 )  # fmt: skip
+LFM2_MIXTURE = (*MIXTURE, ("num_dense_layers", "leading_dense_block_count"))
+GEMMA3N = (
+    *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, SOFT_CAPS[1], *SLIDING,
+    ("altup_active_idx", "altup.active_idx"), ("altup_num_inputs", "altup.num_inputs"),
+    ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
+    ("num_kv_shared_layers", "attention.shared_kv_layers"),
+)  # fmt: skip
+MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attention", SLIDING[0][1]), VOCABULARY)
 LLAMA4 = (
     *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, *MIXTRAL,
     ("intermediate_size_mlp", "feed_forward_length"), ("intermediate_size", "expert_feed_forward_length"),
@@ -249,7 +257,14 @@ ARCHITECTURES = {
             groups="mamba_n_groups",
         ),
         Architecture("nemotron_h", "nemotron_h", NEMOTRON_H, rotary=False, groups="n_groups"),
+        Architecture("falcon_h1", "falcon-h1", (*GROUPED, *RMS, *HEADS, *HYBRID, VOCABULARY), groups="mamba_n_groups"),
         Architecture("jamba", "jamba", JAMBA, rotary=False),
+        Architecture("lfm2_moe", "lfm2moe", (*LFM2, *LFM2_MIXTURE), constant=GATED_BY_SIGMOID),
+        Architecture("gemma3n_text", "gemma3n", GEMMA3N),
+        Architecture(
+            "modernbert", "modern-bert", MODERN, causal=False, constant=(("attention.sliding_window_pattern", 3),)
+        ),
+        Architecture("eurobert", "eurobert", (*GROUPED, *RMS), causal=False),
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
         Architecture("gpt_bigcode", "starcoder", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
@@ -289,15 +304,10 @@ ENCODER = "its class among the encoders, of which the last hidden state is taken
 MISSING = {
     "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
     "qwen3_5_moe_text": ("qwen35moe", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
-    "gemma3n_text": ("gemma3n", "the tensors of AltUp, LAuReL and of embeddings for each layer"),
     "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
-    "falcon_h1": ("falcon-h1", "its multipliers folded into matrices"),
     "apertus": ("apertus", "the parameters of its activation as keys of the file"),
-    "phimoe": ("phimoe", "SparseMixer's weights of experts, where llama.cpp has those of a softmax"),
-    "lfm2_moe": ("lfm2moe", "layers with and without experts beside convolutions"),
-    "modernbert": ("modern-bert", ENCODER),
+    "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", ENCODER),
-    "eurobert": ("eurobert", ENCODER),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),

@@ -128,6 +128,32 @@ FIXED: dict[str, Keys] = {
         "use_conv_bias": True,
         **ANY_STEP,
     },
+    "lfm2_moe": {"conv_bias": False, "tie_word_embeddings": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    "gemma3n_text": {
+        "hidden_activation": GELU,
+        "altup_active_idx": 0,
+        "altup_num_inputs": 4,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+    },
+    "modernbert": {
+        "hidden_activation": "gelu",
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "eurobert": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "falcon_h1": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+        "mamba_rms_norm": False,
+        **ANY_STEP,
+    },
     "jamba": {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False},
 }
 EVERY = {
@@ -137,6 +163,8 @@ EVERY = {
     "gpt_oss": 2,
     "olmo3": 4,
 }  # every how many layers one has full attention; the others have a sliding window
+# Of Gemma 3n: layers with keys and values of their own, layers whose MLP is sparse, and how sparse.
+GEMMA3N_OWN, GEMMA3N_SPARSE, SPARSITY = 20, 10, 0.95
 EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
@@ -196,6 +224,11 @@ def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys
     if kind == "llama4_text":
         found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
         found["layer_types"] = ["chunked_attention" if rotary else rope.GLOBAL for rotary in found["no_rope_layers"]]
+    if kind == "gemma3n_text":
+        found["num_kv_shared_layers"] = max(0, depth - GEMMA3N_OWN)
+        found["activation_sparsity_pattern"] = [SPARSITY if i < GEMMA3N_SPARSE else 0.0 for i in range(depth)]
+    if kind == "modernbert":
+        found["layer_types"] = [rope.LOCAL if i % 3 else rope.GLOBAL for i in range(depth)]
     if kind == "olmoe":
         found["num_key_value_heads"] = heads  # the norm of keys is as wide as that of queries
     if kind == "exaone4":
@@ -263,7 +296,7 @@ def config_of(
     values |= {attribute: name in tensors for attribute, name in row.biases}
     values |= {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors} if row.kind == "stablelm" else {}
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
-    values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    values |= _special(keys, values["vocab_size"])
     values |= _ends(keys)
     own = {key.removeprefix(f"{row.name}."): _plain(value) for key, value in keys.items()}
     try:
@@ -316,6 +349,12 @@ def _row_of(keys: Mapping[str, Any], tensors: Container[str], where: str) -> Arc
     }
     kind, is_other = others.get(row.name, ("", False))
     return ARCHITECTURES[kind] if is_other else row
+
+
+def _special(keys: Mapping[str, Any], vocabulary: int) -> Keys:
+    """The ids of special tokens; one outside the vocabulary counts as missing, as in llama.cpp."""
+    ids = {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    return {a: n if isinstance(n, int) and 0 <= n < vocabulary else None for a, n in ids.items()}
 
 
 def _ends(keys: Mapping[str, Any]) -> Keys:

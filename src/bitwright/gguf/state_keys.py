@@ -102,6 +102,10 @@ def _nemotron_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     return found | width | heads | {"layers_block_type": kinds}
 
 
+def _falcon_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    return {"mamba_d_ssm": own[INNER], "mamba_d_head": own[INNER] // own[HEADS]}
+
+
 def _jamba(config: PretrainedConfig) -> Keys:
     kinds = config.layers_block_type
     heads = [config.num_key_value_heads if kind in (FULL, "attention") else 0 for kind in kinds]
@@ -151,13 +155,15 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "mamba2": _mamba2,
     "granitemoehybrid": _granite,
     "nemotron_h": _nemotron,
+    "falcon_h1": lambda config: {INNER: config.mamba_d_ssm},
     "jamba": _jamba,
     "qwen3_next": _delta,
 }
-READ: dict[str, Callable[[Mapping[str, Any], Container[str]], Keys]] = {
+READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Keys]] = {
     "mamba2": lambda own, tensors: _heads_read(own, "head_dim", "expand"),
     "granitemoehybrid": _granite_read,
     "nemotron_h": _nemotron_read,
+    "falcon_h1": _falcon_read,
     "jamba": _jamba_read,
     "qwen3_next": _delta_read,
 }

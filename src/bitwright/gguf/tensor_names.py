@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
-from bitwright.gguf.special_keys import falcon_kv_heads
+from bitwright.gguf.special_keys import PER_LAYER, falcon_kv_heads
 from bitwright.gguf.tensor_parts import Part, Place, parts_of, share_of
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
@@ -44,6 +44,8 @@ RENAMED = {  # endings of parameters that the gguf package's table has otherwise
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
     "self_attn.sinks": "self_attn.sinks.weight",
     "dt_bias": "dt_proj.bias",
+    "correct_output_scale": "correct_output_scale.weight",
+    "feed_forward.expert_bias": "feed_forward.expert_bias.bias",
 }
 ROOTS = {
     "nemotron_h": ("model.", "backbone.")
@@ -127,6 +129,8 @@ class Names:
         if sum(part.rows for part in cuts) != rows:
             message = f"it has {rows} rows, the config means {sum(part.rows for part in cuts)}"
             raise CheckpointError(message, where=parameter, remedy="config.json and weights must belong together")
+        if name == PER_LAYER:  # rows for all tokens; those of images and sounds stay zero
+            return [Place(name, 0, rows, (max(rows, self.config.vocab_size), *shape[1:]))]
         return [Place(n, 0, count, shape if len(cuts) == 1 else (count, *shape[1:])) for n, count in cuts]
 
     def is_float32(self, parameter: str, axes: int) -> bool:

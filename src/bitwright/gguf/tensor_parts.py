@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-QKV = re.compile(r"^self_attn\.([qkv])_proj\.(weight|bias)$")
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)$")
 
 
@@ -24,20 +23,15 @@ class Place(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A parameter that is number `number` of `of` in a tensor.
-
-    apart: whether they are stacked along a dimension of their own; otherwise along their rows.
-    """
+    """A parameter that is number `number` of `of` in a tensor, stacked along a dimension of their own."""
 
     name: str
     number: int
     of: int
-    apart: bool
 
     def place(self, shape: tuple[int, ...], rows: int) -> Place:
         """Its place, for a parameter of this shape."""
-        whole = (self.of, *shape) if self.apart else (self.of * shape[0], *shape[1:])
-        return Place(self.name, self.number * rows, rows, whole)
+        return Place(self.name, self.number * rows, rows, (self.of, *shape))
 
 
 class Part(NamedTuple):
@@ -70,18 +64,11 @@ def _gated_states(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part
     return Part(f"blk.{block}.attn_qkv.weight", 2 * keys + values), Part(f"blk.{block}.attn_gate.weight", values)
 
 
-def _fused(config: PretrainedConfig, block: str, leaf: str) -> Share | None:
-    """Queries, keys and values are one tensor, one after the other."""
-    found = QKV.search(leaf)
-    return None if found is None else Share(f"blk.{block}.attn_qkv.{found[2]}", "qkv".index(found[1]), 3, apart=False)
-
-
 PARTS: dict[str, Callable[[PretrainedConfig, str, str], tuple[Part, ...]]] = {
     "granitemoeshared": _granite,
     "granitemoehybrid": _granite,
     "qwen3_next": _gated_states,
 }
-SHARES: dict[str, Callable[[PretrainedConfig, str, str], Share | None]] = {"nomic_bert": _fused}
 ALTUP = re.compile(r"altup_(unembed_)?projections\.(\d+)\.weight$")
 
 
@@ -94,8 +81,7 @@ def parts_of(config: PretrainedConfig, parameter: str) -> tuple[Part, ...]:
 def share_of(config: PretrainedConfig, parameter: str) -> Share | None:
     """The tensor that a parameter shares with others; None if it shares none."""
     altup = ALTUP.search(parameter)
-    if altup is not None:  # Gemma 3n's, all but the first of its hidden states have one
-        name = f"altup_{'unembd_' if altup[1] else ''}proj.weight"
-        return Share(name, int(altup[2]), config.altup_num_inputs - 1, apart=True)
-    found, shared = BLOCK.search(parameter), SHARES.get(config.model_type)
-    return None if found is None or shared is None else shared(config, found[1], found[2])
+    if altup is None:
+        return None
+    name = f"altup_{'unembd_' if altup[1] else ''}proj.weight"  # all hidden states of Gemma 3n but the first have one
+    return Share(name, int(altup[2]), config.altup_num_inputs - 1)
