@@ -123,14 +123,14 @@ class Bench:
         return self.known(name, make)
 
     def distilled(self, scheme: str, method: str, way: str) -> dict[str, Any]:
-        """A rounded model trained towards the original: its scales and norms, or an adapter beside it."""
+        """A rounded model trained towards the original: its scales and norms, or an adapter beside it (way: where that begins)."""
         from bitwright.train.finetune import finetune
         from bitwright.train.settings import Training
 
         source = Path(self.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method)["out"])
         out, alone = source.with_name(f"{source.name}-{way}"), way == "scales"
         how = Training(
-            steps=self.steps, batch=self.batch, seqlen=self.seqlen, teacher=self.model, scales_only=alone,
+            steps=self.steps, batch=self.batch, seqlen=self.seqlen, teacher=self.model, scales_only=alone, init="zero" if alone else way,
             lr=self.lr,
         )  # fmt: skip
 
@@ -180,7 +180,7 @@ def distil(bench: Bench) -> str:
     for scheme in DISTILLED:
         for method in ("gptaq", "autoround"):
             ways = [("", bench.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method))]
-            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "adapter")]
+            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "zero", "residual")]
             for way, r in ways:
                 kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}"
                 rows.append([scheme, method, way or "–", kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
