@@ -22,6 +22,12 @@ from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 WORK = OUT / "training"
 PRUNED = [f"{method}:{amount}" for amount in ("0.5", "2:4") for method in ("sparsegpt", "wanda", "magnitude")]
 DISTILLED = ("int2-g32", "int3-g64", "int4-g64")
+TRAINED = {
+    "": "–",
+    "scales": "scales and norms",
+    "zero": "an adapter beside it",
+    "residual": "an adapter, --init residual",
+}
 STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
 
 
@@ -123,7 +129,7 @@ class Bench:
         return self.known(name, make)
 
     def distilled(self, scheme: str, method: str, way: str) -> dict[str, Any]:
-        """A rounded model trained towards the original: its scales and norms, or an adapter beside it."""
+        """A rounded model trained towards the original: way "scales", with its norms; or where an adapter beside it begins."""
         from bitwright.train.finetune import finetune
         from bitwright.train.settings import Training
 
@@ -131,7 +137,7 @@ class Bench:
         out, alone = source.with_name(f"{source.name}-{way}"), way == "scales"
         how = Training(
             steps=self.steps, batch=self.batch, seqlen=self.seqlen, teacher=self.model, scales_only=alone,
-            lr=self.lr,
+            init="zero" if alone else way, lr=self.lr,
         )  # fmt: skip
 
         def make() -> dict[str, Any]:
@@ -180,10 +186,10 @@ def distil(bench: Bench) -> str:
     for scheme in DISTILLED:
         for method in ("gptaq", "autoround"):
             ways = [("", bench.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method))]
-            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "adapter")]
+            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "zero", "residual")]
             for way, r in ways:
                 kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}"
-                rows.append([scheme, method, way or "–", kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
+                rows.append([scheme, method, TRAINED[way], kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
     return table(["scheme", "method", "trained", "KL", "perplexity", "CPU minutes"], rows)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitwright import quantize
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -27,11 +28,13 @@ from bitwright.evaluation.merge import BESIDE, MERGED, NEAREST, Settings, merge
 from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
+from bitwright.models.source import open_weights
 from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
 from bitwright.train.data import IGNORED, training_data
 from bitwright.train.finetune import finetune
+from bitwright.train.lora import Lora
 from bitwright.train.settings import Training
 
 peft = pytest.importorskip("peft")
@@ -95,6 +98,30 @@ def test_a_teacher_s_predictions_are_learned(llama: Path, text: Path, tmp_path: 
     how = replace(HOW, scheme="int2-g32", teacher=llama, save_every=99)
     report = finetune(llama, tmp_path / "out", data=str(text), how=how)
     assert 0 < report.loss_after < report.loss_before
+
+
+def test_an_adapter_can_begin_as_what_rounding_lost(llama: Path, text: Path, tmp_path: Path) -> None:
+    quantized, how = tmp_path / "q", replace(HOW, steps=1, teacher=llama)
+    quantize(llama, quantized, scheme="int2-g32", method="rtn", format="bitwright", calib="none")
+    begun = Lora(quantized, replace(how, init="residual", rslora=True), None, torch.float32, b"").adapted
+    source = open_weights(llama)
+    for name, layer in begun.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            lost = source.read(f"{name}.weight").float() - layer.base_layer.weight
+            best = torch.linalg.svdvals(lost)[4:].norm()
+            assert float((lost - layer.get_delta_weight("default")).norm() / best) < 1.005, name
+    zero, residual = (
+        finetune(quantized, tmp_path / init, data=str(text), how=replace(how, init=init))
+        for init in ("zero", "residual")
+    )
+    assert residual.loss_before < 0.9 * zero.loss_before
+    with pytest.raises(CheckpointError, match="makes up for the rounding"):
+        plan(llama, tmp_path / "residual", tmp_path)
+    for wrong in ({"teacher": None}, {"dora": True}, {"init": "pissa"}):
+        with pytest.raises(RecipeError, match="init"):
+            replace(how, **{"init": "residual", **wrong})
+    with pytest.raises(RecipeError, match="in float"):
+        finetune(llama, tmp_path / "out", data=str(text), how=replace(how, init="residual"))
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(

@@ -57,6 +57,23 @@ def test_the_result_is_a_checkpoint_of_what_was_judged(name: str, llama: Path, t
     assert not (out / "ledger.jsonl").exists() and (out / "tokenizer.json").is_file()
 
 
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(llama: Path, text: str, tmp_path: Path) -> None:
+    quantized, how = tmp_path / "q", replace(HOW, steps=4, save_every=2)
+    quantize(llama, quantized, scheme="int2-g32", method="rtn", format="bitwright", calib="none")
+    finetune(quantized, tmp_path / "whole", data=text, how=how)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(quantized, tmp_path / "cut", data=text, how=how, progress=stop)
+    steps: list[int] = []
+    finetune(quantized, tmp_path / "cut", data=text, how=how, progress=lambda _, done, total: steps.append(done))
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert steps == [3, 4] and whole == cut != (quantized / "model.safetensors").read_bytes()
+
+
 def test_what_has_no_scales_to_train_is_refused(llama: Path, text: str, tmp_path: Path) -> None:
     quantize(llama, tmp_path / "q", scheme="nf4-g64-dq", method="rtn", format="bitsandbytes", calib="none")
     quantize(llama, tmp_path / "q.gguf", scheme="q4_0", method="rtn", calib="none")

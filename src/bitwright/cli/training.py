@@ -53,6 +53,12 @@ def finetune(
         float | None,
         typer.Option(help="Largest learning rate, reached after a rise, then a cosine; 2e-4, with --scales-only 1e-3."),
     ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Where the adapter begins: zero, or residual: what MODEL's rounding of --teacher lost, in its rank."
+        ),
+    ] = "zero",
     scales_only: Annotated[
         bool,
         typer.Option("--scales-only", help="Train the scales and norms of a quantized MODEL, instead of an adapter."),
@@ -74,7 +80,7 @@ def finetune(
         how = Training(
             scheme=scheme, rank=rank, alpha=alpha, rslora=rslora, dora=dora,
             targets=tuple(targets.split(",")) if targets else None, steps=steps, batch=batch, seqlen=seqlen, lr=lr,
-            seed=seed, save_every=save_every, teacher=teacher, scales_only=scales_only,
+            seed=seed, save_every=save_every, teacher=teacher, init=init, scales_only=scales_only,
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
             done = trained(model, out, data=data, how=how, resume=resume, progress=progress)

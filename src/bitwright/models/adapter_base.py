@@ -33,9 +33,11 @@ def _places(model: Path) -> list[tuple[str, str, int, str]]:
     return [(name, str(t.file), t.offset, f"{t.dtype} {t.shape}") for name, t in found.items()]
 
 
-def base_record(model: Path, *, quantized: bool) -> bytes:
-    """The content of `BASE` beside an adapter: what it was trained beside. quantized: whether the model's files are."""
+def base_record(model: Path, *, quantized: bool, makes_up: bool = False) -> bytes:
+    """The content of `BASE` beside an adapter: what it was trained beside. quantized: whether the model's files are; makes_up:
+    whether the adapter began as what their rounding lost."""
     said = {"base": str(model), "weights": weights_digest(model), "quantized": quantized}
+    said |= {"makes_up": True} if makes_up else {}
     return json.dumps(said, indent=1).encode()
 
 
@@ -51,6 +53,10 @@ def check_base(adapter: Adapter, model: Path) -> tuple[str, ...]:
     if recorded is not None:
         if recorded["weights"] == own:
             return ()
+        if recorded.get("makes_up"):
+            message = f"the adapter makes up for the rounding of {recorded['base']}: added to other weights it is wrong"
+            remedy = f"use it beside {recorded['base']}; or train one to merge, without --init residual"
+            raise CheckpointError(message, where=str(adapter.folder), remedy=remedy)
         if recorded.get("quantized"):
             return (f"the adapter was trained beside {recorded['base']}, which was quantized already",)
         raise _other(adapter, model, str(recorded["base"]))

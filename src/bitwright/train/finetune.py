@@ -35,7 +35,7 @@ from bitwright.train.data import IGNORED, Data, Windows, training_data
 from bitwright.train.distill import distillation_loss
 from bitwright.train.lora import Lora
 from bitwright.train.scales import ScalesAndNorms
-from bitwright.train.settings import Training
+from bitwright.train.settings import RESIDUAL, Training
 from bitwright.train.trained import Trained
 from bitwright.version import __version__
 
@@ -91,7 +91,10 @@ def finetune(
         seed=how.seed, where=str(model),
     )  # fmt: skip
     quantized = not open_weights(model).is_float
-    base = base_record(model, quantized=quantized)
+    if how.init == RESIDUAL and not quantized:
+        remedy = f"bitwright quantize {model} Q --scheme int2-g32 --format bitwright, then Q with --teacher {model}"
+        raise RecipeError("a model in float has no rounding to begin at", where=str(model), remedy=remedy)
+    base = base_record(model, quantized=quantized, makes_up=how.init == RESIDUAL)
     checkpoints = Checkpoints(out, _manifest(how, given, base), resume=resume)
     if how.scales_only:
         trained: Trained = ScalesAndNorms(model, best_dtype())

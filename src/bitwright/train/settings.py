@@ -7,6 +7,7 @@ from pathlib import Path
 from bitwright.errors import RecipeError
 
 LORA_RATE, SCALES_RATE = 2e-4, 1e-3
+ZERO, RESIDUAL = "zero", "residual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class Training:
 
     scheme       what a float model's matrices are rounded to in memory; "float": they stay; None: nf4-g64-dq
     rank, alpha  of LoRA; alpha None: 2 · rank. rslora, dora: these variants; targets: module names, None: all linear layers
+    init         where an adapter begins: "zero", adding nothing; "residual": as near as its rank comes to the teacher's weights
+                 less the rounded ones
     scales_only  train the scales and norms of a quantized model instead of an adapter
     steps, batch, seqlen   steps of so many windows of so many tokens
     lr, warmup   the largest learning rate, and the share of steps over which it rises; then it falls to 0 along a cosine.
@@ -30,6 +33,7 @@ class Training:
     rslora: bool = False
     dora: bool = False
     targets: tuple[str, ...] | None = None
+    init: str = ZERO
     scales_only: bool = False
     steps: int = 300
     batch: int = 8
@@ -51,7 +55,14 @@ class Training:
         if not (0 < self.largest_rate < math.inf and 0 <= self.warmup <= 1):
             message = f"a learning rate of {self.lr} with warmup {self.warmup}"
             raise RecipeError(message, remedy="--lr 2e-4: above 0; a warmup from 0 to 1")
+        if self.init not in (ZERO, RESIDUAL) or (self.init == RESIDUAL and (self.dora or self.teacher is None)):
+            beside = "--dora" if self.dora else "no --teacher, whose weights it needs"
+            message = f"init {self.init!r}" + (f" and {beside}" if self.init == RESIDUAL else "")
+            raise RecipeError(
+                message, remedy=f"--init {RESIDUAL} with --teacher MODEL and without --dora, or --init {ZERO}"
+            )
         of_adapters = [name for name in ("scheme", "alpha", "rslora", "dora", "targets") if getattr(self, name)]
+        of_adapters += ["init"] if self.init != ZERO else []
         if self.scales_only and of_adapters:
             remedy = f"leave out --{of_adapters[0]}, or --scales-only"
             raise RecipeError(f"scales are trained without an adapter, and {of_adapters[0]} is of one", remedy=remedy)
