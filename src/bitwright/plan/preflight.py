@@ -233,9 +233,10 @@ class Plan:
         widths = {layer.K for layer in layers}
         # the inputs of attention, of the MLP, and of the matrices that end them
         activations = tokens * size * (2 * hidden + sum(widths))
-        kept = activations if self.recipe.needs_original and activations <= KEPT_BYTES else 0  # see FloatStream
-        if self.recipe.kv_cache is None:  # see known_outputs.py
-            kept += min(KEPT_BYTES, tokens * size * (2 * hidden + max(widths, default=0)))
+        known = min(KEPT_BYTES, tokens * size * (2 * hidden + max(widths, default=0)))  # see known_outputs.py
+        kept = 0 if self.recipe.kv_cache is not None else known
+        if self.recipe.needs_original:
+            kept += activations if activations <= KEPT_BYTES else known  # see FloatStream
         forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
         square = 4 * max((K * K for K in widths), default=0)
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
