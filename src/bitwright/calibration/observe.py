@@ -8,14 +8,16 @@ overshoot, and each more than the one before (docs/log.md).
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bitwright.calibration.input_statistics import Gathering, Inputs
+from bitwright.calibration.known_outputs import Enclosing, KnownOutputs
 from bitwright.errors import BitwrightError
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
@@ -23,9 +25,7 @@ from bitwright.numerics.input_quantization import InputQuantization
 
 SAME = 1e-2  # relative difference that the order of a sum may make in bfloat16
 REACHED = 0.01  # of a norm's largest weight: channels with a smaller one are not corrected through
-KEPT_BYTES = (
-    512 << 20
-)  # most bytes of the float block's activations that are kept; more are computed anew for each group
+KEPT_BYTES = 512 << 20  # most bytes of a block's activations that are kept; more are computed anew for each group
 
 
 class EarlyStop(Exception):  # noqa: N818
@@ -38,11 +38,13 @@ class Group:
 
     behind  if the output is added to the residual stream: the modules of the block whose outputs were added before; else None
     norm    the RMS norm that the output passes before it is added (Gemma), or ""
+    within  the module that returns the output as its own result
     """
 
     names: tuple[str, ...]
     behind: tuple[str, ...] | None = None
     norm: str = ""
+    within: Enclosing | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class BlockRun:
     weights              parameters to use instead, by name
     input_quantizations  how inputs are quantized before they are multiplied, by module name
     cache                the KV cache that receives the block's keys and values
+    known                what some modules return for some inputs: they are not run again
     """
 
     skeleton: Skeleton
@@ -67,12 +70,27 @@ class BlockRun:
     weights: dict[str, Tensor] = field(default_factory=dict)
     input_quantizations: Mapping[str, InputQuantization | None] = field(default_factory=dict)
     cache: KvCache | None = None
+    known: KnownOutputs = field(default_factory=lambda: KnownOutputs(0))
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, H] -> [B, T, H]."""
-        with self.skeleton.quantizing_inputs(self.input_quantizations), self.skeleton.caching(self.cache):
-            return self.skeleton.run_with(self.index, hidden, self.weights)
+        skeleton, known = self.skeleton, self.known.standing_in(self.skeleton.model, hidden)
+        with skeleton.quantizing_inputs(self.input_quantizations), skeleton.caching(self.cache), known:
+            return skeleton.run_with(self.index, hidden, self.weights)
+
+    def settle(self, group: Group) -> None:
+        """Note what the module around a quantized group returns for the inputs that `observe` has kept."""
+        if group.within is not None:
+            self.known.settle(group.within, lambda x: self._linear(group.names[0], x))
+
+    @torch.no_grad()
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        """Output [..., N] of linear module `name` for x [..., K]."""
+        own = {n.removeprefix(f"{name}."): w for n, w in self.weights.items() if n.startswith(f"{name}.")}
+        with self.skeleton.quantizing_inputs({name: self.input_quantizations.get(name)}):
+            out: Tensor = torch.func.functional_call(self.skeleton.model.get_submodule(name), own, (x,))
+        return out
 
     def handed(self, hidden: Tensor, name: str) -> tuple[Tensor, ...]:
         """All that module `name` is called with, for hidden [B, T, H]; the rest is not computed."""
@@ -117,7 +135,7 @@ class BlockRun:
 
         Modules that the forward does not reach are missing from the result.
         """
-        seen, module = Recorded({}, {}), self.skeleton.model.get_submodule
+        seen, module = Recorded({}, self.known.of(hidden)), self.skeleton.model.get_submodule
         wanted = [(seen.inputs, name) for name in inputs] + [(seen.outputs, name) for name in outputs]
 
         def keep(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -125,12 +143,14 @@ class BlockRun:
             if not whole and all(name in there for there, name in wanted):
                 raise EarlyStop
 
+        def returned(name: str, out: Any) -> None:
+            seen.returned.setdefault(name, []).append(out)
+            keep(seen.outputs, name, out[0] if isinstance(out, tuple) else out)
+
         hooks = [
             module(name).register_forward_pre_hook(lambda _, args, n=name: keep(seen.inputs, n, args[0]))
             if into is seen.inputs
-            else module(name).register_forward_hook(
-                lambda _, __, out, n=name: keep(seen.outputs, n, out[0] if isinstance(out, tuple) else out)
-            )
+            else module(name).register_forward_hook(lambda _, __, out, n=name: returned(n, out))
             for into, name in wanted
         ]
         try:
@@ -144,11 +164,15 @@ class BlockRun:
 
 @dataclass
 class Recorded:
-    """One batch: inputs and outputs of modules by name; the block's output, if it was run to its end."""
+    """One batch: inputs and outputs of modules by name; the block's output, if it was run to its end.
+
+    outputs: the tensor, or the first of a tuple; returned: what each call of a module has returned.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     out: Tensor | None = None
+    returned: dict[str, list[Any]] = field(default_factory=dict)
 
     def residual(self, hidden: Tensor, group: Group) -> Tensor:
         """The residual stream [B, T, H], float32, to which the group's output is added; hidden: the block's input."""
@@ -171,8 +195,7 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
     inside = {name for mixture in mixtures for name in mixture.names}
     linears, norms = [n for n in run.skeleton.linears(run.index) if n not in inside], _norms(run)
     read = [*(n for n in linears if n in wanted), *norms, *(mixture.name for mixture in mixtures)]
-    layers = [mixture.name.rpartition(".")[0] for mixture in mixtures]
-    seen = run.record(window, read, [*linears, *norms, *layers], whole=True)
+    seen = run.record(window, read, _modules(run), whole=True)
     _all_seen({n for n in wanted if n not in inside} - seen.inputs.keys())
     readers: dict[int, list[str]] = {}
     for name in linears:
@@ -181,7 +204,9 @@ def groups_of(run: BlockRun, window: Tensor, wanted: Collection[str]) -> list[Gr
     order = {name: at for at, name in enumerate(seen.inputs)}
     assert seen.out is not None
     stream = run.skeleton.stream
-    written = _written(stream(window), stream(seen.out), seen)
+    adding = {*linears, *norms, *(mixture.name.rpartition(".")[0] for mixture in mixtures)}
+    outputs = {name: out for name, out in seen.outputs.items() if name in adding}
+    written = _written(stream(window), stream(seen.out), outputs)
     groups = [_group(run, tuple(names), written, norms, seen) for names in readers.values()]
     first = {group.names[0]: group for group in groups} | {mixture.name: mixture for mixture in mixtures}
     return [first[name] for name in sorted(first, key=lambda name: order[name])]
@@ -203,13 +228,20 @@ def _norms(run: BlockRun) -> list[str]:
     return [prefix + name for name, module in named if name and is_norm(module)]
 
 
-def _written(window: Tensor, out: Tensor, seen: Recorded) -> tuple[str, ...]:
-    """The modules whose outputs, added to the block's input, make its output; () if there are none such."""
+def _modules(run: BlockRun) -> list[str]:
+    """Names of the block's modules but for single experts, and containers, which are not called."""
+    prefix, experts = f"{run.skeleton.block_prefix}.{run.index}.", tuple(f"{name}." for name in run.skeleton.experts)
+    named = run.skeleton.blocks[run.index].named_modules(prefix=prefix[:-1])
+    return [name for name, _ in named if name.startswith(prefix) and not name.startswith(experts)]
+
+
+def _written(window: Tensor, out: Tensor, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Those of `outputs`, by module, which, added to the block's input, make its output; () if there are none such."""
     written = out.float() - window.float()
-    candidates = [name for name, out in seen.outputs.items() if out.shape == window.shape]
+    candidates = [name for name, out in outputs.items() if out.shape == window.shape]
     for count in range(1, min(4, len(candidates)) + 1):
         for some in combinations(candidates, count):
-            missing = written - sum((seen.outputs[name].float() for name in some), torch.zeros(()))
+            missing = written - sum((outputs[name].float() for name in some), torch.zeros(()))
             if float(missing.norm()) < SAME * float(written.norm()):
                 return some
     return ()
@@ -221,16 +253,17 @@ def _group(
     """The group, with how its output reaches the residual stream, if it is one module."""
     if len(names) > 1:
         return Group(names)
-    out = seen.outputs[names[0]]
+    out, block = seen.outputs[names[0]], f"{run.skeleton.block_prefix}.{run.index}."
+    alone = Group(names, within=Enclosing.of(names[0], seen.returned, block))
     if names[0] in written:
-        return Group(names, written[: written.index(names[0])])
+        return replace(alone, behind=written[: written.index(names[0])])
     norm = next((n for n in norms if n in written and seen.inputs[n] is out), "")
     if not norm:
-        return Group(names)
+        return alone
     meant = out.float() * _slope(run.skeleton, norm, out.float())
     moved = float((seen.outputs[norm].float() - meant).norm())
     same = moved < SAME * float(meant.norm())  # an RMS norm: no mean subtracted, no bias
-    return Group(names, written[: written.index(norm)], norm) if same else Group(names)
+    return replace(alone, behind=written[: written.index(norm)], norm=norm) if same else alone
 
 
 def _slope(skeleton: Skeleton, norm: str, out: Tensor) -> Tensor:
@@ -248,7 +281,7 @@ class FloatStream:
     """The float block on the float model's activations, beside the quantized model's.
 
     Its inputs and outputs are kept where they fit into `KEPT_BYTES`, since a block is observed once for each group; else
-    they are computed anew each time.
+    they are computed anew each time, but for what its modules are known to return.
     """
 
     def __init__(self, run: BlockRun, batches: list[Tensor], stages: Sequence[Group | Mixture]) -> None:
@@ -260,6 +293,7 @@ class FloatStream:
         tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
         fits = tokens * sum(widths) * batches[0].itemsize <= KEPT_BYTES
         self._kept = [self._record(batch, groups, whole=True) for batch in batches] if fits else None
+        run.known.limit = 0 if fits or run.skeleton.hands_on else KEPT_BYTES
 
     def _record(self, batch: Tensor, groups: Sequence[Group], *, whole: bool = False) -> Recorded:
         outputs = {name for group in groups for name in group.behind or ()}
@@ -267,7 +301,12 @@ class FloatStream:
 
     def of(self, b: int, group: Group) -> Recorded:
         """Batch b, recorded at least up to the group."""
-        return self._kept[b] if self._kept is not None else self._record(self.batches[b], [group])
+        if self._kept is not None:
+            return self._kept[b]
+        seen = self._record(self.batches[b], [group])
+        if group.within is not None:
+            self.run.known.keep_input(self.batches[b], seen.inputs[group.names[0]])
+        return seen
 
     def move_on(self) -> None:
         """Replace the batches by the block's outputs: the inputs of the next block."""
@@ -307,6 +346,8 @@ def observe(
             if b == 0:
                 gatherings[name] = Gathering.of(x, detailed=detailed, expected=expected)
                 gatherings[name].names += group.names
+            if group.within is not None:
+                run.known.keep_input(batch, x)
             other = None if floats is None else floats.of(b, group)
             ahead, counting = None, None
             if group.behind is not None and (other is not None or by_residual):

@@ -183,6 +183,10 @@ def compare(
     out: Annotated[Path, typer.Argument(help="Directory to make: every candidate, a table (JSON) and a page (HTML).")],
     schemes: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "int4-g128,int3-g128",
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "rtn,search,awq,gptq,awq+gptq",
+    mixes: Annotated[str, typer.Option(help="Mixes of llama.cpp's types, such as q4_k_m, with commas between.")] = "",
+    recipe: Annotated[
+        list[Path] | None, typer.Option(help="Recipe that competes too, such as a plan; again for more.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="File format; the first that can hold a candidate.")] = None,
     activations: Activations = None,
     observer: Observer = "mse",
@@ -207,15 +211,16 @@ def compare(
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         check_model(model)
-        from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
+        from bitwright.evaluation.contests import Settings
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
             calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
         )  # fmt: skip
         done = run_all(
-            model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
+            model, out, schemes=[name for name in schemes.split(",") if name], methods=methods.split(","),
+            mixes=[name for name in mixes.split(",") if name], recipes=recipe or [], settings=settings, store=store,
             resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip
     if as_json:
@@ -355,19 +360,24 @@ def imatrix(
 def convert(
     model: Model,
     out: Annotated[
-        Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
+        Path,
+        typer.Argument(help="OUT.gguf to make of a float MODEL or an adapter, or a directory of a quantized one."),
     ],
     format: Annotated[
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or bitwright, for a directory.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Where MODEL is a LoRA adapter, in peft's form or a .gguf file: the model that it is for."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json, f"{out} was not made; the same command starts afresh"):
-        check_model(model)
+        check_model(model, base)
         from bitwright.pipeline.conversion import convert
 
-        show(convert(model, out, format), as_json, "Done")
+        show(convert(model, out, format, base=base), as_json, "Done")
 
 
 for command in (plan, advise, generate, chat, serve, bench, finetune, merge):

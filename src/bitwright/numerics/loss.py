@@ -32,10 +32,11 @@ def energy(w: Tensor, gram: Tensor | None) -> Tensor:
 def _energy(w: Tensor, gram: Tensor) -> Tensor:
     """The same for a few rows and a full Gram."""
     total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-    for start in range(0, len(gram), PANEL):  # gram is symmetric: half of it, off-diagonal panels twice
-        here = slice(start, start + PANEL)
-        product = (w[:, start:] @ gram[start:, here]).float().mul_(2)
-        product -= (w[:, here] @ gram[here, here]).float()
+    for start in range(0, len(gram), PANEL):  # gram is symmetric: what lies below its diagonal counts twice
+        here, below = slice(start, start + PANEL), slice(start + PANEL, None)
+        product = (w[:, here] @ gram[here, here]).float()
+        if start + PANEL < len(gram):
+            product += (w[:, below] @ gram[below, here]).float().mul_(2)
         total += product.mul_(w[:, here]).sum(1).double()
     return total
 

@@ -1,7 +1,8 @@
 """Quantize a block in the order of its forward: observe an input, quantize the matrices that read it, go on behind them.
 
 Every matrix thus gets statistics of the inputs that it will really have in the quantized model, within the block too ("true
-sequential" in GPTQ's code). One pass over the calibration tokens for each input, up to it; memory is one input's statistics.
+sequential" in GPTQ's code). One pass over the calibration tokens for each input, up to it, less what known_outputs.py spares;
+memory is one input's statistics, and what is kept for that.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bitwright.calibration.observe import BlockRun, FloatStream, groups_of
+from bitwright.calibration.observe import KEPT_BYTES, BlockRun, FloatStream, Group, groups_of
 from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.models.kv_cache import KvCache, KvRounding
 from bitwright.models.skeleton import Skeleton, as_source
@@ -39,6 +40,7 @@ def quantize_in_order(
     cache = KvCache(rounding=kv) if kv else None
     floats = BlockRun(skeleton, index, input_quantizations=turned)
     run, plain = (BlockRun(skeleton, index, input_quantizations=dict(turned), cache=cache) for _ in range(2))
+    run.known.limit = 0 if cache or skeleton.hands_on else KEPT_BYTES  # a module that gives others more must run
     groups = groups_of(floats, states.given[0][:1], layers)
     original = None if states.original is None else FloatStream(floats, states.original, groups)
     done, searched = list[Rounded](), list[Rounded]()
@@ -52,11 +54,15 @@ def quantize_in_order(
             done += new
             if guarded:
                 searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
+        if isinstance(group, Group):
+            run.settle(group)
+            floats.settle(group)
     if original is not None and states.original is not None:
         original.move_on()
         tuned = tune_block(plan, index, done, weights, states.given, states.original)
         if tuned is not done:  # tuning has used the block's own weights
             done = tuned
+            run.known.clear()
             skeleton.load(weights)
             take(run, skeleton, done)
     wanted = [floats(batch) for batch in (states.held if states.held_original is None else states.held_original)]
