@@ -153,11 +153,12 @@ struct Weights {
     int block, repeat;      // columns of a block; blocks of a group
 };
 
-// Inputs [M, K] in bytes, `height` rows at a time: [M / height, K / 4, height, 4], K padded to a multiple of 32.
+// Inputs [M, K] in bytes, `height` rows at a time: [M / height, K / 4, height, 4], K padded to a multiple of 32. An
+// instruction set may keep inputs of two bytes in another order, in the room of both: see WORDS in dot.h.
 struct Inputs {
     const void *source;     // [M, K] float32, or bfloat16 if half
     bool half;
-    int8_t *high, *low;     // low null if bytes is 1
+    int8_t *high, *low;     // low null if bytes is 1, otherwise right behind high
     int32_t *sum;           // [M / height, blocks, height]
     float *scale;           // [M / height, spans, height]
     ptrdiff_t M, K, padded, blocks, spans;
@@ -246,14 +247,20 @@ struct Gates {
     ptrdiff_t H;
 };
 
-// One token's attention over positions [first, last) of keys and values, f16 [key heads, room, D]; D a multiple of 16.
+// How the vector of a head is kept, as a row of bytes; numerics/key_value_codes.py.
+enum KeyValue { KV_F16, KV_Q8, KV_Q4 };
+
+// Attention of some tokens that follow one another in a sequence, for the heads that have one key head in common. Token r
+// sees the positions up to position + r, with a window only so many of them.
 struct Attention {
-    const float *q;         // [heads, D]
-    const uint16_t *keys, *values;
-    float *scores;          // room for [heads, padded]; padded a multiple of 16 above the number of positions
-    float *out;             // [heads, D]
+    const float *q;         // [rows, apart]: share x D numbers of each row
+    const uint8_t *keys, *values;  // [positions, width] rows of bytes, as `type` says
+    float *scores;          // room for [rows, share, padded]; padded a multiple of 16, at least 16 more than the positions seen
+    float *near;            // room for [16, D]
+    float *out;             // as q
     float scaling;
-    ptrdiff_t first, last, padded, room, D, share;  // share: heads that have one key head
+    int type;               // KeyValue
+    ptrdiff_t rows, apart, share, D, width, position, window, padded;  // D a multiple of 16; window 0: none
 };
 
 struct Kernels {
@@ -270,8 +277,8 @@ struct Kernels {
     void (*round_inputs)(const Inputs &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*multiply)(const Weights &, const Inputs &, float *y, ptrdiff_t first, ptrdiff_t last);
     void (*dense)(const Dense &, ptrdiff_t first, ptrdiff_t last);
-    void (*attend)(const Attention &, ptrdiff_t first, ptrdiff_t last);
-    void (*halve)(const float *from, uint16_t *to, ptrdiff_t n);  // as f16; n a multiple of 16
+    void (*attend)(const Attention &);
+    void (*keep)(const float *x, int type, ptrdiff_t D, uint8_t *row);  // a head's key or value as `Attention` reads it
     void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
     void (*enter_codes)(const Entry &, ptrdiff_t first, ptrdiff_t last);
     void (*round_samples)(const Samples &, ptrdiff_t first, ptrdiff_t last);

@@ -12,12 +12,13 @@
 #include "products/matmul.h"
 #include "products/inputs.h"
 #include "products/dense.h"
+#include "products/key_values.h"
 #include "products/attention.h"
 #include "products/integer.h"
 #include "products/pooling.h"
 #include "products/recurrent.h"
 
 constexpr Kernels table(const char *name) {
-    return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
-            enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
+    return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend,
+            keep, gate, enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
 }

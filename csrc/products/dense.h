@@ -1,13 +1,5 @@
-// Products with float weights as they are stored, for few inputs: every weight is read once. Included behind matmul.h.
-
-template <int TYPE>
-static inline Floats weights_at(const void *w, ptrdiff_t at) {
-    typedef uint32_t Bits __attribute__((vector_size(64)));
-    typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
-    if (TYPE == F32) return *(const LooseFloats *)((const float *)w + at);
-    if (TYPE == F16) return floats_of_halves((const uint16_t *)w + at);
-    return (Floats)(__builtin_convertvector(*(const Shorts *)((const uint16_t *)w + at), Bits) << 16);
-}
+// Products with float weights as they are stored, for few inputs: every weight is read from memory once. A sum is of sixteen, over
+// every sixteenth column, whatever the number of inputs. Included behind matmul.h.
 
 static inline float one_weight(int type, const void *w, ptrdiff_t at) {
     if (type == F32) return ((const float *)w)[at];
@@ -17,57 +9,105 @@ static inline float one_weight(int type, const void *w, ptrdiff_t at) {
 
 // Of each run of 2 HALF lanes of a, then of b: the second half added to the first.
 template <int HALF, int... LANE>
-static inline Floats paired(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+static inline Vec paired(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
     return __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF)...) +
            __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF + HALF)...);
 }
 
+// Vectors that hold 2 HALF numbers of each of sixteen sums -> vectors with one.
 template <int HALF>
-static inline Floats paired(Floats a, Floats b) {
-    return paired<HALF>(a, b, std::make_integer_sequence<int, 16>());
+static inline void pair_up(Vec *v) {
+    for (int i = 0; i < 16 * HALF / LANES; i++) v[i] = paired<HALF>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, LANES>());
+    if constexpr (HALF > 1) pair_up<HALF / 2>(v);
 }
 
-// The sums of sixteen vectors, side by side: of each, the second half is added to the first, and so on.
-static inline Floats added_up(const Floats *v) {
-    Floats halves[8], quarters[4];
-    for (int i = 0; i < 8; i++) halves[i] = paired<8>(v[2 * i], v[2 * i + 1]);
-    for (int i = 0; i < 4; i++) quarters[i] = paired<4>(halves[2 * i], halves[2 * i + 1]);
-    return paired<1>(paired<2>(quarters[0], quarters[1]), paired<2>(quarters[2], quarters[3]));
+// Sixteen lanes in strips: the second half is added to the first, as long as there are several.
+static inline Vec folded(const Vec *strips) {
+    if constexpr (STRIPS == 1) return strips[0];
+    else if constexpr (STRIPS == 2) return strips[0] + strips[1];
+    else return (strips[0] + strips[2]) + (strips[1] + strips[3]);
 }
 
-static inline float added_up(Floats v) {
-    Floats all[16] = {v};
-    return added_up(all)[0];
+// The sums of sixteen times sixteen lanes, each `folded`, side by side: of each, the second half is added to the first, and so on.
+static inline void add_up(Vec *v, float *to) {
+    pair_up<LANES / 2>(v);
+    for (int i = 0; i < STRIPS; i++) store(to + i * LANES, v[i]);
 }
 
-constexpr int ROWS_TOGETHER = 4;  // of w: sums that do not wait for one another
+// The sum of one.
+static inline float added_up(const Vec *strips) {
+    float lanes[LANES];
+    store(lanes, folded(strips));
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
 
-// `rows` outputs of one input.
+// LANES weights in their place.
 template <int TYPE>
-static inline void dense_rows(const Dense &d, const float *x, ptrdiff_t n, int rows, float *y) {
-    const ptrdiff_t whole = d.K / 32 * 32;
-    Floats even[ROWS_TOGETHER] = {}, odd[ROWS_TOGETHER] = {};
-    for (ptrdiff_t k = 0; k < whole; k += 32) {
-        const Floats first = *(const LooseFloats *)(x + k), second = *(const LooseFloats *)(x + k + 16);
+static inline Vec lane_weights_at(const void *w, ptrdiff_t at) {
+    if (TYPE == F32) return load((const float *)w + at);
+    if (TYPE == F16) return halves_at((const uint16_t *)w + at);
+    return bfloats_at((const uint16_t *)w + at);
+}
+
+constexpr int SIXTEEN = 16;  // outputs whose sums are added up together
+
+// Sums for each of OUTPUTS rows of w, from n on, and INPUTS rows of x, sixteen lanes folded into LANES. The lanes are taken strip by
+// strip where there are several inputs: so many sums fit the registers, and each weight is widened once for all inputs.
+template <int TYPE, int INPUTS, int OUTPUTS>
+static inline void dense_tile(const Dense &d, const float *x, ptrdiff_t n, ptrdiff_t last, Vec (&to)[INPUTS][SIXTEEN], int place) {
+    constexpr int PARTS = INPUTS == 1 ? STRIPS : 1;
+    const ptrdiff_t whole = d.K / 16 * 16;
+    Vec lanes[OUTPUTS][INPUTS][STRIPS];
+    for (int part = 0; part < STRIPS; part += PARTS) {
+        Vec sum[OUTPUTS][INPUTS][PARTS] = {};
+        for (ptrdiff_t k = part * LANES; k < whole; k += 16) {
+#pragma GCC unroll 8
+            for (int o = 0; o < OUTPUTS; o++) {
+                const ptrdiff_t at = (n + o < last ? n + o : last - 1) * d.K + k;
+                if (part == 0) __builtin_prefetch((const char *)d.w + (at + SIXTEEN * d.K) * (TYPE == F32 ? 4 : 2), 0, 2);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS_TOGETHER; r++) {
-            const ptrdiff_t at = (n + (r < rows ? r : 0)) * d.K + k;
-            __builtin_prefetch((const char *)d.w + (at + ROWS_TOGETHER * d.K) * (TYPE == F32 ? 4 : 2), 0, 2);
-            even[r] += weights_at<TYPE>(d.w, at) * first;
-            odd[r] += weights_at<TYPE>(d.w, at + 16) * second;
+                for (int p = 0; p < PARTS; p++) {
+                    const Vec w = lane_weights_at<TYPE>(d.w, at + p * LANES);
+#pragma GCC unroll 4
+                    for (int i = 0; i < INPUTS; i++) sum[o][i][p] += w * load(x + i * d.K + k + p * LANES);
+                }
+            }
         }
+        for (int o = 0; o < OUTPUTS; o++)
+            for (int i = 0; i < INPUTS; i++)
+                for (int p = 0; p < PARTS; p++) lanes[o][i][part + p] = sum[o][i][p];
     }
-    for (int r = 0; r < rows; r++) {
-        y[n + r] = added_up(even[r] + odd[r]);
-        for (ptrdiff_t k = whole; k < d.K; k++) y[n + r] += one_weight(TYPE, d.w, (n + r) * d.K + k) * x[k];
+    for (int o = 0; o < OUTPUTS; o++)
+        for (int i = 0; i < INPUTS; i++) to[i][place + o] = folded(lanes[o][i]);
+}
+
+// Up to sixteen outputs from n on of INPUTS rows of x.
+template <int TYPE, int INPUTS>
+static inline void dense_rows(const Dense &d, const float *x, ptrdiff_t n, ptrdiff_t last, float *y) {
+    constexpr int OUTPUTS = INPUTS == 1 ? 8 / STRIPS : 8 / INPUTS;
+    Vec sums[INPUTS][SIXTEEN];  // those behind the last row are of that row again
+    for (int o = 0; o < SIXTEEN; o += OUTPUTS) dense_tile<TYPE, INPUTS, OUTPUTS>(d, x, n + o, last, sums, o);
+    const int count = last - n < SIXTEEN ? (int)(last - n) : SIXTEEN;
+    for (int i = 0; i < INPUTS; i++) {
+        float found[SIXTEEN];
+        add_up(sums[i], found);
+        for (int o = 0; o < count; o++) {
+            for (ptrdiff_t k = d.K / 16 * 16; k < d.K; k++) found[o] += one_weight(TYPE, d.w, (n + o) * d.K + k) * x[i * d.K + k];
+            y[i * d.N + n + o] = found[o];
+        }
     }
 }
 
 template <int TYPE>
 static void dense(const Dense &d, ptrdiff_t first, ptrdiff_t last) {
-    for (ptrdiff_t n = first; n < last; n += ROWS_TOGETHER)
-        for (ptrdiff_t m = 0; m < d.M; m++)
-            dense_rows<TYPE>(d, d.x + m * d.K, n, last - n < ROWS_TOGETHER ? (int)(last - n) : ROWS_TOGETHER, d.y + m * d.N);
+    for (ptrdiff_t n = first; n < last; n += SIXTEEN) {
+        ptrdiff_t m = 0;
+        for (; m + 4 <= d.M; m += 4) dense_rows<TYPE, 4>(d, d.x + m * d.K, n, last, d.y + m * d.N);
+        for (; m + 2 <= d.M; m += 2) dense_rows<TYPE, 2>(d, d.x + m * d.K, n, last, d.y + m * d.N);
+        if (m < d.M) dense_rows<TYPE, 1>(d, d.x + m * d.K, n, last, d.y + m * d.N);
+    }
 }
 
 // y [M, N] for outputs [first, last).

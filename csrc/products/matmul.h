@@ -22,22 +22,22 @@ struct Scaling {
 
     Scaling(const Weights &w, ptrdiff_t panel, int strip, ptrdiff_t group) {
         const ptrdiff_t at = place(panel, group, w.groups) * 16 + strip * LANES;
-        scale = scales_at(w.scale + at);
+        scale = halves_at(w.scale + at);
         if (OFFSET == POINT) point = __builtin_convertvector(*(const LoosePoints *)(w.point + at), Ints);
-        if (OFFSET == MINIMUM) minimum = scales_at(w.minimum + at);
+        if (OFFSET == MINIMUM) minimum = halves_at(w.minimum + at);
     }
 };
 
 // y and what a block adds to it: top and mid are its sums of high and of mixed products, sum that of its inputs alone.
-// Weights of one byte stay in integers: |c - z| <= 255, |x| < 2^15 and 256 columns fit in 31 bits.
-template <int XBYTES, int WBYTES, Offset OFFSET>
+// Weights of one byte stay in integers: |c - z| <= 255, |x| < 2^15 and 256 columns fit in 31 bits. WHOLE: top is all of it.
+template <int XBYTES, int WBYTES, Offset OFFSET, bool WHOLE = false>
 static inline Vec added(Vec y, const Scaling<OFFSET> &g, int offset, Ints top, Ints mid, int32_t sum, float unit) {
     Vec f;
     if (WBYTES == 2) {
         f = __builtin_convertvector(top, Vec) * 256 + __builtin_convertvector(mid, Vec);
         f -= (XBYTES == 2 ? 128.0f : 32768.0f) * (float)sum;
     } else {
-        Ints s = XBYTES == 2 ? (top << 8) + mid : top;
+        Ints s = XBYTES == 2 && !WHOLE ? (top << 8) + mid : top;
         if (OFFSET == SAME) s -= offset * sum;
         if (OFFSET == POINT) s -= g.point * sum;
         f = __builtin_convertvector(s, Vec);
@@ -64,14 +64,21 @@ static inline Block block_at(const Weights &w, const Inputs &x, ptrdiff_t k, int
     return {i, i / w.repeat, i / x.repeat, inside / 4, (columns - inside < x.block ? columns - inside : x.block) / 4};
 }
 
+// A table of sixteen bytes, repeated.
+static inline Octets repeated(const uint8_t *table) {
+    Octets v;
+    for (int i = 0; i < 4 * LANES; i += 16) __builtin_memcpy((char *)&v + i, table, 16);
+    return v;
+}
+
 // ------------------------------------------------------------------------------------------ one row: no room, no detour
 
 // y [4 panels][16] of one input: each tile is multiplied as it is unpacked.
 template <int BITS, int XBYTES, int WBYTES, bool TABLE, Offset OFFSET>
 static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t panel) {
+    constexpr bool TINY = WORDS && !TABLE && BITS <= 4;
     Octets high_table, low_table;
-    if (TABLE)
-        for (int i = 0; i < 4 * LANES; i++) high_table[i] = w.high[i % 16], low_table[i] = w.low[i % 16];
+    if (TABLE) high_table = repeated(w.high), low_table = repeated(w.low);
     Vec total[4][STRIPS] = {};
     const int unit = x.block > TILE ? x.block : TILE;
     for (ptrdiff_t k = 0; k < x.padded; k += unit) {
@@ -90,16 +97,16 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
 #pragma GCC unroll 4
                     for (int strip = 0; strip < STRIPS; strip++) {
                         Octets v[TILE_STEPS];
-                        unpack_tile<BITS, 1>(from + strip * 4 * LANES, v);
-                        Ints upper = top[p][strip], lower = mid[p][strip];
+                        unpack_tile<BITS>(from + strip * 4 * LANES, v);
+                        TileSum<TINY, !TABLE && BITS < 8> upper(top[p][strip]), lower(mid[p][strip]);
                         auto multiply = [&](int i) {
                             int32_t xh, xl = 0;
                             __builtin_memcpy(&xh, high + 4 * i, 4);
                             if (XBYTES == 2) __builtin_memcpy(&xl, low + 4 * i, 4);
                             Octets wh = TABLE ? look_up(high_table, v[i]) : v[i];
-                            upper = dot<!TABLE && BITS < 8>(upper, wh, xh);
-                            if (XBYTES == 2) lower = dot<!TABLE && BITS < 8>(lower, wh, xl);
-                            if (WBYTES == 2) lower = dot<false>(lower, look_up(low_table, v[i]), xh);
+                            upper.add(wh, xh);
+                            if (XBYTES == 2) lower.add(wh, xl);
+                            if (WBYTES == 2) lower.add(look_up(low_table, v[i]), xh);
                         };
                         if (per_tile == TILE_STEPS) {
 #pragma GCC unroll 8
@@ -111,7 +118,7 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
 #pragma GCC unroll 4
                             for (int i = 4; i < 8; i++) multiply(i);
                         }
-                        top[p][strip] = upper, mid[p][strip] = lower;
+                        top[p][strip] = upper.total(), mid[p][strip] = lower.total();
                     }
                 }
             }
@@ -149,29 +156,63 @@ static void multiply_row(const Weights &w, const Inputs &x, float *y, ptrdiff_t 
 
 // --------------------------------------------------------------------------- many rows: unpack a block, then use it often
 
-// Weights of some tiles of two panels as they multiply.
+// Weights of some tiles of two panels as they multiply; of one byte for inputs in words: the even ones and the odd ones.
 struct Unpacked {
-    static constexpr int PANEL = (BLOCK / 4 + 1) * STRIPS;  // from one panel to the next: 4096 bytes would make caches collide
+    static constexpr int PANEL = (BLOCK / 4 + 17) * STRIPS;  // from one panel to the next: 4096 bytes, or little more, would make caches collide
     alignas(64) Octets high[2 * PANEL], low[2 * PANEL];
 
     // Where a strip of the two panels has its part of a vector; STRIPS further on lies that of the next.
     static ptrdiff_t place(int strip, ptrdiff_t vector) { return strip / STRIPS * PANEL + vector * STRIPS + strip % STRIPS; }
 };
 
+// WORDS_OF: as even and odd ones.
+template <int BITS, bool TABLE, bool WORDS_OF>
 static void unpack(const Weights &w, ptrdiff_t panel, ptrdiff_t tile, int tiles, Unpacked &to) {
-    Octets high, low;
-    for (int i = 0; i < 4 * LANES; i++) high[i] = w.high[i % 16], low[i] = w.low[i % 16];
-    for (int t = 0; t < tiles; t++)
-        for (int strip = 0; strip < 2 * STRIPS; strip++) {
-            Octets *at = to.high + Unpacked::place(strip, t * TILE_STEPS), *below = to.low + (at - to.high);
-            const uint8_t *from = w.panels + place(panel + strip / STRIPS, tile + t, w.tiles) * 64 * w.bits;
-            unpack_tile<STRIPS>(from + strip % STRIPS * 4 * LANES, w.bits, at);
-            if (!w.table) continue;
-            for (int i = 0; i < TILE_STEPS * STRIPS; i += STRIPS) {
-                if (w.bytes == 2) below[i] = look_up(low, at[i]);
-                at[i] = look_up(high, at[i]);
+    const Octets high = repeated(w.high), low = repeated(w.low);
+    const bool two = w.bytes == 2;
+    for (int strip = 0; strip < 2 * STRIPS; strip++) {
+        const uint8_t *from = w.panels + place(panel + strip / STRIPS, tile, w.tiles) * 64 * BITS + strip % STRIPS * 4 * LANES;
+        Octets *at = to.high + Unpacked::place(strip, 0), *below = to.low + (at - to.high);
+        for (int t = 0; t < tiles; t++, from += 4 * 64 * BITS, at += TILE_STEPS * STRIPS, below += TILE_STEPS * STRIPS) {
+            Octets v[TILE_STEPS];
+            const uint8_t *next = w.panels + place(panel + 2 + strip / STRIPS, tile + t, w.tiles) * 64 * BITS;  // of the next two panels
+            for (int i = strip % STRIPS; i < BITS; i += STRIPS) __builtin_prefetch(next + 64 * i, 0, 2);
+            unpack_tile<BITS>(from, v);
+            if (TABLE && two)
+                for (int i = 0; i < TILE_STEPS; i++) below[i * STRIPS] = look_up(low, v[i]);
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_STEPS; i++) {
+                const Octets octets = TABLE ? look_up(high, v[i]) : v[i];
+                at[i * STRIPS] = WORDS_OF ? (Octets)even_of(octets) : octets;
+                if (WORDS_OF) below[i * STRIPS] = (Octets)odd_of(octets);
             }
         }
+    }
+}
+
+template <int BITS>
+static void unpack(const Weights &w, ptrdiff_t panel, ptrdiff_t tile, int tiles, bool words, Unpacked &to) {
+    constexpr bool TABLES = BITS <= 4;  // that there are
+    if (TABLES && w.table) {
+        if (WORDS && words) unpack<BITS, TABLES, WORDS>(w, panel, tile, tiles, to);
+        else unpack<BITS, TABLES, false>(w, panel, tile, tiles, to);
+    } else {
+        if (WORDS && words) unpack<BITS, false, WORDS>(w, panel, tile, tiles, to);
+        else unpack<BITS, false, false>(w, panel, tile, tiles, to);
+    }
+}
+
+static void unpack(const Weights &w, ptrdiff_t panel, ptrdiff_t tile, int tiles, bool words, Unpacked &to) {
+    switch (w.bits) {
+        case 1: return unpack<1>(w, panel, tile, tiles, words, to);
+        case 2: return unpack<2>(w, panel, tile, tiles, words, to);
+        case 3: return unpack<3>(w, panel, tile, tiles, words, to);
+        case 4: return unpack<4>(w, panel, tile, tiles, words, to);
+        case 5: return unpack<5>(w, panel, tile, tiles, words, to);
+        case 6: return unpack<6>(w, panel, tile, tiles, words, to);
+        case 7: return unpack<7>(w, panel, tile, tiles, words, to);
+        default: return unpack<8>(w, panel, tile, tiles, words, to);
+    }
 }
 
 // Inputs that are multiplied with the same unpacked block: their sums stay in the cache beside them.
@@ -206,6 +247,59 @@ static inline void add_products(Ints (&top)[ROWS][2], Ints (&mid)[ROWS][2], cons
     }
 }
 
+// The same for inputs of one byte where no code is above 15.
+template <int ROWS>
+static inline void add_tiny(Ints (&top)[ROWS][2], const Unpacked &u, ptrdiff_t from, const int8_t *x, int height, int steps) {
+    constexpr ptrdiff_t NEXT = STRIPS == 1 ? Unpacked::PANEL : 1;
+    for (int begin = 0; begin < steps; begin += TILE_STEPS) {
+        Pairs sum[ROWS][2] = {};
+        const int count = steps - begin < TILE_STEPS ? steps - begin : TILE_STEPS;
+        for (int i = 0; i < count; i++, from += STRIPS, x += 4 * height)
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                __builtin_memcpy(&four, x + 4 * r, 4);
+#pragma GCC unroll 2
+                for (int p = 0; p < 2; p++) sum[r][p] = dot_tiny(sum[r][p], u.high[from + p * NEXT], (Octets)(Ints{} + four));
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int p = 0; p < 2; p++) top[r][p] = dot(top[r][p], sum[r][p], Pairs{} + 1);
+    }
+}
+
+// The same where inputs are words and weights of one byte too: whole sums.
+template <int ROWS>
+static inline void add_words(Ints (&sum)[ROWS][2], const Unpacked &u, ptrdiff_t from, const int8_t *x, int height, int steps) {
+    constexpr ptrdiff_t NEXT = STRIPS == 1 ? Unpacked::PANEL : 1;
+    for (ptrdiff_t at = from; at < from + steps * STRIPS; at += STRIPS, x += 8 * height) {
+        const Pairs even[2] = {(Pairs)u.high[at], (Pairs)u.high[at + NEXT]}, odd[2] = {(Pairs)u.low[at], (Pairs)u.low[at + NEXT]};
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const Pairs first = words_at(x + 8 * r), second = words_at(x + 8 * r + 4);
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) sum[r][p] = dot(dot(sum[r][p], even[p], first), odd[p], second);
+        }
+    }
+}
+
+// And with weights of two bytes.
+template <int ROWS>
+static inline void add_wide_words(Ints (&top)[ROWS][2], Ints (&mid)[ROWS][2], const Unpacked &u, ptrdiff_t from, const int8_t *x, int height,
+                                  int steps) {
+    constexpr ptrdiff_t NEXT = STRIPS == 1 ? Unpacked::PANEL : 1;
+    for (ptrdiff_t at = from; at < from + steps * STRIPS; at += STRIPS, x += 8 * height)
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 2; i++) {
+                const Pairs words = words_at(x + 8 * r + 4 * i), upper = upper_of(words), lower = lower_of(words);
+                for (int p = 0; p < 2; p++) {
+                    const Octets high = u.high[at + p * NEXT], low = u.low[at + p * NEXT];
+                    const Pairs wh = i ? odd_of(high) : even_of(high), wl = i ? odd_of(low) : even_of(low);
+                    top[r][p] = dot(top[r][p], wh, upper);
+                    mid[r][p] = dot(dot(mid[r][p], wh, lower), wl, upper);
+                }
+            }
+}
+
 // One block: ROWS inputs and two strips from `strip` on, added to y [2][height][LANES].
 template <int ROWS, int XBYTES, int WBYTES, Offset OFFSET, bool SMALL>
 static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, int strip, const Scaling<OFFSET> *groups, const Block &b,
@@ -221,7 +315,10 @@ static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, int 
     const int8_t *high = x.high + start, *low = x.low + start;
     const ptrdiff_t from = Unpacked::place(strip, b.skip);
     constexpr bool TWO = XBYTES == 2, WIDE = WBYTES == 2;
-    if constexpr (TOGETHER) add_products<ROWS, true, TWO, WIDE, SMALL>(top, mid, u, from, high, low, H, b.steps);
+    if constexpr (WORDS && TWO && WIDE) add_wide_words<ROWS>(top, mid, u, from, x.high + 2 * start, H, b.steps);
+    else if constexpr (WORDS && TWO) add_words<ROWS>(top, u, from, x.high + 2 * start, H, b.steps);
+    else if constexpr (TOGETHER) add_products<ROWS, true, TWO, WIDE, SMALL>(top, mid, u, from, high, low, H, b.steps);
+    else if (WORDS && SMALL && w.bits <= 4) add_tiny<ROWS>(top, u, from, high, H, b.steps);
     else {
         add_products<ROWS, true, false, false, SMALL>(top, mid, u, from, high, low, H, b.steps);
         if (TWO) add_products<ROWS, false, true, false, SMALL>(top, mid, u, from, high, low, H, b.steps);
@@ -233,7 +330,7 @@ static void add_block(const Weights &w, const Inputs &x, const Unpacked &u, int 
         for (int p = 0; p < 2; p++) {
             float *to = y + (p * H + row + r) * LANES;
             const int offset = BEFORE ? 0 : w.offset;
-            store(to, added<XBYTES, WBYTES, OFFSET>(load(to), groups[p], offset, top[r][p], mid[r][p], sum[r], unit[r]));
+            store(to, added<XBYTES, WBYTES, OFFSET, WORDS>(load(to), groups[p], offset, top[r][p], mid[r][p], sum[r], unit[r]));
         }
 }
 
@@ -247,14 +344,14 @@ static void multiply_panels(const Weights &w, const Inputs &x, float *y, ptrdiff
     const int unit = x.block > TILE ? x.block : TILE;  // columns unpacked together
     for (ptrdiff_t k = 0; k < x.padded; k += unit) {
         const int columns = x.padded - k < unit ? (int)(x.padded - k) : unit;
-        unpack(w, panel, k / TILE, columns / TILE, u);
+        unpack(w, panel, k / TILE, columns / TILE, WORDS && XBYTES == 2 && WBYTES == 1, u);
         for (int inside = 0; inside < columns && k + inside < x.K; inside += x.block) {
             const Block b = block_at(w, x, k, inside, columns);
             for (int strip = 0; strip < 2 * STRIPS; strip += 2) {
                 auto group = [&](int s) { return Scaling<OFFSET>(w, panel + s / STRIPS, s % STRIPS, b.group); };
                 const Scaling<OFFSET> groups[2] = {group(strip), group(strip + 1)};
                 for (ptrdiff_t t = first; t < last; t++)
-                    for (int row = 0; row < x.height; row += ROWS)
+                    for (int row = 0; row < x.height && t * x.height + row < x.M; row += ROWS)
                         add_block<ROWS, XBYTES, WBYTES, OFFSET, SMALL>(w, x, u, strip, groups, b, t, row, sums_of(strip / 2, t));
             }
         }
@@ -277,6 +374,7 @@ static void multiply_rows(const Weights &w, const Inputs &x, float *y, ptrdiff_t
 
 template <int XBYTES, Offset OFFSET>
 static void multiply(const Weights &w, const Inputs &x, float *y, ptrdiff_t first, ptrdiff_t last) {
+    constexpr bool SMALLER = SMALL_ARE_FASTER && !(WORDS && XBYTES == 2);
     for (ptrdiff_t panel = 4 * first; panel < 4 * last; panel += 4) {
         if constexpr (!PLAIN)
             if (x.height == 1) {
@@ -287,7 +385,7 @@ static void multiply(const Weights &w, const Inputs &x, float *y, ptrdiff_t firs
             for (ptrdiff_t p = panel; p < panel + 4; p += 2) {
                 const ptrdiff_t to = from + ROWS_AT_ONCE < x.M ? from + ROWS_AT_ONCE : x.M;
                 if (w.bytes == 2) multiply_rows<XBYTES, 2, SAME, false>(w, x, y, p, from, to);
-                else if (SMALL_ARE_FASTER && !w.table && w.bits < 8) multiply_rows<XBYTES, 1, OFFSET, SMALL_ARE_FASTER>(w, x, y, p, from, to);
+                else if (SMALLER && !w.table && w.bits < 8) multiply_rows<XBYTES, 1, OFFSET, SMALLER>(w, x, y, p, from, to);
                 else multiply_rows<XBYTES, 1, OFFSET, false>(w, x, y, p, from, to);
             }
     }

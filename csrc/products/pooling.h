@@ -1,5 +1,8 @@
 // Pooling and addition of codes: what lies between integer products and keeps their scale. Included behind integer.h.
 
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef Bytes16 LooseBytes16 __attribute__((aligned(1), may_alias));
+
 // The largest codes of a window's taps, n channels (16 at most) of each: rows and columns of taps lie `down` and `right` apart.
 static inline Bytes16 largest_of(const int8_t *x, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t down, ptrdiff_t right, ptrdiff_t n) {
     Bytes16 most = Bytes16{} + (int8_t)-128;

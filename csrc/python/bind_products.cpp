@@ -141,49 +141,39 @@ Held *make_decoder(nb::list layers, nb::handle norm, nb::handle head, Cells cosi
     return held.release();
 }
 
-using Row = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Cache = nb::ndarray<nb::ndim<5>, nb::c_contig, nb::device::cpu>;  // float16
+using Slots = nb::ndarray<nb::ndim<6>, nb::c_contig, nb::device::cpu>;  // float16, or bytes
+using Numbered = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// Looks at the cache and how many tokens from which position on go into it.
-Decoder &fitting(Held &held, const Cache &cache, ptrdiff_t position, ptrdiff_t M) {
+// How keys and values of D numbers are kept, by the bits of a code.
+Cache cache_of(const Decoder &d, const Slots &rows, int bits) {
+    require(bits == 16 || bits == 8 || bits == 4, "keys and values are kept in 16, 8 or 4 bits");
+    const bool whole = bits == 16;
+    const ptrdiff_t block = d.D % (bits == 8 ? 32 : 64) ? d.D : bits == 8 ? 32 : 64;
+    const ptrdiff_t width = whole ? 2 * d.D : d.D * bits / 8 + d.D / block * (bits == 8 ? 2 : 4);
+    require(rows.shape(1) == d.layers.size() && rows.shape(2) == 2 && rows.shape(3) == (size_t)d.key_heads &&
+            rows.dtype().bits == (whole ? 16 : 8) && (ptrdiff_t)rows.shape(5) * (whole ? 2 : 1) == width,
+            "the cache must be float16 [slots, L, 2, key heads, room, D], or bytes");
+    return {(uint8_t *)rows.data(), whole ? KV_F16 : bits == 8 ? KV_Q8 : KV_Q4, (ptrdiff_t)rows.shape(4), width};
+}
+
+void read(Held &held, Out x, Numbered slots, Numbered places, Slots rows, int bits, int threads) {
     Decoder &d = held.decoder;
-    require(cache.shape(0) == d.layers.size() && cache.shape(1) == 2 && cache.shape(2) == (size_t)d.key_heads &&
-            cache.shape(4) == (size_t)d.D && cache.dtype().bits == 16, "cache must be float16 [L, 2, key heads, room, D]");
-    d.room = cache.shape(3);
-    require(position >= 0 && M > 0 && position + M <= d.room && position + M <= d.positions, "the position lies beyond the cache");
-    return d;
-}
-
-void step(Held &held, Row x, ptrdiff_t position, Cache cache, Row logits, int threads) {
-    Decoder &d = fitting(held, cache, position, 1);
-    require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
+    const size_t M = x.shape(0);
+    const Cache cache = cache_of(d, rows, bits);
+    require(x.shape(1) == (size_t)d.H && slots.shape(0) == M && places.shape(0) == M, "x must be [M, H], slots and places [M]");
+    for (size_t m = 0; m < M; m++) {
+        require(slots.data()[m] >= 0 && slots.data()[m] < (int64_t)rows.shape(0), "no such slot");
+        require(places.data()[m] >= 0 && places.data()[m] < cache.room && places.data()[m] < d.positions, "the position lies beyond the cache");
+    }
     nb::gil_scoped_release unlocked;
-    d.step(*chosen, x.data(), position, (uint16_t *)cache.data(), logits.data(), threads);
+    d.read(*chosen, x.data(), slots.data(), places.data(), M, cache, threads);
 }
 
-void enter(Held &held, ptrdiff_t layer, Cells x, ptrdiff_t position, Out q, Cache cache, int threads) {
-    const ptrdiff_t M = x.shape(0);
-    Decoder &d = fitting(held, cache, position, M);
-    require(layer >= 0 && layer < (ptrdiff_t)d.layers.size(), "no such layer");
-    require(x.shape(1) == (size_t)d.H && q.shape(0) == (size_t)M && q.shape(1) == (size_t)(d.heads * d.D), "x must be [M, H], q [M, heads D]");
-    nb::gil_scoped_release unlocked;
-    d.enter(*chosen, d.layers[layer], x.data(), M, position, q.data(), (uint16_t *)cache.data() + layer * 2 * d.key_heads * d.room * d.D, threads);
-}
-
-void leave(Held &held, ptrdiff_t layer, Cells mixed, Out x, int threads) {
+void finish(Held &held, Cells x, Out logits, int threads) {
     Decoder &d = held.decoder;
-    require(layer >= 0 && layer < (ptrdiff_t)d.layers.size(), "no such layer");
-    require(x.shape(1) == (size_t)d.H && mixed.shape(0) == x.shape(0) && mixed.shape(1) == (size_t)(d.heads * d.D),
-            "mixed must be [M, heads D], x [M, H]");
+    require(x.shape(1) == (size_t)d.H && logits.shape(0) == x.shape(0) && logits.shape(1) == (size_t)d.head.N(), "x must be [M, H], logits [M, V]");
     nb::gil_scoped_release unlocked;
-    d.leave(*chosen, d.layers[layer], mixed.data(), x.data(), x.shape(0), threads);
-}
-
-void finish(Held &held, Row x, Row logits, int threads) {
-    Decoder &d = held.decoder;
-    require(x.shape(0) == (size_t)d.H && logits.shape(0) == (size_t)d.head.N(), "x must be [H], logits [V]");
-    nb::gil_scoped_release unlocked;
-    d.finish(*chosen, x.data(), logits.data(), threads);
+    d.finish(*chosen, x.data(), x.shape(0), logits.data(), threads);
 }
 
 void product(const Matrix &m, Values x, Out y, int bytes, bool by_row, int threads) {
@@ -210,10 +200,8 @@ void bind_products(nb::module_ &m) {
     nb::class_<Held>(m, "Decoder")
         .def(nb::new_(&make_decoder), "layers"_a, "norm"_a, "head"_a, "cosine"_a.noconvert(), "sine"_a.noconvert(), "heads"_a,
              "key_heads"_a, "D"_a, "window"_a, "epsilon"_a, "scaling"_a, "bytes"_a)
-        .def("enter", &enter, "layer"_a, "x"_a.noconvert(), "position"_a, "q"_a.noconvert(), "cache"_a.noconvert(), "threads"_a)
-        .def("leave", &leave, "layer"_a, "mixed"_a.noconvert(), "x"_a.noconvert(), "threads"_a)
-        .def("finish", &finish, "x"_a.noconvert(), "logits"_a.noconvert(), "threads"_a)
-        .def("step", &step, "x"_a.noconvert(), "position"_a, "cache"_a.noconvert(), "logits"_a.noconvert(), "threads"_a);
+        .def("read", &read, "x"_a.noconvert(), "slots"_a.noconvert(), "places"_a.noconvert(), "cache"_a.noconvert(), "bits"_a, "threads"_a)
+        .def("finish", &finish, "x"_a.noconvert(), "logits"_a.noconvert(), "threads"_a);
     m.def("product", &product, "matrix"_a, "x"_a.noconvert(), "y"_a.noconvert(), "bytes"_a, "by_row"_a, "threads"_a);
 }
 

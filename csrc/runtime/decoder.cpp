@@ -26,6 +26,30 @@ void rotate(float *x, const float *cosine, const float *sine, ptrdiff_t D) {
     }
 }
 
+// x times an orthonormal Hadamard matrix, in blocks of the largest power of two that divides D; numerics/hadamard.py.
+void hadamard(float *x, ptrdiff_t D) {
+    const ptrdiff_t block = D & -D;
+    for (ptrdiff_t step = 1; step < block; step *= 2)
+        for (ptrdiff_t begin = 0; begin < D; begin += 2 * step)
+            for (ptrdiff_t i = begin; i < begin + step; i++) {
+                const float a = x[i], b = x[i + step];
+                x[i] = a + b, x[i + step] = a - b;
+            }
+    const float root = std::sqrt((float)block);
+    for (ptrdiff_t i = 0; i < D; i++) x[i] /= root;
+}
+
+// Tokens in runs that attention takes together: `most` at a time.
+std::vector<Run> runs_of(const int64_t *slots, const int64_t *places, ptrdiff_t M, ptrdiff_t most) {
+    std::vector<Run> runs;
+    for (ptrdiff_t m = 0; m < M; m++) {
+        const bool follows = m && slots[m] == slots[m - 1] && places[m] == places[m - 1] + 1 && m - runs.back().first < most;
+        if (follows) runs.back().last = m + 1;
+        else runs.push_back({m, m + 1, (ptrdiff_t)slots[m], (ptrdiff_t)places[m]});
+    }
+    return runs;
+}
+
 void add(float *to, const float *from, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) to[i] += from[i];
 }
@@ -33,6 +57,7 @@ void add(float *to, const float *from, ptrdiff_t n) {
 }  // namespace
 
 constexpr ptrdiff_t ROWS = 8;  // a piece of work where a row is little
+constexpr ptrdiff_t QUERIES = 24;  // of one key head that are computed together, about: their scores stay in the cache
 
 float *Decoder::space(size_t size) {
     if (room_.size() < size) room_.resize(size);
@@ -85,29 +110,57 @@ void Decoder::multiply(const Kernels &kernels, const std::vector<const Linear *>
             for (ptrdiff_t m = 0; m < M; m++) add(y[i] + m * a.N(), a.bias, a.N());
 }
 
-void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, ptrdiff_t position, float *q, uint16_t *cache,
-                    int threads) {
-    const ptrdiff_t Q = heads * D, KV = key_heads * D;
-    float *normed = space(M * (H + 2 * KV)), *k = normed + M * H, *v = k + M * KV;
+ptrdiff_t Decoder::at(const Cache &cache, ptrdiff_t slot, ptrdiff_t layer, ptrdiff_t head) const {
+    return ((slot * (ptrdiff_t)layers.size() + layer) * 2 * key_heads + head) * cache.room * cache.width;
+}
+
+// A block's first matrices, for tokens x [M, H].
+void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, float *q, float *k, float *v, int threads) {
+    float *normed = space(M * H);
     normalize_rows(x, a.before, M, normed, threads);
     multiply(kernels, {&a.q, &a.k, &a.v}, normed, M, {q, k, v}, threads);
-    auto turn = [&](float *head, const float *head_norm, ptrdiff_t at) {
+}
+
+// Queries and keys turned to their positions; keys and values to the cache.
+void Decoder::keep(const Kernels &kernels, const Cache &cache, ptrdiff_t layer, const int64_t *slots, const int64_t *places, ptrdiff_t M,
+                   const Layer &a, float *q, float *k, float *v, int threads) const {
+    const ptrdiff_t Q = heads * D, KV = key_heads * D;
+    auto turn = [&](float *head, const float *head_norm, ptrdiff_t place) {
         if (head_norm) normalize(head, head_norm, D, epsilon, head);
-        rotate(head, cosine + at * D, sine + at * D, D);
+        rotate(head, cosine + place * D, sine + place * D, D);
+        if (cache.type == KV_Q4) hadamard(head, D);
     };
     share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
         for (ptrdiff_t m = first; m < last; m++) {
-            for (ptrdiff_t h = 0; h < heads; h++) turn(q + m * Q + h * D, a.q_norm, position + m);
+            for (ptrdiff_t h = 0; h < heads; h++) turn(q + m * Q + h * D, a.q_norm, places[m]);
             for (ptrdiff_t h = 0; h < key_heads; h++) {
-                turn(k + m * KV + h * D, a.k_norm, position + m);
-                uint16_t *key = cache + (h * room + position + m) * D, *value = key + KV * room;
-                kernels.halve(k + m * KV + h * D, key, D);
-                kernels.halve(v + m * KV + h * D, value, D);
+                turn(k + m * KV + h * D, a.k_norm, places[m]);
+                uint8_t *key = cache.rows + at(cache, slots[m], layer, h) + places[m] * cache.width;
+                kernels.keep(k + m * KV + h * D, cache.type, D, key);
+                kernels.keep(v + m * KV + h * D, cache.type, D, key + key_heads * cache.room * cache.width);
             }
         }
     });
 }
 
+// What the queries of each run mix of the values that they see.
+void Decoder::attend(const Kernels &kernels, const Cache &cache, ptrdiff_t layer, const std::vector<Run> &runs, const float *q,
+                     float *mixed, int threads) const {
+    const ptrdiff_t share = heads / key_heads;
+    share_out((ptrdiff_t)runs.size() * key_heads, 1, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+        for (ptrdiff_t i = first; i < last; i++) {
+            const Run &run = runs[i / key_heads];
+            const ptrdiff_t head = i % key_heads, begin = (run.first * heads + head * share) * D, rows = run.last - run.first;
+            const uint8_t *keys = cache.rows + at(cache, run.slot, layer, head), *values = keys + key_heads * cache.room * cache.width;
+            const ptrdiff_t end = run.position + rows, padded = (window && end > window + rows ? window + rows : end) / 16 * 16 + 32;
+            float *near = scratch(16 * D + rows * share * padded).data();
+            kernels.attend({q + begin, keys, values, near + 16 * D, near, mixed + begin, scaling, cache.type, rows, heads * D, share, D,
+                            cache.width, run.position, window, padded});
+        }
+    });
+}
+
+// A block's second half: what attention mixed [M, heads D] and the MLP are added to x [M, H].
 void Decoder::leave(const Kernels &kernels, const Layer &a, const float *mixed, float *x, ptrdiff_t M, int threads) {
     const ptrdiff_t I = a.up.N();
     float *out = space(M * (2 * H + 2 * I)), *normed = out + M * H, *gate = normed + M * H, *up = gate + M * I;
@@ -121,25 +174,24 @@ void Decoder::leave(const Kernels &kernels, const Layer &a, const float *mixed, 
     share_out(M * H, 1 << 14, threads, add_out);
 }
 
-void Decoder::finish(const Kernels &kernels, const float *x, float *logits, int threads) {
-    float *normed = space(H);
-    normalize(x, norm, H, epsilon, normed);
-    multiply(kernels, {&head}, normed, 1, {logits}, threads);
+void Decoder::finish(const Kernels &kernels, const float *x, ptrdiff_t M, float *logits, int threads) {
+    float *normed = space(M * H);
+    normalize_rows(x, norm, M, normed, threads);
+    multiply(kernels, {&head}, normed, M, {logits}, threads);
 }
 
-void Decoder::step(const Kernels &kernels, float *x, ptrdiff_t position, uint16_t *cache, float *logits, int threads) {
-    const ptrdiff_t first = window && position >= window ? position - window + 1 : 0, padded = (position + 17 - first) / 16 * 16;
-    const ptrdiff_t Q = heads * D, KV = key_heads * D;
-    queries_.resize(2 * Q + heads * padded);
-    float *q = queries_.data(), *mixed = q + Q, *scores = mixed + Q;
-    for (const Layer &a : layers) {
-        enter(kernels, a, x, 1, position, q, cache, threads);
-        const Attention over{q, cache, cache + KV * room, scores, mixed, scaling, first, position + 1, padded, room, D, heads / key_heads};
-        share_out(heads, heads / key_heads, threads, [&](ptrdiff_t begin, ptrdiff_t end) { kernels.attend(over, begin, end); });
-        leave(kernels, a, mixed, x, 1, threads);
-        cache += 2 * KV * room;
+void Decoder::read(const Kernels &kernels, float *x, const int64_t *slots, const int64_t *places, ptrdiff_t M, const Cache &cache,
+                   int threads) {
+    const ptrdiff_t Q = heads * D, KV = key_heads * D, most = QUERIES * key_heads / heads;
+    const std::vector<Run> runs = runs_of(slots, places, M, most > 1 ? most : 1);
+    queries_.resize(M * (2 * Q + 2 * KV));
+    float *q = queries_.data(), *mixed = q + M * Q, *k = mixed + M * Q, *v = k + M * KV;
+    for (size_t i = 0; i < layers.size(); i++) {
+        enter(kernels, layers[i], x, M, q, k, v, threads);
+        keep(kernels, cache, i, slots, places, M, layers[i], q, k, v, threads);
+        attend(kernels, cache, i, runs, q, mixed, threads);
+        leave(kernels, layers[i], mixed, x, M, threads);
     }
-    finish(kernels, x, logits, threads);
 }
 
 }  // namespace bitwright

@@ -10,6 +10,12 @@
 namespace bitwright {
 
 #if defined(BITWRIGHT_X86)
+// f16 to float32: bit 29 of leaf 1 of cpuid.
+static bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+}
+
 // Leaf 7.1 of cpuid, which older compilers have no name for.
 static bool has_avx_vnni() {
     unsigned a, b, c, d;
@@ -31,7 +37,7 @@ const Kernels *const *available() {
     if (!found[0]) {
         int n = 0;
 #if defined(BITWRIGHT_X86)
-        const bool avx2 = __builtin_cpu_supports("avx2"), avx512 = __builtin_cpu_supports("avx512f") &&
+        const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c(), avx512 = __builtin_cpu_supports("avx512f") &&
             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         if (avx512 && __builtin_cpu_supports("avx512vnni")) found[n++] = &avx512_vnni_kernels;
         if (avx512) found[n++] = &avx512_kernels;

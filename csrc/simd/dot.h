@@ -21,6 +21,25 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+#elif defined(__F16C__)
+
+static inline Floats floats_of_halves(const uint16_t *at) {
+    Floats v;
+    for (int i = 0; i < 2; i++) {
+        const __m256 eight = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + 8 * i)));
+        __builtin_memcpy((char *)&v + 32 * i, &eight, 32);
+    }
+    return v;
+}
+
+static inline void halves_of_floats(Floats v, uint16_t *to) {
+    for (int i = 0; i < 2; i++) {
+        __m256 eight;
+        __builtin_memcpy(&eight, (const char *)&v + 32 * i, 32);
+        _mm_storeu_si128((__m128i *)(to + 8 * i), _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+}
+
 #elif defined(__ARM_FEATURE_DOTPROD)
 
 static inline Floats floats_of_halves(const uint16_t *at) {
@@ -59,12 +78,25 @@ static inline void halves_of_floats(Floats v, uint16_t *to) {
 
 #endif
 
-static inline Vec scales_at(const uint16_t *at) {
+// LANES f16.
+static inline Vec halves_at(const uint16_t *at) {
 #if defined(__AVX512F__)
     return floats_of_halves(at);
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 #else
     typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
     return widened<Vec>(__builtin_convertvector(*(const Halves *)at, Words));
+#endif
+}
+
+// LANES bfloat16: the upper halves of float32.
+static inline Vec bfloats_at(const uint16_t *at) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+    return (Vec)_mm256_slli_epi32(wide, 16);
+#else
+    return (Vec)(__builtin_convertvector(*(const LooseHalves *)at, Words) << 16);
 #endif
 }
 
@@ -158,6 +190,63 @@ template <bool SMALL>
 static inline Ints dot(Ints acc, Octets a, int32_t x) {
     return dot<SMALL>(acc, a, (Octets)(Ints{} + x));
 }
+
+// Words: two numbers of 16 bits in a lane. Where fours of bytes must be widened before they multiply, inputs of two bytes that
+// share their weights multiply as words: one product in place of two. Of each four columns the first and third lie in one lane,
+// the second and fourth in the next, as the even and the odd bytes of weights do, masked and shifted.
+typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Positive __attribute__((vector_size(4 * LANES)));
+
+static inline Pairs even_of(Octets v) { return (Pairs)v & 255; }
+static inline Pairs odd_of(Octets v) { return (Pairs)((Positive)v >> 8); }
+
+// The same two words in every lane; the upper byte of each, and what is left: x = 256 upper + lower, both signed.
+static inline Pairs words_at(const int8_t *at) {
+    int32_t x;
+    __builtin_memcpy(&x, at, 4);
+    return (Pairs)(Ints{} + x);
+}
+static inline Pairs upper_of(Pairs x) { return (x + 128) >> 8; }
+static inline Pairs lower_of(Pairs x) { return x << 8 >> 8; }
+
+// Two kinds of sums: acc + the two products of each lane; acc + the products of octets up to 15 and signed bytes, two and two
+// in 16 bits, where eight such sums have room.
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512BW__)
+
+constexpr bool WORDS = true;
+
+static inline Ints dot(Ints acc, Pairs w, Pairs x) { return acc + (Ints)_mm256_madd_epi16((__m256i)w, (__m256i)x); }
+static inline Pairs dot_tiny(Pairs acc, Octets a, Octets b) { return acc + (Pairs)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+
+#else
+
+constexpr bool WORDS = false;
+
+static inline Ints dot(Ints acc, Pairs w, Pairs x) {
+    return acc + ((Ints)w << 16 >> 16) * ((Ints)x << 16 >> 16) + ((Ints)w >> 16) * ((Ints)x >> 16);
+}
+static inline Pairs dot_tiny(Pairs acc, Octets a, Octets b) {
+    return acc + even_of(a) * ((Pairs)b << 8 >> 8) + odd_of(a) * ((Pairs)b >> 8);
+}
+
+#endif
+
+// acc + eight products at most with the same four bytes in every lane.
+template <bool TINY, bool SMALL>
+struct TileSum {
+    Ints acc;
+    Pairs tiny;
+    explicit TileSum(Ints acc) : acc(acc), tiny{} {}
+
+    void add(Octets w, int32_t x) {
+        if constexpr (TINY) tiny = dot_tiny(tiny, w, (Octets)(Ints{} + x));
+        else acc = dot<SMALL>(acc, w, x);
+    }
+    Ints total() const {
+        if constexpr (TINY) return dot(acc, tiny, Pairs{} + 1);
+        else return acc;
+    }
+};
 
 #if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool PLAIN = false;

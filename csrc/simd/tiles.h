@@ -10,19 +10,18 @@ constexpr int TILE = 32, TILE_STEPS = 8, AHEAD = 4096;  // AHEAD: bytes that are
 
 static inline Octets octets(const uint8_t *at) { return *(const LooseOctets *)at; }
 
-// A strip's part of the 8 vectors of a tile, an octet a weight, to every STEP-th place; `tile` points to the strip in the
-// first.
-template <int BITS, int STEP>
+// A strip's part of the 8 vectors of a tile, an octet a weight; `tile` points to the strip in the first.
+template <int BITS>
 static inline void unpack_tile(const uint8_t *tile, Octets *to) {
     if (BITS == 8) {
-        for (int i = 0; i < 8; i++) to[i * STEP] = octets(tile + 64 * i);
+        for (int i = 0; i < 8; i++) to[i] = octets(tile + 64 * i);
         return;
     }
     int below = 0;  // bits that stand already
     if (BITS & 4) {
         for (int i = 0; i < 4; i++) {
             Octets v = octets(tile + 64 * i);
-            to[2 * i * STEP] = v & 15, to[(2 * i + 1) * STEP] = v >> 4;
+            to[2 * i] = v & 15, to[2 * i + 1] = v >> 4;
         }
         tile += 256, below = 4;
     }
@@ -31,7 +30,7 @@ static inline void unpack_tile(const uint8_t *tile, Octets *to) {
             Octets v = octets(tile + 64 * i);
             for (int j = 0; j < 4; j++) {
                 Octets part = (v >> (2 * j) & 3) << below;
-                Octets &place = to[(4 * i + j) * STEP];
+                Octets &place = to[4 * i + j];
                 place = below ? place | part : part;
             }
         }
@@ -41,21 +40,7 @@ static inline void unpack_tile(const uint8_t *tile, Octets *to) {
         Octets v = octets(tile);
         for (int j = 0; j < 8; j++) {
             Octets part = (v >> j & 1) << below;
-            to[j * STEP] = below ? to[j * STEP] | part : part;
+            to[j] = below ? to[j] | part : part;
         }
-    }
-}
-
-template <int STEP>
-static void unpack_tile(const uint8_t *tile, int bits, Octets *to) {
-    switch (bits) {
-        case 1: return unpack_tile<1, STEP>(tile, to);
-        case 2: return unpack_tile<2, STEP>(tile, to);
-        case 3: return unpack_tile<3, STEP>(tile, to);
-        case 4: return unpack_tile<4, STEP>(tile, to);
-        case 5: return unpack_tile<5, STEP>(tile, to);
-        case 6: return unpack_tile<6, STEP>(tile, to);
-        case 7: return unpack_tile<7, STEP>(tile, to);
-        default: return unpack_tile<8, STEP>(tile, to);
     }
 }

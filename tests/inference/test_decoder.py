@@ -66,6 +66,25 @@ def test_ragged_sequences_do_not_see_one_another(
         decoder.read([Part(0, torch.zeros(61 - len(held[0]), dtype=torch.long))])
 
 
+@pytest.mark.skipif(kernels.native is None, reason="the extension was not built")
+@pytest.mark.parametrize("kv", [None, "q8", "q4"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_a_sequence_says_does_not_depend_on_the_others(
+    family: str, kv: str | None, models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: prompts in pieces of another size, tokens beside those of others, one by one or several at a time."""
+    model, codes, more = models[family], key_value_codes(kv), [torch.tensor(ids) for ids in ([5], [6, 7, 8], [1])]
+    monkeypatch.setattr("bitwright.inference.native_decoder.TOKENS_AT_ONCE", 30)
+    together = NativeDecoder(model, 60, slots=3, kv=codes)
+    first = together.read([Part(slot, ids) for slot, ids in enumerate(PROMPTS)])
+    second = together.read([Part(slot, ids, len(ids)) for slot, ids in enumerate(more)])
+    monkeypatch.undo()
+    for slot, prompt in enumerate(PROMPTS):
+        alone = NativeDecoder(model, 60, kv=codes)
+        assert torch.equal(alone.prefill(prompt), first[slot][0])
+        assert torch.equal(torch.stack([alone.step(int(token)) for token in more[slot]]), second[slot])
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_sequence_goes_back_and_is_copied(kind: Any, models: dict[str, PreTrainedModel]) -> None:
     decoder: Decoder = kind(models["llama"], 60, slots=2)

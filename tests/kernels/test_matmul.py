@@ -92,7 +92,7 @@ def test_every_instruction_set_gives_the_same_bits(scheme: str) -> None:
     try:
         for name in ISAS:
             native.choose(name)
-            found.append([product(x[:M], p, bits=bits) for M in (1, 9) for bits in (8, 16)])
+            found.append([product(x[:M], p, bits=bits) for M in (1, 3, 9) for bits in (8, 16)])
     finally:
         native.choose(before)
     for other in found[1:]:
@@ -139,6 +139,16 @@ def test_threads_change_nothing(threads: int) -> None:
         assert torch.equal(product(x[:1], p), product(x[:2], p)[:1])
     finally:
         torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_input_gives_the_same_whatever_is_multiplied_with_it(scheme: str, bits: int) -> None:
+    p, x = pack(quantized(scheme, 70, 512)), inputs(8, 512)
+    whole = product(x, p, bits=bits)
+    for M in (1, 2, 3, 5):
+        assert torch.equal(product(x[:M], p, bits=bits), whole[:M])
 
 
 @needs_native
@@ -231,12 +241,15 @@ def test_the_extension_checks_what_it_is_given() -> None:
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 37, 256), (3, 130, 77), (4, 1, 31)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 37, 256), (3, 130, 77), (4, 1, 31), (8, 70, 64)])
 def test_float_weights_multiply_as_they_are_stored(isa: str, dtype: torch.dtype, M: int, N: int, K: int) -> None:
+    """Each input as if it were alone."""
     assert native is not None
-    w, x, y = inputs(N, K).to(dtype), inputs(M, K), torch.empty(M, N)
+    w, x, y, alone = inputs(N, K).to(dtype), inputs(M, K), torch.empty(M, N), torch.empty(1, N)
     native.product_of_floats(w, x, y, 2)
     assert error(y, x, w) < 1e-6
+    native.product_of_floats(w, x[-1:].contiguous(), alone, 2)
+    assert torch.equal(y[-1:], alone)
     with pytest.raises((ValueError, TypeError)):
         native.product_of_floats(w.double(), x, y, 2)
     with pytest.raises(ValueError, match="K columns"):

@@ -43,7 +43,7 @@ void compare(const char *what, const Kernels &k, const void *expected, const voi
 }
 
 struct Rounded {
-    std::vector<int8_t> high, low;
+    std::vector<int8_t> codes;
     std::vector<int32_t> sum;
     std::vector<float> scale;
     Inputs inputs;
@@ -52,8 +52,8 @@ struct Rounded {
         const int height = M < 2 ? 1 : M < 3 ? 2 : M < 5 ? 4 : 8;
         const ptrdiff_t padded = (K + 31) / 32 * 32, rows = (M + height - 1) / height * height, blocks = (padded + block - 1) / block;
         const ptrdiff_t repeat = BLOCK / block, spans = (blocks + repeat - 1) / repeat;
-        high.resize(rows * padded), low.resize(rows * padded), sum.resize(rows * blocks), scale.resize(rows * spans);
-        inputs = {x.data(), false, high.data(), bytes == 2 ? low.data() : nullptr, sum.data(), scale.data(), M, K, padded,
+        codes.resize(bytes * rows * padded), sum.resize(rows * blocks), scale.resize(rows * spans);
+        inputs = {x.data(), false, codes.data(), bytes == 2 ? codes.data() + rows * padded : nullptr, sum.data(), scale.data(), M, K, padded,
                   blocks, spans, height, bytes, block, (int)repeat};
         std::vector<float> scratch(2 * padded);
         k.round_inputs(inputs, scratch.data(), 0, rows);
@@ -69,18 +69,17 @@ void products(const Kernels &scalar, const Kernels &k, int bits, int offset_kind
               table, bits, wbytes, table ? 128 : 1 << (bits - 1), N, K, tiles, G, g < BLOCK ? g : BLOCK, g < BLOCK ? 1 : g / BLOCK};
     std::memcpy(w.high, tables.data(), 16), std::memcpy(w.low, tables.data() + 16, 16);
     const Rounded a(scalar, x, M, K, w.block, bytes), b(k, x, M, K, w.block, bytes);
-    compare("rounding inputs, high", k, a.high.data(), b.high.data(), a.high.size());
-    compare("rounding inputs, low", k, a.low.data(), b.low.data(), a.low.size());
+    if (M == 1 || bytes == 1) compare("rounding inputs", k, a.codes.data(), b.codes.data(), a.codes.size());  // else in an order of its own
     compare("rounding inputs, sums", k, a.sum.data(), b.sum.data(), 4 * a.sum.size());
     compare("rounding inputs, scales", k, a.scale.data(), b.scale.data(), 4 * a.scale.size());
     std::vector<float> expected(M * N), found(M * N);
     scalar.multiply(w, a.inputs, expected.data(), 0, 2);
-    k.multiply(w, a.inputs, found.data(), 0, 2);
+    k.multiply(w, b.inputs, found.data(), 0, 2);
     compare("a product", k, expected.data(), found.data(), 4 * M * N);
 }
 
-void floats(const Kernels &scalar, const Kernels &k, int type) {
-    const ptrdiff_t M = 3, N = 11, K = 77;
+void floats(const Kernels &scalar, const Kernels &k, int type, ptrdiff_t M) {
+    const ptrdiff_t N = 27, K = 77;
     const auto x = random_floats(M * K), whole = random_floats(N * K);
     const auto half = random_halves(N * K);
     std::vector<float> expected(M * N), found(M * N);
@@ -91,24 +90,25 @@ void floats(const Kernels &scalar, const Kernels &k, int type) {
     compare("a product of floats", k, expected.data(), found.data(), 4 * M * N);
 }
 
-void attention(const Kernels &scalar, const Kernels &k, ptrdiff_t D, ptrdiff_t first) {
-    const ptrdiff_t heads = 6, share = 3, room = 90, last = 83, padded = 96;
-    const auto q = random_floats(heads * D), keys = random_floats(2 * room * D), values = random_floats(2 * room * D);
-    std::vector<uint16_t> kept[2][2];
+void attention(const Kernels &scalar, const Kernels &k, ptrdiff_t D, ptrdiff_t window, int type, ptrdiff_t rows) {
+    const ptrdiff_t share = 3, room = 90, position = 82 - rows, padded = 112, block = D % (type == KV_Q8 ? 32 : 64) ? D : type == KV_Q8 ? 32 : 64;
+    const ptrdiff_t width = type == KV_F16 ? 2 * D : type == KV_Q8 ? D + D / block * 2 : D / 2 + D / block * 4;
+    const auto q = random_floats(rows * share * D), x = random_floats(2 * room * D);
+    std::vector<uint8_t> kept[2];
     const Kernels *both[2] = {&scalar, &k};
     std::vector<float> out[2], gated[2];
     for (int i = 0; i < 2; i++) {
-        kept[i][0].resize(keys.size()), kept[i][1].resize(keys.size()), out[i].resize(heads * D);
-        both[i]->halve(keys.data(), kept[i][0].data(), keys.size());
-        both[i]->halve(values.data(), kept[i][1].data(), keys.size());
-        std::vector<float> scores(heads * padded);
-        both[i]->attend({q.data(), kept[i][0].data(), kept[i][1].data(), scores.data(), out[i].data(), 0.3f, first, last, padded, room, D, share}, 0, heads);
-        gated[i] = values;
-        both[i]->gate(keys.data(), gated[i].data(), 0, keys.size());
+        kept[i].resize(2 * room * width), out[i].resize(q.size());
+        for (ptrdiff_t t = 0; t < 2 * room; t++) both[i]->keep(x.data() + t * D, type, D, kept[i].data() + t * width);
+        std::vector<float> scores(rows * share * padded), near(16 * D);
+        both[i]->attend({q.data(), kept[i].data(), kept[i].data() + room * width, scores.data(), near.data(), out[i].data(), 0.3f, type, rows,
+                         share * D, share, D, width, position, window, padded});
+        gated[i] = x;
+        both[i]->gate(x.data() + room * D, gated[i].data(), 0, room * D);
     }
-    compare("halves", k, kept[0][0].data(), kept[1][0].data(), 2 * keys.size());
-    compare("the gate", k, gated[0].data(), gated[1].data(), 4 * keys.size());
-    compare("attention", k, out[0].data(), out[1].data(), 4 * heads * D);
+    compare("what is kept", k, kept[0].data(), kept[1].data(), kept[0].size());
+    compare("the gate", k, gated[0].data(), gated[1].data(), 4 * gated[0].size());
+    compare("attention", k, out[0].data(), out[1].data(), 4 * out[0].size());
 }
 
 }  // namespace
@@ -128,8 +128,11 @@ int main() {
                     for (int bits : {1, 3, 4}) products(scalar, k, bits, 0, bytes, 1, true, g, M);
                     products(scalar, k, 4, 0, bytes, 2, true, g, M);
                 }
-        for (int type : {F32, F16, BF16}) floats(scalar, k, type);
-        for (ptrdiff_t D : {16, 48, 64, 128}) attention(scalar, k, D, 0), attention(scalar, k, D, 5);
+        for (int type : {F32, F16, BF16})
+            for (ptrdiff_t M : {1, 3, 9}) floats(scalar, k, type, M);
+        for (ptrdiff_t D : {16, 48, 64, 128})
+            for (int type : {KV_F16, KV_Q8, KV_Q4})
+                for (ptrdiff_t rows : {1, 3}) attention(scalar, k, D, 0, type, rows), attention(scalar, k, D, 20, type, rows);
         std::printf("%s: compared with %s\n", k.name, scalar.name);
     }
     if (!count) std::printf("no instruction set here but %s\n", scalar.name);

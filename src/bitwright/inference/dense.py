@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bitwright.kernels import native
 
-FEW = 4  # most inputs for which the extension is used: it reads every weight once
+FEW = 16  # most inputs for which the extension is used: it reads every weight from memory once
 WEIGHTS_AT_ONCE = (
     1 << 18
 )  # weights converted to the inputs' type at a time where torch multiplies: as many as a cache holds

@@ -1,14 +1,12 @@
 """Models built like Llama in native code, several sequences in one reading of the weights.
 
 A token's forward is a few hundred small operations; called one by one from Python they take as long as reading the weights, and
-on a prompt every intermediate goes to memory and back. So the extension runs whole blocks (csrc/runtime/decoder.cpp) on the
-tensors that the modules hold. One token of one sequence is one call. Everything else, prompts and tokens of several sequences,
-goes through the matrices as rows of one input, each row at its own position; the attention of each sequence is torch's.
+on a prompt every intermediate goes to memory and back. So the extension runs all blocks in one call (csrc/runtime/decoder.cpp)
+on the tensors that the modules hold: prompts and tokens of several sequences are the rows of one input, each at its own place
+of its own sequence. What a row gives is the same, bit for bit, whichever rows are read with it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,51 +18,18 @@ from bitwright.inference.key_value_store import KeyValueStore
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
 from bitwright.kernels.matmul import handles, matrix_of
-from bitwright.numerics.key_value_codes import KeyValueCodes, rotated
-
-if TYPE_CHECKING:
-    from bitwright import _native
+from bitwright.numerics.key_value_codes import KeyValueCodes
 
 Matrix = tuple[object, Tensor | None, Tensor | None]  # packed or float; its bias; the order of its inputs
 Block = tuple[
     list[Matrix], tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]
 ]  # matrices; norms; norms of heads
 TOKENS_AT_ONCE = 512  # that go through the blocks together, so that activations stay small
-SHORT = 16  # tokens of a sequence up to which its attention is computed together with that of others
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Tokens of one sequence among the rows of an input: rows first … last − 1, positions from `position` on."""
-
-    slot: int
-    position: int
-    first: int
-    last: int
-
-    @property
-    def count(self) -> int:
-        return self.last - self.first
-
-    @property
-    def end(self) -> int:
-        return self.position + self.count
-
-
-@dataclass(frozen=True)
-class _Together:
-    """Short runs whose attention is one product. mask [B, 1, 1, T, S]: what each of T queries sees; T, S: the most of any."""
-
-    runs: list[_Run]
-    rows: Tensor  # [B, T]: the row of each query; a shorter run's last one is repeated
-    own: Tensor  # [B, T]: whether it is not such a repetition
-    mask: Tensor
-    end: int
 
 
 class NativeDecoder(Decoder):
@@ -76,32 +41,25 @@ class NativeDecoder(Decoder):
         """context: the most tokens of a sequence, with the prompt included."""
         self.model, self.context, self.slots, config = model, context, slots, model.config
         attention = model.model.layers[0].self_attn
-        self.D, self.scaling, self.window = attention.head_dim, attention.scaling, window_of(model) or 0
-        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
-        self.layers = config.num_hidden_layers
-        self.store = KeyValueStore(slots, self.layers, self.key_heads, context, self.D, kv)
+        self.store = KeyValueStore(
+            slots, config.num_hidden_layers, config.num_key_value_heads, context, attention.head_dim, kv
+        )
         self.lengths = [0] * slots
         cosine, sine = model.model.rotary_emb(torch.zeros(1, context, 1), torch.arange(context)[None])
-        self.tables = cosine[0].contiguous(), sine[0].contiguous()
-        # Of rows at any positions: the tables hold what belongs to each row, the keys and values are taken from here at once.
-        self.row_tables = torch.empty(TOKENS_AT_ONCE, self.D), torch.empty(TOKENS_AT_ONCE, self.D)
-        blocks = [_layer(layer) for layer in model.model.layers]
-        self.lone, self.many = self._native(blocks, self.tables), self._native(blocks, self.row_tables)
-
-    def _native(self, blocks: list[Block], tables: tuple[Tensor, Tensor]) -> "_native.Decoder":
         assert native is not None
-        return native.Decoder(
-            blocks,
-            _weight(self.model.model, "norm"),
-            _matrix(self.model.lm_head),
-            *tables,
-            heads=self.heads,
-            key_heads=self.key_heads,
-            D=self.D,
-            window=self.window,
-            epsilon=self.model.config.rms_norm_eps,
-            scaling=self.scaling,
-            bytes=_bits(self.model) // 8,
+        self.native = native.Decoder(
+            [_layer(layer) for layer in model.model.layers],
+            _weight(model.model, "norm"),
+            _matrix(model.lm_head),
+            cosine[0].contiguous(),
+            sine[0].contiguous(),
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            D=attention.head_dim,
+            window=window_of(model) or 0,
+            epsilon=config.rms_norm_eps,
+            scaling=attention.scaling,
+            bytes=_bits(model) // 8,
         )
 
     @property
@@ -128,117 +86,34 @@ class NativeDecoder(Decoder):
     def read(self, parts: Sequence[Part]) -> list[Tensor]:
         """See `Decoder`."""
         self.check(parts)
-        if len(parts) == 1 and len(parts[0].ids) == 1 and self.store.codes is None:
-            return [self._step(parts[0])]
         behind: list[list[Tensor]] = [[] for _ in parts]
         for pieces in _grouped(parts, TOKENS_AT_ONCE):
-            x = self._embedded(torch.cat([ids for _, ids in pieces]))
-            self._blocks([(parts[i].slot, len(ids)) for i, ids in pieces], x)
-            for (i, _), rows in zip(pieces, x.split([len(ids) for _, ids in pieces]), strict=True):
-                behind[i] = [*behind[i], rows][-parts[i].wanted :]
-        hidden = [torch.cat(rows)[-part.wanted :] for rows, part in zip(behind, parts, strict=True)]
-        return list(self._logits(torch.cat(hidden)).split([part.wanted for part in parts]))
+            rows = self._blocks([(parts[i].slot, ids) for i, ids in pieces])
+            for (i, _), own in zip(pieces, rows, strict=True):
+                behind[i] = [*behind[i], own][-parts[i].wanted :]
+        hidden = torch.cat([torch.cat(own)[-part.wanted :] for own, part in zip(behind, parts, strict=True)])
+        logits = torch.empty(len(hidden), self.model.config.vocab_size)
+        self.native.finish(hidden, logits, torch.get_num_threads())
+        return list(logits.split([part.wanted for part in parts]))
 
-    def _step(self, part: Part) -> Tensor:
-        """One token of one sequence: logits [1, V]."""
-        logits = torch.empty(self.model.config.vocab_size)
-        cache, position = self.store.rows[part.slot], self.lengths[part.slot]
-        self.lone.step(self._embedded(part.ids)[0], position, cache, logits, torch.get_num_threads())
-        self.lengths[part.slot] += 1
-        return logits[None]
-
-    def _blocks(self, lengths: list[tuple[int, int]], x: Tensor) -> None:
-        """Let rows x [M, H] through all blocks, in place: so many of each slot, one after the other."""
-        runs, first = [], 0
-        for slot, T in lengths:
-            runs.append(_Run(slot, self.lengths[slot], first, first + T))
-            first += T
-        positions = torch.cat([torch.arange(run.position, run.end) for run in runs])
-        slots = torch.cat([torch.full((run.count,), run.slot) for run in runs])
-        for table, row_table in zip(self.tables, self.row_tables, strict=True):
-            row_table[: len(x)] = table[positions]
-        together, threads = self._together(runs), torch.get_num_threads()
-        new = torch.empty(self.layers, 2, self.key_heads, len(x), self.D, dtype=torch.float16)
-        q = torch.empty(len(x), self.heads * self.D)
-        for layer in range(self.layers):
-            self.many.enter(layer, x, 0, q, new, threads)
-            queries, fresh = q.view(len(x), self.heads, self.D), new[layer]
-            if self.store.rotates_keys:
-                queries, fresh = rotated(queries), torch.stack([rotated(fresh[0].float()), fresh[1].float()])
-            self.store.write(layer, slots, positions, fresh)
-            mixed = self._attention(layer, queries, runs, together)
-            self.many.leave(layer, mixed.flatten(1), x, threads)
-        for run in runs:
-            self.lengths[run.slot] = run.end
-
-    def _attention(self, layer: int, q: Tensor, runs: list[_Run], together: list[_Together]) -> Tensor:
-        """Queries [M, heads, D] -> what attention mixes of the values that each sees [M, heads, D]."""
-        mixed = torch.empty_like(q)
-        for group in together:
-            self._short(layer, q, group, mixed)
-        for run in runs:
-            if run.count > SHORT:
-                mixed[run.first : run.last] = self._long(layer, q[run.first : run.last], run)
-        return mixed
-
-    def _long(self, layer: int, q: Tensor, run: _Run) -> Tensor:
-        """Attention of many tokens of one sequence [T, heads, D]."""
-        first = max(0, run.position - self.window + 1) if self.window else 0
-        keys, values = self.store.read([run.slot], layer, first, run.end)
-        from_start = run.position == 0 and not self.window
-        back = torch.arange(run.position, run.end)[:, None] - torch.arange(first, run.end)
-        mixed = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=None if from_start else self._seen(back),
-            is_causal=from_start,
-            scale=self.scaling,
-            enable_gqa=True,
+    def _blocks(self, pieces: list[tuple[int, Tensor]]) -> tuple[Tensor, ...]:
+        """Read tokens of some slots: their hidden states behind the last block."""
+        x = self.model.model.embed_tokens(torch.cat([ids for _, ids in pieces])).to(torch.float32, copy=True)
+        slots, places = list[int](), list[int]()
+        for slot, ids in pieces:
+            slots += [slot] * len(ids)
+            places += range(self.lengths[slot], self.lengths[slot] + len(ids))
+        self.native.read(
+            x,
+            torch.tensor(slots),
+            torch.tensor(places),
+            self.store.rows,
+            bits=self.store.bits,
+            threads=torch.get_num_threads(),
         )
-        return mixed[0].transpose(0, 1)
-
-    def _short(self, layer: int, q: Tensor, group: _Together, mixed: Tensor) -> None:
-        """Attention of the runs of a group, into their rows of mixed."""
-        keys, values = self.store.read([run.slot for run in group.runs], layer, 0, group.end)
-        B, T = group.rows.shape
-        queries = q[group.rows.flatten()].view(B, T, self.key_heads, -1, self.D).permute(0, 2, 3, 1, 4)
-        scores = queries.flatten(2, 3) @ keys.transpose(-1, -2) * self.scaling
-        weights = scores.view(*queries.shape[:4], -1).masked_fill_(~group.mask, -torch.inf).softmax(-1)
-        found = (weights.flatten(2, 3) @ values).view(queries.shape).permute(0, 3, 1, 2, 4)
-        mixed[group.rows[group.own]] = found.reshape(B, T, self.heads, self.D)[group.own]
-
-    def _together(self, runs: list[_Run]) -> list[_Together]:
-        """Short runs in groups of about equal length of what they look back at, so that little is filled up."""
-        groups: dict[int, list[_Run]] = {}
-        for run in runs:
-            if run.count <= SHORT:
-                groups.setdefault(max(6, run.end.bit_length()), []).append(run)
-        return [self._group(group) for group in groups.values()]
-
-    def _group(self, runs: list[_Run]) -> _Together:
-        T, end = max(run.count for run in runs), max(run.end for run in runs)
-        steps = torch.arange(T)
-        rows = torch.stack([run.first + steps.clamp(max=run.count - 1) for run in runs])
-        own = torch.stack([steps < run.count for run in runs])
-        at = torch.stack([run.position + steps.clamp(max=run.count - 1) for run in runs])
-        back = at[:, :, None] - torch.arange(end)
-        return _Together(runs, rows, own, self._seen(back)[:, None, None], end)
-
-    def _seen(self, back: Tensor) -> Tensor:
-        """Whether a token sees what lies so many positions back."""
-        return (back >= 0) & (back < self.window) if self.window else back >= 0
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """Logits [n, V] behind hidden states [n, H]."""
-        if len(x) == 1:
-            logits = torch.empty(self.model.config.vocab_size)
-            self.many.finish(x[0], logits, torch.get_num_threads())
-            return logits[None]
-        return self.model.lm_head(self.model.model.norm(x)).float()
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(ids).to(torch.float32, copy=True)
+        for slot, ids in pieces:
+            self.lengths[slot] += len(ids)
+        return x.split([len(ids) for _, ids in pieces])
 
 
 def _grouped(parts: Sequence[Part], most: int) -> list[list[tuple[int, Tensor]]]:
