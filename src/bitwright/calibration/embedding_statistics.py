@@ -24,7 +24,8 @@ HEAD_SHARE = 0.8  # weight of the head's Gram where the two matrices are tied: b
 
 def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
     """Statistics of the output head's inputs. hidden [B, T, H]: outputs of the last block; outer parameters must be loaded."""
-    gathering = Gathering([skeleton.head_name], Gram(hidden[0].shape[-1], hidden[0].device))
+    K = skeleton.model.get_parameter(f"{skeleton.head_name}.weight").shape[1]
+    gathering = Gathering([skeleton.head_name], Gram(K, hidden[0].device))
 
     def observe_block(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         gathering.update(args[0], None)
@@ -41,16 +42,20 @@ def observe_head(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
 
 
 def observe_embedding(skeleton: Skeleton, hidden: Sequence[Tensor]) -> Inputs:
-    """E[Jᵀ J] of the first block at the embedded tokens [B, T, H]; the block's weights must be loaded."""
+    """E[Jᵀ J] of the first block at the embedded tokens [B, T, H]; the block's weights must be loaded.
+
+    Of several hidden states and further inputs [B, T, W] (Gemma 3n), the first is the embedding itself.
+    """
     generator = torch.Generator().manual_seed(0)  # of the CPU: the same signs on every device
-    gram = Gram(hidden[0].shape[-1], hidden[0].device)
+    K = skeleton.model.get_parameter(f"{skeleton.embedding_name}.weight").shape[1]
+    gram = Gram(K, hidden[0].device)
     for batch in hidden:
         x = batch.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             out = skeleton.run_with(0, x, {})
         signs = torch.randint(0, 2, out.shape, generator=generator).to(out.device, out.dtype) * 2 - 1
         (gradient,) = torch.autograd.grad(out, x, signs)
-        gram.update(gradient)
+        gram.update(gradient[..., :K])
     return Inputs(("embedding",), gram.tokens, gram.value())
 
 
