@@ -85,6 +85,24 @@ def test_a_token_of_massive_activations_counts_by_its_gradient(text: str, tmp_pa
     assert 0.5 < measured / predicted < 2, (measured, predicted)
 
 
+def test_rows_of_the_embedding_count_as_often_as_they_are_read(text: str, tmp_path: Path) -> None:
+    """Where all rows that the text reads lie on the grid, rounding the others costs nothing."""
+    folder = make_checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    settings = Settings("gguf", ("q8_0", "q5_1"), "rtn", calib=text, **SMALL)
+    plan, units = prepared(folder, settings)
+    tokens, name = calibration_tokens(plan, text, 0), plan.skeleton.embedding_name
+    assert plan.skeleton.head_name != name
+    before = scored(plan, units, tokens, tmp_path / "before", lambda *_: None).scores[name]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows, read = model.get_input_embeddings().weight.data, tokens.seen.unique()
+    assert 20 < len(read) < len(rows)
+    rows[read] = decode(quantize_tensor(rows[read], "q8_0", method="rtn"))
+    model.save_pretrained(folder)
+    plan, units = prepared(folder, settings)
+    after = scored(plan, units, tokens, tmp_path / "after", lambda *_: None).scores[name]
+    assert after["q8_0"] < 1e-6 * before["q8_0"] and after["q5_1"] == pytest.approx(before["q5_1"], rel=0.1)
+
+
 def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, text: str, tmp_path: Path) -> None:
     recipe, scores = tmp_path / "recipe.toml", tmp_path / "scores"
     arguments = ["--format", "gguf", "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn", "--json"]

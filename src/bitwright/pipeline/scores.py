@@ -294,27 +294,49 @@ def _score_ends(
         if t.layer is None:
             continue
         name, w = t.layer.name, weights[t.parameter]
-        some = w[:: max(1, len(w) // ENDS_ROWS)].float()
-        uses = []  # of the matrix: the KL of losing it whole, and the metric of its errors
+        uses = []
         if name == skeleton.head_name:
-            uses.append((_whole(w, of.head.double(), head_gram), head_gram))
+            uses.append(_Use.of(w, of.head.double(), head_gram))
         if name == skeleton.embedding_name:
-            read = of.embedding * scale**2
-            uses.append((_whole(w, seen, read), read))
+            uses.append(_Use.of(w, seen, of.embedding * scale**2))
+        rows = _rows(w, uses)
+        some = w[torch.cat(rows)].float()
         found[name] = {}
         for scheme, planned in layers[name].items():
             q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
-            error = decode(q) - some
-            found[name][scheme] = sum(
-                whole * _share(energy(error, metric).sum(), energy(some, metric).sum()) for whole, metric in uses
-            )
+            found[name][scheme] = sum(use.kl(decode(q) - some, rows) for use in uses)
     return found
 
 
-def _whole(w: Tensor, counted: Tensor, metric: Tensor | None) -> float:
-    """The KL of losing all rows of w [N, K], where row n counts by counted[n]; rows beyond the vocabulary by 0."""
-    each = torch.cat([energy(slab.float(), metric) for slab in w.split(AT_ONCE)])
-    return float((each[: len(counted)] * counted[: len(each)]).sum())
+@dataclass(frozen=True)
+class _Use:
+    """One use of a matrix's rows: how much each counts [V], the metric of errors, and the KL of losing each row whole [V]."""
+
+    counted: Tensor
+    metric: Tensor | None
+    whole: Tensor
+
+    @classmethod
+    def of(cls, w: Tensor, counted: Tensor, metric: Tensor | None) -> "_Use":
+        """counted: without rows of w beyond the vocabulary, which count nothing."""
+        padded = torch.zeros(len(w), dtype=torch.float64)
+        padded[: len(counted)] = counted[: len(w)]
+        each = torch.cat([energy(slab.float(), metric) for slab in w.split(AT_ONCE)])
+        return cls(padded, metric, padded * each)
+
+    def kl(self, error: Tensor, rows: tuple[Tensor, Tensor]) -> float:
+        """KL for the errors of some rows: those that matter most, and a sample of the others, which stands for all of them."""
+        lost = self.counted[torch.cat(rows)] * energy(error, self.metric)
+        most, others = rows
+        share = _share(lost[len(most) :].sum(), self.whole[others].sum())
+        return float(lost[: len(most)].sum()) + share * float(self.whole.sum() - self.whole[most].sum())
+
+
+def _rows(w: Tensor, uses: Sequence[_Use]) -> tuple[Tensor, Tensor]:
+    """The rows that matter most, and a sample of the others: few tokens make most of a text, and their rows differ."""
+    order = sum((use.whole for use in uses), torch.zeros(len(w))).argsort(descending=True)
+    most, others = order[: ENDS_ROWS // 2], order[ENDS_ROWS // 2 :]
+    return most, others[:: max(1, len(others) // (ENDS_ROWS // 2))]
 
 
 def _embedding_scale(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> float:
