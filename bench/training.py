@@ -1,7 +1,9 @@
-"""What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, pruned models, and
-weights stored in 8 bits.
+"""What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, distillation of
+quantized models, pruned models, and weights stored in 8 bits.
 
     python -m bench.training [--model DIR] [--text FILE] [--steps 30] [--batch 2] [--seqlen 128] [--parts lora,merge,prune]
+
+Distilled and pruned models are calibrated and trained on the text's first nine tenths, and judged on the last.
 
 Every figure is kept in bench/out/training/results.json as soon as it is known: the same command goes on from there. Small by
 default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR for a real one. The text needs ../shared.
@@ -9,6 +11,7 @@ default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR f
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,13 @@ from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 
 WORK = OUT / "training"
 PRUNED = [f"{method}:{amount}" for amount in ("0.5", "2:4") for method in ("sparsegpt", "wanda", "magnitude")]
+DISTILLED = ("int2-g32", "int3-g64", "int4-g64")
+TRAINED = {
+    "": "–",
+    "scales": "scales and norms",
+    "zero": "an adapter beside it",
+    "residual": "an adapter, --init residual",
+}
 STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
 
 
@@ -32,12 +42,13 @@ class Bench:
     seqlen: int
     samples: int
     tokens: int
+    lr: float
 
     def known(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result by key, made and kept if it is not there yet."""
         file = WORK / "results.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
-        whole = f"{self.model.name} {self.text.name} {self.steps}x{self.batch}x{self.seqlen} {self.tokens} {key}"
+        whole = f"{self.model.name} {self.text.name} {self.steps}x{self.batch}x{self.seqlen} {self.lr:g} {self.tokens} {key}"
         if whole not in found:
             found[whole] = make()
             WORK.mkdir(parents=True, exist_ok=True)
@@ -48,7 +59,18 @@ class Bench:
     def trained(self, scheme: str) -> dict[str, Any]:
         """A LoRA adapter beside weights in this scheme; float: 16 bits."""
         sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen)]
-        more = [*sizes, "--scheme", scheme, "--data", str(self.text), "--json"]
+        more = [
+            *sizes,
+            "--scheme",
+            scheme,
+            "--data",
+            str(self.text),
+            "--lr",
+            str(self.lr),
+            "--save-every",
+            "10",
+            "--json",
+        ]
         out = self.adapter(scheme)
         return self.known(
             f"lora {scheme}", lambda: run([*BITWRIGHT, "finetune", str(self.model), str(out), *more]).result
@@ -70,23 +92,67 @@ class Bench:
         command = [*BITWRIGHT, "merge", str(self.model), str(self.adapter("nf4-g64-dq")), str(out), "--scheme", scheme]
         return self.known(f"merge {scheme}", lambda: run([*command, *self.calibration, *judged], fine=(0, 1)).result)
 
-    def pruned(self, scheme: str, prune: str) -> dict[str, Any]:
-        """The model pruned, rounded and evaluated; prune "": not pruned."""
-        out = WORK / f"pruned-{self.model.name}-{scheme}-{prune.replace(':', '-')}"
-        more = ["--scheme", scheme, "--format", "bitwright", "--calib", str(self.text), "--json", *self.calibration]
-        more += ["--prune", prune] if prune else []
-        judged = ["--text", str(self.text), "--tokens", str(self.tokens), "--seqlen", str(self.seqlen), "--json"]
+    def parts(self) -> tuple[Path, Path]:
+        """The text's first nine tenths, and its last."""
+        lines = self.text.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = len(lines) * 9 // 10
+        found = WORK / f"seen-{self.text.name}", WORK / f"held-out-{self.text.name}"
+        WORK.mkdir(parents=True, exist_ok=True)
+        for file, part in zip(found, (lines[:cut], lines[cut:]), strict=True):
+            file.write_text("".join(part), encoding="utf-8")
+        return found
+
+    def judged(self, model: Path, adapter: Path | None = None) -> dict[str, Any]:
+        """Perplexity and KL from the original, on what is held out."""
+        from bitwright.evaluation.evaluate import evaluate
+
+        how: dict[str, Any] = {"reference": self.model, "seqlen": self.seqlen, "tokens": self.tokens}
+        found = evaluate(model, texts=[str(self.parts()[1])], adapter=adapter, predictions=WORK / "predictions", **how)[
+            0
+        ]
+        return {"kl_mean": found.kl_mean, "kl_stderr": found.kl_stderr, "perplexity": found.perplexity}
+
+    def quantized(self, name: str, **how: Any) -> dict[str, Any]:
+        """The model rounded, with calibration on the seen text, and judged."""
+        from bitwright import quantize
+
+        out = WORK / f"{self.model.name}-{name}"
 
         def make() -> dict[str, Any]:
-            done = (
-                {}
-                if out.exists()
-                else run([*BITWRIGHT, "quantize", str(self.model), str(out), *more], fine=(0, 1)).result
-            )
-            found = run([*BITWRIGHT, "eval", str(out), "--reference", str(self.model), *judged]).result
-            return {**found, "bytes": done.get("bytes", 0)}
+            begun = time.process_time()
+            if not out.exists():
+                sizes: dict[str, Any] = {"samples": self.samples, "seqlen": self.seqlen}
+                quantize(self.model, out, format="bitwright", calib=str(self.parts()[0]), **sizes, **how)
+            spent, size = time.process_time() - begun, (out / "model.safetensors").stat().st_size
+            return {**self.judged(out), "out": str(out), "seconds": spent, "bytes": size}
 
-        return self.known(f"prune {scheme} {prune}", make)
+        return self.known(name, make)
+
+    def distilled(self, scheme: str, method: str, way: str) -> dict[str, Any]:
+        """A rounded model trained towards the original: way "scales", with its norms; or where an adapter beside it begins."""
+        from bitwright.train.finetune import finetune
+        from bitwright.train.settings import Training
+
+        source = Path(self.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method)["out"])
+        out, alone = source.with_name(f"{source.name}-{way}"), way == "scales"
+        how = Training(
+            steps=self.steps, batch=self.batch, seqlen=self.seqlen, teacher=self.model, scales_only=alone,
+            init="zero" if alone else way, lr=self.lr,
+        )  # fmt: skip
+
+        def make() -> dict[str, Any]:
+            begun = time.process_time()
+            if not out.exists():
+                finetune(source, out, data=str(self.parts()[0]), how=how)
+            spent = time.process_time() - begun
+            return {**(self.judged(out) if alone else self.judged(source, out)), "seconds": spent}
+
+        return self.known(f"distil-{scheme}-{method}-{way}", make)
+
+    def pruned(self, scheme: str, prune: str) -> dict[str, Any]:
+        """The model pruned, rounded and judged; prune "": not pruned."""
+        name = f"prune-{scheme}-{prune.replace(':', '-')}"
+        return self.quantized(name, scheme=scheme, **({"prune": prune} if prune else {}))
 
 
 def lora(bench: Bench) -> str:
@@ -112,6 +178,19 @@ def merge(bench: Bench) -> str:
             ]
             rows.append([scheme, way["name"], *kept])
     return table(["scheme", "way", "KL to the adapted model", "perplexity", "gain kept"], rows)
+
+
+def distil(bench: Bench) -> str:
+    """Quantized models trained towards the original, beside the methods that need no training."""
+    rows = []
+    for scheme in DISTILLED:
+        for method in ("gptaq", "autoround"):
+            ways = [("", bench.quantized(f"round-{scheme}-{method}", scheme=scheme, method=method))]
+            ways += [(way, bench.distilled(scheme, method, way)) for way in ("scales", "zero", "residual")]
+            for way, r in ways:
+                kl = f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}"
+                rows.append([scheme, method, TRAINED[way], kl, f"{r['perplexity']:.3f}", f"{r['seconds'] / 60:.1f}"])
+    return table(["scheme", "method", "trained", "KL", "perplexity", "CPU minutes"], rows)
 
 
 def prune(bench: Bench) -> str:
@@ -172,7 +251,7 @@ def trained_from_scratch(kind: str, steps: int = 400) -> dict[str, Any]:
     return {"loss": loss, "bytes": held}
 
 
-PARTS = {"lora": lora, "merge": merge, "prune": prune, "storage": storage}
+PARTS = {"lora": lora, "merge": merge, "distil": distil, "prune": prune, "storage": storage}
 
 
 def main() -> None:
@@ -182,6 +261,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     for name, value in (("steps", 30), ("batch", 2), ("seqlen", 128), ("samples", 16), ("tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--lr", type=float, default=2e-4)
     args = vars(parser.parse_args())
     parts = args.pop("parts").split(",")
     bench = Bench(**args)

@@ -52,6 +52,28 @@ struct Refine {
     ptrdiff_t K, g, moves, rounds;
 };
 
+constexpr int MOST_RUN = 32;  // weights whose entries of a codebook are chosen together, at most
+
+// A codebook of combinations of d neighbouring weights; numerics/lattice.py, whose names these are.
+struct Lattice {
+    const float *points;    // [V, P, d]
+    const uint8_t *codes;   // [V, P, d]
+    const float *middle;    // [V, L - 1] half way between the L values in one place
+    const int32_t *near;    // [V, places, candidates] entries near each combination of such values; places: L^d
+    const float *level;     // [top + 1] the value of each code
+    int V, P, d, L, candidates;
+    ptrdiff_t places;
+    int width, run, top;    // weights of a whole run; weights that share a variant; the highest code
+    bool has_signs, even;
+};
+
+// Weights over their scales, in whole runs.
+struct Runs {
+    const float *x;         // [R, width]
+    const float *weight;    // [R, width] importance, or null
+    uint8_t *codes;         // [R, width] out
+};
+
 // Round to nearest under given scales; codec.py.
 struct Encode {
     const float *w;         // [N, K]
@@ -238,6 +260,7 @@ struct Kernels {
     const char *name;
     void (*search)(const Format &, const Search &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*refine)(const Format &, const Refine &, float *scratch, ptrdiff_t first, ptrdiff_t last);
+    void (*nearest_runs)(const Lattice &, const Runs &, ptrdiff_t first, ptrdiff_t last);
     void (*encode)(const Format &, const Encode &, ptrdiff_t first, ptrdiff_t last);
     void (*missed)(const Format &, const Missed &, ptrdiff_t first, ptrdiff_t last);
     void (*widen)(const uint16_t *from, float *to, ptrdiff_t n);  // bfloat16 as float32

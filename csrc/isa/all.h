@@ -3,6 +3,7 @@
 #include "rounding/rounding.h"
 #include "rounding/search.h"
 #include "rounding/superblocks.h"
+#include "rounding/lattice.h"
 #include "rounding/encode.h"
 #include "rounding/columns.h"
 #include "rounding/tuning.h"
@@ -17,6 +18,6 @@
 #include "products/recurrent.h"
 
 constexpr Kernels table(const char *name) {
-    return {name, search, refine, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
+    return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend, halve, gate,
             enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
 }

@@ -40,6 +40,20 @@ def round_rows(
     sums: Tensor,
     threads: int,
 ) -> None: ...
+def nearest_runs(
+    points: Tensor,
+    entries: Tensor,
+    middle: Tensor,
+    near: Tensor,
+    level: Tensor,
+    run: int,
+    has_signs: bool,
+    even: bool,
+    x: Tensor,
+    u: Tensor | None,
+    codes: Tensor,
+    threads: int,
+) -> None: ...
 def put_side_by_side(numbers: Tensor, bytes: Tensor, n: int, bits: int, turn: int) -> None: ...
 def put_rows(rows: Tensor, place: Tensor) -> None: ...
 def take_side_by_side(bytes: Tensor, numbers: Tensor, n: int, bits: int, less: int) -> None: ...

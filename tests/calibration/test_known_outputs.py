@@ -17,7 +17,8 @@ def quantized(model: Path, out: Path, text: Path, kept: int, **options: Any) -> 
     """The weights of the model by GPTAQ, and how many products attention took for them; kept: bytes that may be kept."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitwright.pipeline.sequential.KEPT_BYTES", kept)
+        for user in ("pipeline.sequential", "calibration.observe"):
+            patch.setattr(f"bitwright.{user}.KEPT_BYTES", kept)
         patch.setattr("bitwright.pipeline.calibration_pass.TOKENS_PER_BATCH", 64)
         attention = nn.functional.scaled_dot_product_attention
         patch.setattr(

@@ -19,6 +19,7 @@ from bitwright.methods.coordinate_descent import coordinate_descent
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales
+from bitwright.numerics import lattice
 from bitwright.numerics.codec import decode, encode, fit, pairwise_sum
 from bitwright.numerics.loss import energy, loss
 from bitwright.numerics.scheme import Scheme
@@ -56,6 +57,18 @@ def test_scale_search_gives_the_same_bits(isa: str, text: str, N: int, K: int) -
         x, y = getattr(found, name), getattr(expected, name)
         assert (x is None) == (y is None)
         assert x is None or torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("grid", lattice.TABLES)
+def test_the_nearest_entries_are_the_same(isa: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without importance; a length that fills no whole runs; zeros, and weights far outside the codebook."""
+    generator = torch.Generator().manual_seed(0)
+    x, u = 1.5 * torch.randn(40, 300, generator=generator), torch.rand(300, generator=generator)
+    x[3, :64], x[5], u[9] = 0, 100 * x[5], 0
+    found = [lattice.nearest(x, grid, weight) for weight in (None, u)]
+    monkeypatch.setattr(lattice, "native", None)
+    expected = [lattice.nearest(x, grid, weight) for weight in (None, u)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("text", SCHEMES)

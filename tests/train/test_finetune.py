@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitwright import quantize
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -24,11 +28,14 @@ from bitwright.evaluation.merge import BESIDE, MERGED, NEAREST, Settings, merge
 from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
+from bitwright.models.source import open_weights
 from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
 from bitwright.train.data import IGNORED, training_data
-from bitwright.train.finetune import Training, finetune
+from bitwright.train.finetune import finetune
+from bitwright.train.lora import Lora
+from bitwright.train.settings import Training
 
 peft = pytest.importorskip("peft")
 HOW = Training(rank=4, steps=4, batch=2, seqlen=32, lr=5e-3, save_every=2)
@@ -51,22 +58,39 @@ def adapter(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finetune(llama, whole, data=str(text), how=HOW)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bitwright.train import checkpoints
+from bitwright.train.finetune import finetune
+from bitwright.train.settings import Training
 
-    def stop(what: str, done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
+synced, sync = [], checkpoints.sync_folder
 
-    with pytest.raises(KeyboardInterrupt):
-        finetune(llama, cut, data=str(text), how=HOW, progress=stop)
+def stop(folder):
+    synced.append(folder)
+    if len(synced) == 3:  # the second checkpoint is written, and not yet under its name
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(folder)
+
+checkpoints.sync_folder = stop
+how = Training(rank=4, steps=6, batch=2, seqlen=32, lr=5e-3, save_every=2)
+finetune(Path(sys.argv[1]), Path(sys.argv[2]), data=sys.argv[3], how=how)
+"""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
+    whole, cut, how = tmp_path / "whole", tmp_path / "cut", replace(HOW, steps=6)
+    dead = subprocess.run([sys.executable, "-c", KILLED, str(llama), str(cut), str(text)], capture_output=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+    assert sorted(p.name for p in (tmp_path / "cut.partial").glob("step-*")) == ["step-000002", "step-000004.tmp"]
     assert not cut.exists()
     with pytest.raises(OutputError, match="of another kind"):
-        finetune(llama, cut, data=str(text), how=replace(HOW, lr=1e-3))
+        finetune(llama, cut, data=str(text), how=replace(how, lr=1e-3))
+    finetune(llama, whole, data=str(text), how=how)
     steps: list[int] = []
-    finetune(llama, cut, data=str(text), how=HOW, progress=lambda _, done, total: steps.append(done))
-    assert steps == [3, 4] and not (tmp_path / "cut.partial").exists()
+    finetune(llama, cut, data=str(text), how=how, progress=lambda _, done, total: steps.append(done))
+    assert steps == [3, 4, 5, 6] and not (tmp_path / "cut.partial").exists()
     assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in FILES)
 
 
@@ -74,6 +98,30 @@ def test_a_teacher_s_predictions_are_learned(llama: Path, text: Path, tmp_path: 
     how = replace(HOW, scheme="int2-g32", teacher=llama, save_every=99)
     report = finetune(llama, tmp_path / "out", data=str(text), how=how)
     assert 0 < report.loss_after < report.loss_before
+
+
+def test_an_adapter_can_begin_as_what_rounding_lost(llama: Path, text: Path, tmp_path: Path) -> None:
+    quantized, how = tmp_path / "q", replace(HOW, steps=1, teacher=llama)
+    quantize(llama, quantized, scheme="int2-g32", method="rtn", format="bitwright", calib="none")
+    begun = Lora(quantized, replace(how, init="residual", rslora=True), None, torch.float32, b"").adapted
+    source = open_weights(llama)
+    for name, layer in begun.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            lost = source.read(f"{name}.weight").float() - layer.base_layer.weight
+            best = torch.linalg.svdvals(lost)[4:].norm()
+            assert float((lost - layer.get_delta_weight("default")).norm() / best) < 1.005, name
+    zero, residual = (
+        finetune(quantized, tmp_path / init, data=str(text), how=replace(how, init=init))
+        for init in ("zero", "residual")
+    )
+    assert residual.loss_before < 0.9 * zero.loss_before
+    with pytest.raises(CheckpointError, match="makes up for the rounding"):
+        plan(llama, tmp_path / "residual", tmp_path)
+    for wrong in ({"teacher": None}, {"dora": True}, {"init": "pissa"}):
+        with pytest.raises(RecipeError, match="init"):
+            replace(how, **{"init": "residual", **wrong})
+    with pytest.raises(RecipeError, match="in float"):
+        finetune(llama, tmp_path / "out", data=str(text), how=replace(how, init="residual"))
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(

@@ -281,7 +281,7 @@ class FloatStream:
     """The float block on the float model's activations, beside the quantized model's.
 
     Its inputs and outputs are kept where they fit into `KEPT_BYTES`, since a block is observed once for each group; else
-    they are computed anew each time.
+    they are computed anew each time, but for what its modules are known to return.
     """
 
     def __init__(self, run: BlockRun, batches: list[Tensor], stages: Sequence[Group | Mixture]) -> None:
@@ -293,6 +293,7 @@ class FloatStream:
         tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
         fits = tokens * sum(widths) * batches[0].itemsize <= KEPT_BYTES
         self._kept = [self._record(batch, groups, whole=True) for batch in batches] if fits else None
+        run.known.limit = 0 if fits or run.skeleton.hands_on else KEPT_BYTES
 
     def _record(self, batch: Tensor, groups: Sequence[Group], *, whole: bool = False) -> Recorded:
         outputs = {name for group in groups for name in group.behind or ()}
@@ -300,7 +301,12 @@ class FloatStream:
 
     def of(self, b: int, group: Group) -> Recorded:
         """Batch b, recorded at least up to the group."""
-        return self._kept[b] if self._kept is not None else self._record(self.batches[b], [group])
+        if self._kept is not None:
+            return self._kept[b]
+        seen = self._record(self.batches[b], [group])
+        if group.within is not None:
+            self.run.known.keep_input(self.batches[b], seen.inputs[group.names[0]])
+        return seen
 
     def move_on(self) -> None:
         """Replace the batches by the block's outputs: the inputs of the next block."""

@@ -360,19 +360,24 @@ def imatrix(
 def convert(
     model: Model,
     out: Annotated[
-        Path, typer.Argument(help="OUT.gguf to make of a float MODEL, or a directory to make of a quantized one.")
+        Path,
+        typer.Argument(help="OUT.gguf to make of a float MODEL or an adapter, or a directory of a quantized one."),
     ],
     format: Annotated[
         str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or bitwright, for a directory.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Where MODEL is a LoRA adapter, in peft's form or a .gguf file: the model that it is for."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
     with reporting(as_json, f"{out} was not made; the same command starts afresh"):
-        check_model(model)
+        check_model(model, base)
         from bitwright.pipeline.conversion import convert
 
-        show(convert(model, out, format), as_json, "Done")
+        show(convert(model, out, format, base=base), as_json, "Done")
 
 
 for command in (plan, advise, generate, chat, serve, bench, finetune, merge):

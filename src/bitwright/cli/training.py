@@ -31,7 +31,9 @@ Trained = Annotated[Path, typer.Argument(help="Directory of a LoRA adapter, as p
 
 def finetune(
     model: Annotated[Path, typer.Argument(help="Directory or .gguf file, float or quantized.")],
-    adapter: Annotated[Path, typer.Argument(help="Directory to make: a LoRA adapter in peft's form.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory to make: a LoRA adapter in peft's form; with --scales-only a model.")
+    ],
     data: Annotated[
         str, typer.Option(help="UTF-8 text, or .jsonl of conversations, of which the answers are learned.")
     ],
@@ -47,7 +49,20 @@ def finetune(
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 300,
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
-    lr: Annotated[float, typer.Option(help="Largest learning rate; it rises to that and falls along a cosine.")] = 2e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Largest learning rate, reached after a rise, then a cosine; 2e-4, with --scales-only 1e-3."),
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Where the adapter begins: zero, or residual: what MODEL's rounding of --teacher lost, in its rank."
+        ),
+    ] = "zero",
+    scales_only: Annotated[
+        bool,
+        typer.Option("--scales-only", help="Train the scales and norms of a quantized MODEL, instead of an adapter."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the adapter's start and the order of windows.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     teacher: Annotated[
@@ -58,17 +73,17 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter beside a model's quantized weights (QLoRA), on text or on the answers of conversations."""
-    with reporting(as_json, f"checkpoints are kept in {adapter}.partial; the same command goes on from the last"):
-        from bitwright.train.finetune import Training
+    with reporting(as_json, f"checkpoints are kept in {out}.partial; the same command goes on from the last"):
         from bitwright.train.finetune import finetune as trained
+        from bitwright.train.settings import Training
 
         how = Training(
             scheme=scheme, rank=rank, alpha=alpha, rslora=rslora, dora=dora,
             targets=tuple(targets.split(",")) if targets else None, steps=steps, batch=batch, seqlen=seqlen, lr=lr,
-            seed=seed, save_every=save_every, teacher=teacher,
+            seed=seed, save_every=save_every, teacher=teacher, init=init, scales_only=scales_only,
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            done = trained(model, adapter, data=data, how=how, resume=resume, progress=progress)
+            done = trained(model, out, data=data, how=how, resume=resume, progress=progress)
         found = done.as_dict()
         show(found if as_json else {key: value for key, value in found.items() if key != "losses"}, as_json, "Done")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
+from bitwright.files.model_path import is_gguf
 from bitwright.models.skeleton import Skeleton, matrix_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -137,6 +138,8 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             remedy = "give the directory that peft's save_pretrained wrote, with safetensors"
+            if is_gguf(folder):
+                remedy = f"make it one in peft's form: bitwright convert {folder} ADAPTER --base MODEL"
             raise CheckpointError(f"no {name} here: not an adapter", where=str(folder), remedy=remedy)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

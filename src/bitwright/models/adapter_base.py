@@ -33,9 +33,11 @@ def _places(model: Path) -> list[tuple[str, str, int, str]]:
     return [(name, str(t.file), t.offset, f"{t.dtype} {t.shape}") for name, t in found.items()]
 
 
-def base_record(model: Path, *, quantized: bool) -> bytes:
-    """The content of `BASE` beside an adapter: what it was trained beside. quantized: whether the model's files are."""
+def base_record(model: Path, *, quantized: bool, makes_up: bool = False) -> bytes:
+    """The content of `BASE` beside an adapter: what it was trained beside. quantized: whether the model's files are; makes_up:
+    whether the adapter began as what their rounding lost."""
     said = {"base": str(model), "weights": weights_digest(model), "quantized": quantized}
+    said |= {"makes_up": True} if makes_up else {}
     return json.dumps(said, indent=1).encode()
 
 
@@ -45,12 +47,16 @@ def check_base(adapter: Adapter, model: Path) -> tuple[str, ...]:
     The base is known from what `finetune` recorded, or from a local directory that adapter_config.json names. A hub's name
     tells no weights: where it is not the model's own, that is noted.
     """
-    recorded = _recorded(adapter.folder)
+    recorded = recorded_base(adapter.folder)
     named = str(adapter.config.get("base_model_name_or_path") or "")
     own = weights_digest(model)
     if recorded is not None:
         if recorded["weights"] == own:
             return ()
+        if recorded.get("makes_up"):
+            message = f"the adapter makes up for the rounding of {recorded['base']}: added to other weights it is wrong"
+            remedy = f"use it beside {recorded['base']}; or train one to merge, without --init residual"
+            raise CheckpointError(message, where=str(adapter.folder), remedy=remedy)
         if recorded.get("quantized"):
             return (f"the adapter was trained beside {recorded['base']}, which was quantized already",)
         raise _other(adapter, model, str(recorded["base"]))
@@ -63,8 +69,8 @@ def check_base(adapter: Adapter, model: Path) -> tuple[str, ...]:
     return ()
 
 
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """What `base_record` has. CheckpointError for a damaged file."""
+def recorded_base(folder: Path) -> dict[str, Any] | None:
+    """What `base_record` has put beside an adapter; None if nothing. CheckpointError for a damaged file."""
     file = folder / BASE
     if not file.is_file():
         return None

@@ -29,7 +29,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if is_gguf(folder):
         return read_gguf_config(folder)
     file = folder / "config.json"
-    if _is_adapter(folder):
+    if is_adapter(folder):
         raise CheckpointError("an adapter, not a whole model", where=str(folder), remedy=_merging(folder))
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     """Whether a directory holds a LoRA adapter (peft) alone, without the model, though perhaps with its config."""
     whole = [folder / "config.json", *folder.glob("model*.safetensors*")]
     return (folder / "adapter_config.json").is_file() and len([file for file in whole if file.is_file()]) < 2

@@ -6,6 +6,7 @@ and an even number of them is negative. IQ1: an entry has digits -1, 0, 1, all o
 stored for 8 weights (IQ1_M) or 32 (IQ1_S). The codebooks are those in the gguf package. Source: ggml-common.h, ggml-quants.c.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,6 +16,7 @@ from gguf import quants
 from torch import Tensor
 
 from bitwright.numerics.scheme import GRIDS
+from bitwright.system.native import native
 
 AT_ONCE = 1 << 14  # weights rounded at a time, so that their candidates stay in the cache
 NEAR = 8  # entries compared: by measurement at most 1 % of the error is lost (IQ1), mostly less than 0.2 %
@@ -118,12 +120,33 @@ def nearest(x: Tensor, grid: str, importance: Tensor | None = None) -> Tensor:
         u = None if u is None else torch.nn.functional.pad(u, (0, -n % width))
     shape = x.shape
     runs, of_runs = x.reshape(-1, width), None if u is None else u.reshape(-1, width)
+    if native is not None and x.device.type == "cpu":
+        return _natively(one, runs, of_runs).view(shape)[..., :n]
     step = max(1, AT_ONCE // width)
     found = [
         _of_runs(one, part, None if of_runs is None else of_runs[at : at + step])
         for at, part in zip(range(0, len(runs), step), runs.split(step), strict=True)
     ]
     return torch.cat(found).view(shape)[..., :n]
+
+
+def _natively(one: Lattice, x: Tensor, u: Tensor | None) -> Tensor:
+    """`_of_runs` in native code, the same codes."""
+    assert native is not None
+    middle = torch.stack([_middle(levels) for levels, _ in one.near])
+    near = torch.stack([entries for _, entries in one.near]).int()
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    weight = None if u is None else u.float().contiguous()
+    native.nearest_runs(
+        one.points, one.codes, middle, near, one.levels, one.run, one.signs, one.even, x.float().contiguous(), weight, codes,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
+def _middle(levels: Tensor) -> Tensor:
+    """Half way between neighbouring levels."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def _of_runs(one: Lattice, x: Tensor, u: Tensor | None) -> Tensor:
@@ -157,7 +180,8 @@ def _entries(one: Lattice, x: Tensor, u: Tensor | None) -> Tensor:
     scores, entries = zip(*(_best(one, v, wanted, weight) for v in range(V)), strict=True)
     best, entry = torch.stack(scores, 1).view(R, -1, V), torch.stack(entries, 1).view(R, -1, V)  # [R, width / d, V]
     share = max(1, one.run // d)
-    variant = best.unflatten(1, (-1, share)).sum(2).argmax(-1, keepdim=True).repeat_interleave(share, 1)
+    of_run = _in_turn(best.unflatten(1, (-1, share)).unbind(2))
+    variant = of_run.argmax(-1, keepdim=True).repeat_interleave(share, 1)
     return one.codes.view(V * P, d)[(variant * P + entry.gather(2, variant))[..., 0]].flatten(1)
 
 
@@ -165,11 +189,21 @@ def _best(one: Lattice, variant: int, x: Tensor, u: Tensor) -> tuple[Tensor, Ten
     """The nearest entry to x [M, d] of those near its digits: Σ u (2 x p - p²) [M], which it has highest of all; its number."""
     points, (levels, near) = one.points[variant], one.near[variant]
     digits = torch.zeros_like(x)
-    for middle in ((levels[1:] + levels[:-1]) / 2).tolist():
+    for middle in _middle(levels).tolist():
         digits += x > middle
     places = float(len(levels)) ** torch.arange(x.shape[1] - 1, -1, -1.0)
     candidates = near[(digits @ places).long()]
     found = points[candidates.flatten()].view(len(x), -1, x.shape[1])
-    scores = torch.bmm(found, (2 * u * x)[..., None])[..., 0] - torch.bmm(found * found, u[..., None])[..., 0]
+    each, pull = range(x.shape[1]), 2 * u * x
+    scores = _in_turn([pull[:, i, None] * found[..., i] for i in each])
+    scores = scores - _in_turn([found[..., i].square() * u[:, i, None] for i in each])
     score, k = scores.max(1)
     return score, candidates.gather(1, k[:, None])[:, 0]
+
+
+def _in_turn(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the terms from the first to the last, in the order in which the extension adds them."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

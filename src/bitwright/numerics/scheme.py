@@ -198,7 +198,7 @@ class Scheme:
         """The scheme that a text names; SchemeError lists what could have been meant."""
         parts = PRESETS.get(text.lower(), text.lower()).split("-")
         if len(parts) < 2:
-            known = ", ".join([*GRIDS, *PRESETS])
+            known = ", ".join(dict.fromkeys([*GRIDS, *PRESETS]))
             remedy = f"{_nearest(text)}GRID-GROUP[-ZERO][-SCALE] such as int4-g128; known: {known}"
             raise SchemeError(f"unknown scheme {text!r}", remedy=remedy)
         grid, group, *rest = parts

@@ -56,6 +56,7 @@ def quantize_in_order(
                 searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
         if isinstance(group, Group):
             run.settle(group)
+            floats.settle(group)
     if original is not None and states.original is not None:
         original.move_on()
         tuned = tune_block(plan, index, done, weights, states.given, states.original)

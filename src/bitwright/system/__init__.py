@@ -1,4 +1,4 @@
-"""The process and its machine: memory, threads, progress. Knows no tensors of a model.
+"""The process and its machine: memory, threads, devices, progress, the native extension. Knows no tensors of a model.
 
 Imports: errors.
 """

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: adapter, optimizer and step, in a directory beside the one that is to be made.
+"""Checkpoints of a training run: what is trained, optimizer and step, in a directory beside the one that is to be made.
 
-ADAPTER.partial holds a manifest, and step-000050 and the like: adapters in peft's form, with the optimizer's state. Each is
+OUT.partial holds a manifest, and step-000050 and the like: adapters in peft's form, say, with the optimizer's state. Each is
 written under another name first. A run that resumes does the same steps on the same data as one that was never interrupted,
-so its adapter has the same bytes.
+so its result has the same bytes.
 """
 
 import json
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.files.checkpoint import Checkpoint, disk_errors, sync_folder, write_file, write_shard
+from bitwright.train.trained import Trained
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 KEPT = 2  # checkpoints that stay
@@ -35,9 +36,7 @@ class Checkpoints:
             shutil.rmtree(self.path)
         if file.is_file() and file.read_text(encoding="utf-8") != self.manifest:
             message = "unfinished training of another kind lies there: other data, base, settings or versions"
-            raise OutputError(
-                message, where=str(self.path), remedy="add --restart to discard it, or name another ADAPTER"
-            )
+            raise OutputError(message, where=str(self.path), remedy="add --restart to discard it, or name another OUT")
 
     def _begin(self) -> None:
         """Make the directory, if it is not there yet: a run that fails before its first checkpoint leaves nothing behind."""
@@ -51,7 +50,7 @@ class Checkpoints:
         found = sorted(self.path.glob("step-??????"))
         return found[-1] if found else None
 
-    def save(self, step: int, adapter: "nn.Module", optimizer: Optimizer, more: dict[str, Any]) -> Path:
+    def save(self, step: int, trained: Trained, optimizer: Optimizer, more: dict[str, Any]) -> Path:
         """Write the state after `step` steps. more: plain data to be given back by `restore`."""
         self._begin()
         whole = self.path / f"step-{step:06d}"
@@ -59,7 +58,7 @@ class Checkpoints:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(whole, ignore_errors=True)
         with disk_errors(beside):
-            adapter.save_pretrained(beside, save_embedding_layers=False)  # type: ignore[operator]
+            trained.save(beside)
             tensors, plain = _flat(optimizer)
             write_shard(beside / OPTIMIZER, tensors)
             write_file(beside / STATE, json.dumps({"step": step, "optimizer": plain, **more}).encode())
@@ -70,32 +69,28 @@ class Checkpoints:
                 shutil.rmtree(old)
         return whole
 
-    def restore(self, adapter: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    def restore(self, trained: Trained, optimizer: Optimizer) -> dict[str, Any]:
         """Load the newest checkpoint into both; its plain data, with the key "step". {"step": 0} if there is none."""
-        from peft import set_peft_model_state_dict
-
         folder = self.last
         if folder is None:
             return {"step": 0}
         try:
             state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            weights = Checkpoint(folder, only=folder / "adapter_model.safetensors")
-            set_peft_model_state_dict(adapter, {name: weights.read(name) for name in weights.tensors})
+            trained.restore(folder)
             stored = Checkpoint(folder, only=folder / OPTIMIZER)
             _fill(optimizer, {name: stored.read(name) for name in stored.tensors}, state["optimizer"])
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"damaged: {error}", where=str(folder), remedy="delete this checkpoint") from error
         return state
 
-    def finish(self, adapter: nn.Module, report: dict[str, Any], base: bytes, name: str) -> None:
-        """Make `out` appear: the adapter in peft's form, a report, and which weights it was trained beside."""
+    def finish(self, trained: Trained, report: dict[str, Any]) -> None:
+        """Make `out` appear: the result of the run, and a report."""
         self._begin()
         beside = self.path / "whole"
         shutil.rmtree(beside, ignore_errors=True)
         with disk_errors(beside):
-            adapter.save_pretrained(beside, save_embedding_layers=False)  # type: ignore[operator]
+            trained.finish(beside)
             write_file(beside / "training.json", json.dumps(report, indent=1).encode())
-            write_file(beside / name, base)
             sync_folder(beside)
             beside.rename(self.out)
             shutil.rmtree(self.path)

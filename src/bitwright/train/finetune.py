@@ -1,4 +1,5 @@
-"""Fine-tune a language model by LoRA beside its quantized weights (QLoRA, arXiv:2305.14314), on text or conversations.
+"""Fine-tune a language model by LoRA beside its quantized weights (QLoRA, arXiv:2305.14314), or its scales and norms alone, on
+text or conversations.
 
 The adapter is peft's. AdamW with warmup and a cosine; a step's gradients are summed over windows that are run a few at a time.
 With a teacher the loss is the KL divergence from what the teacher predicts (distillation), instead of the text's own tokens.
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, InputError, NumericsError, RecipeError
 from bitwright.files.hub import local
 from bitwright.inference.loading import load
-from bitwright.models.adapter import BASE
 from bitwright.models.adapter_base import base_record
 from bitwright.models.config import read_config
 from bitwright.models.families import positions_of
@@ -30,73 +30,25 @@ from bitwright.models.skeleton import best_dtype
 from bitwright.models.source import open_weights
 from bitwright.system.memory import peak_rss_bytes
 from bitwright.system.progress import Progress
-from bitwright.train.adapters import prepare_for_training, renamed
 from bitwright.train.checkpoints import Checkpoints
 from bitwright.train.data import IGNORED, Data, Windows, training_data
 from bitwright.train.distill import distillation_loss
+from bitwright.train.lora import Lora
+from bitwright.train.scales import ScalesAndNorms
+from bitwright.train.settings import RESIDUAL, Training
+from bitwright.train.trained import Trained
 from bitwright.version import __version__
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 AT_ONCE = 512  # tokens that are run at a time
 CLIP = 1.0  # largest norm of a step's gradient
 EXTRA = "pip install 'bitwright[train]'"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """Settings of a run.
-
-    scheme       what a float model's matrices are rounded to in memory; "float": they stay; None: nf4-g64-dq
-    rank, alpha  of LoRA; alpha None: 2 · rank. rslora, dora: these variants; targets: module names, None: all linear layers
-    steps, batch, seqlen   steps of so many windows of so many tokens
-    lr, warmup   the largest learning rate, and the share of steps over which it rises; then it falls to 0 along a cosine
-    save_every   steps between checkpoints
-    teacher      a model whose predictions are learned, instead of the text's tokens
-    Raises RecipeError for a number out of range.
-    """
-
-    scheme: str | None = None
-    rank: int = 16
-    alpha: float | None = None
-    rslora: bool = False
-    dora: bool = False
-    targets: tuple[str, ...] | None = None
-    steps: int = 300
-    batch: int = 8
-    seqlen: int = 256
-    lr: float = 2e-4
-    warmup: float = 0.03
-    seed: int = 0
-    save_every: int = 50
-    teacher: Path | None = None
-
-    def __post_init__(self) -> None:
-        whole = {"rank": self.rank, "steps": self.steps, "batch": self.batch, "save_every": self.save_every}
-        wrong = next((name for name, value in whole.items() if value < 1), None)
-        if wrong is not None or self.seqlen < 2:
-            name = wrong or "seqlen"
-            raise RecipeError(
-                f"{name} {whole.get(name, self.seqlen)} is too small", remedy=f"--{name.replace('_', '-')} 16"
-            )
-        if not (0 < self.lr < math.inf and 0 <= self.warmup <= 1):
-            message = f"a learning rate of {self.lr} with warmup {self.warmup}"
-            raise RecipeError(message, remedy="--lr 2e-4: above 0; a warmup from 0 to 1")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0 … steps − 1."""
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
-
-
 @dataclass(frozen=True)
 class Report:
     """What `finetune` did. Losses: means of −log p (with a teacher, of KL) over the tokens that count, on what is held out."""
 
-    adapter: str
+    out: str
     steps: int
     tokens: int
     trained: int  # parameters
@@ -119,11 +71,14 @@ def finetune(
 ) -> Report:
     """Train a LoRA adapter of `model` on `data`, and save it as peft does in `out`, which appears when it is complete.
 
-    model: a checkpoint, float or quantized, or GGUF file; data: text, or a .jsonl file of conversations (see data.py). Raises
-    RecipeError for settings out of range or where peft is missing; CheckpointError, CalibrationError, InputError or OutputError
-    for a model, data or a place that cannot be used; NumericsError, with the step, for a loss that is not finite.
+    With `how.scales_only`: the scales and norms of a quantized directory, and `out` is a directory like it. model: a
+    checkpoint, float or quantized, or GGUF file; data: text, or a .jsonl file of conversations (see data.py). Raises
+    RecipeError for settings out of range, scales that cannot be trained, or where peft is missing; CheckpointError,
+    CalibrationError, InputError or OutputError for a model, data or a place that cannot be used; NumericsError, with the
+    step, for a loss that is not finite.
     """
-    _needs_peft()
+    if not how.scales_only:
+        _needs_peft()
     model = local(model)
     config = read_config(model)
     limit = positions_of(config.get_text_config())
@@ -136,13 +91,19 @@ def finetune(
         seed=how.seed, where=str(model),
     )  # fmt: skip
     quantized = not open_weights(model).is_float
-    base = base_record(model, quantized=quantized)
+    if how.init == RESIDUAL and not quantized:
+        remedy = f"bitwright quantize {model} Q --scheme int2-g32 --format bitwright, then Q with --teacher {model}"
+        raise RecipeError("a model in float has no rounding to begin at", where=str(model), remedy=remedy)
+    base = base_record(model, quantized=quantized, makes_up=how.init == RESIDUAL)
     checkpoints = Checkpoints(out, _manifest(how, given, base), resume=resume)
-    default = None if quantized else "nf4-g64-dq"
-    scheme = None if how.scheme == "float" else how.scheme or default
-    run = _Run(model, how, given, scheme, checkpoints, progress)
-    report = run.train(str(out))
-    checkpoints.finish(run.adapted, report.as_dict(), base, BASE)
+    if how.scales_only:
+        trained: Trained = ScalesAndNorms(model, best_dtype())
+    else:
+        default = None if quantized else "nf4-g64-dq"
+        scheme = None if how.scheme == "float" else how.scheme or default
+        trained = Lora(model, how, scheme, best_dtype(), base)
+    report = _Run(trained, how, given, checkpoints, progress).train(str(out))
+    checkpoints.finish(trained, report.as_dict())
     return report
 
 
@@ -171,22 +132,20 @@ def _sum(windows: Windows) -> list[int]:
 
 
 class _Run:
-    """One run: the model with its adapter, the optimizer, and the data."""
+    """One run: what is trained, the optimizer, and the data."""
 
     def __init__(
-        self, model: Path, how: Training, data: Data, scheme: str | None, checkpoints: Checkpoints, progress: Progress
+        self, trained: Trained, how: Training, data: Data, checkpoints: Checkpoints, progress: Progress
     ) -> None:
-        self.how, self.data, self.checkpoints, self.progress = how, data, checkpoints, progress
-        dtype = best_dtype()
-        self.adapted = _adapted(model, how, scheme, dtype)
-        self.teacher = None if how.teacher is None else _teacher(how.teacher, self.adapted, dtype)
-        self.trained = [p for p in self.adapted.parameters() if p.requires_grad]
-        self.optimizer, self.optimizer_name = _optimizer(self.trained)
+        self.trained, self.how, self.data, self.checkpoints, self.progress = trained, how, data, checkpoints, progress
+        self.teacher = None if how.teacher is None else _teacher(how.teacher, trained.model)
+        self.parameters = [p for p in trained.model.parameters() if p.requires_grad]
+        self.optimizer, self.optimizer_name = _optimizer(self.parameters)
 
     def train(self, name: str) -> Report:
         """All steps that are left."""
         begun, how = time.monotonic(), self.how
-        state = self.checkpoints.restore(self.adapted, self.optimizer)
+        state = self.checkpoints.restore(self.trained, self.optimizer)
         first, losses = int(state["step"]), list(state.get("losses", []))
         before = state["before"] if first else self.judge()
         for step in range(first, how.steps):
@@ -196,11 +155,12 @@ class _Run:
             said = f"step, loss {losses[-1]:.4f}, {speed:,.0f} tokens/s, {peak_rss_bytes() / 1e6:,.0f} MB"
             self.progress(said, step + 1, how.steps)
             if (step + 1) % how.save_every == 0 and step + 1 < how.steps:
-                self.checkpoints.save(step + 1, self.adapted, self.optimizer, {"losses": losses, "before": before})
+                self.checkpoints.save(step + 1, self.trained, self.optimizer, {"losses": losses, "before": before})
+        self.trained.settle()
         spent, tokens = time.monotonic() - begun, how.steps * how.batch * how.seqlen
         done = max(1, how.steps - first) * how.batch * how.seqlen
         return Report(
-            name, how.steps, tokens, sum(p.numel() for p in self.trained), self.optimizer_name, before, self.judge(),
+            name, how.steps, tokens, sum(p.numel() for p in self.parameters), self.optimizer_name, before, self.judge(),
             losses, spent, done / spent, peak_rss_bytes(), self.data.notes,
         )  # fmt: skip
 
@@ -214,14 +174,16 @@ class _Run:
             lost = self._lost(part) / count
             lost.backward()
             total += float(lost.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.trained, CLIP))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, CLIP))
         if not math.isfinite(total + norm):
             good = "nothing was trained yet"
             if step:
-                kept = self.checkpoints.save(step, self.adapted, self.optimizer, {"losses": losses, "before": before})
-                good = f"the adapter after {step} steps is in {kept}"
+                kept = self.checkpoints.save(step, self.trained, self.optimizer, {"losses": losses, "before": before})
+                good = f"what was trained in {step} steps is in {kept}"
             message = f"step {step + 1}: the loss is {total} and the norm of its gradient {norm}; {good}"
-            raise NumericsError(message, remedy=f"--restart with a lower rate, such as --lr {self.how.lr / 4:g}")
+            raise NumericsError(
+                message, remedy=f"--restart with a lower rate, such as --lr {self.how.largest_rate / 4:g}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.rate(step)
         self.optimizer.step()
@@ -231,7 +193,7 @@ class _Run:
         """The sum of the loss over the tokens of some windows that count."""
         wanted = part.labels[:, 1:].flatten()
         counted = wanted != IGNORED
-        logits = self._logits(self.adapted, part)[counted]
+        logits = self._logits(self.trained.model, part)[counted]
         if self.teacher is None:
             return functional.cross_entropy(logits.float(), wanted[counted], reduction="sum")
         with torch.no_grad():
@@ -248,46 +210,16 @@ class _Run:
     def judge(self) -> float:
         """The mean loss on what is held out."""
         held = self.data.held_out
-        self.adapted.eval()
+        self.trained.model.eval()
         total = sum(float(self._lost(part)) for part in _parts(held))
-        self.adapted.train()
+        self.trained.model.train()
         return total / int((held.labels[:, 1:] != IGNORED).sum())
 
 
-def _adapted(model: Path, how: Training, scheme: str | None, dtype: torch.dtype) -> "PeftModel":
-    """The model with a new adapter. RecipeError for module names that it has not."""
-    from peft import LoraConfig, get_peft_model
-
-    base = prepare_for_training(load(model, scheme=scheme, dtype=dtype))
-    alpha = 2 * how.rank if how.alpha is None else how.alpha
-    config = LoraConfig(
-        r=how.rank, lora_alpha=alpha, use_rslora=how.rslora, use_dora=how.dora, task_type="CAUSAL_LM",  # type: ignore[arg-type]
-        target_modules="all-linear" if how.targets is None else list(how.targets),
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
-        try:
-            with renamed():
-                adapted = get_peft_model(base, config)
-        except ValueError as error:
-            message = str(error).split(". ")[0].splitlines()[0]
-            raise RecipeError(
-                message, where=str(model), remedy="--targets q_proj,v_proj, as the model names them"
-            ) from error
-    adapted.peft_config["default"].base_model_name_or_path = _name(model, base.config.name_or_path)
-    adapted.train()
-    return adapted
-
-
-def _name(model: Path, known: str) -> str:
-    """The base's name in the adapter's config: that on the hub if config.json has it, else where it lies."""
-    return known if "/" in known and not Path(known).exists() else str(model.resolve())
-
-
-def _teacher(path: Path, student: "PeftModel", dtype: torch.dtype) -> nn.Module:
+def _teacher(path: Path, student: nn.Module) -> nn.Module:
     """The teacher. CheckpointError if its vocabulary is not the student's."""
-    teacher = load(local(path), dtype=dtype).requires_grad_(False).eval()
-    sizes = [int(m.config.get_text_config().vocab_size) for m in (teacher, student)]
+    teacher = load(local(path), dtype=best_dtype()).requires_grad_(False).eval()
+    sizes = [int(m.config.get_text_config().vocab_size) for m in (teacher, student)]  # type: ignore[union-attr, operator]
     if sizes[0] != sizes[1]:
         message = f"the teacher's vocabulary has {sizes[0]} tokens, the model's {sizes[1]}"
         raise CheckpointError(
