@@ -50,7 +50,8 @@ def main() -> None:
         errors += [decode(quantize_tensor(weight, SCHEME, method=m, gram=gram)) - weight for m in ("gptq", "rtn")]
         ratios = []
         for error in errors:
-            predicted = float(((x @ error.T).square().mean(0) * found.modules[name]).sum())
+            lost = (found.tokens[name][:, None] * (x @ error.T).square()).mean(0)
+            predicted = float((lost * found.modules[name]).sum())
             module.weight.data = weight + error
             after = model(ids).logits.log_softmax(-1)
             ratios.append(float((before.exp() * (before - after)).sum(-1).mean()) / predicted)

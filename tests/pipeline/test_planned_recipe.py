@@ -10,13 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from bitwright.api import quantize
+from bitwright.api import quantize, quantize_tensor
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
 from bitwright.formats.ggml import TYPES
+from bitwright.numerics.codec import decode
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.curvature import curvature
 from bitwright.pipeline.planned_recipe import Settings, plan_recipe, prepared
+from bitwright.pipeline.scores import scored
 from bitwright.plan.target import Target
 from conftest import make_checkpoint
 
@@ -48,12 +50,57 @@ def test_the_curvature_predicts_the_kl_of_noise(llama: Path, text: str) -> None:
             predicted, measured, weight = 0.0, 0.0, module.weight.data
             for _ in range(4):
                 noise = 0.05 * weight.std() * torch.randn_like(weight)
-                predicted += float(((seen[0] @ noise.T).square().mean(0) * found.modules[name]).sum())
+                lost = (found.tokens[name][:, None] * (seen[0] @ noise.T).square()).mean(0)
+                predicted += float((lost * found.modules[name]).sum())
                 module.weight.data = weight + noise
                 after = model(ids).logits.log_softmax(-1)
                 measured += float((before.exp() * (before - after)).sum(-1).mean())
             module.weight.data = weight
             assert 0.7 < measured / predicted < 1.4, (name, measured, predicted)
+
+
+def test_a_token_of_massive_activations_counts_by_its_gradient(text: str, tmp_path: Path) -> None:
+    """Its errors are the largest, and hardly reach the prediction: the scores of down_proj against KL of the rounded model."""
+    folder = make_checkpoint(tmp_path / "model", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = Settings("bitwright", ("int3-g32",), "rtn", calib=text, **SMALL)
+    plan, units = prepared(folder, settings)
+    tokens = calibration_tokens(plan, text, 0)
+    tokens.seen[:, 0] = 7
+    down = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        row = 1000 * model.model.embed_tokens.weight[7]
+        model.model.embed_tokens.weight[7] = row
+        for part in ("gate_proj", "up_proj"):
+            model.get_submodule(f"model.layers.1.mlp.{part}").weight[0] = 30 * row / row.norm()
+    model.save_pretrained(folder)
+    plan, units = prepared(folder, settings)
+    predicted = scored(plan, units, tokens, tmp_path / "scores", lambda *_: None).scores[down]["int3-g32"]
+    with torch.no_grad():
+        before = model(tokens.seen).logits.log_softmax(-1)
+        module = model.get_submodule(down)
+        module.weight.data = decode(quantize_tensor(module.weight.data, "int3-g32", method="rtn"))
+        after = model(tokens.seen).logits.log_softmax(-1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    assert 0.5 < measured / predicted < 2, (measured, predicted)
+
+
+def test_rows_of_the_embedding_count_as_often_as_they_are_read(text: str, tmp_path: Path) -> None:
+    """Where all rows that the text reads lie on the grid, rounding the others costs nothing."""
+    folder = make_checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    settings = Settings("gguf", ("q8_0", "q5_1"), "rtn", calib=text, **SMALL)
+    plan, units = prepared(folder, settings)
+    tokens, name = calibration_tokens(plan, text, 0), plan.skeleton.embedding_name
+    assert plan.skeleton.head_name != name
+    before = scored(plan, units, tokens, tmp_path / "before", lambda *_: None).scores[name]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows, read = model.get_input_embeddings().weight.data, tokens.seen.unique()
+    assert 20 < len(read) < len(rows)
+    rows[read] = decode(quantize_tensor(rows[read], "q8_0", method="rtn"))
+    model.save_pretrained(folder)
+    plan, units = prepared(folder, settings)
+    after = scored(plan, units, tokens, tmp_path / "after", lambda *_: None).scores[name]
+    assert after["q8_0"] < 1e-6 * before["q8_0"] and after["q5_1"] == pytest.approx(before["q5_1"], rel=0.1)
 
 
 def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, text: str, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 If every token's outputs are off by dy, then to second order KL(p ‖ q) = ½ dyᵀ F dy, with the Fisher information
 F = E[g gᵀ], g the gradient of log p(y) for a token y that the model itself would predict (Martens 2014, arXiv:1412.1193).
-Errors of one row at different tokens, and of different rows, count as independent: so a row n whose errors have the mean
-square lₙ adds ½ Fₙₙ lₙ, and KL is linear in the losses of all matrices (as HIGGS found, arXiv:2411.17525). The diagonal comes
-from one backward pass, taken block by block, so that memory is one block's.
+Errors of one row at different tokens, and of different rows, count as independent, and KL is linear in the losses of all
+matrices (as HIGGS found, arXiv:2411.17525). Tokens count by their gradients (as in GuidedQuant, arXiv:2505.07004): one of
+massive activations has by far the largest errors, and next to no gradient. The squares g² [T, N] are taken for the product of
+what their rows and their columns sum up to; so row n adds ½ Fₙₙ eₙ G eₙᵀ, with the Gram G of inputs weighted by token. Both
+come from one backward pass, taken block by block: memory is one block's.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +31,13 @@ class Curvature:
     """½ Fₙₙ of each output, in nats a token.
 
     modules    of each matrix in a block, by name: [N]
+    tokens     how much each row of that matrix's inputs counts, [rows], 1 on average: those of the windows, one after another
     head       of each token's logit: [V]
     embedding  of each channel that the first block reads: [H]
     """
 
     modules: dict[str, Tensor]
+    tokens: dict[str, Tensor]
     head: Tensor
     embedding: Tensor
 
@@ -43,7 +48,7 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
     plan: without a rotation; its skeleton computes in float32.
     """
     skeleton, depth = plan.skeleton, len(plan.skeleton)
-    some = windows[: max(1, TOKENS // windows.shape[1])]
+    some = windows[: windows_measured(windows.shape[1])]
     tokens = some.numel()
     given = [[state] for state in _embedded(plan, some)]
     for index in range(depth):
@@ -58,16 +63,24 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
     skeleton.unload_outside()
     gradients, head = [end[0] for end in ends], sum((end[1] for end in ends), torch.zeros(()))
     seen: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     for index in reversed(range(depth)):
         progress("gradients", 2 * depth - index - 1, 2 * depth)
         skeleton.load(read_block(plan, index) | read_lent(plan, index))
         for w, states in enumerate(given):
-            gradients[w] = _back(skeleton, index, states.pop(), gradients[w], seen)
+            gradients[w] = _back(skeleton, index, states.pop(), gradients[w], seen, rows)
         skeleton.unload(index)
     progress("gradients", 2 * depth, 2 * depth)
     embedding = sum((skeleton.stream(g).float().square().sum((0, 1)) for g in gradients), torch.zeros(()))
     half = 0.5 / tokens
-    return Curvature({name: half * total for name, total in seen.items()}, half * head, half * embedding)
+    counted = {name: torch.cat(parts) for name, parts in rows.items()}
+    relative = {name: of / of.mean() if float(of.sum()) > 0 else torch.ones_like(of) for name, of in counted.items()}
+    return Curvature({name: half * total for name, total in seen.items()}, relative, half * head, half * embedding)
+
+
+def windows_measured(length: int) -> int:
+    """How many windows of so many tokens gradients are taken of, each by itself."""
+    return max(1, TOKENS // length)
 
 
 def _embedded(plan: Plan, windows: Tensor) -> list[Tensor]:
@@ -93,14 +106,29 @@ def _head(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> tup
     return torch.cat(parts, 1), squares
 
 
-def _back(skeleton: Skeleton, index: int, given: Tensor, gradient: Tensor, seen: dict[str, Tensor]) -> Tensor:
-    """The gradient with respect to block `index`'s input; squares of that of every matrix's outputs are added to `seen`."""
+def _back(
+    skeleton: Skeleton,
+    index: int,
+    given: Tensor,
+    gradient: Tensor,
+    seen: dict[str, Tensor],
+    rows: dict[str, list[Tensor]],
+) -> Tensor:
+    """The gradient with respect to block `index`'s input. Squares of that of every matrix's outputs are summed up over tokens,
+    and added to `seen`; and over outputs, and appended to `rows`."""
     x = given.detach().clone().requires_grad_(True)
-    sums: dict[str, list[Tensor]] = defaultdict(list)
+    squares: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def watch(name: str, out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda g: sums[name].append(g.float().flatten(0, -2).square().sum(0)))
+            calls, at = squares[name], len(squares[name])
+            calls.append((torch.zeros(out.shape[-1]), torch.zeros(out.shape[:-1].numel())))
+
+            def keep(g: Tensor) -> None:
+                square = g.float().flatten(0, -2).square()
+                calls[at] = square.sum(0), square.sum(1)
+
+            out.register_hook(keep)
 
     def hook(name: str) -> "torch.utils.hooks.RemovableHandle":
         module: nn.Module = skeleton.model.get_submodule(name)
@@ -114,6 +142,38 @@ def _back(skeleton: Skeleton, index: int, given: Tensor, gradient: Tensor, seen:
     finally:
         for one in hooks:
             one.remove()
-    for name, parts in sums.items():
-        seen[name] = seen.get(name, 0) + torch.stack(parts).sum(0)
+    for name, calls in squares.items():
+        seen[name] = seen.get(name, 0) + torch.stack([of_row for of_row, _ in calls]).sum(0)
+        rows[name] += [of_token for _, of_token in calls]
     return found
+
+
+@torch.no_grad()
+def weighted_grams(
+    skeleton: Skeleton, index: int, given: Sequence[Tensor], tokens: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Σ γₜ xₜ xₜᵀ / T of what each matrix of block `index` reads, [K, K] float32, with the weights γ of `Curvature.tokens`.
+
+    given: the block's inputs [B, T, H], from the first window on; its weights must be loaded. An expert whose router decides
+    otherwise here than when gradients were taken counts all of its tokens alike.
+    """
+    windows = [window for batch in given for window in batch.split(1)]
+    read: dict[str, list[Tensor]] = defaultdict(list)
+
+    def hook(name: str) -> "torch.utils.hooks.RemovableHandle":
+        module: nn.Module = skeleton.model.get_submodule(name)
+        return module.register_forward_pre_hook(lambda _, args: read[name].append(args[0].flatten(0, -2)))
+
+    hooks = [hook(name) for name in skeleton.linears(index) if name in tokens]
+    try:
+        for window in windows[: windows_measured(windows[0].shape[1])]:
+            skeleton.run(index, window)
+    finally:
+        for one in hooks:
+            one.remove()
+    grams = {}
+    for name in list(read):
+        x, counted = torch.cat(read.pop(name)).float(), tokens[name]
+        counted = counted if len(counted) == len(x) else torch.ones(len(x))
+        grams[name] = x.T @ (x * counted.to(x.device)[:, None]) / len(x)
+    return grams

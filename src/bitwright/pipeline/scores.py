@@ -1,12 +1,13 @@
 """Score every matrix in every candidate scheme: the KL that it is predicted to add. Kept in a directory, block by block.
 
 scores.json                what the scores depend on: model, text, format, method, schemes, code
-curvature.safetensors      ½ Fₙₙ of each output: see curvature.py
+curvature.safetensors      ½ Fₙₙ of each output, and how much each token counts: see curvature.py
 block-00003.json           {module: {scheme: KL}} of block 3; the last is of the embedding and the head
 hidden-00004.safetensors   inputs of block 4, until its scores are written
 
 One pass through the float model. Each input is observed once, and the matrices that read it are rounded on its Gram by the
-method that will be used, on a sample of their rows, in every scheme. Each row's loss times its curvature, summed up, is the KL.
+method that will be used, on a sample of their rows, in every scheme. Each row's loss, with tokens weighted by their gradients,
+times the row's curvature, summed up, is the KL.
 Scores of another model, text, method or code are never used: they are computed again, and `notes` says so.
 """
 
@@ -37,7 +38,7 @@ from bitwright.pipeline.calibration_pass import (
     read_block,
     read_lent,
 )
-from bitwright.pipeline.curvature import Curvature, curvature
+from bitwright.pipeline.curvature import Curvature, curvature, weighted_grams
 from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
@@ -130,15 +131,18 @@ class ScoreStore:
             return None
         stored = Checkpoint(self.folder, only=file)
         whole = {name: stored.read(name) for name in stored.tensors}
-        return Curvature({n: t for n, t in whole.items() if n not in ENDS}, whole["head"], whole["embedding"])
+        tokens = {n.removeprefix(TOKENS): t for n, t in whole.items() if n.startswith(TOKENS)}
+        modules = {n: t for n, t in whole.items() if n not in ENDS and not n.startswith(TOKENS)}
+        return Curvature(modules, tokens, whole["head"], whole["embedding"])
 
     def keep_curvature(self, found: Curvature) -> None:
         """Keep the curvature."""
-        tensors = {**found.modules, "head": found.head, "embedding": found.embedding}
+        tokens = {f"{TOKENS}{name}": of for name, of in found.tokens.items()}
+        tensors = {**found.modules, **tokens, "head": found.head, "embedding": found.embedding}
         write_shard(self.folder / "curvature.safetensors", {n: t.contiguous() for n, t in tensors.items()})
 
 
-ENDS = ("head", "embedding")
+ENDS, TOKENS = ("head", "embedding"), "tokens of "  # names in the file of the curvature
 
 
 def scored(plan: Plan, units: Sequence[Unit], tokens: Drawn, folder: Path, progress: Progress) -> Scored:
@@ -204,9 +208,10 @@ def _score_blocks(
         skeleton.load(weights | read_lent(plan, index))
         members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         found: Scores = {}
+        weighted = weighted_grams(skeleton, index, states.given, of.tokens)
         for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
-            found |= _score_together(plan, layers, some, inputs, of.modules)
+            found |= _score_together(plan, layers, some, inputs, of.modules, weighted)
         states.given = [skeleton.run(index, batch) for batch in states.given]
         if index + 1 < depth or plan.format.embeddings:
             store.keep_hidden(index + 1, torch.cat(states.given))
@@ -220,9 +225,11 @@ def _score_blocks(
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix [N, K] float32, and ½ Fₙₙ times the energy of each row's outputs: the KL of losing it whole, [N] float64."""
+    """A matrix [N, K] float32, the metric of its errors, ½ Fₙₙ, and that times the energy of each row's outputs: the KL of
+    losing it whole, [N] float64."""
 
     w: Tensor
+    metric: Tensor | None
     curved: Tensor
     whole: Tensor
 
@@ -230,20 +237,29 @@ class _Matrix:
     def of(cls, w: Tensor, curved: Tensor | None, metric: Tensor | None) -> "_Matrix":
         """curved: ½ Fₙₙ [N]; None: no gradient ever reached it."""
         half = torch.zeros(len(w), dtype=torch.float64) if curved is None else curved.double()
-        return cls(w, half, half * energy(w if metric is None else w.to(metric.dtype), metric))
+        return cls(w, metric, half, half * energy(w if metric is None else w.to(metric.dtype), metric))
 
-    def kl(self, lost: Tensor, step: int) -> float:
-        """KL for the energies of the errors of every `step`-th row."""
+    def kl(self, rounded: Tensor, step: int) -> float:
+        """KL for what every `step`-th row was rounded to."""
+        error = rounded - self.w[::step]
+        lost = energy(error if self.metric is None else error.to(self.metric.dtype), self.metric)
         share = _share((self.curved[::step] * lost).sum(), self.whole[::step].sum())
         return share * float(self.whole.sum())
 
 
 def _score_together(
-    plan: Plan, layers: Layers, weights: Mapping[str, Tensor], inputs: Inputs, curved: Mapping[str, Tensor]
+    plan: Plan,
+    layers: Layers,
+    weights: Mapping[str, Tensor],
+    inputs: Inputs,
+    curved: Mapping[str, Tensor],
+    weighted: Mapping[str, Tensor],
 ) -> Scores:
     """Score matrices that read the same input; those that may have the same scheme are rounded as one."""
     metric, of = metric_of(plan.skeleton.dtype, inputs), plan.skeleton.model.get_submodule
-    matrices = {n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), metric) for n, w in weights.items()}
+    matrices = {
+        n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), weighted.get(n, metric)) for n, w in weights.items()
+    }
     found: Scores = {name: {} for name in weights}
     for scheme in dict.fromkeys(scheme for name in weights for scheme in layers[name]):
         stored = {name: layers[name][scheme] for name in weights if scheme in layers[name]}
@@ -252,8 +268,9 @@ def _score_together(
             steps = {name: max(1, len(matrices[name].w) // ROWS) if rowwise else 1 for name in pile}
             parts = [matrices[name].w[:: steps[name]] for name in pile]
             fit = quantize_matrix(plan.skeleton.dtype, stored[pile[0]], torch.cat(parts), inputs)
-            for name, lost in zip(pile, fit.lost.split([len(part) for part in parts]), strict=True):
-                found[name][scheme] = matrices[name].kl(lost, steps[name])
+            rounded = decode(fit.outcome.q).split([len(part) for part in parts])
+            for name, part in zip(pile, rounded, strict=True):
+                found[name][scheme] = matrices[name].kl(part, steps[name])
     return found
 
 
@@ -277,27 +294,49 @@ def _score_ends(
         if t.layer is None:
             continue
         name, w = t.layer.name, weights[t.parameter]
-        some = w[:: max(1, len(w) // ENDS_ROWS)].float()
-        uses = []  # of the matrix: the KL of losing it whole, and the metric of its errors
+        uses = []
         if name == skeleton.head_name:
-            uses.append((_whole(w, of.head.double(), head_gram), head_gram))
+            uses.append(_Use.of(w, of.head.double(), head_gram))
         if name == skeleton.embedding_name:
-            read = of.embedding * scale**2
-            uses.append((_whole(w, seen, read), read))
+            uses.append(_Use.of(w, seen, of.embedding * scale**2))
+        rows = _rows(w, uses)
+        some = w[torch.cat(rows)].float()
         found[name] = {}
         for scheme, planned in layers[name].items():
             q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
-            error = decode(q) - some
-            found[name][scheme] = sum(
-                whole * _share(energy(error, metric).sum(), energy(some, metric).sum()) for whole, metric in uses
-            )
+            found[name][scheme] = sum(use.kl(decode(q) - some, rows) for use in uses)
     return found
 
 
-def _whole(w: Tensor, counted: Tensor, metric: Tensor | None) -> float:
-    """The KL of losing all rows of w [N, K], where row n counts by counted[n]; rows beyond the vocabulary by 0."""
-    each = torch.cat([energy(slab.float(), metric) for slab in w.split(AT_ONCE)])
-    return float((each[: len(counted)] * counted[: len(each)]).sum())
+@dataclass(frozen=True)
+class _Use:
+    """One use of a matrix's rows: how much each counts [V], the metric of errors, and the KL of losing each row whole [V]."""
+
+    counted: Tensor
+    metric: Tensor | None
+    whole: Tensor
+
+    @classmethod
+    def of(cls, w: Tensor, counted: Tensor, metric: Tensor | None) -> "_Use":
+        """counted: without rows of w beyond the vocabulary, which count nothing."""
+        padded = torch.zeros(len(w), dtype=torch.float64)
+        padded[: len(counted)] = counted[: len(w)]
+        each = torch.cat([energy(slab.float(), metric) for slab in w.split(AT_ONCE)])
+        return cls(padded, metric, padded * each)
+
+    def kl(self, error: Tensor, rows: tuple[Tensor, Tensor]) -> float:
+        """KL for the errors of some rows: those that matter most, and a sample of the others, which stands for all of them."""
+        lost = self.counted[torch.cat(rows)] * energy(error, self.metric)
+        most, others = rows
+        share = _share(lost[len(most) :].sum(), self.whole[others].sum())
+        return float(lost[: len(most)].sum()) + share * float(self.whole.sum() - self.whole[most].sum())
+
+
+def _rows(w: Tensor, uses: Sequence[_Use]) -> tuple[Tensor, Tensor]:
+    """The rows that matter most, and a sample of the others: few tokens make most of a text, and their rows differ."""
+    order = sum((use.whole for use in uses), torch.zeros(len(w))).argsort(descending=True)
+    most, others = order[: ENDS_ROWS // 2], order[ENDS_ROWS // 2 :]
+    return most, others[:: max(1, len(others) // (ENDS_ROWS // 2))]
 
 
 def _embedding_scale(plan: Plan, weights: dict[str, Tensor], tokens: Tensor) -> float:
