@@ -3,8 +3,8 @@
     python -m bench.gguf_families [--kinds granite,olmo2] [--scheme q4_k_m] [--oracle PYTHON]
 
 For each architecture: how far the logprobs that our reader computes from the float file are from transformers' on the
-checkpoint; how far llama.cpp's of that file are from them; and its of a quantized file (marked -q) from ours. Needs
-`bench/peers/install.sh xllamacpp`.
+checkpoint; how far llama.cpp's of that file are from them; and its of a quantized file (marked -q) from ours. Of encoders the
+same of the last hidden state, in float. Needs `bench/peers/install.sh xllamacpp`.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
-from bitwright import quantize
+from bitwright import load, quantize
 from bitwright.cli.demo import MODEL
 from bitwright.errors import InputError
 from bitwright.gguf.architectures import ARCHITECTURES
@@ -38,6 +38,9 @@ GLM_MIXTURE = {
 LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
@@ -96,6 +99,44 @@ CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8},
     "falcon": {"ffn_hidden_size": 256, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "head_dim": 16, "interleave_moe_layer_step": 2},
+    "qwen3_next": {**MIXTURE, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 96},
+    "lfm2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 2,
+        "layer_types": ["conv", "full_attention"] * 4,
+    },
+    "gemma3n_text": {  # wide, since llama.cpp divides the variance by one less
+        "intermediate_size": 1024,
+        "head_dim": 16, "vocab_size_per_layer_input": 2000, "sliding_window": 8, "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.95] * 8, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    },
+    "modernbert": {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 0}, "eurobert": {"mask_token_id": 1},
+    "mamba": {"state_size": 16, "time_step_rank": 8},
+    "falcon_mamba": {"state_size": 16, "time_step_rank": 8, "mixer_rms_eps": 1e-5},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "granitemoeshared": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 96, "mamba_n_heads": 4,
+        "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "layer_types": ["linear_attention", "full_attention"] * 4,
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 2, "mamba_num_heads": 4,
+        "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 16, "head_dim": 16,
+    },
+    "falcon_h1": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "head_dim": 16,
+        "embedding_multiplier": 3.0, "lm_head_multiplier": 0.7, "key_multiplier": 0.6, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.4, "mlp_multipliers": [0.9, 0.7],
+        "ssm_multipliers": [0.4, 0.5, 0.6, 0.7, 0.8], "tie_word_embeddings": False,
+    },
+    "jamba": {
+        "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_d_state": 16,
+        "mamba_dt_rank": 8,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_multiple_of": 32},
 }  # fmt: skip
 PROMPT = 24  # tokens
@@ -104,15 +145,21 @@ PROMPT = 24  # tokens
 def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
     """A config of a kind. sizes: instead of those of `SIZES`."""
     options = SIZES | CHANGES.get(kind, {}) | sizes
-    if "layer_types" in options:
-        options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
+    for layers in ("layer_types", "layers_block_type", "activation_sparsity_pattern"):
+        if layers in options:
+            options[layers] = options[layers][: options["num_hidden_layers"]]
     return AutoConfig.for_model(kind, **options)
+
+
+def made_by(kind: str) -> type[AutoModel | AutoModelForCausalLM]:
+    """What makes a model of a kind."""
+    return AutoModelForCausalLM if ARCHITECTURES[kind].causal else AutoModel
 
 
 def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
     """A random model of a kind, whose vectors differ from ones and zeros."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind, **sizes), dtype=torch.float32)
+    model = made_by(kind).from_config(small_config(kind, **sizes), dtype=torch.float32)
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))):
             if tensor.ndim == 1:
@@ -152,9 +199,23 @@ def files_of(kind: str, place: Path, ids: Tensor, scheme: str) -> dict[Path, Ten
     return {whole: wanted, rounded: logprobs(rounded, ids, ENGINE)}
 
 
+@torch.no_grad()
+def encoder(kind: str, place: Path, ids: Tensor, oracle: Path) -> str:
+    """What is said of an encoder: how far the last hidden states of its file are from transformers' of the checkpoint."""
+    source, whole = checkpoint(kind, place / kind, MODEL), place / f"{kind}.gguf"
+    convert(source, whole)
+    wanted = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(ids).last_hidden_state[0]
+    ours = load(whole)(ids).last_hidden_state[0]
+    theirs = torch.tensor(answers([{"file": str(whole), "embed": ids.tolist()}], oracle)[0]["embedded"][0])
+    apart, further = (float((found - wanted).abs().max()) for found in (ours, theirs))
+    return f"{kind}: ours differs by {apart:.1e}, llama.cpp's by {further:.1e} at most (values up to {wanted.abs().max():.1f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal))
+    parser.add_argument(
+        "--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal or row.rotary)
+    )
     parser.add_argument("--scheme", default="q4_k_m")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     args = parser.parse_args()
@@ -163,6 +224,9 @@ def main() -> None:
         ids = torch.randint(2, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         for kind in args.kinds.split(","):
             try:
+                if not ARCHITECTURES[kind].causal:
+                    print(encoder(kind, Path(place), ids, args.oracle), flush=True)
+                    continue
                 meant |= files_of(kind, Path(place), ids, args.scheme)
             except (InputError, ValueError) as error:
                 print(f"{kind}: {error}", flush=True)

@@ -5,8 +5,10 @@
 Each input is a small file of one architecture and one family of tokenizers with one to three changes: keys deleted, renamed,
 of another type, absurd numbers, tables cut, grown, shuffled, with odd texts, and bytes of the header overwritten. It is read as
 `inspect`, `generate` and `quantize` read it: header, keys, config, tokenizer (which then encodes a text), now and then the
-whole model. Allowed is an error of `bitwright.errors`; anything else, 20 seconds of processor time, or memory beyond `--memory`
-is a failure, printed with the number that makes the same input again.
+whole model. Allowed is an error of `bitwright.errors`; anything else, or memory beyond `--memory`, is a failure. One that takes
+20 seconds of processor time is read once more with five minutes: if it is done then, it is counted as slow (the machine may
+be loaded), else it is a failure too. A failure is printed with the number that makes the same input again, where it came
+from, and the keys that were changed.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import signal
 import struct
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from bench.gguf_families import CHANGES, SIZES
+from bench.gguf_families import small_config
 from bitwright.errors import BitwrightError, FormatError
 from bitwright.evaluation.gguf_inspection import described
 from bitwright.gguf.architectures import check_is_model
@@ -41,9 +43,13 @@ from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of
 from bitwright.models.gguf_source import GgufWeightSource
 
-KINDS = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "cohere2", "olmo")
+KINDS = (
+    "llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "cohere2", "olmo", "qwen3_next", "granitemoehybrid", "mamba2",
+    "nemotron_h", "jamba", "llama4_text", "mamba",
+)  # fmt: skip
 VOCABULARY = 300
-SECONDS = 20
+SECONDS, PATIENCE = 20, 300  # of processor time, and when an input is read once more
+SLOW = "slow"
 WHOLE = 40  # every so many inputs the model's weights are opened too
 TEXT = "Hello  wörld 1234\n\tdon't <s> 日本 🙂 def f(x): return x"
 ODD = (
@@ -101,8 +107,7 @@ def bases() -> list[Base]:
     """An undamaged file of each architecture, with the tokenizers in turn."""
     found, tokenizers = [], families()
     for number, kind in enumerate(KINDS):
-        sizes = {**SIZES, **CHANGES.get(kind, {}), "vocab_size": VOCABULARY, "num_hidden_layers": 2, "n_layer": 2}
-        config = AutoConfig.for_model(kind, **{key: value for key, value in sizes.items() if value is not None})
+        config = small_config(kind, vocab_size=VOCABULARY, num_hidden_layers=4, n_layer=2)
         names = Names(config)
         with torch.device("meta"):
             model = model_of(config)
@@ -110,7 +115,9 @@ def bases() -> list[Base]:
         tensors = {}
         for name, t in model.state_dict().items():
             with suppress(FormatError):  # llama.cpp has no tensor for tied parameters
-                tensors[names.of(name)] = names.stored_shape(name, tuple(t.shape)) or tuple(t.shape)
+                tensors |= {
+                    place.name: place.shape for place in names.places(name, names.own_shape(name, tuple(t.shape)))
+                }
         for own in (tokenizers[number % len(tokenizers)], tokenizers[0]):
             keys = {f"tokenizer.ggml.{name}": value for name, value in own.items()}
             template = {"tokenizer.chat_template": "{{ messages }}", "tokenizer.chat_template.tool_use": "{{ tools }}"}
@@ -255,10 +262,11 @@ def _alarm(_: int, __: FrameType | None) -> None:
 
 
 def one(number: int, known: list[Base], path: Path) -> str:
-    """What became of an input: "read", the name of bitwright's error, or "FAILURE: …"."""
+    """What became of an input: "read", "slow", the name of bitwright's error, or "FAILURE: …"."""
     random = Random(number)
     base = random.choice(known)
-    head, size = header(base, damaged(base.keys, random))
+    keys = damaged(base.keys, random)
+    head, size = header(base, keys)
     if random.random() < 0.2:
         raw = bytearray(head)
         for _ in range(random.randint(1, 8)):
@@ -267,15 +275,31 @@ def one(number: int, known: list[Base], path: Path) -> str:
     with path.open("wb") as stream:
         stream.write(head)
         stream.truncate(len(head) + -len(head) % 32 + size)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    whole = number % WHOLE == 0
+    found = outcome(path, SECONDS, whole=whole)
+    if found.startswith(f"FAILURE: {TooLongError.__name__}"):
+        found = outcome(path, PATIENCE, whole=whole)
+        found = found if found.startswith("FAILURE") else SLOW
+    if found.startswith("FAILURE"):
+        others = {n: v for n, v in keys.items() if n not in base.keys or repr(base.keys[n]) != repr(v)}
+        gone = sorted(base.keys.keys() - keys.keys())
+        shown = ", ".join(f"{n!r}: {str(v)[:60]!r}" for n, v in others.items())
+        found += f"; base {base.keys['general.name']!r}, changed {{{shown}}}, without {gone}"
+    return found
+
+
+def outcome(path: Path, seconds: float, *, whole: bool) -> str:
+    """What becomes of a file that is read within some seconds of processor time."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        read_all(path, whole=number % WHOLE == 0)
+        read_all(path, whole=whole)
     except BitwrightError as error:
         return type(error).__name__
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # panics of the tokenizers package among them
-        return f"FAILURE: {type(error).__name__}: {str(error)[:160]}"
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return f"FAILURE: {type(error).__name__}: {str(error)[:160]} ({Path(at.filename).name}:{at.lineno})"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     return "read"

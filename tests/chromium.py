@@ -46,14 +46,15 @@ def browser() -> str:
     pytest.skip("no chromium is in PATH")
 
 
-def probe(page: str, script: str, folder: Path) -> dict[str, Any]:
+def probe(page: str, script: str, folder: Path, *, width: int = 800, dark: bool = False) -> dict[str, Any]:
     """Open a page, run the body of a function in it: {troubles: whatever went wrong, found: what it returned}."""
     path = browser()
     file = folder / "page.html"
     file.write_text(
         page.replace("<head>", "<head>" + LISTEN, 1).replace("</body>", REPORT % script + "</body>"), "utf-8"
     )
-    command = [path, *OPTIONS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()]
+    looks = [f"--window-size={width},600", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    command = [path, *OPTIONS, *looks, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, encoding="utf-8")
     report = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
     assert report, f"the page did not report:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

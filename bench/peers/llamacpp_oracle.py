@@ -4,8 +4,9 @@
 
 JOBS: [{"file": PATH, "texts": [TEXT, ...], "prompts": [[ID, ...], ...], "write": [[ID, ...], ...], "lora": PATH of an
 adapter, or left out}]. ANSWERS, one a job: {"tokens": [[ID, ...], ...] with special tokens, "logprobs": [{ID: LOGPROB}, ...],
-"written": [TEXT, ...]: what is written greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Needs the wheel
-xllamacpp alone.
+"written": [TEXT, ...]: what is written greedily behind each prompt, at most 32 tokens}, or {"error": TEXT}. Of an encoder
+"embed": [[ID, ...], ...] instead of prompts: {"embedded": [[VECTOR, ...], ...]}, the last hidden state of each token. Needs the
+wheel xllamacpp alone.
 """
 
 import json
@@ -27,8 +28,10 @@ def asked(address: str, path: str, **body: Any) -> Any:
 
 
 def logprobs(address: str, prompt: list[int]) -> dict[str, float]:
-    """Of every token, behind a prompt."""
-    how = {"n_predict": 1, "n_probs": 1 << 20, "temperature": 0.0, "cache_prompt": False}
+    """Of every token, behind a prompt. They are the model's own, whatever is chosen then: always one that is a letter, since
+    the server tells none beside an end or half a character."""
+    letter = asked(address, "tokenize", content="a")["tokens"][-1]
+    how = {"n_predict": 1, "n_probs": 1 << 20, "temperature": 0.0, "cache_prompt": False, "logit_bias": [[letter, 1e4]]}
     said = asked(address, "completion", prompt=prompt, **how)
     return {str(t["id"]): t["logprob"] for t in said["completion_probabilities"][0]["top_logprobs"]}
 
@@ -38,6 +41,11 @@ def written(address: str, prompt: list[int]) -> str:
     return str(asked(address, "completion", prompt=prompt, n_predict=32, temperature=0.0)["content"])
 
 
+def embedded(address: str, prompt: list[int]) -> list[list[float]]:
+    """The last hidden state of each token."""
+    return list(asked(address, "embeddings", content=prompt, embd_normalize=-1)[0]["embedding"])
+
+
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """One file's."""
     params = xllamacpp.CommonParams()
@@ -45,6 +53,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     params.n_ctx, params.n_parallel, params.warmup, params.port, params.verbosity = 256, 1, False, 0, -1
     params.hostnames = ["127.0.0.1"]
     params.cpuparams.n_threads = 1
+    if job.get("embed"):
+        params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
     if "lora" in job:
         added = xllamacpp.CommonAdapterLoraInfo()
         added.path, added.scale = job["lora"], 1.0
@@ -58,6 +68,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens": [asked(at, "tokenize", content=text, **special)["tokens"] for text in job.get("texts", [])],
         "logprobs": [logprobs(at, prompt) for prompt in job.get("prompts", [])],
+        "embedded": [embedded(at, prompt) for prompt in job.get("embed", [])],
         "written": [written(at, prompt) for prompt in job.get("write", [])],
     }
 

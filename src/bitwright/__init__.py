@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         export_onnx,
         layers,
         load,
+        plan_module,
         plan_recipe,
         prepare,
         prepare_for_training,
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "__version__", "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_recipe",
-    "prepare", "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor",
+    "__version__", "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_module",
+    "plan_recipe", "prepare", "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor",
     "quantize_weights", "sensitivity",
 ]  # fmt: skip
 

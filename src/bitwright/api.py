@@ -19,6 +19,7 @@ from bitwright.nn.convert import convert
 from bitwright.nn.dynamic import quantize_dynamic
 from bitwright.nn.inventory import layers
 from bitwright.nn.onnx_export import export_onnx
+from bitwright.nn.planned_module import plan_module
 from bitwright.nn.prepare import calibrate, prepare
 from bitwright.nn.pruning import prune
 from bitwright.nn.sensitivity import sensitivity
@@ -39,7 +40,8 @@ from bitwright.train.distill import distill
 from bitwright.train.qat import prepare_qat
 
 __all__ = [
-    "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_recipe", "prepare",
+    "advise", "calibrate", "convert", "distill", "evaluate", "export_onnx", "layers", "load", "plan_module", "plan_recipe",
+    "prepare",
     "prepare_for_training", "prepare_qat", "prune", "quantize", "quantize_dynamic", "quantize_tensor", "quantize_weights",
     "sensitivity",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from bitwright.api import evaluate, quantize
 from bitwright.cli.app import app
 from bitwright.errors import OutputError, RecipeError, SchemeError
 from bitwright.evaluation import compare as compare_module
-from bitwright.evaluation.compare import Settings, compare
+from bitwright.evaluation.compare import compare
+from bitwright.evaluation.contests import Settings
 from bitwright.pipeline.ledger import from_jsonl
 from conftest import make_checkpoint
 
@@ -62,6 +63,32 @@ def test_candidates_are_what_quantize_and_eval_give(llama: Path, text: str, tmp_
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def test_mixes_and_recipes_compete_as_gguf_files(llama: Path, text: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    rules = [("*", "q5_1"), ("*.down_proj", "q8_0"), ("*.q_proj", "keep")]
+    entries = [f'[[rule]]\nmatch = "{match}"\nscheme = "{scheme}"\nmethod = "rtn"' for match, scheme in rules]
+    plan.write_text("pure = true\n" + "\n".join(entries))
+    lists: dict[str, Any] = {"schemes": ["int4-g32"], "methods": ["gptq"], "mixes": ["q4_k_m"], "recipes": [plan]}
+    done = compare(llama, tmp_path / "out", **lists, settings=settings(text, keep=False), store=tmp_path / "kept")
+    assert not done.notes and {c.statistics for c in done.candidates[:2]} == {"one-shot"}
+    assert (tmp_path / "kept/block-00000.json").is_file() and (tmp_path / "kept/gguf/block-00000.json").is_file()
+    assert [(c.kind, c.scheme, c.method) for c in done.candidates] == [
+        ("scheme", "int4-g32", "gptq"), ("mix", "q4_k_m", "gptq"), ("recipe", "plan", "rtn"),
+    ]  # fmt: skip
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"compare.json", "compare.html"}
+    made = quantize(llama, tmp_path / "plan.gguf", recipe=plan, calib=text, samples=8, seqlen=32)
+    alone = evaluate(tmp_path / "plan.gguf", reference=llama, text=text, seqlen=32, tokens=512)
+    _, mix, recipe = done.candidates
+    assert (recipe.bytes, recipe.kl_mean) == (made.bytes, pytest.approx(alone.kl_mean, rel=1e-3))
+    assert recipe.given["model.layers.0.mlp.down_proj"] == ("int8-g32", 8.5)
+    assert (
+        recipe.given["model.layers.1.mlp.up_proj"] == ("q5_1", 6.0)
+        and "model.layers.0.self_attn.q_proj" not in recipe.given
+    )
+    assert len({scheme for scheme, _ in mix.given.values()}) > 1
+    assert "What each matrix got" in (tmp_path / "out/compare.html").read_text()
 
 
 def test_sequential_candidates_are_those_of_quantize(llama: Path, text: str, tmp_path: Path) -> None:
@@ -228,6 +255,17 @@ def test_bad_lists(
     with pytest.raises(kind, match=message):
         compare(llama, tmp_path / "out", schemes=schemes, methods=methods, settings=settings(text))
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_mixes_and_recipes(llama: Path, text: str, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"methods": ["rtn"], "settings": settings(text)}
+    with pytest.raises(RecipeError, match=r"q4_k_l is none of llama.cpp's mixes"):
+        compare(llama, tmp_path / "out", schemes=[], mixes=["q4_k_l"], **asked)
+    (tmp_path / "int4-g32.toml").write_text('[[rule]]\nmatch = "*"\nscheme = "int8-channel"')
+    with pytest.raises(RecipeError, match="a scheme is named twice"):
+        compare(llama, tmp_path / "out", schemes=["int4-g32"], recipes=[tmp_path / "int4-g32.toml"], **asked)
+    with pytest.raises(RecipeError, match=r"missing.toml"):
+        compare(llama, tmp_path / "out", schemes=["int4-g32"], recipes=[tmp_path / "missing.toml"], **asked)
 
 
 def test_out_that_exists_and_results_that_are_damaged(

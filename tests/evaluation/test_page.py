@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from bitwright.errors import InputError, NumericsError
+from bitwright.evaluation.candidate import MIX, RECIPE, Candidate, Original
+from bitwright.evaluation.heat import given, heat
 from bitwright.evaluation.page import (
     Axis,
-    Candidate,
-    Original,
     axis,
     best,
+    curves,
     front,
     headline,
-    heat,
     number,
     page,
     pareto,
@@ -302,6 +302,38 @@ def test_odd_module_names() -> None:
     assert sum(cell is not None for cell in made["cells"][0]) == len(odd)
 
 
+def mixed() -> list[Candidate]:
+    """Two uniform schemes, two mixes and two plans by one method."""
+    got = dict.fromkeys(LOSSES, ("q4_k", 4.5)) | {"model.layers.2.mlp.down_proj": ("q6_k", 6.5625)}
+    more = {"model.layers.1.self_attn.q_proj": ("q2_k", 2.625), "lm_head": ("q8_0", 8.5)}
+    return [
+        candidate("int3", kl=0.3, given=dict.fromkeys(LOSSES, ("int3-g64", 3.25))),
+        candidate("int4", kl=0.1),
+        candidate("q4_k_m", kl=0.08, kind=MIX, given=got, bits_per_weight=4.8, bytes=600_000),
+        candidate("q3_k_m", kl=0.2, kind=MIX, given=got, bits_per_weight=3.9, bytes=500_000),
+        candidate("plan-a", kl=0.05, kind=RECIPE, given=got | more, bits_per_weight=4.8, bytes=600_000),
+        candidate("plan-b", kl=0.15, kind=RECIPE, given=got, bits_per_weight=3.9, bytes=500_000),
+    ]
+
+
+def test_a_curve_joins_what_one_method_does_in_one_way_from_small_to_large() -> None:
+    made = [(c.kind, c.method, c.of) for c in curves(mixed(), "kl_mean")]
+    assert sorted(made) == [("mix", "gptq", [3, 2]), ("recipe", "gptq", [5, 4]), ("scheme", "gptq", [0, 1])]
+    one_left = [dataclasses.replace(c, kl_mean=math.nan) if c.scheme == "plan-a" else c for c in mixed()]
+    assert "recipe" not in {c.kind for c in curves(one_left, "kl_mean")}
+
+
+def test_what_mixes_and_plans_gave_each_matrix_becomes_a_table() -> None:
+    made = given(mixed())
+    assert list(made["cells"]) == [2, 3, 4, 5]  # uniform candidates have nothing to show
+    assert made["rows"] == [["model.layers.0", 0], ["model.layers.1", 1], ["model.layers.2", 2], ["", 0]]
+    at = 1 * 3 + made["columns"].index("self_attn.q_proj")
+    assert made["cells"][4][at] == [2.62, "q2_k"] and made["cells"][2][at] == [4.5, "q4_k"]
+    assert made["cells"][2][9:] == [None] * 3 and [8.5, "q8_0"] in made["cells"][4][9:]
+    experts = {f"a.0.experts.{i}.up": ("q4_k", 4.5) if i else ("q6_k", 6.5) for i in range(4)}
+    assert given([candidate(given=experts)])["cells"] == {0: [[5.0, "3 × q4_k, 1 × q6_k"]]}
+
+
 # The page as text
 
 
@@ -525,6 +557,42 @@ def test_pointing_at_the_legend_leaves_one_method(seen: dict[str, Any]) -> None:
     candidates = table()
     same = [str(i) for i, c in enumerate(candidates) if c.method == candidates[0].method]
     assert sorted(seen["lit"]) == sorted(same * 2) and len(same) == 3
+
+
+GIVEN = """
+const all = (selector) => [...document.querySelectorAll(selector)]
+const cells = () => all("#given tbody tr").map((row) => [...row.cells].map((cell) => cell.textContent))
+const colours = () => new Set(all("#given td:not(.none)").map((cell) => getComputedStyle(cell).backgroundColor)).size
+const select = document.getElementById("choose-given"), before = [cells(), colours()]
+select.value = "4"
+select.dispatchEvent(new Event("change"))
+return {
+  before, after: [cells(), colours()], offered: [...select.options].map((option) => option.value),
+  curves: all(".plot polyline.curve").map((line) => line.classList[1]),
+  ends: ["fewest", "most"].map((id) => document.getElementById(id).textContent),
+  tip: document.querySelector("#given td").dataset.tip,
+  width: innerWidth, wide: document.documentElement.scrollWidth - innerWidth,
+  ground: getComputedStyle(document.body).backgroundColor,
+}
+"""
+
+
+@pytest.mark.parametrize(("dark", "ground"), [(False, "rgb(244, 245, 247)"), (True, "rgb(14, 17, 21)")])
+def test_curves_and_what_a_plan_gave_in_light_and_dark_on_a_phone(dark: bool, ground: str, tmp_path: Path) -> None:
+    report = probe(render(mixed()), GIVEN, tmp_path, width=400, dark=dark)
+    found = report["found"]
+    assert report["troubles"] == [] and found["ground"] == ground
+    assert found["width"] <= 500 and found["wide"] <= 0  # 500 is the narrowest that some browsers open
+    assert sorted(found["curves"]) == sorted(2 * ["mix", "recipe", "scheme"])
+    assert found["offered"] == ["3", "5", "2", "4"] and found["ends"] == ["2.62 bits", "8.50 bits"]
+    assert found["before"][0][2][1:3] == ["4.5", "6.6"] and found["before"][1] == 2
+    assert found["after"][0][1][1:3] == ["2.6", "4.5"] and found["after"][1] == 4
+    assert found["tip"] == "model.layers.0.self_attn.q_proj\nq4_k\n4.50 bits a weight"
+
+
+def test_without_mixes_and_recipes_nothing_is_said_of_them() -> None:
+    text = words(render(table()))
+    assert "What each matrix got" not in text and "mixes" not in text
 
 
 def test_hostile_names_in_a_browser(tmp_path: Path) -> None:

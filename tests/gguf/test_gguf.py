@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.config_keys import ALIKE, EVERY, WINDOWLESS, config_of, keys_of
 from bitwright.gguf.file_types import MIXES, Place, type_in
 from bitwright.gguf.reader import GgufFile
-from bitwright.gguf.tensor_names import Names, expert_of
+from bitwright.gguf.tensor_names import Names
 from bitwright.methods.gptq import gptq
 from bitwright.methods.search import search
 from bitwright.models.experts import one_by_one
@@ -323,6 +323,12 @@ def encoder_config(kind: str) -> Any:
     return AutoConfig.for_model(kind, **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
+def stored_shapes(model: nn.Module, names: Names) -> dict[str, list[tuple[int, ...]]]:
+    """Of each parameter that a file has, the shapes of the tensors that it lies in."""
+    known = {k: names.own_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
+    return {k: [place.shape for place in names.places(k, shape)] for k, shape in known.items()}
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_configs_survive_the_way_there_and_back(kind: str) -> None:
     config = (
@@ -332,19 +338,19 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
         model = model_of(config)
         one_by_one(model)
     names = Names(config)
-    shapes = dict[str, tuple[int, ...]]()
+    shapes, firsts = dict[str, tuple[int, ...]](), set[tuple[str, int]]()
     for parameter, tensor in model.state_dict().items():
         tied = config.tie_word_embeddings and parameter == "lm_head.weight"
-        if not tied:
-            assert names.of(parameter) not in shapes or expert_of(parameter)
-            shapes[names.of(parameter)] = names.stored_shape(parameter, tuple(tensor.shape))
+        for place in () if tied else names.places(parameter, names.own_shape(parameter, tuple(tensor.shape))):
+            assert (place.name, place.first) not in firsts
+            firsts.add((place.name, place.first))
+            shapes[place.name] = place.shape
     back = config_of(keys_of(config) | {"general.architecture": names.row.name}, shapes, "x")
     assert back.model_type == {"mistral": "llama", "roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind)
     with torch.device("meta"):
         other = model_of(back)
         one_by_one(other)
-    found = {k: Names(back).stored_shape(k, tuple(v.shape)) for k, v in other.state_dict().items() if names.has(k)}
-    assert found == {k: names.stored_shape(k, tuple(v.shape)) for k, v in model.state_dict().items() if names.has(k)}
+    assert stored_shapes(other, Names(back)) == stored_shapes(model, names)
     turned = {key: value for key, value in keys_of(config).items() if ".rope." in key}
     assert turned == pytest.approx({key: value for key, value in keys_of(back).items() if ".rope." in key})
     kept = (

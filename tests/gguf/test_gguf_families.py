@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench.gguf_families import random_model
+from bench.gguf_families import GLM_MIXTURE, random_model
 from transformers import AutoConfig
 
+from bitwright import load
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
@@ -16,9 +17,11 @@ from bitwright.gguf.reader import GgufFile, Typed
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
-from conftest import ENCODERS, FAMILIES, SIZES, save_tokenizer
+from conftest import ENCODERS, FAMILIES, SIZES, save_roberta, save_tokenizer
 
-OTHERS = [kind for kind in ARCHITECTURES if kind not in FAMILIES | ENCODERS or kind == "gpt_neox"]
+EXPERTS = {**GLM_MIXTURE, "moe_shared_expert_intermediate_size": 96}
+NEWER = ["modernbert", "eurobert"]  # encoders
+OTHERS = [kind for kind in ARCHITECTURES if kind not in (*FAMILIES, *ENCODERS, *NEWER) or kind == "gpt_neox"]
 
 
 @torch.no_grad()
@@ -33,12 +36,58 @@ def test_logits_are_transformers(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NEWER)
+def test_an_encoder_s_last_hidden_state_is_transformers(kind: str, tmp_path: Path) -> None:
+    model = random_model(kind, num_hidden_layers=4, vocab_size=262)
+    model.save_pretrained(tmp_path / "source")
+    save_roberta(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+    ids = torch.arange(24)[None] * 7 % 256
+    assert torch.allclose(load(tmp_path / "a.gguf")(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "changes", "name"),
+    [
+        ("granitemoehybrid", {"layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"}, "granitemoe"),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["full_attention"] * 4, "position_embedding_type": "rope", "num_local_experts": 0},
+            "granite",
+        ),
+        ("granitemoehybrid", {"num_local_experts": 0}, "granitehybrid"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], **EXPERTS},
+            "nemotron_h_moe",
+        ),
+    ],
+)
+def test_other_forms_of_a_kind(kind: str, changes: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """One model_type of transformers that llama.cpp has as several architectures."""
+    model = random_model(kind, num_hidden_layers=4, vocab_size=257, bos_token_id=256, eos_token_id=256, **changes)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+    streamed, ids = StreamedModel(tmp_path / "a.gguf"), torch.arange(24)[None] * 7 % 256
+    found, wanted = streamed.head(torch.cat(streamed.hidden(ids))), model(ids).logits
+    assert GgufFile(tmp_path / "a.gguf").keys["general.architecture"] == name
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("nemotron", {"hidden_act": "silu"}, "hidden_act"),
+        ("llama4_text", {"attention_chunk_size": 16}, "attention_chunk_size"),
+        ("llama4_text", {"use_qk_norm": False}, "use_qk_norm"),
+        ("mamba", {"expand": 4}, "expand"),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, "position_embedding_type"),
+        ("gemma3n_text", {"laurel_rank": 8, "num_kv_shared_layers": 0}, "laurel_rank"),
     ],
 )
 def test_what_llamacpp_has_otherwise_is_refused(kind: str, change: dict[str, Any], says: str) -> None:

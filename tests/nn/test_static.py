@@ -24,7 +24,7 @@ def rounding(prepared: Prepared) -> Prepared:
         edge.phase = "round"
     for layer in list(prepared.body.modules()):
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-            fake = FakeWeight(layer.weight, prepared.weights, learned=False)
+            fake = FakeWeight(layer.weight, prepared.weights.default, learned=False)
             nn.utils.parametrize.register_parametrization(layer, "weight", fake, unsafe=True)
     return prepared
 

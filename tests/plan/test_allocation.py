@@ -23,18 +23,18 @@ def units(count: int, seed: int) -> list[list[Option]]:
 def test_no_allocation_of_as_many_bytes_is_better(seed: int) -> None:
     some = units(6, seed)
     allocation = Allocation(some)
-    every = [(sum(o.bytes for o in one), sum(o.kl for o in one)) for one in product(*some)]
+    every = [(sum(o.bytes for o in one), sum(o.loss for o in one)) for one in product(*some)]
     for share in (0.0, 0.1, 0.37, 0.8, 1.0):
         budget = allocation.least + int(share * (allocation.most - allocation.least))
         best = min(kl for size, kl in every if size <= budget)
         found = allocation.within(budget)
         assert found is not None
         assert sum(o.bytes for o in found) <= budget
-        assert sum(o.kl for o in found) == pytest.approx(best, rel=1e-9)
+        assert sum(o.loss for o in found) == pytest.approx(best, rel=1e-9)
         fewest = min(size for size, kl in every if kl <= best)
         cheap = allocation.below(best)
         assert cheap is not None
-        assert sum(o.kl for o in cheap) <= best
+        assert sum(o.loss for o in cheap) <= best
         assert sum(o.bytes for o in cheap) <= fewest * 1.005
     assert allocation.within(allocation.least - 1) is None
     assert allocation.below(0.0) is None

@@ -152,7 +152,7 @@ def test_an_embedding_is_trained_too() -> None:
     integer = bitwright.convert(prepared.eval())
     with torch.no_grad():
         assert relative(prepared(index), integer(index)) < 0.01
-    assert integer.state_dict()["0.codes"].dtype == torch.int8
+    assert integer.get_buffer("0.codes").dtype == torch.int8
 
 
 def test_a_convolution_without_an_integer_form_stays_float() -> None:

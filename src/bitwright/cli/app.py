@@ -183,6 +183,10 @@ def compare(
     out: Annotated[Path, typer.Argument(help="Directory to make: every candidate, a table (JSON) and a page (HTML).")],
     schemes: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "int4-g128,int3-g128",
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "rtn,search,awq,gptq,awq+gptq",
+    mixes: Annotated[str, typer.Option(help="Mixes of llama.cpp's types, such as q4_k_m, with commas between.")] = "",
+    recipe: Annotated[
+        list[Path] | None, typer.Option(help="Recipe that competes too, such as a plan; again for more.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="File format; the first that can hold a candidate.")] = None,
     activations: Activations = None,
     observer: Observer = "mse",
@@ -207,15 +211,16 @@ def compare(
     kept = f"what is finished is kept in {out}; the same command goes on with it"
     with reporting(as_json, kept, quiet=quiet), progress_bar(as_json or quiet) as progress:
         check_model(model)
-        from bitwright.evaluation.compare import Settings
         from bitwright.evaluation.compare import compare as run_all
+        from bitwright.evaluation.contests import Settings
         from bitwright.evaluation.report import comparison_table
 
         settings = Settings(
             calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
         )  # fmt: skip
         done = run_all(
-            model, out, schemes=schemes.split(","), methods=methods.split(","), settings=settings, store=store,
+            model, out, schemes=[name for name in schemes.split(",") if name], methods=methods.split(","),
+            mixes=[name for name in mixes.split(",") if name], recipes=recipe or [], settings=settings, store=store,
             resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip
     if as_json:

@@ -9,61 +9,28 @@ is not done again, an unfinished one is resumed.
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from bitwright.calibration.text_mix import texts_of
-from bitwright.errors import CheckpointError, FormatError, OutputError, RecipeError, SchemeError
+from bitwright.errors import CheckpointError, OutputError
+from bitwright.evaluation.candidate import Candidate, Original
+from bitwright.evaluation.contests import Asked, Contest, Settings, contests_of
 from bitwright.evaluation.evaluate import evaluate
-from bitwright.evaluation.page import Candidate, Original, page
+from bitwright.evaluation.page import page
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file
 from bitwright.files.hub import local, name_of
-from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens, one_shot
 from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.run import run
 from bitwright.pipeline.work_in_progress import check_out
-from bitwright.plan.preflight import Plan, preflight
-from bitwright.plan.recipe import Recipe
 from bitwright.system.device import device_of
 from bitwright.system.memory import forget_peak, peak_since, return_memory
 from bitwright.system.progress import Progress
-from bitwright.transforms import split_method
 from bitwright.version import __version__
-
-FORMATS_IN_TURN = ("compressed-tensors", "bitwright")  # the first that can hold a candidate is taken
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of all candidates, as for `quantize` and `evaluate`.
-
-    calib, samples, seqlen, seed  calibration
-    text, tokens, eval_seqlen     evaluation
-    activations, observer         quantization of inputs
-    format                        file format; None: the first that can hold a candidate
-    sequential                    take statistics for each candidate, block by block, as `quantize` does
-    keep                          keep the quantized checkpoints; else each is removed once it is evaluated
-    device                        of statistics, rounding and evaluation: cpu, cuda or cuda:N
-    """
-
-    calib: str = "general"
-    samples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-    text: str = "stdlib-heldout"
-    tokens: int | None = None
-    eval_seqlen: int = 256
-    activations: str | None = None
-    observer: str = "mse"
-    format: str | None = None
-    sequential: bool = False
-    keep: bool = True
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -102,34 +69,15 @@ class Comparison:
 PAGE, JSON = "compare.html", "compare.json"
 
 
-@dataclass(frozen=True)
-class _Contest:
-    """A combination of scheme and method, planned but not yet run."""
-
-    scheme: str
-    method: str
-    plan: Plan
-
-    @property
-    def name(self) -> str:
-        """The name of its directory in OUT."""
-        return f"{self.scheme}-{self.method}"
-
-    def statistics(self, shared: Path, settings: Settings) -> Path | None:
-        """The store of statistics that it can use (a rotated model has its own); None: it takes sequential statistics."""
-        if settings.sequential or not self.plan.calibrated or self.plan.recipe.needs_original:
-            return None
-        turn = self.plan.rotation.rotate if self.plan.rotation else None
-        return shared if turn is None else shared / f"rotated-{turn.seed}{'-online' if turn.online else ''}"
-
-
 def compare(
     model: Path,
     out: Path,
     *,
-    schemes: list[str],
-    methods: list[str],
-    settings: Settings = Settings(),
+    schemes: Sequence[str],
+    methods: Sequence[str],
+    mixes: Sequence[str] = (),
+    recipes: Sequence[Path] = (),
+    settings: Settings | None = None,
     store: Path | None = None,
     resume: bool = True,
     command: str = "",
@@ -137,15 +85,18 @@ def compare(
 ) -> Comparison:
     """Quantize `model` by every method to every scheme, evaluate each result, and write table and page to OUT.
 
+    mixes    of llama.cpp's block types, such as "q4_k_m", by every method too; made as GGUF files
+    recipes  files, such as `bitwright plan` writes; each is a candidate
     store    a directory that keeps statistics for other runs; None: they are removed in the end
     command  the command line, which the page shows
     Impossible combinations are listed, not run. Raises an InputError before anything is written if all are impossible.
     """
-    begun = time.monotonic()
+    begun, settings = time.monotonic(), settings or Settings()
     check_out(out)
     texts_of(settings.calib)
     model = local(model)
-    contests, refused = _contests(model, schemes, methods, settings)
+    asked = Asked(tuple(schemes), tuple(methods), tuple(mixes), tuple(recipes))
+    contests, refused = contests_of(model, asked, settings)
     work = _workplace(out, contests, settings, resume=resume)
     shared = store or work / "statistics"
     meter = _Meter(progress, contests)
@@ -164,54 +115,11 @@ def compare(
         original_seconds,
         time.monotonic() - begun,
     )
-    _finish(done, model, work, command)
+    _finish(done, [contest.name for contest in contests], model, work, command)
     return done
 
 
-def _contests(
-    model: Path, schemes: list[str], methods: list[str], settings: Settings
-) -> tuple[list[_Contest], list[str]]:
-    """Plans of all possible combinations, and why the others are not. InputError if none is, or a name is given twice."""
-    for kind, names in (("scheme", schemes), ("method", methods)):
-        if not names or len(set(names)) < len(names):
-            raise RecipeError(
-                f"a {kind} is named twice, or none is", where=",".join(names), remedy=f"name each {kind} once"
-            )
-    for scheme in schemes:
-        Scheme.parse(scheme)
-    for method in methods:
-        split_method(method)
-    contests, refused = [], []
-    for scheme, method in product(schemes, methods):
-        try:
-            contests.append(_Contest(scheme, method, _plan(model, scheme, method, settings)))
-        except (RecipeError, FormatError) as error:
-            refused.append(f"{scheme} by {method} was not run: {error.message}")
-    if not contests:
-        raise RecipeError(
-            "none of these combinations is possible",
-            where="; ".join(refused),
-            remedy="give other methods or schemes, such as --methods search,gptq --schemes int4-g128",
-        )
-    return contests, refused
-
-
-def _plan(model: Path, scheme: str, method: str, settings: Settings) -> Plan:
-    """The plan in the first file format that can hold it."""
-    recipe = Recipe.uniform(scheme, method, settings.activations, settings.observer)
-    formats = [settings.format] if settings.format else list(FORMATS_IN_TURN)
-    plan = partial(
-        preflight, model, recipe, samples=settings.samples, seqlen=settings.seqlen, device=device_of(settings.device)
-    )
-    for name in formats[:-1]:
-        try:
-            return plan(name)
-        except (FormatError, SchemeError):
-            continue
-    return plan(formats[-1])
-
-
-def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resume: bool) -> Path:
+def _workplace(out: Path, contests: list[Contest], settings: Settings, *, resume: bool) -> Path:
     """Make OUT.partial, or open it to resume the same comparison. OutputError for other work, or too full a disk."""
     work = out.with_name(out.name + ".partial")
     if work.exists() and not resume:
@@ -221,7 +129,7 @@ def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resum
     manifest = {
         "version": __version__,
         "model": [str(plan.source), plan.checkpoint.fingerprint()],
-        "candidates": [c.name for c in contests],
+        "candidates": [[c.name, [rule.describe() for rule in c.plan.recipe.rules]] for c in contests],
         "settings": asdict(settings),
     }
     text = json.dumps(manifest, indent=1)
@@ -245,7 +153,7 @@ def _workplace(out: Path, contests: list[_Contest], settings: Settings, *, resum
 class _Meter:
     """One progress bar for all steps: statistics, every candidate's shards, every evaluation."""
 
-    def __init__(self, progress: Progress, contests: list[_Contest]) -> None:
+    def __init__(self, progress: Progress, contests: list[Contest]) -> None:
         self.progress, self.before = progress, 0
         depth = len(contests[0].plan.skeleton)
         self.each = depth + 2  # steps of a candidate: shards, and the evaluation
@@ -260,7 +168,7 @@ class _Meter:
         self.before += size
 
 
-def _take_statistics(contests: list[_Contest], shared: Path, settings: Settings, meter: _Meter) -> list[str]:
+def _take_statistics(contests: list[Contest], shared: Path, settings: Settings, meter: _Meter) -> list[str]:
     """Take the shared statistics, if any candidate can use them; their notes."""
     notes: list[str] = []
     with disk_errors(shared):
@@ -303,9 +211,7 @@ def _judged(folder: Path, reference: Path | None, predictions: Path | None, sett
     return found.as_dict()
 
 
-def _candidate(
-    contest: _Contest, model: Path, work: Path, shared: Path, settings: Settings, meter: _Meter
-) -> Candidate:
+def _candidate(contest: Contest, model: Path, work: Path, shared: Path, settings: Settings, meter: _Meter) -> Candidate:
     """Quantize and evaluate one candidate, or read the result of an earlier run."""
     found, folder = work / f"{contest.name}.json", work / contest.name
     if not found.is_file():
@@ -313,20 +219,20 @@ def _candidate(
         took = work / f"{contest.name}.took.json"
         if not took.is_file():
             if folder.exists():  # complete, but the run was killed before it noted the seconds
-                shutil.rmtree(folder)
+                _remove(folder)
             _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
         meter.part(f"{contest.name}: evaluation", meter.each - 1)
         result = json.loads(took.read_text(encoding="utf-8")) | {"judged": _judged(folder, model, shared, settings)}
         write_file(found, json.dumps(result).encode())
         if not settings.keep:
-            shutil.rmtree(folder)
+            _remove(folder)
         return_memory()
     meter.next(meter.each)
     return _read(contest, found)
 
 
 def _quantize(
-    contest: _Contest, folder: Path, note: Path, store: Path | None, settings: Settings, meter: _Meter
+    contest: Contest, folder: Path, note: Path, store: Path | None, settings: Settings, meter: _Meter
 ) -> None:
     """Quantize one candidate, and note the seconds that it took."""
     done = run(
@@ -344,8 +250,18 @@ def _quantize(
         "fallbacks": len(done.fallbacks),
         "statistics": next((e.statistics for e in done.ledger if e.statistics), "none"),
         "losses": dict(_losses(done.ledger)),
+        "given": {e.name.removesuffix(".weight"): (e.scheme, _bits(e)) for e in done.ledger if e.scheme},
     }
     write_file(note, json.dumps(took).encode())
+
+
+def _remove(made: Path) -> None:
+    """Remove a quantized checkpoint: a directory, or a GGUF file with its ledger."""
+    if made.is_dir():
+        shutil.rmtree(made)
+    else:
+        for file in (made, made.with_name(f"{made.stem}.ledger.jsonl")):
+            file.unlink(missing_ok=True)
 
 
 def _losses(ledger: list[Entry]) -> Iterator[tuple[str, float]]:
@@ -354,22 +270,29 @@ def _losses(ledger: list[Entry]) -> Iterator[tuple[str, float]]:
             yield entry.name.removesuffix(".weight"), entry.loss
 
 
-def _read(contest: _Contest, found: Path) -> Candidate:
+def _bits(entry: Entry) -> float:
+    return 8 * entry.bytes / max(1, prod(entry.shape))
+
+
+def _read(contest: Contest, found: Path) -> Candidate:
     """The result of a finished candidate. CheckpointError for a damaged file."""
     try:
         content = json.loads(found.read_text(encoding="utf-8"))
         e = content.pop("judged")
         numbers = {name: e[name] for name in ("bits_per_weight", "perplexity", "perplexity_stderr", "top1")}
         divergence = {name: e[name] for name in ("kl_mean", "kl_stderr", "kl_p999")}
-        return Candidate(contest.scheme, contest.method, **numbers, **divergence, **content)
+        given = {name: (scheme, bits) for name, (scheme, bits) in content.pop("given").items()}
+        return Candidate(
+            contest.scheme, contest.method, **numbers, **divergence, **content, kind=contest.kind, given=given
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "remove the file, and this candidate is judged again"
         raise CheckpointError(f"not a result: {error}", where=str(found), remedy=remedy) from error
 
 
-def _finish(done: Comparison, model: Path, work: Path, command: str) -> None:
+def _finish(done: Comparison, names: list[str], model: Path, work: Path, command: str) -> None:
     """Write table and page, remove what only a resumed run needs, and make OUT appear."""
-    for leftover in [*work.glob("*.took.json"), *(work / f"{c.scheme}-{c.method}.json" for c in done.candidates)]:
+    for leftover in [*work.glob("*.took.json"), *(work / f"{name}.json" for name in names)]:
         leftover.unlink(missing_ok=True)
     shutil.rmtree(work / "statistics", ignore_errors=True)
     write_file(work / JSON, (json.dumps(done.as_dict(), indent=1) + "\n").encode())

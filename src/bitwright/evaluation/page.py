@@ -13,58 +13,16 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from bitwright.errors import InputError, NumericsError
+from bitwright.errors import InputError
+from bitwright.evaluation.candidate import MIX, RECIPE, UNIFORM, Candidate, Original
+from bitwright.evaluation.heat import given, heat
 
 RTN = "rtn"  # the baseline method
 # A plot's edges in pixels; ZERO is where 0 is drawn, below a logarithmic axis that ends at BOTTOM.
 LEFT, RIGHT, TOP, BOTTOM, ZERO = 44.0, 468.0, 20.0, 282.0, 304.0
 BITS = (16, 4, 2, 8, 32, 3, 1, 6, 5, 12, 24, 1.5)  # ticks of bits per weight, in this order while they fit
+KINDS = {UNIFORM: "one scheme for all", MIX: "llama.cpp’s mixes", RECIPE: "recipes, such as plans"}
 COLOURS, SHAPES = 8, 7  # defined in page.html; the first of each is RTN's
-
-
-@dataclass(frozen=True)
-class Original:
-    """The float original: the size and perplexity that candidates are compared with. Its KL is 0."""
-
-    scheme: str  # "bfloat16"
-    bits_per_weight: float
-    bytes: int
-    perplexity: float
-    perplexity_stderr: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The result of one method at one scheme. KL in nats a token; errors are standard errors, NaN if unknown.
-
-    statistics  "one-shot" (from the float model), "sequential" (each block's behind the quantized blocks before) or "none"
-    seconds     without the shared calibration pass
-    losses      relative output loss by module name
-    Raises NumericsError for an impossible number: a size of 0, a negative KL.
-    """
-
-    scheme: str
-    method: str
-    statistics: str
-    bits_per_weight: float
-    bytes: int
-    perplexity: float
-    perplexity_stderr: float
-    kl_mean: float
-    kl_stderr: float
-    kl_p999: float
-    top1: float
-    seconds: float
-    peak_rss_bytes: int
-    losses: dict[str, float]
-    fallbacks: int
-
-    def __post_init__(self) -> None:
-        for name in ("bits_per_weight", "bytes", "perplexity", "kl_mean", "seconds", "peak_rss_bytes"):
-            value, sized = getattr(self, name), name in ("bits_per_weight", "bytes")
-            if value < 0 or (sized and not 0 < value < math.inf):
-                remedy = "run the comparison again with --restart"
-                raise NumericsError(f"{name} is {value}", where=f"{self.scheme} {self.method}", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -203,12 +161,31 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Candidates of one method and kind, in order of size: what more bytes buy when they are spent in one way."""
+
+    kind: str
+    method: str
+    of: list[int]
+
+
+def curves(candidates: Sequence[Candidate], cost: str) -> list[Curve]:
+    """A curve for each method and kind that has at least two candidates of a finite cost."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, c in sorted(enumerate(candidates), key=lambda pair: pair[1].bytes):
+        if math.isfinite(getattr(c, cost)):
+            found[c.kind, c.method].append(i)
+    return [Curve(*key, of) for key, of in found.items() if len(of) > 1]
+
+
+@dataclass(frozen=True)
 class Plot:
     """A plot of size against a cost, in pixels: `points` in the candidates' order, `front` in order of size."""
 
     points: list[Mark]
     original: Mark
     front: list[int]
+    curves: list["Curve"]
     x_ticks: list[Mark]
     y_ticks: list[Mark]
 
@@ -232,7 +209,8 @@ def plot(candidates: Sequence[Candidate], original: Original, cost: str, stderr:
     on = front([(c.bytes, value) for c, (value, _) in zip(candidates, pairs, strict=True)])
     star = Mark(x.at(original.bits_per_weight), y.at(base))
     y_ticks = [Mark(LEFT, y.at(t), text=(f"{t:g}".replace("e-0", "e-"),)) for t in ticks(y.low, y.high)]
-    return Plot(points, star, sorted(on, key=lambda i: candidates[i].bytes), _sizes(x, original), y_ticks)
+    front_by_size = sorted(on, key=lambda i: candidates[i].bytes)
+    return Plot(points, star, front_by_size, curves(candidates, cost), _sizes(x, original), y_ticks)
 
 
 def _sizes(x: Axis, original: Original) -> list[Mark]:
@@ -244,49 +222,6 @@ def _sizes(x: Axis, original: Original) -> list[Mark]:
         if all(abs(x.at(tick) - mark.x) >= 54 for mark in marks):
             marks.append(Mark(x.at(tick), ZERO, text=text))
     return marks
-
-
-Place = tuple[
-    bool, str, int, str
-]  # outside all blocks?, name of the list of blocks, number of the block, kind of matrix
-
-
-def _place(module: str) -> Place:
-    """model.layers.3.mlp.down_proj -> block 3 of model.layers, kind mlp.down_proj. Experts' numbers become a star."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 10]
-    if not numbers:
-        return True, "", 0, module
-    at = numbers[0]
-    kind = ["*" if i in numbers else part for i, part in enumerate(parts)][at + 1 :]
-    return False, ".".join(parts[:at]), int(parts[at]), ".".join(kind)
-
-
-def heat(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Data of the heat map: blocks (rows), kinds of matrices (columns), and one flat list of cells for each candidate.
-
-    A cell is None, a loss, or [mean, count, worst, its module] where a block has several of a kind, such as experts.
-    """
-    places = {module: _place(module) for c in candidates for module in c.losses}
-    rows = {row: r for r, row in enumerate(sorted({place[:3] for place in places.values()}))}
-    columns = {kind: k for k, kind in enumerate(dict.fromkeys(place[3] for place in places.values()))}
-    at = {place: rows[place[:3]] * len(columns) + columns[place[3]] for place in places.values()}
-    tables = [[None] * (len(rows) * len(columns)) for _ in candidates]
-    for table, c in zip(tables, candidates, strict=True):
-        found: dict[Place, list[tuple[float, str]]] = defaultdict(list)
-        for module, loss in c.losses.items():
-            found[places[module]].append((float(f"{loss:.4g}"), module))
-        for place, here in found.items():
-            table[at[place]] = _cell(here)
-    named = [["" if outside else f"{name}.{number}".strip("."), number] for outside, name, number in rows]
-    return {"rows": named, "columns": list(columns), "cells": tables, "schemes": [c.scheme for c in candidates]}
-
-
-def _cell(here: list[tuple[float, str]]) -> Any:
-    """A cell of the heat map; non-finite losses become None, since JSON has no NaN."""
-    mean = sum(loss for loss, _ in here) / len(here)
-    known = mean if math.isfinite(mean) else None
-    return known if len(here) == 1 or known is None else [mean, len(here), *max(here)]
 
 
 def best(candidates: Sequence[Candidate]) -> set[tuple[int, str]]:
@@ -368,6 +303,8 @@ def page(
         best=best(candidates),
         headline=headline(verdicts, candidates, names),
         heat=heat(candidates),
+        given=given(candidates),
+        kinds={kind: what for kind, what in KINDS.items() if any(c.kind == kind for c in candidates)},
         edges=(LEFT, RIGHT, TOP, BOTTOM, ZERO),
         chosen=verdicts[0].best,
     )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bitwright.evaluation.page import Candidate, Original, pareto, winner
+from bitwright.evaluation.candidate import Candidate, Original
+from bitwright.evaluation.page import pareto, winner
 from bitwright.evaluation.verdict import short_name, with_error
 from bitwright.pipeline.ledger import Entry
 from bitwright.plan.planned_tensor import QUANTIZED

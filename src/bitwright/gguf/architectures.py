@@ -3,7 +3,7 @@
 config_keys.py uses the rows in both directions. This file imports neither library.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,57 @@ MULTIPLIERS = (
     ("attention_multiplier", "attention.scale"), ("embedding_multiplier", "embedding_scale"),
     ("residual_multiplier", "residual_scale"), ("logits_scaling", "logit_scale"),
 )  # fmt: skip
+VOCABULARY = ("vocab_size", "vocab_size")
+SHARED_WIDTH = ("shared_intermediate_size", "expert_shared_feed_forward_length")
+SHARED_MIXTURE = (*MIXTURE, ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"))
+WITHOUT_POSITIONS = (("hidden_size", "embedding_length"), ("num_hidden_layers", "block_count"))
+# What llama.cpp asks for of models without attention or MLP; their context has no limit.
+NO_ATTENTION = (("context_length", 1 << 20), ("feed_forward_length", 0), ("attention.head_count", 0))
+MAMBA = (
+    *WITHOUT_POSITIONS, ("layer_norm_epsilon", RMS[0][1]), ("conv_kernel", "ssm.conv_kernel"),
+    ("state_size", "ssm.state_size"), ("time_step_rank", "ssm.time_step_rank"), ("vocab_size", "vocab_size"),
+)  # fmt: skip
+MAMBA2 = (
+    *WITHOUT_POSITIONS, ("layer_norm_epsilon", RMS[0][1]), ("conv_kernel", "ssm.conv_kernel"),
+    ("state_size", "ssm.state_size"), ("num_heads", "ssm.time_step_rank"), ("n_groups", "ssm.group_count"),
+    ("vocab_size", "vocab_size"),
+)  # fmt: skip
+HYBRID = (
+    ("mamba_n_heads", "ssm.time_step_rank"), ("mamba_d_state", "ssm.state_size"), ("mamba_n_groups", "ssm.group_count"),
+    ("mamba_d_conv", "ssm.conv_kernel"),
+)  # fmt: skip
+GRANITE = (*SHAPE[:3], SHAPE[4], *RMS, *MULTIPLIERS, ("vocab_size", "vocab_size"))
+NEMOTRON_H = (
+    *SHAPE[:3], SHAPE[4], ("layer_norm_epsilon", RMS[0][1]), ("layer_norm_epsilon", "attention.layer_norm_epsilon"), *HEADS,
+    ("mamba_num_heads", "ssm.time_step_rank"),
+    ("ssm_state_size", "ssm.state_size"), ("n_groups", "ssm.group_count"), ("conv_kernel", "ssm.conv_kernel"),
+    ("vocab_size", "vocab_size"),
+)  # fmt: skip
+NEMOTRON_MIXTURE = (
+    *GLM_MIXTURE[:4], *GLM_MIXTURE[5:], ("moe_shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+    ("moe_latent_size", "moe_latent_size"),
+)  # fmt: skip
+JAMBA = (
+    *SHAPE, *RMS, ("mamba_d_conv", "ssm.conv_kernel"), ("mamba_d_state", "ssm.state_size"),
+    ("mamba_dt_rank", "ssm.time_step_rank"), *MIXTURE[:2], ("vocab_size", "vocab_size"),
+)  # fmt: skip
+DELTA = (
+    ("linear_conv_kernel_dim", "ssm.conv_kernel"), ("linear_key_head_dim", "ssm.state_size"),
+    ("linear_num_key_heads", "ssm.group_count"), ("linear_num_value_heads", "ssm.time_step_rank"),
+)  # fmt: skip
+LFM2_MIXTURE = (*MIXTURE, ("num_dense_layers", "leading_dense_block_count"))
+GEMMA3N = (
+    *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, SOFT_CAPS[1], *SLIDING,
+    ("altup_active_idx", "altup.active_idx"), ("altup_num_inputs", "altup.num_inputs"),
+    ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
+    ("num_kv_shared_layers", "attention.shared_kv_layers"),
+)  # fmt: skip
+MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attention", SLIDING[0][1]), VOCABULARY)
+LLAMA4 = (
+    *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, *MIXTRAL,
+    ("intermediate_size_mlp", "feed_forward_length"), ("intermediate_size", "expert_feed_forward_length"),
+    ("interleave_moe_layer_step", "interleave_moe_layer_step"), ("vocab_size", "vocab_size"),
+)  # fmt: skip
 BIASES = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
 DISTILLED = (
     ("max_position_embeddings", "context_length"), ("dim", "embedding_length"), ("n_layers", "block_count"),
@@ -83,6 +134,7 @@ class Architecture:
     fused    whether the QKV matrix is ordered head by head, where llama.cpp wants all of Q, then K, then V
     constant (key, value): keys whose values are fixed in the model's code, not in its config
     biases   (config attribute, tensor whose presence means True when a file is read)
+    groups   the config attribute with the number of groups of Mamba 2's states; "": there are none of that kind
     """
 
     kind: str
@@ -96,6 +148,7 @@ class Architecture:
     fused: bool = False
     constant: tuple[tuple[str, float], ...] = ()
     biases: tuple[tuple[str, str], ...] = ()
+    groups: str = ""
 
 
 OTHERS = {  # general.type of files that are no models: what they are, and the remedy
@@ -121,11 +174,7 @@ ARCHITECTURES = {
         Architecture("ministral3", "mistral3", LLAMA, pairs=True),
         Architecture("qwen2", "qwen2", (*GROUPED, *RMS)),
         Architecture("qwen3", "qwen3", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
-        Architecture(
-            "qwen2_moe",
-            "qwen2moe",
-            (*GROUPED, *RMS, *MIXTURE, ("shared_expert_intermediate_size", "expert_shared_feed_forward_length")),
-        ),
+        Architecture("qwen2_moe", "qwen2moe", (*GROUPED, *RMS, *SHARED_MIXTURE)),
         Architecture("qwen3_moe", "qwen3moe", (*GROUPED, *RMS, *HEADS, *MIXTURE), biases=BIASES[:1]),
         Architecture("phi3", "phi3", (*GROUPED, *RMS, *SLIDING)),
         Architecture("gemma", "gemma", GEMMA, shifted=True),
@@ -188,6 +237,34 @@ ARCHITECTURES = {
         Architecture("exaone4", "exaone4", (*GROUPED, *RMS, *HEADS, *SLIDING, ("vocab_size", "vocab_size"))),
         Architecture("falcon", "falcon", FALCON),
         Architecture("lfm2", "lfm2", LFM2),
+        Architecture("llama4_text", "llama4", LLAMA4),
+        Architecture("qwen3_next", "qwen3next", (*GROUPED, *RMS, *HEADS, *SHARED_MIXTURE, *DELTA), shifted=True),
+        Architecture("mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", False))),
+        Architecture("falcon_mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", True))),
+        Architecture("mamba2", "mamba2", MAMBA2, rotary=False, constant=NO_ATTENTION, groups="n_groups"),
+        Architecture(
+            "granitemoeshared",
+            "granitemoe",
+            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, SHARED_WIDTH, VOCABULARY),
+            pairs=True,
+        ),
+        Architecture(
+            "granitemoehybrid",
+            "granitehybrid",
+            (*GRANITE, *MIXTRAL, *HYBRID),
+            rotary=False,
+            pairs=True,
+            groups="mamba_n_groups",
+        ),
+        Architecture("nemotron_h", "nemotron_h", NEMOTRON_H, rotary=False, groups="n_groups"),
+        Architecture("falcon_h1", "falcon-h1", (*GROUPED, *RMS, *HEADS, *HYBRID, VOCABULARY), groups="mamba_n_groups"),
+        Architecture("jamba", "jamba", JAMBA, rotary=False),
+        Architecture("lfm2_moe", "lfm2moe", (*LFM2, *LFM2_MIXTURE), constant=GATED_BY_SIGMOID),
+        Architecture("gemma3n_text", "gemma3n", GEMMA3N),
+        Architecture(
+            "modernbert", "modern-bert", MODERN, causal=False, constant=(("attention.sliding_window_pattern", 3),)
+        ),
+        Architecture("eurobert", "eurobert", (*GROUPED, *RMS), causal=False),
         Architecture("gpt2", "gpt2", GPT2, rotary=False),
         Architecture("gpt_bigcode", "starcoder", GPT2, rotary=False),
         Architecture("starcoder2", "starcoder2", (*GROUPED, ("norm_epsilon", "attention.layer_norm_epsilon"))),
@@ -199,30 +276,38 @@ ARCHITECTURES = {
     )
 }
 
+# Rows that are taken in the place of a kind's own: kind -> (whether a config is of this form, the row), the first that is.
+FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
+    "nemotron_h": (
+        (
+            lambda config: "moe" in config.layer_types,
+            Architecture(
+                "nemotron_h", "nemotron_h_moe", (*NEMOTRON_H, *NEMOTRON_MIXTURE), rotary=False, groups="n_groups"
+            ),
+        ),
+    ),
+    "granitemoehybrid": (
+        (
+            lambda config: "linear_attention" not in config.layer_types and config.num_local_experts > 0,
+            Architecture("granitemoehybrid", "granitemoe", (*GRANITE, *MIXTRAL), pairs=True),
+        ),
+        (
+            lambda config: "linear_attention" not in config.layer_types,
+            Architecture("granitemoehybrid", "granite", GRANITE, pairs=True),
+        ),
+    ),
+}
 
-STATES = "the tensors of a state space in llama.cpp's layout"
-HALVES = "gate and up of shared_mlp, one matrix here, as two tensors"
-GATED_STATES = "one matrix (in_proj_qkvz) as the two tensors attn_qkv and attn_gate, and the tensors of a state"
+
 ENCODER = "its class among the encoders, of which the last hidden state is taken"
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "qwen3_next": ("qwen3next", GATED_STATES),
     "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
     "qwen3_5_moe_text": ("qwen35moe", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
-    "llama4_text": ("llama4", "experts whose inputs are scaled, and chunked attention with temperatures"),
-    "gemma3n_text": ("gemma3n", "the tensors of AltUp, LAuReL and of embeddings for each layer"),
     "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
-    "granitemoeshared": ("granitemoe", HALVES),
-    "granitemoehybrid": ("granitehybrid", f"{HALVES}; and {STATES}"),
-    "falcon_h1": ("falcon-h1", f"its multipliers folded into matrices; and {STATES}"),
-    "mamba2": ("mamba2", f"{STATES}, and keys for a model without attention"),
-    "jamba": ("jamba", f"{STATES}, and layers with and without experts"),
     "apertus": ("apertus", "the parameters of its activation as keys of the file"),
-    "phimoe": ("phimoe", "SparseMixer's weights of experts, where llama.cpp has those of a softmax"),
-    "lfm2_moe": ("lfm2moe", "layers with and without experts beside convolutions"),
-    "modernbert": ("modern-bert", ENCODER),
+    "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", ENCODER),
-    "eurobert": ("eurobert", ENCODER),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),
@@ -249,4 +334,5 @@ def check_is_model(keys: Mapping[str, Any], where: str) -> None:
 
 def named(name: object) -> Architecture | None:
     """The first row with this llama.cpp architecture; None if there is none."""
-    return next((row for row in ARCHITECTURES.values() if row.name == name), None)
+    forms = [form[-1] for others in FORMS.values() for form in others]
+    return next((row for row in (*ARCHITECTURES.values(), *forms) if row.name == name), None)

@@ -18,6 +18,7 @@ from bitwright.gguf import rope
 from bitwright.gguf.architectures import (
     ARCHITECTURES,
     EXPERT_COUNT,
+    FORMS,
     VISION,
     Architecture,
     check_is_model,
@@ -35,6 +36,7 @@ SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_
 # Config attributes that llama.cpp's code fixes for each model_type.
 GELU = "gelu_pytorch_tanh"
 ALIKE = {"gelu_new": GELU}  # two names of the same function
+ANY_STEP = {"time_step_limit": (0.0, math.inf)}  # steps of a state are not clamped
 SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
 FIXED: dict[str, Keys] = {
     **{
@@ -94,6 +96,65 @@ FIXED: dict[str, Keys] = {
     "gpt_neox": {"hidden_act": "gelu", "attention_bias": True},
     **{kind: {"hidden_act": "gelu", "is_decoder": False} for kind in ("bert", "roberta", "xlm-roberta")},
     "distilbert": {"activation": "gelu"},
+    "llama4_text": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    "qwen3_next": {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True, **SPARSE},
+    **{
+        kind: {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "expand": 2}
+        for kind in ("mamba", "falcon_mamba")
+    },
+    "mamba2": {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, **ANY_STEP},
+    "granitemoeshared": {"hidden_act": "silu", "attention_bias": False},
+    "granitemoehybrid": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        **ANY_STEP,
+    },
+    "nemotron_h": {
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": False,
+        "mamba_proj_bias": False,
+        "use_conv_bias": True,
+        **ANY_STEP,
+    },
+    "lfm2_moe": {"conv_bias": False, "tie_word_embeddings": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    "gemma3n_text": {
+        "hidden_activation": GELU,
+        "altup_active_idx": 0,
+        "altup_num_inputs": 4,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+    },
+    "modernbert": {
+        "hidden_activation": "gelu",
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "eurobert": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "falcon_h1": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+        "mamba_rms_norm": False,
+        **ANY_STEP,
+    },
+    "jamba": {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False},
 }
 EVERY = {
     "gemma2": 2,
@@ -102,6 +163,8 @@ EVERY = {
     "gpt_oss": 2,
     "olmo3": 4,
 }  # every how many layers one has full attention; the others have a sliding window
+# Of Gemma 3n: layers with keys and values of their own, layers whose MLP is sparse, and how sparse.
+GEMMA3N_OWN, GEMMA3N_SPARSE, SPARSITY = 20, 10, 0.95
 EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
@@ -119,7 +182,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             "that file, which is quantized tensor by tensor"
         )
         raise FormatError(message, remedy=remedy)
-    return row
+    return next((form for fits, form in FORMS.get(row.kind, ()) if fits(config)), row)
 
 
 def experts_in(config: PretrainedConfig) -> int:
@@ -158,6 +221,14 @@ def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys
         found["query_pre_attn_scalar"] = width // heads if depth == WIDE[kind] else head_dim
     if kind == "smollm3":  # every fourth layer has no position embedding (NoPE)
         found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
+    if kind == "llama4_text":
+        found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
+        found["layer_types"] = ["chunked_attention" if rotary else rope.GLOBAL for rotary in found["no_rope_layers"]]
+    if kind == "gemma3n_text":
+        found["num_kv_shared_layers"] = max(0, depth - GEMMA3N_OWN)
+        found["activation_sparsity_pattern"] = [SPARSITY if i < GEMMA3N_SPARSE else 0.0 for i in range(depth)]
+    if kind == "modernbert":
+        found["layer_types"] = [rope.LOCAL if i % 3 else rope.GLOBAL for i in range(depth)]
     if kind == "olmoe":
         found["num_key_value_heads"] = heads  # the norm of keys is as wide as that of queries
     if kind == "exaone4":
@@ -169,9 +240,11 @@ def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys
 
 def _check_fixed(row: Architecture, config: PretrainedConfig) -> None:
     """FormatError for a config that disagrees with what llama.cpp fixes, so that it would compute another model."""
-    shape = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_dim_of(config)
+    heads = getattr(config, "num_attention_heads", 0)
+    shape = config.num_hidden_layers, config.hidden_size, heads, head_dim_of(config) if heads else 0
     for attribute, meant in _fixed(row.kind, *shape).items():
         value = getattr(config, attribute, None)
+        value = tuple(value) if isinstance(meant, tuple) and value is not None else value
         if value is not None and ALIKE.get(str(value), value) != meant:
             message = f"{attribute} = {value!r}, and llama.cpp's {row.name} always has {meant!r}"
             raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
@@ -223,7 +296,7 @@ def config_of(
     values |= {attribute: name in tensors for attribute, name in row.biases}
     values |= {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors} if row.kind == "stablelm" else {}
     values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
-    values |= {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    values |= _special(keys, values["vocab_size"])
     values |= _ends(keys)
     own = {key.removeprefix(f"{row.name}."): _plain(value) for key, value in keys.items()}
     try:
@@ -271,9 +344,17 @@ def _row_of(keys: Mapping[str, Any], tensors: Container[str], where: str) -> Arc
         "llama": ("mixtral", bool(keys.get(f"llama.{EXPERT_COUNT}"))),
         "deepseek2": ("deepseek_v3", keys.get("deepseek2.expert_gating_func") == SIGMOID),
         "olmo2": ("olmo3", bool(keys.get("olmo2.attention.sliding_window"))),
+        "mamba": ("falcon_mamba", bool(keys.get("mamba.ssm.dt_b_c_rms"))),
+        "granitemoe": ("granitemoeshared", bool(keys.get("granitemoe.expert_shared_feed_forward_length"))),
     }
     kind, is_other = others.get(row.name, ("", False))
     return ARCHITECTURES[kind] if is_other else row
+
+
+def _special(keys: Mapping[str, Any], vocabulary: int) -> Keys:
+    """The ids of special tokens; one outside the vocabulary counts as missing, as in llama.cpp."""
+    ids = {attribute: keys.get(f"tokenizer.ggml.{key}") for attribute, key in SPECIAL.items()}
+    return {a: n if isinstance(n, int) and 0 <= n < vocabulary else None for a, n in ids.items()}
 
 
 def _ends(keys: Mapping[str, Any]) -> Keys:
@@ -299,8 +380,9 @@ def _implied(
     """Config attributes without a key of their own: those that llama.cpp fixes, and RoPE's."""
     names = dict(row.keys)
     a = {key: attribute for attribute, key in names.items()}
-    depth, width, heads = (values[a[key]] for key in ("block_count", "embedding_length", "attention.head_count"))
-    head_dim = values.get("head_dim") or width // heads
+    depth, width = values[a["block_count"]], values[a["embedding_length"]]
+    heads = values[a["attention.head_count"]] if "attention.head_count" in a else 0
+    head_dim = values.get("head_dim") or (width // heads if heads else 0)
     found = _fixed(row.kind, depth, width, heads, head_dim)
     if row.rotary:
         found["rope_parameters"] = rope.parameters_of(row.name, keys, factors, head_dim, where)

@@ -48,7 +48,11 @@ ALPHA = (
 # What all checkpoints of an architecture have, and llama.cpp nevertheless computes as by YARN.
 OWN = {"gpt-oss": {"truncate": False}}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-LOCAL_BASES = {"gemma3": 10000.0}  # default base of sliding-window layers, for architectures in which it differs
+LOCAL_BASES = {
+    "gemma3": 10000.0,
+    "gemma3n": 10000.0,
+    "modern-bert": 10000.0,
+}  # default base of sliding-window layers, for architectures in which it differs
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 

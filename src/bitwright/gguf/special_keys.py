@@ -4,17 +4,25 @@ WRITTEN gives them for a config; READ gives config attributes for the keys of a 
 without the architecture's prefix. Source: llama.cpp's converter (conversion/*.py).
 """
 
+import math
 from collections.abc import Callable, Container, Mapping
+from statistics import NormalDist
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from bitwright.errors import FormatError
+from bitwright.gguf import state_keys
 
 Keys = dict[str, Any]
 
 DISTILLED_EPSILON = 1e-12  # epsilon of DistilBERT's norms, fixed in its code
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+MAVERICK = 128  # experts of the one Llama 4 without norms of queries and keys
 CONV = "conv"  # the type of Lfm2's layers without attention
-FULL = "full_attention"
+PER_LAYER = "per_layer_token_embd.weight"  # Gemma 3n's embedding for each layer
+FULL, WINDOW = "full_attention", "sliding_attention"
+PATTERN = "attention.sliding_window_pattern"
 
 
 def _gpt2(config: PretrainedConfig) -> Keys:
@@ -92,6 +100,64 @@ def _ernie(config: PretrainedConfig) -> Keys:
     return {"expert_shared_feed_forward_length": config.moe_num_shared_experts * config.moe_intermediate_size}
 
 
+def _lfm2_mixture(config: PretrainedConfig) -> Keys:
+    return {
+        "attention.head_count_kv": [0 if kind == CONV else config.num_key_value_heads for kind in config.layer_types]
+    }
+
+
+def _lfm2_mixture_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    found = _lfm2_read(own, tensors)
+    first = own["leading_dense_block_count"]
+    return {
+        "num_key_value_heads": found["num_key_value_heads"], "layer_types": found["layer_types"],
+        "use_expert_bias": f"blk.{first}.exp_probs_b.bias" in tensors,
+    }  # fmt: skip
+
+
+def _gemma3n(config: PretrainedConfig) -> Keys:
+    """Which layers have a window; and the inner size of the MLPs, which must be one."""
+    widths = config.intermediate_size
+    several = set(widths) if isinstance(widths, list) else {widths}
+    if len(several) > 1:
+        message = f"MLPs of several inner sizes, {sorted(several)}, where llama.cpp's gemma3n has one"
+        raise FormatError(message, where="config.json", remedy="keep it in another format")
+    scales = [
+        float(NormalDist().inv_cdf(share)) if share else -math.inf for share in config.activation_sparsity_pattern
+    ]
+    windows = [kind != FULL for kind in config.layer_types]
+    return {"feed_forward_length": max(several), "activation_sparsity_scale": scales, PATTERN: windows}
+
+
+def _gemma3n_read(own: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Keys:
+    depth, pattern = own["block_count"], own.get(PATTERN, 5)
+    windows = pattern if isinstance(pattern, list) else [(i + 1) % pattern != 0 for i in range(depth)]
+    return {
+        "intermediate_size": own["feed_forward_length"], "layer_types": [WINDOW if w else FULL for w in windows],
+        "vocab_size_per_layer_input": tensors[PER_LAYER][0],
+    }  # fmt: skip
+
+
+def _llama4(config: PretrainedConfig) -> Keys:
+    """Nothing: queries and keys have norms but in the model of 128 experts, and experts come at regular intervals."""
+    regular = list(
+        range(config.interleave_moe_layer_step - 1, config.num_hidden_layers, config.interleave_moe_layer_step)
+    )
+    meant = {"use_qk_norm": config.num_local_experts != MAVERICK, "moe_layers": regular}
+    for attribute, value in meant.items():
+        found = getattr(config, attribute)
+        if found != value:
+            message = f"{attribute} = {found!r}, and llama.cpp's llama4 has {value!r} for such a model"
+            raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
+    return {}
+
+
+def _llama4_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    if own.get("attention.sliding_window") == 0:
+        raise ValueError("attention to the whole text in all layers, which is not read here yet")
+    return {"use_qk_norm": own["expert_count"] != MAVERICK}
+
+
 WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "gpt2": _gpt2,
     "gpt_bigcode": _starcoder,
@@ -105,12 +171,20 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
         "expert_shared_feed_forward_length": config.intermediate_size,
         "expert_shared_count": 1,
     },
+    "lfm2_moe": _lfm2_mixture,
+    "gemma3n_text": _gemma3n,
+    "llama4_text": _llama4,
+    **state_keys.WRITTEN,
 }
-READ: dict[str, Callable[[Mapping[str, Any], Container[str]], Keys]] = {
+READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Keys]] = {
     "gpt2": _inner_read,
     "gpt_bigcode": _inner_read,
     "falcon": _falcon_read,
     "lfm2": _lfm2_read,
     "deepseek_v2": _latent_read,
     "deepseek_v3": _latent_read,
+    "lfm2_moe": _lfm2_mixture_read,
+    "gemma3n_text": _gemma3n_read,
+    "llama4_text": _llama4_read,
+    **state_keys.READ,
 }

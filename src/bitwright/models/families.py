@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import (
 from bitwright.gguf.config_keys import first_position
 
 # Encoders: they predict no next token, their output is the last hidden state.
-ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+POOLED = ("bert", "roberta", "xlm-roberta")  # those that have a pooling layer
+ENCODERS = (*POOLED, "distilbert", "modernbert", "eurobert")
 
 
 # Linear modules that stay in float unless a recipe names them, because they are small and sensitive: pattern of the name ->
@@ -44,10 +45,10 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     A multimodal model includes its vision and audio towers. ValueError for a model that neither is an encoder in `ENCODERS`
     nor predicts a next token.
     """
-    if config.model_type == "distilbert":  # it has no pooling layer, and no argument to leave it out
-        found = AutoModel.from_config(config, dtype=dtype)
-    elif config.model_type in ENCODERS:
+    if config.model_type in POOLED:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
+    elif config.model_type in ENCODERS:
+        found = AutoModel.from_config(config, dtype=dtype)
     else:
         found = class_of(config)._from_config(config, dtype=dtype)
     return found.eval()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from bitwright.files.checkpoint import TensorInfo
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.gguf.config_keys import config_of, further_blocks
-from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, decoded, float_dtype
+from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
-from bitwright.gguf.tensor_names import Names, expert_of, first_row
+from bitwright.gguf.tensor_names import Names
+from bitwright.gguf.tensor_parts import Place
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of
@@ -36,10 +36,10 @@ def read_config(path: Path) -> PretrainedConfig:
 
 
 class Matched(NamedTuple):
-    """A file's model: its names; transformers' parameter name -> the file's tensor, and -> shape in transformers."""
+    """A file's model: its names; transformers' parameter name -> where it lies in the file, and -> shape in transformers."""
 
     names: Names
-    stored: dict[str, str]
+    places: dict[str, list[Place]]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -52,21 +52,23 @@ def _matched(file: GgufFile) -> Matched:
     factors = {name: file.read(name).float() for name in COMPUTED if name in file.tensors}
     config = config_of(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(file.path), factors)
     file.check_vocabulary()
-    names, stored, parameters = Names(config), dict[str, str](), _parameters(config, str(file.path))
+    names, places, parameters = Names(config), dict[str, list[Place]](), _parameters(config, str(file.path))
     for parameter, shape in parameters.items():
         with suppress(FormatError):  # llama.cpp has no tensor for buffers and tied parameters
-            name = names.of(parameter)
-            found = file.tensors.get(name)
-            if found is not None and found.shape != (meant := names.stored_shape(parameter, shape)):
-                message = f"tensor {name!r} has shape {found.shape}, the keys mean {meant}"
-                raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
-            stored |= {} if found is None else {parameter: name}
-    known = {*stored.values(), *COMPUTED}
+            found = names.places(parameter, names.own_shape(parameter, shape))
+            for place in found:
+                t = file.tensors.get(place.name)
+                if t is not None and t.shape != place.shape:
+                    message = f"tensor {place.name!r} has shape {t.shape}, the keys mean {place.shape}"
+                    raise CheckpointError(message, where=str(file.path), remedy="get a good copy")
+            if all(place.name in file.tensors for place in found):
+                places[parameter] = found
+    known = {*(place.name for found in places.values() for place in found), *COMPUTED}
     unknown = [name for name in file.tensors if name not in known and not _is_further(name, file.keys, config)]
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
-    return Matched(names, stored, {parameter: parameters[parameter] for parameter in stored})
+    return Matched(names, places, {parameter: parameters[parameter] for parameter in places})
 
 
 def _is_further(name: str, keys: Mapping[str, Any], config: PretrainedConfig) -> bool:
@@ -103,7 +105,8 @@ class GgufWeightSource:
         """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
-        self.names, self.stored, self._shapes = _matched(self.file)
+        self.names, self.places, self._shapes = _matched(self.file)
+        self.stored = {parameter: places[0].name for parameter, places in self.places.items()}
         self.notes: tuple[str, ...] = ()
 
     @property
@@ -127,19 +130,18 @@ class GgufWeightSource:
 
     def read(self, name: str) -> Tensor:
         """A parameter in float, in transformers' layout."""
-        found = self.file.read_rows(*self._place(name)).view(self._stored_shape(name))
-        return self.names.read(name, found, self._shapes[name])
+        found = [self.file.read_rows(at, first, first + rows) for at, first, rows, _ in self.places[name]]
+        whole = torch.cat(found).view(self.names.own_shape(name, self._shapes[name]))
+        return self.names.read(name, whole, self._shapes[name])
 
-    def _stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter in the file: of its tensor, or of one expert in it."""
-        shape = self.file.tensors[self.stored[name]].shape
-        return shape if expert_of(name) is None else shape[1:]
+    def _blocks(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a parameter's rows, in llama.cpp's order."""
+        parts = [self.file.rows(at, first, first + rows) for at, first, rows, _ in self.places[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _place(self, name: str) -> tuple[str, int, int]:
-        """The tensor that holds a parameter, and its rows there, [first, last): of an expert, a part of them."""
-        own = self._stored_shape(name)
-        first = first_row(name, own)
-        return self.stored[name], first, first + prod(own[:-1])
+    def _kinds(self, name: str) -> set[Kind]:
+        """The ggml types that a parameter is stored in."""
+        return {self.file.tensors[place.name].type for place in self.places[name]}
 
     def rows(self, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """An embedding for lookups: the tensor to keep in memory (perhaps blocks), and a function that dequantizes rows."""
@@ -150,17 +152,17 @@ class GgufWeightSource:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The ggml blocks of a weight: uint8 [N, bytes], rows in llama.cpp's order."""
-        return {"weight": torch.from_numpy(self.file.rows(*self._place(name)))}
+        return {"weight": torch.from_numpy(self._blocks(name))}
 
     def quantized(self, name: str) -> QTensor | None:
-        """A matrix as a QTensor, rows in transformers' order; None if it is float.
+        """A matrix as a QTensor, rows in transformers' order; None if it is float, or if its parts are of several types.
 
         FormatError for a type that is not read here.
         """
         t = self.file.tensors[self.stored[name]]
-        if t.type in FLOATS:
+        if t.type in FLOATS or len(self._kinds(name)) > 1:
             return None
-        blocks, some = self.file.rows(*self._place(name)), max(1, WEIGHTS_AT_ONCE // t.shape[-1])
+        blocks, some = self._blocks(name), max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         q = stacked([self._codes(name, blocks[start : start + some]) for start in range(0, len(blocks), some)])
         order = self.names.rows(name, len(q.codes))
         return q if order is None else reordered(q, order.argsort())
@@ -177,9 +179,8 @@ class GgufWeightSource:
 
     def describe(self, name: str) -> tuple[str, int]:
         """The ggml type of a parameter, in lower case, and its bytes."""
-        stored, first, last = self._place(name)
-        t = self.file.tensors[stored]
-        return t.type.name.lower(), (last - first) * t.row_bytes
+        kinds = "+".join(sorted(kind.name.lower() for kind in self._kinds(name)))
+        return kinds, sum(place.rows * self.file.tensors[place.name].row_bytes for place in self.places[name])
 
     def scalar(self, name: str) -> Tensor | None:
         """None: GGUF files hold no scales of a KV cache."""

@@ -30,7 +30,7 @@ class Listener(Protocol):
 
 @dataclass
 class KvCache:
-    """Stands in for a transformers Cache during one forward.
+    """Stands in for a transformers Cache during one forward, of layers with attention or with states.
 
     listening  record keys and values; None: not recorded
     rounding   quantize and dequantize keys and values; None: left in float
@@ -50,6 +50,24 @@ class KvCache:
         if self.rounding is None:
             return keys, values
         return self.rounding[0](keys), self.rounding[1](values)
+
+    def get_seq_length(self, *_: object) -> int:
+        """Tokens before this forward: none."""
+        return 0
+
+    def get_conv_state(self, *_: object, **__: object) -> None:
+        """A layer's last inputs of its convolution: none. States are neither recorded nor rounded."""
+
+    def get_recurrent_state(self, *_: object, **__: object) -> None:
+        """A layer's state before this forward: none."""
+
+    def update_conv_state(self, inputs: Tensor, *_: object, **__: object) -> Tensor:
+        """Called by a layer with a convolution; returns all of its inputs [B, channels, T]."""
+        return inputs
+
+    def update_recurrent_state(self, state: Tensor, *_: object, **__: object) -> Tensor:
+        """Called by a layer with its state behind the text."""
+        return state
 
 
 def check(scheme: Scheme) -> None:

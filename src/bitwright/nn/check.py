@@ -18,6 +18,7 @@ from bitwright.nn.fake import Edge, Phase
 from bitwright.nn.integer import storable
 from bitwright.nn.layers import matrix
 from bitwright.nn.tree import no_fast_path
+from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.codec import decode, encode, fit, rounded
 from bitwright.numerics.scheme import Scheme
 
@@ -84,16 +85,16 @@ def check_outputs(
 
 @torch.no_grad()
 def rounded_twin(
-    source: nn.Module, layers: list[tuple[str, nn.Module]], weights: Scheme, activations: Scheme | None
+    source: nn.Module, layers: list[tuple[str, nn.Module]], weights: WeightSchemes, activations: Scheme | None
 ) -> nn.Module:
     """Make the twin, in place: the float module with quantized and dequantized weights of these layers.
 
     activations: scheme of the dynamic quantization of products' inputs; None: none.
     """
-    for _, layer in layers:
+    for name, layer in layers:
         for parameter in layer.parameters():
             if parameter.ndim > 1:
-                parameter.copy_(_rounded_weight(parameter, weights))
+                parameter.copy_(_rounded_weight(parameter, weights.at(name)))
         if activations is not None and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
             layer.register_forward_pre_hook(_rounding(activations, images=not isinstance(layer, nn.Linear)))
     return source

@@ -49,7 +49,7 @@ def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
             body = replaced(body, module, entered(module, prepared, names[0]))
     for name, module in layers_of(body, DYNAMIC, prepared.kept):
         if role_of(module) != PRODUCT:
-            body = replaced(body, module, dynamic(module, prepared.weights, tokens, where=name))
+            body = replaced(body, module, dynamic(module, prepared.weights.at(name), tokens, where=name))
     body = off_the_fast_path(prepared.kept.apply(body)).eval()
     if check != "off":
         _check(prepared, body, check)
@@ -72,7 +72,7 @@ def entered(module: Entered, prepared: Prepared, where: str) -> nn.Module:
     """The integer form of a single layer with the quantization of its input."""
     edge, layer = module.edge, module.layer
     assert isinstance(edge, Edge) and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
-    q, activations = weight_of(layer, prepared.weights, where), prepared.activations
+    q, activations = weight_of(layer, prepared.weights.at(where), where), prepared.activations
     if edge.scheme.group == TOKEN:
         return DynamicProduct.of(layer, q, activations=activations, where=where)
     affine = edge.affine()
@@ -162,7 +162,7 @@ class Rewriting:
         layer, name = self.layers[node], str(node.target)
         where = f"{self.prefix}.{name}".lstrip(".")
         if name not in self.quantized:
-            self.quantized[name] = weight_of(layer, self.prepared.weights, where)
+            self.quantized[name] = weight_of(layer, self.prepared.weights.at(where), where)
         made = self.graph.get_submodule(name)
         return layer, where, self.quantized[name], made if isinstance(made, IntegerProduct) else None
 

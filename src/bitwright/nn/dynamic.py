@@ -26,6 +26,7 @@ from bitwright.nn.recurrent import Cell, IntegerCell, IntegerRecurrent, Recurren
 from bitwright.nn.rounded import HeldWeight, trained
 from bitwright.nn.trace import traced
 from bitwright.nn.tree import Kept, copied, kind, layers_of, no_fast_path, off_the_fast_path, replaced, require_mode
+from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.codec import encode, fit
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TOKEN, Scheme
@@ -37,6 +38,7 @@ def quantize_dynamic(
     *,
     activations: str = "int8-token",
     keep: Mapping[str, str] | None = None,
+    schemes: Mapping[str, str] | None = None,
     inplace: bool = False,
     example_inputs: Batch | None = None,
     check: Check = "error",
@@ -46,6 +48,7 @@ def quantize_dynamic(
     scheme          of the weights: integers, ternary or binary; by channel, or in groups for Linear
     activations     "int8-token" or "int8-token-asym", or fewer bits: per row, for a convolution per image
     keep            patterns of module names -> "float", or "bf16" for float weights and products in bfloat16
+    schemes         patterns of layers' names -> a scheme of theirs, in place of `scheme`; what `keep` matches has none
     inplace         change `module` itself; otherwise a copy is changed
     example_inputs  a batch on which the result is compared with the float module, as in `convert`; None: no comparison
     check           if they differ by more than quantization explains: "error", "warn", "off"
@@ -56,7 +59,7 @@ def quantize_dynamic(
     """
     require_mode(module, training=False)
     require_check(check)
-    weights, rounding = Scheme.parse(scheme), activations_of(activations)
+    weights, rounding = WeightSchemes.of(module, scheme, schemes), activations_of(activations)
     check_activations(rounding, TOKEN)
     kept = Kept(module, keep or {})
     source = plain(copied(module), kept) if example_inputs is not None and check != "off" else None
@@ -66,7 +69,7 @@ def quantize_dynamic(
     if not layers:
         raise nothing_to_quantize(module)
     for name, child in layers:
-        target = replaced(target, child, dynamic(child, weights, rounding, where=name))
+        target = replaced(target, child, dynamic(child, weights.at(name), rounding, where=name))
     target = off_the_fast_path(kept.apply(target)).eval()
     if source is not None and example_inputs is not None:
         remedy = "example_inputs as the module is called with"

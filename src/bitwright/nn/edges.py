@@ -15,6 +15,7 @@ from bitwright.nn.plan import codes, fuses, has_no_integer_form, role_of, role_u
 from bitwright.nn.rounded import ROUNDED, Entered, HeldWeight
 from bitwright.nn.trace import CARRY, OTHER, PRODUCT, dropped_in_training, fold_norms, traced
 from bitwright.nn.tree import Kept, copied, kind
+from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.scheme import TOKEN, Scheme
 
 
@@ -25,7 +26,7 @@ class Maker:
         self,
         root: nn.Module,
         example: Batch,
-        weights: Scheme,
+        weights: WeightSchemes,
         activations: Scheme,
         observer: str,
         percentile: float | None,
@@ -72,7 +73,7 @@ class Maker:
         """A single layer with an edge at its input; the layer itself if it has no integer form."""
         if has_no_integer_form(module):
             return module
-        check_group(self.weights, module, name)
+        check_group(self.weights.at(name), module, name)
         return Entered(self.edge(f"{name}.input".lstrip("."), images=not isinstance(module, nn.Linear)), module)
 
     def graph(self, module: nn.Module, name: str) -> fx.GraphModule | str:
@@ -118,7 +119,8 @@ class Maker:
         """Insert an edge after every value that will be quantized: results of integer operations, inputs of products."""
         roles = {node: role_unless_kept(graph, node, prefix, self.kept) for node in graph.graph.nodes}
         for node in (node for node in roles if roles[node] == PRODUCT):
-            check_group(self.weights, graph.get_submodule(str(node.target)), f"{prefix}.{node.target}".lstrip("."))
+            name = f"{prefix}.{node.target}".lstrip(".")
+            check_group(self.weights.at(name), graph.get_submodule(str(node.target)), name)
         tokens = self.activations.group == TOKEN
         emits = set() if tokens else codes(graph, roles)
         for node in list(graph.graph.nodes):

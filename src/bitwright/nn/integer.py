@@ -222,10 +222,14 @@ def check_activations(scheme: Scheme, *groups: str) -> None:
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight as integers without zero points: values int8 [N, K], scale float32 [N, G]; w ≈ scale · values."""
+    """A weight as integers without zero points: values int8 [N, K], scale float32 [N, G]; w ≈ scale · values.
+
+    bits: of two's complement that hold every value of its scheme; 8 hold them all
+    """
 
     values: Tensor
     scale: Tensor
+    bits: int = 8
 
 
 def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
@@ -256,4 +260,13 @@ def integer_weight(q: QTensor, *, where: str) -> IntegerWeight:
             f"weights of {str(q.scheme)!r} less their zero points exceed int8", where=where, remedy=remedy
         )
     scale = (q.scales.scale / factor).expand(len(values), -1)
-    return IntegerWeight(values.to(torch.int8), scale.contiguous())
+    return IntegerWeight(values.to(torch.int8), scale.contiguous(), _bits(q.scheme))
+
+
+def _bits(scheme: Scheme) -> int:
+    """Bits of two's complement that hold every value of `integer_weight`."""
+    grid = scheme.levels
+    if grid.levels is None:
+        return min(8, grid.bits + (not scheme.symmetric))  # less a zero point, codes reach as far to both sides
+    largest = max(abs(level) for level in grid.levels) * FACTORS.get(scheme.grid, 1.0)
+    return min(8, int(largest).bit_length() + 1)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import SchemeError
-from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import (
     IntegerWeight,
     Multiply,
@@ -24,6 +23,7 @@ from bitwright.nn.integer import (
     scaled_product,
 )  # fmt: skip
 from bitwright.nn.native import Memory, dense, empty_output, handles, packed
+from bitwright.nn.stored_codes import StoredCodes
 from bitwright.numerics.codec import code_range
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
@@ -31,13 +31,12 @@ from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
 Source = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
-class IntegerProduct(Replacement):
+class IntegerProduct(StoredCodes):
     """Base class of static and dynamic layers: int8 weights, and their product with int8 activations.
 
     codes  int8 [N, K], the integer weights; for a convolution K = kh·kw·C / groups, in this order
     """
 
-    codes: Tensor
     lender: "tuple[IntegerProduct, ...]"
 
     def __init__(
@@ -54,7 +53,7 @@ class IntegerProduct(Replacement):
         self.label, self.where, self.outputs, self.memory = label, where, len(weight.values), Memory()
         self.lender = () if lender is None else (lender,)  # in a tuple, so that it is not registered as a submodule
         if lender is None:
-            self.register_buffer("codes", weight.values)
+            self.store(weight)
 
     def __getattr__(self, name: str) -> Any:
         if name == "codes" and self.__dict__.get("lender"):
@@ -276,10 +275,9 @@ class StaticProduct(IntegerProduct):
         return self.multiplied(codes, lambda rows, w, n: requantized(rows, w, scale[n, 0], constant[n], low, high))
 
 
-class IntegerEmbedding(Replacement):
+class IntegerEmbedding(StoredCodes):
     """Embedding with integer weights: codes int8 [V, E], scale float32 [V, G]; rows are dequantized as they are read."""
 
-    codes: Tensor
     scale: Tensor
 
     def __init__(self, source: nn.Module, q: QTensor, *, where: str) -> None:
@@ -287,7 +285,7 @@ class IntegerEmbedding(Replacement):
         self.describe(source)
         weight = integer_weight(q, where=where)
         self.label, self.where = named(q.scheme), where
-        self.register_buffer("codes", weight.values)
+        self.store(weight)
         self.register_buffer("scale", weight.scale)
 
     @property
@@ -330,17 +328,16 @@ class IntegerEmbeddingBag(IntegerEmbedding):
         )
 
 
-class StoredWeight(Replacement):
+class StoredWeight(StoredCodes):
     """The integer form of `HeldWeight`, a weight [N, ...] that a forward reads directly: dequantized whenever it is read."""
 
-    codes: Tensor
     scale: Tensor
 
     def __init__(self, q: QTensor, shape: torch.Size, dtype: torch.dtype, *, where: str) -> None:
         super().__init__()
         weight = integer_weight(q, where=where)
         self.shape, self.dtype, self.label = shape, dtype, named(q.scheme)
-        self.register_buffer("codes", weight.values)
+        self.store(weight)
         self.register_buffer("scale", weight.scale)
 
     def forward(self) -> Tensor:

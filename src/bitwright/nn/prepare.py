@@ -15,13 +15,14 @@ from bitwright.nn.fake import Edge
 from bitwright.nn.integer import activations_of, check_activations
 from bitwright.nn.plain import plain
 from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, off_the_fast_path, require_mode
+from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
 
 class Prepared(nn.Module):
     """A module with observers (`Edge`). body: the original, traced where possible, which computes the same."""
 
-    def __init__(self, body: nn.Module, weights: Scheme, activations: Scheme, kept: Kept, batch: Batch) -> None:
+    def __init__(self, body: nn.Module, weights: WeightSchemes, activations: Scheme, kept: Kept, batch: Batch) -> None:
         """batch: on which `convert` compares the results: the example, or the first calibration batch."""
         super().__init__()
         self.body, self.weights, self.activations, self.kept, self.batch = body, weights, activations, kept, batch
@@ -45,6 +46,7 @@ def prepare(
     observer: str = "mse",
     percentile: float | None = None,
     keep: Mapping[str, str] | None = None,
+    schemes: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> Prepared:
     """Insert observers into a module, for `calibrate` and `convert`: post-training static quantization.
@@ -56,6 +58,7 @@ def prepare(
     observer        how a range is chosen from the recorded values: "minmax", "average", "percentile", "mse", "kl"
     percentile      of that observer; None: 99.9
     keep            patterns of module names -> "float", or "bf16"
+    schemes         patterns of layers' names -> a scheme of theirs, in place of `weights`; what `keep` matches has none
 
     Layers of modules that cannot be traced are prepared one by one. Raises RecipeError for a module in training mode, with
     nothing to quantize, that was prepared before, whose graph computes something else, or that cannot be traced and has
@@ -64,13 +67,14 @@ def prepare(
     if observer not in RANGES:
         raise RecipeError(f"unknown observer {observer!r}", remedy=one_of(observer, RANGES))
     require_mode(module, training=False)
-    return _prepared(module, example_inputs, weights, activations, observer, percentile, keep, inplace, False)
+    of_weights = WeightSchemes.of(module, weights, schemes)
+    return _prepared(module, example_inputs, of_weights, activations, observer, percentile, keep, inplace, False)
 
 
 def prepared_for_training(
     module: nn.Module,
     example_inputs: Batch,
-    weights: str,
+    weights: WeightSchemes,
     activations: str,
     observer: str,
     keep: Mapping[str, str] | None,
@@ -83,7 +87,7 @@ def prepared_for_training(
 def _prepared(
     module: nn.Module,
     example: Batch,
-    weights: str,
+    of_weights: WeightSchemes,
     activations: str,
     observer: str,
     percentile: float | None,
@@ -93,7 +97,7 @@ def _prepared(
 ) -> Prepared:
     if isinstance(module, Prepared) or any(isinstance(child, Edge) for child in module.modules()):
         raise RecipeError("already prepared", where=type(module).__name__, remedy="prepare the float module")
-    of_weights, of_values = Scheme.parse(weights), activations_of(activations)
+    of_values = activations_of(activations)
     check_activations(of_values, TENSOR, TOKEN)
     kept = Kept(module, keep or {})
     with no_fast_path():

@@ -1,6 +1,6 @@
 """Sensitivity analysis: the output error of a module when one layer at a time is quantized."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,23 +24,46 @@ def sensitivity(
     are no batches, and NumericsError if the outputs are not finite.
     """
     require_mode(module, training=False)
-    scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), list(batches)
-    if not kept:
-        raise CalibrationError("no batches", remedy="give at least one batch of inputs")
+    scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), given(batches)
     module = plain(copied(module), Kept(module, {}))
     layers = layers_of(module, DYNAMIC, Kept(module, {}))
     if not layers:
         raise nothing_to_quantize(module)
+    errors = errors_alone(
+        module, layers, kept, lambda name, layer: {"": dynamic(layer, scheme, rounding, where=name).eval()}
+    )
+    return dict(sorted(((name, of[""]) for name, of in errors.items()), key=lambda item: -item[1]))
+
+
+def given(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches. CalibrationError if there are none."""
+    kept = list(batches)
+    if not kept:
+        raise CalibrationError("no batches", remedy="give at least one batch of inputs")
+    return kept
+
+
+def errors_alone(
+    module: nn.Module,
+    layers: Sequence[tuple[str, nn.Module]],
+    batches: Sequence[Batch],
+    forms: Callable[[str, nn.Module], Mapping[str, nn.Module]],
+) -> dict[str, dict[str, float]]:
+    """Layer -> form -> relative squared error of the outputs if only this layer has this form.
+
+    forms: for a layer and its name, what may stand in its place, by name. NumericsError if the outputs are not finite.
+    """
+    errors: dict[str, dict[str, float]] = {}
     with no_fast_path():
         name = type(module).__name__
-        expected = [require_finite(tensors(run(module, batch)), "the outputs", name) for batch in kept]
-        costs = {}
+        expected = [require_finite(tensors(run(module, batch)), "the outputs", name) for batch in batches]
         for name, layer in layers:
-            integer = dynamic(layer, scheme, rounding, where=name).eval()
-            module = replaced(module, layer, integer)
-            costs[name] = _lost(expected, [tensors(run(module, batch)) for batch in kept])
-            module = replaced(module, integer, layer)
-    return dict(sorted(costs.items(), key=lambda item: -item[1]))
+            errors[name] = {}
+            for form, other in forms(name, layer).items():
+                module = replaced(module, layer, other)
+                errors[name][form] = _lost(expected, [tensors(run(module, batch)) for batch in batches])
+                module = replaced(module, other, layer)
+    return errors
 
 
 def _lost(expected: list[list[torch.Tensor]], found: list[list[torch.Tensor]]) -> float:

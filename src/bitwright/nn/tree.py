@@ -1,7 +1,7 @@
 """Operations on the tree of modules: find layers by class, replace them, keep some in float or bfloat16."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -117,6 +117,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches a module's own name, or that of one around it; None if there is none."""
+    path = name.split(".")
+    above = [".".join(path[: i + 1]) for i in range(len(path))]
+    return next((pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in above)), None)
+
+
 class Kept:
     """The modules (and parameters) that are not quantized: pattern of the name -> "float" or "bf16".
 
@@ -136,9 +143,8 @@ class Kept:
 
     def covers(self, name: str) -> str | None:
         """How a module is kept, by its own name or that of one around it: "float" or "bf16"; None: it is quantized."""
-        path = name.split(".")
-        above = [".".join(path[: i + 1]) for i in range(len(path))]
-        return next((kind for p, kind in self.keep.items() if any(fnmatchcase(each, p) for each in above)), None)
+        found = pattern_of(name, self.keep)
+        return None if found is None else self.keep[found]
 
     def apply(self, target: nn.Module) -> nn.Module:
         """Wrap the modules that are kept in bfloat16 in `Bf16`; returns the root."""

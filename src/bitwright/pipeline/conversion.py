@@ -15,6 +15,7 @@ from bitwright.formats.gguf_members import Member
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, is_adapter, quantization_of, read_config
+from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read
 from bitwright.pipeline.convert_adapter import adapter_from_gguf, adapter_to_gguf, is_gguf_adapter
@@ -47,8 +48,15 @@ def convert(model: Path, out: Path, format_name: str | None = None, *, base: Pat
         remedy = "quantize the float original to GGUF"
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)
-    skeleton, checkpoint = Skeleton(read_config(model), torch.float32), Checkpoint(model)
+    return _directory_to_gguf(model, out)
+
+
+def _directory_to_gguf(model: Path, out: Path) -> dict[str, Any]:
+    """Write a float directory as a GGUF file: what `convert` gives, and its errors."""
+    config = read_config(model)
+    skeleton, checkpoint = Skeleton(config_for_gguf(config), torch.float32), Checkpoint(model)
     check_described(checkpoint.tensors, model)
+    left = fit_to_gguf(config, checkpoint)
     skeleton.split_experts(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = skeleton.source_names(shapes, str(model))
@@ -65,7 +73,12 @@ def convert(model: Path, out: Path, format_name: str | None = None, *, base: Pat
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
-    return {"out": str(out), "bytes": out.stat().st_size, "tensors": len(members), "notes": [*notes, *said]}
+    return {
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "tensors": len(members),
+        "notes": [*left, *notes, *said],
+    }
 
 
 def _left_out(others: set[str], skeleton: Skeleton) -> list[str]:

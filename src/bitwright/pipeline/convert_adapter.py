@@ -79,8 +79,8 @@ def _tensors(adapter: Adapter, names: Names) -> tuple[float, dict[str, Tensor]]:
     alpha, found = first.scaling * len(first.A) or float(len(first.A)), dict[str, Tensor]()
     for module, delta in adapter.deltas.items():
         parameter = f"{module}.weight"
-        if delta.magnitude is not None or expert_of(parameter) is not None:
-            what = "DoRA's magnitudes" if delta.magnitude is not None else "an adapter of single experts"
+        what = "DoRA's magnitudes" if delta.magnitude is not None else _no_place(names, parameter)
+        if what:
             remedy = f"merge it into the model: bitwright merge MODEL {adapter.folder} OUT.gguf --scheme q4_k_m"
             raise FormatError(f"llama.cpp has no place for {what}", where=module, remedy=remedy)
         factor = delta.scaling * len(delta.A) / alpha
@@ -90,6 +90,17 @@ def _tensors(adapter: Adapter, names: Names) -> tuple[float, dict[str, Tensor]]:
         found[f"{name}{HALVES[0]}"] = delta.A.contiguous()
         found[f"{name}{HALVES[1]}"] = (B if order is None else B[order]).contiguous()
     return alpha, dict(sorted(found.items(), key=lambda item: place(item[0])))
+
+
+def _no_place(names: Names, parameter: str) -> str:
+    """What there is of an adapter of this parameter that llama.cpp has no place for; "": nothing."""
+    if expert_of(parameter) is not None:
+        return "an adapter of single experts"
+    if len(names.tensors_of(parameter)) > 1:
+        return f"an adapter of a matrix that is cut into {' and '.join(names.tensors_of(parameter))}"
+    if names.row.kind == "falcon_h1":
+        return "an adapter of a model whose multipliers are folded into its matrices"
+    return ""
 
 
 def adapter_from_gguf(file: Path, out: Path, base: Path | None) -> dict[str, Any]:

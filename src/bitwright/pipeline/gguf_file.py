@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from bitwright.formats import Layer, gguf_writer
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.rope import tensors_of
-from bitwright.gguf.tensor_names import Names, first_row
+from bitwright.gguf.tensor_names import Names
 from bitwright.numerics.qtensor import QTensor, reordered, rows
 from bitwright.pipeline.quantize_matrix import SLAB
 
@@ -30,15 +30,23 @@ class GgufModelWriter:
     def put_floats(self, parameter: str, tensor: Tensor) -> None:
         """Write a parameter that stays in float."""
         written = self._names.written(parameter, tensor).contiguous()
-        self._making.put_floats(self._names.of(parameter), written, first_row(parameter, tuple(written.shape)))
+        parts = self._names.places(parameter, tuple(written.shape))
+        lines = written.reshape(-1, written.shape[-1]) if written.ndim else written
+        for place, part in zip(
+            parts, lines.split([place.rows for place in parts]) if len(parts) > 1 else (lines,), strict=True
+        ):
+            self._making.put_floats(place.name, part.contiguous(), place.first)
 
     def put_rounded(self, parameter: str, layer: Layer, q: QTensor) -> None:
         """Write a quantized parameter, some rows at a time."""
-        name, order = self._names.of(parameter), self._names.rows(parameter, len(q.codes))
-        q = q if order is None else reordered(q, order)
-        N, step, place = len(q.codes), max(1, SLAB // layer.K), first_row(parameter, tuple(q.codes.shape))
-        for first in range(0, N, step):
-            self._making.put_rounded(name, layer, rows(q, first, min(first + step, N)), place + first)
+        order = self._names.rows(parameter, len(q.codes))
+        q, begin = q if order is None else reordered(q, order), 0
+        for name, first, count, _ in self._names.places(parameter, tuple(q.codes.shape)):
+            step = max(1, SLAB // layer.K)
+            for at in range(0, count, step):
+                some = rows(q, begin + at, begin + min(at + step, count))
+                self._making.put_rounded(name, layer, some, first + at)
+            begin += count
 
     def flush(self) -> None:
         """Flush all that was written to the disk."""

@@ -96,7 +96,9 @@ def write_importance(
                 assert inputs.gram is not None
                 for name in inputs.names:  # experts in order
                     seen = Seen(inputs.gram.diagonal(), inputs.tokens)
-                    found.setdefault(names.of(f"{name}.weight"), []).append(seen)
+                    for stored in names.tensors_of(f"{name}.weight"):
+                        of_experts = found.get(stored, []) if expert_of(f"{name}.weight") is not None else []
+                        found[stored] = [*of_experts, seen]
     finally:
         shutil.rmtree(folder)
     imatrix.write(

@@ -25,7 +25,6 @@ from bitwright.plan.units import Unit, base_plan, units_of
 from bitwright.system.progress import Progress
 from bitwright.transforms import split_method
 
-ROUNDS = 8  # of correcting a budget by what the file's other bytes turn out to be
 TOLERANCE = 0.005  # share by which a target may be above the largest allocation, and still get it
 
 
@@ -121,10 +120,10 @@ def plan_recipe(
         found = scored(base, units, tokens, scores or Path(thrown_away), progress)
     spending = _Spending(model, settings, base, units, found.scores)
     text, plan, options = spending.met(target)
-    given = tuple(Given(u.patterns, o.scheme, o.bytes, o.kl) for u, o in zip(units, options, strict=True))
+    given = tuple(Given(u.patterns, o.scheme, o.bytes, o.loss) for u, o in zip(units, options, strict=True))
     said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
     notes = (*plan.notes, *said, *found.notes, *_notes(settings))
-    kl = sum(option.kl for option in options)
+    kl = sum(option.loss for option in options)
     return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
 
 
@@ -214,7 +213,7 @@ class _Spending:
     @property
     def bounds(self) -> tuple[tuple[int, float], tuple[int, float]]:
         """(bytes, predicted KL) of the smallest and of the largest allocation."""
-        kls = [sum(pick(unit, key=lambda o: o.bytes).kl for unit in self.options) for pick in (min, max)]
+        kls = [sum(pick(unit, key=lambda o: o.bytes).loss for unit in self.options) for pick in (min, max)]
         return (self.sizes.other + self.sizes.least, kls[0]), (self.sizes.other + self.sizes.most, kls[1])
 
     def met(self, target: Target) -> tuple[str, Plan, list[Option]]:
@@ -227,24 +226,15 @@ class _Spending:
                 raise out_of_reach
             return (*self._carried(cheapest), cheapest)
         limit, other = self.sizes.limit(target)
-        found: tuple[str, Plan, list[Option]] | None = None
-        for _ in range(ROUNDS):
-            options = self.allocation.within(limit - other)
-            if options is None:
-                break
-            text, plan = self._carried(options)
-            taken = plan.bytes if target.size is not None else _data_bytes(plan)
-            exact = taken - sum(option.bytes for option in options)
-            if taken > limit:
-                other = max(exact, other + 1)
-                continue
-            found = text, plan, options
-            if exact >= other:
-                break
-            other = exact
+
+        def carry_out(options: list[Option]) -> tuple[tuple[str, Plan], int]:
+            made = self._carried(options)
+            return made, made[1].bytes if target.size is not None else _data_bytes(made[1])
+
+        found = self.allocation.carried_out(limit, other, carry_out)
         if found is None:
             raise out_of_reach
-        return found
+        return (*found[0], found[1])
 
     def _carried(self, options: list[Option]) -> tuple[str, Plan]:
         """The recipe that gives each unit its option, and the plan of the run that it leads to."""

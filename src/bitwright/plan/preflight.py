@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
@@ -32,6 +33,7 @@ from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, positions_of
+from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
@@ -292,7 +294,11 @@ def preflight(
     for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
-    config = read_config(source)
+    config = original = read_config(source)
+    alone = (
+        format_.one_file and not is_gguf(source) and quantization_of(source) is None
+    )  # the text model, of a float directory
+    config = config_for_gguf(original) if alone else original
     if not requantize:
         _refuse_integers(source)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
@@ -301,8 +307,9 @@ def preflight(
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
     skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
     _check_made_for(recipe, skeleton, source)
-    checkpoint = _open(source, format_, skeleton, requantize=requantize)
+    checkpoint, left = _open(source, format_, skeleton, original if alone else None, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
+    notes += left
     if any(t.stored_as for t in tensors):
         notes.append(decoded_note(tensors))
     added = None if adapter is None else Adapter(adapter)
@@ -394,20 +401,27 @@ def _refuse_integers(source: Path) -> None:
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
 
-def _open(source: Path, format_: Format, skeleton: Skeleton, *, requantize: bool) -> FloatCheckpoint:
-    """The source's tensors, fused experts apart. A quantized GGUF file: CheckpointError unless `requantize`."""
+def _open(
+    source: Path, format_: Format, skeleton: Skeleton, original: PretrainedConfig | None, *, requantize: bool
+) -> tuple[FloatCheckpoint, list[str]]:
+    """The source's tensors, fused experts apart, and what there is to say of those left out.
+
+    original: the checkpoint's own config, where only its text model is wanted. A quantized GGUF file: CheckpointError unless
+    `requantize`.
+    """
     if not is_gguf(source):
         if quantization_of(source) is not None:
-            return DecodedCheckpoint(source, skeleton)
+            return DecodedCheckpoint(source, skeleton), []
         checkpoint = Checkpoint(source)
         check_described(checkpoint.tensors, source)
+        left = [] if original is None else fit_to_gguf(original, checkpoint)
         skeleton.split_experts(checkpoint)
-        return checkpoint
+        return checkpoint, left
     decoded_as = torch.float32 if format_.one_file else HALF
     found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
     if not format_.one_file:  # whose tokenizer is written anew
         template_keys(read_templates(found.weight_source.file.keys), str(source))
-    return found
+    return found, []
 
 
 def _notes_on_towers(source: Path, skeleton: Skeleton) -> list[str]:

@@ -44,9 +44,9 @@ class Target:
         return f"{self.bits:g} bits a weight" if self.bits is not None else f"a KL of {self.kl:g}"
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, where: str = "--size") -> int:
     """A size such as 100MB (10⁶ bytes each) or 6GiB (2³⁰). RecipeError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].upper() not in UNITS:
-        raise RecipeError(f"{text!r} is not a size", where="--size", remedy="such as --size 100MB or --size 6GiB")
+        raise RecipeError(f"{text!r} is not a size", where=where, remedy="such as 100MB, or 6GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])

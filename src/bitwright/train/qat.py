@@ -11,6 +11,7 @@ from bitwright.nn.plan import has_no_integer_form
 from bitwright.nn.prepare import Prepared, prepared_for_training
 from bitwright.nn.rounded import ROUNDED, round_weights
 from bitwright.nn.tree import kind, named, require_mode
+from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.scheme import TOKEN
 
 
@@ -22,6 +23,7 @@ def prepare_qat(
     activations: str = "int8-tensor-asym",
     learned: bool = True,
     keep: Mapping[str, str] | None = None,
+    schemes: Mapping[str, str] | None = None,
     inplace: bool = False,
 ) -> Prepared:
     """Insert fake quantization of weights and activations into a module for training, with straight-through gradients.
@@ -42,7 +44,8 @@ def prepare_qat(
     module.eval()
     try:
         observer = "mse" if learned else "average"
-        prepared = prepared_for_training(module, example_inputs, weights, activations, observer, keep, inplace)
+        of_weights = WeightSchemes.of(module, weights, schemes)
+        prepared = prepared_for_training(module, example_inputs, of_weights, activations, observer, keep, inplace)
     finally:
         for name, child in module.named_modules():
             child.training = modes.get(name, True)
@@ -69,9 +72,10 @@ def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
             continue
         if any(prepared.kept.covers(name) for name in names):
             continue
+        scheme = prepared.weights.at(names[0])
         for p in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
-            integer_weight(quantized(p, prepared.weights, names[0]), where=names[0])  # refuse now, not after training
-        round_weights(layer, prepared.weights, learned=learned)
+            integer_weight(quantized(p, scheme, names[0]), where=names[0])  # refuse now, not after training
+        round_weights(layer, scheme, learned=learned)
 
 
 def freeze(prepared: Prepared) -> Prepared:

@@ -1,0 +1,87 @@
+"""Parameters that are not one tensor of a GGUF file each: cut into several tensors, or one of several in a tensor.
+
+A parameter's rows are those that `Names.written` gives, all dimensions but the last counted as rows. Source: llama.cpp's
+converter (conversion/*.py).
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)$")
+
+
+class Place(NamedTuple):
+    """Where some rows of a parameter lie: `rows` rows from row `first` on of tensor `name`, whose shape is `shape`."""
+
+    name: str
+    first: int
+    rows: int
+    shape: tuple[int, ...]
+
+
+class Share(NamedTuple):
+    """A parameter that is number `number` of `of` in a tensor, stacked along a dimension of their own."""
+
+    name: str
+    number: int
+    of: int
+
+    def place(self, shape: tuple[int, ...], rows: int) -> Place:
+        """Its place, for a parameter of this shape."""
+        return Place(self.name, self.number * rows, rows, (self.of, *shape))
+
+
+class Part(NamedTuple):
+    """A tensor that holds some rows of a parameter."""
+
+    name: str
+    rows: int
+
+
+def _granite(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """Gate and up of the shared expert are one matrix; without other experts it is an ordinary MLP."""
+    end = "_shexp" if config.num_local_experts else ""
+    if leaf == "shared_mlp.input_linear.weight":
+        return tuple(
+            Part(f"blk.{block}.ffn_{which}{end}.weight", config.shared_intermediate_size) for which in ("gate", "up")
+        )
+    if leaf == "shared_mlp.output_linear.weight":
+        return (Part(f"blk.{block}.ffn_down{end}.weight", config.hidden_size),)
+    return ()
+
+
+def _gated_states(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """Queries, keys and values of linear attention, and its gate (z), are one matrix."""
+    if leaf != "linear_attn.in_proj_qkvz.weight":
+        return ()
+    keys, values = (
+        config.linear_num_key_heads * config.linear_key_head_dim,
+        config.linear_num_value_heads * config.linear_value_head_dim,
+    )
+    return Part(f"blk.{block}.attn_qkv.weight", 2 * keys + values), Part(f"blk.{block}.attn_gate.weight", values)
+
+
+PARTS: dict[str, Callable[[PretrainedConfig, str, str], tuple[Part, ...]]] = {
+    "granitemoeshared": _granite,
+    "granitemoehybrid": _granite,
+    "qwen3_next": _gated_states,
+}
+ALTUP = re.compile(r"altup_(unembed_)?projections\.(\d+)\.weight$")
+
+
+def parts_of(config: PretrainedConfig, parameter: str) -> tuple[Part, ...]:
+    """The tensors into which a parameter is cut, in the order of its rows; (): it is not cut."""
+    found, cut = BLOCK.search(parameter), PARTS.get(config.model_type)
+    return () if found is None or cut is None else cut(config, found[1], found[2])
+
+
+def share_of(config: PretrainedConfig, parameter: str) -> Share | None:
+    """The tensor that a parameter shares with others; None if it shares none."""
+    altup = ALTUP.search(parameter)
+    if altup is None:
+        return None
+    name = f"altup_{'unembd_' if altup[1] else ''}proj.weight"  # all hidden states of Gemma 3n but the first have one
+    return Share(name, int(altup[2]), config.altup_num_inputs - 1)
