@@ -167,8 +167,9 @@ def _config(
     }
     most = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
     others = {module: rank for module, rank in ranks.items() if rank != most}
+    named = str(base.resolve() if base.exists() else base)
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM" if names.row.causal else None, "base_model_name_or_path": str(base),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if names.row.causal else None, "base_model_name_or_path": named,
         "r": most, "lora_alpha": alpha or most, "rank_pattern": others, "alpha_pattern": {} if alpha else others,
         "target_modules": _targets(set(ranks), skeleton), "bias": "none", "inference_mode": True,
         "fan_in_fan_out": any(f"{module}.weight".endswith(TRANSPOSED) for module in ranks) and names.row.kind == "gpt2",
