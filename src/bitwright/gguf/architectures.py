@@ -299,7 +299,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 }
 
 
-ENCODER = "its class among the encoders, of which the last hidden state is taken"
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
     "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
@@ -307,7 +306,11 @@ MISSING = {
     "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
     "apertus": ("apertus", "the parameters of its activation as keys of the file"),
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
-    "nomic_bert": ("nomic-bert", ENCODER),
+    "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),
+    "gemma3_text with attention both ways": (
+        "gemma-embedding",
+        "its class among the encoders, and its windows both ways",
+    ),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),
