@@ -657,8 +657,8 @@ def of_type(kind: int) -> Callable[[bytes], bytes]:
         (lambda c: c.replace(b"llama.block_count", b"llama.block_kount"), "block_count is missing"),
         (lambda c: c.replace(b"general.architecture", b"general.architexture"), "architecture None is not read"),
         (
-            lambda c: c.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1),
-            "architecture 'mamba' is not read",
+            lambda c: c.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom", 1),
+            "architecture 'bloom' is not read",
         ),
         (lambda c: c.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokans"), "no tokens"),
         (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-9"), "pre-tokenizer 'gpt-9'.*known"),

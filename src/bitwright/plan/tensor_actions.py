@@ -211,9 +211,8 @@ class _Chooser:
         """What the choice of a block type in a mix depends on; name: llama.cpp's."""
         config = self.skeleton.config
         part = part_of(name, block)
-        heads = config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
+        heads = getattr(config, "num_attention_heads", None) or 1  # a state space has none
+        heads //= getattr(config, "num_key_value_heads", None) or heads
         fits = K % TYPES[MIXES[rule.mix]].size == 0
         tied = bool(config.tie_word_embeddings)
         weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0
