@@ -401,7 +401,7 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
     if verbose:
         console.print(ledger_table(done.ledger))
     for note in () if quiet else done.notes:
-        console.print(f"note: {plain(note)}", highlight=False)
+        console.print(f"note: {plain(note)}", highlight=False, soft_wrap=not console.is_terminal)
     for fallback in done.fallbacks if quiet or verbose else ():
         console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
     for line in () if quiet else summary(done, model):  # a command stays one line, to be pasted
