@@ -250,6 +250,16 @@ struct Gates {
 // How the vector of a head is kept, as a row of bytes; numerics/key_value_codes.py.
 enum KeyValue { KV_F16, KV_Q8, KV_Q4 };
 
+// Channels of D that have a scale (and a minimum, in 4 bits) in common; bytes of a row.
+inline ptrdiff_t kept_block(int type, ptrdiff_t D) {
+    const ptrdiff_t usual = type == KV_Q8 ? 32 : 64;
+    return D % usual ? D : usual;
+}
+inline ptrdiff_t kept_width(int type, ptrdiff_t D) {
+    if (type == KV_F16) return 2 * D;
+    return type == KV_Q8 ? D + 2 * (D / kept_block(type, D)) : D / 2 + 4 * (D / kept_block(type, D));
+}
+
 // Attention of some tokens that follow one another in a sequence, for the heads that have one key head in common. Token r
 // sees the positions up to position + r, with a window only so many of them.
 struct Attention {

@@ -1,12 +1,6 @@
 // How keys and values are kept: float16, or integers of 8 or 4 bits under float16 scales. Included behind dense.h.
 // The same numbers as numerics/key_value_codes.py: a row has the codes of all blocks, then their scales, then (4 bits) their minima.
 
-// Channels that have a scale in common.
-static inline ptrdiff_t kept_block(int type, ptrdiff_t D) {
-    const ptrdiff_t usual = type == KV_Q8 ? 32 : 64;
-    return D % usual ? D : usual;
-}
-
 // x as f16, which ends at 65504, to a place of two bytes; what it then is.
 static inline float put_half(float x, uint8_t *to) {
     const float limit = 65504.0f, within = x > limit ? limit : x < -limit ? -limit : x;

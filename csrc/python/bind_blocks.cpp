@@ -41,22 +41,38 @@ void round_rows(const Format &f, Values w, Vector weight, Vector shrink, Vector 
 template <class T, int dimensions>
 using Table = nb::ndarray<const T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
 
-// Codes [R, width] of the nearest entries to x [R, width], importance u.
-void nearest_runs(Table<float, 3> points, Table<uint8_t, 3> entries, Matrix middle, Table<int32_t, 3> near, Vector level, int run,
-                  bool has_signs, bool even, Matrix x, std::optional<Matrix> u, CodeArray codes, int threads) {
-    size_t V = points.shape(0), P = points.shape(1), d = points.shape(2), width = x.shape(1), places = 1;
+// A codebook with the arrays that it points to; checked once.
+struct Codebook {
+    Table<float, 3> points;
+    Table<uint8_t, 3> entries;
+    Matrix middle;
+    Table<int32_t, 3> near;
+    Vector level;
+    Lattice lattice;
+};
+
+Codebook *make_codebook(Table<float, 3> points, Table<uint8_t, 3> entries, Matrix middle, Table<int32_t, 3> near, Vector level, int width,
+                        int run, bool has_signs, bool even) {
+    size_t V = points.shape(0), P = points.shape(1), d = points.shape(2), places = 1;
     for (size_t i = 0; i < d; i++) places *= middle.shape(1) + 1;
     require(V >= 1 && V <= 2 && entries.shape(0) == V && entries.shape(1) == P && entries.shape(2) == d, "codes must be [V, P, d]");
     require(middle.shape(0) == V && near.shape(0) == V && near.shape(1) == places && near.shape(2) > 0, "near must be [V, L^d, n]");
-    require(d > 0 && width > 0 && width <= MOST_RUN && width % d == 0 && run > 0, "width must be of whole entries");
-    require(run <= (int)d || (run % d == 0 && width % run == 0), "a run must be of whole entries, width of whole runs");
+    require(d > 0 && width > 0 && width <= MOST_RUN && width % (int)d == 0 && run > 0, "width must be of whole entries");
+    require(run <= (int)d || (run % (int)d == 0 && width % run == 0), "a run must be of whole entries, width of whole runs");
     require(!even || width % 8 == 0, "width must be of whole eights");
     for (size_t i = 0; i < near.size(); i++) require(near.data()[i] >= 0 && near.data()[i] < (int32_t)P, "near must be entries");
     for (size_t i = 0; i < entries.size(); i++) require(entries.data()[i] < level.shape(0), "a code beyond the levels");
-    shaped(codes, x.shape(0), width, "codes must be [R, width]");
-    if (u) shaped(*u, x.shape(0), width, "u must be [R, width]");
     Lattice a{points.data(), entries.data(), middle.data(), near.data(), level.data(), (int)V, (int)P, (int)d,
-              (int)middle.shape(1) + 1, (int)near.shape(2), (ptrdiff_t)places, (int)width, run, (int)level.shape(0) - 1, has_signs, even};
+              (int)middle.shape(1) + 1, (int)near.shape(2), (ptrdiff_t)places, width, run, (int)level.shape(0) - 1, has_signs, even};
+    return new Codebook{points, entries, middle, near, level, a};
+}
+
+// Codes [R, width] of the nearest entries to x [R, width], importance u.
+void nearest_runs(const Codebook &book, Matrix x, std::optional<Matrix> u, CodeArray codes, int threads) {
+    const Lattice &a = book.lattice;
+    shaped(x, x.shape(0), a.width, "x must be [R, width]");
+    shaped(codes, x.shape(0), a.width, "codes must be [R, width]");
+    if (u) shaped(*u, x.shape(0), a.width, "u must be [R, width]");
     Runs runs{x.data(), data_of(u), (uint8_t *)bytes_of(codes)};
     nb::gil_scoped_release unlocked;
     share_out(x.shape(0), 1024, threads, [&](ptrdiff_t first, ptrdiff_t last) { chosen->nearest_runs(a, runs, first, last); });
@@ -103,9 +119,10 @@ void bind_blocks(nb::module_ &m) {
     m.def("round_rows", &round_rows, "format"_a, "w"_a.noconvert(), "weight"_a.noconvert(), "shrink"_a.noconvert(),
           "factor"_a.noconvert(), "quick"_a, "g"_a, "scale"_a.noconvert(), "zero"_a.noconvert().none(), "codes"_a.noconvert(),
           "sums"_a.noconvert(), "threads"_a);
-    m.def("nearest_runs", &nearest_runs, "points"_a.noconvert(), "entries"_a.noconvert(), "middle"_a.noconvert(),
-          "near"_a.noconvert(), "level"_a.noconvert(), "run"_a, "has_signs"_a, "even"_a, "x"_a.noconvert(),
-          "u"_a.noconvert().none(), "codes"_a.noconvert(), "threads"_a);
+    nb::class_<Codebook>(m, "Codebook")
+        .def(nb::new_(&make_codebook), "points"_a.noconvert(), "entries"_a.noconvert(), "middle"_a.noconvert(), "near"_a.noconvert(),
+             "level"_a.noconvert(), "width"_a, "run"_a, "has_signs"_a, "even"_a);
+    m.def("nearest_runs", &nearest_runs, "codebook"_a, "x"_a.noconvert(), "u"_a.noconvert().none(), "codes"_a.noconvert(), "threads"_a);
     m.def("put_side_by_side", &put_side_by_side, "numbers"_a.noconvert(), "bytes"_a.noconvert(), "n"_a, "bits"_a,
           "turn"_a);
     m.def("put_rows", &put_rows, "rows"_a.noconvert(), "place"_a.noconvert());

@@ -148,12 +148,12 @@ using Numbered = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::devic
 Cache cache_of(const Decoder &d, const Slots &rows, int bits) {
     require(bits == 16 || bits == 8 || bits == 4, "keys and values are kept in 16, 8 or 4 bits");
     const bool whole = bits == 16;
-    const ptrdiff_t block = d.D % (bits == 8 ? 32 : 64) ? d.D : bits == 8 ? 32 : 64;
-    const ptrdiff_t width = whole ? 2 * d.D : d.D * bits / 8 + d.D / block * (bits == 8 ? 2 : 4);
+    const int type = whole ? KV_F16 : bits == 8 ? KV_Q8 : KV_Q4;
+    const ptrdiff_t width = kept_width(type, d.D);
     require(rows.shape(1) == d.layers.size() && rows.shape(2) == 2 && rows.shape(3) == (size_t)d.key_heads &&
             rows.dtype().bits == (whole ? 16 : 8) && (ptrdiff_t)rows.shape(5) * (whole ? 2 : 1) == width,
             "the cache must be float16 [slots, L, 2, key heads, room, D], or bytes");
-    return {(uint8_t *)rows.data(), whole ? KV_F16 : bits == 8 ? KV_Q8 : KV_Q4, (ptrdiff_t)rows.shape(4), width};
+    return {(uint8_t *)rows.data(), type, (ptrdiff_t)rows.shape(4), width};
 }
 
 void read(Held &held, Out x, Numbered slots, Numbered places, Slots rows, int bits, int threads) {

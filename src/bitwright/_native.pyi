@@ -14,6 +14,20 @@ class Format:
         code: list[int],
     ) -> None: ...
 
+class Codebook:
+    def __init__(
+        self,
+        points: Tensor,
+        entries: Tensor,
+        middle: Tensor,
+        near: Tensor,
+        level: Tensor,
+        width: int,
+        run: int,
+        has_signs: bool,
+        even: bool,
+    ) -> None: ...
+
 def search(
     format: Format,
     w: Tensor,
@@ -40,20 +54,7 @@ def round_rows(
     sums: Tensor,
     threads: int,
 ) -> None: ...
-def nearest_runs(
-    points: Tensor,
-    entries: Tensor,
-    middle: Tensor,
-    near: Tensor,
-    level: Tensor,
-    run: int,
-    has_signs: bool,
-    even: bool,
-    x: Tensor,
-    u: Tensor | None,
-    codes: Tensor,
-    threads: int,
-) -> None: ...
+def nearest_runs(codebook: Codebook, x: Tensor, u: Tensor | None, codes: Tensor, threads: int) -> None: ...
 def put_side_by_side(numbers: Tensor, bytes: Tensor, n: int, bits: int, turn: int) -> None: ...
 def put_rows(rows: Tensor, place: Tensor) -> None: ...
 def take_side_by_side(bytes: Tensor, numbers: Tensor, n: int, bits: int, less: int) -> None: ...

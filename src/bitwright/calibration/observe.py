@@ -229,7 +229,7 @@ def _norms(run: BlockRun) -> list[str]:
 
 
 def _modules(run: BlockRun) -> list[str]:
-    """Names of the block's modules but for single experts, and containers, which are not called."""
+    """Names of all modules of the block but those of single experts; containers among them are never called."""
     prefix, experts = f"{run.skeleton.block_prefix}.{run.index}.", tuple(f"{name}." for name in run.skeleton.experts)
     named = run.skeleton.blocks[run.index].named_modules(prefix=prefix[:-1])
     return [name for name, _ in named if name.startswith(prefix) and not name.startswith(experts)]

@@ -26,7 +26,7 @@ from bitwright.files.hub import local, name_of
 from bitwright.pipeline.calibration_pass import calibration_tokens, one_shot
 from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.run import run
-from bitwright.pipeline.work_in_progress import check_out
+from bitwright.pipeline.work_in_progress import check_out, ledger_beside
 from bitwright.system.device import device_of
 from bitwright.system.memory import forget_peak, peak_since, return_memory
 from bitwright.system.progress import Progress
@@ -260,7 +260,7 @@ def _remove(made: Path) -> None:
     if made.is_dir():
         shutil.rmtree(made)
     else:
-        for file in (made, made.with_name(f"{made.stem}.ledger.jsonl")):
+        for file in (made, ledger_beside(made)):
             file.unlink(missing_ok=True)
 
 

@@ -246,6 +246,14 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
             stream.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes: also where they are NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(one, other)
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Write a file atomically: it exists complete or not at all."""
     with _replacing(file) as stream:

@@ -71,23 +71,23 @@ WITHOUT_POSITIONS = (("hidden_size", "embedding_length"), ("num_hidden_layers", 
 NO_ATTENTION = (("context_length", 1 << 20), ("feed_forward_length", 0), ("attention.head_count", 0))
 MAMBA = (
     *WITHOUT_POSITIONS, ("layer_norm_epsilon", RMS[0][1]), ("conv_kernel", "ssm.conv_kernel"),
-    ("state_size", "ssm.state_size"), ("time_step_rank", "ssm.time_step_rank"), ("vocab_size", "vocab_size"),
+    ("state_size", "ssm.state_size"), ("time_step_rank", "ssm.time_step_rank"), VOCABULARY,
 )  # fmt: skip
 MAMBA2 = (
     *WITHOUT_POSITIONS, ("layer_norm_epsilon", RMS[0][1]), ("conv_kernel", "ssm.conv_kernel"),
     ("state_size", "ssm.state_size"), ("num_heads", "ssm.time_step_rank"), ("n_groups", "ssm.group_count"),
-    ("vocab_size", "vocab_size"),
+    VOCABULARY,
 )  # fmt: skip
 HYBRID = (
     ("mamba_n_heads", "ssm.time_step_rank"), ("mamba_d_state", "ssm.state_size"), ("mamba_n_groups", "ssm.group_count"),
     ("mamba_d_conv", "ssm.conv_kernel"),
 )  # fmt: skip
-GRANITE = (*SHAPE[:3], SHAPE[4], *RMS, *MULTIPLIERS, ("vocab_size", "vocab_size"))
+GRANITE = (*SHAPE[:3], SHAPE[4], *RMS, *MULTIPLIERS, VOCABULARY)
 NEMOTRON_H = (
     *SHAPE[:3], SHAPE[4], ("layer_norm_epsilon", RMS[0][1]), ("layer_norm_epsilon", "attention.layer_norm_epsilon"), *HEADS,
     ("mamba_num_heads", "ssm.time_step_rank"),
     ("ssm_state_size", "ssm.state_size"), ("n_groups", "ssm.group_count"), ("conv_kernel", "ssm.conv_kernel"),
-    ("vocab_size", "vocab_size"),
+    VOCABULARY,
 )  # fmt: skip
 NEMOTRON_MIXTURE = (
     *GLM_MIXTURE[:4], *GLM_MIXTURE[5:], ("moe_shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
@@ -95,7 +95,7 @@ NEMOTRON_MIXTURE = (
 )  # fmt: skip
 JAMBA = (
     *SHAPE, *RMS, ("mamba_d_conv", "ssm.conv_kernel"), ("mamba_d_state", "ssm.state_size"),
-    ("mamba_dt_rank", "ssm.time_step_rank"), *MIXTURE[:2], ("vocab_size", "vocab_size"),
+    ("mamba_dt_rank", "ssm.time_step_rank"), *MIXTURE[:2], VOCABULARY,
 )  # fmt: skip
 DELTA = (
     ("linear_conv_kernel_dim", "ssm.conv_kernel"), ("linear_key_head_dim", "ssm.state_size"),
@@ -112,7 +112,7 @@ MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attentio
 LLAMA4 = (
     *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, *MIXTRAL,
     ("intermediate_size_mlp", "feed_forward_length"), ("intermediate_size", "expert_feed_forward_length"),
-    ("interleave_moe_layer_step", "interleave_moe_layer_step"), ("vocab_size", "vocab_size"),
+    ("interleave_moe_layer_step", "interleave_moe_layer_step"), VOCABULARY,
 )  # fmt: skip
 BIASES = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
 DISTILLED = (
@@ -180,9 +180,9 @@ ARCHITECTURES = {
         Architecture("gemma", "gemma", GEMMA, shifted=True),
         Architecture("gemma2", "gemma2", (*GEMMA, *SOFT_CAPS, *SLIDING), shifted=True),
         Architecture("gemma3_text", "gemma3", (*GEMMA, SOFT_CAPS[1], *SLIDING), shifted=True),
-        Architecture("smollm3", "smollm3", (*GROUPED, *RMS, ("vocab_size", "vocab_size")), pairs=True, biases=BIASES),
+        Architecture("smollm3", "smollm3", (*GROUPED, *RMS, VOCABULARY), pairs=True, biases=BIASES),
         Architecture("arcee", "arcee", LLAMA, pairs=True, biases=BIASES),
-        Architecture("granite", "granite", (*GROUPED, *RMS, *MULTIPLIERS, ("vocab_size", "vocab_size")), pairs=True),
+        Architecture("granite", "granite", (*GROUPED, *RMS, *MULTIPLIERS, VOCABULARY), pairs=True),
         Architecture(
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
@@ -192,7 +192,7 @@ ARCHITECTURES = {
         Architecture("glm4", "glm4", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
         Architecture("ernie4_5", "ernie4_5", (*GROUPED, *RMS, *HEADS)),
         Architecture("cohere", "command-r", (*GROUPED, *NORM, SCALED_LOGITS)),
-        Architecture("cohere2", "cohere2", (*GROUPED, *NORM, *SLIDING, SCALED_LOGITS, ("vocab_size", "vocab_size"))),
+        Architecture("cohere2", "cohere2", (*GROUPED, *NORM, *SLIDING, SCALED_LOGITS, VOCABULARY)),
         Architecture("stablelm", "stablelm", (*GROUPED, *NORM), biases=(("use_qkv_bias", "blk.0.attn_q.bias"),)),
         Architecture("phi", "phi2", (*GROUPED, *NORM)),
         Architecture("nemotron", "nemotron", (*GROUPED, ("norm_eps", EPSILON)), shifted=True),
@@ -203,7 +203,7 @@ ARCHITECTURES = {
         Architecture(
             "granitemoe",
             "granitemoe",
-            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, ("vocab_size", "vocab_size")),
+            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, VOCABULARY),
             pairs=True,
         ),
         Architecture(
@@ -234,7 +234,7 @@ ARCHITECTURES = {
                 ("intermediate_size", "expert_feed_forward_length"),
             ),
         ),
-        Architecture("exaone4", "exaone4", (*GROUPED, *RMS, *HEADS, *SLIDING, ("vocab_size", "vocab_size"))),
+        Architecture("exaone4", "exaone4", (*GROUPED, *RMS, *HEADS, *SLIDING, VOCABULARY)),
         Architecture("falcon", "falcon", FALCON),
         Architecture("lfm2", "lfm2", LFM2),
         Architecture("llama4_text", "llama4", LLAMA4),

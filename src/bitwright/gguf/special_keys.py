@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from bitwright.errors import FormatError
 from bitwright.gguf import state_keys
+from bitwright.gguf.state_keys import FULL
 
 Keys = dict[str, Any]
 
@@ -21,7 +22,7 @@ SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 MAVERICK = 128  # experts of the one Llama 4 without norms of queries and keys
 CONV = "conv"  # the type of Lfm2's layers without attention
 PER_LAYER = "per_layer_token_embd.weight"  # Gemma 3n's embedding for each layer
-FULL, WINDOW = "full_attention", "sliding_attention"
+WINDOW = "sliding_attention"
 PATTERN = "attention.sliding_window_pattern"
 
 
@@ -59,13 +60,18 @@ def _falcon_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     }  # fmt: skip
 
 
+def _lfm2_heads(config: PretrainedConfig) -> Keys:
+    return {
+        "attention.head_count_kv": [0 if kind == CONV else config.num_key_value_heads for kind in config.layer_types]
+    }
+
+
 def _lfm2(config: PretrainedConfig) -> Keys:
-    heads = [0 if kind == CONV else config.num_key_value_heads for kind in config.layer_types]
     width = config.intermediate_size
     if config.block_auto_adjust_ff_dim:  # as in transformers' Lfm2MLP
         width = int(config.block_ffn_dim_multiplier * int(2 * width / 3))
         width = config.block_multiple_of * -(-width // config.block_multiple_of)
-    return {"attention.head_count_kv": heads, "feed_forward_length": width}
+    return _lfm2_heads(config) | {"feed_forward_length": width}
 
 
 def _lfm2_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
@@ -98,12 +104,6 @@ def _latent_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
 
 def _ernie(config: PretrainedConfig) -> Keys:
     return {"expert_shared_feed_forward_length": config.moe_num_shared_experts * config.moe_intermediate_size}
-
-
-def _lfm2_mixture(config: PretrainedConfig) -> Keys:
-    return {
-        "attention.head_count_kv": [0 if kind == CONV else config.num_key_value_heads for kind in config.layer_types]
-    }
 
 
 def _lfm2_mixture_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
@@ -171,7 +171,7 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
         "expert_shared_feed_forward_length": config.intermediate_size,
         "expert_shared_count": 1,
     },
-    "lfm2_moe": _lfm2_mixture,
+    "lfm2_moe": _lfm2_heads,
     "gemma3n_text": _gemma3n,
     "llama4_text": _llama4,
     **state_keys.WRITTEN,

@@ -73,6 +73,21 @@ class Lattice:
             found.append((levels, torch.cat(near)))
         return found
 
+    @property
+    def width(self) -> int:
+        """Weights that are chosen without regard to any others."""
+        return max(self.run, self.points.shape[2], SIGNED if self.even else 1)
+
+    @cached_property
+    def codebook(self) -> object:
+        """The extension's own description of the codebook."""
+        assert native is not None
+        middle = torch.stack([_middle(levels) for levels, _ in self.near])
+        near = torch.stack([entries for _, entries in self.near]).int()
+        return native.Codebook(
+            self.points, self.codes, middle, near, self.levels, self.width, self.run, self.signs, self.even
+        )
+
     @cached_property
     def levels(self) -> Tensor:
         """The value of each code."""
@@ -113,7 +128,7 @@ def nearest(x: Tensor, grid: str, importance: Tensor | None = None) -> Tensor:
     Rows of n that fill no whole runs are filled with zeros. With even signs, the sign of the weight that loses least is turned.
     """
     one, n = lattice(grid), x.shape[-1]
-    width = max(one.run, one.points.shape[2], SIGNED if one.even else 1)
+    width = one.width
     u = None if importance is None else importance.expand_as(x)
     if n % width:
         x = torch.nn.functional.pad(x, (0, -n % width))
@@ -133,14 +148,9 @@ def nearest(x: Tensor, grid: str, importance: Tensor | None = None) -> Tensor:
 def _natively(one: Lattice, x: Tensor, u: Tensor | None) -> Tensor:
     """`_of_runs` in native code, the same codes."""
     assert native is not None
-    middle = torch.stack([_middle(levels) for levels, _ in one.near])
-    near = torch.stack([entries for _, entries in one.near]).int()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     weight = None if u is None else u.float().contiguous()
-    native.nearest_runs(
-        one.points, one.codes, middle, near, one.levels, one.run, one.signs, one.even, x.float().contiguous(), weight, codes,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native.nearest_runs(one.codebook, x.float().contiguous(), weight, codes, torch.get_num_threads())
     return codes
 
 

@@ -15,11 +15,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitwright.errors import OutputError, VerificationError
-from bitwright.files.checkpoint import PICKLES, Checkpoint, disk_errors, sync_folder, write_file, write_shard
+from bitwright.files.checkpoint import (
+    PICKLES,
+    Checkpoint,
+    disk_errors,
+    same_bytes,
+    sync_folder,
+    write_file,
+    write_shard,
+)
 from bitwright.formats import Format
 from bitwright.numerics.qtensor import QTensor
 from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
@@ -188,8 +195,7 @@ class Verification:
     def check(self, written: Checkpoint) -> None:
         """VerificationError names the first tensor that differs."""
         for name, value in self.kept.items():
-            there, meant = (t.contiguous().reshape(-1).view(torch.uint8) for t in (written.read(name), value))
-            if not torch.equal(there, meant):
+            if not same_bytes(written.read(name), value):
                 message = "the tensor on disk is not the one that was meant"
                 raise VerificationError(message, where=name, remedy=AGAIN)
         for module, q in self.meant.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import FormatError, RecipeError, VerificationError
-from bitwright.files.checkpoint import Checkpoint, write_shard
+from bitwright.files.checkpoint import Checkpoint, same_bytes, write_shard
 from bitwright.formats import FORMATS, Format, Layer
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
@@ -101,7 +101,7 @@ class ScalesAndNorms:
             if layer.scheme.with_scale(q.scheme.scale) == same.scheme and layer.scheme.scale in FLOATS:
                 stored = replace(same, scheme=layer.scheme)
                 again = self.format.encode(stored, layer, dtype)
-                if all(key in parts and _alike(tensor, parts[key]) for key, tensor in again.items()):
+                if all(key in parts and same_bytes(tensor, parts[key]) for key, tensor in again.items()):
                     return _Place(source, layer, dtype), stored
         message = f"no {self.format.name} file with scales in float is written so here: they could not be written back"
         remedy = f"convert it first: bitwright convert {self.path} Q --format bitwright"
@@ -189,11 +189,3 @@ def _writer(source: WeightSource, path: Path) -> Format:
         remedy = f"convert it first: bitwright convert {path} Q --format bitwright"
         raise FormatError(f"{name} is a format that is only read here", where=str(path), remedy=remedy)
     return FORMATS[known.name]
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(one, other)
