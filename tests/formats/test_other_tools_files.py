@@ -63,7 +63,8 @@ def four_bits(kind: str, storage: torch.dtype, nested: bool, block: int = 64) ->
             w.contiguous(), blocksize=block, quant_type=kind, compress_statistics=nested, quant_storage=storage
         )
         said = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-        return {"weight": packed, **said}, bnb.functional.dequantize_4bit(packed, state)
+        state.shape = torch.Size((1, w.numel()))  # where a row ends within a block, its AVX-512 kernel is wrong
+        return {"weight": packed, **said}, bnb.functional.dequantize_4bit(packed, state).view(w.shape)
 
     return pack
 
