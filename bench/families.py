@@ -166,7 +166,8 @@ class _Trial:
         streamed = StreamedModel(self.out)
         hidden = torch.cat(streamed.hidden(IDS))
         if self.kind in ENCODERS:
-            return self._compared(hidden)
+            with streamed.skeleton._ports([], streamed.skeleton._calls.form, hidden):
+                return self._compared(self._run(streamed.skeleton.model))  # a last norm behind the blocks
         said = self._compared(streamed.head(hidden))
         bitwright.evaluate(self.model, text=str(self.text), seqlen=16, tokens=32)
         return said

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from bitwright.models.families import ENCODERS
+from bitwright.models.families import ENCODERS, POOLED
 
 MAPPINGS = (  # which name a family's class, the first before the others
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -62,6 +62,7 @@ SHARING = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 128,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
 # What sizes alone do not make a model of.
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -78,8 +79,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "modernbert-decoder": {"pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2},
-    "hunyuan_v1_dense": {"head_dim": 16}, "ministral": {"head_dim": 16}, "dots1": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16}, "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "ernie4_5_moe": {"moe_k": 2}, "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(
+        ("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear",
+         "minicpm3"),
+        LATENT,
+    ),
+    "dots1": {**LATENT, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1},
+    "mistral4": {**LATENT, "head_dim": 4},
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
         SECTIONS,
@@ -101,7 +111,7 @@ def model_class(kind: str) -> type[PreTrainedModel]:
 
 def construction(kind: str) -> dict[str, bool]:
     """What its class is made with beside a config: encoders come without a pooling layer."""
-    return {"add_pooling_layer": False} if kind in ENCODERS and kind != "distilbert" else {}
+    return {"add_pooling_layer": False} if kind in POOLED else {}
 
 
 def tiny_config(kind: str) -> PretrainedConfig:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import bitwright
 from bitwright.calibration.observe import BlockRun, FloatStream, Mixture, groups_of
@@ -255,3 +256,20 @@ def test_no_expert_has_a_fold_that_another_s_tokens_disprove(tmp_path: Path) -> 
 
 def _never_third(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.router.bias.data[3] = -1e3
+
+
+def test_experts_that_the_files_hold_transposed(tmp_path: Path) -> None:
+    """As Qwen's files for Qwen3-VL-MoE; those that transformers saves are not."""
+    folder = tmp_path / "float"
+    tiny_model("qwen3_vl_moe").save_pretrained(folder)
+    save_tokenizer(folder)
+    ids = torch.arange(48)[None] * 5 % 256
+    streamed = StreamedModel(folder)
+    saved = streamed.head(streamed.hidden(ids)[0])
+    tensors = load_file(folder / "model.safetensors")
+    turned = {name: t.mT.contiguous() if t.ndim == 3 and ".experts." in name else t for name, t in tensors.items()}
+    save_file(turned, folder / "model.safetensors", {"format": "pt"})
+    streamed = StreamedModel(folder)
+    assert torch.equal(streamed.head(streamed.hidden(ids)[0]), saved)
+    theirs = logits(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
+    assert torch.allclose(saved, theirs, atol=1e-4 * float(theirs.abs().max()))

@@ -24,6 +24,8 @@ FEW = (
     "gemma3",  # a vision tower, files with older names, an embedding that scales
     "gptj",  # blocks that return tuples
     "mamba2",  # a state space; its config says Infinity
+    "eurobert",  # an encoder with a norm behind its blocks
+    "falcon",  # a subclass of Linear with a forward of its own
     "gemma3n_text",  # four streams, inputs of each layer, keys and values of earlier blocks
 )
 
@@ -80,6 +82,11 @@ def test_what_depends_on_the_tokens_goes_with_each_batch(tmp_path: Path) -> None
         hidden = [streamed.skeleton.run(index, batch) for batch in hidden]
     for ids, batch in zip((IDS, other), hidden, strict=True):
         torch.testing.assert_close(streamed.head(batch), model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_computes_between_its_blocks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="changes between its blocks"):
+        StreamedModel(save("xlm", tmp_path)).hidden(IDS)
 
 
 def test_a_part_is_packed_and_unpacked() -> None:

@@ -10,6 +10,7 @@ batches and keeps them on disk handles one tensor.
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -178,8 +179,11 @@ class Calls:
     handed: list[dict[Any, tuple[Part, ...]] | None] = field(default_factory=list)
 
     def learn(self, one: list[Call], other: list[Call]) -> None:
-        """Learn from two forwards with different tokens: arguments that differ depend on the tokens."""
+        """Learn from two forwards with different tokens, in which blocks return their input: arguments that differ depend on
+        the tokens. CheckpointError for a model that does more to the hidden state than its blocks do."""
         windows, tokens = PROBE
+        if any(not torch.equal(a.values[a.hidden], b.values[b.hidden]) for a, b in pairwise(one)):
+            raise CheckpointError("the hidden state changes between its blocks, outside of them", remedy=ALONE)
         self.hidden = Part.of(one[0].values[one[0].hidden], windows, tokens)
         self.given, self.parts, self.shared = [], [], []
         known: dict[tuple[int, ...], int] = {}

@@ -44,7 +44,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     config.name_or_path = str(raw.get("_name_or_path", ""))  # transformers sets the local path
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    if getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
+    if not hasattr(config, "tie_word_embeddings"):  # some multimodal models have it in the text model's part alone
+        config.tie_word_embeddings = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if config.tie_word_embeddings and has_own_head(folder):
         config.tie_word_embeddings = False
     return config
 

@@ -64,6 +64,11 @@ class Fused:
         turned = {n: (self.E, *(shape[::-1] if self.transposed else shape)) for n, shape in matrices.items()}
         return turned | ({n + BIAS: (self.E, shape[0]) for n, shape in matrices.items()} if self.biased else {})
 
+    @property
+    def turned(self) -> "Fused":
+        """The same experts, with the axes of every matrix swapped."""
+        return replace(self, transposed=not self.transposed)
+
     def parts(self, fused: str) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
         """The parameters of one expert in a fused parameter: (name within the expert, shape, function that extracts it from
         the expert's slice)."""

@@ -34,8 +34,8 @@ PREDICTING = {
 }
 # model_types whose classes access the weights of linear modules directly, so that transformers must decompress them on loading.
 DECOMPRESSED = (
-    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "rwkv",
-    "xlstm",
+    "falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert", "modernbert-decoder", "nanochat",
+    "recurrent_gemma", "rwkv", "xlstm",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -42,6 +43,17 @@ class Conversion:
     def sources(self) -> list[str]:
         """Names of the tensors in the files."""
         return [name for name, _ in self.parts]
+
+    @property
+    def transposition(self) -> Transpose | None:
+        """What swaps the last two axes of a tensor, if the conversion does nothing else."""
+        first, *rest = self.converter.operations
+        return first if isinstance(first, Transpose) and not rest else None
+
+    def transposes(self, shape: tuple[int, ...], meant: tuple[int, ...]) -> bool:
+        """Whether it swaps the axes of a tensor of this shape for a parameter of shape `meant`; some files need no swap."""
+        swap = self.transposition
+        return swap is not None and not (swap.check_dims and shape == meant)
 
     def applied(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the parameters. tensors: by their names in the files. Returns them by parameter name."""

@@ -8,10 +8,13 @@ tables below.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -239,9 +242,16 @@ class Skeleton:
         CheckpointError if a tensor's shape does not fit the config.
         """
         fused = {f"{name}.{part}": (name, part) for name, layout in self.experts.items() for part in layout.shapes}
-        for parameter, source in in_model(self.model, list(checkpoint.tensors), fused).names.items():
+        found = in_model(self.model, list(checkpoint.tensors), fused)
+        for parameter, source in found.names.items():
             name, part = fused[parameter]
             split(checkpoint, source, name, part, self.experts[name])
+        for conversion in [each for each in found.conversions if each.transposition]:
+            (source,), (parameter,) = conversion.sources, conversion.makes
+            name, part = fused[parameter]
+            layout = self.experts[name]
+            turned = conversion.transposes(checkpoint.tensors[source].shape, layout.shapes[part])
+            split(checkpoint, source, name, part, layout.turned if turned else layout)
         for name, layout in self.experts.items():
             split_blocks(checkpoint, name, layout)
 
@@ -404,8 +414,19 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear: it runs the forward of Linear or Conv1D, which subclasses may override (PhiMoE's router)."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    """Whether a module is linear. Subclasses of Linear may have another forward: Falcon's gives the same, a router does not."""
+    return isinstance(module, Conv1D) if not isinstance(module, nn.Linear) else _multiplies(type(module).forward)
+
+
+@cache
+def _multiplies(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of a subclass of Linear gives x Wᵀ + b, tried on a small Linear."""
+    small, x = skip_init(nn.Linear, 3, 2), torch.arange(3.0)[None]
+    small.load_state_dict({"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)})
+    with suppress(Exception):  # a forward that needs what a Linear lacks
+        given = forward(small, x)
+        return isinstance(given, Tensor) and torch.allclose(given, small(x))
+    return False
 
 
 def is_norm(module: nn.Module) -> bool:
