@@ -23,6 +23,7 @@ from bitwright.plan.recipe import Recipe
 FEW = (
     "gemma3",  # a vision tower, files with older names, an embedding that scales
     "gptj",  # blocks that return tuples
+    "xlnet",  # positions without limit, which its config calls -1
     "mamba2",  # a state space; its config says Infinity
     "eurobert",  # an encoder with a norm behind its blocks
     "falcon",  # a subclass of Linear with a forward of its own

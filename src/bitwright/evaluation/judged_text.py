@@ -9,6 +9,7 @@ from torch import Tensor
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.errors import InputError
 from bitwright.evaluation.chat_text import chat_windows
+from bitwright.models.families import positions_of
 from bitwright.models.streamed import StreamedModel
 
 
@@ -29,7 +30,7 @@ class JudgedText:
     def windows(self, streamed: StreamedModel) -> list[Tensor]:
         """Each text's windows [W, T]. InputError for a window longer than the model's context; other errors as of `windows` and
         `chat_windows`."""
-        limit = getattr(streamed.skeleton.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
+        limit = positions_of(streamed.skeleton.config.get_text_config()) or self.seqlen
         if not 2 <= self.seqlen <= limit:
             message = f"windows of {self.seqlen} tokens, and the model knows 2 to {limit} positions"
             raise InputError(message, where=str(streamed.folder), remedy=f"--seqlen of 2 to {limit}")

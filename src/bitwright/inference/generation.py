@@ -15,6 +15,7 @@ from bitwright.inference.decoder import Decoder
 from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.loading import load
 from bitwright.inference.sampling import Sampling
+from bitwright.models.families import positions_of
 from bitwright.numerics.key_value_codes import key_value_codes
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
@@ -54,7 +55,7 @@ class Generator:
         """
         codes, path = key_value_codes(kv), local(path)
         model = load(path, scheme=scheme, activations=activations)
-        context = min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
+        context = min(context, positions_of(model.config.get_text_config()) or context)
         decoder = decoder_of(model, context, slots=slots, kv=codes)
         return cls(model, load_tokenizer(path), decoder, context, lookahead)
 

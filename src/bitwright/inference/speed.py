@@ -18,6 +18,7 @@ from bitwright.inference.dense import Dense
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
+from bitwright.models.families import positions_of
 from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.system.memory import forget_peak, peak_since
 
@@ -68,7 +69,7 @@ def measure(
     forget_peak()
     path = local(path)  # before the time is taken
     load_seconds, model = _timed(lambda: load(path, scheme=scheme, activations=activations))
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + decode
+    room = positions_of(model.config.get_text_config()) or prompt + decode
     if prompt + decode > room:
         raise InputError(
             f"{prompt} + {decode} tokens in a model made for {room}", remedy="--prompt and --decode below that"

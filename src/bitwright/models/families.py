@@ -26,6 +26,8 @@ KEPT_LINEARS = {
     r"\.(in_proj_ba|in_proj_a|in_proj_b)$": "the step size and decay of a state",
     r"\.altup\.\w+$": "mixes the few streams of the hidden state",
 }
+# model_types whose forward mixes float32 in, whatever the weights are: calibrated in float32 on every processor.
+IN_FLOAT32 = ("xlstm",)
 # Auto classes of models that predict a next token, in the order in which they are tried.
 PREDICTING = {
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -80,7 +82,7 @@ def auto_class(config: PretrainedConfig) -> str:
 def positions_of(config: PretrainedConfig) -> int | None:
     """The model's maximum context length in tokens; None if it is not limited."""
     most = getattr(config, "max_position_embeddings", None)
-    return most and most - first_position(config)
+    return most - first_position(config) if most and most > 0 else None  # XLNet's -1 is no limit
 
 
 @contextmanager

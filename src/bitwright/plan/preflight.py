@@ -32,7 +32,7 @@ from bitwright.models.adapter import Adapter
 from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
-from bitwright.models.families import DECOMPRESSED, positions_of
+from bitwright.models.families import DECOMPRESSED, IN_FLOAT32, positions_of
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
@@ -306,7 +306,8 @@ def preflight(
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
         config.tie_word_embeddings = False  # the last norm is folded into the head, not into the embedding
-    skeleton = Skeleton(config, best_dtype(device) if recipe.needs_calibration else torch.float32, device)
+    exact = config.model_type in IN_FLOAT32 or not recipe.needs_calibration
+    skeleton = Skeleton(config, torch.float32 if exact else best_dtype(device), device)
     _check_made_for(recipe, skeleton, source)
     checkpoint, left = _open(source, format_, skeleton, original if alone else None, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
