@@ -16,8 +16,8 @@ class Entry:
     loss, loss_rtn, loss_search      relative output energy of the error (see numerics/loss.py): of what was taken; on a sample
                                      of the rows, of RTN and of a search of scales. A method whose target is the float
                                      model's output also corrects the blocks before: judge it by block_error
-    block_error, block_error_search  relative error of its block's output on held-out windows: with the methods asked for,
-                                     and with a search of scales
+    block_error, block_error_search  relative error of its block's output on held-out windows: of what was taken, and by a
+                                     search of scales; equal where that replaced the methods asked for, which fallback says
     statistics    inputs of the float model ("one-shot") or from the quantized blocks before ("sequential"); arithmetic: the
                   type of activations, on which the last digits depend
     bytes         its size in the file

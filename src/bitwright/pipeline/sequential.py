@@ -110,7 +110,7 @@ def better(
     if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
-        run = plain
+        run, error = plain, error_search
     marked = [replace(r, entry=replace(r.entry, block_error=error, block_error_search=error_search)) for r in done]
     return marked, run
 
