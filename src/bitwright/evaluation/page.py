@@ -21,6 +21,7 @@ RTN = "rtn"  # the baseline method
 # A plot's edges in pixels; ZERO is where 0 is drawn, below a logarithmic axis that ends at BOTTOM.
 LEFT, RIGHT, TOP, BOTTOM, ZERO = 44.0, 468.0, 20.0, 282.0, 304.0
 BITS = (16, 4, 2, 8, 32, 3, 1, 6, 5, 12, 24, 1.5)  # ticks of bits per weight, in this order while they fit
+WIDEST = 68.0  # of a tick's text, in the larger letters of a narrow window
 KINDS = {UNIFORM: "one scheme for all", MIX: "llama.cpp’s mixes", RECIPE: "recipes, such as plans"}
 COLOURS, SHAPES = 8, 7  # defined in page.html; the first of each is RTN's
 
@@ -219,7 +220,7 @@ def _sizes(x: Axis, original: Original) -> list[Mark]:
     marks: list[Mark] = []
     for tick in bits if len(bits) > 2 else ticks(x.low, x.high):
         text = f"{tick:g}", _bytes(tick * original.bytes / original.bits_per_weight)
-        if all(abs(x.at(tick) - mark.x) >= 54 for mark in marks):
+        if all(abs(x.at(tick) - mark.x) >= WIDEST for mark in marks):
             marks.append(Mark(x.at(tick), ZERO, text=text))
     return marks
 
