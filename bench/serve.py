@@ -3,8 +3,9 @@
     python -m bench.serve MODEL [--scheme int4-g64] [--clients 1,8] [--requests 200] [--peer llama-server --file FILE.gguf]
 
 Starts the server as a process and asks it through the openai client: tokens a second of so many clients at once, each writing
-`--tokens` behind a prompt of its own; the median time to the first token of one client behind a prompt of 32 tokens; resident
-memory before and after `--requests` requests. With --peer, the same of llama.cpp's llama-server on a GGUF file.
+`--tokens` behind a prompt of its own (tokens that end an answer are biased away, so that all write as many); the median time to
+the first token of one client behind a prompt of 32 tokens; resident memory before and after `--requests` requests. With --peer,
+the same of llama.cpp's llama-server on a GGUF file.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ from typing import Any
 import openai
 
 from bench.measure import BITWRIGHT, ENVIRONMENT, table
+from bitwright.calibration.windows import load_tokenizer
 
 SENTENCE = "the river keeps its bed although every drop of water in it is new and nobody saw the same one twice"
 
@@ -56,11 +58,14 @@ def prompt(i: int, words: int) -> str:
     return " ".join([str(i * 7919), *(known[(i + k) % len(known)] for k in range(words))])
 
 
-async def written(client: openai.AsyncOpenAI, model: str, i: int, tokens: int) -> tuple[int, float]:
-    """Tokens of one answer, and seconds to its first."""
+async def written(
+    client: openai.AsyncOpenAI, model: str, i: int, tokens: int, ends: Sequence[int] = ()
+) -> tuple[int, float]:
+    """Tokens of one answer, and seconds to its first. ends: tokens that it does not write."""
     begun, first, count = time.monotonic(), 0.0, 0
     options: Any = {"model": model, "prompt": prompt(i, 24), "max_tokens": tokens, "temperature": 0, "stream": True}
-    stream = await client.completions.create(**options, stream_options={"include_usage": True})
+    bias: Any = {str(token): -100 for token in ends}
+    stream = await client.completions.create(**options, logit_bias=bias, stream_options={"include_usage": True})
     async for chunk in stream:
         first = first or time.monotonic() - begun
         count = chunk.usage.completion_tokens if chunk.usage else count
@@ -75,7 +80,7 @@ async def measured(port: int, pid: int, args: argparse.Namespace) -> list[str]:
     cells, i = list[str](), 1
     for count in args.counts:
         begun = time.monotonic()
-        found = await asyncio.gather(*(written(client, model, i + k, args.tokens) for k in range(count)))
+        found = await asyncio.gather(*(written(client, model, i + k, args.tokens, args.ends) for k in range(count)))
         cells.append(f"{sum(n for n, _ in found) / (time.monotonic() - begun):.1f}")
         i += count
     first = median([(await written(client, model, i + k, 2))[1] for k in range(9)])
@@ -103,6 +108,7 @@ def main() -> None:
     parser.add_argument("--peer", help="llama-server")
     parser.add_argument("--file", type=Path, help="what it serves")
     args = parser.parse_args()
+    args.ends = load_tokenizer(args.model).all_special_ids
     args.counts = [int(count) for count in args.clients.split(",")]
     most, port = str(max(args.counts)), free_port()
     ours = [*BITWRIGHT, "serve", str(args.model), "--port", str(port), "--parallel", most, "--context", "1024"]
