@@ -1,11 +1,12 @@
 """Quantized mixtures of experts: how much an expert that few tokens reach should borrow from all tokens of its layer.
 
-    python -m bench.experts [--model bench/mixture] [--schemes int4-g64,int3-g64] [--windows 8,64] [--calib stdlib] [--peer]
+    python -m bench.experts [--schemes int4-g64,int3-g64] [--windows 8,64] [--calib stdlib] [--seeds 1] [--peer]
 
 Calibrated on windows of 256 tokens of Python's standard library, judged on its held-out modules. For each scheme and number
 of windows: RTN; GPTQ on each expert's own Gram alone (prior 0), with RTN for experts that saw fewer tokens than their inputs
 have channels, and with priors of so many tokens (the package's own marked *); with --peer llm-compressor's GPTQ on the same
-tokens (needs `bench/peers/install.sh llmcompressor`).
+tokens (needs `bench/peers/install.sh llmcompressor`). With several seeds windows are drawn anew for each: KL is the mean over
+seeds, with the standard error of that mean; with one seed, that of the mean over judged tokens.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -52,23 +55,38 @@ def rounding_rare_experts() -> Iterator[None]:
         yield
 
 
-def judged(model: Path, out: Path) -> str:
+def judged(model: Path, out: Path) -> tuple[float, float]:
+    """KL and its standard error."""
     e = bitwright.evaluate(out, text=TEXT, reference=model, seqlen=SEQLEN, tokens=TOKENS)
     shutil.rmtree(out)
-    return f"{e.kl_mean:.5f} ± {e.kl_stderr:.5f}"
+    return e.kl_mean, e.kl_stderr
 
 
-def ours(model: Path, out: Path, scheme: str, windows: int, method: str, calib: str) -> str:
-    bitwright.quantize(model, out, scheme=scheme, method=method, calib=calib, samples=windows, seqlen=SEQLEN)
-    return judged(model, out)
+def cell(found: list[tuple[float, float]]) -> str:
+    """The mean over seeds, and its standard error."""
+    kls = [kl for kl, _ in found]
+    error = stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else found[0][1]
+    return f"{mean(kls):.5f} ± {error:.5f}"
 
 
-def theirs(model: Path, out: Path, scheme: str, windows: int, calib: str) -> str:
-    drawn = draw(load_tokenizer(model), calib, samples=windows, seqlen=SEQLEN, vocabulary=1 << 30, seed=0)
-    save_file({"input_ids": drawn.seen}, tokens := out.with_suffix(".safetensors"))
+def ours(model: Path, out: Path, scheme: str, windows: int, method: str, how: argparse.Namespace) -> str:
+    found = []
+    for seed in range(how.seeds):
+        options: dict[str, Any] = {"scheme": scheme, "method": method, "calib": how.calib, "seed": seed}
+        bitwright.quantize(model, out, samples=windows, seqlen=SEQLEN, **options)
+        found.append(judged(model, out))
+    return cell(found)
+
+
+def theirs(model: Path, out: Path, scheme: str, windows: int, how: argparse.Namespace) -> str:
+    found, tokenizer = [], load_tokenizer(model)
     bits, group = scheme.removeprefix("int").split("-g")
-    run([*map(str, PEER), str(model), str(out), "--tokens", str(tokens), "--bits", bits, "--group", group, "--sym"])
-    return judged(model, out)
+    for seed in range(how.seeds):
+        drawn = draw(tokenizer, how.calib, samples=windows, seqlen=SEQLEN, vocabulary=1 << 30, seed=seed)
+        save_file({"input_ids": drawn.seen}, tokens := out.with_suffix(".safetensors"))
+        run([*map(str, PEER), str(model), str(out), "--tokens", str(tokens), "--bits", bits, "--group", group, "--sym"])
+        found.append(judged(model, out))
+    return cell(found)
 
 
 def main() -> None:
@@ -77,6 +95,8 @@ def main() -> None:
     parser.add_argument("--schemes", default="int4-g64,int3-g64")
     parser.add_argument("--windows", default="8,64")
     parser.add_argument("--methods", default="gptq")
+    parser.add_argument("--priors", default=",".join(f"{prior:g}" for prior in PRIORS))
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
         "--calib", default="stdlib", help="another text, such as general, leaves more experts without tokens"
     )
@@ -87,32 +107,23 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     rows: list[list[str]] = []
 
-    def add(scheme: str, windows: int, what: str, cell: str) -> None:
-        rows.append([scheme, str(windows), what, cell])
+    def add(scheme: str, windows: int, what: str, kl: str) -> None:
+        rows.append([scheme, str(windows), what, kl])
         print("  ".join(rows[-1]), flush=True)
 
     for scheme in args.schemes.split(","):
         for windows in map(int, args.windows.split(",")):
-            add(scheme, windows, "rtn", ours(args.model, out, scheme, windows, "rtn", args.calib))
+            add(scheme, windows, "rtn", ours(args.model, out, scheme, windows, "rtn", args))
             for method in args.methods.split(","):
                 with rounding_rare_experts():
-                    add(
-                        scheme,
-                        windows,
-                        f"{method}, RTN for rare experts",
-                        ours(args.model, out, scheme, windows, method, args.calib),
-                    )
-                for prior in PRIORS:
-                    mark = "*" if prior == own else ""
+                    kl = ours(args.model, out, scheme, windows, method, args)
+                add(scheme, windows, f"{method}, RTN for rare experts", kl)
+                for prior in map(float, args.priors.split(",")):
                     with borrowing(prior):
-                        add(
-                            scheme,
-                            windows,
-                            f"{method}, prior {prior:g}{mark}",
-                            ours(args.model, out, scheme, windows, method, args.calib),
-                        )
+                        kl = ours(args.model, out, scheme, windows, method, args)
+                    add(scheme, windows, f"{method}, prior {prior:g}{'*' if prior == own else ''}", kl)
             if args.peer:
-                add(scheme, windows, "llm-compressor gptq", theirs(args.model, out, scheme, windows, args.calib))
+                add(scheme, windows, "llm-compressor gptq", theirs(args.model, out, scheme, windows, args))
     print(table(["scheme", "windows", "method", "KL"], rows))
 
 
