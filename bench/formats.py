@@ -25,7 +25,8 @@ from bitwright import load, quantize
 from bitwright.calibration.windows import load_tokenizer, read_text
 from bitwright.errors import FormatError
 from bitwright.models.config import read_config
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.pipeline.conversion import convert
 

@@ -245,7 +245,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """BITWRIGHT_TEST_DTYPE=bfloat16: calibration computes as on a processor that has it. See `make processors`."""
     wanted = os.environ.get("BITWRIGHT_TEST_DTYPE")
     if wanted:
-        monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda: getattr(torch, wanted))
+        monkeypatch.setattr("bitwright.plan.preflight.best_dtype", lambda _: getattr(torch, wanted))
 
 
 @pytest.fixture(params=ISAS)

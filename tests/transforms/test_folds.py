@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitwright.models.skeleton import matrix_of
+from bitwright.models.layers import matrix_of
 from bitwright.models.streamed import StreamedModel
 from bitwright.transforms.folds import Fold, applied, find_folds
 from conftest import FAMILIES, make_checkpoint

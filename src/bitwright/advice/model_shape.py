@@ -14,7 +14,8 @@ from bitwright.files.model_path import is_gguf
 from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.families import positions_of
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.scheme import Scheme
 
 TOKENS_AT_ONCE = 512  # of a prompt that engines let through together

@@ -20,7 +20,8 @@ from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.calibration.known_outputs import Enclosing, KnownOutputs
 from bitwright.errors import BitwrightError
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
+from bitwright.models.layers import is_norm, matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.input_quantization import InputQuantization
 
 SAME = 1e-2  # relative difference that the order of a sum may make in bfloat16

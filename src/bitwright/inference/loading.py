@@ -26,7 +26,8 @@ from bitwright.methods import METHODS
 from bitwright.models.config import read_config
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.skeleton import Skeleton, is_linear, matrix_of
+from bitwright.models.layers import is_linear, matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme

@@ -19,7 +19,8 @@ from torch import Tensor
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.model_path import is_gguf
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import Skeleton
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "bitwright.json"  # what `finetune` writes beside an adapter: the weights that it was trained beside

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bitwright.files.checkpoint import Checkpoint, TensorInfo
 from bitwright.models.gguf_source import FloatGgufCheckpoint
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource
 from bitwright.models.unread import why_left
 

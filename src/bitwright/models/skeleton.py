@@ -8,13 +8,10 @@ tables below.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
-from functools import cache
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +22,7 @@ from bitwright.models.experts import one_by_one, split, split_blocks
 from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.kv_cache import KvCache
+from bitwright.models.layers import is_linear, matrix_of
 from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
 from bitwright.system.device import CPU
 
@@ -413,48 +411,11 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear. Subclasses of Linear may have another forward: Falcon's gives the same, a router does not."""
-    return isinstance(module, Conv1D) if not isinstance(module, nn.Linear) else _multiplies(type(module).forward)
-
-
-@cache
-def _multiplies(forward: Callable[..., Any]) -> bool:
-    """Whether the forward of a subclass of Linear gives x Wᵀ + b, tried on a small Linear."""
-    small, x = skip_init(nn.Linear, 3, 2), torch.arange(3.0)[None]
-    small.load_state_dict({"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)})
-    with suppress(Exception):  # a forward that needs what a Linear lacks
-        given = forward(small, x)
-        return isinstance(given, Tensor) and torch.allclose(given, small(x))
-    return False
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: its own weight is a vector."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return weight is not None and weight.ndim == 1
-
-
 def batches(ids: Tensor, tokens: int) -> list[Tensor]:
     """Split [S, T] into batches of about `tokens` tokens each, at least one window."""
     return list(ids.split(max(1, tokens // ids.shape[1])))
 
 
-def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as [N, K]; a Conv1D stores its transpose. Also converts back."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 def as_source(skeleton: Skeleton, name: str, matrix: Tensor) -> Tensor:
     """A matrix [N, K] in the orientation of module `name`, and in the skeleton's dtype."""
     return matrix_of(skeleton.model.get_submodule(name), matrix).to(skeleton.dtype)
-
-
-def best_dtype(device: torch.device = CPU) -> torch.dtype:
-    """The dtype for calibration: bfloat16 on a GPU, or where the CPU multiplies it natively; else float32.
-
-    Also float32 where ATEN_CPU_CAPABILITY restricts torch to older instructions.
-    """
-    held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device != CPU or (fast and not held_back) else torch.float32

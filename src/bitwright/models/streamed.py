@@ -16,7 +16,8 @@ from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
 from bitwright.models.kv_cache import KvCache, check_unrounded
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 from bitwright.numerics.key_value_codes import KeyValueCodes
 from bitwright.system.device import CPU

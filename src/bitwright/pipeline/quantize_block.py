@@ -12,7 +12,7 @@ from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.ranges import static_scales
 from bitwright.errors import BitwrightError, CalibrationError, VerificationError
 from bitwright.methods import BLOCKWISE, Outcome
-from bitwright.models.skeleton import matrix_of
+from bitwright.models.layers import matrix_of
 from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.loss import energy, ratio

@@ -26,7 +26,7 @@ from bitwright.calibration.windows import Drawn
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file, write_shard
 from bitwright.methods import ASYMMETRIC
-from bitwright.models.skeleton import matrix_of
+from bitwright.models.layers import matrix_of
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy
 from bitwright.pipeline.calibration_pass import (

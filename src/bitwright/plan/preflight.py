@@ -36,11 +36,11 @@ from bitwright.models.families import DECOMPRESSED, IN_FLOAT32, positions_of
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, best_dtype
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
-from bitwright.system.device import CPU
+from bitwright.system.device import CPU, best_dtype
 from bitwright.transforms.rotation import Rotation
 
 HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks

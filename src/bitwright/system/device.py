@@ -50,3 +50,13 @@ def device_in(device_map: DeviceMap) -> torch.device:
     if device_map in ("balanced", "balanced_low_0", "sequential"):
         raise InputError(f"{device_map!r} spreads a model over several devices", where="device_map", remedy=ONE)
     return device_of(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
+
+
+def best_dtype(device: torch.device = CPU) -> torch.dtype:
+    """The dtype for calibration: bfloat16 on a GPU, or where the CPU multiplies it natively; else float32.
+
+    Also float32 where ATEN_CPU_CAPABILITY restricts torch to older instructions.
+    """
+    held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device != CPU or (fast and not held_back) else torch.float32

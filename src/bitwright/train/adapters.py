@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitwright.models.skeleton import is_norm
+from bitwright.models.layers import is_norm
 
 
 def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool = True) -> PreTrainedModel:

@@ -26,8 +26,8 @@ from bitwright.inference.loading import load
 from bitwright.models.adapter_base import base_record
 from bitwright.models.config import read_config
 from bitwright.models.families import positions_of
-from bitwright.models.skeleton import best_dtype
 from bitwright.models.source import open_weights
+from bitwright.system.device import best_dtype
 from bitwright.system.memory import peak_rss_bytes
 from bitwright.system.progress import Progress
 from bitwright.train.checkpoints import Checkpoints

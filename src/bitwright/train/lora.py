@@ -13,7 +13,8 @@ from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.models.adapter import BASE, WEIGHTS
 from bitwright.models.config import read_config
-from bitwright.models.skeleton import Skeleton, matrix_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.train.adapters import prepare_for_training, renamed
 from bitwright.train.settings import RESIDUAL, Training

@@ -21,7 +21,8 @@ from bitwright.formats import FORMATS, Format, Layer
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.models.config import read_config
-from bitwright.models.skeleton import Skeleton, is_norm
+from bitwright.models.layers import is_norm
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.codec import decode
 from bitwright.numerics.qtensor import QTensor, Scales

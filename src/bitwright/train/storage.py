@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from bitwright.errors import RecipeError
-from bitwright.models.skeleton import best_dtype
+from bitwright.system.device import best_dtype
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 LARGEST = 127

@@ -14,7 +14,7 @@ from bitwright.calibration.input_statistics import Inputs, pooled
 from bitwright.errors import RecipeError
 from bitwright.methods.scaling import Reader, Scaling
 from bitwright.methods.smooth import reach_of
-from bitwright.models.skeleton import matrix_of
+from bitwright.models.layers import matrix_of
 from bitwright.numerics.scheme import Scheme
 from bitwright.transforms import NAMES, Awq, Smooth, Transform
 from bitwright.transforms.folds import Fold, applied

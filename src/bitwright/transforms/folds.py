@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.models.experts import DOWN, Experts
-from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
+from bitwright.models.layers import is_norm, matrix_of
+from bitwright.models.skeleton import Skeleton
 
 # Producer and reader, in one parent module; the producer's *last* rows make the reader's channels.
 PAIRS = {
