@@ -20,6 +20,8 @@ from bitwright.errors import CheckpointError
 from bitwright.models.experts import Experts
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.result import Result
+from bitwright.plan.preflight import preflight
+from bitwright.plan.recipe import Recipe
 from bitwright.transforms.folds import applied, find_folds, readers_of
 from conftest import TEXT, save_tokenizer
 
@@ -273,3 +275,12 @@ def test_experts_that_the_files_hold_transposed(tmp_path: Path) -> None:
     assert torch.equal(streamed.head(streamed.hidden(ids)[0]), saved)
     theirs = logits(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
     assert torch.allclose(saved, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_preflight_counts_every_expert_s_gram_where_folds_hold_all_at_once(tmp_path: Path) -> None:
+    folder = save(tmp_path / "float", "mixtral", intermediate_size=512, num_local_experts=8)
+    peaks = [
+        preflight(folder, Recipe.uniform("int4-g32", method), "compressed-tensors", samples=2, seqlen=32).peak_memory
+        for method in ("gptq", "awq+gptq")
+    ]
+    assert peaks[1] - peaks[0] > 6 * 4 * 512 * 512

@@ -33,6 +33,7 @@ from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, IN_FLOAT32, positions_of
+from bitwright.models.file_names import EXPERT
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
@@ -241,7 +242,8 @@ class Plan:
         square = 4 * max((K * K for K in widths), default=0)
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
         if self.recipe.needs_folds or self.recipe.kv_cache is not None:
-            statistics = max(statistics, sum(4 * K * K for K in widths) + 2 * square)
+            inputs = {(_expert(layer.name), layer.K) for layer in layers}  # folds hold the Grams of all at once
+            statistics = max(statistics, sum(4 * K * K for _, K in inputs) + 2 * square)
         # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
         stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
         weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
@@ -343,6 +345,12 @@ def _check_made_for(recipe: Recipe, skeleton: Skeleton, source: Path) -> None:
     if recipe.made_for and recipe.made_for != shapes_digest(skeleton):
         remedy = f"bitwright plan {source} RECIPE.toml --bits 4.5; or remove that line to use it all the same"
         raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
+
+
+def _expert(name: str) -> str:
+    """The number of the expert that a matrix belongs to, "" for any other."""
+    found = EXPERT.search(f"{name}.")
+    return found[1] if found else ""
 
 
 def shapes_digest(skeleton: Skeleton) -> str:
