@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
 from bitwright import load, quantize
@@ -41,6 +41,11 @@ LATENT = {
 }  # fmt: skip
 DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+SECTIONS = {
+    "head_dim": 32, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+    },
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
@@ -101,6 +106,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "head_dim": 16, "interleave_moe_layer_step": 2},
     "qwen3_next": {**MIXTURE, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 96},
+    "qwen3_5_text": {**DELTA, **SECTIONS},
+    "qwen3_5_moe_text": {**MIXTURE, **DELTA, **SECTIONS, "shared_expert_intermediate_size": 96},
     "lfm2_moe": {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 2,
         "layer_types": ["conv", "full_attention"] * 4,
@@ -172,6 +179,7 @@ def checkpoint(kind: str, folder: Path, tokenizer: Path) -> Path:
     random_model(kind).save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # some kinds cut texts in a way of their own
     return folder
 
 

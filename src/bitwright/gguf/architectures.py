@@ -131,6 +131,7 @@ class Architecture:
     shifted  whether norm weights w are stored as 1 + w
     causal   whether it is a causal language model; otherwise an encoder, of which llama.cpp gives the last hidden state
     padded   whether position ids begin at pad_token_id + 1 (RoBERTa)
+    tiled    whether heads of values that share one of keys lie apart: the first of each, then the second (linear attention)
     fused    whether the QKV matrix is ordered head by head, where llama.cpp wants all of Q, then K, then V
     constant (key, value): keys whose values are fixed in the model's code, not in its config
     biases   (config attribute, tensor whose presence means True when a file is read)
@@ -145,6 +146,7 @@ class Architecture:
     shifted: bool = False
     causal: bool = True
     padded: bool = False
+    tiled: bool = False
     fused: bool = False
     constant: tuple[tuple[str, float], ...] = ()
     biases: tuple[tuple[str, str], ...] = ()
@@ -239,6 +241,14 @@ ARCHITECTURES = {
         Architecture("lfm2", "lfm2", LFM2),
         Architecture("llama4_text", "llama4", LLAMA4),
         Architecture("qwen3_next", "qwen3next", (*GROUPED, *RMS, *HEADS, *SHARED_MIXTURE, *DELTA), shifted=True),
+        Architecture("qwen3_5_text", "qwen35", (*GROUPED, *RMS, *HEADS, *DELTA), shifted=True, tiled=True),
+        Architecture(
+            "qwen3_5_moe_text",
+            "qwen35moe",
+            (*SHAPE[:3], SHAPE[4], GROUPED[5], *RMS, *HEADS, *SHARED_MIXTURE, *DELTA),
+            shifted=True,
+            tiled=True,
+        ),
         Architecture("mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", False))),
         Architecture("falcon_mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", True))),
         Architecture("mamba2", "mamba2", MAMBA2, rotary=False, constant=NO_ATTENTION, groups="n_groups"),
@@ -301,8 +311,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
-    "qwen3_5_moe_text": ("qwen35moe", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
     "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
     "apertus": ("apertus", "the parameters of its activation as keys of the file"),
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),

@@ -104,6 +104,7 @@ FIXED: dict[str, Keys] = {
         "floor_scale": 8192,
         "attn_scale": 0.1,
     },
+    **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
     "qwen3_next": {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True, **SPARSE},
     **{
         kind: {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "expand": 2}

@@ -47,6 +47,9 @@ ALPHA = (
 )  # architectures whose "dynamic" type is a larger base: NTK-aware scaling by alpha
 # What all checkpoints of an architecture have, and llama.cpp nevertheless computes as by YARN.
 OWN = {"gpt-oss": {"truncate": False}}
+# Positions in sections, of which a text has one position in all (M-RoPE): their sizes in Qwen 3.5, if the config is silent.
+SECTIONED = {"qwen35": [11, 11, 10], "qwen35moe": [11, 11, 10]}
+SECTIONS, SECTIONS_KEY, INTERLEAVED = "mrope_section", "dimension_sections", "mrope_interleaved"
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LOCAL_BASES = {
     "gemma3": 10000.0,
@@ -71,6 +74,8 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
     }
     if MSCALE in rope and name in TIMES:
         keys[LOG_MULTIPLIER] = TIMES[name] * rope.pop(MSCALE)
+    if name in SECTIONED:
+        keys[SECTIONS_KEY] = _sections(rope, name, head_dim_of(config))
     warm = {TEMPERATURE_KEY: float(rope.pop(TEMPERATURE))} if name == "mistral3" and TEMPERATURE in rope else {}
     keys |= _scaling(rope, config)
     if LOCAL in both:
@@ -78,6 +83,14 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
             raise _unknown(f"{both[LOCAL]['rope_type']!r} in sliding layers")
         keys["freq_base_swa"] = float(both[LOCAL]["rope_theta"])
     return {f"{name}.rope.{key}": value for key, value in keys.items()} | warm
+
+
+def _sections(rope: Keys, name: str, dim: int) -> list[int]:
+    """The sizes of the four sections; they are taken out of `rope`. FormatError for those that a head has no room for."""
+    found, interleaved = rope.pop(SECTIONS, SECTIONED[name]), rope.pop(INTERLEAVED, True)
+    if not interleaved or len(found) != 3 or sum(found) > dim:
+        raise _unknown(f"with sections of {found} in heads of {dim}, interleaved {interleaved}")
+    return [*found, 0]
 
 
 def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
@@ -177,6 +190,8 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     rope: Keys = {"rope_type": "default", "rope_theta": own.get("freq_base", 10000.0)}
     if own.get("dimension_count", dim) != dim:
         rope["partial_rotary_factor"] = own["dimension_count"] / dim
+    if name in SECTIONED:
+        rope |= {SECTIONS: [int(n) for n in own.get(SECTIONS_KEY, SECTIONED[name])[:3]], INTERLEAVED: True}
     kind = own.get("scaling.type", "none")
     if LONG in factors and SHORT in factors:
         rope |= {

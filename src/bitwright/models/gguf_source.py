@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +166,7 @@ class GgufWeightSource:
         blocks, some = self._blocks(name), max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         q = stacked([self._codes(name, blocks[start : start + some]) for start in range(0, len(blocks), some)])
         order = self.names.rows(name, len(q.codes))
+        q = replace(q, order=self.names.columns(name, q.codes.shape[1]))
         return q if order is None else reordered(q, order.argsort())
 
     def _codes(self, name: str, blocks: NDArray[np.uint8]) -> QTensor:

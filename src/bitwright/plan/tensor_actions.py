@@ -193,6 +193,8 @@ class _Chooser:
         transposed = isinstance(self.modules[name], Conv1D)
         N, K = (t.shape[1], t.shape[0]) if transposed else t.shape
         layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
+        if self.names is not None:
+            layer = replace(layer, heads=self.names.heads(t.parameter))
         if self.rotation is not None:
             layer = replace(layer, rotate=self.rotation.online_block(name, K))
         exact = self.recipe.pure or rule.exact

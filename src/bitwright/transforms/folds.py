@@ -166,7 +166,7 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _norm_folds(skeleton: Skeleton, index: int, observed: _Observed) -> list[Fold]:
-    """Norms whose output is the very tensor that linear modules read (same memory)."""
+    """Norms whose output is the very tensor that linear modules read (same memory), not cut into heads in between."""
     folds = []
     for norm, out in observed.gave.items():
         read = [name for name, x in observed.read.items() if _same(x, out)]
@@ -187,7 +187,7 @@ def _matrices(skeleton: Skeleton, name: str) -> list[str]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
 
 
 def _offset(norm: nn.Module, like: Tensor) -> float:
