@@ -117,6 +117,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "head_dim": 16, "vocab_size_per_layer_input": 2000, "sliding_window": 8, "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.95] * 8, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
     },
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+    },
     "modernbert": {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 0}, "eurobert": {"mask_token_id": 1},
     "mamba": {"state_size": 16, "time_step_rank": 8},
     "falcon_mamba": {"state_size": 16, "time_step_rank": 8, "mixer_rms_eps": 1e-5},
@@ -152,6 +157,8 @@ PROMPT = 24  # tokens
 def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
     """A config of a kind. sizes: instead of those of `SIZES`."""
     options = SIZES | CHANGES.get(kind, {}) | sizes
+    if "hidden_size_per_layer_input" in options:
+        options["vocab_size_per_layer_input"] = options["vocab_size"]
     for layers in ("layer_types", "layers_block_type", "activation_sparsity_pattern"):
         if layers in options:
             options[layers] = options[layers][: options["num_hidden_layers"]]

@@ -108,6 +108,12 @@ GEMMA3N = (
     ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
     ("num_kv_shared_layers", "attention.shared_kv_layers"),
 )  # fmt: skip
+GEMMA4 = (
+    *SHAPE[:3], SHAPE[4], *RMS, SOFT_CAPS[1], *SLIDING,
+    ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
+    ("num_kv_shared_layers", "attention.shared_kv_layers"),
+    ("num_experts", EXPERT_COUNT), ("top_k_experts", "expert_used_count"), MIXTURE[2],
+)  # fmt: skip
 MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attention", SLIDING[0][1]), VOCABULARY)
 LLAMA4 = (
     *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, *MIXTRAL,
@@ -271,6 +277,7 @@ ARCHITECTURES = {
         Architecture("jamba", "jamba", JAMBA, rotary=False),
         Architecture("lfm2_moe", "lfm2moe", (*LFM2, *LFM2_MIXTURE), constant=GATED_BY_SIGMOID),
         Architecture("gemma3n_text", "gemma3n", GEMMA3N),
+        Architecture("gemma4_text", "gemma4", GEMMA4),
         Architecture(
             "modernbert", "modern-bert", MODERN, causal=False, constant=(("attention.sliding_window_pattern", 3),)
         ),
@@ -311,7 +318,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
     "apertus": ("apertus", "the parameters of its activation as keys of the file"),
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),

@@ -138,6 +138,7 @@ FIXED: dict[str, Keys] = {
         "laurel_rank": 64,
         "hidden_size_per_layer_input": 256,
     },
+    "gemma4_text": {"hidden_activation": GELU, "attention_bias": False},
     "modernbert": {
         "hidden_activation": "gelu",
         "norm_bias": False,
@@ -189,7 +190,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def experts_in(config: PretrainedConfig) -> int:
     """The number of experts of a layer that has any; 0: the model is dense."""
     keys = {key: attribute for attribute, key in architecture_of(config).keys}
-    return int(getattr(config, keys[EXPERT_COUNT])) if EXPERT_COUNT in keys else 0
+    return int(getattr(config, keys[EXPERT_COUNT]) or 0) if EXPERT_COUNT in keys else 0
 
 
 def first_position(config: PretrainedConfig) -> int:

@@ -33,7 +33,7 @@ HEADS = (
     "vocab_projector.",
 )  # heads of an encoder's pretraining tasks
 POSITIONS = "position_embeddings.weight"
-EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
+EXPERT = re.compile(r"\.(\d+)\.(?:.*\.)?experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
 # Routers, convolutions, and what a state space is made of.
 FLOAT32 = (
     "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "exp_probs_b.bias", "ssm_conv1d.weight", "shortconv.conv.weight",
@@ -45,6 +45,7 @@ RENAMED = {  # endings of parameters that the gguf package's table has otherwise
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
     "self_attn.sinks": "self_attn.sinks.weight",
     "dt_bias": "dt_proj.bias",
+    "layer_scalar": "layer_scalar.weight",
     "correct_output_scale": "correct_output_scale.weight",
     "feed_forward.expert_bias": "feed_forward.expert_bias.bias",
 }

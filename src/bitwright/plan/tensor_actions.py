@@ -16,6 +16,7 @@ from bitwright.formats.ggml import TYPES
 from bitwright.formats.native import is_sparse
 from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
+from bitwright.gguf.layer_values import of_layer
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.decoded_source import FloatCheckpoint
@@ -214,7 +215,7 @@ class _Chooser:
         config = self.skeleton.config
         part = part_of(name, block)
         heads = getattr(config, "num_attention_heads", None) or 1  # a state space has none
-        heads //= getattr(config, "num_key_value_heads", None) or heads
+        heads //= of_layer(config, "num_key_value_heads", block or 0) or heads
         fits = K % TYPES[MIXES[rule.mix]].size == 0
         tied = bool(config.tie_word_embeddings)
         weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0

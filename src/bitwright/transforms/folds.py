@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bitwright.gguf.layer_values import of_layer
 from bitwright.models.experts import DOWN, Experts
 from bitwright.models.skeleton import Skeleton, is_norm, matrix_of
 
@@ -203,7 +204,7 @@ def _row_folds(skeleton: Skeleton, index: int) -> list[Fold]:
     linears = skeleton.linears(index)
     config = skeleton.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = of_layer(config, "num_key_value_heads", index) or heads
     folds = []
     for kind, pairs in PAIRS.items():
         repeat = heads // groups if kind == "attention" else 1
