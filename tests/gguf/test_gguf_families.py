@@ -9,7 +9,7 @@ import torch
 from bench.gguf_families import GLM_MIXTURE, random_model
 from transformers import AutoConfig
 
-from bitwright import load
+from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
@@ -195,3 +195,31 @@ def test_gemma_4_as_llama_cpp_s_converter_has_it(tmp_path: Path) -> None:
     rewritten(tmp_path / "b.gguf", tmp_path / "d.gguf", lambda t: t.update({"blk.0.attn_k_b.weight": torch.ones(2, 2)}))
     with pytest.raises(CheckpointError, match="attn_k_b"):
         StreamedModel(tmp_path / "d.gguf")
+
+
+@torch.no_grad()
+def test_parameters_of_an_activation_are_keys(tmp_path: Path, text: str) -> None:
+    """Apertus: written into the header with the weights, by `convert` and by `quantize`, of a directory and of a file."""
+    model = random_model("apertus", num_hidden_layers=2, vocab_size=257, bos_token_id=256, eos_token_id=256)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+    drawn = {"scheme": "q8_0", "calib": text, "samples": 2, "seqlen": 32}
+    quantize(tmp_path / "source", tmp_path / "b.gguf", **drawn)
+    quantize(tmp_path / "a.gguf", tmp_path / "c.gguf", **drawn)
+    wanted = {
+        f"xielu.{name}": [float(model.get_submodule(f"model.layers.{i}.mlp.act_fn").state_dict()[name]) for i in (0, 1)]
+        for name in ("alpha_p", "alpha_n", "beta", "eps")
+    }
+    for name in "abc":
+        file = GgufFile(tmp_path / f"{name}.gguf")
+        assert {key: file.keys[key].tolist() for key in wanted} == wanted
+        assert not any("xielu" in tensor for tensor in file.tensors)
+        found = load(tmp_path / f"{name}.gguf").get_submodule("model.layers.1.mlp.act_fn").state_dict()
+        assert all(
+            torch.equal(value, found[name]) for name, value in model.model.layers[1].mlp.act_fn.state_dict().items()
+        )
+    content = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "d.gguf").write_bytes(content.replace(b"xielu.beta", b"xielu.bete"))
+    with pytest.raises(CheckpointError, match="act_fn"):
+        load(tmp_path / "d.gguf")

@@ -194,6 +194,7 @@ ARCHITECTURES = {
         Architecture(
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
+        Architecture("apertus", "apertus", (*GROUPED, *RMS, VOCABULARY)),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
         Architecture("olmo3", "olmo2", (*GROUPED, *RMS, *SLIDING)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
@@ -318,7 +319,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "apertus": ("apertus", "the parameters of its activation as keys of the file"),
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),
     "gemma3_text with attention both ways": (

@@ -25,6 +25,7 @@ from bitwright.gguf.architectures import (
     named,
     needed_for,
 )
+from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
 from bitwright.gguf.special_tokens import ends_of
@@ -81,6 +82,7 @@ FIXED: dict[str, Keys] = {
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
     "smollm3": {"hidden_act": "silu", "use_sliding_window": False},
+    "apertus": {"hidden_act": "xielu", "attention_bias": False},
     "arcee": {"hidden_act": "relu2"},
     "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "olmo": {"hidden_act": "silu", "attention_bias": False},
@@ -210,7 +212,8 @@ def keys_of(config: PretrainedConfig) -> Keys:
             found[f"{row.name}.{key}"] = value - first_position(config) if key == "context_length" else value
     found |= {f"{row.name}.{key}": value for key, value in row.constant}
     if row.kind in WRITTEN:
-        found |= {f"{row.name}.{key}": value for key, value in WRITTEN[row.kind](config).items() if value is not None}
+        more = {key: value for key, value in WRITTEN[row.kind](config).items() if value is not None}
+        found |= {key if key in ENTRIES else f"{row.name}.{key}": value for key, value in more.items()}
     if not row.causal:
         found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: getattr(config, "type_vocab_size", 1)}
     return found | (rope.keys_of(row.name, config) if row.rotary else {})

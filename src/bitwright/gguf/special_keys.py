@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from bitwright.errors import FormatError
 from bitwright.gguf import state_keys
 from bitwright.gguf.layer_values import of_layer
+from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.state_keys import FULL
 
 Keys = dict[str, Any]
@@ -243,6 +244,7 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "gemma3n_text": _gemma3n,
     "gemma4_text": _gemma4,
     "llama4_text": _llama4,
+    "apertus": lambda config: dict.fromkeys(ENTRIES, [0.0] * config.num_hidden_layers),  # filled with the weights
     **state_keys.WRITTEN,
 }
 READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Keys]] = {

@@ -52,6 +52,7 @@ RENAMED = {  # endings of parameters that the gguf package's table has otherwise
 ROOTS = {
     "nemotron_h": ("model.", "backbone.")
 }  # what parameters' names begin with, and what in the gguf package's table
+NUMBERS = ("act_fn.beta", "act_fn.eps")  # parameters without dimensions
 LOG, DIRECT = "A_log", ".D"  # decay and skip of a state space
 UNSHIFTED = "linear_attn.norm.weight"  # the one norm of Qwen3-Next that is not 1 + w
 # Endings of parameters that have rows for the value heads of linear attention.
@@ -243,8 +244,11 @@ class Names:
         """The shape of a parameter as `written`, given its shape in transformers."""
         return tuple(self.written(parameter, torch.empty(shape, device="meta")).shape)
 
-    def _grouped(self, parameter: str) -> tuple[int, int] | None:
-        """The shape of a vector of Mamba 2's that llama.cpp has as a matrix: its norm by groups, A and D as columns."""
+    def _grouped(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a vector of Mamba 2's that llama.cpp has as a matrix: its norm by groups, A and D as columns; and of a
+        number that it has as a vector."""
+        if parameter.endswith(NUMBERS):
+            return (1,)
         if not self.row.groups:
             return None
         if parameter.endswith((LOG, DIRECT)):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
+from bitwright.gguf.reader import ENTRIES
+
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)$")
 
 
@@ -70,11 +72,18 @@ def _routed(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]
     return (Part(f"blk.{block}.{scales[leaf]}", 1),) if leaf in scales else ()
 
 
+def _activation(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """The parameters of xIELU, which are entries of a key's array (`GgufFile.entries`)."""
+    entry = f"xielu.{leaf.rpartition('.')[2]}"
+    return (Part(f"blk.{block}.{entry}", 1),) if leaf.startswith("mlp.act_fn.") and entry in ENTRIES else ()
+
+
 PARTS: dict[str, Callable[[PretrainedConfig, str, str], tuple[Part, ...]]] = {
     "granitemoeshared": _granite,
     "granitemoehybrid": _granite,
     "qwen3_next": _gated_states,
     "gemma4_text": _routed,
+    "apertus": _activation,
 }
 BOTH = re.compile(r"^(blk\.\d+\.ffn_)(gate|up)(_exps\.weight)$")
 

@@ -33,7 +33,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
     CheckpointError for a damaged file, an unknown architecture, or tensors that do not fit the keys.
     """
-    return _matched(GgufFile(path)).names.config
+    return GgufWeightSource(path).names.config
 
 
 class Matched(NamedTuple):
@@ -112,6 +112,7 @@ class GgufWeightSource:
         """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
+        self.file.tensors |= self.file.entries
         self.names, self.places, self._shapes = _matched(self.file)
         self.stored = {parameter: places[0].name for parameter, places in self.places.items()}
         self.notes: tuple[str, ...] = ()
