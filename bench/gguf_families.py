@@ -22,6 +22,7 @@ from bitwright.cli.demo import MODEL
 from bitwright.errors import InputError
 from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.input_rounding import ENGINE
+from bitwright.models.families import is_encoder
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 
@@ -51,6 +52,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
     "gemma3_text": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
+    "gemma-embedding": {
+        "query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8, "use_bidirectional_attention": True,
+    },
     "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "seed_oss": {"head_dim": 16},
     "glm4": {"head_dim": 16}, "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -151,6 +155,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_multiple_of": 32},
 }  # fmt: skip
+FORMS = {"gemma-embedding": "gemma3_text"}  # a kind by llama.cpp's name: transformers' kind
 PROMPT = 24  # tokens
 
 
@@ -162,12 +167,12 @@ def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
     for layers in ("layer_types", "layers_block_type", "activation_sparsity_pattern"):
         if layers in options:
             options[layers] = options[layers][: options["num_hidden_layers"]]
-    return AutoConfig.for_model(kind, **options)
+    return AutoConfig.for_model(FORMS.get(kind, kind), **options)
 
 
 def made_by(kind: str) -> type[AutoModel | AutoModelForCausalLM]:
     """What makes a model of a kind."""
-    return AutoModelForCausalLM if ARCHITECTURES[kind].causal else AutoModel
+    return AutoModel if is_encoder(small_config(kind)) else AutoModelForCausalLM
 
 
 def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
@@ -228,9 +233,8 @@ def encoder(kind: str, place: Path, ids: Tensor, oracle: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal or row.rotary)
-    )
+    kinds = [row.kind for row in ARCHITECTURES.values() if row.causal or row.rotary]
+    parser.add_argument("--kinds", default=",".join([*kinds, *FORMS]))
     parser.add_argument("--scheme", default="q4_k_m")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     args = parser.parse_args()
@@ -239,7 +243,7 @@ def main() -> None:
         ids = torch.randint(2, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         for kind in args.kinds.split(","):
             try:
-                if not ARCHITECTURES[kind].causal:
+                if made_by(kind) is AutoModel:
                     print(encoder(kind, Path(place), ids, args.oracle), flush=True)
                     continue
                 meant |= files_of(kind, Path(place), ids, args.scheme)

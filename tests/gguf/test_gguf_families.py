@@ -21,7 +21,7 @@ from bitwright.pipeline.conversion import convert
 from conftest import ENCODERS, FAMILIES, SIZES, save_roberta, save_tokenizer
 
 EXPERTS = {**GLM_MIXTURE, "moe_shared_expert_intermediate_size": 96}
-NEWER = ["modernbert", "eurobert"]  # encoders
+NEWER = ["modernbert", "eurobert", "gemma-embedding"]  # encoders
 EVEN_HEADS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
 ROUTED = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 OTHERS = [kind for kind in ARCHITECTURES if kind not in (*FAMILIES, *ENCODERS, *NEWER) or kind == "gpt_neox"]

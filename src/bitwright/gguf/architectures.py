@@ -296,6 +296,12 @@ ARCHITECTURES = {
 
 # Rows that are taken in the place of a kind's own: kind -> (whether a config is of this form, the row), the first that is.
 FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
+    "gemma3_text": (
+        (
+            lambda config: bool(config.use_bidirectional_attention),
+            Architecture("gemma3_text", "gemma-embedding", (*GEMMA, *SLIDING), shifted=True, causal=False),
+        ),
+    ),
     "nemotron_h": (
         (
             lambda config: "moe" in config.layer_types,
@@ -321,10 +327,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 MISSING = {
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),
-    "gemma3_text with attention both ways": (
-        "gemma-embedding",
-        "its class among the encoders, and its windows both ways",
-    ),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),

@@ -78,7 +78,7 @@ FIXED: dict[str, Keys] = {
     "lfm2": {"conv_bias": False, "tie_word_embeddings": True},
     "gemma": {"hidden_activation": GELU},
     "gemma2": {"hidden_activation": GELU},
-    "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
+    "gemma3_text": {"hidden_activation": GELU},
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
     "smollm3": {"hidden_act": "silu", "use_sliding_window": False},

@@ -54,6 +54,7 @@ SECTIONS, SECTIONS_KEY, INTERLEAVED = "mrope_section", "dimension_sections", "mr
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LOCAL_BASES = {
     "gemma3": 10000.0,
+    "gemma-embedding": 10000.0,
     "gemma3n": 10000.0,
     "modern-bert": 10000.0,
 }  # default base of sliding-window layers, for architectures in which it differs

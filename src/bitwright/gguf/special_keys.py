@@ -117,6 +117,15 @@ def _lfm2_mixture_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     }  # fmt: skip
 
 
+def _gemma3(config: PretrainedConfig) -> Keys:
+    """With attention both ways llama.cpp counts both sides of a window; transformers one, and the token itself."""
+    return {"attention.sliding_window": 2 * (config.sliding_window - 1)} if config.use_bidirectional_attention else {}
+
+
+def _gemma3_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
+    return {"use_bidirectional_attention": own.get("attention.causal") is False}
+
+
 def _gemma3n(config: PretrainedConfig) -> Keys:
     """Which layers have a window; and the inner size of the MLPs, which must be one."""
     widths = config.intermediate_size
@@ -241,6 +250,7 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
         "expert_shared_count": 1,
     },
     "lfm2_moe": _lfm2_heads,
+    "gemma3_text": _gemma3,
     "gemma3n_text": _gemma3n,
     "gemma4_text": _gemma4,
     "llama4_text": _llama4,
@@ -255,6 +265,7 @@ READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Key
     "deepseek_v2": _latent_read,
     "deepseek_v3": _latent_read,
     "lfm2_moe": _lfm2_mixture_read,
+    "gemma3_text": _gemma3_read,
     "gemma3n_text": _gemma3n_read,
     "gemma4_text": _gemma4_read,
     "llama4_text": _llama4_read,
