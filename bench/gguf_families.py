@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from bench.gguf_pretokenizers import ORACLE, answers
 from bitwright import load, quantize
@@ -22,6 +22,7 @@ from bitwright.cli.demo import MODEL
 from bitwright.errors import InputError
 from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.input_rounding import ENGINE
+from bitwright.models.families import is_encoder
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
 
@@ -42,10 +43,18 @@ LATENT = {
 DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
+SECTIONS = {
+    "head_dim": 32, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+    },
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gemma2": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
     "gemma3_text": {"query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8},
+    "gemma-embedding": {
+        "query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 8, "use_bidirectional_attention": True,
+    },
     "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "seed_oss": {"head_dim": 16},
     "glm4": {"head_dim": 16}, "ernie4_5": {"head_dim": 16}, "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -101,6 +110,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "head_dim": 16, "interleave_moe_layer_step": 2},
     "qwen3_next": {**MIXTURE, **DELTA, "head_dim": 16, "shared_expert_intermediate_size": 96},
+    "qwen3_5_text": {**DELTA, **SECTIONS},
+    "qwen3_5_moe_text": {**MIXTURE, **DELTA, **SECTIONS, "shared_expert_intermediate_size": 96},
     "lfm2_moe": {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 2,
         "layer_types": ["conv", "full_attention"] * 4,
@@ -109,6 +120,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "intermediate_size": 1024,
         "head_dim": 16, "vocab_size_per_layer_input": 2000, "sliding_window": 8, "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.95] * 8, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    },
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
     },
     "modernbert": {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 0}, "eurobert": {"mask_token_id": 1},
     "mamba": {"state_size": 16, "time_step_rank": 8},
@@ -139,21 +155,24 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_multiple_of": 32},
 }  # fmt: skip
+FORMS = {"gemma-embedding": "gemma3_text"}  # a kind by llama.cpp's name: transformers' kind
 PROMPT = 24  # tokens
 
 
 def small_config(kind: str, **sizes: Any) -> PretrainedConfig:
     """A config of a kind. sizes: instead of those of `SIZES`."""
     options = SIZES | CHANGES.get(kind, {}) | sizes
+    if "hidden_size_per_layer_input" in options:
+        options["vocab_size_per_layer_input"] = options["vocab_size"]
     for layers in ("layer_types", "layers_block_type", "activation_sparsity_pattern"):
         if layers in options:
             options[layers] = options[layers][: options["num_hidden_layers"]]
-    return AutoConfig.for_model(kind, **options)
+    return AutoConfig.for_model(FORMS.get(kind, kind), **options)
 
 
 def made_by(kind: str) -> type[AutoModel | AutoModelForCausalLM]:
     """What makes a model of a kind."""
-    return AutoModelForCausalLM if ARCHITECTURES[kind].causal else AutoModel
+    return AutoModel if is_encoder(small_config(kind)) else AutoModelForCausalLM
 
 
 def random_model(kind: str, **sizes: Any) -> PreTrainedModel:
@@ -172,6 +191,7 @@ def checkpoint(kind: str, folder: Path, tokenizer: Path) -> Path:
     random_model(kind).save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # some kinds cut texts in a way of their own
     return folder
 
 
@@ -213,9 +233,8 @@ def encoder(kind: str, place: Path, ids: Tensor, oracle: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kinds", default=",".join(row.kind for row in ARCHITECTURES.values() if row.causal or row.rotary)
-    )
+    kinds = [row.kind for row in ARCHITECTURES.values() if row.causal or row.rotary]
+    parser.add_argument("--kinds", default=",".join([*kinds, *FORMS]))
     parser.add_argument("--scheme", default="q4_k_m")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     args = parser.parse_args()
@@ -224,7 +243,7 @@ def main() -> None:
         ids = torch.randint(2, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         for kind in args.kinds.split(","):
             try:
-                if not ARCHITECTURES[kind].causal:
+                if made_by(kind) is AutoModel:
                     print(encoder(kind, Path(place), ids, args.oracle), flush=True)
                     continue
                 meant |= files_of(kind, Path(place), ids, args.scheme)

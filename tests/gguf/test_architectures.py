@@ -385,3 +385,11 @@ def test_pooling_that_llamacpp_does_not_have_is_refused(tmp_path: Path) -> None:
     (source / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "pool"}]))
     done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a.gguf"), "--json"])
     assert done.exit_code == 2 and "pooling that llama.cpp does not have" in done.stdout
+
+
+def test_matrices_behind_the_pooling_are_left_out_on_record(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "bert")
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a.gguf"), "--json"])
+    assert done.exit_code == 0 and any("2_Dense" in note for note in json.loads(done.stdout)["notes"])

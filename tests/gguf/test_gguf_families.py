@@ -1,5 +1,6 @@
 """Architectures of GGUF without another test: the file's logits are its checkpoint's. bench.gguf_families asks llama.cpp."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from bench.gguf_families import GLM_MIXTURE, random_model
 from transformers import AutoConfig
 
-from bitwright import load
+from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
@@ -20,7 +21,9 @@ from bitwright.pipeline.conversion import convert
 from conftest import ENCODERS, FAMILIES, SIZES, save_roberta, save_tokenizer
 
 EXPERTS = {**GLM_MIXTURE, "moe_shared_expert_intermediate_size": 96}
-NEWER = ["modernbert", "eurobert"]  # encoders
+NEWER = ["modernbert", "eurobert", "gemma-embedding"]  # encoders
+EVEN_HEADS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+ROUTED = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 OTHERS = [kind for kind in ARCHITECTURES if kind not in (*FAMILIES, *ENCODERS, *NEWER) or kind == "gpt_neox"]
 
 
@@ -63,6 +66,11 @@ def test_an_encoder_s_last_hidden_state_is_transformers(kind: str, tmp_path: Pat
             {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], **EXPERTS},
             "nemotron_h_moe",
         ),
+        (
+            "gemma4_text",
+            {**EVEN_HEADS, **ROUTED, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "gemma4",
+        ),
     ],
 )
 def test_other_forms_of_a_kind(kind: str, changes: dict[str, Any], name: str, tmp_path: Path) -> None:
@@ -88,10 +96,35 @@ def test_other_forms_of_a_kind(kind: str, changes: dict[str, Any], name: str, tm
         ("mamba", {"expand": 4}, "expand"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "position_embedding_type"),
         ("gemma3n_text", {"laurel_rank": 8, "num_kv_shared_layers": 0}, "laurel_rank"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        (
+            "gemma4_text",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2, "num_kv_shared_layers": 2},
+            "layers 0 and 1",
+        ),
+        ("gemma4_text", {"per_layer_config": {1: {"head_dim": 16}}}, "heads of"),
+        ("gemma4_text", {"vocab_size": 100, "vocab_size_per_layer_input": 101}, "embeddings of layers"),
+        (
+            "gemma4_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0},
+                }
+            },
+            "'proportional' with",
+        ),
+        (
+            "qwen3_5_text",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [199, 99, 9]}},
+            "sections",
+        ),
     ],
 )
 def test_what_llamacpp_has_otherwise_is_refused(kind: str, change: dict[str, Any], says: str) -> None:
-    config = AutoConfig.for_model(kind, **{**SIZES, "num_hidden_layers": 4, "pad_token_id": 1, **change})
+    config = AutoConfig.for_model(
+        kind, **{**SIZES, "num_hidden_layers": 4, "pad_token_id": 1, "vocab_size_per_layer_input": 257, **change}
+    )
     with pytest.raises(FormatError, match=says):
         keys_of(config)
 
@@ -115,3 +148,78 @@ def test_blocks_of_multi_token_prediction_are_left_unread(tmp_path: Path) -> Non
     assert torch.allclose(streamed.head(torch.cat(streamed.hidden(ids))), wanted, atol=1e-4 * float(wanted.abs().max()))
     with pytest.raises(CheckpointError, match="multi-token prediction"):
         FloatGgufCheckpoint(tmp_path / "b.gguf")
+
+
+def rewritten(path: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """A float file with other tensors."""
+    made = GgufFile(path)
+    keys = {name: Typed(value, *made.kinds[name]) for name, value in made.keys.items()}
+    tensors = {name: made.read(name) for name in made.tensors}
+    change(tensors)
+    keys |= {"general.architecture": made.keys["general.architecture"]}
+    with GgufWriter(out, keys, [(n, FLOAT_TYPES[t.dtype], t) for n, t in tensors.items()]) as file:
+        for name, tensor in tensors.items():
+            file.put_floats(name, tensor)
+
+
+@torch.no_grad()
+def test_gemma_4_as_llama_cpp_s_converter_has_it(tmp_path: Path) -> None:
+    """Gates and ups of all experts in one tensor; keys and values in layers that take those of earlier ones, unread."""
+    shared = {
+        "num_kv_shared_layers": 2,
+        "vocab_size": 257,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+        "num_hidden_layers": 4,
+    }
+    model = random_model("gemma4_text", **shared, **ROUTED)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for i in range(4):
+            both = [tensors.pop(f"blk.{i}.ffn_{which}_exps.weight") for which in ("gate", "up")]
+            tensors[f"blk.{i}.ffn_gate_up_exps.weight"] = torch.cat(both, 1)
+        tensors["blk.3.attn_k.weight"] = torch.ones(64, 64)
+
+    rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", change)
+    streamed, ids = StreamedModel(tmp_path / "b.gguf"), torch.arange(24)[None] * 7 % 256
+    wanted = model(ids).logits
+    assert torch.allclose(streamed.head(torch.cat(streamed.hidden(ids))), wanted, atol=1e-4 * float(wanted.abs().max()))
+    rewritten(
+        tmp_path / "b.gguf", tmp_path / "c.gguf", lambda t: t.update({"rope_freqs.weight": torch.full((16,), 2.0)})
+    )
+    with pytest.raises(CheckpointError, match="not Gemma 4's"):
+        StreamedModel(tmp_path / "c.gguf")
+    rewritten(tmp_path / "b.gguf", tmp_path / "d.gguf", lambda t: t.update({"blk.0.attn_k_b.weight": torch.ones(2, 2)}))
+    with pytest.raises(CheckpointError, match="attn_k_b"):
+        StreamedModel(tmp_path / "d.gguf")
+
+
+@torch.no_grad()
+def test_parameters_of_an_activation_are_keys(tmp_path: Path, text: str) -> None:
+    """Apertus: written into the header with the weights, by `convert` and by `quantize`, of a directory and of a file."""
+    model = random_model("apertus", num_hidden_layers=2, vocab_size=257, bos_token_id=256, eos_token_id=256)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "a.gguf")
+    drawn = {"scheme": "q8_0", "calib": text, "samples": 2, "seqlen": 32}
+    quantize(tmp_path / "source", tmp_path / "b.gguf", **drawn)
+    quantize(tmp_path / "a.gguf", tmp_path / "c.gguf", **drawn)
+    wanted = {
+        f"xielu.{name}": [float(model.get_submodule(f"model.layers.{i}.mlp.act_fn").state_dict()[name]) for i in (0, 1)]
+        for name in ("alpha_p", "alpha_n", "beta", "eps")
+    }
+    for name in "abc":
+        file = GgufFile(tmp_path / f"{name}.gguf")
+        assert {key: file.keys[key].tolist() for key in wanted} == wanted
+        assert not any("xielu" in tensor for tensor in file.tensors)
+        found = load(tmp_path / f"{name}.gguf").get_submodule("model.layers.1.mlp.act_fn").state_dict()
+        assert all(
+            torch.equal(value, found[name]) for name, value in model.model.layers[1].mlp.act_fn.state_dict().items()
+        )
+    content = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "d.gguf").write_bytes(content.replace(b"xielu.beta", b"xielu.bete"))
+    with pytest.raises(CheckpointError, match="act_fn"):
+        load(tmp_path / "d.gguf")

@@ -170,7 +170,7 @@ def test_a_file_is_known_by_its_first_bytes(source: Path, tmp_path: Path) -> Non
         ("imatrix", "llama", "an importance matrix"),
         ("mmproj", "clip", "encoder of images"),
         ("model", "eagle3", "a draft model"),
-        ("model", "gemma4", "'gemma4' is not read here"),
+        ("model", "mpt", "'mpt' is not read here"),
     ],
 )
 def test_files_that_are_no_model(tmp_path: Path, kind: str, architecture: str, says: str) -> None:

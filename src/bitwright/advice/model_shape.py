@@ -11,6 +11,7 @@ from torch import nn
 
 from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
+from bitwright.gguf.layer_values import of_layer
 from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import quantization_of, read_config
 from bitwright.models.families import positions_of
@@ -153,15 +154,25 @@ def _cached(text: Any) -> tuple[tuple[int, int | None], ...]:
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention: one compressed vector for all heads
         return ((depth * (text.kv_lora_rank + text.qk_rope_head_dim), None),)
     heads = getattr(text, "num_attention_heads", 0) or 0
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
     if not heads:  # a state space: nothing grows with the context
         return ()
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * depth
-    counted = Counter(kind for kind in kinds if "attention" in kind and kind != "linear_attention")
+    own = kinds[
+        : depth - (getattr(text, "num_kv_shared_layers", None) or 0)
+    ]  # the others have the keys of earlier ones
+    counted = Counter(kind for kind in own if "attention" in kind and kind != "linear_attention")
     window = getattr(text, "sliding_window", None)
     local = ("sliding_attention", "chunked_attention")
-    return tuple((2 * n * key_heads * width, window if kind in local else None) for kind, n in counted.items())
+    return tuple(
+        (2 * n * _key_width(text, heads, kinds.index(kind)), window if kind in local else None)
+        for kind, n in counted.items()
+    )
+
+
+def _key_width(text: Any, heads: int, layer: int) -> int:
+    """Channels of all keys of a layer."""
+    width = of_layer(text, "head_dim", layer) or text.hidden_size // heads
+    return int((of_layer(text, "num_key_value_heads", layer) or heads) * width)
 
 
 def _stored(folder: Path, config: Any) -> tuple[str, bool]:

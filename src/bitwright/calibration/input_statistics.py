@@ -89,6 +89,16 @@ class Inputs:
         changed = replace(self, gram=gram, drift=drift, residual=residual, mean=mean, low=low, high=high, sample=sample)
         return replace(changed, histogram=changed._histogram_of_sample())
 
+    def reordered(self, order: Tensor) -> "Inputs":
+        """The statistics of x with its channels in this order [K]."""
+        gram, drift, residual, mean, low, high, sample = (
+            None if t is None else t[..., order]
+            for t in (self.gram, self.drift, self.residual, self.mean, self.low, self.high, self.sample)
+        )
+        gram = gram if gram is None or gram.ndim == 1 else gram[order]
+        drift = None if drift is None else drift[order]
+        return replace(self, gram=gram, drift=drift, residual=residual, mean=mean, low=low, high=high, sample=sample)
+
     def _histogram_of_sample(self) -> Histogram | None:
         if self.histogram is None or self.sample is None or self.low is None or self.high is None:
             return None

@@ -11,7 +11,7 @@ from bitwright.errors import FormatError
 from bitwright.files.checkpoint import Spec
 from bitwright.numerics.codec import code_dtype, decode, encode
 from bitwright.numerics.input_quantization import InputQuantization
-from bitwright.numerics.qtensor import Outliers, QTensor, Scales, rows
+from bitwright.numerics.qtensor import Outliers, QTensor, Scales, head_by_head, rows
 from bitwright.numerics.scheme import CHANNEL, GROUPS, Scheme
 
 Read = Callable[[str], Tensor | None]
@@ -33,6 +33,7 @@ class Layer:
     container    the format's own name for the storage, where the scheme alone does not determine it (GGUF: the block type)
     fallback     why the layer is not stored as requested; "" if it is
     pruned       how many of its weights are zero because they were pruned
+    heads        (groups, heads in each) of its inputs, where a file has them in another order (`head_by_head`)
     """
 
     name: str
@@ -46,6 +47,12 @@ class Layer:
     container: str = ""
     fallback: str = ""
     pruned: int = 0
+    heads: tuple[int, int] = (1, 1)
+
+    @property
+    def order(self) -> Tensor | None:
+        """The input [K] that each column in the file belongs to; None: column k belongs to input k."""
+        return head_by_head(self.heads, self.K)
 
 
 class Reader(Protocol):

@@ -11,7 +11,7 @@ from bitwright.errors import FormatError
 from bitwright.formats import gguf_writer
 from bitwright.formats.format import Layer
 from bitwright.formats.gguf import kind_of
-from bitwright.gguf.reader import Kind, Types, type_named
+from bitwright.gguf.reader import ENTRIES, Kind, Types, type_named
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names
 
@@ -57,4 +57,5 @@ def _described(names: Names, member: Member) -> Iterator[tuple[str, Kind, Tensor
         tensor = torch.empty(height, layer.K // block.size * block.bytes, dtype=torch.uint8, device="meta")
         kind = type_named(block.name)
     for place in names.places(member.parameter, tuple(tensor.shape)):
-        yield place.name, kind, tensor.new_empty(place.shape)
+        if not place.name.endswith(ENTRIES):  # which are in the header
+            yield place.name, kind, tensor.new_empty(place.shape)

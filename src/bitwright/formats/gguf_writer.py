@@ -1,7 +1,8 @@
 """Writer of GGUF files whose tensors arrive in any order; each is read back from the file and compared as it is written.
 
 The gguf package writes the header: keys and the table of tensors. The file then gets its full size, and tensors are written
-at their offsets, whole or some rows at a time, so that no temporary copy of them is needed.
+at their offsets, whole or some rows at a time, so that no temporary copy of them is needed. Parameters that are entries of
+a key's array are written into the header.
 """
 
 import os
@@ -47,6 +48,7 @@ class GgufWriter:
                 _begin(begun, keys, list(described))
                 begun.replace(path)
             self.file = GgufFile(path)
+            self.file.tensors |= self.file.entries
             self._stream = path.open("r+b", buffering=0)
 
     def put(self, name: str, tensor: Tensor, first: int = 0) -> None:

@@ -108,6 +108,12 @@ GEMMA3N = (
     ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
     ("num_kv_shared_layers", "attention.shared_kv_layers"),
 )  # fmt: skip
+GEMMA4 = (
+    *SHAPE[:3], SHAPE[4], *RMS, SOFT_CAPS[1], *SLIDING,
+    ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
+    ("num_kv_shared_layers", "attention.shared_kv_layers"),
+    ("num_experts", EXPERT_COUNT), ("top_k_experts", "expert_used_count"), MIXTURE[2],
+)  # fmt: skip
 MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attention", SLIDING[0][1]), VOCABULARY)
 LLAMA4 = (
     *SHAPE[:3], SHAPE[4], ("num_key_value_heads", "attention.head_count_kv"), *RMS, *HEADS, *MIXTRAL,
@@ -131,6 +137,7 @@ class Architecture:
     shifted  whether norm weights w are stored as 1 + w
     causal   whether it is a causal language model; otherwise an encoder, of which llama.cpp gives the last hidden state
     padded   whether position ids begin at pad_token_id + 1 (RoBERTa)
+    tiled    whether heads of values that share one of keys lie apart: the first of each, then the second (linear attention)
     fused    whether the QKV matrix is ordered head by head, where llama.cpp wants all of Q, then K, then V
     constant (key, value): keys whose values are fixed in the model's code, not in its config
     biases   (config attribute, tensor whose presence means True when a file is read)
@@ -145,6 +152,7 @@ class Architecture:
     shifted: bool = False
     causal: bool = True
     padded: bool = False
+    tiled: bool = False
     fused: bool = False
     constant: tuple[tuple[str, float], ...] = ()
     biases: tuple[tuple[str, str], ...] = ()
@@ -186,6 +194,7 @@ ARCHITECTURES = {
         Architecture(
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
+        Architecture("apertus", "apertus", (*GROUPED, *RMS, VOCABULARY)),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
         Architecture("olmo3", "olmo2", (*GROUPED, *RMS, *SLIDING)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
@@ -239,6 +248,14 @@ ARCHITECTURES = {
         Architecture("lfm2", "lfm2", LFM2),
         Architecture("llama4_text", "llama4", LLAMA4),
         Architecture("qwen3_next", "qwen3next", (*GROUPED, *RMS, *HEADS, *SHARED_MIXTURE, *DELTA), shifted=True),
+        Architecture("qwen3_5_text", "qwen35", (*GROUPED, *RMS, *HEADS, *DELTA), shifted=True, tiled=True),
+        Architecture(
+            "qwen3_5_moe_text",
+            "qwen35moe",
+            (*SHAPE[:3], SHAPE[4], GROUPED[5], *RMS, *HEADS, *SHARED_MIXTURE, *DELTA),
+            shifted=True,
+            tiled=True,
+        ),
         Architecture("mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", False))),
         Architecture("falcon_mamba", "mamba", MAMBA, rotary=False, constant=(*NO_ATTENTION, ("ssm.dt_b_c_rms", True))),
         Architecture("mamba2", "mamba2", MAMBA2, rotary=False, constant=NO_ATTENTION, groups="n_groups"),
@@ -261,6 +278,7 @@ ARCHITECTURES = {
         Architecture("jamba", "jamba", JAMBA, rotary=False),
         Architecture("lfm2_moe", "lfm2moe", (*LFM2, *LFM2_MIXTURE), constant=GATED_BY_SIGMOID),
         Architecture("gemma3n_text", "gemma3n", GEMMA3N),
+        Architecture("gemma4_text", "gemma4", GEMMA4),
         Architecture(
             "modernbert", "modern-bert", MODERN, causal=False, constant=(("attention.sliding_window_pattern", 3),)
         ),
@@ -278,6 +296,12 @@ ARCHITECTURES = {
 
 # Rows that are taken in the place of a kind's own: kind -> (whether a config is of this form, the row), the first that is.
 FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
+    "gemma3_text": (
+        (
+            lambda config: bool(config.use_bidirectional_attention),
+            Architecture("gemma3_text", "gemma-embedding", (*GEMMA, *SLIDING), shifted=True, causal=False),
+        ),
+    ),
     "nemotron_h": (
         (
             lambda config: "moe" in config.layer_types,
@@ -301,16 +325,8 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "qwen3_5_text": ("qwen35", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
-    "qwen3_5_moe_text": ("qwen35moe", "the tensors of a state in llama.cpp's layout, and positions in three sections"),
-    "gemma4_text": ("gemma4", "heads of two sizes, shared keys and values, and embeddings for each layer"),
-    "apertus": ("apertus", "the parameters of its activation as keys of the file"),
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
     "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),
-    "gemma3_text with attention both ways": (
-        "gemma-embedding",
-        "its class among the encoders, and its windows both ways",
-    ),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),

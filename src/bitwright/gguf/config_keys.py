@@ -25,6 +25,7 @@ from bitwright.gguf.architectures import (
     named,
     needed_for,
 )
+from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
 from bitwright.gguf.special_tokens import ends_of
@@ -77,10 +78,11 @@ FIXED: dict[str, Keys] = {
     "lfm2": {"conv_bias": False, "tie_word_embeddings": True},
     "gemma": {"hidden_activation": GELU},
     "gemma2": {"hidden_activation": GELU},
-    "gemma3_text": {"hidden_activation": GELU, "use_bidirectional_attention": False},
+    "gemma3_text": {"hidden_activation": GELU},
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
     "smollm3": {"hidden_act": "silu", "use_sliding_window": False},
+    "apertus": {"hidden_act": "xielu", "attention_bias": False},
     "arcee": {"hidden_act": "relu2"},
     "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "olmo": {"hidden_act": "silu", "attention_bias": False},
@@ -104,6 +106,7 @@ FIXED: dict[str, Keys] = {
         "floor_scale": 8192,
         "attn_scale": 0.1,
     },
+    **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
     "qwen3_next": {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True, **SPARSE},
     **{
         kind: {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "expand": 2}
@@ -137,6 +140,7 @@ FIXED: dict[str, Keys] = {
         "laurel_rank": 64,
         "hidden_size_per_layer_input": 256,
     },
+    "gemma4_text": {"hidden_activation": GELU, "attention_bias": False},
     "modernbert": {
         "hidden_activation": "gelu",
         "norm_bias": False,
@@ -188,7 +192,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def experts_in(config: PretrainedConfig) -> int:
     """The number of experts of a layer that has any; 0: the model is dense."""
     keys = {key: attribute for attribute, key in architecture_of(config).keys}
-    return int(getattr(config, keys[EXPERT_COUNT])) if EXPERT_COUNT in keys else 0
+    return int(getattr(config, keys[EXPERT_COUNT]) or 0) if EXPERT_COUNT in keys else 0
 
 
 def first_position(config: PretrainedConfig) -> int:
@@ -208,7 +212,8 @@ def keys_of(config: PretrainedConfig) -> Keys:
             found[f"{row.name}.{key}"] = value - first_position(config) if key == "context_length" else value
     found |= {f"{row.name}.{key}": value for key, value in row.constant}
     if row.kind in WRITTEN:
-        found |= {f"{row.name}.{key}": value for key, value in WRITTEN[row.kind](config).items() if value is not None}
+        more = {key: value for key, value in WRITTEN[row.kind](config).items() if value is not None}
+        found |= {key if key in ENTRIES else f"{row.name}.{key}": value for key, value in more.items()}
     if not row.causal:
         found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: getattr(config, "type_vocab_size", 1)}
     return found | (rope.keys_of(row.name, config) if row.rotary else {})

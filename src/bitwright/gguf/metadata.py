@@ -27,18 +27,28 @@ def metadata(source: Path, config: PretrainedConfig, tokenizer: Any, file_type: 
     """
     keys = keys_of(config) | {"general.quantization_version": 2}
     keys |= {} if file_type is None else {"general.file_type": file_type}
-    keys |= {} if architecture_of(config).causal else _pooling(source, str(keys["general.architecture"]))
+    modules = [] if architecture_of(config).causal else _modules(source)
+    keys |= _pooling(source, modules, str(keys["general.architecture"]))
     vocabulary = vocabulary_keys(source, tokenizer, config.get_text_config().vocab_size, source.resolve().name)
-    return Metadata(keys | vocabulary.keys, vocabulary.notes)
+    return Metadata(keys | vocabulary.keys, (*vocabulary.notes, *_dense_notes(modules)))
 
 
-def _pooling(source: Path, name: str) -> dict[str, Any]:
-    """The pooling of a sentence encoder, from sentence-transformers' modules.json; {} if there is none.
-
-    FormatError for a pooling that llama.cpp does not have.
-    """
+def _modules(source: Path) -> list[dict[str, Any]]:
+    """The parts of a sentence encoder, from sentence-transformers' modules.json; [] if there is none."""
     file = source / "modules.json"
-    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return found
+
+
+def _dense_notes(modules: list[dict[str, Any]]) -> list[str]:
+    """What is said of matrices behind the pooling (EmbeddingGemma's)."""
+    dense = [module["path"] for module in modules if module["type"].endswith("Dense")]
+    what = f"{', '.join(dense)}: matrices that sentence-transformers applies behind the pooling are left out"
+    return [f"{what}: an engine gives the embeddings before them"] if dense else []
+
+
+def _pooling(source: Path, modules: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The pooling of a sentence encoder; {} if there is none. FormatError for one that llama.cpp does not have."""
     where = next((source / m["path"] / "config.json" for m in modules if m["type"].endswith("Pooling")), None)
     if where is None or not where.is_file():
         return {}

@@ -7,8 +7,8 @@ Source: docs/gguf.md of ggml.
 
 import re
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import prod
 from pathlib import Path
@@ -27,7 +27,8 @@ from bitwright.gguf.key_kinds import of_wrong_kind
 Types = gguf.GGMLQuantizationType
 VERSIONS = 2, 3
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
+STRING, ARRAY, FLOAT32 = 8, 9, 6
+ENTRIES = tuple(f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps"))  # parameters of Apertus' activation
 DEEPEST, MOST_AXES = 4, 4  # nesting of arrays; dimensions of a tensor
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 WEIGHTS_AT_ONCE = 1 << 22  # weights decoded in one step; bounds the memory
@@ -83,13 +84,16 @@ class GgufFile:
     keys     name -> value
     kinds    name -> (GGUF type, type of an array's entries or None)
     tensors  name -> where it is stored
+    entries  the same of parameters that are entries of a key's array, one of each block: blk.N.KEY
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the headers only. CheckpointError for a file that is damaged, incomplete or no GGUF file."""
         self.path = path
         self.kinds: dict[str, tuple[int, int | None]] = {}
-        self.keys, self.tensors = _read(path, self.kinds)
+        arrays: dict[str, Stored] = {}
+        self.keys, self.tensors = _read(path, self.kinds, arrays)
+        self.entries = _entries(arrays)
         wrong = of_wrong_kind(self.keys)
         if wrong is not None:
             name, kind = wrong
@@ -97,7 +101,7 @@ class GgufFile:
         parts = self.keys.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             for part in _other_parts(path, parts):
-                _, tensors = _read(part, {})
+                _, tensors = _read(part, {}, {})
                 twice = next((name for name in tensors if name in self.tensors), None)
                 if twice is not None:
                     raise _wrong(part, f"tensor {twice!r} is in two parts")
@@ -309,16 +313,30 @@ class _Cursor:
         return [self.value(inner, depth + 1) for _ in range(self.count(12))]
 
 
-def _read(path: Path, kinds: dict[str, tuple[int, int | None]]) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Keys and tensors of one file; `kinds` is filled with the keys' types."""
+def _entries(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The parameters that are entries of arrays, where the arrays have such keys."""
+    return {
+        f"blk.{i}.{name}": replace(array, offset=array.offset + 4 * i, nbytes=4, shape=(1,))
+        for name, array in arrays.items()
+        if name in ENTRIES
+        for i in range(array.shape[0])
+    }
+
+
+def _read(
+    path: Path, kinds: dict[str, tuple[int, int | None]], arrays: dict[str, Stored]
+) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Keys and tensors of one file; `kinds` is filled with the keys' types, `arrays` with where arrays of float32 lie."""
     try:
         with path.open("rb") as stream:
-            return _read_header(_Cursor(stream, path), kinds)
+            return _read_header(_Cursor(stream, path), kinds, arrays)
     except OSError as error:
         raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
 
 
-def _read_header(cursor: _Cursor, kinds: dict[str, tuple[int, int | None]]) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read_header(
+    cursor: _Cursor, kinds: dict[str, tuple[int, int | None]], arrays: dict[str, Stored]
+) -> tuple[dict[str, Any], dict[str, Stored]]:
     path = cursor.path
     if cursor.take(4) != MAGIC:
         raise _wrong(path, "no GGUF file: its first four bytes are not 'GGUF'")
@@ -336,6 +354,9 @@ def _read_header(cursor: _Cursor, kinds: dict[str, tuple[int, int | None]]) -> t
             raise _wrong(path, f"key {name!r} twice")
         kind = int(cursor.number("<I"))
         keys[name], kinds[name] = cursor.value(kind), (kind, cursor.inner if kind == ARRAY else None)
+        if kinds[name] == (ARRAY, FLOAT32):
+            size = keys[name].nbytes
+            arrays[name] = Stored(path, cursor.at - size, size, Types.F32, keys[name].shape)
     found = [_tensor(cursor) for _ in range(tensors)]
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
+from bitwright.gguf.layer_values import of_layer
 
 Keys = dict[str, Any]
 
@@ -47,23 +48,32 @@ ALPHA = (
 )  # architectures whose "dynamic" type is a larger base: NTK-aware scaling by alpha
 # What all checkpoints of an architecture have, and llama.cpp nevertheless computes as by YARN.
 OWN = {"gpt-oss": {"truncate": False}}
+# Positions in sections, of which a text has one position in all (M-RoPE): their sizes in Qwen 3.5, if the config is silent.
+SECTIONED = {"qwen35": [11, 11, 10], "qwen35moe": [11, 11, 10]}
+SECTIONS, SECTIONS_KEY, INTERLEAVED = "mrope_section", "dimension_sections", "mrope_interleaved"
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LOCAL_BASES = {
     "gemma3": 10000.0,
+    "gemma-embedding": 10000.0,
     "gemma3n": 10000.0,
     "modern-bert": 10000.0,
 }  # default base of sliding-window layers, for architectures in which it differs
+# Gemma 4: heads of another size where there is no window, whose last frequencies are none: divided by this.
+PROPORTIONAL, NO_FREQUENCY = "proportional", 1e30
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
-    """Channels of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def head_dim_of(config: PretrainedConfig, kind: str = "") -> int:
+    """Channels of one attention head; kind: of layers of this kind, else of the first."""
+    layer = config.layer_types.index(kind) if kind else 0
+    return int(of_layer(config, "head_dim", layer) or config.hidden_size // config.num_attention_heads)
 
 
 def keys_of(name: str, config: PretrainedConfig) -> Keys:
     """The RoPE keys of llama.cpp's architecture `name`. FormatError for parameters that they cannot express."""
     both = config.rope_parameters or {}
+    if PROPORTIONAL in (both.get(kind, {}).get("rope_type") for kind in (GLOBAL, LOCAL)):
+        return _two_sizes(name, config)
     rope = _plain(name, both.get(GLOBAL, both), head_dim_of(config))
     keys: Keys = {
         "freq_base": float(rope.get("rope_theta", 10000.0)),
@@ -71,6 +81,8 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
     }
     if MSCALE in rope and name in TIMES:
         keys[LOG_MULTIPLIER] = TIMES[name] * rope.pop(MSCALE)
+    if name in SECTIONED:
+        keys[SECTIONS_KEY] = _sections(rope, name, head_dim_of(config))
     warm = {TEMPERATURE_KEY: float(rope.pop(TEMPERATURE))} if name == "mistral3" and TEMPERATURE in rope else {}
     keys |= _scaling(rope, config)
     if LOCAL in both:
@@ -78,6 +90,26 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
             raise _unknown(f"{both[LOCAL]['rope_type']!r} in sliding layers")
         keys["freq_base_swa"] = float(both[LOCAL]["rope_theta"])
     return {f"{name}.rope.{key}": value for key, value in keys.items()} | warm
+
+
+def _two_sizes(name: str, config: PretrainedConfig) -> Keys:
+    """The keys of Gemma 4. The share that is rotated without a window is in the tensor of factors alone."""
+    full, local = (config.rope_parameters[kind] for kind in (GLOBAL, LOCAL))
+    if name != "gemma4" or local.get("rope_type", "default") != "default" or full.get("factor", 1.0) != 1:
+        raise _unknown(f"{PROPORTIONAL!r} with {full} and {local}")
+    keys = {
+        "freq_base": float(full["rope_theta"]), "dimension_count": head_dim_of(config, GLOBAL),
+        "freq_base_swa": float(local["rope_theta"]), "dimension_count_swa": head_dim_of(config, LOCAL),
+    }  # fmt: skip
+    return {f"{name}.rope.{key}": value for key, value in keys.items()}
+
+
+def _sections(rope: Keys, name: str, dim: int) -> list[int]:
+    """The sizes of the four sections; they are taken out of `rope`. FormatError for those that a head has no room for."""
+    found, interleaved = rope.pop(SECTIONS, SECTIONED[name]), rope.pop(INTERLEAVED, True)
+    if not interleaved or len(found) != 3 or sum(found) > dim:
+        raise _unknown(f"with sections of {found} in heads of {dim}, interleaved {interleaved}")
+    return [*found, 0]
 
 
 def _share(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
@@ -146,6 +178,10 @@ def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
     FormatError for a number of factors that does not fit the heads.
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get(GLOBAL, {}).get("rope_type") == PROPORTIONAL:
+        half = head_dim_of(config, GLOBAL) // 2
+        turned = int(rope[GLOBAL].get("partial_rotary_factor", 1.0) * 2 * half // 2)
+        return {FACTORS: torch.tensor([1.0] * turned + [NO_FREQUENCY] * (half - turned))}
     if rope.get("rope_type") == "llama3":
         return {FACTORS: _llama3(rope, head_dim_of(config))}
     if rope.get("rope_type") != "longrope":
@@ -175,8 +211,13 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     """
     own = {key.removeprefix(f"{name}.rope."): value for key, value in keys.items() if key.startswith(f"{name}.rope.")}
     rope: Keys = {"rope_type": "default", "rope_theta": own.get("freq_base", 10000.0)}
+    if name == "gemma4":
+        local = {"rope_type": "default", "rope_theta": own.get("freq_base_swa", 10000.0)}
+        return {GLOBAL: rope | _read_proportional(factors, where), LOCAL: local}
     if own.get("dimension_count", dim) != dim:
         rope["partial_rotary_factor"] = own["dimension_count"] / dim
+    if name in SECTIONED:
+        rope |= {SECTIONS: [int(n) for n in own.get(SECTIONS_KEY, SECTIONED[name])[:3]], INTERLEAVED: True}
     kind = own.get("scaling.type", "none")
     if LONG in factors and SHORT in factors:
         rope |= {
@@ -200,6 +241,18 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
         return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
     return rope
+
+
+def _read_proportional(factors: Mapping[str, Tensor], where: str) -> Keys:
+    """What is Gemma 4's own of rope_parameters. CheckpointError for other factors than ones before those of no frequency."""
+    if FACTORS not in factors:
+        return {"rope_type": PROPORTIONAL, "partial_rotary_factor": 1.0}
+    found = factors[FACTORS]
+    turned = int((found == 1).sum())
+    if not bool((found[:turned] == 1).all()) or not bool((found[turned:] >= NO_FREQUENCY / 2).all()):
+        message = "its factors of frequencies are not Gemma 4's"
+        raise CheckpointError(message, where=where, remedy="not read here yet")
+    return {"rope_type": PROPORTIONAL, "partial_rotary_factor": turned / len(found)}
 
 
 def _read_llama3(rope: Keys, factors: Tensor, dim: int, where: str) -> Keys:

@@ -149,6 +149,15 @@ def _delta_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
     }
 
 
+def _tiled_delta(config: PretrainedConfig) -> Keys:
+    """Qwen 3.5: heads of values are as wide as those of keys."""
+    sizes = config.linear_key_head_dim, config.linear_value_head_dim
+    if sizes[0] != sizes[1]:
+        message = f"linear attention with heads of {sizes[0]} and {sizes[1]}, and llama.cpp has one size for both"
+        raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
+    return _delta(config)
+
+
 WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "mamba": _mamba,
     "falcon_mamba": _mamba,
@@ -158,6 +167,8 @@ WRITTEN: dict[str, Callable[[PretrainedConfig], Keys]] = {
     "falcon_h1": lambda config: {INNER: config.mamba_d_ssm},
     "jamba": _jamba,
     "qwen3_next": _delta,
+    "qwen3_5_text": _tiled_delta,
+    "qwen3_5_moe_text": _tiled_delta,
 }
 READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Keys]] = {
     "mamba2": lambda own, tensors: _heads_read(own, "head_dim", "expand"),
@@ -166,4 +177,6 @@ READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Key
     "falcon_h1": _falcon_read,
     "jamba": _jamba_read,
     "qwen3_next": _delta_read,
+    "qwen3_5_text": _delta_read,
+    "qwen3_5_moe_text": _delta_read,
 }

@@ -20,6 +20,7 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
 from bitwright.gguf.special_keys import PER_LAYER, falcon_kv_heads
 from bitwright.gguf.tensor_parts import Part, Place, parts_of, share_of
+from bitwright.numerics.qtensor import head_by_head
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # embeddings that are added, never used in a matrix product
@@ -32,7 +33,7 @@ HEADS = (
     "vocab_projector.",
 )  # heads of an encoder's pretraining tasks
 POSITIONS = "position_embeddings.weight"
-EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
+EXPERT = re.compile(r"\.(\d+)\.(?:.*\.)?experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
 # Routers, convolutions, and what a state space is made of.
 FLOAT32 = (
     "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "exp_probs_b.bias", "ssm_conv1d.weight", "shortconv.conv.weight",
@@ -44,14 +45,21 @@ RENAMED = {  # endings of parameters that the gguf package's table has otherwise
     "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
     "self_attn.sinks": "self_attn.sinks.weight",
     "dt_bias": "dt_proj.bias",
+    "layer_scalar": "layer_scalar.weight",
     "correct_output_scale": "correct_output_scale.weight",
     "feed_forward.expert_bias": "feed_forward.expert_bias.bias",
 }
 ROOTS = {
     "nemotron_h": ("model.", "backbone.")
 }  # what parameters' names begin with, and what in the gguf package's table
+NUMBERS = ("act_fn.beta", "act_fn.eps")  # parameters without dimensions
 LOG, DIRECT = "A_log", ".D"  # decay and skip of a state space
 UNSHIFTED = "linear_attn.norm.weight"  # the one norm of Qwen3-Next that is not 1 + w
+# Endings of parameters that have rows for the value heads of linear attention.
+OF_VALUES = (
+    "in_proj_qkv.weight", "in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight", "linear_attn.conv1d.weight",
+    "linear_attn.A_log", "linear_attn.dt_bias",
+)  # fmt: skip
 # Endings of parameters with a dimension of 1 that llama.cpp leaves out, and which one.
 FLAT = {
     "shared_expert_gate.weight": 0,
@@ -153,6 +161,8 @@ class Names:
             return self._falcon_rows(N)
         if leaf == "in_proj_qkvz":
             return self._gated_rows(N)
+        if self.row.tiled and parameter.endswith(OF_VALUES):
+            return self._value_rows(parameter, N)
         if not self.row.pairs or leaf not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if leaf == "q_proj" else self.config.num_key_value_heads
@@ -172,6 +182,35 @@ class Names:
         order = torch.arange(N).view(groups, -1).split([each, each, values, values], 1)
         return torch.cat([part.flatten() for part in order])
 
+    def _value_rows(self, parameter: str, N: int) -> Tensor:
+        """Rows of value heads by `heads`, behind those of queries and keys where there are such (Qwen 3.5)."""
+        groups, each = self._value_heads
+        before = 2 * self.config.linear_num_key_heads * self.config.linear_key_head_dim
+        before = before if parameter.endswith(("in_proj_qkv.weight", "conv1d.weight")) else 0
+        if (N - before) % (groups * each):
+            message = f"its {N - before} rows of values are not {groups} groups of {each} heads"
+            raise CheckpointError(message, where=parameter, remedy="the file is damaged: get a good copy")
+        order = head_by_head((groups, each), N - before)
+        order = torch.arange(N - before) if order is None else order
+        return torch.cat([torch.arange(before), before + order])
+
+    @property
+    def _value_heads(self) -> tuple[int, int]:
+        """Key heads of linear attention, and value heads of each. CheckpointError where they do not divide so."""
+        keys, values = self.config.linear_num_key_heads, self.config.linear_num_value_heads
+        if keys <= 0 or values % keys:
+            message = f"{values} heads of values for {keys} of keys"
+            raise CheckpointError(message, where="linear_num_value_heads", remedy="a multiple of linear_num_key_heads")
+        return keys, values // keys
+
+    def heads(self, parameter: str) -> tuple[int, int]:
+        """(groups, heads in each) of a matrix's inputs, which are written by `head_by_head`; (1, 1): as they are."""
+        return self._value_heads if self.row.tiled and parameter.endswith("linear_attn.out_proj.weight") else (1, 1)
+
+    def columns(self, parameter: str, K: int) -> Tensor | None:
+        """The permutation of a matrix's K columns on writing; None: they keep their order."""
+        return head_by_head(self.heads(parameter), K)
+
     def height(self, parameter: str, N: int) -> int:
         """The number of rows that are written of a parameter with N rows."""
         return N - first_position(self.config) if parameter.endswith(POSITIONS) else N
@@ -184,6 +223,8 @@ class Names:
         tensor = tensor if flat is None else tensor.squeeze(flat)
         order = self.rows(parameter, len(tensor)) if tensor.ndim else None
         tensor = tensor if order is None else tensor[order]
+        columns = self.columns(parameter, tensor.shape[-1]) if tensor.ndim else None
+        tensor = tensor if columns is None else tensor[:, columns]
         tensor = tensor.float() if self.is_float32(parameter, tensor.ndim) else tensor
         tensor = -tensor.exp() if parameter.endswith(LOG) else tensor
         tensor = tensor.reshape(self._grouped(parameter) or tensor.shape)
@@ -195,14 +236,19 @@ class Names:
         tensor = (-tensor).log() if parameter.endswith(LOG) else tensor
         order = self.rows(parameter, len(tensor))
         tensor = tensor if order is None else tensor[order.argsort()]
+        columns = self.columns(parameter, tensor.shape[-1])
+        tensor = tensor if columns is None else tensor[:, columns.argsort()]
         return tensor.T if self._is_transposed(parameter) else tensor.reshape(shape)
 
     def own_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a parameter as `written`, given its shape in transformers."""
         return tuple(self.written(parameter, torch.empty(shape, device="meta")).shape)
 
-    def _grouped(self, parameter: str) -> tuple[int, int] | None:
-        """The shape of a vector of Mamba 2's that llama.cpp has as a matrix: its norm by groups, A and D as columns."""
+    def _grouped(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a vector of Mamba 2's that llama.cpp has as a matrix: its norm by groups, A and D as columns; and of a
+        number that it has as a vector."""
+        if parameter.endswith(NUMBERS):
+            return (1,)
         if not self.row.groups:
             return None
         if parameter.endswith((LOG, DIRECT)):

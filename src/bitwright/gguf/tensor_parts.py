@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
+from bitwright.gguf.reader import ENTRIES
+
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)$")
 
 
@@ -64,11 +66,38 @@ def _gated_states(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part
     return Part(f"blk.{block}.attn_qkv.weight", 2 * keys + values), Part(f"blk.{block}.attn_gate.weight", values)
 
 
+def _routed(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """What a router multiplies its inputs by, and the outputs of its experts (Gemma 4)."""
+    scales = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+    return (Part(f"blk.{block}.{scales[leaf]}", 1),) if leaf in scales else ()
+
+
+def _activation(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """The parameters of xIELU, which are entries of a key's array (`GgufFile.entries`)."""
+    entry = f"xielu.{leaf.rpartition('.')[2]}"
+    return (Part(f"blk.{block}.{entry}", 1),) if leaf.startswith("mlp.act_fn.") and entry in ENTRIES else ()
+
+
 PARTS: dict[str, Callable[[PretrainedConfig, str, str], tuple[Part, ...]]] = {
     "granitemoeshared": _granite,
     "granitemoehybrid": _granite,
     "qwen3_next": _gated_states,
+    "gemma4_text": _routed,
+    "apertus": _activation,
 }
+BOTH = re.compile(r"^(blk\.\d+\.ffn_)(gate|up)(_exps\.weight)$")
+
+
+def in_one(place: Place) -> Place:
+    """Where the rows of an expert's gate or up lie in a file that has those of all experts in one tensor."""
+    found = BOTH.match(place.name)
+    if found is None:
+        return place
+    first = 2 * place.first + (place.rows if found[2] == "up" else 0)
+    experts, rows, width = place.shape
+    return Place(f"{found[1]}gate_up{found[3]}", first, place.rows, (experts, 2 * rows, width))
+
+
 ALTUP = re.compile(r"altup_(unembed_)?projections\.(\d+)\.weight$")
 
 

@@ -41,15 +41,21 @@ DECOMPRESSED = (
 )  # fmt: skip
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model predicts no next token; of Gemma 3, one with attention both ways (EmbeddingGemma)."""
+    both_ways = config.model_type == "gemma3_text" and config.use_bidirectional_attention
+    return config.model_type in ENCODERS or bool(both_ways)
+
+
 def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A config's model with random weights, in eval mode; an encoder without its pooling layer.
 
-    A multimodal model includes its vision and audio towers. ValueError for a model that neither is an encoder in `ENCODERS`
+    A multimodal model includes its vision and audio towers. ValueError for a model that neither is an encoder
     nor predicts a next token.
     """
     if config.model_type in POOLED:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
-    elif config.model_type in ENCODERS:
+    elif is_encoder(config):
         found = AutoModel.from_config(config, dtype=dtype)
     else:
         found = class_of(config)._from_config(config, dtype=dtype)
@@ -71,7 +77,7 @@ def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def auto_class(config: PretrainedConfig) -> str:
     """The name of the transformers Auto class that loads a config's model."""
-    if config.model_type in ENCODERS:
+    if is_encoder(config):
         return "AutoModel"
     made = class_of(config)
     return next(

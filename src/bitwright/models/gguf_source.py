@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from bitwright.gguf.config_keys import config_of, further_blocks
 from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.tensor_names import Names
-from bitwright.gguf.tensor_parts import Place
+from bitwright.gguf.tensor_parts import Place, in_one
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.models.experts import one_by_one
 from bitwright.models.families import model_of
@@ -32,7 +33,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
     CheckpointError for a damaged file, an unknown architecture, or tensors that do not fit the keys.
     """
-    return _matched(GgufFile(path)).names.config
+    return GgufWeightSource(path).names.config
 
 
 class Matched(NamedTuple):
@@ -56,6 +57,7 @@ def _matched(file: GgufFile) -> Matched:
     for parameter, shape in parameters.items():
         with suppress(FormatError):  # llama.cpp has no tensor for buffers and tied parameters
             found = names.places(parameter, names.own_shape(parameter, shape))
+            found = [place if place.name in file.tensors else in_one(place) for place in found]
             for place in found:
                 t = file.tensors.get(place.name)
                 if t is not None and t.shape != place.shape:
@@ -64,18 +66,23 @@ def _matched(file: GgufFile) -> Matched:
             if all(place.name in file.tensors for place in found):
                 places[parameter] = found
     known = {*(place.name for found in places.values() for place in found), *COMPUTED}
-    unknown = [name for name in file.tensors if name not in known and not _is_further(name, file.keys, config)]
+    unknown = [name for name in file.tensors if name not in known and not _is_unread(name, file.keys, config)]
     if unknown:
         message = f"{len(unknown)} tensors that the architecture does not have, such as {unknown[0]}"
         raise CheckpointError(message, where=str(file.path), remedy="a file of this architecture alone")
     return Matched(names, places, {parameter: parameters[parameter] for parameter in places})
 
 
-def _is_further(name: str, keys: Mapping[str, Any], config: PretrainedConfig) -> bool:
-    """Whether a tensor is of a block of multi-token prediction, behind the last block."""
+def _is_unread(name: str, keys: Mapping[str, Any], config: PretrainedConfig) -> bool:
+    """Whether a tensor is of a block of multi-token prediction, behind the last block; or of keys and values in a layer that
+    takes those of an earlier one."""
     parts = name.split(".")
-    behind = parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= config.num_hidden_layers
-    return behind and further_blocks(keys) > 0
+    if parts[0] != "blk" or not parts[1].isdigit():
+        return False
+    if int(parts[1]) >= config.num_hidden_layers:
+        return further_blocks(keys) > 0
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    return int(parts[1]) >= config.num_hidden_layers - shared and parts[2] in ("attn_k", "attn_v", "attn_k_norm")
 
 
 def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
@@ -105,6 +112,7 @@ class GgufWeightSource:
         """Reads headers only. CheckpointError as `read_config`."""
         self.folder, self.config = path, None
         self.file = GgufFile(path)
+        self.file.tensors |= self.file.entries
         self.names, self.places, self._shapes = _matched(self.file)
         self.stored = {parameter: places[0].name for parameter, places in self.places.items()}
         self.notes: tuple[str, ...] = ()
@@ -165,6 +173,7 @@ class GgufWeightSource:
         blocks, some = self._blocks(name), max(1, WEIGHTS_AT_ONCE // t.shape[-1])
         q = stacked([self._codes(name, blocks[start : start + some]) for start in range(0, len(blocks), some)])
         order = self.names.rows(name, len(q.codes))
+        q = replace(q, order=self.names.columns(name, q.codes.shape[1]))
         return q if order is None else reordered(q, order.argsort())
 
     def _codes(self, name: str, blocks: NDArray[np.uint8]) -> QTensor:

@@ -19,7 +19,7 @@ from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
 from bitwright.models.experts import one_by_one, split, split_blocks
-from bitwright.models.families import ENCODERS, model_of, parameters_on_meta
+from bitwright.models.families import is_encoder, model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.kv_cache import KvCache
 from bitwright.models.layers import is_linear, matrix_of
@@ -59,7 +59,7 @@ class Skeleton:
         self.model.tie_weights()
         if device != CPU:
             self._move_buffers()
-        self.predicts = config.model_type not in ENCODERS
+        self.predicts = not is_encoder(config)
         self.block_prefix, self.blocks = find_blocks(self.model, config)
         self.towers = towers_of(self.model, self.block_prefix)
         self.conversions: tuple[Conversion, ...] = ()

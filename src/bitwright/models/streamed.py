@@ -142,7 +142,13 @@ def _input_quantization_of(
     if not isinstance(weight_source, GgufWeightSource):
         remedy = "give a .gguf file, or leave out --engine"
         raise InputError(f"{ENGINE} does not run directories", where=str(weight_source.folder), remedy=remedy)
-    return lambda name: inputs_of(weight_source.file.tensors[weight_source.stored[name]].type) if name else None
+
+    def of(name: str) -> EightBits | None:
+        if not name:
+            return None
+        return inputs_of(weight_source.file.tensors[weight_source.stored[name]].type, weight_source.names.heads(name))
+
+    return of
 
 
 @dataclass(frozen=True)

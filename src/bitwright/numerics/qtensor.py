@@ -116,6 +116,17 @@ def reordered(q: QTensor, order: Tensor) -> QTensor:
     return replace(q, codes=q.codes[order], scales=map_rows(lambda t: t[order], q.scheme, q.scales), outliers=kept)
 
 
+def head_by_head(heads: tuple[int, int], K: int) -> Tensor | None:
+    """The order in which K inputs, that come as (groups, heads in each), have the first heads of all groups first, then the
+    second ones; None: as they come.
+
+    >>> head_by_head((2, 2), 8)
+    tensor([0, 1, 4, 5, 2, 3, 6, 7])
+    """
+    groups, each = heads
+    return torch.arange(K).view(groups, each, -1).transpose(0, 1).flatten() if groups > 1 and each > 1 else None
+
+
 def stacked(parts: list[QTensor]) -> QTensor:
     """Matrices of one scheme and K, concatenated along N."""
     if len(parts) == 1:

@@ -85,9 +85,9 @@ def _tensors(adapter: Adapter, names: Names) -> tuple[float, dict[str, Tensor]]:
             raise FormatError(f"llama.cpp has no place for {what}", where=module, remedy=remedy)
         factor = delta.scaling * len(delta.A) / alpha
         B = delta.B if abs(factor - 1) < 1e-12 else delta.B.float() * factor
-        order = names.rows(parameter, len(B))
+        order, columns = names.rows(parameter, len(B)), names.columns(parameter, delta.A.shape[1])
         name = names.of(parameter)
-        found[f"{name}{HALVES[0]}"] = delta.A.contiguous()
+        found[f"{name}{HALVES[0]}"] = (delta.A if columns is None else delta.A[:, columns]).contiguous()
         found[f"{name}{HALVES[1]}"] = (B if order is None else B[order]).contiguous()
     return alpha, dict(sorted(found.items(), key=lambda item: place(item[0])))
 
@@ -122,6 +122,8 @@ def adapter_from_gguf(file: Path, out: Path, base: Path | None) -> dict[str, Any
             raise CheckpointError(message, where=str(file), remedy="give the model that it was trained beside")
         part = read.read(name + half)
         order = names.rows(f"{modules[name]}.weight", len(part)) if half == HALVES[1] else None
+        columns = names.columns(f"{modules[name]}.weight", part.shape[1]) if half == HALVES[0] else None
+        part = part if columns is None else part[:, columns.argsort()]
         stem = f"{STEM}{modules[name]}.lora_{half[-1].upper()}.weight"
         tensors[stem] = (part if order is None else part[order.argsort()]).contiguous()
     config = _config(tensors, float(read.keys.get(ALPHA, 0.0)), skeleton, names, base)

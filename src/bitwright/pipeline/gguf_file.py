@@ -1,6 +1,7 @@
 """Write a model's GGUF file: parameters by transformers' names, rows in llama.cpp's order, each read back and compared."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class GgufModelWriter:
     def put_rounded(self, parameter: str, layer: Layer, q: QTensor) -> None:
         """Write a quantized parameter, some rows at a time."""
         order = self._names.rows(parameter, len(q.codes))
-        q, begin = q if order is None else reordered(q, order), 0
+        q, begin = replace(q if order is None else reordered(q, order), order=None), 0  # columns lie as in the file
         for name, first, count, _ in self._names.places(parameter, tuple(q.codes.shape)):
             step = max(1, SLAB // layer.K)
             for at in range(0, count, step):

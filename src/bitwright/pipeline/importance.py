@@ -57,6 +57,7 @@ class Importance:
             if stored is None or stored.numel() != experts * t.layer.K:
                 raise imatrix.of_another_model(file, name, stored, experts * t.layer.K)
             own = stored.reshape(experts, -1)[expert or 0]
+            own = own if t.layer.order is None else own[t.layer.order.argsort()]
             values[t.layer.name] = imatrix.evenly(own)
             unseen |= set() if own.any() else {t.layer.name}
         return cls(values, digest(file.read_bytes()), frozenset(unseen))
@@ -95,7 +96,8 @@ def write_importance(
             for inputs in store.read(index).inputs:
                 assert inputs.gram is not None
                 for name in inputs.names:  # experts in order
-                    seen = Seen(inputs.gram.diagonal(), inputs.tokens)
+                    columns, values = names.columns(f"{name}.weight", len(inputs.gram)), inputs.gram.diagonal()
+                    seen = Seen(values if columns is None else values[columns], inputs.tokens)
                     for stored in names.tensors_of(f"{name}.weight"):
                         of_experts = found.get(stored, []) if expert_of(f"{name}.weight") is not None else []
                         found[stored] = [*of_experts, seen]

@@ -72,6 +72,7 @@ def quantize_together(
             (
                 t.layer.scheme,
                 t.layer.activations,
+                t.layer.heads,
                 t.rule.name,
                 str(t.rule.describe()["options"]),
                 str(t.rule.prune),

@@ -43,6 +43,8 @@ def quantize_matrix(
     as a whole.
     """
     assert t.layer is not None and t.rule is not None
+    if t.layer.order is not None:
+        return _in_order(t.layer.order, dtype, t, w, inputs, pruned)
     if inputs.correlated or not t.layer.scheme.rowwise or t.rule.transform(Outlier) is not None:
         return _fit_at_once(dtype, t, w.float(), inputs, pruned)
     step = max(1, SLAB // w.shape[1])
@@ -59,6 +61,17 @@ def quantize_matrix(
     return RoundedMatrix(
         replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts])
     )
+
+
+def _in_order(
+    order: Tensor, dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None
+) -> RoundedMatrix:
+    """`quantize_matrix` with the columns as they are stored, by which scales go."""
+    assert t.layer is not None
+    straight = replace(t, layer=replace(t.layer, heads=(1, 1)))
+    zeros = None if pruned is None else Pruned(pruned.weight[:, order], pruned.mask[:, order])
+    done = quantize_matrix(dtype, straight, w[:, order], inputs.reordered(order), zeros)
+    return replace(done, outcome=replace(done.outcome, q=replace(done.outcome.q, order=order)))
 
 
 def quantize_matrix_by(

@@ -34,25 +34,40 @@ def tune_block(
     assert first.planned.rule is not None
     how = Options.of(first.planned.rule.options)
 
+    orders = {name: r.q.order for name, r in chosen.items()}
+
     def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
-        sources = {name: as_source(skeleton, _name(chosen[name]), matrix) for name, matrix in matrices.items()}
+        whole = {name: _unordered(matrix, orders[name]) for name, matrix in matrices.items()}
+        sources = {name: as_source(skeleton, _name(chosen[name]), matrix) for name, matrix in whole.items()}
         return skeleton.run_with(index, x, sources)
 
     floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
-    gone = {name: r.gone for name, r in chosen.items() if r.gone is not None}
-    left = floats | {name: floats[name].masked_fill(mask, 0.0) for name, mask in gone.items()}
-    start = {name: r.q for name, r in chosen.items()}
+    gone = {name: _ordered(r.gone, orders[name]) for name, r in chosen.items() if r.gone is not None}
+    left = {name: _ordered(w, orders[name]) for name, w in floats.items()}
+    left |= {name: left[name].masked_fill(mask, 0.0) for name, mask in gone.items()}
+    start = {name: replace(r.q, order=None) for name, r in chosen.items()}
     found = tune(forward, torch.cat(inputs), torch.cat(targets), left, start, how, gone)
     seconds = (time.monotonic() - begun) / sum(w.numel() for w in floats.values())
     tuned = []
     for r in done:
         name = r.planned.parameter
         if name in chosen:
-            loss = relative_loss(plan, floats[name], found[name], r.gram)
+            q = replace(found[name], order=orders[name])
+            loss = relative_loss(plan, floats[name], q, r.gram)
             spent = round(r.entry.seconds + seconds * floats[name].numel(), 4)
-            r = replace(r, q=found[name], entry=replace(r.entry, loss=loss, seconds=spent), gram=None)
+            r = replace(r, q=q, entry=replace(r.entry, loss=loss, seconds=spent), gram=None)
         tuned.append(r)
     return tuned
+
+
+def _ordered(w: Tensor, order: Tensor | None) -> Tensor:
+    """A matrix with its columns as they are stored."""
+    return w if order is None else w[:, order]
+
+
+def _unordered(w: Tensor, order: Tensor | None) -> Tensor:
+    """Undoes `_ordered`."""
+    return w if order is None else w[:, order.argsort()]
 
 
 def _name(r: Rounded) -> str:

@@ -16,6 +16,7 @@ from bitwright.formats.ggml import TYPES
 from bitwright.formats.native import is_sparse
 from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
+from bitwright.gguf.layer_values import of_layer
 from bitwright.gguf.tensor_names import Names, is_unused
 from bitwright.methods.obq import LARGEST_K
 from bitwright.models.decoded_source import FloatCheckpoint
@@ -193,6 +194,8 @@ class _Chooser:
         transposed = isinstance(self.modules[name], Conv1D)
         N, K = (t.shape[1], t.shape[0]) if transposed else t.shape
         layer = Layer(name, N, K, rule.scheme, transposed, _inputs_as_stored(rule, t.dtype), _outliers(rule, K))
+        if self.names is not None:
+            layer = replace(layer, heads=self.names.heads(t.parameter))
         if self.rotation is not None:
             layer = replace(layer, rotate=self.rotation.online_block(name, K))
         exact = self.recipe.pure or rule.exact
@@ -212,7 +215,7 @@ class _Chooser:
         config = self.skeleton.config
         part = part_of(name, block)
         heads = getattr(config, "num_attention_heads", None) or 1  # a state space has none
-        heads //= getattr(config, "num_key_value_heads", None) or heads
+        heads //= of_layer(config, "num_key_value_heads", block or 0) or heads
         fits = K % TYPES[MIXES[rule.mix]].size == 0
         tied = bool(config.tie_word_embeddings)
         weighted, experts = self.recipe.needs_calibration, self.names.experts if self.names is not None else 0

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bitwright.gguf.layer_values import of_layer
 from bitwright.models.experts import DOWN, Experts
 from bitwright.models.layers import is_norm, matrix_of
 from bitwright.models.skeleton import Skeleton
@@ -167,7 +168,7 @@ def _named(skeleton: Skeleton, index: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _norm_folds(skeleton: Skeleton, index: int, observed: _Observed) -> list[Fold]:
-    """Norms whose output is the very tensor that linear modules read (same memory)."""
+    """Norms whose output is the very tensor that linear modules read (same memory), not cut into heads in between."""
     folds = []
     for norm, out in observed.gave.items():
         read = [name for name, x in observed.read.items() if _same(x, out)]
@@ -188,7 +189,7 @@ def _matrices(skeleton: Skeleton, name: str) -> list[str]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
 
 
 def _offset(norm: nn.Module, like: Tensor) -> float:
@@ -204,7 +205,7 @@ def _row_folds(skeleton: Skeleton, index: int) -> list[Fold]:
     linears = skeleton.linears(index)
     config = skeleton.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = of_layer(config, "num_key_value_heads", index) or heads
     folds = []
     for kind, pairs in PAIRS.items():
         repeat = heads // groups if kind == "attention" else 1
