@@ -50,6 +50,17 @@ def test_static_modules(activations: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_bias_of_more_steps_than_int32_holds(tmp_path: Path) -> None:
+    """Quiet inputs, as behind many layers of random weights."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(20, 16) * 1e-9
+    torch.nn.init.zeros_(net[0].bias)
+    integer = converted(net, x)
+    theirs = by_onnxruntime(bitwright.export_onnx(integer, x, tmp_path / "m.onnx"), x)
+    assert relative(integer(x), theirs) < 1e-3
+
+
+@torch.no_grad()
 def test_trained_modules_and_one_dimension(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.ReLU6(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(32, 3))

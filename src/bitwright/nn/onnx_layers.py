@@ -18,13 +18,14 @@ from bitwright.nn.weightonly import PackedLinear
 from bitwright.numerics.codec import code_range
 
 MICROSOFT = "com.microsoft"
+MOST_STEPS = 1 << 30  # of a bias in int32: its sum with the products is to fit too
 
 
 def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
     """Write a static Linear or convolution: Σ (x − z) w · s + bias.
 
     The bias is int32 with the scale s_in · s_w, as onnxruntime's integer kernels need it; float below 8 bits, where these
-    steps are coarse, and for symmetric schemes, as TensorRT needs it.
+    steps are coarse, for symmetric schemes, as TensorRT needs it, and where it is so many steps that int32 does not hold it.
     """
     if layer.multiplier.shape[1] > 1:
         raise no_form(str(node.target), "a weight in groups")
@@ -32,10 +33,10 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
     step = scale.double() * layer.entry[0].double()
     steps = (layer.offset().double() / step.where(step != 0, torch.ones_like(step))).round()
     bias = []
-    if layer.has_bias and not layer.fine:
-        bias = [writer.constant(layer.offset())]
+    if layer.has_bias and layer.fine and float(steps.abs().max()) < MOST_STEPS:
+        bias = [_dequantized(writer, steps.to(torch.int32), step.float(), axis=0)]
     elif layer.has_bias:
-        bias = [_dequantized(writer, steps.clamp(-(2**31), 2**31 - 1).to(torch.int32), step.float(), axis=0)]
+        bias = [writer.constant(layer.offset())]
     if layer.window is None:
         _gemm(writer, node, layer, scale, bias)
         return
