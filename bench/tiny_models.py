@@ -80,8 +80,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2},
     "hunyuan_v1_dense": {"head_dim": 16}, "ministral": {"head_dim": 16}, "dots1": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), SECTIONS["text_config"]),
     **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
+        ("qwen3_5", "qwen3_5_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
         SECTIONS,
     ),
 }  # fmt: skip
