@@ -81,8 +81,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16}, "ministral": {"head_dim": 16}, "dots1": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), SECTIONS["text_config"]),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), SECTIONS),
     **dict.fromkeys(
-        ("qwen3_5", "qwen3_5_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
         SECTIONS,
     ),
 }  # fmt: skip
