@@ -127,6 +127,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 4,
     },
     "modernbert": {"local_attention": 8, "cls_token_id": 0, "sep_token_id": 0}, "eurobert": {"mask_token_id": 1},
+    "nomic_bert": {"initializer_range": 0.1},
     "mamba": {"state_size": 16, "time_step_rank": 8},
     "falcon_mamba": {"state_size": 16, "time_step_rank": 8, "mixer_rms_eps": 1e-5},
     "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2},

@@ -45,7 +45,7 @@ from bitwright.models.gguf_source import GgufWeightSource
 
 KINDS = (
     "llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "cohere2", "olmo", "qwen3_next", "granitemoehybrid", "mamba2",
-    "nemotron_h", "jamba", "llama4_text", "mamba",
+    "nemotron_h", "jamba", "llama4_text", "mamba", "qwen3_5_text", "gemma4_text", "apertus", "nomic_bert", "gemma-embedding",
 )  # fmt: skip
 VOCABULARY = 300
 SECONDS, PATIENCE = 20, 300  # of processor time, and when an input is read once more

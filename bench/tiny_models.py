@@ -90,6 +90,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     ),
     "dots1": {**LATENT, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1},
     "mistral4": {**LATENT, "head_dim": 4},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), SECTIONS["text_config"]),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), SECTIONS),
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
         SECTIONS,

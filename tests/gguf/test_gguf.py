@@ -332,7 +332,7 @@ def stored_shapes(model: nn.Module, names: Names) -> dict[str, list[tuple[int, .
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_configs_survive_the_way_there_and_back(kind: str) -> None:
     config = (
-        encoder_config(kind) if kind in ENCODERS else small_config(kind, num_hidden_layers=6 if kind in EVERY else 2)
+        encoder_config(kind) if kind in ENCODERS else small_config(kind, num_hidden_layers=6 if kind in EVERY else 4)
     )
     with torch.device("meta"):
         model = model_of(config)
@@ -352,7 +352,9 @@ def test_configs_survive_the_way_there_and_back(kind: str) -> None:
         one_by_one(other)
     assert stored_shapes(other, Names(back)) == stored_shapes(model, names)
     turned = {key: value for key, value in keys_of(config).items() if ".rope." in key}
-    assert turned == pytest.approx({key: value for key, value in keys_of(back).items() if ".rope." in key})
+    there = {key: value for key, value in keys_of(back).items() if ".rope." in key}
+    assert turned.keys() == there.keys()
+    assert all(turned[key] == pytest.approx(there[key]) for key in turned)
     kept = (
         "rms_norm_eps layer_norm_epsilon layer_norm_eps sliding_window max_position_embeddings hidden_act layer_types"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bench.gguf_families import GLM_MIXTURE, random_model
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from bitwright import load, quantize
@@ -14,14 +15,14 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.config_keys import keys_of
-from bitwright.gguf.reader import GgufFile, Typed
+from bitwright.gguf.reader import GgufFile, Typed, Types
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
-from conftest import ENCODERS, FAMILIES, SIZES, save_roberta, save_tokenizer
+from conftest import ENCODERS, FAMILIES, SIZES, save_roberta, save_tokenizer, save_wordpiece
 
 EXPERTS = {**GLM_MIXTURE, "moe_shared_expert_intermediate_size": 96}
-NEWER = ["modernbert", "eurobert", "gemma-embedding"]  # encoders
+NEWER = ["modernbert", "eurobert", "gemma-embedding", "nomic_bert"]  # encoders
 EVEN_HEADS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
 ROUTED = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 OTHERS = [kind for kind in ARCHITECTURES if kind not in (*FAMILIES, *ENCODERS, *NEWER) or kind == "gpt_neox"]
@@ -44,7 +45,7 @@ def test_logits_are_transformers(kind: str, tmp_path: Path) -> None:
 def test_an_encoder_s_last_hidden_state_is_transformers(kind: str, tmp_path: Path) -> None:
     model = random_model(kind, num_hidden_layers=4, vocab_size=262)
     model.save_pretrained(tmp_path / "source")
-    save_roberta(tmp_path / "source")
+    (save_wordpiece if kind == "nomic_bert" else save_roberta)(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "a.gguf")
     ids = torch.arange(24)[None] * 7 % 256
     assert torch.allclose(load(tmp_path / "a.gguf")(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5)
@@ -195,6 +196,23 @@ def test_gemma_4_as_llama_cpp_s_converter_has_it(tmp_path: Path) -> None:
     rewritten(tmp_path / "b.gguf", tmp_path / "d.gguf", lambda t: t.update({"blk.0.attn_k_b.weight": torch.ones(2, 2)}))
     with pytest.raises(CheckpointError, match="attn_k_b"):
         StreamedModel(tmp_path / "d.gguf")
+
+
+@torch.no_grad()
+def test_queries_keys_and_values_of_an_encoder_are_one_tensor(tmp_path: Path, text: str) -> None:
+    """As in its checkpoint; each is rounded by itself, and all into blocks of one type."""
+    model = random_model("nomic_bert", num_hidden_layers=2, vocab_size=262)
+    model.save_pretrained(tmp_path / "source")
+    save_wordpiece(tmp_path / "source")
+    assert "encoder.layers.0.attn.Wqkv.weight" in load_file(tmp_path / "source/model.safetensors")
+    quantize(tmp_path / "source", tmp_path / "a.gguf", scheme="q8_0", calib=text, samples=2, seqlen=32)
+    file, own = GgufFile(tmp_path / "a.gguf"), model.layers[1].self_attn
+    assert file.tensors["blk.1.attn_qkv.weight"].type == Types.Q8_0
+    wanted = torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight])
+    assert torch.allclose(file.read("blk.1.attn_qkv.weight"), wanted, atol=0.01)
+    ids = torch.arange(24)[None] * 7 % 100
+    a, b = model(ids).last_hidden_state, load(tmp_path / "a.gguf")(ids).last_hidden_state
+    assert torch.cosine_similarity(a, b, dim=-1).min() > 0.999
 
 
 @torch.no_grad()

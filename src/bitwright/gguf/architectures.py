@@ -290,6 +290,7 @@ ARCHITECTURES = {
             Architecture(kind, "bert", (*SHAPE, *NORM), rotary=False, causal=False, padded=kind != "bert")
             for kind in ("bert", "roberta", "xlm-roberta")
         ),
+        Architecture("nomic_bert", "nomic-bert", (*SHAPE, *NORM), causal=False),
         Architecture("distilbert", "bert", DISTILLED, rotary=False, causal=False),
     )
 }
@@ -326,7 +327,6 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
     "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
-    "nomic_bert": ("nomic-bert", "its class among the encoders, with queries, keys and values as one tensor"),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),

@@ -97,6 +97,7 @@ FIXED: dict[str, Keys] = {
     "nemotron": {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
     "gpt_neox": {"hidden_act": "gelu", "attention_bias": True},
     **{kind: {"hidden_act": "gelu", "is_decoder": False} for kind in ("bert", "roberta", "xlm-roberta")},
+    "nomic_bert": {"hidden_act": "silu"},
     "distilbert": {"activation": "gelu"},
     "llama4_text": {
         "hidden_act": "silu",
@@ -300,7 +301,7 @@ def config_of(
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
     values |= {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors} if row.kind == "stablelm" else {}
-    values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind == "bert" else {}
+    values |= {"type_vocab_size": keys.get(TOKEN_TYPES, 1)} if row.kind in ("bert", "nomic_bert") else {}
     values |= _special(keys, values["vocab_size"])
     values |= _ends(keys)
     own = {key.removeprefix(f"{row.name}."): _plain(value) for key, value in keys.items()}

@@ -269,5 +269,7 @@ READ: dict[str, Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Key
     "gemma3n_text": _gemma3n_read,
     "gemma4_text": _gemma4_read,
     "llama4_text": _llama4_read,
+    # one that it must have; it counts as an embedding's alone
+    "nomic_bert": lambda own, tensors: {"pad_token_id": int(own.get("tokenizer.ggml.padding_token_id", 0))},
     **state_keys.READ,
 }

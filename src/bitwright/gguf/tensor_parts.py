@@ -25,15 +25,17 @@ class Place(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A parameter that is number `number` of `of` in a tensor, stacked along a dimension of their own."""
+    """A parameter that is number `number` of `of` in a tensor, stacked along a dimension of their own, or `joined` by rows."""
 
     name: str
     number: int
     of: int
+    joined: bool = False
 
     def place(self, shape: tuple[int, ...], rows: int) -> Place:
         """Its place, for a parameter of this shape."""
-        return Place(self.name, self.number * rows, rows, (self.of, *shape))
+        whole = (self.of * shape[0], *shape[1:]) if self.joined else (self.of, *shape)
+        return Place(self.name, self.number * rows, rows, whole)
 
 
 class Part(NamedTuple):
@@ -78,12 +80,20 @@ def _activation(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, 
     return (Part(f"blk.{block}.{entry}", 1),) if leaf.startswith("mlp.act_fn.") and entry in ENTRIES else ()
 
 
+def _nomic(config: PretrainedConfig, block: str, leaf: str) -> tuple[Part, ...]:
+    """The norms of an encoder, behind attention and behind the MLP."""
+    norm, _, end = leaf.rpartition(".")
+    names = {"post_attention_layernorm": "attn_output_norm", "post_mlp_layernorm": "layer_output_norm"}
+    return (Part(f"blk.{block}.{names[norm]}.{end}", 1),) if norm in names else ()
+
+
 PARTS: dict[str, Callable[[PretrainedConfig, str, str], tuple[Part, ...]]] = {
     "granitemoeshared": _granite,
     "granitemoehybrid": _granite,
     "qwen3_next": _gated_states,
     "gemma4_text": _routed,
     "apertus": _activation,
+    "nomic_bert": _nomic,
 }
 BOTH = re.compile(r"^(blk\.\d+\.ffn_)(gate|up)(_exps\.weight)$")
 
@@ -98,6 +108,7 @@ def in_one(place: Place) -> Place:
     return Place(f"{found[1]}gate_up{found[3]}", first, place.rows, (experts, 2 * rows, width))
 
 
+QKV = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.([qkv])_proj\.weight$")
 ALTUP = re.compile(r"altup_(unembed_)?projections\.(\d+)\.weight$")
 
 
@@ -109,7 +120,9 @@ def parts_of(config: PretrainedConfig, parameter: str) -> tuple[Part, ...]:
 
 def share_of(config: PretrainedConfig, parameter: str) -> Share | None:
     """The tensor that a parameter shares with others; None if it shares none."""
-    altup = ALTUP.search(parameter)
+    altup, qkv = ALTUP.search(parameter), QKV.search(parameter)
+    if qkv is not None and config.model_type == "nomic_bert":
+        return Share(f"blk.{qkv[1]}.attn_qkv.weight", "qkv".index(qkv[2]), 3, joined=True)
     if altup is None:
         return None
     name = f"altup_{'unembd_' if altup[1] else ''}proj.weight"  # all hidden states of Gemma 3n but the first have one

@@ -16,7 +16,7 @@ from bitwright.gguf.config_keys import first_position
 
 # Encoders: they predict no next token, their output is the last hidden state.
 POOLED = ("bert", "roberta", "xlm-roberta")  # those that have a pooling layer
-ENCODERS = (*POOLED, "distilbert", "modernbert", "eurobert")
+ENCODERS = (*POOLED, "distilbert", "modernbert", "eurobert", "nomic_bert")
 
 
 # Linear modules that stay in float unless a recipe names them, because they are small and sensitive: pattern of the name ->

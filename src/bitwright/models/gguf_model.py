@@ -6,6 +6,7 @@ its checkpoint were its own.
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
@@ -16,6 +17,7 @@ from bitwright.models.multipliers import fold_multipliers, without_multipliers
 # How the text model's tensors begin in checkpoints of multimodal models, and what they are called in its own.
 WITHIN = ((re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
           (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model."))  # fmt: skip
+JOINED = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.attn\.Wqkv\.weight$")  # Nomic BERT's
 OTHERS = re.compile(
     r"^(model\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."
 )
@@ -39,7 +41,21 @@ def fit_to_gguf(config: PretrainedConfig, checkpoint: Checkpoint) -> list[str]:
             what = f"{len(others)} tensors for images or sound, such as {others[0]}, are left out"
             said = [f"{what}: llama.cpp has them in a file of their own (mmproj), which its converter makes"]
     fold_multipliers(text or config, checkpoint)
+    if config.model_type == "nomic_bert":
+        _cut_apart(checkpoint)
     return said
+
+
+def _cut_apart(checkpoint: Checkpoint) -> None:
+    """Leave queries, keys and values of an encoder in the table, for the tensor that has them one after the other."""
+    for name, info in list(checkpoint.tensors.items()):
+        found = JOINED.search(name)
+        if found is not None and info.shape[0] % 3 == 0:
+            del checkpoint.tensors[name]
+            shape, size = (info.shape[0] // 3, *info.shape[1:]), info.nbytes // 3
+            for i, leaf in enumerate("qkv"):
+                part = replace(info, offset=info.offset + i * size, shape=shape)
+                checkpoint.tensors[f"layers.{found[1]}.self_attn.{leaf}_proj.weight"] = part
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig | None:
