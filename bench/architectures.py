@@ -18,10 +18,10 @@ IMAGES = (
 )  # fmt: skip
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 VIDEO = ("mc3_18", "mvit_v1_b", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
-SIZES = {"inception_v3": 144, "maxvit_t": 224, "mvit_v1_b": 224, "s3d": 224}  # the least that the model allows
+SIZES = {"inception_v3": 96, "maxvit_t": 224, "mvit_v1_b": 224, "s3d": 224}  # the least that the model allows
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "googlenet": lambda size: {"init_weights": False},
-    "inception_v3": lambda size: {"init_weights": False},
+    "inception_v3": lambda size: {"init_weights": False, "aux_logits": False},  # whose second head trains at 299 pixels
     "vit_b_16": lambda size: {"image_size": size},
 }
 FRAMES = {"mvit_v1_b": 16, "s3d": 16}
