@@ -37,7 +37,7 @@ from bitwright.nn.batches import cloned, outputs, run, tensors
 Row = dict[str, Any]  # way -> {"cosine": …, "ms": …, "bytes": …} or {"error": …}
 Session = Any
 FILE = OUT / "modules.jsonl"
-SILENT = 0.9  # a lower cosine that nothing complained of counts as silently wrong
+SILENT, SILENT_4 = 0.9, 0.8  # a lower cosine that nothing complained of counts as silently wrong; of weights in 4 bits
 MOST_BELOW_PEER = 0.005
 PAIRS = (("dynamic", "torch.ao dynamic"), ("static", "torch.ao static"))
 
@@ -232,7 +232,8 @@ def report(rows: dict[str, Row]) -> str:
     ]  # fmt: skip
     lines = [table(["cosine", *ways[1:]], nearness), "", table(["ms", *timed, "static smaller"], speed), ""]
     for way in ways[1:]:
-        good = [name for name, row in rows.items() if row[way].get("cosine", 0) >= SILENT]
+        least = SILENT_4 if way == "weights" else SILENT
+        good = [name for name, row in rows.items() if row[way].get("cosine", 0) >= least]
         wrong = [name for name, row in rows.items() if "cosine" in row[way] and name not in good]
         said = f"; silently wrong: {', '.join(wrong) or 'none'}" if way in ours else ""
         lines.append(f"{way}: {len(good)} of {len(rows)} work{said}")
