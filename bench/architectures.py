@@ -85,7 +85,11 @@ def torchvision_model(family: str, name: str, size: int) -> Made:
     )
     options |= OPTIONS[name](size) if name in OPTIONS else {}
     shape = (1, 3, FRAMES.get(name, 8), size, size) if family == ".video" else (2, 3, size, size)
-    return getattr(importlib.import_module(f"torchvision.models{family}"), name)(**options).eval(), torch.randn(shape)
+    net = getattr(importlib.import_module(f"torchvision.models{family}"), name)(**options).eval()
+    for parameter in net.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # the last layer of some begins at 0
+            nn.init.normal_(parameter, std=0.02)
+    return net, torch.randn(shape)
 
 
 def encoder(name: str) -> Made:

@@ -175,3 +175,31 @@ def test_without_the_package(tmp_path: Path) -> None:
     script += "bitwright.export_onnx(torch.nn.ReLU(), torch.ones(1), 'x')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert "the package onnx is not installed" in done.stderr and "bitwright[onnx]" in done.stderr
+
+
+class Enlarged(nn.Module):
+    """As heads of segmentation: the logits enlarged to the size of the image, or of another tensor, or by a factor."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.conv, self.head, self.size = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 4, 1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.conv(x).relu())
+        if self.size == "image's":
+            return functional.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        if self.size == "one side's":
+            return functional.interpolate(y, size=x.shape[-1], mode="nearest")
+        if self.size == "both sides'":
+            return functional.interpolate(y, size=(x.shape[2], x.size(3)), mode="bicubic")
+        return functional.interpolate(y, scale_factor=2.0)
+
+
+@pytest.mark.parametrize("size", ["image's", "one side's", "both sides'", "a factor"])
+@torch.no_grad()
+def test_resizing(size: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    integer = converted(Enlarged(size).eval(), x)
+    theirs = by_onnxruntime(bitwright.export_onnx(integer, x, tmp_path / "m.onnx"), x)
+    assert theirs.shape == (2, 4, 16, 16)
+    assert relative(integer(x), theirs) < 0.01

@@ -203,7 +203,8 @@ def _resize(w: Writes, a: Arguments) -> str:
         each = [factor] * n if isinstance(factor, int | float) else list(factor or ())
         scales = w.constant(torch.tensor([1.0, 1.0, *map(float, each)]))
         return w.op("Resize", [x, "", scales], **more)
-    sizes = tuple(size) if isinstance(size, tuple | list) else (size,) * n
+    all_of_them = isinstance(size, fx.Node) and not isinstance(w.example(size), int)  # x.shape[-2:]
+    sizes = tuple(size) if isinstance(size, tuple | list) else (size,) if all_of_them else (size,) * n
     first = w.op("Slice", [w.op("Shape", [x]), w.constant(integers(0)), w.constant(integers(2))])
     return w.op("Resize", [x, "", "", w.op("Concat", [first, w.sizes(sizes)], axis=0)], **more)
 
