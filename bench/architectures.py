@@ -1,4 +1,5 @@
-"""Published architectures with random weights, and a batch for each: torchvision's families and tiny encoders."""
+"""Published architectures with random weights, and a batch for each: torchvision's families and tiny encoders; and trained
+ones of other packages."""
 
 import importlib
 import importlib.util
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-Made = tuple[nn.Module, Any]  # a module in eval mode, and a batch
+from bench import trained
+from bench.trained import Made
 
 IMAGES = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
@@ -109,10 +111,10 @@ def encoder(name: str) -> Made:
 
 
 def makers(size: int) -> dict[str, Callable[[], Made]]:
-    """Every architecture, by name. torchvision's are left out where it is not installed."""
+    """Every architecture, by name. torchvision's, and trained ones, are left out where they are not installed."""
     warnings.filterwarnings("ignore", module="torchvision")
     found: dict[str, Callable[[], Made]] = {}
     if importlib.util.find_spec("torchvision"):
         for family, names in (("", IMAGES), (".segmentation", SEGMENTATION), (".video", VIDEO)):
             found |= {name: lambda name=name, family=family: torchvision_model(family, name, size) for name in names}
-    return found | {name: lambda name=name: encoder(name) for name in ENCODERS}
+    return found | {name: lambda name=name: encoder(name) for name in ENCODERS} | trained.makers()

@@ -3,7 +3,8 @@
     bench/peers/install.sh modules
     PYTHONPATH=src OMP_NUM_THREADS=1 bench/peers/envs/modules/bin/python -m bench.modules [--only NAME,…] [--size 64] [--again]
 
-Rows: torchvision's families (images of `--size` pixels, or the least that a model allows) and tiny encoders of transformers.
+Rows: torchvision's families (images of `--size` pixels, or the least that a model allows) and tiny encoders of transformers,
+with random weights; and six trained networks (bench/trained.py).
 bitwright: dynamic, static (calibrated on the batch), QAT of three steps, weights only (int4-g32, RTN), and the static module's
 ONNX file in onnxruntime. Peers: torch.ao dynamic and static (FX), onnxruntime's own static quantization of the float export.
 

