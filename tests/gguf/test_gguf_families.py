@@ -99,6 +99,7 @@ def test_other_forms_of_a_kind(kind: str, changes: dict[str, Any], name: str, tm
         ("mamba", {"expand": 4}, "expand"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "position_embedding_type"),
         ("gemma3n_text", {"laurel_rank": 8, "num_kv_shared_layers": 0}, "laurel_rank"),
+        ("gemma4_text", {"layer_types": ["full_attention"] * 4}, "all without"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         (
             "gemma4_text",
