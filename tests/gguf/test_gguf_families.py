@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench.gguf_families import GLM_MIXTURE, random_model
+from bench.gguf_families import GLM_MIXTURE, random_model, small_config
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -14,7 +14,7 @@ from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
-from bitwright.gguf.config_keys import keys_of
+from bitwright.gguf.config_keys import config_of, keys_of
 from bitwright.gguf.file_types import Place, type_in
 from bitwright.gguf.reader import GgufFile, Typed, Types
 from bitwright.inference.lookup import Lookup
@@ -262,3 +262,19 @@ def test_embeddings_of_layers_are_quantized(tmp_path: Path) -> None:
     assert torch.allclose(model(ids).logits, wanted, atol=1e-2 * float(wanted.abs().max()))
     low = Place("per_layer_token_embd", 0, 4, 2, False, True)
     assert (type_in("IQ2_XS", low), type_in("Q4_K_M", low)) == ("Q2_K", "Q4_K")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention.head_count_kv": [2, 2]}, "2 values for 4 layers"),
+        ({"attention.sliding_window_pattern": []}, "0 values for 4 layers"),
+        ({"feed_forward_length": [128, 256, 128, 128]}, "MLPs of"),
+    ],
+)
+def test_values_of_layers_must_be_as_many(change: dict[str, Any], says: str) -> None:
+    config = small_config("gemma4_text", num_hidden_layers=4)
+    keys = keys_of(config) | {f"gemma4.{key}": value for key, value in change.items()}
+    shapes = {"token_embd.weight": (2048, 64), **{f"blk.{i}.attn_norm.weight": (64,) for i in range(4)}}
+    with pytest.raises(CheckpointError, match=says):
+        config_of(keys, shapes, "x")

@@ -90,7 +90,8 @@ def _check_gemma4(config: PretrainedConfig) -> None:
 
 
 def _gemma4_read(own: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Keys:
-    depth, windows = own["block_count"], own[PATTERN]
+    depth = own["block_count"] - own.get("nextn_predict_layers", 0)
+    windows = [bool(window) for window in _each(own[PATTERN], depth)]
     heads, widths = _each(own["attention.head_count_kv"], depth), _each(own["feed_forward_length"], depth)
     full = {"head_dim": own["attention.key_length"]}
     others = [i for i, window in enumerate(windows) if not window]
@@ -111,8 +112,11 @@ def _gemma4_read(own: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]])
 
 
 def _each(value: Any, depth: int) -> list[int]:
-    """A value for each layer, of one for all or of a list."""
-    return [int(one) for one in value] if isinstance(value, list) else [value] * depth
+    """A value for each layer, of one for all or of a list. ValueError for a list of another length."""
+    found = [int(one) for one in value] if isinstance(value, list) else [value] * depth
+    if len(found) != depth:
+        raise ValueError(f"{len(found)} values for {depth} layers")
+    return found
 
 
 def _otherwise(what: str) -> FormatError:
