@@ -174,3 +174,13 @@ def test_groups_fit_the_rows_and_a_short_run_checks_the_speed(tmp_path: Path, mo
     assert run.measured > 0 and run.expected > 0
     with pytest.raises(InputError, match="stored as"):
         measured(model, replace(found, shape=replace(shape, quantized=True)))
+
+
+def test_layers_of_two_kinds_of_heads_are_counted_each_for_itself(tmp_path: Path) -> None:
+    """Gemma 4: heads of two sizes and numbers; the last layers have keys and values of earlier ones."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 64}
+    own = {"num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 2, "hidden_size": 64}
+    options = {"num_hidden_layers": 6, "vocab_size": 257, "vocab_size_per_layer_input": 257, "layer_types": kinds}
+    cached = shape_of(config_only(tmp_path / "gemma", "gemma4_text", **sizes, **own, **options)).cached
+    assert set(cached) == {(2 * 2 * 2 * 16, 512), (2 * 2 * 1 * 64, None)}

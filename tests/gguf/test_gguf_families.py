@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench.gguf_families import GLM_MIXTURE, random_model
+from bench.gguf_families import GLM_MIXTURE, random_model, small_config
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -14,8 +14,10 @@ from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
-from bitwright.gguf.config_keys import keys_of
+from bitwright.gguf.config_keys import config_of, keys_of
+from bitwright.gguf.file_types import Place, type_in
 from bitwright.gguf.reader import GgufFile, Typed, Types
+from bitwright.inference.lookup import Lookup
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.streamed import StreamedModel
 from bitwright.pipeline.conversion import convert
@@ -97,6 +99,7 @@ def test_other_forms_of_a_kind(kind: str, changes: dict[str, Any], name: str, tm
         ("mamba", {"expand": 4}, "expand"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "position_embedding_type"),
         ("gemma3n_text", {"laurel_rank": 8, "num_kv_shared_layers": 0}, "laurel_rank"),
+        ("gemma4_text", {"layer_types": ["full_attention"] * 4}, "all without"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         (
             "gemma4_text",
@@ -241,3 +244,37 @@ def test_parameters_of_an_activation_are_keys(tmp_path: Path, text: str) -> None
     (tmp_path / "d.gguf").write_bytes(content.replace(b"xielu.beta", b"xielu.bete"))
     with pytest.raises(CheckpointError, match="act_fn"):
         load(tmp_path / "d.gguf")
+
+
+@torch.no_grad()
+def test_embeddings_of_layers_are_quantized(tmp_path: Path) -> None:
+    """Gemma's table with a part for each layer, maybe half of all weights: in the mix's type, and read a row at a time."""
+    sizes = {"num_hidden_layers": 4, "vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
+    random_model("gemma4_text", **sizes, hidden_size_per_layer_input=64).save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "a.gguf", scheme="q4_k_m", method="search", calib="none")
+    assert GgufFile(tmp_path / "a.gguf").tensors["per_layer_token_embd.weight"].type == Types.Q4_K
+    model, ids = load(tmp_path / "a.gguf"), torch.arange(24)[None] * 7 % 256
+    table = model.get_submodule("model.embed_tokens_per_layer")
+    assert isinstance(table, Lookup) and table.rows.dtype == torch.uint8
+    streamed = StreamedModel(tmp_path / "a.gguf")
+    wanted = streamed.head(torch.cat(streamed.hidden(ids)))
+    assert torch.allclose(model(ids).logits, wanted, atol=1e-2 * float(wanted.abs().max()))
+    low = Place("per_layer_token_embd", 0, 4, 2, False, True)
+    assert (type_in("IQ2_XS", low), type_in("Q4_K_M", low)) == ("Q2_K", "Q4_K")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention.head_count_kv": [2, 2]}, "2 values for 4 layers"),
+        ({"attention.sliding_window_pattern": []}, "0 values for 4 layers"),
+        ({"feed_forward_length": [128, 256, 128, 128]}, "MLPs of"),
+    ],
+)
+def test_values_of_layers_must_be_as_many(change: dict[str, Any], says: str) -> None:
+    config = small_config("gemma4_text", num_hidden_layers=4)
+    keys = keys_of(config) | {f"gemma4.{key}": value for key, value in change.items()}
+    shapes = {"token_embd.weight": (2048, 64), **{f"blk.{i}.attn_norm.weight": (64,) for i in range(4)}}
+    with pytest.raises(CheckpointError, match=says):
+        config_of(keys, shapes, "x")

@@ -84,7 +84,7 @@ def type_in(mix: str, place: Place) -> str:
         return _head(mix, place)
     if mix == "MXFP4_MOE":
         return base if place.stacked else "Q8_0"
-    if place.part == "token_embd":
+    if place.part in ("token_embd", "per_layer_token_embd"):
         return _embedding(mix) or base
     if mix in LOWEST:
         return _in_lowest(mix, place) or base

@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.config_keys import architecture_of, experts_in, first_position
-from bitwright.gguf.special_keys import PER_LAYER, falcon_kv_heads
+from bitwright.gguf.gemma_keys import PER_LAYER
+from bitwright.gguf.special_keys import falcon_kv_heads
 from bitwright.gguf.tensor_parts import Part, Place, parts_of, share_of
 from bitwright.numerics.qtensor import head_by_head
 

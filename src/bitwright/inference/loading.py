@@ -94,7 +94,8 @@ class _Filling:
         """Module by module, so that a matrix is decoded only while it is being packed."""
         model, inside = self.skeleton.model, self.skeleton.block_prefix + "."
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Embedding and module is model.get_input_embeddings():
+            plain = type(module) is nn.Embedding and module is model.get_input_embeddings()
+            if isinstance(module, nn.Embedding) and (plain or name in self.skeleton.layer_embeddings):
                 self._lookup(name, module)
             elif is_linear(module) and not self._stays(name):
                 self._linear(name, module, rounded=name.startswith(inside))
@@ -190,7 +191,9 @@ class _Filling:
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
         if rows.is_floating_point():
             rows = self.tables[source] = rows.to(self.device)
-        _replace(self.skeleton.model, name, Lookup(rows, decode, self.skeleton.dtype, width=width, stored=stored))
+        scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma's
+        dtype = self.skeleton.dtype
+        _replace(self.skeleton.model, name, Lookup(rows, decode, dtype, width=width, scale=scale, stored=stored))
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:

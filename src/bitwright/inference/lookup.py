@@ -12,6 +12,7 @@ class Lookup(nn.Module):
     rows    [V, ...] the table: bytes of blocks, which stay on the CPU, or float numbers
     decode  some of its rows -> float [n, H]
     dtype   of the output
+    scale   what rows are multiplied by
     stored  gives the file's tensors of the table by suffix, for `state_dict`; None: it is one tensor, the rows
     """
 
@@ -24,18 +25,20 @@ class Lookup(nn.Module):
         dtype: torch.dtype,
         *,
         width: int,
+        scale: float = 1.0,
         stored: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.stored = stored
         self.register_buffer("rows", rows, persistent=False)
-        self.decode, self.dtype = decode, dtype
+        self.decode, self.dtype, self.scale = decode, dtype, scale
         self.num_embeddings, self.embedding_dim = len(rows), width
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., H]; a row that occurs several times is decoded once."""
         wanted, place = ids.unique(return_inverse=True)
-        return self.decode(self.rows[wanted.to(self.rows.device)]).to(ids.device, self.dtype)[place]
+        found = self.decode(self.rows[wanted.to(self.rows.device)]).to(ids.device, self.dtype)
+        return (found if self.scale == 1 else found * self.scale)[place]
 
     @property
     def weight(self) -> Tensor:

@@ -39,6 +39,9 @@ CACHES = ("past_key_values", "layer_past")  # names of the blocks' argument for 
 TOKENS_PER_BATCH = 4096
 
 
+PER_LAYER = "embed_tokens_per_layer"  # how transformers names an embedding with a part for each layer
+
+
 class Skeleton:
     """A causal language model, or an encoder without its pooling layer, whose blocks are loaded and unloaded one by one."""
 
@@ -128,9 +131,14 @@ class Skeleton:
         return {name: first[id(p)] for name, p in everywhere if first[id(p)] != name}
 
     def embedding_and_head(self) -> dict[str, nn.Module]:
-        """The embedding and, unless it is tied or there is none, the output head: name -> module."""
-        names = (self.embedding_name, self.head_name) if self.predicts else (self.embedding_name,)
+        """The embedding, those for each layer (Gemma) and, unless it is tied or there is none, the head: name -> module."""
+        names = [self.embedding_name, *self.layer_embeddings, *([self.head_name] if self.predicts else [])]
         return {name: self.model.get_submodule(name) for name in names}
+
+    @property
+    def layer_embeddings(self) -> list[str]:
+        """Names of token embeddings whose rows have a part for each layer."""
+        return [name for name, _ in self.model.named_modules() if name.endswith(PER_LAYER)]
 
     @property
     def embedding_name(self) -> str:
