@@ -28,12 +28,13 @@ from torch import Tensor
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.coordinate_descent import coordinate_descent
+from bitwright.methods.exact import keep_exact
 from bitwright.methods.keeping_zeros import mask_of, with_zeros
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales, search
 from bitwright.numerics.codec import code_dtype, fit, round_to
 from bitwright.numerics.matmul import add_product
-from bitwright.numerics.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
+from bitwright.numerics.qtensor import QTensor, Scales, map_rows, pick_rows, reshaped, rows, stacked
 from bitwright.numerics.scheme import TENSOR, Scheme
 
 TRIAL_ROWS = (
@@ -44,6 +45,7 @@ RIDGE = 0.1  # share of the damping that coordinate descent keeps: by measuremen
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
+@keep_exact
 def gptq(
     w: Tensor,
     gram: Tensor | None,
@@ -215,13 +217,6 @@ def _round(w: Tensor, gone: Tensor | None, factor: Factor, scheme: Scheme, how: 
     q, lost = _round_columns(w, factor, scheme, twice, importance, how, refit_from=N, gone=gone)
     lost = lost.view(2, N)
     return pick_rows(lost[1] < lost[0], rows(q, N, 2 * N), rows(q, 0, N)), lost
-
-
-def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Row by row a where the mask [N] is true, else b; both of one scheme and shape."""
-    column = mask[:, None]
-    scales = map_rows(lambda x, y: torch.where(column, x, y), a.scheme, a.scales, b.scales)
-    return QTensor(torch.where(column, a.codes, b.codes), scales, a.scheme, a.shape)
 
 
 def _round_columns(
