@@ -19,14 +19,13 @@ from bitwright.methods.gptq import (
     column_order,
     factorize,
     gptq,
-    pick_rows,
 )
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import best_scales, search
 from bitwright.numerics.codec import code_dtype, code_range, decode, encode, per_column, values
 from bitwright.numerics.loss import loss
-from bitwright.numerics.qtensor import QTensor, Scales, rows
+from bitwright.numerics.qtensor import QTensor, Scales, pick_rows, rows
 from bitwright.numerics.scheme import Scheme
 from quantized_weights import FAMILIES, assert_representable, assert_same, one_thread, random_weight
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bitwright.kernels import rounding
 from bitwright.methods.keeping_zeros import with_zeros
+from bitwright.methods.runs import RunState
 from bitwright.numerics.codec import decode, per_column, round_to, safe, same_sign, snap, values
 from bitwright.numerics.matmul import add_product
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import TENSOR
+from bitwright.numerics.scheme import SUPERBLOCK, TENSOR
 
 SOLVABLE = ("f32", "f16", "bf16")  # encodings where a group's scale is stored by itself, and almost freely
 
@@ -37,20 +38,21 @@ def coordinate_descent(
 ) -> QTensor:
     """Improve the codes of q, a quantization of w [N, K], under H = gram + ridge·I; and scales, if groups store their own.
 
-    sweeps  passes over all columns; 0 returns q, and so does a scheme whose codes come in runs: a step moves one code
+    sweeps  passes over all columns; 0 returns q. Where codes come in runs, a step moves a run's: see runs.py
     block   columns whose changes reach the others in one product
     ridge   like GPTQ's damping, keeps few calibration tokens from being overfitted
     gone    [N, K], True where the weight is pruned, which q decodes to 0: it stays so, and scales stay as they are
     fast    large products in bfloat16 (see numerics/matmul.py): a step may then raise the loss by their rounding errors
     """
-    if sweeps <= 0 or q.scheme.levels.run > 1:
+    if sweeps <= 0:
         return q
     K = w.shape[1]
     step = q.scheme.group_length(K)
     solve = gone is None and isinstance(q.scheme.group, int) and q.scheme.scale in SOLVABLE
     span = max(step, block // step * step) if solve else block
-    state = _State(w, q, gone)
-    sweep = _Sweep(state, gram, ridge, solve=solve, span=span, fast=fast)
+    in_runs = q.scheme.levels.run > 1
+    state = RunState(w, q) if in_runs else _State(w, q, gone)
+    sweep = _Sweep(state, gram, ridge, solve=solve, span=SUPERBLOCK if in_runs else span, fast=fast)
     for _ in range(sweeps):
         sweep.run()
     return state.result()
@@ -59,7 +61,9 @@ def coordinate_descent(
 class _Sweep:
     """One pass over all columns, in their own order."""
 
-    def __init__(self, state: "_State", gram: Tensor, ridge: float, *, solve: bool, span: int, fast: bool) -> None:
+    def __init__(
+        self, state: "_State | RunState", gram: Tensor, ridge: float, *, solve: bool, span: int, fast: bool
+    ) -> None:
         floor = 1e-6 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
         self.curvature = (gram.diagonal() + ridge).clamp(min=floor)
         self.state, self.gram, self.ridge = state, gram, ridge

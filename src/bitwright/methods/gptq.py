@@ -28,13 +28,15 @@ from torch import Tensor
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.coordinate_descent import coordinate_descent
+from bitwright.methods.exact import keep_exact
 from bitwright.methods.keeping_zeros import mask_of, with_zeros
 from bitwright.methods.outcome import Outcome
+from bitwright.methods.runs import round_group
 from bitwright.methods.search import best_scales, search
-from bitwright.numerics.codec import code_dtype, fit, round_to
+from bitwright.numerics.codec import choose, code_dtype, fit, round_to
 from bitwright.numerics.matmul import add_product
-from bitwright.numerics.qtensor import QTensor, Scales, map_rows, reshaped, rows, stacked
-from bitwright.numerics.scheme import TENSOR, Scheme
+from bitwright.numerics.qtensor import QTensor, Scales, map_rows, pick_rows, reshaped, rows, stacked
+from bitwright.numerics.scheme import SUPERBLOCK, TENSOR, Scheme
 
 TRIAL_ROWS = (
     256  # sampled rows that decide between fixed and refitted scales, for a matrix of more than four times as many
@@ -44,6 +46,7 @@ RIDGE = 0.1  # share of the damping that coordinate descent keeps: by measuremen
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
+@keep_exact
 def gptq(
     w: Tensor,
     gram: Tensor | None,
@@ -62,7 +65,7 @@ def gptq(
     gram                [K, K] = XᵀX / T; required
     damping             share of the mean diagonal added to the diagonal; times 10 and times 100 if H cannot be factored
     block               columns rounded before their errors reach the others, in one product (lazy batches)
-    sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2
+    sweeps              passes of coordinate descent afterwards; 0 is GPTQ as published; None: 1, below 4 bits 2, in runs 4
     compensated_scales  try scales searched on compensated weights beside those fixed beforehand
     pruned              bool, of w's shape: True where the weight is to be exactly zero; the others make up for it
     fast                large products in bfloat16: see numerics/matmul.py
@@ -71,7 +74,7 @@ def gptq(
     """
     gram = _usable(gram)
     _check_options(damping, block, scheme.unit)
-    sweeps = (2 if scheme.levels.bits < 4 else 1) if sweeps is None else sweeps
+    sweeps = _usual_sweeps(scheme) if sweeps is None else sweeps
     matrix = w.reshape(w.shape[0], -1).float()
     dead = gram.diagonal() == 0
     if dead.any():
@@ -82,7 +85,7 @@ def gptq(
         reason = f"gptq -> search: the Gram cannot be factored with damping up to {damping * DAMPINGS[-1]:g}"
         left = matrix if gone is None else matrix.masked_fill(gone, 0.0)
         return Outcome(reshaped(search(left, gram, scheme).q, tuple(w.shape)), damping * DAMPINGS[-1], reason)
-    how = LoopOptions(block, fast)
+    how = LoopOptions(block if scheme.levels.run == 1 else max(block, scheme.group_length(block)), fast)
     how = replace(how, way=_best_way(matrix, gone, factor, scheme, how) if compensated_scales else "fixed")
     ridge = RIDGE * factor.damping * float(gram.diagonal().mean())
     parts, some = [], max(1, AT_ONCE // matrix.shape[1]) if scheme.rowwise else len(matrix)
@@ -126,23 +129,19 @@ class LoopOptions:
 def column_order(diagonal: Tensor, unit: int | None, run: int = 1) -> Tensor:
     """Columns by falling diagonal [K] of H; units by falling mean, each kept together; a short last unit stays last.
 
-    run: columns whose codes are chosen together: they stay side by side and in their order; units consist of whole runs.
+    run: above 1, columns keep their order within a unit: a run's codes are chosen together, and a group's with its scale.
     """
     K = len(diagonal)
-    if run > 1:
-        whole = diagonal[: K // run * run].view(-1, run).mean(1)
-        runs = column_order(whole, None if unit is None else max(unit // run, 1))
-        tail = torch.arange(len(whole) * run, K, device=diagonal.device)
-        return torch.cat([(runs[:, None] * run + torch.arange(run, device=diagonal.device)).flatten(), tail])
     if unit is None or unit >= K:
-        return diagonal.argsort(descending=True, stable=True)
+        return torch.arange(K, device=diagonal.device) if run > 1 else diagonal.argsort(descending=True, stable=True)
     whole = diagonal[: K // unit * unit].view(-1, unit)
     units = whole.mean(1).argsort(descending=True, stable=True)
-    inside = whole.argsort(dim=1, descending=True, stable=True) + unit * torch.arange(len(whole))[:, None].to(
-        whole.device
-    )
-    tail = diagonal[len(whole) * unit :].argsort(descending=True, stable=True) + len(whole) * unit
-    return torch.cat([inside[units].flatten(), tail])
+    parts = [*whole, diagonal[len(whole) * unit :]]
+    if run > 1:
+        inside = [torch.arange(len(part), device=part.device) for part in parts]
+    else:
+        inside = [part.argsort(descending=True, stable=True) for part in parts]
+    return torch.cat([inside[i] + i * unit for i in [*units.tolist(), len(whole)]])
 
 
 def factorize(gram: Tensor, order: Tensor, damping: float) -> Factor | None:
@@ -160,6 +159,11 @@ def factorize(gram: Tensor, order: Tensor, damping: float) -> Factor | None:
             pivots = upper.diagonal().clone()
             return Factor(order, upper.div_(pivots), pivots, damping * times)
     return None
+
+
+def _usual_sweeps(scheme: Scheme) -> int:
+    """Passes of coordinate descent, by measurement: the fewer codes, and the less freely chosen, the more they gain."""
+    return 4 if scheme.levels.run > 1 else 2 if scheme.levels.bits < 4 else 1
 
 
 def _usable(gram: Tensor | None) -> Tensor:
@@ -215,13 +219,6 @@ def _round(w: Tensor, gone: Tensor | None, factor: Factor, scheme: Scheme, how: 
     q, lost = _round_columns(w, factor, scheme, twice, importance, how, refit_from=N, gone=gone)
     lost = lost.view(2, N)
     return pick_rows(lost[1] < lost[0], rows(q, N, 2 * N), rows(q, 0, N)), lost
-
-
-def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Row by row a where the mask [N] is true, else b; both of one scheme and shape."""
-    column = mask[:, None]
-    scales = map_rows(lambda x, y: torch.where(column, x, y), a.scheme, a.scales, b.scales)
-    return QTensor(torch.where(column, a.codes, b.codes), scales, a.scheme, a.shape)
 
 
 def _round_columns(
@@ -354,18 +351,20 @@ class _Tables:
     def _round_runs(
         self, target: Tensor, true: Tensor, propagation: Tensor, groups: Tensor, pivots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`round_columns` run by run, each to an entry of the codebook; pivots [n]: Uₖₖ."""
-        run, codes, errors = self.scheme.levels.run, [], torch.empty_like(target)
-        for start in range(0, len(target), run):
-            own, later = slice(start, start + run), slice(start + run, None)
+        """`round_columns` group by group, where codes come in runs: scales may change; pivots [n]: Uₖₖ."""
+        assert self.outer is not None  # all grids with runs have super-blocks
+        levels, errors, g = [], torch.empty_like(target), self.scheme.group_length(len(target))
+        for start in range(0, len(target), g):
+            group, own, later = int(groups[start]), slice(start, start + g), slice(start + g, None)
+            outer = self.outer[:, group * g // SUPERBLOCK]
             factor = propagation[own, own] * pivots[own]
-            scale = self.scale[groups[start]][:, None]
-            code, decoded = _nearest_entries(target[own].T, scale, self.scheme, factor)
-            codes.append(code.T)
-            torch.sub(true[own], decoded.T, out=errors[own])
+            level, scale = round_group(target[own].T, true[own].T, factor, self.scale[group], outer, self.scheme)
+            self.scale[group] = scale
+            levels.append(level.T)
+            torch.sub(true[own], (level * scale[:, None]).T, out=errors[own])
             target[own] += propagation[own, own].triu(1).T @ errors[own]
             target[later] += propagation[own, later].T @ errors[own]
-        return torch.cat(codes), errors
+        return choose(torch.cat(levels), self.scheme), errors
 
     def refit(self, target: Tensor, order: Tensor, at: int, unit: int, importance: Tensor, first: int) -> None:
         """Search the scales of the unit that begins at order[at], on compensated weights, for rows from `first` on."""
@@ -393,19 +392,3 @@ class _Tables:
             return self.start
         zero = None if self.zero is None else self.zero.T.contiguous()
         return Scales(self.scale.T.contiguous(), zero, self.outer, self.outer_zero)
-
-
-def _nearest_entries(w: Tensor, scale: Tensor, scheme: Scheme, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The codebook's entries for w [N, run] of small ‖(w − decoded) U‖², U [run, run] upper triangular: codes, decoded weights.
-
-    First by the diagonal of U Uᵀ alone; then once more towards what the errors of that leave to make up for, where it is
-    better.
-    """
-    H = factor @ factor.T
-    importance = H.diagonal()
-    codes, decoded = round_to(w, scale, None, scheme, importance=importance)
-    error = w - decoded
-    rest = (error @ H) / importance - error
-    again, other = round_to(w + rest, scale, None, scheme, importance=importance)
-    better = (((w - other) @ factor).square().sum(1) < (error @ factor).square().sum(1))[:, None]
-    return torch.where(better, again, codes), torch.where(better, other, decoded)

@@ -127,6 +127,13 @@ def head_by_head(heads: tuple[int, int], K: int) -> Tensor | None:
     return torch.arange(K).view(groups, each, -1).transpose(0, 1).flatten() if groups > 1 and each > 1 else None
 
 
+def pick_rows(mask: Tensor, a: QTensor, b: QTensor) -> QTensor:
+    """Row by row a where the mask [N] is true, else b; both of one scheme and shape."""
+    column = mask[:, None]
+    scales = map_rows(lambda x, y: torch.where(column, x, y), a.scheme, a.scales, b.scales)
+    return QTensor(torch.where(column, a.codes, b.codes), scales, a.scheme, a.shape)
+
+
 def stacked(parts: list[QTensor]) -> QTensor:
     """Matrices of one scheme and K, concatenated along N."""
     if len(parts) == 1:
