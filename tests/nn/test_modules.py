@@ -489,3 +489,32 @@ def test_what_training_mode_does_training_keeps() -> None:
     integer = bitwright.convert(prepared.eval())
     with torch.no_grad():
         assert relative(prepared(X), integer(X)) < 0.02
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.sizes = nn.Linear(8, 8), (2, [3, 4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+class AsksItsChild(nn.Module):
+    """It cannot be traced, and reads a number that its traced child holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Sized()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) * (self.child.sizes[0] if float(x.mean()) < 100 else 1)
+
+
+def test_a_traced_module_keeps_what_its_parent_reads() -> None:
+    x, net = torch.randn(16, 8), AsksItsChild().eval()
+    prepared = bitwright.calibrate(bitwright.prepare(net, x), [x])
+    integer = bitwright.convert(copy.deepcopy(prepared))
+    assert relative(net(x), pickle.loads(pickle.dumps(integer))(x)) < 0.02
+    student = bitwright.prepare_qat(copy.deepcopy(net).train(), x)
+    assert relative(net(x), bitwright.convert(student.eval())(x)) < 0.02

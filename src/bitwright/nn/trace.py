@@ -142,6 +142,7 @@ def require_same(value: Any, expected: Any, name: str) -> Any:
 has_side_effect(require_same)
 VARIOUS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SIMPLE = (bool, int, float, str, type(None))
+PRESERVED = "_user_preserved_attributes"  # torch.fx's name for attributes that a copy of a graph keeps
 
 
 def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
@@ -163,7 +164,16 @@ def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
         graph = Tracer(fixed).trace(module)
     except Exception as error:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return fx.GraphModule(module, graph, type(module).__name__)
+    made = fx.GraphModule(module, graph, type(module).__name__)
+    simple = {name: value for name, value in vars(module).items() if name not in vars(made) and _simple(value)}
+    made.meta[PRESERVED] = simple  # torch.fx copies these; what holds the module may read them
+    for name, value in simple.items():
+        setattr(made, name, value)
+    return made
+
+
+def _simple(value: Any) -> bool:
+    return isinstance(value, SIMPLE) or (isinstance(value, tuple | list) and all(map(_simple, value)))
 
 
 def dropped_in_training(module: nn.Module, given: Mapping[str, Any], graph: fx.GraphModule) -> dict[str, float] | str:
