@@ -131,3 +131,13 @@ def test_heads_that_llama_cpp_does_not_have_are_refused() -> None:
     names = Names(small_config(KIND, **SMALL, **WIDE | {"linear_num_value_heads": 3}))
     with pytest.raises(CheckpointError, match="3 heads of values for 2"):
         names.heads(f"{OUT}.weight")
+
+
+def test_sizes_of_a_damaged_file_take_no_memory() -> None:
+    """Rows and columns of tensors on meta are put in order on meta."""
+    names = Names(small_config(KIND, **SMALL, **WIDE))
+    assert names.own_shape(f"{OUT}.weight", (64, 1 << 40)) == (64, 1 << 40)
+    assert Names(small_config("llama")).own_shape("model.layers.0.self_attn.q_proj.weight", (1 << 40, 64)) == (
+        1 << 40,
+        64,
+    )

@@ -222,10 +222,11 @@ class Names:
         tensor = tensor.T if self._is_transposed(parameter) else tensor
         flat = next((dim for end, dim in FLAT.items() if parameter.endswith(end)), None)
         tensor = tensor if flat is None else tensor.squeeze(flat)
-        order = self.rows(parameter, len(tensor)) if tensor.ndim else None
-        tensor = tensor if order is None else tensor[order]
-        columns = self.columns(parameter, tensor.shape[-1]) if tensor.ndim else None
-        tensor = tensor if columns is None else tensor[:, columns]
+        with tensor.device:  # on meta too: a damaged file's sizes may be any
+            order = self.rows(parameter, len(tensor)) if tensor.ndim else None
+            tensor = tensor if order is None else tensor[order]
+            columns = self.columns(parameter, tensor.shape[-1]) if tensor.ndim else None
+            tensor = tensor if columns is None else tensor[:, columns]
         tensor = tensor.float() if self.is_float32(parameter, tensor.ndim) else tensor
         tensor = -tensor.exp() if parameter.endswith(LOG) else tensor
         tensor = tensor.reshape(self._grouped(parameter) or tensor.shape)

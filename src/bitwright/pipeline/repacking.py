@@ -106,7 +106,8 @@ def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packe
     """A matrix in the format's terms. FormatError, with the format's own reason, if it cannot hold these numbers."""
     if q.order is not None:
         remedy = "use the file as it is, or quantize the original without desc_act"
-        raise FormatError("its columns are in an order of their own (desc_act)", where=name, remedy=remedy)
+        message = "its columns are in an order of their own (desc_act, or llama.cpp's order of heads)"
+        raise FormatError(message, where=name, remedy=remedy)
     reason = None
     N, K = q.codes.shape
     for same in _ways(q):
