@@ -1,6 +1,7 @@
 """Methods broken on purpose: the guard must see it, by the matrix and by the block, take the plainer one and say so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitwright.calibration.input_statistics import Inputs
 from bitwright.cli.app import app
 from bitwright.formats import Layer
 from bitwright.methods import METHODS, Outcome, gptaq, gptq, rtn, search
+from bitwright.numerics.codec import decode
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.guard import block_error, judge
@@ -140,6 +142,17 @@ def test_what_aims_elsewhere_is_judged_by_its_aim() -> None:
             wrong.codes, search(w, gram, scheme).q.codes
         )
     assert judge(torch.float32, matrix_of_rule("gptq", scheme), w, q, inputs).best == "search"
+
+
+def test_a_difference_as_small_as_bfloat16_has_is_none() -> None:
+    """Weights on the grid come back from a search exactly, and slightly moved from another method."""
+    (w, original, _), scheme = problem(), Scheme.parse("q8_0")
+    gram = original.T @ original / 512
+    exact = search(w, gram, scheme).q
+    for share, best in ((1e-3, "gptq"), (1e-2, "search")):
+        moved = replace(exact, scales=replace(exact.scales, scale=exact.scales.scale * (1 + share)))
+        inputs = Inputs(("m",), 512, gram)
+        assert judge(torch.float32, matrix_of_rule("gptq", scheme), decode(exact), moved, inputs).best == best
 
 
 def test_nothing_is_known_and_nothing_replaced() -> None:

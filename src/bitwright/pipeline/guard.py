@@ -29,6 +29,7 @@ BETTER = 0.99  # share of a method's loss below which a plainer one replaces it:
 BETTER_BLOCK = (
     0.95  # the same for a block's error: it is measured on few windows, and at 8 bits most of it is in the inputs
 )
+FLOOR = 2e-6  # difference of two matrices' losses that is not looked at: about what rounding weights to bfloat16 loses
 NEGLIGIBLE = 1e-5  # a block's error below which nothing is replaced: outputs are right to three digits
 
 
@@ -65,7 +66,7 @@ def judge(
         pull = pull if inputs.residual is None else pull + inputs.residual[::step]
         aimed = {name: losses[name] - ratio(2 * (e * pull).sum(1).double(), whole) for name, e in errors.items()}
     best = min(aimed, key=lambda name: aimed[name])
-    enough = losses[method] * (1 - BETTER)
+    enough = max(losses[method] * (1 - BETTER), FLOOR)
     return Judgement(losses, best if inputs.gram is not None and aimed[best] < aimed[method] - enough else method)
 
 
