@@ -49,7 +49,7 @@ def test_what_quantize_weights_refuses() -> None:
     net = nn.Sequential(nn.Linear(64, 4)).eval()
     with pytest.raises(CalibrationError, match=r"^0: method gptq needs to see inputs"):
         bitwright.quantize_weights(net)
-    with pytest.raises(RecipeError, match="nothing to quantize"):
+    with pytest.raises(RecipeError, match="no Linear to quantize"):
         bitwright.quantize_weights(nn.ReLU().eval(), method="rtn")
     with pytest.raises(RecipeError, match="unknown method 'magic'"):
         bitwright.quantize_weights(net, method="magic")

@@ -13,7 +13,7 @@ from bitwright.methods import CALIBRATED, METHODS, check_serves
 from bitwright.nn.batches import Batch, outputs, require_finite
 from bitwright.nn.check import Check, check_outputs, require_check
 from bitwright.nn.dropin import Replacement
-from bitwright.nn.dynamic import nothing_to_quantize, refuse_bare_weights
+from bitwright.nn.dynamic import refuse_bare_weights
 from bitwright.nn.grams import grams_of
 from bitwright.nn.integer import storable
 from bitwright.nn.native import Memory, handles
@@ -117,7 +117,8 @@ def quantize_weights(
     refuse_bare_weights(target, kept, batches[0] if batches else None)
     layers = layers_of(target, {nn.Linear: None}, kept)
     if not layers:
-        raise nothing_to_quantize(module)
+        remedy = "only Linear layers are packed: bitwright.quantize_dynamic, or prepare, for convolutions and recurrent layers"
+        raise RecipeError("no Linear to quantize", where=type(module).__name__, remedy=remedy)
     target = _packed(target, layers, batches, parsed, method)
     target = off_the_fast_path(kept.apply(target)).eval()
     if source is not None:
