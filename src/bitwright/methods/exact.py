@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bitwright.kernels.rounding import encode
 from bitwright.methods.outcome import Outcome
-from bitwright.numerics.codec import code_range, decode, nearest, safe, scale_range
-from bitwright.numerics.qtensor import QTensor, Scales, pick_rows, reshaped
+from bitwright.numerics.codec import code_range, decode, fit, nearest, safe, scale_range
+from bitwright.numerics.qtensor import QTensor, Scales, map_rows, pick_rows, reshaped
 from bitwright.numerics.scheme import Scheme
 
 SAMPLED = (8, 1024)  # rows and columns tried first
@@ -67,10 +67,22 @@ def on_grid(w: Tensor, scheme: Scheme) -> tuple[QTensor, Tensor] | None:
     some = matrix[:: max(1, len(matrix) // rows), :columns].float()
     if not bool((_solved(some, scheme)[1] & some.unflatten(1, (-1, unit)).any(2)).any()):
         return None
-    q = encode(matrix, _solved(matrix.float(), scheme)[0], scheme)
-    dtype = _held_in(matrix)
-    exact = (decode(q).to(dtype) == matrix.to(dtype)).all(1)
+    plain, dtype = matrix.float(), _held_in(matrix)
+    scales = fit(
+        plain, scheme
+    )  # those of round to nearest, which are right more often than not where there is one level
+    left = (~_given_back(plain, encode(plain, scales, scheme), dtype)).nonzero()[:, 0]
+    if len(left):
+        solved, _ = _solved(plain[left], scheme)
+        scales = map_rows(lambda table, new: table.index_copy(0, left, new), scheme, scales, solved)
+    q = encode(plain, scales, scheme)
+    exact = _given_back(plain, q, dtype)
     return (reshaped(q, tuple(w.shape)).to(w.device), exact.to(w.device)) if bool(exact.any()) else None
+
+
+def _given_back(w: Tensor, q: QTensor, dtype: torch.dtype) -> Tensor:
+    """The rows [N] of w that q gives back in the type that they are held in."""
+    return (decode(q).to(dtype) == w.to(dtype)).all(1)
 
 
 def _held_in(w: Tensor) -> torch.dtype:
