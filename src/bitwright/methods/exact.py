@@ -28,7 +28,7 @@ from bitwright.numerics.codec import code_range, decode, fit, nearest, safe, sca
 from bitwright.numerics.qtensor import QTensor, Scales, map_rows, pick_rows, reshaped
 from bitwright.numerics.scheme import Scheme
 
-SAMPLED = (8, 1024)  # rows and columns tried first
+SAMPLED = (4, 256)  # rows and columns tried first: so few that ordinary weights cost next to nothing
 AT_ONCE = 1 << 18  # weights at a time
 SLACK = 1.0  # of the rounding of a group's largest weight: by so much the line through its weights may miss
 ULPS = (0, 1, -1, 2, -2)  # f16s tried around the one of least squares
@@ -64,8 +64,7 @@ def on_grid(w: Tensor, scheme: Scheme) -> tuple[QTensor, Tensor] | None:
     if not _known(scheme) or unit is None or not matrix.numel() or matrix.shape[1] % unit:
         return None
     rows, columns = SAMPLED
-    some = matrix[:: max(1, len(matrix) // rows), :columns].float()
-    if not bool((_solved(some, scheme)[1] & some.unflatten(1, (-1, unit)).any(2)).any()):
+    if not _promising(matrix[:: max(1, len(matrix) // rows), :columns].float(), scheme, unit):
         return None
     plain, dtype = matrix.float(), _held_in(matrix)
     scales = fit(
@@ -78,6 +77,17 @@ def on_grid(w: Tensor, scheme: Scheme) -> tuple[QTensor, Tensor] | None:
     q = encode(plain, scales, scheme)
     exact = _given_back(plain, q, dtype)
     return (reshaped(q, tuple(w.shape)).to(w.device), exact.to(w.device)) if bool(exact.any()) else None
+
+
+def _promising(w: Tensor, scheme: Scheme, unit: int) -> bool:
+    """Whether any block of w that is not 0 lies on the grid. With codes of 8 bits, of which there are many to try, as by round
+    to nearest."""
+    if scheme.levels.bits < 8:
+        found = _solved(w, scheme)[1]
+    else:
+        dtype, plain = _held_in(w), decode(encode(w, fit(w, scheme), scheme))
+        found = (plain.to(dtype) == w.to(dtype)).unflatten(1, (-1, unit)).all(2)
+    return bool((found & w.unflatten(1, (-1, unit)).any(2)).any())
 
 
 def _given_back(w: Tensor, q: QTensor, dtype: torch.dtype) -> Tensor:
