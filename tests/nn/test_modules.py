@@ -518,3 +518,25 @@ def test_a_traced_module_keeps_what_its_parent_reads() -> None:
     assert relative(net(x), pickle.loads(pickle.dumps(integer))(x)) < 0.02
     student = bitwright.prepare_qat(copy.deepcopy(net).train(), x)
     assert relative(net(x), bitwright.convert(student.eval())(x)) < 0.02
+
+
+@torch.fx.wrap
+def rolled(x: Tensor, weight: Tensor, shifts: list[int]) -> Tensor:
+    """A function that torch.fx does not look into, and that changes the list it is given."""
+    shifts[0] = 0 if x.shape[0] < 2 else shifts[0]
+    return functional.linear(x.roll(shifts[0], 0), weight)
+
+
+class Rolls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.shifts = nn.Linear(8, 8), nn.Linear(8, 8), [3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rolled(self.a(x), self.b.weight, shifts=self.shifts.copy())
+
+
+def test_a_wrapped_function_may_change_its_lists() -> None:
+    """As the attention of torchvision's Swin for videos."""
+    x, net = torch.randn(16, 8), Rolls().eval()
+    assert relative(net(x), converted(net, x)(x)) < 0.02

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from bitwright.nn.trace import first
+from bitwright.nn.trace import Interpreter, first
 from bitwright.nn.tree import Kept
 
 # In-place operators, and those that give the same as a new tensor.
@@ -51,7 +51,7 @@ def functionalized(graph: fx.GraphModule, example: tuple[Any, ...], *, root: boo
     return None
 
 
-class _Watched(fx.Interpreter):
+class _Watched(Interpreter):
     """Interprets a graph, and detects by torch's version counters which tensors each node changes in place.
 
     changes: node -> the nodes whose values it changed, and whether each is the same tensor as its result.

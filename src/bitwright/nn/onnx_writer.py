@@ -11,7 +11,7 @@ from bitwright.nn.onnx_aten import ATEN
 from bitwright.nn.onnx_layers import LAYERS
 from bitwright.nn.onnx_operators import FUNCTIONS, MODULES
 from bitwright.nn.onnx_writes import Made, arguments_of, integers, no_form, source
-from bitwright.nn.trace import require_same
+from bitwright.nn.trace import Interpreter, require_same
 from bitwright.nn.tree import kind
 
 SPLITS = ("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
@@ -237,7 +237,7 @@ class Writer:
 ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "truediv": "Div"}
 
 
-class Values(fx.Interpreter):
+class Values(Interpreter):
     """Interprets a graph, and records the value of every node.
 
     of         node -> its value; of tensors only shape and dtype

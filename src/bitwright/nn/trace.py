@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import has_side_effect
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -102,6 +102,20 @@ class Tracer(fx.Tracer):
                 self.create_proxy("call_function", require_same, (arg, self.fixed[name], name), {})
                 args[i] = self.fixed[name]
         return function, args
+
+
+class Interpreter(fx.Interpreter):
+    """torch.fx's, but functions get plain lists and dicts, as from the graph's code: they may change them."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+
+
+def _mutable(x: Any) -> Any:
+    if type(x) is immutable_list:
+        return [_mutable(each) for each in x]
+    return {key: _mutable(value) for key, value in x.items()} if type(x) is immutable_dict else x
 
 
 MAPPINGS = (dict, OrderedDict, immutable_dict)
