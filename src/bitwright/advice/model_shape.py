@@ -157,9 +157,8 @@ def _cached(text: Any) -> tuple[tuple[int, int | None], ...]:
     if not heads:  # a state space: nothing grows with the context
         return ()
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * depth
-    own = kinds[
-        : depth - (getattr(text, "num_kv_shared_layers", None) or 0)
-    ]  # the others have the keys of earlier ones
+    shared = getattr(text, "num_kv_shared_layers", None) or 0  # the last layers, which have the keys of earlier ones
+    own = kinds[: depth - shared]
     counted = Counter(kind for kind in own if "attention" in kind and kind != "linear_attention")
     window = getattr(text, "sliding_window", None)
     local = ("sliding_attention", "chunked_attention")

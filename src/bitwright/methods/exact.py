@@ -67,9 +67,7 @@ def on_grid(w: Tensor, scheme: Scheme) -> tuple[QTensor, Tensor] | None:
     if not _promising(matrix[:: max(1, len(matrix) // rows), :columns].float(), scheme, unit):
         return None
     plain, dtype = matrix.float(), _held_in(matrix)
-    scales = fit(
-        plain, scheme
-    )  # those of round to nearest, which are right more often than not where there is one level
+    scales = fit(plain, scheme)  # round to nearest's: right more often than not where there is one level
     left = (~_given_back(plain, encode(plain, scales, scheme), dtype)).nonzero()[:, 0]
     if len(left):
         solved, _ = _solved(plain[left], scheme)
