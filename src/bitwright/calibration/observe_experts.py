@@ -9,7 +9,7 @@ the layer are let through it too. Their weight together is `PRIOR` tokens, so it
 the mean of a prior that is worth so many tokens; without tokens of its own it is G_all. How `PRIOR` was chosen: docs/log.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.calibration.observe import BlockRun, FloatStream, Group, Mixture, observe
 from bitwright.models.experts import DOWN, Experts
+from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.system.memory import return_memory
 
 PRIOR = 128.0  # tokens that all tokens of the layer count for beside an expert's own
 SAMPLE = 1024  # tokens of the layer that stand for all of them
@@ -43,6 +45,22 @@ def statistics_in_order(
         yield from layer.expert(e)
 
 
+def _handed(run: BlockRun, batches: Sequence[Tensor], name: str, note: Callable[..., None] = lambda *_: None) -> Tensor:
+    """What module `name` is called with first, for all batches [B, T, H] in one tensor; note: told of all its arguments.
+
+    The tensor is filled batch by batch: joined in the end, it would be there twice for a moment.
+    """
+    tokens, joined, at = sum(batch.shape[:2].numel() for batch in batches), torch.empty(0), 0
+    for batch in batches:
+        one, *others = run.handed(batch, name)
+        if at == 0:
+            joined = one.new_empty(len(one) * tokens // batch.shape[:2].numel(), one.shape[1])
+        joined[at : at + len(one)] = one
+        note(one, *others)
+        at += len(one)
+    return joined
+
+
 @dataclass(frozen=True)
 class _Layer:
     """What a layer of experts is handed: tokens x [n, H], those of the float model in their place; whom each token goes to."""
@@ -64,18 +82,19 @@ class _Layer:
         """Run the block as far as its experts, on all batches."""
         experts = run.skeleton.model.get_submodule(mixture.name)
         assert isinstance(experts, Experts)
-        handed = [run.handed(batch, mixture.name) for batch in given]
-        rows, at = dict[int, list[Tensor]](), 0
-        for x, *routes in handed:
-            for e, token, _ in experts.routed(x, *routes):
+        rows, at, routed = dict[int, list[Tensor]](), 0, True
+
+        def note(one: Tensor, *routes: Tensor) -> None:
+            nonlocal at, routed
+            routed = bool(routes)  # else x holds the tokens once for each expert, scaled: none is another's
+            for e, token, _ in experts.routed(one, *routes):
                 rows.setdefault(e, []).append(token + at)
-            at += len(x)
-        x = torch.cat([one[0] for one in handed])
-        routed = len(handed[0]) > 1  # else x holds the tokens once for each expert, scaled: none is another's
+            at += len(one)
+
+        x = _handed(run, given, mixture.name, note)
         of_floats = floats if routed else None
-        original = None
-        if of_floats is not None:
-            original = torch.cat([of_floats.run.handed(batch, mixture.name)[0] for batch in of_floats.batches])
+        original = None if of_floats is None else _handed(of_floats.run, of_floats.batches, mixture.name)
+        return_memory()  # what those forwards took
         seen = torch.arange(len(x), device=x.device) if routed else x.any(-1).nonzero()[:, 0]
         return cls(
             run, None if of_floats is None else of_floats.run, experts, mixture, x, original,
@@ -90,19 +109,21 @@ class _Layer:
         counting = torch.ones(len(rows), device=self.x.device)
         counting[len(own) :] = PRIOR / max(1, len(self.pool))
         names = [name for name in self.mixture.names if name.startswith(f"{self.mixture.name}.{e}.")]
-        x, original = self.x[rows], None if self.original is None else self.original[rows]
         for down in (False, True):
             some = tuple(name for name in names if name.endswith(f".{DOWN}") is down)
-            if down and some:
-                x = self.run.expert_inner(self.mixture.name, e, x)
-                if original is not None and self.float_run is not None:
-                    original = self.float_run.expert_inner(self.mixture.name, e, original)
             if some:
-                yield self._inputs(some, x, original, counting, len(own))
+                yield self._inputs(some, rows, counting, len(own), e if down else None)
 
-    def _inputs(
-        self, names: tuple[str, ...], x: Tensor, original: Tensor | None, counting: Tensor, tokens: int
-    ) -> Inputs:
-        gathering = Gathering.of(x, detailed=self.detailed, expected=len(x))
-        gathering.update(x, original, None, counting)
-        return replace(gathering.value(), names=names, tokens=tokens, borrowed=len(x) - tokens)
+    def _inputs(self, names: tuple[str, ...], rows: Tensor, counting: Tensor, tokens: int, inner: int | None) -> Inputs:
+        """Statistics of the tokens `rows`, some at a time; inner: of what down_proj of that expert reads for them."""
+        gathering = None
+        for some, weights in zip(rows.split(TOKENS_PER_BATCH), counting.split(TOKENS_PER_BATCH), strict=True):
+            x, original = self.x[some], None if self.original is None else self.original[some]
+            if inner is not None:
+                x = self.run.expert_inner(self.mixture.name, inner, x)
+                if original is not None and self.float_run is not None:
+                    original = self.float_run.expert_inner(self.mixture.name, inner, original)
+            gathering = gathering or Gathering.of(x, detailed=self.detailed, expected=len(rows))
+            gathering.update(x, original, None, weights)
+        assert gathering is not None
+        return replace(gathering.value(), names=names, tokens=tokens, borrowed=len(rows) - tokens)

@@ -197,6 +197,7 @@ def _quantize_blocks(
             if written is not None:
                 written.result()
             written = writer_thread.submit(commit)
+            del commit  # which holds the shard and the hidden states: they are to go once they are written
             progress(f"block{outcome(entries)}", index + 1, depth + 1)
             return_memory()
         if written is not None:

@@ -238,6 +238,8 @@ class Plan:
         kept = 0 if self.recipe.kv_cache is not None else known
         if self.recipe.needs_original:
             kept += activations if activations <= KEPT_BYTES else known  # see FloatStream
+        if any(_expert(layer.name) for layer in layers):
+            kept += tokens * size * hidden * (2 if self.recipe.needs_original else 1)  # see observe_experts.py
         forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
         square = 4 * max((K * K for K in widths), default=0)
         statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
