@@ -80,15 +80,20 @@ def torch_ao(net: nn.Module, batch: Any, way: str) -> nn.Module:
 
 
 class Onnx:
-    """A file in onnxruntime, on one thread."""
+    """A file in onnxruntime, on one thread. fused: convolutions that it runs in integers, as one operation each."""
 
     def __init__(self, file: Path, batch: Any) -> None:
+        import onnx
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        options, optimized = onnxruntime.SessionOptions(), file.with_suffix(".optimized.onnx")
+        options.optimized_model_filepath = str(optimized)
+        options.log_severity_level = 3  # not that such a file is for this processor alone
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.bytes = file.stat().st_size
+        nodes = onnx.load(str(optimized), load_external_data=False).graph.node
+        self.fused = sum(node.op_type == "QLinearConv" for node in nodes)
         self.feeds = feeds(self.session, batch)
 
     def __call__(self) -> list[Tensor]:
@@ -174,7 +179,8 @@ class Measured:
 
         def measure() -> Row:
             made = Onnx(make(), self.batch)
-            found = {"cosine": cosine(self.expected, made()), "bytes": made.bytes}
+            found = {"cosine": cosine(self.expected, made()), "bytes": made.bytes, "fused": made.fused}
+            print(f"  {name}: {made.fused} convolutions fused", flush=True)
             self.runs[name] = made
             return found
 
