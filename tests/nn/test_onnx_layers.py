@@ -13,6 +13,9 @@ from torch.nn import functional
 import bitwright
 from bitwright.errors import FormatError
 from bitwright.nn.batches import outputs
+from bitwright.nn.exported import exported
+from bitwright.nn.onnx_layers import LAYERS
+from bitwright.nn.rearranged import LEAVES
 from small_modules import converted, relative
 
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(5))
@@ -154,6 +157,33 @@ def test_what_torch_fx_cannot_trace(tmp_path: Path) -> None:
     assert all(relative(a, b) < 1e-3 for a, b in zip(outputs(integer, other), found, strict=True))
     stored = onnx.load(tmp_path / "m.onnx").graph.initializer
     assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in stored) == 4
+
+
+class Volumes(nn.Module):
+    """3-D convolutions, one of them with a group for each channel, behind a condition on sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each = nn.Conv3d(2, 8, 3, padding=1), nn.Conv3d(8, 8, 3, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < 4:
+            raise ValueError("four planes at least")
+        return self.each(self.first(x).relu())
+
+
+@torch.no_grad()
+def test_what_is_inside_of_a_layer_is_not_traced(tmp_path: Path) -> None:
+    """A grouped convolution has a product for each group, and a network of them took torch.export many minutes."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 5, 6, 6)
+    integer = converted(Volumes().eval(), x)
+    graph, _ = exported(integer, {"x": x}, {"x": [0]}, {*LAYERS, *LEAVES})
+    assert len(graph.graph.nodes) < 40
+    assert not any("_int_mm" in str(node.target) for node in graph.graph.nodes)
+    other = torch.randn(3, 2, 5, 6, 6)
+    found = by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))
+    assert relative(integer(other), found[0]) < 3e-3
 
 
 class Reads(nn.Module):

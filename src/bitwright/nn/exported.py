@@ -1,8 +1,8 @@
 """Trace a converted module with torch.export, for modules that torch.fx cannot trace.
 
-The result is a graph of ATen operators in which quantized layers are still single operations. Such a layer is traced too, and
-its results are passed through an operator that stands for it. In the finished graph this operator becomes a call of the layer,
-and what was traced inside the layer is removed.
+The result is a graph of ATen operators in which quantized layers are still single operations. Such a layer is run while the
+module is traced, but what it does is not: an operator that makes results of the same shapes stands for it. In the finished graph
+this operator becomes a call of the layer. (Traced inside, a grouped convolution has a product for each of its groups.)
 """
 
 import operator
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
@@ -22,15 +23,31 @@ from bitwright.nn.tree import copied, named, no_fast_path
 Call = tuple[str, Any, Any]
 
 
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
+
+
 @torch.library.custom_op("bitwright::quantized_layer", mutates_args=())
-def quantized_layer(inputs: list[Tensor], results: list[Tensor], call: int) -> list[Tensor]:
-    """Stands for a call of a layer in a traced graph. results: of the layer, as traced; call: its number."""
-    return [x.clone() for x in results]
+def quantized_layer(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> list[Tensor]:
+    """Stands for a call of a layer in a traced graph. sizes: of all its results, one after the other; kinds: the number of
+    dimensions and the place in DTYPES of each; call: its number."""
+    return _made(inputs, sizes, kinds)
 
 
 @quantized_layer.register_fake
-def _(inputs: list[Tensor], results: list[Tensor], call: int) -> list[Tensor]:
-    return [torch.empty_like(x) for x in results]
+def _(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> list[Tensor]:
+    return _made(inputs, sizes, kinds)
+
+
+def _made(inputs: list[Tensor], sizes: list[int], kinds: list[int]) -> list[Tensor]:
+    """Empty results."""
+    left = iter(sizes)
+    return [
+        inputs[0].new_empty([next(left) for _ in range(ndim)], dtype=DTYPES[dtype])
+        for ndim, dtype in zip(kinds[::2], kinds[1::2], strict=True)
+    ]
 
 
 class Numbered:
@@ -51,13 +68,16 @@ class Calls:
         forward = layer.forward
 
         def recorded(*args: Any, **options: Any) -> Any:
-            results, form = pytree.tree_flatten(forward(*args, **options))
+            with disable_proxy_modes_tracing():
+                results, form = pytree.tree_flatten(forward(*args, **options))
             given, inside = pytree.tree_flatten((args, options))
             inputs = [x for x in given if isinstance(x, Tensor)]
             places = iter(range(len(inputs)))
             numbered = [Numbered(next(places)) if isinstance(x, Tensor) else x for x in given]
             kept = [x for x in results if isinstance(x, Tensor)]
-            passed = iter(quantized_layer(inputs, kept, len(self.made)))
+            sizes = [size for x in kept for size in x.shape]
+            kinds = [number for x in kept for number in (x.ndim, DTYPES.index(x.dtype))]
+            passed = iter(quantized_layer(inputs, sizes, kinds, len(self.made)))
             paths = _paths(pytree.tree_unflatten(results, form))
             self.made.append((name, pytree.tree_unflatten(numbered, inside), paths))
             return pytree.tree_unflatten([next(passed) if isinstance(x, Tensor) else x for x in results], form)
@@ -122,7 +142,7 @@ def exported(
     found = _named_inputs(graph, [*names, *fixed])
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.bitwright.quantized_layer.default:
-            _call(graph, node, module, calls.made[node.args[2]])
+            _call(graph, node, module, calls.made[node.args[3]])
     _without_checks(graph)
     return graph, {name: set(free.get(name, ())) & found[name] for name in names}
 

@@ -20,6 +20,7 @@ from bitwright.nn.batches import Batch, outputs
 from bitwright.nn.exported import exported
 from bitwright.nn.onnx_layers import LAYERS, MICROSOFT
 from bitwright.nn.onnx_writer import Writer
+from bitwright.nn.rearranged import LEAVES
 from bitwright.nn.trace import Tracer
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _written(
     except Exception:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         pass
     try:
-        graph, found = exported(module, given, free, LAYERS)
+        graph, found = exported(module, given, free, {*LAYERS, *LEAVES})
         writer = Writer(graph, given, shift, opset).written()
     except FormatError as error:
         raise first or error from error
