@@ -1,8 +1,8 @@
 """Trace a converted module with torch.export, for modules that torch.fx cannot trace.
 
 The result is a graph of ATen operators in which quantized layers are still single operations. Such a layer is run while the
-module is traced, but what it does is not: an operator that makes results of the same shapes stands for it. In the finished graph
-this operator becomes a call of the layer. (Traced inside, a grouped convolution has a product for each of its groups.)
+module is traced, but what it does is not: an operator that makes results of the same shapes stands for it. In the finished
+graph this operator becomes a call of the layer. (Traced inside, a grouped convolution has a product for each of its groups.)
 """
 
 import operator
