@@ -8,8 +8,6 @@ from torch import Tensor
 
 from bitwright.methods import METHODS
 from bitwright.methods.exact import on_grid
-from bitwright.methods.gptq import gptq
-from bitwright.methods.search import search
 from bitwright.numerics.codec import code_dtype, code_range, decode, scale_range
 from bitwright.numerics.loss import loss
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -95,8 +93,8 @@ def test_the_same_values_come_back_from_bfloat16(text: str, method: str) -> None
 def test_weights_that_were_rounded_to_bfloat16_are_what_the_result_rounds_to(text: str) -> None:
     """Codes and scales as encoders choose them: those of a search."""
     scheme = Scheme.parse(text)
-    w = decode(search(random_weight(24, K), None, scheme).q).bfloat16()
-    q = gptq(w.float(), correlated(), scheme).q
+    w = decode(METHODS["search"](random_weight(24, K), None, scheme).q).bfloat16()
+    q = METHODS["gptq"](w.float(), correlated(), scheme).q
     assert (decode(q).bfloat16() == w).all(1).float().mean() >= 0.9
     assert loss(w.float(), decode(q)) < 1e-5
 
@@ -113,7 +111,7 @@ def test_ordinary_weights_are_not_taken_for_exact_ones(text: str) -> None:
 def test_only_rows_that_lie_on_the_grid_stay(text: str) -> None:
     scheme, w, gram = Scheme.parse(text), random_weight(32, K), correlated()
     w[::2] = lying_on(scheme, N=16)
-    for method in (search, gptq):
+    for method in (METHODS["search"], METHODS["gptq"]):
         q = method(w, gram, scheme).q
         alone = method(w[1::2], gram, scheme).q
         assert torch.equal(decode(q)[::2], w[::2])
@@ -123,7 +121,7 @@ def test_only_rows_that_lie_on_the_grid_stay(text: str) -> None:
 def test_pruned_weights_stay_zero() -> None:
     scheme = Scheme.parse("q4_0")
     w, pruned = lying_on(scheme), torch.rand(12, K, generator=torch.Generator().manual_seed(2)) < 0.5
-    assert not bool(decode(gptq(w, correlated(), scheme, pruned=pruned).q)[pruned].any())
+    assert not bool(decode(METHODS["gptq"](w, correlated(), scheme, pruned=pruned).q)[pruned].any())
 
 
 @pytest.mark.parametrize("text", ["int4-g32-asym", "int4-channel", "nf4-g64-dq", "iq2_xxs", "mxfp4", "nvfp4"])
@@ -134,5 +132,5 @@ def test_schemes_that_are_not_known(text: str) -> None:
 def test_a_convolution_and_rows_that_fill_no_block() -> None:
     scheme = Scheme.parse("q4_1")
     w: Any = lying_on(scheme, N=6)
-    assert torch.equal(decode(search(w.reshape(6, 8, 8, 8), None, scheme).q).reshape(6, K), w)
+    assert torch.equal(decode(METHODS["search"](w.reshape(6, 8, 8, 8), None, scheme).q).reshape(6, K), w)
     assert on_grid(w[:, : K - 8], scheme) is None

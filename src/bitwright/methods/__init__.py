@@ -1,4 +1,5 @@
-"""How to choose codes, pure: (w, gram, scheme, *, options) -> Outcome. One file a method; `METHODS` is the table of them.
+"""How to choose codes, pure: (w, gram, scheme, *, options) -> Outcome. One file a method; `METHODS` is the table of them. In it
+all but RTN leave weights alone that lie on the scheme's grid already (exact.py).
 
 Imports: errors, numerics, kernels.
 """
@@ -7,6 +8,7 @@ from collections.abc import Callable
 
 from bitwright.errors import RecipeError
 from bitwright.methods.autoround import autoround
+from bitwright.methods.exact import keep_exact
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.gptq import gptq
 from bitwright.methods.hqq import hqq
@@ -18,12 +20,12 @@ from bitwright.numerics.scheme import Scheme
 
 METHODS: dict[str, Callable[..., Outcome]] = {
     "rtn": rtn,
-    "search": search,
-    "hqq": hqq,
-    "obq": obq,
-    "gptq": gptq,
-    "gptaq": gptaq,
-    "autoround": autoround,
+    "search": keep_exact(search),
+    "hqq": keep_exact(hqq),
+    "obq": keep_exact(obq),
+    "gptq": keep_exact(gptq),
+    "gptaq": keep_exact(gptaq),
+    "autoround": keep_exact(autoround),
 }
 CALIBRATED = ("obq", "gptq", "gptaq", "autoround")  # need a Gram; all of them take the option `fast`
 BLOCKWISE = ("autoround",)  # then tune all matrices of a block together

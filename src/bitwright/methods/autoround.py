@@ -23,7 +23,6 @@ from torch import Tensor
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
 from bitwright.kernels.rounding import RoundingVariables
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.gptaq import gptaq
 from bitwright.methods.outcome import Outcome
 from bitwright.numerics.codec import code_dtype, code_range, decode, group_view, pairwise_sum, safe, snap
@@ -70,7 +69,6 @@ class Options:
             raise RecipeError(message, remedy=remedy)
 
 
-@keep_exact
 def autoround(
     w: Tensor,
     gram: Tensor | None,

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.gptq import gptq
 from bitwright.methods.outcome import Outcome
 from bitwright.numerics.scheme import Scheme
 
 
-@keep_exact
 def gptaq(
     w: Tensor,
     gram: Tensor | None,

@@ -28,7 +28,6 @@ from torch import Tensor
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.kernels import rounding
 from bitwright.methods.coordinate_descent import coordinate_descent
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.keeping_zeros import mask_of, with_zeros
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.runs import round_group
@@ -46,7 +45,6 @@ RIDGE = 0.1  # share of the damping that coordinate descent keeps: by measuremen
 DAMPINGS = (1.0, 10.0, 100.0)  # factors on the damping asked for, tried in turn
 
 
-@keep_exact
 def gptq(
     w: Tensor,
     gram: Tensor | None,

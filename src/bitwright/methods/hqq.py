@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.outcome import Outcome
 from bitwright.numerics.codec import encode, group_view, raw_scales, round_to, snap
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
 
 
-@keep_exact
 def hqq(
     w: Tensor,
     gram: Tensor | None,

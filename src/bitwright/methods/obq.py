@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.gptq import column_order
 from bitwright.methods.keeping_zeros import mask_of
 from bitwright.methods.outcome import Outcome
@@ -29,7 +28,6 @@ LARGEST_K = 1024
 AT_ONCE = 1 << 24  # numbers in the inverses held at a time
 
 
-@keep_exact
 def obq(
     w: Tensor,
     gram: Tensor | None,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bitwright.errors import RecipeError
 from bitwright.kernels import rounding
-from bitwright.methods.exact import keep_exact
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.superblocks import ROUNDS, Best, refine
 from bitwright.numerics.codec import (
@@ -49,7 +48,6 @@ IN_RUNS = {
 CHUNK = 1 << 19  # weights searched at a time: enough to keep all threads busy, in little memory
 
 
-@keep_exact
 def search(
     w: Tensor,
     gram: Tensor | None,
