@@ -8,7 +8,7 @@ import pytest
 
 from bitwright.formats import Layer
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan import preflight
+from bitwright.plan import peak_memory
 
 N, K, SCHEME, AT_ONCE = 1 << 16, 64, "int6-g16-signed-f16", 1 << 20
 # A process of its own: the memory that other tests have freed would be taken again.
@@ -45,6 +45,6 @@ def test_rounding_a_tall_matrix_takes_what_is_said(monkeypatch: pytest.MonkeyPat
     )
     if not child.stdout.strip().isdigit():
         pytest.skip(child.stdout)
-    monkeypatch.setattr(preflight, "AT_ONCE", AT_ONCE)
-    said = preflight._rounding_bytes(Layer("embedding", N, K, Scheme.parse(SCHEME)), gram=True)
+    monkeypatch.setattr(peak_memory, "AT_ONCE", AT_ONCE)
+    said = peak_memory._rounding_bytes(Layer("embedding", N, K, Scheme.parse(SCHEME)), gram=True)
     assert said == pytest.approx(int(child.stdout), rel=0.3)

@@ -4,7 +4,6 @@ Decides for every tensor of the source whether it is quantized, kept in float or
 the byte; estimates peak memory; refuses what the format cannot hold; and notes what engines will not load.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -14,30 +13,28 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, Spec, count, file_bytes, spec_bytes
 from bitwright.files.joined import joined
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import Format, Layer, format_named, gguf_writer
+from bitwright.formats import Format, format_named, gguf_writer
 from bitwright.formats.compressed_tensors import arguments
 from bitwright.formats.gguf_members import Member, described
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import is_unused
-from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.adapter import Adapter
 from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import DECOMPRESSED, IN_FLOAT32, positions_of
-from bitwright.models.file_names import EXPERT
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.kv_cache import SCALES as KV_SCALES
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
+from bitwright.models.skeleton import Skeleton
+from bitwright.plan.peak_memory import peak_memory
 from bitwright.plan.planned_tensor import KEPT, LEFT_OUT, QUANTIZED, PlannedTensor, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.tensor_actions import by_threshold, decide
@@ -46,10 +43,6 @@ from bitwright.transforms.rotation import Rotation
 
 HALF = torch.bfloat16  # of what a directory keeps in float, where the source has it in blocks
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-PROCESS_BYTES = 400 << 20  # Python, torch and transformers, before any weight
-TOKENIZER = (
-    6.5  # times tokenizer.json: what a loaded tokenizer takes, by measurement on vocabularies of 49,000 and 262,000
-)
 
 
 @dataclass(frozen=True)
@@ -192,91 +185,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate of the largest resident set, in bytes.
-
-        The largest of three phases (the first hidden states, the blocks, the embedding and the head), and beside it the block
-        before, which is written and read back meanwhile.
-        """
-        if not self.calibrated:
-            return self._uncalibrated_peak
-        size, outside = self.skeleton.dtype.itemsize, [t for t in self.tensors if t.block is None]
-        stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
-        loaded = sum(size * count(t.shape) for t in outside if t.dtype != self.skeleton.dtype)
-        states = self._hidden_states
-        rounded = [_rounding_bytes(t.layer, gram=self.calibrates_embeddings) for t in outside if t.layer is not None]
-        embeddings = stored + max(loaded, *rounded) if rounded else stored
-        return (
-            self._process_bytes
-            + max(states + stored + loaded, states + self._block_bytes, states + embeddings)
-            + self._in_writing(self.shard(self._largest_block))
-        )
-
-    @property
-    def _process_bytes(self) -> int:
-        """Bytes of the process without weights, the tokenizer included where the run needs it."""
-        file = self.source / "tokenizer.json"
-        loaded = file.is_file() and (self.calibrated or self.format.one_file)
-        return PROCESS_BYTES + int(TOKENIZER * file.stat().st_size if loaded else 0)
-
-    @property
-    def _hidden_states(self) -> int:
-        """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
-        models = 2 if self.recipe.needs_original else 1
-        hidden = self.skeleton.config.get_text_config().hidden_size
-        return 3 * models * self.samples * self.seqlen * hidden * self.skeleton.dtype.itemsize
-
-    @property
-    def _block_bytes(self) -> int:
-        """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
-        layers = [t.layer for t in self.shard(self._largest_block) if t.layer is not None]
-        tokens, size = self.samples * self.seqlen, self.skeleton.dtype.itemsize
-        hidden = self.skeleton.config.get_text_config().hidden_size
-        widths = {layer.K for layer in layers}
-        # the inputs of attention, of the MLP, and of the matrices that end them
-        activations = tokens * size * (2 * hidden + sum(widths))
-        known = min(KEPT_BYTES, tokens * size * (2 * hidden + max(widths, default=0)))  # see known_outputs.py
-        kept = 0 if self.recipe.kv_cache is not None else known
-        if self.recipe.needs_original:
-            kept += activations if activations <= KEPT_BYTES else known  # see FloatStream
-        if any(_expert(layer.name) for layer in layers):
-            kept += tokens * size * hidden * (2 if self.recipe.needs_original else 1)  # see observe_experts.py
-        forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
-        square = 4 * max((K * K for K in widths), default=0)
-        statistics = square * (5 if self.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
-        if self.recipe.needs_folds or self.recipe.kv_cache is not None:
-            inputs = {(_expert(layer.name), layer.K) for layer in layers}  # folds hold the Grams of all at once
-            statistics = max(statistics, sum(4 * K * K for _, K in inputs) + 2 * square)
-        # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
-        stored = max((t.dtype.itemsize for t in self.shard(self._largest_block)), default=size)
-        weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
-        rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
-        return kept + weights + statistics + max(forward, rounding)
-
-    @property
-    def _largest_block(self) -> int:
-        """The block with most weights to quantize: the first of a mixture of experts may have none."""
-        sizes = Counter[int]()
-        for t in self.tensors:
-            if t.layer is not None and t.block is not None:
-                sizes[t.block] += t.layer.N * t.layer.K
-        return max(sizes, key=lambda block: sizes[block], default=0)
-
-    @property
-    def _uncalibrated_peak(self) -> int:
-        """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
-        layers = [t.layer for t in self.tensors if t.layer is not None]
-        block = sum(t.layer.N * t.layer.K for t in self.shard(self._largest_block) if t.layer is not None)
-        largest = max((layer.N * layer.K for layer in layers), default=0)
-        ends = [self.shard(i) for i in (self._largest_block, len(self.skeleton))]
-        written = max(map(self._in_writing, ends))
-        read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in ends)
-        rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
-        return self._process_bytes + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
-
-    def _in_writing(self, members: list[PlannedTensor]) -> int:
-        """Codes of a shard, its bytes, and its bytes read back."""
-        codes = sum(t.layer.N * t.layer.K for t in members if t.layer is not None)
-        return codes + 2 * spec_bytes(self.specs(members))
+        """Estimate of the largest resident set, in bytes (see peak_memory.py)."""
+        return peak_memory(self)
 
 
 def preflight(
@@ -349,12 +259,6 @@ def _check_made_for(recipe: Recipe, skeleton: Skeleton, source: Path) -> None:
         raise RecipeError("the recipe was planned for a model of other matrices", where="made_for", remedy=remedy)
 
 
-def _expert(name: str) -> str:
-    """The number of the expert that a matrix belongs to, "" for any other."""
-    found = EXPERT.search(f"{name}.")
-    return found[1] if found else ""
-
-
 def shapes_digest(skeleton: Skeleton) -> str:
     """A hash of the names and shapes of all parameters, the same for all models of one kind and size."""
     shapes = sorted((name, tuple(p.shape)) for name, p in skeleton.model.named_parameters())
@@ -387,21 +291,6 @@ def _calibration_notes(
         yield f"{few}: give more --samples, or expect little of calibration"
     if recipe.needs_calibration and seqlen > limit:
         yield f"calibration windows of {limit} tokens: the model knows no more positions than that"
-
-
-def _rounding_bytes(layer: Layer, *, gram: bool) -> int:
-    """Bytes for rounding one matrix, beside its float weights as stored.
-
-    Without a Gram, slabs of rows are rounded. With one, GPTQ has the whole matrix in float32 and rounds whole rows of
-    gptq.AT_ONCE weights at a time, which takes some 30 bytes a weight: the columns, their targets and their errors, under
-    fixed scales and under refitted ones; then coordinate descent has as many. All parts together are the quantized
-    matrix (int8 codes, float32 scales and zeros), which is there twice while they are joined.
-    """
-    weights = layer.N * layer.K
-    tables = 1 if layer.scheme.symmetric else 2
-    quantized = weights + 4 * tables * layer.N * layer.scheme.groups(layer.K)
-    working = 30 * min(weights, AT_ONCE)
-    return (4 * weights if gram else 0) + quantized + max(quantized, working)
 
 
 def _refuse_integers(source: Path) -> None:
