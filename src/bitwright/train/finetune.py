@@ -46,7 +46,8 @@ EXTRA = "pip install 'bitwright[train]'"
 
 @dataclass(frozen=True)
 class Report:
-    """What `finetune` did. Losses: means of −log p (with a teacher, of KL) over the tokens that count, on what is held out."""
+    """What `finetune` did. Losses: means of −log p (with a teacher, of KL) over the tokens that count, on what is held out;
+    tokens_per_second: of steps alone, seconds: of all, with those losses."""
 
     out: str
     steps: int
@@ -147,21 +148,22 @@ class _Run:
         begun, how = time.monotonic(), self.how
         state = self.checkpoints.restore(self.trained, self.optimizer)
         first, losses = int(state["step"]), list(state.get("losses", []))
-        before = state["before"] if first else self.judge()
+        before, stepping = state["before"] if first else self.judge(), 0.0
         for step in range(first, how.steps):
+            at = time.monotonic()
             losses.append(self._step(step, before, losses))
-            spent = time.monotonic() - begun
-            speed = (step + 1 - first) * how.batch * how.seqlen / spent
+            stepping += time.monotonic() - at
+            speed = (step + 1 - first) * how.batch * how.seqlen / stepping
             said = f"step, loss {losses[-1]:.4f}, {speed:,.0f} tokens/s, {peak_rss_bytes() / 1e6:,.0f} MB"
             self.progress(said, step + 1, how.steps)
             if (step + 1) % how.save_every == 0 and step + 1 < how.steps:
                 self.checkpoints.save(step + 1, self.trained, self.optimizer, {"losses": losses, "before": before})
         self.trained.settle()
-        spent, tokens = time.monotonic() - begun, how.steps * how.batch * how.seqlen
-        done = max(1, how.steps - first) * how.batch * how.seqlen
+        after, done = self.judge(), (how.steps - first) * how.batch * how.seqlen
         return Report(
-            name, how.steps, tokens, sum(p.numel() for p in self.parameters), self.optimizer_name, before, self.judge(),
-            losses, spent, done / spent, peak_rss_bytes(), self.data.notes,
+            name, how.steps, how.steps * how.batch * how.seqlen, sum(p.numel() for p in self.parameters), self.optimizer_name,
+            before, after, losses, time.monotonic() - begun, done / stepping if stepping else 0.0, peak_rss_bytes(),
+            self.data.notes,
         )  # fmt: skip
 
     def _step(self, step: int, before: float, losses: list[float]) -> float:
