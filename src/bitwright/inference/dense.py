@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from bitwright.kernels import native
 
 FEW = 16  # most inputs for which the extension is used: it reads every weight from memory once
-WEIGHTS_AT_ONCE = (
-    1 << 18
-)  # weights converted to the inputs' type at a time where torch multiplies: as many as a cache holds
+WEIGHTS_AT_ONCE = 1 << 18  # weights converted at a time where torch multiplies: as many as a cache holds
 
 
 def handles(x: Tensor, w: Tensor) -> bool:
@@ -22,7 +20,12 @@ def handles(x: Tensor, w: Tensor) -> bool:
 
 
 class Dense(nn.Linear):
-    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers."""
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers.
+
+    multiplies_in: the type of torch's products; None: the inputs'.
+    """
+
+    multiplies_in: torch.dtype | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
@@ -42,8 +45,9 @@ class Dense(nn.Linear):
             y = torch.empty(len(rows), self.out_features)
             native.product_of_floats(self.weight.detach(), rows.contiguous(), y, torch.get_num_threads())
         else:
-            some = max(1, WEIGHTS_AT_ONCE // self.in_features)
-            y = torch.cat([rows @ part.to(x.dtype).T for part in self.weight.split(some)], 1)
+            some, dtype = max(1, WEIGHTS_AT_ONCE // self.in_features), self.multiplies_in or x.dtype
+            rows = rows.to(dtype)
+            y = torch.cat([rows @ part.to(dtype).T for part in self.weight.split(some)], 1).to(x.dtype)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 

@@ -45,8 +45,11 @@ class QLinear(nn.Linear):
     activations  bits that inputs are rounded to for the product: 16, finer than bfloat16, or 8, about twice as fast for many
                  tokens
     stored       gives the file's tensors of this weight by suffix, for `state_dict`; None: `state_dict` has the packed ones
+    gradient_in  the type in which gradients are multiplied
     KernelError for other bits.
     """
+
+    gradient_in: torch.dtype = torch.float32
 
     panels: Tensor
     scale: Tensor
@@ -128,13 +131,13 @@ class QLinear(nn.Linear):
         if self.order is not None:
             x = x[:, self.order]
         if self.input_quantization.scheme is None:
-            return product(x, self.packed, bits=self.activations)
+            return product(x, self.packed, bits=self.activations, gradient_in=self.gradient_in)
         if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:
-            return product(x, self.packed, bits=8, by_row=True)
+            return product(x, self.packed, bits=8, by_row=True, gradient_in=self.gradient_in)
         inputs = self.input_quantization.round(x)
         if x.requires_grad and torch.is_grad_enabled():
             inputs = x + (inputs - x).detach()  # straight through: rounding has no gradient
-        return product(inputs, self.packed)
+        return product(inputs, self.packed, gradient_in=self.gradient_in)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The file's own tensors, so that a model is saved as it was loaded."""

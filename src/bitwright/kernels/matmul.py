@@ -152,11 +152,14 @@ def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
     return [n + offset for n in numbers], [], offset
 
 
-def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Tensor:
+def product(
+    x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False, gradient_in: torch.dtype = torch.float32
+) -> Tensor:
     """x [M, K] times a packed matrix [N, K]: x Wᵀ [M, N] float32.
 
     bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
-    Differentiable in x, as if it were not rounded. KernelError for x of another shape, or not of floats.
+    Differentiable in x, as if it were not rounded; gradient_in: the type in which its gradient is multiplied.
+    KernelError for x of another shape, or not of floats.
     """
     if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
         kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
@@ -165,7 +168,7 @@ def product(x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False) -> Te
         parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Differentiable.apply(x, p, bits, by_row)  # type: ignore[no-untyped-call]
+        return _Differentiable.apply(x, p, bits, by_row, gradient_in)  # type: ignore[no-untyped-call]
     return _product(x, p, bits=bits, by_row=by_row)
 
 
@@ -183,17 +186,17 @@ class _Differentiable(torch.autograd.Function):
     """`product`, and dx = dy W by decoded rows, some at a time: no float copy of a weight is kept for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool) -> Tensor:
-        ctx.p, ctx.dtype = p, x.dtype
+    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool, gradient_in: torch.dtype) -> Tensor:
+        ctx.p, ctx.dtype, ctx.gradient_in = p, x.dtype, gradient_in
         return _product(x, p, bits=bits, by_row=by_row)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         p: Packed = ctx.p
-        dx = torch.zeros(len(dy), p.K, device=dy.device)
+        dx, dy = torch.zeros(len(dy), p.K, device=dy.device), dy.to(ctx.gradient_in)
         for first, last in _steps(p):
-            dx += dy[:, first:last] @ decoded(p, first, last)
-        return dx.to(ctx.dtype), None, None, None
+            dx += dy[:, first:last] @ decoded(p, first, last).to(ctx.gradient_in)
+        return dx.to(ctx.dtype), None, None, None, None
 
 
 @torch.library.custom_op("bitwright::product", mutates_args=())

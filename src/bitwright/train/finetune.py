@@ -31,6 +31,7 @@ from bitwright.system.device import best_dtype
 from bitwright.system.memory import peak_rss_bytes
 from bitwright.system.progress import Progress
 from bitwright.train.checkpoints import Checkpoints
+from bitwright.train.cross_entropy import cross_entropy
 from bitwright.train.data import IGNORED, Data, Windows, training_data
 from bitwright.train.distill import distillation_loss
 from bitwright.train.lora import Lora
@@ -193,20 +194,20 @@ class _Run:
 
     def _lost(self, part: Windows) -> Tensor:
         """The sum of the loss over the tokens of some windows that count."""
-        wanted = part.labels[:, 1:].flatten()
-        counted = wanted != IGNORED
-        logits = self._logits(self.trained.model, part)[counted]
+        wanted = functional.pad(part.labels[:, 1:], (0, 1), value=IGNORED).flatten()  # nothing follows the last
+        logits = self._logits(self.trained.model, part)
         if self.teacher is None:
-            return functional.cross_entropy(logits.float(), wanted[counted], reduction="sum")
+            return cross_entropy(logits, wanted, IGNORED)
+        counted = wanted != IGNORED
         with torch.no_grad():
             meant = self._logits(self.teacher, part)[counted]
-        return distillation_loss(logits, meant, temperature=1.0) * len(logits)
+        return distillation_loss(logits[counted], meant, temperature=1.0) * len(meant)
 
     @staticmethod
     def _logits(model: nn.Module, part: Windows) -> Tensor:
-        """What is predicted at every position but the last, [n, V]."""
+        """What is predicted at every position, [n, V]."""
         logits: Tensor = model(input_ids=part.ids, position_ids=part.positions, use_cache=False).logits
-        return logits[:, :-1].flatten(0, 1)
+        return logits.flatten(0, 1)
 
     @torch.no_grad()
     def judge(self) -> float:
