@@ -11,11 +11,14 @@ default, on the built-in model; --steps 300 --batch 8 --seqlen 256 --model DIR f
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
 
@@ -75,6 +78,34 @@ class Bench:
         return self.known(
             f"lora {scheme}", lambda: run([*BITWRIGHT, "finetune", str(self.model), str(out), *more]).result
         )
+
+    def windows(self) -> Path:
+        """The windows of `finetune` in the order of its steps, and those that it judges on, for peers."""
+        from safetensors.torch import save_file
+        from transformers import AutoConfig, AutoTokenizer
+
+        from bitwright.train.data import training_data
+        from bitwright.train.finetune import drawn
+        from bitwright.train.settings import Training
+
+        how = Training(steps=self.steps, batch=self.batch, seqlen=self.seqlen)
+        vocabulary, total = AutoConfig.from_pretrained(self.model).vocab_size, self.steps * self.batch
+        data = training_data(
+            AutoTokenizer.from_pretrained(self.model), str(self.text), seqlen=self.seqlen, vocabulary=vocabulary,
+            windows=total, seed=how.seed, where=str(self.model),
+        )  # fmt: skip
+        seen = [data.seen.ids[drawn(len(data.seen), step, how)] for step in range(self.steps)]
+        file = WORK / f"windows-{self.model.name}-{self.steps}x{self.batch}x{self.seqlen}.safetensors"
+        WORK.mkdir(parents=True, exist_ok=True)
+        save_file({"seen": torch.cat(seen), "held_out": data.held_out.ids}, file)
+        return file
+
+    def by_peft(self, weights: str) -> dict[str, Any]:
+        """The same by transformers and peft alone; weights: "bfloat16", or "nf4", bitsandbytes'."""
+        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--lr", str(self.lr), "--weights", weights]
+        script = str(ROOT / "bench/peers/peft_lora.py")
+        command = [sys.executable, script, str(self.model), "--windows", str(self.windows()), *sizes]
+        return self.known(f"peft {weights}", lambda: run(command).result)
 
     def adapter(self, scheme: str) -> Path:
         """Where that adapter lies."""
@@ -156,10 +187,15 @@ class Bench:
 
 
 def lora(bench: Bench) -> str:
-    """QLoRA beside LoRA on 16-bit weights."""
+    """QLoRA beside LoRA on 16-bit weights, and both by peft alone."""
     rows = []
-    for name, scheme in (("QLoRA, nf4-g64-dq", "nf4-g64-dq"), ("LoRA, 16 bits", "float")):
-        r = bench.trained(scheme)
+    for name, found in (
+        ("QLoRA, nf4-g64-dq", lambda: bench.trained("nf4-g64-dq")),
+        ("LoRA, 16 bits", lambda: bench.trained("float")),
+        ("peft, bitsandbytes' nf4", lambda: bench.by_peft("nf4")),
+        ("peft, bfloat16", lambda: bench.by_peft("bfloat16")),
+    ):
+        r = found()
         figures = [r["loss_before"], r["loss_after"], r["tokens_per_second"], r["peak_rss_bytes"] / 1e6]
         rows.append([name, *(f"{f:.4f}" if f < 50 else f"{f:,.0f}" for f in figures)])
     return table(["", "held-out loss before", "after", "tokens a second", "MB at most"], rows)
@@ -216,7 +252,6 @@ def storage(bench: Bench) -> str:
 
 def trained_from_scratch(kind: str, steps: int = 400) -> dict[str, Any]:
     """Loss on what is held out of a task of eight classes, and the bytes of the weights between steps."""
-    import torch
     from torch import nn
 
     from bitwright.train import store_in_8_bits

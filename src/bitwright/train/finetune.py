@@ -169,7 +169,7 @@ class _Run:
 
     def _step(self, step: int, before: float, losses: list[float]) -> float:
         """One step of the optimizer; its loss. NumericsError if that or its gradient is not finite: nothing is changed then."""
-        windows = self.data.seen.take(_draw(len(self.data.seen), step, self.how))
+        windows = self.data.seen.take(drawn(len(self.data.seen), step, self.how))
         count = int((windows.labels[:, 1:] != IGNORED).sum())
         self.optimizer.zero_grad()
         total = 0.0
@@ -241,7 +241,7 @@ def _optimizer(trained: list[nn.Parameter]) -> tuple[Optimizer, str]:
     return made, "bitsandbytes AdamW, states in 8 bits"
 
 
-def _draw(windows: int, step: int, how: Training) -> Tensor:
+def drawn(windows: int, step: int, how: Training) -> Tensor:
     """The windows of a step, of the data in an order that is shuffled anew for each pass over them."""
     taken = []
     for at in range(step * how.batch, (step + 1) * how.batch):
