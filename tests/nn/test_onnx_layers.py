@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import bitwright
@@ -184,6 +184,58 @@ def test_what_is_inside_of_a_layer_is_not_traced(tmp_path: Path) -> None:
     other = torch.randn(3, 2, 5, 6, 6)
     found = by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))
     assert relative(integer(other), found[0]) < 3e-3
+
+
+def windowed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As in Swin's attention: a function that torch.fx does not look into, which writes a mask piece by piece."""
+    mask = x.new_zeros((6, 6))
+    for count, (first, last) in enumerate([(0, 2), (2, 5), (5, 6)]):
+        mask[first:last] = count
+    y = functional.linear(x, weight, bias)
+    return (y @ y.transpose(1, 2) + (mask - mask.T).masked_fill(mask != mask.T, -100.0)).softmax(-1)
+
+
+fx.wrap("windowed")
+
+
+class Windows(nn.Module):
+    """Weights that are read where no layer is called, and a batch norm behind what is not its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm, self.out = nn.Linear(8, 64), nn.BatchNorm1d(6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(windowed(x, self.qkv.weight, self.qkv.bias) @ x))
+
+
+@torch.no_grad()
+def test_what_depends_on_no_input_is_computed_beforehand(tmp_path: Path) -> None:
+    """But codes of weights stay codes."""
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 6, 8), torch.randn(3, 6, 8)
+    integer = converted(Windows().eval(), x)
+    found = by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))
+    assert relative(integer(other), found[0]) < 3e-3
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert not {node.op_type for node in graph.node} & {"ScatterND", "ScatterElements"}
+    assert any(t.data_type == onnx.TensorProto.INT8 and 64 in t.dims for t in graph.initializer)
+    assert not any(t.data_type == onnx.TensorProto.FLOAT and list(t.dims) == [64, 8] for t in graph.initializer)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + torch.rand(6, 8))
+
+
+def test_random_numbers_are_not_computed_beforehand() -> None:
+    x = torch.randn(2, 6, 8)
+    graph, _ = exported(bitwright.quantize_dynamic(Noisy().eval()), {"x": x}, {"x": [0]}, {*LAYERS, *LEAVES})
+    assert any(node.target is torch.ops.aten.rand.default for node in graph.graph.nodes)
 
 
 class Reads(nn.Module):

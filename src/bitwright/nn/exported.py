@@ -23,6 +23,7 @@ from bitwright.nn.tree import copied, named, no_fast_path
 Call = tuple[str, Any, Any]
 
 
+NEW = {torch.ops.aten.new_zeros.default: 0, torch.ops.aten.new_ones.default: 1}  # of a tensor they take the type alone
 DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
@@ -43,9 +44,9 @@ def _(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> li
 
 def _made(inputs: list[Tensor], sizes: list[int], kinds: list[int]) -> list[Tensor]:
     """Empty results."""
-    left = iter(sizes)
+    left, device = iter(sizes), inputs[0].device if inputs else None
     return [
-        inputs[0].new_empty([next(left) for _ in range(ndim)], dtype=DTYPES[dtype])
+        torch.empty([next(left) for _ in range(ndim)], dtype=DTYPES[dtype], device=device)
         for ndim, dtype in zip(kinds[::2], kinds[1::2], strict=True)
     ]
 
@@ -143,7 +144,9 @@ def exported(
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.bitwright.quantized_layer.default:
             _call(graph, node, module, calls.made[node.args[3]])
+    _without_statistics(graph)
     _without_checks(graph)
+    _fold_constants(graph)
     return graph, {name: set(free.get(name, ())) & found[name] for name in names}
 
 
@@ -187,4 +190,46 @@ def _without_checks(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
+    graph.recompile()
+
+
+def _without_statistics(graph: fx.GraphModule) -> None:
+    """Batch norms as the operator that returns their result alone."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+            *inputs, momentum, eps = node.args
+            with graph.graph.inserting_before(node):
+                new = graph.graph.call_function(
+                    torch.ops.aten.batch_norm.default, (*inputs, False, momentum, eps, False)
+                )
+            for user in [user for user in node.users if user.args[1] == 0]:
+                user.replace_all_uses_with(new)
+                graph.graph.erase_node(user)
+
+
+def _is_constant(node: fx.Node, known: Mapping[fx.Node, Any]) -> bool:
+    """Whether an operation, which is not random, depends on what is known alone."""
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.op == "call_function" and not random and all(source in known for source in node.all_input_nodes)
+
+
+def _fold_constants(graph: fx.GraphModule) -> None:
+    """Compute what depends on neither inputs nor weights, such as the masks of shifted windows, and hold it as a buffer.
+
+    Codes of weights thus stay codes. Single numbers are left: a size that another operator takes must stay one.
+    """
+    known: dict[fx.Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.target in NEW and all(isinstance(size, int) for size in node.args[1]):
+            known[node] = torch.full(node.args[1], NEW[node.target], dtype=node.meta["val"].dtype)
+        elif _is_constant(node, known):
+            args, options = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **options)  # functional, since torch.export has made it so
+    for count, node in enumerate(known):
+        inside = all(user in known for user in node.users)
+        if not inside and isinstance(known[node], Tensor):
+            graph.register_buffer(f"constant_{count}", known[node])
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"constant_{count}"))
+    graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -342,10 +342,11 @@ class StoredWeight(StoredCodes):
 
     def forward(self) -> Tensor:
         """The dequantized weight, in its own shape and dtype."""
-        rows = spread(self.codes, self.scale)
-        if len(self.shape) > 2:
-            rows = rows.view(len(rows), *self.shape[2:], self.shape[1]).movedim(-1, 1)
-        return rows.to(self.dtype)
+        return self.shaped(spread(self.codes, self.scale)).to(self.dtype)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Rows [N, K] in the weight's own shape."""
+        return rows.view(len(rows), *self.shape[2:], self.shape[1]).movedim(-1, 1) if len(self.shape) > 2 else rows
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.label}"

@@ -141,8 +141,12 @@ def _table(writer: Writes, node: fx.Node, layer: Table) -> None:
 
 
 def _stored(writer: Writes, node: fx.Node, layer: StoredWeight) -> None:
-    """Write a quantized weight that other operations read."""
-    writer.op("Identity", [writer.constant(layer())], name=node.name)
+    """Write a quantized weight that other operations read: codes, if rows have one scale each."""
+    if layer.scale.shape[1] > 1 or layer.dtype != torch.float32:
+        made = writer.constant(layer())
+    else:
+        made = _dequantized(writer, layer.shaped(layer.codes), layer.scale[:, 0], axis=0)
+    writer.op("Identity", [made], name=node.name)
 
 
 def _embedding(writer: Writes, node: fx.Node, layer: IntegerEmbedding) -> None:

@@ -1,24 +1,48 @@
 """An estimate of the memory that a run takes, from its plan alone."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from bitwright.calibration.observe import KEPT_BYTES
-from bitwright.files.checkpoint import count, spec_bytes
-from bitwright.formats import Layer
+from bitwright.files.checkpoint import Spec, count, spec_bytes
+from bitwright.formats import Format, Layer
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.file_names import EXPERT
-from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
 from bitwright.plan.planned_tensor import PlannedTensor
-
-if TYPE_CHECKING:
-    from bitwright.plan.preflight import Plan
+from bitwright.plan.recipe import Recipe
 
 PROCESS_BYTES = 400 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = 6.5  # times tokenizer.json: what a loaded one takes, measured on vocabularies of 49,000 and 262,000
 
 
-def peak_memory(plan: "Plan") -> int:
+class Plan(Protocol):
+    """What is read of a plan (that of preflight.py)."""
+
+    @property
+    def source(self) -> Path: ...
+    @property
+    def skeleton(self) -> Skeleton: ...
+    @property
+    def format(self) -> Format: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seqlen(self) -> int: ...
+    @property
+    def calibrated(self) -> bool: ...
+    @property
+    def calibrates_embeddings(self) -> bool: ...
+    def shard(self, index: int) -> list[PlannedTensor]: ...
+    def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]: ...
+
+
+def peak_memory(plan: Plan) -> int:
     """Estimate of the largest resident set, in bytes.
 
     The largest of three phases (the first hidden states, the blocks, the embedding and the head), and beside it the block
@@ -39,21 +63,21 @@ def peak_memory(plan: "Plan") -> int:
     )
 
 
-def _process_bytes(plan: "Plan") -> int:
+def _process_bytes(plan: Plan) -> int:
     """Bytes of the process without weights, the tokenizer included where the run needs it."""
     file = plan.source / "tokenizer.json"
     loaded = file.is_file() and (plan.calibrated or plan.format.one_file)
     return PROCESS_BYTES + int(TOKENIZER * file.stat().st_size if loaded else 0)
 
 
-def _hidden_states(plan: "Plan") -> int:
+def _hidden_states(plan: Plan) -> int:
     """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
     models = 2 if plan.recipe.needs_original else 1
     hidden = plan.skeleton.config.get_text_config().hidden_size
     return 3 * models * plan.samples * plan.seqlen * hidden * plan.skeleton.dtype.itemsize
 
 
-def _block_bytes(plan: "Plan") -> int:
+def _block_bytes(plan: Plan) -> int:
     """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
     layers = [t.layer for t in plan.shard(_largest_block(plan)) if t.layer is not None]
     tokens, size = plan.samples * plan.seqlen, plan.skeleton.dtype.itemsize
@@ -80,7 +104,7 @@ def _block_bytes(plan: "Plan") -> int:
     return kept + weights + statistics + max(forward, rounding)
 
 
-def _largest_block(plan: "Plan") -> int:
+def _largest_block(plan: Plan) -> int:
     """The block with most weights to quantize: the first of a mixture of experts may have none."""
     sizes = Counter[int]()
     for t in plan.tensors:
@@ -89,7 +113,7 @@ def _largest_block(plan: "Plan") -> int:
     return max(sizes, key=lambda block: sizes[block], default=0)
 
 
-def _uncalibrated_peak(plan: "Plan") -> int:
+def _uncalibrated_peak(plan: Plan) -> int:
     """As `peak_memory`, where nothing is run: a block or what is outside the blocks is read, rounded and written."""
     layers = [t.layer for t in plan.tensors if t.layer is not None]
     block = sum(t.layer.N * t.layer.K for t in plan.shard(_largest_block(plan)) if t.layer is not None)
@@ -101,7 +125,7 @@ def _uncalibrated_peak(plan: "Plan") -> int:
     return _process_bytes(plan) + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
 
 
-def _in_writing(plan: "Plan", members: list[PlannedTensor]) -> int:
+def _in_writing(plan: Plan, members: list[PlannedTensor]) -> int:
     """Codes of a shard, its bytes, and its bytes read back."""
     codes = sum(t.layer.N * t.layer.K for t in members if t.layer is not None)
     return codes + 2 * spec_bytes(plan.specs(members))
