@@ -14,6 +14,7 @@ bitwright says what it cannot do, "fails" for any other error. Times are medians
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -127,7 +128,8 @@ def by_onnxruntime(net: nn.Module, batch: Any, folder: Path) -> Path:
     given = cloned(batch)
     args, named = ((), given) if isinstance(given, dict) else ((given,), None)
     torch.onnx.export(net, args, str(float_file), kwargs=named, dynamo=False, opset_version=17)
-    quantization.shape_inference.quant_pre_process(str(float_file), str(ready))
+    with contextlib.chdir(folder):  # where it may leave a file
+        quantization.shape_inference.quant_pre_process(str(float_file), str(ready))
     session = onnxruntime.InferenceSession(str(ready), providers=["CPUExecutionProvider"])
     quantization.quantize_static(str(ready), str(made), Batches(feeds(session, batch)), per_channel=True)
     return made
