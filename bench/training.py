@@ -88,7 +88,7 @@ class Bench:
         from bitwright.train.finetune import drawn
         from bitwright.train.settings import Training
 
-        how = Training(steps=self.steps, batch=self.batch, seqlen=self.seqlen)
+        how = Training(steps=self.steps, batch=self.batch, seqlen=self.seqlen, lr=self.lr)
         vocabulary, total = AutoConfig.from_pretrained(self.model).vocab_size, self.steps * self.batch
         data = training_data(
             AutoTokenizer.from_pretrained(self.model), str(self.text), seqlen=self.seqlen, vocabulary=vocabulary,
@@ -97,12 +97,13 @@ class Bench:
         seen = [data.seen.ids[drawn(len(data.seen), step, how)] for step in range(self.steps)]
         file = WORK / f"windows-{self.model.name}-{self.steps}x{self.batch}x{self.seqlen}.safetensors"
         WORK.mkdir(parents=True, exist_ok=True)
-        save_file({"seen": torch.cat(seen), "held_out": data.held_out.ids}, file)
+        rates = torch.tensor([how.rate(step) for step in range(self.steps)], dtype=torch.float64)
+        save_file({"seen": torch.cat(seen), "held_out": data.held_out.ids, "rates": rates}, file)
         return file
 
     def by_peft(self, weights: str) -> dict[str, Any]:
         """The same by transformers and peft alone; weights: "bfloat16", or "nf4", bitsandbytes'."""
-        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--lr", str(self.lr), "--weights", weights]
+        sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--weights", weights]
         script = str(ROOT / "bench/peers/peft_lora.py")
         command = [sys.executable, script, str(self.model), "--windows", str(self.windows()), *sizes]
         return self.known(f"peft {weights}", lambda: run(command).result)

@@ -1,9 +1,10 @@
 """Train a LoRA adapter with transformers and peft alone, for comparison with `bitwright finetune` on the same windows.
 
     python bench/peers/peft_lora.py MODEL --windows WINDOWS.safetensors [--weights bfloat16 | nf4] [--steps 12] [--batch 8]
-        [--rank 16] [--lr 2e-4]
+        [--rank 16]
 
-WINDOWS.safetensors holds int64 tensors "seen" [steps · batch, seqlen], in the order of training, and "held_out" [n, seqlen].
+WINDOWS.safetensors holds int64 tensors "seen" [steps · batch, seqlen], in the order of training, and "held_out" [n, seqlen],
+and float64 "rates" [steps], the learning rates.
 A step is one batch, as Trainer runs it: loss of the whole batch, torch's AdamW, gradients clipped at 1, no gradient
 checkpointing. nf4: bitsandbytes' with double quantization, products in bfloat16, through peft's
 prepare_model_for_kbit_training, which does turn checkpointing on. Other settings are peft's, target_modules="all-linear".
@@ -49,7 +50,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     windows, model = load_file(args.windows), adapted(args.model, args.weights, args.rank)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
 
     @torch.no_grad()
     def judged() -> float:
@@ -59,8 +60,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         return sum(losses) / len(losses)
 
     before, spent, losses = judged(), 0.0, []
-    for ids in windows["seen"].split(args.batch)[: args.steps]:
-        begun = time.monotonic()
+    for ids, rate in zip(windows["seen"].split(args.batch)[: args.steps], windows["rates"].tolist(), strict=True):
+        begun, optimizer.param_groups[0]["lr"] = time.monotonic(), rate
         optimizer.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -82,7 +83,6 @@ def main() -> None:
     parser.add_argument("--weights", choices=("bfloat16", "nf4"), default="bfloat16")
     for name, value in (("steps", 12), ("batch", 8), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lr", type=float, default=2e-4)
     args = parser.parse_args()
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.redirect_stdout(sys.stderr):
