@@ -22,33 +22,25 @@ from bitwright.nn.tree import copied, named, no_fast_path
 # (Name of the layer, its arguments with `Numbered` in place of tensors, where its results are) of each call.
 Call = tuple[str, Any, Any]
 
-
-NEW = {torch.ops.aten.new_zeros.default: 0, torch.ops.aten.new_ones.default: 1}  # of a tensor they take the type alone
 DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip
+NEW = {torch.ops.aten.new_zeros.default: 0, torch.ops.aten.new_ones.default: 1}  # of a tensor they take the type alone
 
 
-@torch.library.custom_op("bitwright::quantized_layer", mutates_args=())
-def quantized_layer(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> list[Tensor]:
-    """Stands for a call of a layer in a traced graph. sizes: of all its results, one after the other; kinds: the number of
-    dimensions and the place in DTYPES of each; call: its number."""
-    return _made(inputs, sizes, kinds)
-
-
-@quantized_layer.register_fake
-def _(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> list[Tensor]:
-    return _made(inputs, sizes, kinds)
-
-
-def _made(inputs: list[Tensor], sizes: list[int], kinds: list[int]) -> list[Tensor]:
-    """Empty results."""
+def _stand_in(inputs: list[Tensor], sizes: list[int], kinds: list[int], call: int) -> list[Tensor]:
+    """Stands for a call of a layer in a traced graph: empty results. sizes: of all of them, one after the other; kinds: the
+    number of dimensions and the place in DTYPES of each; call: its number."""
     left, device = iter(sizes), inputs[0].device if inputs else None
     return [
         torch.empty([next(left) for _ in range(ndim)], dtype=DTYPES[dtype], device=device)
         for ndim, dtype in zip(kinds[::2], kinds[1::2], strict=True)
     ]
+
+
+quantized_layer = torch.library.custom_op("bitwright::quantized_layer", _stand_in, mutates_args=())
+quantized_layer.register_fake(_stand_in)
 
 
 class Numbered:
@@ -147,6 +139,9 @@ def exported(
     _without_statistics(graph)
     _without_checks(graph)
     _fold_constants(graph)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
     return graph, {name: set(free.get(name, ())) & found[name] for name in names}
 
 
@@ -183,14 +178,11 @@ def _call(graph: fx.GraphModule, node: fx.Node, module: nn.Module, call: Call) -
 
 
 def _without_checks(graph: fx.GraphModule) -> None:
-    """Remove what was traced inside of layers, and torch.export's checks of sizes and types."""
+    """Remove torch.export's checks of sizes and types."""
     for node in reversed(list(graph.graph.nodes)):
         name = str(getattr(node.target, "__name__", node.target))
         if node.op == "call_function" and (name.startswith(("_assert", "sym_constrain"))) and not node.users:
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
 
 
 def _without_statistics(graph: fx.GraphModule) -> None:
@@ -231,5 +223,3 @@ def _fold_constants(graph: fx.GraphModule) -> None:
             graph.register_buffer(f"constant_{count}", known[node])
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(f"constant_{count}"))
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
