@@ -1,9 +1,10 @@
 """Inspect a checkpoint: shape, scheme, bytes and loss of every tensor, from headers and the ledger alone."""
 
-import re
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from transformers.core_model_loading import dot_natural_key
 
 from bitwright.evaluation.gguf_inspection import described
 from bitwright.files.hub import local
@@ -42,7 +43,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         weight_source.stored if isinstance(weight_source, GgufWeightSource) else {}
     )  # a GGUF file quantized without its model has a ledger by the file's own names
     tensors = []
-    for name, shape in sorted(weight_source.shapes.items(), key=lambda item: _counting(item[0])):
+    for name, shape in sorted(weight_source.shapes.items(), key=lambda item: dot_natural_key(item[0])):
         entry = entries.get(name) or entries.get(renamed.get(name, ""))
         stored, size = weight_source.describe(name)
         kind = {"type": stored} if isinstance(weight_source, GgufWeightSource) else {}
@@ -58,11 +59,6 @@ def inspect(folder: Path) -> dict[str, Any]:
         )
     found = {"bytes": weight_source.bytes, "bits_per_weight": 8 * weight_source.bytes / parameters, "tensors": tensors}
     return found | described(weight_source.file) if isinstance(weight_source, GgufWeightSource) else found
-
-
-def _counting(name: str) -> str:
-    """A key to sort names by, in which block 2 comes before block 10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(6), name)
 
 
 def _by_name(file: GgufFile) -> dict[str, Any]:
