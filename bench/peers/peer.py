@@ -1,8 +1,8 @@
 """What the peers' scripts share: their arguments, and the line of JSON that they end with.
 
-Standard output is that one line, {"seconds": ..., "peak_rss_bytes": ...}, for the whole process from its start;
-everything else goes to standard error. Linux carries the parent's peak memory over into a child, so start a script from
-a process smaller than itself. On a busy machine OpenMP's spinning threads make peers many times slower;
+Standard output is that one line, {"seconds": ..., "peak_rss_bytes": ...}, for the whole process from its start, behind what a
+script adds; everything else goes to standard error. Linux carries the parent's peak memory over into a child, so start a
+script from a process smaller than itself. On a busy machine OpenMP's spinning threads make peers many times slower;
 OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 avoids that. Where the processor has no instructions for bfloat16, torch
 multiplies bfloat16 matrices several times more slowly than float32 ones; --dtype float32 avoids that.
 """
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def _group(text: str) -> int:
@@ -44,14 +45,16 @@ def arguments(description: str | None, bits: Collection[int]) -> argparse.Argume
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """Offline and on the CPU; whatever is printed inside goes to standard error, and the JSON comes last."""
+def reporting() -> Iterator[dict[str, Any]]:
+    """Offline and on the CPU; whatever is printed inside goes to standard error, and the JSON comes last, with what is put
+    into the dict."""
     # Read by the libraries when they are imported.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    found: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr):
-        yield
+        yield found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": round(_seconds_since_start(), 2), "peak_rss_bytes": peak}))
+    print(json.dumps(found | {"seconds": round(_seconds_since_start(), 2), "peak_rss_bytes": peak}))
 
 
 def _seconds_since_start() -> float:

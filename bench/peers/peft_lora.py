@@ -13,14 +13,11 @@ Runs in the environment that bitwright[train] is installed in. Prints one line o
 """
 
 import argparse
-import contextlib
-import json
-import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from peer import reporting
 
 
 def adapted(path: Path, weights: str, rank: int) -> Any:
@@ -70,10 +67,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(float(loss))
         spent += time.monotonic() - begun
     speed = len(losses) * args.batch * windows["seen"].shape[1] / spent
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "loss_before": before, "loss_after": judged(), "losses": losses, "tokens_per_second": speed, "peak_rss_bytes": peak,
-    }  # fmt: skip
+    return {"loss_before": before, "loss_after": judged(), "losses": losses, "tokens_per_second": speed}
 
 
 def main() -> None:
@@ -84,10 +78,8 @@ def main() -> None:
     for name, value in (("steps", 12), ("batch", 8), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with contextlib.redirect_stdout(sys.stderr):
-        found = train(args)
-    print(json.dumps(found))
+    with reporting() as found:
+        found |= train(args)
 
 
 if __name__ == "__main__":
