@@ -153,6 +153,15 @@ struct Weights {
     int block, repeat;      // columns of a block; blocks of a group
 };
 
+// Where rows of a quantized matrix go as floats.
+struct Decoded {
+    const float *level;     // [16] what codes of a codebook stand for
+    float factor;           // what units are multiplied with, as those levels are not integers
+    void *to;               // [K, apart] out: column by column
+    bool half;              // as bfloat16, otherwise float32
+    ptrdiff_t first, apart; // the row that comes first in a column; from one column to the next
+};
+
 // Inputs [M, K] in bytes, `height` rows at a time: [M / height, K / 4, height, 4], K padded to a multiple of 32. An
 // instruction set may keep inputs of two bytes in another order, in the room of both: see WORDS in dot.h.
 struct Inputs {
@@ -286,6 +295,7 @@ struct Kernels {
     void (*tune)(const Format &, const Tune &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*round_inputs)(const Inputs &, float *scratch, ptrdiff_t first, ptrdiff_t last);
     void (*multiply)(const Weights &, const Inputs &, float *y, ptrdiff_t first, ptrdiff_t last);
+    void (*decode)(const Weights &, const Decoded &, ptrdiff_t first, ptrdiff_t last);
     void (*dense)(const Dense &, ptrdiff_t first, ptrdiff_t last);
     void (*attend)(const Attention &);
     void (*keep)(const float *x, int type, ptrdiff_t D, uint8_t *row);  // a head's key or value as `Attention` reads it

@@ -51,11 +51,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     @torch.no_grad()
     def judged() -> float:
-        model.eval()
         losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in windows["held_out"]]
-        model.train()
         return sum(losses) / len(losses)
 
+    model.train()  # for judging too: nothing is dropped, and in eval mode bitsandbytes packs weights so that no gradient passes
     before, spent, losses = judged(), 0.0, []
     for ids, rate in zip(windows["seen"].split(args.batch)[: args.steps], windows["rates"].tolist(), strict=True):
         begun, optimizer.param_groups[0]["lr"] = time.monotonic(), rate

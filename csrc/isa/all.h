@@ -10,6 +10,7 @@
 #include "simd/dot.h"
 #include "simd/tiles.h"
 #include "products/matmul.h"
+#include "products/decode.h"
 #include "products/inputs.h"
 #include "products/dense.h"
 #include "products/key_values.h"
@@ -19,6 +20,6 @@
 #include "products/recurrent.h"
 
 constexpr Kernels table(const char *name) {
-    return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, dense, attend,
+    return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, decode, dense, attend,
             keep, gate, enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
 }

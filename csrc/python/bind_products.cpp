@@ -189,6 +189,17 @@ void product(const Matrix &m, Values x, Out y, int bytes, bool by_row, int threa
     multiply(*chosen, {{&m.w, y.data()}}, rounded.inputs, threads);
 }
 
+// Rows [first, last) of a matrix in float32 or bfloat16, as columns of `to` [K, last - first or more].
+void decode_rows(const Matrix &m, const std::vector<float> &level, float factor, ptrdiff_t first, ptrdiff_t last, Values to, int threads) {
+    require(0 <= first && first < last && last <= m.w.N, "no such rows");
+    require(first % 64 == 0 && (last % 64 == 0 || last == m.w.N), "rows are decoded from and to a multiple of 64, or to the last");
+    require((ptrdiff_t)to.shape(0) == m.w.K && (ptrdiff_t)to.shape(1) >= last - first, "rows become columns of [K, last - first]");
+    require(level.size() == (m.w.table ? 16 : 0), "sixteen levels, of a matrix with a table");
+    const Decoded d{level.data(), factor, to.data(), is_half(to), first, (ptrdiff_t)to.shape(1)};
+    nb::gil_scoped_release unlocked;
+    decode(*chosen, m.w, d, last, threads);
+}
+
 }  // namespace
 
 void bind_products(nb::module_ &m) {
@@ -202,6 +213,7 @@ void bind_products(nb::module_ &m) {
              "key_heads"_a, "D"_a, "window"_a, "epsilon"_a, "scaling"_a, "bytes"_a)
         .def("read", &read, "x"_a.noconvert(), "slots"_a.noconvert(), "places"_a.noconvert(), "cache"_a.noconvert(), "bits"_a, "threads"_a)
         .def("finish", &finish, "x"_a.noconvert(), "logits"_a.noconvert(), "threads"_a);
+    m.def("decode_rows", &decode_rows, "matrix"_a, "level"_a, "factor"_a, "first"_a, "last"_a, "to"_a.noconvert(), "threads"_a);
     m.def("product", &product, "matrix"_a, "x"_a.noconvert(), "y"_a.noconvert(), "bytes"_a, "by_row"_a, "threads"_a);
 }
 

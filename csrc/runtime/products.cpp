@@ -37,6 +37,11 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, cons
     });
 }
 
+void decode(const Kernels &kernels, const Weights &w, const Decoded &d, ptrdiff_t last, int threads) {
+    const ptrdiff_t begin = d.first / 64, fours = (last + 63) / 64 - begin;
+    share_out(fours, 1, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.decode(w, d, begin + first, begin + last); });
+}
+
 void multiply(const Kernels &kernels, const Dense &d, int threads) {
     share_out(d.N, 64, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.dense(d, first, last); });
 }

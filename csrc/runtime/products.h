@@ -30,7 +30,10 @@ struct Product {
 // Products of several matrices with the same inputs: together one piece of work.
 void multiply(const Kernels &kernels, const std::vector<Product> &products, const Inputs &x, int threads);
 
-// The same with float weights.
+// Rows of a matrix as floats, up to `last`.
+void decode(const Kernels &kernels, const Weights &w, const Decoded &d, ptrdiff_t last, int threads);
+
+// Products with float weights.
 void multiply(const Kernels &kernels, const Dense &d, int threads);
 
 }  // namespace bitwright

@@ -254,6 +254,21 @@ constexpr bool PLAIN = false;
 constexpr bool PLAIN = true;  // without instructions for any of this: what would take minutes to compile is left out
 #endif
 
+// What a table of sixteen floats has for each index.
+static inline Vec level_at(const float *table, Ints index) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (Vec)_mm256_blendv_ps(low, high, (__m256)((__m256i)(index << 28)));  // by bit 3, where the sign is
+#else
+    Vec v;
+    for (int l = 0; l < LANES; l++) v[l] = table[index[l] & 15];
+    return v;
+#endif
+}
+
 // What a table of sixteen, repeated, has for each index.
 static inline Octets look_up(Octets table, Octets index) {
 #if defined(__AVX512BW__)

@@ -9,7 +9,7 @@ from torch import Tensor
 from bitwright import kernels
 from bitwright.errors import KernelError
 from bitwright.kernels import matmul
-from bitwright.kernels.matmul import Packed, decoded, matrix_of, pack, product
+from bitwright.kernels.matmul import Packed, decoded, matrix_of, pack, product, rows
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.codec import decode
 from bitwright.numerics.qtensor import QTensor
@@ -64,6 +64,20 @@ def test_what_is_packed_decodes_to_the_weight(scheme: str) -> None:
     assert ((w - again).abs() <= limit).all()
 
 
+@needs_native
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_are_decoded_to_the_twin_s_bits(isa: str, scheme: str) -> None:
+    """Both types, all rows and only the last, columns that fill no tile."""
+    K = 512 if scheme in BLOCKED else 333
+    p = pack(quantized(scheme, 131, K))
+    for dtype in (torch.float32, torch.bfloat16):
+        for first, last in ((0, 131), (0, 64), (128, 131)):
+            found = rows(p, first, last, dtype)
+            assert found.shape == (last - first, K)
+            assert found.dtype == dtype
+            assert torch.equal(found, decoded(p, first, last).to(dtype))
+
+
 def test_scales_of_float16_are_kept_exactly() -> None:
     q = quantized("int4-g128-asym", 70, 512)
     assert torch.equal(by_rows(pack(q)), decode(q))
@@ -81,6 +95,50 @@ def test_products_agree_with_float64(isa: str, scheme: str, M: int, N: int, K: i
     assert error(product(x, p), x, by_rows(p)) < 6e-5
     assert error(product(x, p, bits=8), x, by_rows(p)) < 3e-3
     assert error(product(x.bfloat16(), p), x.bfloat16(), by_rows(p)) < 6e-5
+
+
+@pytest.mark.parametrize("scheme", ["int4-g64", "int3-g64-asym", "nf4-g64-dq", "q4_k", "ternary-channel"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 37, 256), (3, 130, 320), (131, 70, 333)])
+@pytest.mark.parametrize("floats", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [matmul.WEIGHTS_AT_ONCE, 1])
+def test_gradients_agree_with_float64(
+    isa: str, scheme: str, M: int, N: int, K: int, floats: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dx = dy W: all rows decoded together, or 64 at a time. And the product that it belongs to."""
+    monkeypatch.setattr(matmul, "WEIGHTS_AT_ONCE", at_once)
+    monkeypatch.setattr(matmul, "best_dtype", lambda _: torch.bfloat16)
+    p = pack(quantized(scheme, N, 512 if scheme == "q4_k" else K))
+    x, dy = inputs(M, p.K).requires_grad_(), inputs(M, N)
+    y = product(x, p, floats=floats)
+    y.backward(dy.to(y.dtype))
+    limit = 6e-5 if floats == torch.float32 else 2.0**-8
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert y.dtype == (floats if M >= matmul.MANY else torch.float32)
+    assert error(x.grad, dy, by_rows(p).T) < limit
+    assert error(y.detach(), x.detach(), by_rows(p)) < (limit if M >= matmul.MANY else 6e-5)
+
+
+def test_without_the_extension_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, dy = pack(quantized("nf4-g64-dq", 130, 320)), inputs(5, 130)
+    found = []
+    for there in (native, None):
+        monkeypatch.setattr(matmul, "native", there)
+        x = inputs(5, 320).requires_grad_()
+        product(x, p).backward(dy)
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_no_float_copy_is_kept_for_the_way_back() -> None:
+    p, kept = pack(quantized("int4-g64", 256, 512)), list[Tensor]()
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        product(inputs(200, 512).requires_grad_(), p, floats=torch.bfloat16)
+    assert sum(t.nbytes for t in kept) < 256 * 512
 
 
 @needs_native
@@ -237,6 +295,22 @@ def test_the_extension_checks_what_it_is_given() -> None:
     ):
         with pytest.raises((ValueError, TypeError)):
             native.product(matrix, x, out, count, False, 1)
+    room = torch.empty(512, 70)
+    native.decode_rows(matrix, [], 1.0, 64, 70, room, 1)
+    for level, first, last, to in (
+        ([0.0] * 16, 0, 64, room),
+        ([], 1, 64, room),
+        ([], -64, 0, room),
+        ([], 0, 0, room),
+        ([], 0, 63, room),
+        ([], 64, 71, room),
+        ([], 0, 70, torch.empty(512, 69)),
+        ([], 0, 70, torch.empty(511, 70)),
+        ([], 0, 70, torch.empty(512, 70, dtype=torch.float16)),
+        ([], 0, 70, torch.empty(512, 140)[:, ::2]),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            native.decode_rows(matrix, level, 1.0, first, last, to, 1)
 
 
 @needs_native

@@ -60,6 +60,18 @@ struct Rounded {
     }
 };
 
+// Both kinds of floats of the last rows.
+void decoding(const Kernels &scalar, const Kernels &k, const Weights &w) {
+    const ptrdiff_t n = w.N - 64;
+    const auto level = random_floats(16);
+    for (bool half : {false, true}) {
+        std::vector<float> expected(n * w.K), found(n * w.K);
+        scalar.decode(w, {level.data(), 2, expected.data(), half, 64, n}, 1, 2);
+        k.decode(w, {level.data(), 2, found.data(), half, 64, n}, 1, 2);
+        compare("decoding", k, expected.data(), found.data(), 4 * n * w.K);
+    }
+}
+
 void products(const Kernels &scalar, const Kernels &k, int bits, int offset_kind, int bytes, int wbytes, bool table, int g, ptrdiff_t M) {
     const ptrdiff_t N = 70, K = 300, P = 8, tiles = (K + 31) / 32, G = (K + g - 1) / g;
     const auto panels = random_bytes<uint8_t>(P * tiles * 64 * bits), point = random_bytes<uint8_t>(P * G * 16), tables = random_bytes<uint8_t>(32);
@@ -76,6 +88,7 @@ void products(const Kernels &scalar, const Kernels &k, int bits, int offset_kind
     scalar.multiply(w, a.inputs, expected.data(), 0, 2);
     k.multiply(w, b.inputs, found.data(), 0, 2);
     compare("a product", k, expected.data(), found.data(), 4 * M * N);
+    if (M == 1) decoding(scalar, k, w);
 }
 
 void floats(const Kernels &scalar, const Kernels &k, int type, ptrdiff_t M) {

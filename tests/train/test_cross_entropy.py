@@ -17,8 +17,8 @@ def test_loss_and_gradient_are_torchs(dtype: torch.dtype, monkeypatch: pytest.Mo
     wanted = torch.randint(50, (11,), generator=g)
     wanted[2], wanted[10] = -100, -100
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = cross_entropy(ours, wanted, -100)
-    meant = functional.cross_entropy(theirs.float(), wanted, reduction="sum", ignore_index=-100)
+    found = cross_entropy(ours, wanted, -100, over=3)
+    meant = 1 / 3 * functional.cross_entropy(theirs.float(), wanted, reduction="sum", ignore_index=-100)
     (found / 7).backward()
     (meant / 7).backward()
     torch.testing.assert_close(found, meant)

@@ -130,9 +130,9 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(
     lost = module._Run._lost
     calls: list[int] = []
 
-    def broken(self: Any, part: Any) -> torch.Tensor:
+    def broken(self: Any, part: Any, over: int) -> torch.Tensor:
         calls.append(1)
-        found = lost(self, part)
+        found = lost(self, part, over)
         return found * math.nan if found.requires_grad and sum(calls) > 3 else found
 
     monkeypatch.setattr(module._Run, "_lost", broken)

@@ -1,11 +1,14 @@
 """Dense: a linear layer whose float weight stays in the file's type, whatever type it computes in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bitwright.kernels import native
+from bitwright.kernels.by_rows import product, times
+from bitwright.system.device import autocast_dtype
 
 FEW = 16  # most inputs for which the extension is used: it reads every weight from memory once
 WEIGHTS_AT_ONCE = 1 << 18  # weights converted at a time where torch multiplies: as many as a cache holds
@@ -20,12 +23,10 @@ def handles(x: Tensor, w: Tensor) -> bool:
 
 
 class Dense(nn.Linear):
-    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers.
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type; in x's type, or that of torch.autocast around it.
 
-    multiplies_in: the type of torch's products; None: the inputs'.
+    A Linear to those who look for such layers.
     """
-
-    multiplies_in: torch.dtype | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
@@ -38,18 +39,24 @@ class Dense(nn.Linear):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in x's type."""
-        rows = x.reshape(-1, self.in_features)
+        """x [..., K] -> [..., N]."""
+        rows, dtype = x.reshape(-1, self.in_features), autocast_dtype(x.device) or x.dtype
         if handles(rows, self.weight):
             assert native is not None
             y = torch.empty(len(rows), self.out_features)
             native.product_of_floats(self.weight.detach(), rows.contiguous(), y, torch.get_num_threads())
+        elif self.weight.dtype == dtype:
+            y = functional.linear(rows.to(dtype), self.weight)
+        elif rows.requires_grad and torch.is_grad_enabled():
+            y = product(rows, self._rows, dtype)
         else:
-            some, dtype = max(1, WEIGHTS_AT_ONCE // self.in_features), self.multiplies_in or x.dtype
-            rows = rows.to(dtype)
-            y = torch.cat([rows @ part.to(dtype).T for part in self.weight.split(some)], 1).to(x.dtype)
+            y = times(rows.to(dtype), self._rows(dtype))
         y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.to(dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight's rows in another type, some at a time."""
+        return (part.to(dtype) for part in self.weight.split(max(1, WEIGHTS_AT_ONCE // self.in_features)))
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The file's own tensors, so that a model is saved as it was loaded."""

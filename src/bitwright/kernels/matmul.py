@@ -22,12 +22,16 @@ from torch import Tensor
 
 from bitwright.errors import KernelError
 from bitwright.kernels import native
+from bitwright.kernels.by_rows import back, times
 from bitwright.numerics.codec import code_dtype, code_range, decode
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import CHANNEL, TENSOR, Scheme
+from bitwright.system.device import best_dtype
 
 PANEL, TILE, FOUR, BLOCK = 16, 32, 64, 256
 WEIGHTS_AT_ONCE = 1 << 22  # weights packed at a time, or decoded where torch multiplies
+APART = 32  # numbers between columns of decoded rows: columns a power of two apart would share few places of a cache
+MANY = 128  # inputs from which on decoding and a product in bfloat16 take less time than one in integers
 # A codebook's levels as integers: exact for all but nf4, whose levels take two bytes.
 FACTORS = {
     "fp4": 2.0, "iq4nl": 1.0, "iq1": 8.0, "iq2": 8.0, "iq3xxs": 2.0, "iq3s": 1.0, "binary": 1.0, "nf4": 32512.0,
@@ -153,12 +157,13 @@ def _tables(scheme: Scheme) -> tuple[list[int], list[int], int]:
 
 
 def product(
-    x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False, gradient_in: torch.dtype = torch.float32
+    x: Tensor, p: Packed, *, bits: int = 16, by_row: bool = False, floats: torch.dtype = torch.float32
 ) -> Tensor:
     """x [M, K] times a packed matrix [N, K]: x Wᵀ [M, N] float32.
 
     bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
-    Differentiable in x, as if it were not rounded; gradient_in: the type in which its gradient is multiplied.
+    Differentiable in x, as if it were not rounded. floats: the type in which its gradient is multiplied; with bfloat16, where
+    that is fast, many inputs that 16 bits would do for are multiplied in it too, and so is the result.
     KernelError for x of another shape, or not of floats.
     """
     if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
@@ -168,12 +173,14 @@ def product(
         parts = (p.panels, p.scale, p.point, p.minimum, p.unit)
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Differentiable.apply(x, p, bits, by_row, gradient_in)  # type: ignore[no-untyped-call]
-    return _product(x, p, bits=bits, by_row=by_row)
+        return _Differentiable.apply(x, p, bits, by_row, floats)  # type: ignore[no-untyped-call]
+    return _product(x, p, bits=bits, by_row=by_row, floats=floats)
 
 
-def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
+def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool, floats: torch.dtype) -> Tensor:
     """The same without its gradient."""
+    if floats == torch.bfloat16 == best_dtype(x.device) and bits == 16 and len(x) >= MANY:
+        return times(x.to(floats), all_rows(p, floats))
     if not handles(p, x):
         return _in_torch(x.float(), p, bits=bits, by_row=by_row)
     assert native is not None
@@ -183,20 +190,33 @@ def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
 
 
 class _Differentiable(torch.autograd.Function):
-    """`product`, and dx = dy W by decoded rows, some at a time: no float copy of a weight is kept for the way back."""
+    """`product`, and dx = dy W by rows decoded anew, some at a time: no float copy of a weight is kept for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool, gradient_in: torch.dtype) -> Tensor:
-        ctx.p, ctx.dtype, ctx.gradient_in = p, x.dtype, gradient_in
-        return _product(x, p, bits=bits, by_row=by_row)
+    def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool, floats: torch.dtype) -> Tensor:
+        ctx.p, ctx.dtype, ctx.floats = p, x.dtype, floats
+        return _product(x, p, bits=bits, by_row=by_row, floats=floats)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        p: Packed = ctx.p
-        dx, dy = torch.zeros(len(dy), p.K, device=dy.device), dy.to(ctx.gradient_in)
-        for first, last in _steps(p):
-            dx += dy[:, first:last] @ decoded(p, first, last).to(ctx.gradient_in)
-        return dx.to(ctx.dtype), None, None, None, None
+        return back(dy.to(ctx.floats), all_rows(ctx.p, ctx.floats)).to(ctx.dtype), None, None, None, None
+
+
+def all_rows(p: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+    """All rows of a packed matrix as floats, some at a time."""
+    return (rows(p, first, last, dtype) for first, last in _steps(p))
+
+
+def rows(p: Packed, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows first..last [n, K] of a packed matrix in `dtype`; first is a multiple of 64, and last too, or N."""
+    if not handles(p, p.unit.new_empty(0, dtype=dtype)):
+        return decoded(p, first, last).to(dtype)
+    assert native is not None
+    columns, known = torch.empty(p.K, last - first + APART, dtype=dtype), p.scheme.levels.levels
+    levels = [] if known is None else [*known, *[0.0] * (16 - len(known))]
+    factor = FACTORS.get(p.scheme.grid, 1.0)
+    native.decode_rows(matrix_of(p), levels, factor, first, last, columns, torch.get_num_threads())
+    return columns[:, : last - first].T
 
 
 @torch.library.custom_op("bitwright::product", mutates_args=())
@@ -241,7 +261,7 @@ def _in_torch(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
     """`product` on decoded weights, some rows at a time; inputs are rounded to 8 bits as in the kernels, not to 16."""
     if bits == 8:
         x = rounded_spans(x, p.K if by_row else BLOCK)
-    return torch.cat([x @ decoded(p, first, last).T for first, last in _steps(p)], 1)
+    return times(x, (decoded(p, first, last) for first, last in _steps(p)))
 
 
 def _steps(p: Packed) -> Iterator[tuple[int, int]]:

@@ -174,7 +174,7 @@ class _Run:
         self.optimizer.zero_grad()
         total = 0.0
         for part in _parts(windows):
-            lost = self._lost(part) / count
+            lost = self._lost(part, count)
             lost.backward()
             total += float(lost.detach())
         norm = float(nn.utils.clip_grad_norm_(self.parameters, CLIP))
@@ -192,16 +192,16 @@ class _Run:
         self.optimizer.step()
         return total
 
-    def _lost(self, part: Windows) -> Tensor:
-        """The sum of the loss over the tokens of some windows that count."""
+    def _lost(self, part: Windows, over: int) -> Tensor:
+        """The sum of the loss over the tokens of some windows that count, over so many."""
         wanted = functional.pad(part.labels[:, 1:], (0, 1), value=IGNORED).flatten()  # nothing follows the last
         logits = self._logits(self.trained.model, part)
         if self.teacher is None:
-            return cross_entropy(logits, wanted, IGNORED)
+            return cross_entropy(logits, wanted, IGNORED, over=over)
         counted = wanted != IGNORED
         with torch.no_grad():
             meant = self._logits(self.teacher, part)[counted]
-        return distillation_loss(logits[counted], meant, temperature=1.0) * len(meant)
+        return distillation_loss(logits[counted], meant, temperature=1.0) * (len(meant) / over)
 
     @staticmethod
     def _logits(model: nn.Module, part: Windows) -> Tensor:
@@ -214,9 +214,10 @@ class _Run:
         """The mean loss on what is held out."""
         held = self.data.held_out
         self.trained.model.eval()
-        total = sum(float(self._lost(part)) for part in _parts(held))
+        count = int((held.labels[:, 1:] != IGNORED).sum())
+        total = sum(float(self._lost(part, count)) for part in _parts(held))
         self.trained.model.train()
-        return total / int((held.labels[:, 1:] != IGNORED).sum())
+        return total
 
 
 def _teacher(path: Path, student: nn.Module) -> nn.Module:

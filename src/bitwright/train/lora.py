@@ -62,6 +62,7 @@ class Lora:
 def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) -> "PeftModel":
     """The model with a new adapter. RecipeError for module names that it has not."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     base = prepare_for_training(load(path, scheme=scheme, dtype=dtype))
     alpha = 2 * how.rank if how.alpha is None else how.alpha
@@ -79,6 +80,9 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
             raise RecipeError(
                 message, where=str(path), remedy="--targets q_proj,v_proj, as the model names them"
             ) from error
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = dtype == torch.float32  # else by autocast, to 16 bits
     adapted.peft_config["default"].base_model_name_or_path = _name(path, base.config.name_or_path)
     adapted.train()
     return adapted
