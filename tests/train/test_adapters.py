@@ -87,10 +87,10 @@ def test_few_inputs_have_a_gradient_beside_a_float_weight_too() -> None:
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
-def test_within_autocast_layers_multiply_in_its_type(kept: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a Linear does, whatever type a weight is kept in; and no copy of a weight is kept for the way back."""
+def test_layers_multiply_in_another_type(kept: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever type a weight is kept in, and no copy of a weight is kept for the way back."""
     monkeypatch.setattr(dense, "WEIGHTS_AT_ONCE", 1000)
-    w, dy, saved = torch.randn(48, 128).to(kept), torch.randn(200, 48).bfloat16(), list[Tensor]()
+    w, dy, saved = torch.randn(48, 128).to(kept), torch.randn(200, 48), list[Tensor]()
 
     def keep(t: Tensor) -> Tensor:
         saved.append(t)
@@ -99,10 +99,14 @@ def test_within_autocast_layers_multiply_in_its_type(kept: torch.dtype, monkeypa
     q = rtn(w.float(), None, Scheme.parse("int4-g64")).q
     for layer, meant in ((Dense(w), w.float()), (QLinear(q), decode(q))):
         x = torch.randn(200, 128, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        layer.multiplies_in = torch.bfloat16
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = layer(x)
         y.backward(dy)
-        assert y.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.float32
-        for found, wanted in ((y.detach().float(), x.detach() @ meant.T), (x.grad, dy.float() @ meant)):
+        assert x.grad is not None and y.dtype == x.grad.dtype == torch.float32
+        for found, wanted in ((y.detach().float(), x.detach() @ meant.T), (x.grad, dy @ meant)):
             assert float((found - wanted).norm() / wanted.norm()) < 0.005
+    head = Dense(w)
+    head.multiplies_in = head.gives = torch.bfloat16
+    assert head(torch.randn(3, 128)).dtype == torch.bfloat16
     assert sum(t.numel() for t in saved if t.data_ptr() != w.data_ptr()) < w.numel()

@@ -100,6 +100,19 @@ def test_a_teacher_s_predictions_are_learned(llama: Path, text: Path, tmp_path: 
     assert 0 < report.loss_after < report.loss_before
 
 
+def test_what_an_adapter_adds_is_not_rounded_away(llama: Path) -> None:
+    """However little it is beside what the weights give, in 16 bits as in 32."""
+    model = Lora(llama, HOW, "nf4-g64-dq", torch.bfloat16, b"").adapted
+    layer = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(200, A.shape[1])
+    with torch.no_grad():
+        alone = layer(x)
+        B.normal_(std=1e-4)
+        added, wanted = layer(x) - alone, x @ A.T @ B.T * layer.scaling["default"]
+    assert float((added - wanted).norm() / wanted.norm()) < 0.02
+
+
 def test_an_adapter_can_begin_as_what_rounding_lost(llama: Path, text: Path, tmp_path: Path) -> None:
     quantized, how = tmp_path / "q", replace(HOW, steps=1, teacher=llama)
     quantize(llama, quantized, scheme="int2-g32", method="rtn", format="bitwright", calib="none")

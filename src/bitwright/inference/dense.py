@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from bitwright.kernels import native
 from bitwright.kernels.by_rows import product, times
-from bitwright.system.device import autocast_dtype
 
 FEW = 16  # most inputs for which the extension is used: it reads every weight from memory once
 WEIGHTS_AT_ONCE = 1 << 18  # weights converted at a time where torch multiplies: as many as a cache holds
@@ -23,10 +22,13 @@ def handles(x: Tensor, w: Tensor) -> bool:
 
 
 class Dense(nn.Linear):
-    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type; in x's type, or that of torch.autocast around it.
+    """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers.
 
-    A Linear to those who look for such layers.
+    multiplies_in, gives: the types of torch's products, and of y; None: the inputs'.
     """
+
+    multiplies_in: torch.dtype | None = None
+    gives: torch.dtype | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
@@ -40,7 +42,7 @@ class Dense(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        rows, dtype = x.reshape(-1, self.in_features), autocast_dtype(x.device) or x.dtype
+        rows, dtype = x.reshape(-1, self.in_features), self.multiplies_in or x.dtype
         if handles(rows, self.weight):
             assert native is not None
             y = torch.empty(len(rows), self.out_features)
@@ -52,7 +54,7 @@ class Dense(nn.Linear):
         else:
             y = times(rows.to(dtype), self._rows(dtype))
         y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.to(dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.to(self.gives or x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight's rows in another type, some at a time."""

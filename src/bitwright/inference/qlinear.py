@@ -12,7 +12,6 @@ from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
-from bitwright.system.device import autocast_dtype
 
 PARTS = ("panels", "scale", "point", "minimum", "unit")
 BITS = (8, 16)  # to which inputs may be rounded
@@ -40,15 +39,17 @@ class DecodedWeight(Tensor):
 class QLinear(nn.Linear):
     """y = x Wᵀ + b for x [..., K], W [N, K] quantized, in x's type. Differentiable in x; nothing of it is trained.
 
-    Within torch.autocast it gives that type, as a Linear does, and uses it for gradients and for many inputs. It is a Linear to
-    those who look for such layers: peft puts LoRA beside it. `weight` is decoded whenever it is asked for.
+    It is a Linear to those who look for such layers: peft puts LoRA beside it. `weight` is decoded whenever it is asked for.
 
     input_quantization  the checkpoint's own quantization of inputs, applied first; None: none
     activations  bits that inputs are rounded to for the product: 16, finer than bfloat16, or 8, about twice as fast for many
                  tokens
     stored       gives the file's tensors of this weight by suffix, for `state_dict`; None: `state_dict` has the packed ones
+    multiplies_in  the type in which gradients are multiplied; with bfloat16, many inputs too
     KernelError for other bits.
     """
+
+    multiplies_in: torch.dtype = torch.float32
 
     panels: Tensor
     scale: Tensor
@@ -123,21 +124,20 @@ class QLinear(nn.Linear):
             y += spared.float() @ self.outlier_weight.float().T
         if self.bias is not None:
             y += self.bias
-        return y.to(autocast_dtype(x.device) or x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         """x [M, K], quantized as the checkpoint says, times the weight: [M, N] float32."""
         if self.order is not None:
             x = x[:, self.order]
-        floats = autocast_dtype(x.device) or torch.float32
         if self.input_quantization.scheme is None:
-            return product(x, self.packed, bits=self.activations, floats=floats)
+            return product(x, self.packed, bits=self.activations, floats=self.multiplies_in)
         if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:
-            return product(x, self.packed, bits=8, by_row=True, floats=floats)
+            return product(x, self.packed, bits=8, by_row=True, floats=self.multiplies_in)
         inputs = self.input_quantization.round(x)
         if x.requires_grad and torch.is_grad_enabled():
             inputs = x + (inputs - x).detach()  # straight through: rounding has no gradient
-        return product(inputs, self.packed, floats=floats)
+        return product(inputs, self.packed, floats=self.multiplies_in)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The file's own tensors, so that a model is saved as it was loaded."""

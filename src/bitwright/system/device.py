@@ -52,12 +52,6 @@ def device_in(device_map: DeviceMap) -> torch.device:
     return device_of(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type that torch.autocast asks for where this is called; None: it is not in force."""
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def best_dtype(device: torch.device = CPU) -> torch.dtype:
     """The dtype for calibration: bfloat16 on a GPU, or where the CPU multiplies it natively; else float32.
 

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitwright.inference.dense import Dense
+from bitwright.inference.qlinear import QLinear
 from bitwright.models.layers import is_norm
 
 
@@ -15,17 +16,20 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
     """Prepare a model from `bitwright.load` for peft's `get_peft_model`, in place; returns the same model.
 
     All parameters are frozen, norms are converted to float32, and the embedding's output requires gradients, as gradient
-    checkpointing needs. What blocks add up stays in float32; a model loaded in 16 bits multiplies in those, by torch.autocast:
-    bfloat16, where processors have it, is several times as fast.
+    checkpointing needs. Behind such norms activations are float32, to which an adapter can add less than 16 bits would show;
+    so layers are told to multiply in the type that the model was loaded in: bfloat16, where processors have it, is several
+    times as fast. Logits, to which none is added, stay in it.
     gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
     """
     model.requires_grad_(False)
-    if model.dtype != torch.float32:
-        model.forward = torch.autocast(model.device.type, model.dtype)(model.forward)
-        model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.float())
+    loaded_in, head = model.dtype, model.get_output_embeddings()
     for module in model.modules():
+        if isinstance(module, QLinear | Dense):
+            module.multiplies_in = loaded_in
         if is_norm(module) and not isinstance(module, nn.Linear):
             module.float()
+    if isinstance(head, Dense):
+        head.gives = loaded_in
     model.enable_input_require_grads()
     if gradient_checkpointing:
         with renamed():

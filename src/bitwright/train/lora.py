@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, write_file
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SPARE = 8  # more directions than the rank, for svd_lowrank's accuracy
+
+
+class Factor(nn.Linear):
+    """A or B of an adapter [N, K] in float32, multiplied in another type."""
+
+    def __init__(self, weight: nn.Parameter, multiplies_in: torch.dtype) -> None:
+        nn.Module.__init__(self)  # Linear would make a weight
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", None)
+        self.multiplies_in = multiplies_in
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in that type."""
+        return functional.linear(x.to(self.multiplies_in), self.weight.to(self.multiplies_in))
 
 
 class Lora:
@@ -80,9 +96,11 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
             raise RecipeError(
                 message, where=str(path), remedy="--targets q_proj,v_proj, as the model names them"
             ) from error
-    for layer in adapted.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = dtype == torch.float32  # else by autocast, to 16 bits
+    for layer in [m for m in adapted.modules() if isinstance(m, LoraLayer)]:
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.update(
+                {k: Factor(f.get_parameter("weight"), dtype) for k, f in factors.items() if isinstance(f, nn.Linear)}
+            )
     adapted.peft_config["default"].base_model_name_or_path = _name(path, base.config.name_or_path)
     adapted.train()
     return adapted
