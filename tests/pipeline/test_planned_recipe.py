@@ -15,6 +15,8 @@ from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
 from bitwright.formats.ggml import TYPES
 from bitwright.numerics.codec import decode
+from bitwright.numerics.input_quantization import InputQuantization
+from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.curvature import curvature
 from bitwright.pipeline.planned_recipe import Settings, plan_recipe, prepared
@@ -219,3 +221,70 @@ def test_an_encoder_has_nothing_to_plan_by(text: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "bert", "bert")
     with pytest.raises(CheckpointError, match="predict no next token"):
         plan_recipe(model, Target(bits=4.5), Settings("gguf", calib=text, **SMALL))
+
+
+def loud(folder: Path, by: float) -> Path:
+    """A model whose block 1 has a channel of large activations before down_proj, which the next matrix takes back."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        mlp.up_proj.weight[3] *= by
+        mlp.down_proj.weight[:, 3] /= by
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_rounding_inputs_costs_is_predicted(text: str, tmp_path: Path) -> None:
+    """Against the model run by transformers, with the inputs of one layer rounded."""
+    folder = loud(make_checkpoint(tmp_path / "model", num_hidden_layers=2), 30)
+    plan, units = prepared(folder, Settings("bitwright", ("int8-channel",), "rtn", calib=text, **SMALL))
+    tokens, scheme = calibration_tokens(plan, text, 0), Scheme.parse("int4-token")
+    scores = scored(plan, units, tokens, tmp_path / "scores", lambda *_: None, scheme).scores
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rounding, found = InputQuantization(scheme), {}
+    with torch.no_grad():
+        before = model(tokens.seen).logits.log_softmax(-1)
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"):
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: (rounding(args[0]),))
+            after = model(tokens.seen).logits.log_softmax(-1)
+            hook.remove()
+            found[name] = float((before.exp() * (before - after)).sum(-1).mean())
+            assert 0.5 < scores[name]["inputs"] / found[name] < 2, (name, scores[name]["inputs"], found[name])
+    assert max(found, key=lambda name: found[name]) == "model.layers.1.mlp.down_proj"
+
+
+def test_inputs_are_rounded_where_it_costs_least(text: str, tmp_path: Path) -> None:
+    model = loud(make_checkpoint(tmp_path / "model", num_hidden_layers=2), 1000)
+    settings = Settings(
+        schemes=("int8-channel", "int4-g32"), method="rtn", calib=text, **SMALL, activations="int8-token",
+        activations_kl=1e-5,
+    )  # fmt: skip
+    made = plan_recipe(model, Target(bits=12.83), settings, scores=tmp_path / "scores")
+    left = [one.patterns for one in made.given if not one.activations]
+    assert left == [("model.layers.1.mlp.down_proj",)]
+    with_inputs = {rule["match"]: rule.get("activations") for rule in tomllib.loads(made.text)["rule"]}
+    assert with_inputs == {"*": "int8-token", "model.layers.1.mlp.down_proj": None}
+    (tmp_path / "recipe.toml").write_text(made.text)
+    done = quantize(model, tmp_path / "out", recipe=tmp_path / "recipe.toml", calib=text, **SMALL)
+    assert done.bytes == made.plan.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert [entry.name for entry in done.ledger if entry.action == "quantized" and not entry.activations] == [
+        "model.layers.1.mlp.down_proj.weight"
+    ]
+    without = plan_recipe(
+        model, Target(bits=12.83), replace(settings, activations_kl=1e-12), scores=tmp_path / "scores"
+    )
+    assert not any(one.activations for one in without.given)
+    assert without.kl < made.kl < without.kl + 1e-5
+    whole = plan_recipe(model, Target(kl=2e-5), settings, scores=tmp_path / "scores")
+    assert without.kl < whole.kl <= 2e-5
+
+
+def test_rounded_inputs_that_no_plan_can_have(llama: Path, text: str, tmp_path: Path) -> None:
+    start = ("plan", str(llama), str(tmp_path / "recipe.toml"), "--calib", text, "--samples", "8", "--seqlen", "32")
+    both = ("--activations", "int8-token", "--activations-kl", "0.01")
+    assert "by itself says nothing" in refused(*start, "--bits", "8", *both[:2])
+    assert "by itself says nothing" in refused(*start, "--bits", "8", *both[2:])
+    assert "token by token" in refused(*start, "--bits", "8", "--activations", "int8-tensor", *both[2:])
+    assert "buys nothing" in refused(*start, "--bits", "8", *both[:2], "--activations-kl", "0")
+    assert "holds no inputs" in refused(*start, "--bits", "8", "--format", "gguf", *both)
+    assert "nothing is left" in refused(*start, "--kl", "0.01", *both)

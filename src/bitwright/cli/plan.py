@@ -42,6 +42,12 @@ def plan(
     keep: Annotated[
         list[str] | None, typer.Option(help="Pattern of matrices that stay in float; again for more.")
     ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Round inputs too where it costs least, such as int8-token.")
+    ] = None,
+    activations_kl: Annotated[
+        float | None, typer.Option(help="Predicted KL that rounding inputs may add, such as 0.005.")
+    ] = None,
     calib: Annotated[str, typer.Option(help="Calibration text, as for quantize.")] = "general",
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
@@ -64,7 +70,9 @@ def plan(
         check_out(out)
         target = Target.parse(size, bits, kl)
         tried = None if schemes is None else tuple(name.strip().lower() for name in schemes.split(","))
-        settings = Settings(format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed)
+        settings = Settings(
+            format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl
+        )
         with progress_bar(as_json or quiet) as progress:
             made = plan_recipe(model, target, settings, scores=scores, progress=progress)
         write_file(out, made.text.encode())
@@ -80,7 +88,7 @@ def _print(made: "PlannedRecipe", model: Path, out: Path) -> None:
         errors.print(f"note: {plain(note)}", highlight=False)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for one in made.given:
-        kinds["+".join(pattern.rpartition(".")[2] for pattern in one.patterns)][one.scheme] += 1
+        kinds["+".join(pattern.rpartition(".")[2] for pattern in one.patterns)][one.whole] += 1
     for kind, given in kinds.items():
         console.print(
             f"{plain(kind)}: {', '.join(f'{n} {scheme}' for scheme, n in given.most_common())}", highlight=False

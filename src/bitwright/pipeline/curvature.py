@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bitwright.calibration.windows import Drawn
 from bitwright.models.skeleton import Skeleton
+from bitwright.numerics.input_quantization import InputQuantization
+from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import first_hidden_states, read_block, read_lent
 from bitwright.plan.preflight import Plan
 from bitwright.system.progress import Progress
@@ -148,11 +150,27 @@ def _back(
     return found
 
 
+@dataclass(frozen=True)
+class WeightedGrams:
+    """Of a matrix's inputs x, with the weights γ of `Curvature.tokens`; both [K, K] float32.
+
+    inputs    Σ γₜ xₜ xₜᵀ / T
+    rounding  the same of rounded x − x; None: they are not rounded
+    """
+
+    inputs: Tensor
+    rounding: Tensor | None
+
+
 @torch.no_grad()
 def weighted_grams(
-    skeleton: Skeleton, index: int, given: Sequence[Tensor], tokens: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Σ γₜ xₜ xₜᵀ / T of what each matrix of block `index` reads, [K, K] float32, with the weights γ of `Curvature.tokens`.
+    skeleton: Skeleton,
+    index: int,
+    given: Sequence[Tensor],
+    tokens: Mapping[str, Tensor],
+    activations: Scheme | None = None,
+) -> dict[str, WeightedGrams]:
+    """The weighted Grams of each matrix of block `index`; activations: how inputs would be rounded.
 
     given: the block's inputs [B, T, H], from the first window on; its weights must be loaded. An expert whose router decides
     otherwise here than when gradients were taken counts all of its tokens alike.
@@ -174,6 +192,12 @@ def weighted_grams(
     grams = {}
     for name in list(read):
         x, counted = torch.cat(read.pop(name)).float(), tokens[name]
-        counted = counted if len(counted) == len(x) else torch.ones(len(x))
-        grams[name] = x.T @ (x * counted.to(x.device)[:, None]) / len(x)
+        counted = counted.to(x.device) if len(counted) == len(x) else torch.ones(len(x), device=x.device)
+        error = None if activations is None else InputQuantization(activations)(x) - x
+        grams[name] = WeightedGrams(_gram(x, counted), None if error is None else _gram(error, counted))
     return grams
+
+
+def _gram(x: Tensor, counted: Tensor) -> Tensor:
+    """Σ γₜ xₜ xₜᵀ / T."""
+    return x.T @ (x * counted[:, None]) / len(x)

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +15,11 @@ from bitwright.files.hub import local
 from bitwright.formats import SCHEME, SCHEMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
+from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens
-from bitwright.pipeline.scores import STAND_IN, Scores, scored
+from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, scored
 from bitwright.plan.allocation import Allocation, Option
+from bitwright.plan.input_rounding import check_inputs, input_scheme, rounded_inputs, weights_kl
 from bitwright.plan.preflight import Plan, preflight, shapes_digest
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.target import Target
@@ -32,8 +34,10 @@ TOLERANCE = 0.005  # share by which a target may be above the largest allocation
 class Settings:
     """What a plan depends on, beside model and target; as for `quantize`.
 
-    schemes  candidates; None: those of plan/units.py
-    keep     patterns of matrices that stay in float
+    schemes         candidates; None: those of plan/units.py
+    keep            patterns of matrices that stay in float
+    activations     what inputs are rounded to where that costs least, such as int8-token; None: they stay in float
+    activations_kl  the KL, in nats a token, that rounding inputs may be predicted to add
     """
 
     format: str = "compressed-tensors"
@@ -44,16 +48,29 @@ class Settings:
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
+    activations: str | None = None
+    activations_kl: float | None = None
+
+    @property
+    def inputs(self) -> Scheme | None:
+        """What inputs are rounded to. RecipeError for a scheme that a plan cannot have, or one without a KL."""
+        return input_scheme(self.activations, self.activations_kl)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a plan gives one unit, and the KL that it is predicted to add."""
+    """What a plan gives one unit, and the KL that it is predicted to add; activations: how its inputs are rounded, or ""."""
 
     patterns: tuple[str, ...]
     scheme: str
     bytes: int
     kl: float
+    activations: str = ""
+
+    @property
+    def whole(self) -> str:
+        """Scheme of weights and of inputs: int8-channel+int8-token."""
+        return "+".join(filter(None, (self.scheme, self.activations)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class PlannedRecipe:
             "predicted_kl": self.kl,
             "smallest": {"bytes": least, "predicted_kl": worst},
             "largest": {"bytes": most, "predicted_kl": best},
-            "schemes": dict(Counter(one.scheme for one in self.given).most_common()),
+            "schemes": dict(Counter(one.whole for one in self.given).most_common()),
             "units": [{"match": list(one.patterns), **_plain(one)} for one in self.given],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 2),
@@ -95,7 +112,8 @@ class PlannedRecipe:
 
 
 def _plain(one: Given) -> dict[str, Any]:
-    return {"scheme": one.scheme, "bytes": one.bytes, "predicted_kl": one.kl}
+    inputs = {"activations": one.activations} if one.activations else {}
+    return {"scheme": one.scheme, **inputs, "bytes": one.bytes, "predicted_kl": one.kl}
 
 
 def plan_recipe(
@@ -117,13 +135,12 @@ def plan_recipe(
     _Sizes.of(base, units).check(target)
     tokens = calibration_tokens(base, settings.calib, settings.seed)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
-        found = scored(base, units, tokens, scores or Path(thrown_away), progress)
+        found = scored(base, units, tokens, scores or Path(thrown_away), progress, settings.inputs)
     spending = _Spending(model, settings, base, units, found.scores)
-    text, plan, options = spending.met(target)
-    given = tuple(Given(u.patterns, o.scheme, o.bytes, o.loss) for u, o in zip(units, options, strict=True))
+    text, plan, given = spending.met(target)
     said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
     notes = (*plan.notes, *said, *found.notes, *_notes(settings))
-    kl = sum(option.loss for option in options)
+    kl = sum(one.kl for one in given)
     return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
 
 
@@ -141,7 +158,10 @@ def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
         samples=settings.samples, seqlen=settings.seqlen,
     )  # fmt: skip
     _ = base.skeleton.head_name  # CheckpointError for an encoder: it predicts nothing that could differ
-    return base, units_of(base, settings.schemes)
+    units, inputs = units_of(base, settings.schemes), settings.inputs
+    if inputs is not None:
+        check_inputs(base, units, inputs)
+    return base, units
 
 
 def _notes(settings: Settings) -> list[str]:
@@ -205,43 +225,58 @@ class _Spending:
     """The allocations of one model."""
 
     def __init__(self, model: Path, settings: Settings, base: Plan, units: list[Unit], scores: Scores) -> None:
-        self.model, self.settings, self.base, self.units = model, settings, base, units
+        self.model, self.settings, self.base, self.units, self.scores = model, settings, base, units, scores
         self.sizes = _Sizes.of(base, units)
         self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
         self.allocation = Allocation(self.options)
 
     @property
     def bounds(self) -> tuple[tuple[int, float], tuple[int, float]]:
-        """(bytes, predicted KL) of the smallest and of the largest allocation."""
+        """(bytes, predicted KL) of the smallest and of the largest allocation, with inputs in float."""
         kls = [sum(pick(unit, key=lambda o: o.bytes).loss for unit in self.options) for pick in (min, max)]
         return (self.sizes.other + self.sizes.least, kls[0]), (self.sizes.other + self.sizes.most, kls[1])
 
-    def met(self, target: Target) -> tuple[str, Plan, list[Option]]:
-        """Recipe, plan and options that meet the target. RecipeError, with both bounds, if there are none."""
+    def met(self, target: Target) -> tuple[str, Plan, tuple[Given, ...]]:
+        """Recipe, plan and what units are given, to meet the target. RecipeError, with both bounds, if that cannot be."""
         (_, worst), (_, best) = self.bounds
         out_of_reach = self.sizes.out_of_reach(target, (worst, best))
         if target.kl is not None:
-            cheapest = self.allocation.below(target.kl)
-            if cheapest is None or target.kl > worst:
+            limit = weights_kl(target.kl, self.settings.activations_kl)
+            cheapest = self.allocation.below(limit)
+            if cheapest is None or limit > worst:
                 raise out_of_reach
-            return (*self._carried(cheapest), cheapest)
-        limit, other = self.sizes.limit(target)
+            return self._carried(cheapest)
+        most, other = self.sizes.limit(target)
 
-        def carry_out(options: list[Option]) -> tuple[tuple[str, Plan], int]:
+        def carry_out(options: list[Option]) -> tuple[tuple[str, Plan, tuple[Given, ...]], int]:
             made = self._carried(options)
             return made, made[1].bytes if target.size is not None else _data_bytes(made[1])
 
-        found = self.allocation.carried_out(limit, other, carry_out)
+        found = self.allocation.carried_out(most, other, carry_out)
         if found is None:
             raise out_of_reach
-        return (*found[0], found[1])
+        return found[0]
 
-    def _carried(self, options: list[Option]) -> tuple[str, Plan]:
-        """The recipe that gives each unit its option, and the plan of the run that it leads to."""
-        settings = self.settings
-        text = _text(self.units, options, settings, self.base)
+    def _carried(self, options: list[Option]) -> tuple[str, Plan, tuple[Given, ...]]:
+        """The recipe that gives each unit its option, the plan of the run that it leads to, and what each is given."""
+        settings, given = self.settings, self._given(options)
+        text = _text(given, settings, self.base)
         recipe = Recipe.of_text(text, scheme=SCHEMES.get(settings.format, SCHEME), method=settings.method)
-        return text, preflight(self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen)
+        plan = preflight(self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen)
+        return text, plan, given
+
+    def _given(self, options: list[Option]) -> tuple[Given, ...]:
+        """What each unit is given: its option, and where inputs are rounded."""
+        plainly = tuple(Given(u.patterns, o.scheme, o.bytes, o.loss) for u, o in zip(self.units, options, strict=True))
+        inputs, limit = self.settings.inputs, self.settings.activations_kl
+        if inputs is None or limit is None:
+            return plainly
+        costs = [_inputs_cost(unit, self.scores) for unit in self.units]
+        where = rounded_inputs(self.base, self.units, [one.scheme for one in plainly], costs, inputs, limit)
+        return tuple(
+            replace(one, activations=str(inputs), kl=one.kl + (cost or 0.0)) if yes else one
+            for one, cost, yes in zip(plainly, costs, where, strict=True)
+        )
 
 
 def _data_bytes(plan: Plan) -> int:
@@ -255,17 +290,25 @@ def _option(unit: Unit, scores: Scores, at: int) -> Option:
     return Option(choice.scheme, choice.bytes, sum(kls))
 
 
-def _text(units: Sequence[Unit], options: Sequence[Option], settings: Settings, base: Plan) -> str:
-    """The recipe: one rule for the most frequent scheme, and one for each unit that gets another."""
-    usual = Counter(option.scheme for option in options).most_common(1)[0][0]
-    rules = [("*", usual)]
-    for unit, option in zip(units, options, strict=True):
-        if option.scheme != usual:
-            rules += [(pattern, option.scheme) for pattern in unit.patterns]
-    rules += [(pattern, "keep") for pattern in settings.keep]
+def _inputs_cost(unit: Unit, scores: Scores) -> float | None:
+    """The KL that rounding a unit's inputs adds; None for the embedding and the head, whose inputs stay in float."""
+    of = [scores[t.layer.name].get(INPUTS) for t in unit.members if t.layer is not None]
+    known = [kl for kl in of if kl is not None]
+    return sum(known) if len(known) == len(unit.members) else None
+
+
+def _text(given: Sequence[Given], settings: Settings, base: Plan) -> str:
+    """The recipe: one rule for what most units get, and one for each unit that gets something else."""
+    usual = Counter((one.scheme, one.activations) for one in given).most_common(1)[0][0]
+    rules = [("*", *usual)]
+    for one in given:
+        if (one.scheme, one.activations) != usual:
+            rules += [(pattern, one.scheme, one.activations) for pattern in one.patterns]
+    rules += [(pattern, "keep", "") for pattern in settings.keep]
     head = [f'made_for = "{shapes_digest(base.skeleton)}"', *(["pure = true"] if base.format.one_file else [])]
     parts = ["\n".join(head)]
-    for match, scheme in rules:
-        method = [] if scheme == "keep" else [f'method = "{settings.method}"']
-        parts.append("\n".join(["[[rule]]", f'match = "{match}"', f'scheme = "{scheme}"', *method]))
+    for match, scheme, activations in rules:
+        more = [] if scheme == "keep" else [f'method = "{settings.method}"']
+        more += [f'activations = "{activations}"'] if activations else []
+        parts.append("\n".join(["[[rule]]", f'match = "{match}"', f'scheme = "{scheme}"', *more]))
     return "\n\n".join(parts) + "\n"

@@ -2,12 +2,14 @@
 
 scores.json                what the scores depend on: model, text, format, method, schemes, code
 curvature.safetensors      ½ Fₙₙ of each output, and how much each token counts: see curvature.py
-block-00003.json           {module: {scheme: KL}} of block 3; the last is of the embedding and the head
+block-00003.json           {module: {scheme: KL}} of block 3; the last is of the embedding and the head. What rounding the
+                           module's inputs costs stands under "inputs"
 hidden-00004.safetensors   inputs of block 4, until its scores are written
 
 One pass through the float model. Each input is observed once, and the matrices that read it are rounded on its Gram by the
 method that will be used, on a sample of their rows, in every scheme. Each row's loss, with tokens weighted by their gradients,
-times the row's curvature, summed up, is the KL.
+times the row's curvature, summed up, is the KL. So it is where inputs are rounded, with the Gram of what rounding takes from
+them in place of the matrix's error.
 Scores of another model, text, method or code are never used: they are computed again, and `notes` says so.
 """
 
@@ -29,6 +31,7 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.models.layers import matrix_of
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import energy
+from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import (
     HiddenStates,
     digest,
@@ -38,7 +41,7 @@ from bitwright.pipeline.calibration_pass import (
     read_block,
     read_lent,
 )
-from bitwright.pipeline.curvature import Curvature, curvature, weighted_grams
+from bitwright.pipeline.curvature import Curvature, WeightedGrams, curvature, weighted_grams
 from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
@@ -53,6 +56,7 @@ ROWS = 128  # of a matrix that are rounded in each scheme
 ENDS_ROWS = 1024  # of the embedding and the head
 AT_ONCE = 1 << 14  # rows of theirs that are multiplied at a time
 STAND_IN = "gptq"  # scores methods that need the quantized model's inputs, which are not known yet
+INPUTS = "inputs"  # beside the schemes of a module: rounding of its inputs
 REMOVE = "remove this directory, or name another, and the scores are computed anew"
 
 Scores = dict[str, dict[str, float]]  # module -> scheme -> KL in nats a token
@@ -145,23 +149,31 @@ class ScoreStore:
 ENDS, TOKENS = ("head", "embedding"), "tokens of "  # names in the file of the curvature
 
 
-def scored(plan: Plan, units: Sequence[Unit], tokens: Drawn, folder: Path, progress: Progress) -> Scored:
+def scored(
+    plan: Plan,
+    units: Sequence[Unit],
+    tokens: Drawn,
+    folder: Path,
+    progress: Progress,
+    activations: Scheme | None = None,
+) -> Scored:
     """The scores of every matrix of a base plan in every choice that its unit has; those in `folder` are not computed again.
 
+    activations: what inputs may be rounded to
     Errors as of `ScoreStore`; CheckpointError for a weight that is not finite.
     """
-    store, depth = ScoreStore(folder, _key(plan, units, tokens.seen)), len(plan.skeleton)
+    store, depth = ScoreStore(folder, _key(plan, units, tokens.seen, activations)), len(plan.skeleton)
     count = depth + plan.format.embeddings
     first = store.first_missing(count)
     if first < count:
         of = store.curvature()
         if of is None:
             store.keep_curvature(of := curvature(plan, tokens.seen, progress))
-        _score_blocks(plan, _layers_of(units), tokens, store, of, first, progress)
+        _score_blocks(plan, _Tried(_layers_of(units), activations), tokens, store, of, first, progress)
     return Scored(store.read(count), store.notes)
 
 
-def _key(plan: Plan, units: Sequence[Unit], tokens: Tensor) -> dict[str, Any]:
+def _key(plan: Plan, units: Sequence[Unit], tokens: Tensor, activations: Scheme | None) -> dict[str, Any]:
     tried = [[list(unit.patterns), [choice.scheme for choice in unit.choices]] for unit in units]
     rules = [rule.describe() for rule in plan.recipe.rules]
     known = key_of(plan, tokens)
@@ -172,10 +184,19 @@ def _key(plan: Plan, units: Sequence[Unit], tokens: Tensor) -> dict[str, Any]:
         "format": plan.format.name,
         "method": [[rule["method"], rule["options"], rule["transforms"]] for rule in rules],
         "choice of schemes": digest(json.dumps(tried).encode()),
+        "rounding of inputs": str(activations or ""),
     }
 
 
 Layers = dict[str, dict[str, PlannedTensor]]  # module -> scheme -> the matrix as stored in it
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What is scored: every matrix in every scheme that it may have, and what inputs may be rounded to."""
+
+    layers: Layers
+    activations: Scheme | None
 
 
 def _layers_of(units: Sequence[Unit]) -> Layers:
@@ -196,7 +217,7 @@ def _rule(t: PlannedTensor) -> Rule:
 
 
 def _score_blocks(
-    plan: Plan, layers: Layers, tokens: Drawn, store: ScoreStore, of: Curvature, first: int, progress: Progress
+    plan: Plan, tried: _Tried, tokens: Drawn, store: ScoreStore, of: Curvature, first: int, progress: Progress
 ) -> None:
     """Let the tokens through the float model, and score each block as they reach it."""
     skeleton, depth = plan.skeleton, len(plan.skeleton)
@@ -208,10 +229,10 @@ def _score_blocks(
         skeleton.load(weights | read_lent(plan, index))
         members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         found: Scores = {}
-        weighted = weighted_grams(skeleton, index, states.given, of.tokens)
+        weighted = weighted_grams(skeleton, index, states.given, of.tokens, tried.activations)
         for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
-            found |= _score_together(plan, layers, some, inputs, of.modules, weighted)
+            found |= _score_together(plan, tried.layers, some, inputs, of.modules, weighted)
         states.given = [skeleton.run(index, batch) for batch in states.given]
         if index + 1 < depth or plan.format.embeddings:
             store.keep_hidden(index + 1, torch.cat(states.given))
@@ -219,7 +240,7 @@ def _score_blocks(
         skeleton.unload(index)
         return_memory()
     if plan.format.embeddings:
-        store.write(depth, _score_ends(plan, layers, read_block(plan, depth), states, tokens.seen, of))
+        store.write(depth, _score_ends(plan, tried.layers, read_block(plan, depth), states, tokens.seen, of))
     progress("scores", depth, depth)
 
 
@@ -253,14 +274,16 @@ def _score_together(
     weights: Mapping[str, Tensor],
     inputs: Inputs,
     curved: Mapping[str, Tensor],
-    weighted: Mapping[str, Tensor],
+    weighted: Mapping[str, WeightedGrams],
 ) -> Scores:
     """Score matrices that read the same input; those that may have the same scheme are rounded as one."""
-    metric, of = metric_of(plan.skeleton.dtype, inputs), plan.skeleton.model.get_submodule
-    matrices = {
-        n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), weighted.get(n, metric)) for n, w in weights.items()
-    }
+    observed, of = metric_of(plan.skeleton.dtype, inputs), plan.skeleton.model.get_submodule
+    metrics = {name: weighted[name].inputs if name in weighted else observed for name in weights}
+    matrices = {n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), metrics[n]) for n, w in weights.items()}
     found: Scores = {name: {} for name in weights}
+    for name, grams in weighted.items():
+        if name in weights and grams.rounding is not None:
+            found[name][INPUTS] = float((matrices[name].curved * energy(matrices[name].w, grams.rounding)).sum())
     for scheme in dict.fromkeys(scheme for name in weights for scheme in layers[name]):
         stored = {name: layers[name][scheme] for name in weights if scheme in layers[name]}
         rowwise = all(t.layer is not None and t.layer.scheme.rowwise for t in stored.values())

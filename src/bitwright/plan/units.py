@@ -115,6 +115,18 @@ def _unit(plan: Plan, members: list[PlannedTensor], schemes: Sequence[str] | Non
     return Unit(tuple(patterns), tuple(members), tuple(choices))
 
 
+def fits(plan: Plan, members: Sequence[PlannedTensor], scheme: str, activations: Scheme) -> bool:
+    """Whether the format holds all members in this scheme with their inputs rounded."""
+    if scheme == KEEP:
+        return False
+    try:
+        for t in members:
+            _stored(plan, t, scheme, activations)
+    except FormatError:
+        return False
+    return True
+
+
 def _choice(plan: Plan, members: list[PlannedTensor], scheme: str) -> Choice | None:
     """The members in this scheme; None if it does not fit one of them, or the method does not serve it."""
     if scheme == KEEP:
@@ -131,11 +143,12 @@ def _choice(plan: Plan, members: list[PlannedTensor], scheme: str) -> Choice | N
     return Choice(scheme, layers, sum(spec_bytes(plan.specs([t])) for t in stored))
 
 
-def _stored(plan: Plan, t: PlannedTensor, scheme: str) -> Layer:
+def _stored(plan: Plan, t: PlannedTensor, scheme: str, activations: Scheme | None = None) -> Layer:
     assert t.layer is not None
     kind = TYPES.get(scheme.upper()) if plan.format.one_file else None
     of = Scheme.parse(scheme) if kind is None else kind.scheme
-    return plan.format.adapt(replace(t.layer, scheme=of, container=kind.name if kind else ""), t.dtype)
+    layer = replace(t.layer, scheme=of, container=kind.name if kind else "", activations=activations)
+    return plan.format.adapt(layer, t.dtype)
 
 
 def _check(plan: Plan, schemes: Sequence[str]) -> None:
