@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -15,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import bitwright
 from bitwright.errors import CalibrationError, RecipeError, VerificationError
+from bitwright.nn.batches import outputs
 from bitwright.nn.layers import StaticProduct
 from small_modules import converted, relative
 
@@ -540,3 +543,42 @@ def test_a_wrapped_function_may_change_its_lists() -> None:
     """As the attention of torchvision's Swin for videos."""
     x, net = torch.randn(16, 8), Rolls().eval()
     assert relative(net(x), converted(net, x)(x)) < 0.02
+
+
+class Drawing(nn.Module):
+    """Draws random numbers that no argument gives rise to: a trace would keep those that it saw."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(64, 64), nn.Linear(64, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.how == "torch":
+            return self.b(x + 0.1 * torch.rand(64))
+        if self.how == "like":
+            return self.b(x + 0.1 * torch.rand_like(x))
+        draw = random.random() if self.how == "python" else float(np.random.rand())
+        return self.b(x * (1 + 0.1 * draw))
+
+
+@pytest.mark.parametrize("how", ["torch", "python", "numpy", "like"])
+def test_random_numbers_stay_random(how: str) -> None:
+    net, x = Drawing(how).eval(), torch.randn(32, 64)
+    made = ways(net, x)
+    assert len(made) >= 3
+    for way, module in made.items():
+        first, second = module(x), module(x)
+        assert not torch.equal(first, second), way
+        assert torch.nn.functional.cosine_similarity(first.flatten(), net(x).flatten(), 0) > 0.98, way
+
+
+@pytest.mark.parametrize("how", ["torch", "python", "numpy"])
+def test_comparisons_draw_alike_and_leave_the_generators_alone(how: str) -> None:
+    net, x = Drawing(how).eval(), torch.randn(8, 64)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    undisturbed = net(x)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    (first,), (second,) = outputs(net, x), outputs(net, x)
+    assert torch.equal(first, second)
+    assert torch.equal(net(x), undisturbed)

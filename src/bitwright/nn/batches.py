@@ -1,8 +1,11 @@
 """Call a module with a batch, and collect the tensors of its output."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +60,38 @@ def cloned(value: Any) -> Any:
 
 
 def outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
-    """All tensors in the module's output for a batch."""
-    return tensors(run(module, batch))
+    """All tensors in the module's output for a batch, to be compared with another's: see `same_draws`."""
+    with same_draws():
+        return tensors(run(module, batch))
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of the generators that a forward draws from by itself: torch's, Python's and numpy's."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def draws(compute: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a function returns, and whether it drew random numbers."""
+    before = random_states()
+    result = compute()
+    drawn, python, (_, keys, position, *_) = random_states()
+    same = torch.equal(before[0], drawn) and before[1] == python
+    return result, not (same and np.array_equal(before[2][1], keys) and before[2][2] == position)
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers inside every time; afterwards the generators go on as if nothing had been drawn."""
+    drawn, python, numpy = random_states()
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(drawn)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitwright.errors import RecipeError, VerificationError, one_of
-from bitwright.nn.batches import Batch, run, tensors
+from bitwright.nn.batches import Batch, outputs, tensors
 from bitwright.nn.dropin import Replacement
 from bitwright.nn.fake import Edge, Phase
 from bitwright.nn.integer import storable
@@ -75,7 +75,7 @@ def check_outputs(
     twin: the module with fake quantization, by which the first wrong operation is found; None: it is not looked for.
     """
     with no_fast_path():
-        message = differs(expected, rounded, tensors(run(found, batch)))
+        message = differs(expected, rounded, outputs(found, batch))
         if message:
             report(message, first_wrong(twin, found, batch) if twin is not None else type(found).__name__, check)
 
@@ -130,8 +130,8 @@ def first_wrong(twin: nn.Module, found: nn.Module, batch: Batch) -> str:
     handles = [a.register_forward_hook(_keep(expected, name, [])) for name, a, _ in pairs]
     handles += [b.register_forward_hook(_keep(seen, name, order)) for name, _, b in pairs]
     try:
-        run(twin, batch)
-        run(found, batch)
+        outputs(twin, batch)
+        outputs(found, batch)
     finally:
         for handle in handles:
             handle.remove()

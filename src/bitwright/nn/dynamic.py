@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.nn.attention import IntegerAttention
 from bitwright.nn.bare_weights import Reads, multiplied_in
-from bitwright.nn.batches import Batch, outputs, require_finite, run, run_named, tensors
+from bitwright.nn.batches import Batch, outputs, require_finite, run, run_named, same_draws, tensors
 from bitwright.nn.check import Check, check_outputs, require_check, rounded_twin
 from bitwright.nn.integer import activations_of, check_activations, storable
 from bitwright.nn.layers import (
@@ -73,7 +73,8 @@ def quantize_dynamic(
     target = off_the_fast_path(kept.apply(target)).eval()
     if source is not None and example_inputs is not None:
         remedy = "example_inputs as the module is called with"
-        expected = tensors(run_named(source, example_inputs, RecipeError, remedy))
+        with same_draws():
+            expected = tensors(run_named(source, example_inputs, RecipeError, remedy))
         require_finite(expected, "the outputs", type(module).__name__)
         twin = rounded_twin(source, layers_of(source, DYNAMIC, kept), weights, rounding)
         check_outputs(target, example_inputs, expected, outputs(twin, example_inputs), check)

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import CalibrationError, NumericsError, RecipeError, one_of
-from bitwright.nn.batches import Batch, run, run_named, tensors
+from bitwright.nn.batches import Batch, outputs, run_named
 from bitwright.nn.dynamic import DYNAMIC, nothing_to_quantize
 from bitwright.nn.edges import Maker
 from bitwright.nn.fake import Edge
@@ -103,7 +103,7 @@ def _prepared(
     with no_fast_path():
         source = copied(module)
         run_named(source, example, RecipeError, "example_inputs as the module is called with")
-        expected = run(source, example)  # the second run, as a stateful module gives another result
+        expected = outputs(source, example)  # the second run, as a stateful module gives another result
         del source
         target = plain(module if inplace else copied(module), kept)
         maker = Maker(target, example, of_weights, of_values, observer, percentile, kept, training)
@@ -111,7 +111,7 @@ def _prepared(
         prepared = Prepared(body, of_weights, of_values, kept, example).eval()
         if not prepared.edges() and not layers_of(prepared, DYNAMIC, Kept(prepared, {})):
             raise nothing_to_quantize(module)
-        _check_same(expected, run(prepared, example), type(module).__name__)
+        _check_same(expected, outputs(prepared, example), type(module).__name__)
     return prepared
 
 
@@ -150,9 +150,8 @@ def require_prepared(module: nn.Module) -> None:
     raise RecipeError(message, where=type(module).__name__, remedy=remedy)
 
 
-def _check_same(expected: Any, found: Any, where: str) -> None:
+def _check_same(left: list[Tensor], right: list[Tensor], where: str) -> None:
     """RecipeError if the graph's outputs differ from the module's; NumericsError if these are not finite."""
-    left, right = tensors(expected), tensors(found)
     message = "its graph computes something else: what it does depends on values or on state"
     different = RecipeError(message, where=where, remedy='keep={"the submodule": "float"}, or move the condition out')
     if len(left) != len(right):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import CalibrationError
-from bitwright.nn.batches import Batch, require_finite, run, tensors
+from bitwright.nn.batches import Batch, outputs, require_finite
 from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize
 from bitwright.nn.integer import activations_of
 from bitwright.nn.plain import plain
@@ -56,12 +56,12 @@ def errors_alone(
     errors: dict[str, dict[str, float]] = {}
     with no_fast_path():
         name = type(module).__name__
-        expected = [require_finite(tensors(run(module, batch)), "the outputs", name) for batch in batches]
+        expected = [require_finite(outputs(module, batch), "the outputs", name) for batch in batches]
         for name, layer in layers:
             errors[name] = {}
             for form, other in forms(name, layer).items():
                 module = replaced(module, layer, other)
-                errors[name][form] = _lost(expected, [tensors(run(module, batch)) for batch in batches])
+                errors[name][form] = _lost(expected, [outputs(module, batch) for batch in batches])
                 module = replaced(module, other, layer)
     return errors
 

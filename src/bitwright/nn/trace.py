@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from bitwright.errors import RecipeError
+from bitwright.nn.batches import draws
 from bitwright.nn.rearranged import LEAVES
 from bitwright.nn.tree import kind
 
@@ -175,9 +176,11 @@ def traced(module: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule | str:
             return f"its argument {name!r} is no tensor"
         fixed[name] = value
     try:
-        graph = Tracer(fixed).trace(module)
+        graph, random = draws(lambda: Tracer(fixed).trace(module))
     except Exception as error:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         return f"{type(error).__name__}: {error}".splitlines()[0]
+    if random:
+        return "it draws random numbers, which a graph would keep for ever"
     made = fx.GraphModule(module, graph, type(module).__name__)
     simple = {name: value for name, value in vars(module).items() if name not in vars(made) and _simple(value)}
     made.meta[PRESERVED] = simple  # torch.fx copies these; what holds the module may read them
