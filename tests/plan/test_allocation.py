@@ -49,6 +49,16 @@ def test_what_the_grid_leaves_over_is_spent(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0.995 * budget < sum(o.bytes for o in found) <= budget
 
 
+def test_the_smallest_loss_of_all_is_reached() -> None:
+    """Sizes are rounded up to cells one by one: with many units, together by many cells."""
+    many = units(60, 7)
+    allocation = Allocation(many)
+    least = sum(unit[-1].loss for unit in many)
+    found = allocation.below(least * (1 + 1e-9))
+    assert found == [unit[-1] for unit in many]
+    assert allocation.below(least * 0.999) is None
+
+
 def test_targets() -> None:
     assert (bytes_of("100MB"), bytes_of("1.5 GiB"), bytes_of("300")) == (100_000_000, 3 << 29, 300)
     for size, bits, kl in (

@@ -41,20 +41,25 @@ class Allocation:
 
     def _table(self) -> tuple[NDArray[np.float64], list[NDArray[np.uint8]]]:
         """The least loss for each budget above `least`, in cells; and, unit by unit, the option that was taken to reach it."""
-        width = -(-(self.most - self.least) // self.cell) + 1
+        width = 1 + sum(
+            self._cells(unit[-1], unit) for unit in self.units
+        )  # up to the largest of each, rounded up one by one
         best, taken = np.zeros(width), []
         for unit in self.units:
             found, choice = np.full(width, np.inf), np.zeros(width, np.uint8)
             for at, option in enumerate(unit):
-                cells = -(-(option.bytes - unit[0].bytes) // self.cell)
-                if cells < width:
-                    tried = best[: width - cells] + option.loss
-                    better = tried < found[cells:]
-                    found[cells:][better] = tried[better]
-                    choice[cells:][better] = at
+                cells = self._cells(option, unit)
+                tried = best[: width - cells] + option.loss
+                better = tried < found[cells:]
+                found[cells:][better] = tried[better]
+                choice[cells:][better] = at
             best = found
             taken.append(choice)
         return best, taken
+
+    def _cells(self, option: Option, unit: Sequence[Option]) -> int:
+        """Bytes above the unit's smallest option, in cells, rounded up."""
+        return -(-(option.bytes - unit[0].bytes) // self.cell)
 
     def within(self, budget: int) -> list[Option] | None:
         """The best option for each unit, of at most `budget` bytes together; None if even the smallest take more."""
@@ -97,7 +102,7 @@ class Allocation:
         for unit, choice in zip(reversed(self.units), reversed(self._taken), strict=True):
             option = unit[choice[cell]]
             found.append(option)
-            cell -= -(-(option.bytes - unit[0].bytes) // self.cell)
+            cell -= self._cells(option, unit)
         return found[::-1]
 
     def _spend(self, options: list[Option], budget: int) -> list[Option]:
