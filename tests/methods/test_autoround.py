@@ -17,7 +17,8 @@ from bitwright.numerics.codec import code_range, decode, encode, group_view, is_
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline import tune_block
 from bitwright.pipeline.ledger import from_jsonl
-from bitwright.plan.recipe import Recipe, Rule
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import Rule
 from conftest import make_checkpoint
 
 SCHEMES = ["int4-g32", "int3-g64-asym", "int2-g32-asym1", "int4-g32-min", "int8-channel", "q4_k", "ternary-channel"]

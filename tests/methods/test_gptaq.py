@@ -18,7 +18,7 @@ from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import loss
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan.recipe import Rule
+from bitwright.plan.rule import Rule
 from conftest import make_checkpoint
 
 

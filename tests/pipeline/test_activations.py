@@ -22,7 +22,8 @@ from bitwright.numerics.codec import decode, encode, fit, rounded
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.ledger import from_jsonl
-from bitwright.plan.recipe import Recipe, Rule
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import Rule
 
 CT, GPTQ = FORMATS["compressed-tensors"], FORMATS["gptq"]
 INT8, FP8 = Scheme.parse("int8-token"), Scheme.parse("fp8-token")

@@ -21,7 +21,7 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.guard import block_error, judge
 from bitwright.pipeline.ledger import Entry
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.recipe import Rule
+from bitwright.plan.rule import Rule
 from conftest import make_checkpoint
 
 SMALL: dict[str, Any] = {"samples": 8, "seqlen": 32}

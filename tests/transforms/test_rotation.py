@@ -13,7 +13,8 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import check_rotation
 from bitwright.pipeline.run import run
 from bitwright.plan.preflight import preflight
-from bitwright.plan.recipe import Recipe, Rule
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import Rule
 from bitwright.transforms import Awq, Rotate
 from bitwright.transforms.rotation import ROTATABLE, Rotation
 from conftest import make_checkpoint

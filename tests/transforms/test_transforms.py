@@ -15,7 +15,8 @@ from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.loss import loss
 from bitwright.numerics.qtensor import Outliers, QTensor, rows
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan.recipe import Recipe, Rule
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import Rule
 from bitwright.transforms import split_method
 
 INT3, INT8, TOKEN = Scheme.parse("int3-g32-asym"), Scheme.parse("int8-channel"), Scheme.parse("int8-token")

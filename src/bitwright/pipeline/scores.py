@@ -47,7 +47,7 @@ from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.preflight import Plan
-from bitwright.plan.recipe import Rule
+from bitwright.plan.rule import Rule
 from bitwright.plan.units import Unit
 from bitwright.system.memory import return_memory
 from bitwright.system.progress import Progress

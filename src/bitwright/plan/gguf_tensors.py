@@ -34,7 +34,8 @@ from bitwright.plan.planned_tensor import (
     half_precision,
     in_float,
 )
-from bitwright.plan.recipe import Recipe, Rule
+from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import Rule
 
 GGUF = FORMATS["gguf"]
 KEPT_PARTS = (

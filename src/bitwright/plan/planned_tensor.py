@@ -7,7 +7,7 @@ import torch
 
 from bitwright.errors import FormatError
 from bitwright.formats import Layer
-from bitwright.plan.recipe import Rule
+from bitwright.plan.rule import Rule
 
 SMALLEST = 32  # weights in GGUF's smallest blocks
 FLOAT_TARGETS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

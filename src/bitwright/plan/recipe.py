@@ -19,158 +19,27 @@ pure = true              (GGUF: a mix such as q2_k stands for its block type in 
 temper = 0.05            (GGUF: an output temperature for up to 5 % more KL: see transforms/output_temperature.py).
 """
 
-import inspect
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitwright.calibration.ranges import RANGES
-from bitwright.errors import RecipeError, SchemeError, one_of
-from bitwright.formats.ggml import TYPES
-from bitwright.gguf.file_types import FILE_TYPES, FLOAT_TYPES, MIXES
-from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED, METHODS, check_serves
+from bitwright.errors import RecipeError
+from bitwright.gguf.file_types import FILE_TYPES
+from bitwright.methods import ASYMMETRIC, BLOCKWISE
 from bitwright.methods.autoround import Options
 from bitwright.models.kv_cache import check as check_kv
-from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
-from bitwright.sparsity.pruning import Pruning
-from bitwright.transforms import NAMES, TRANSFORMS, Awq, Outlier, Rotate, Smooth, Transform, split_method
+from bitwright.numerics.scheme import Scheme
+from bitwright.plan.recipe_file import Defaults, checked, read_content, rule_of
+from bitwright.plan.rule import KEEP, Rule
+from bitwright.transforms import Rotate
 
-KEEP = "keep"
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
-UNPRUNED = "none"
-EXAMPLES = {  # of a rule's keys, for errors
-    "match": 'match = "*"',
-    "scheme": 'scheme = "int4-g128"',
-    "method": 'method = "gptq"',
-    "options": "options = { sweeps = 4 }",
-    "activations": 'activations = "int8-token"',
-    "transforms": 'transforms = ["awq"]',
-    "observer": 'observer = "mse"',
-    "prune": 'prune = "wanda:0.5"',
-}
 # Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-SUPPLIED = ("drift", "residual", "pruned")  # keywords of methods that the pipeline fills in
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule of a recipe. scheme None: keep in float, in the type that `mix` names if it names one.
-
-    RecipeError for parts that do not fit together.
-    """
-
-    match: str
-    scheme: Scheme | None
-    method: str = "gptq"
-    options: dict[str, Any] = field(default_factory=dict)
-    activations: Scheme | None = None
-    transforms: tuple[Transform, ...] = ()
-    observer: str = "mse"
-    mix: str = ""  # llama.cpp's mix, if the scheme's text names one; `scheme` is then that of most tensors
-    exact: bool = False  # `mix` is a block type (or float type), for every tensor that matches
-    regex: bool = False  # `match` is a regular expression, found anywhere in llama.cpp's name of a tensor
-    prune: Pruning | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            self._check_schemes()
-            self._check_method()
-            self._check_transforms()
-        except RecipeError as error:
-            error.where = error.where or self.match
-            raise
-
-    def _check_schemes(self) -> None:
-        if self.scheme is not None and self.scheme.group == TOKEN:
-            message = f"{self.scheme} is for activations: weights have no tokens"
-            raise RecipeError(message, remedy="give --scheme int8-channel, or --activations for this one")
-        if self.activations is not None and self.activations.group not in (TOKEN, TENSOR):
-            message = f"activations are rounded token by token or as a whole tensor, not as {self.activations}"
-            raise RecipeError(message, remedy="give int8-token, fp8-token or int8-tensor")
-        if self.observer not in RANGES:
-            raise RecipeError(f"unknown observer {self.observer!r}", remedy=one_of(self.observer, RANGES))
-
-    def _check_method(self) -> None:
-        if self.method not in METHODS:
-            raise RecipeError(f"unknown method {self.method!r}", remedy=one_of(self.method, METHODS))
-        parameters = inspect.signature(METHODS[self.method]).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SUPPLIED]
-        for name in self.options:
-            if name not in known:
-                remedy = f"its options: {', '.join(known) or 'none'}"
-                raise RecipeError(f"method {self.method} has no option {name!r}", remedy=remedy)
-        if self.scheme is not None:
-            check_serves(self.method, self.scheme)
-        elif self.prune is not None:
-            raise RecipeError("matrices that stay in float are not pruned", remedy="give a scheme, or leave out prune")
-
-    def _check_transforms(self) -> None:
-        kinds = [type(transform) for transform in self.transforms]
-        for kind in kinds:
-            if kinds.count(kind) > 1:
-                raise RecipeError(f"{NAMES[kind]} twice on one matrix", remedy="name each transform once")
-        if Rotate in kinds[1:] or Outlier in kinds[:-1]:
-            order = "rotate comes before all other transforms, outlier behind them"
-            raise RecipeError(order, remedy='transforms = ["rotate", "awq", "outlier"]')
-        if Smooth in kinds and self.activations is None and self.scheme is not None:
-            message = "smooth makes inputs easier to round, and this rule does not round them"
-            raise RecipeError(message, remedy="give --activations int8-token; for weights alone use awq")
-        if self.prune is not None and Outlier in kinds:
-            message = "outlier channels stay in float, and cannot be pruned"
-            raise RecipeError(message, remedy="leave out outlier, or prune")
-
-    def transform(self, kind: type[Transform]) -> Transform | None:
-        """The rule's transform of that kind, if it has one."""
-        return next((t for t in self.transforms if isinstance(t, kind)), None)
-
-    @property
-    def static(self) -> bool:
-        """Whether inputs are rounded to a static range, fixed by calibration."""
-        return self.activations is not None and self.activations.group == TENSOR
-
-    @property
-    def scales_channels(self) -> bool:
-        """Whether it has a transform that folds channel scales into a norm or another matrix."""
-        return any(isinstance(t, Awq | Smooth) for t in self.transforms)
-
-    @property
-    def needs_details(self) -> bool:
-        """Whether it needs more of an input than its Gram: ranges, a sample, a histogram."""
-        return self.static or any(not isinstance(t, Rotate) for t in self.transforms)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it uses statistics of the inputs."""
-        weighted = self.method == "search" and self.options.get("objective", "weighted") == "weighted"
-        pruned = self.prune is not None and self.prune.needs_calibration
-        return self.needs_details or self.method in CALIBRATED or weighted or pruned
-
-    @property
-    def name(self) -> str:
-        """The method with its transforms and what is pruned: "awq+wanda:0.5+gptq"."""
-        pruned = [] if self.prune is None else [str(self.prune)]
-        return "+".join([*(NAMES[type(t)] for t in self.transforms), *pruned, self.method])
-
-    def describe(self) -> dict[str, Any]:
-        """The rule as plain data, for manifests."""
-        return {
-            "match": self.match,
-            "scheme": str(self.scheme or self.mix.lower() or KEEP),
-            "method": self.method,
-            "options": self.options,
-            "activations": None if self.activations is None else str(self.activations),
-            "transforms": [{"name": NAMES[type(t)], **asdict(t)} for t in self.transforms],
-            "observer": self.observer,
-            "mix": self.mix,
-            **({"exact": True, "regex": self.regex} if self.exact else {}),
-            "prune": None if self.prune is None else str(self.prune),
-        }
 
 
 @dataclass(frozen=True)
@@ -228,19 +97,19 @@ class Recipe:
         prune: str | None = None,
     ) -> "Recipe":
         """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
-        content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else _content(file))
-        defaults = _Defaults(method, activations, observer, prune)
+        content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else read_content(file))
+        defaults = Defaults(method, activations, observer, prune)
         return cls._of(content, scheme, defaults, str(file or ""))
 
     @classmethod
     def of_text(cls, text: str, *, scheme: str, method: str) -> "Recipe":
         """The recipe that a TOML text says, as `of` reads it from a file."""
-        return cls._of(_checked(tomllib.loads(text), ""), scheme, _Defaults(method, None, "mse", None), "")
+        return cls._of(checked(tomllib.loads(text), ""), scheme, Defaults(method, None, "mse", None), "")
 
     @classmethod
-    def _of(cls, content: Mapping[str, Any], scheme: str, defaults: "_Defaults", where: str) -> "Recipe":
-        rules = [_rule({"match": "*", "scheme": scheme}, defaults, "")]
-        rules += [_rule(entry, defaults, where) for entry in content.get("rule", [])]
+    def _of(cls, content: Mapping[str, Any], scheme: str, defaults: Defaults, where: str) -> "Recipe":
+        rules = [rule_of({"match": "*", "scheme": scheme}, defaults, "")]
+        rules += [rule_of(entry, defaults, where) for entry in content.get("rule", [])]
         kv = content.get("kv_cache")
         return cls(
             tuple(rules),
@@ -340,126 +209,3 @@ def _means(rule: Rule, names: tuple[str, ...]) -> bool:
     if rule.regex:
         return len(names) > 1 and re.search(rule.match, names[1]) is not None
     return any(fnmatchcase(name, rule.match) for name in names)
-
-
-@dataclass(frozen=True)
-class _Defaults:
-    """The command line's choices, for keys that a rule leaves out."""
-
-    method: str
-    activations: str | None
-    observer: str
-    prune: str | None
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """A recipe file as plain data. RecipeError if it is not one."""
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError("no such recipe", where=str(file), remedy="give a TOML file of [[rule]] tables") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        remedy = "mend it, or leave out --recipe"
-        raise RecipeError(f"not a TOML file: {error}", where=str(file), remedy=remedy) from error
-    return _checked(content, str(file))
-
-
-def _checked(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """A recipe's content. RecipeError for a key that is unknown or of the wrong kind."""
-    _known_keys(content, {"rule", "kv_cache", "pure", "temper", "made_for"}, where)
-    if not isinstance(content.get("temper", 0.0), float):
-        raise RecipeError(f"temper is {content['temper']!r}, not a fraction", where=where, remedy="temper = 0.05")
-    if not isinstance(content.get("made_for", ""), str):
-        remedy = "leave the line out, and the recipe is for any model"
-        raise RecipeError(f"made_for is {content['made_for']!r}, not a text", where=where, remedy=remedy)
-    if not isinstance(content.get("rule", []), list):
-        raise RecipeError("rule is not a list of tables", where=where, remedy="write [[rule]] above each rule")
-    return content
-
-
-def _rule(entry: object, defaults: _Defaults, where: str) -> Rule:
-    """One table of the file. RecipeError for a key that is unknown, missing or of the wrong kind."""
-    kinds = {
-        "match": str,
-        "scheme": str,
-        "method": str,
-        "options": dict,
-        "activations": str,
-        "transforms": list,
-        "observer": str,
-        "prune": str,
-    }
-    _known_keys(entry, set(kinds), where)
-    assert isinstance(entry, dict)  # see _known_keys
-    for key, kind in kinds.items():
-        if key in entry and not isinstance(entry[key], kind):
-            remedy = f"such as {EXAMPLES[key]}"
-            raise RecipeError(f"{key} is {entry[key]!r}, not a {kind.__name__}", where=where, remedy=remedy)
-    if "match" not in entry or "scheme" not in entry:
-        remedy = f"such as {EXAMPLES['match']} and {EXAMPLES['scheme']}"
-        raise RecipeError("a rule needs match and scheme", where=where, remedy=remedy)
-    before, method = split_method(entry.get("method", defaults.method))
-    transforms = [transform_of(item, where) for item in [*before, *entry.get("transforms", [])]]
-    activations = entry.get("activations", defaults.activations)
-    name = entry["scheme"]
-    mix = name.upper() if name.upper() in (*MIXES, *FLOAT_TYPES) else ""
-    pruned = entry.get("prune", None if name == KEEP or mix in FLOAT_TYPES else defaults.prune)
-    scheme = None if name == KEEP or mix in FLOAT_TYPES else _scheme_of(mix) if mix else _parsed(name)
-    return Rule(
-        entry["match"],
-        scheme,
-        method,
-        entry.get("options", {}),
-        None if activations in (None, KEEP) else Scheme.parse(activations),
-        tuple(transforms),
-        entry.get("observer", defaults.observer),
-        mix,
-        prune=None if pruned in (None, UNPRUNED) else Pruning.parse(pruned),
-    )
-
-
-def _scheme_of(mix: str) -> Scheme:
-    """The scheme of the block type of a mix's name, or of the type that most of its tensors get."""
-    return TYPES[mix if mix in TYPES else MIXES[mix]].scheme
-
-
-def _parsed(name: str) -> Scheme:
-    """The scheme that a text names. SchemeError suggests the nearest mix, if there is one."""
-    try:
-        return Scheme.parse(name)
-    except SchemeError as error:
-        near = get_close_matches(name.upper(), MIXES, 1, cutoff=0.7)
-        error.remedy = f"did you mean {near[0].lower()}, for an OUT.gguf?" if near else error.remedy
-        raise
-
-
-def transform_of(item: object, where: str) -> Transform:
-    """A transform by name, or as a table of its name and options."""
-    options = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, dict) else {}
-    name = options.pop("name", None)
-    if name not in TRANSFORMS:
-        raise RecipeError(f"unknown transform {name!r}", where=where, remedy=one_of(str(name), TRANSFORMS))
-    kind: Callable[..., Transform] = TRANSFORMS[name]
-    known = list(_parameters(kind))
-    for option in options:
-        if option not in known:
-            raise RecipeError(
-                f"{name} has no option {option!r}", where=where, remedy=f"its options: {', '.join(known)}"
-            )
-    try:
-        return kind(**options)
-    except TypeError as error:
-        remedy = f"its options: {', '.join(known)}, as numbers or words"
-        raise RecipeError(f"{name}: {error}", where=where, remedy=remedy) from error
-
-
-def _parameters(kind: Callable[..., Transform]) -> Iterator[str]:
-    return iter(inspect.signature(kind).parameters)
-
-
-def _known_keys(found: object, known: set[str], where: str) -> None:
-    if not isinstance(found, dict):
-        raise RecipeError("a rule is a table", where=where, remedy="write [[rule]] above each rule")
-    for key in found:
-        if key not in known:
-            raise RecipeError(f"unknown key {key!r}", where=where, remedy=one_of(key, sorted(known)))

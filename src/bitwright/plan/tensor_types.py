@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from bitwright.errors import RecipeError, one_of
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf.file_types import FLOAT_TYPES, MIXES
-from bitwright.plan.recipe import EMBEDDING, HEAD, Recipe, Rule, transform_of
+from bitwright.plan.recipe import EMBEDDING, HEAD, Recipe
+from bitwright.plan.recipe_file import transform_of
+from bitwright.plan.rule import Rule
 from bitwright.transforms import Transform, split_method
 
 
