@@ -189,7 +189,7 @@ def evaluate(
     predictions       a directory that keeps the reference's predictions, for other evaluations on the same texts
     engine            "llama.cpp": round inputs, keys and values as that engine does (GGUF files); None: compute in float
     kv                keys and values rounded to "q8" or "q4", of the model alone; None: in float
-    chat              texts are conversations in the model's chat template: paragraphs in turn, or a .jsonl file of messages
+    chat              texts are conversations in the model's chat template: paragraphs in turn, or a data set
     device            that both models are computed on: "cpu", "cuda" or "cuda:N"
     Raises InputError for a window, reference, engine or chat template that does not fit, CalibrationError for too short a text.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from bitwright.calibration.data_sets import documents, is_data_set, plain, read_file
 from bitwright.calibration.general_text import cut_at_lines, general_pieces, plain_text
 from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
 from bitwright.calibration.text_mix import texts_of, windows_of
@@ -45,20 +46,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_text(source: str) -> str:
-    """A text file, or a built-in text by name. CalibrationError if it is missing, not text, or empty."""
+    """A text file, a data set of texts, or a built-in text by name. CalibrationError as of `read_file` and `plain`."""
     if source in BUILT_IN:
         return BUILT_IN[source]()
-    file = Path(source)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
-        raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8") from error
-    if not text.strip():
-        raise CalibrationError("the text is empty", where=source, remedy="give some thousand words of real text")
-    return text
+    return plain(source) if is_data_set(source) else read_file(source)
 
 
 def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None) -> Tensor:
@@ -107,7 +98,8 @@ def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int
     """A text in pieces of about `size` characters in a seeded order, and notes."""
     if source == "general":
         return general_pieces(tokenizer, size=size, vocabulary=vocabulary, seed=seed)
-    pieces = cut_at_lines(read_text(source), size)
+    whole = documents(tokenizer, source) if is_data_set(source) else [read_text(source)]
+    pieces = [piece for text in whole for piece in cut_at_lines(text, size)]
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pieces[i] for i in order], ()
 

@@ -251,7 +251,7 @@ def evaluate(
         bool,
         typer.Option(
             "--chat",
-            help="Put the text into the model's chat template: a .jsonl file of messages, or paragraphs in turn as user and "
+            help="Put the text into the model's chat template: a .jsonl of conversations, or paragraphs in turn as user and "
             "assistant.",
         ),
     ] = False,

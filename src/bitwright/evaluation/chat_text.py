@@ -3,20 +3,16 @@
 What quantization costs such a model should be measured there.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
+from bitwright.calibration.data_sets import LINE, Conversation, entries, is_data_set, rendered
 from bitwright.calibration.windows import check_ids, opening, read_text, too_short
 from bitwright.errors import CalibrationError, InputError
-
-Message = dict[str, str]  # role and content
-LINE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
 def chat_windows(
@@ -46,46 +42,25 @@ def chat_windows(
     return found
 
 
-def conversations(source: str) -> list[list[Message]]:
+def conversations(source: str) -> list[Conversation]:
     """The conversations in a text.
 
-    Each line of a .jsonl file is one: {"messages": [{"role", "content"}, …]}; other keys of a line are ignored. Of any other
-    text, paragraphs take turns: each two are a user's message and the assistant's answer. CalibrationError as of `read_text`,
-    or for a line of another form.
+    Those of a data set (see data_sets.py). Of any other text, paragraphs take turns: each two are a user's message and the
+    assistant's answer. CalibrationError as of `read_text` and `entries`, and for a data set with texts in it.
     """
-    text = read_text(source)
-    if not source.endswith(".jsonl"):
-        said = [paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-        return [_turns(said[i : i + 2]) for i in range(0, len(said), 2)]
-    lines = enumerate(text.split("\n"), 1)
-    return [_messages(line, f"{source}, line {number}") for number, line in lines if line.strip()]
+    if is_data_set(source):
+        found = entries(source)
+        number = next((i for i, entry in enumerate(found, 1) if isinstance(entry, str)), 0)
+        if number:
+            message = f"entry {number} is a text, not a conversation"
+            raise CalibrationError(message, where=source, remedy=f"texts in a file of their own; here {LINE}")
+        return [entry for entry in found if not isinstance(entry, str)]
+    said = [paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", read_text(source)) if paragraph.strip()]
+    return [_turns(said[i : i + 2]) for i in range(0, len(said), 2)]
 
 
-def _turns(said: list[str]) -> list[Message]:
+def _turns(said: list[str]) -> Conversation:
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=False)]
-
-
-def _messages(line: str, where: str) -> list[Message]:
-    """The messages of one line of a .jsonl file."""
-    try:
-        messages = json.loads(line)["messages"]
-        roles = [(message["role"], message["content"]) for message in messages]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CalibrationError("not a conversation", where=where, remedy=f"write each line as {LINE}") from error
-    if not roles or not all(isinstance(value, str) for pair in roles for value in pair):
-        message = "no messages" if not roles else "a role or content that is not text"
-        raise CalibrationError(message, where=where, remedy=f"write each line as {LINE}")
-    return messages
-
-
-def rendered(tokenizer: Any, conversation: list[Message], where: str, *, asking: bool = False) -> str:
-    """A conversation in the chat template, special tokens as text; asking: and what the template asks for an answer with."""
-    try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asking))
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = "give conversations as the model knows them, or leave out --chat"
-        raise InputError(f"the chat template refuses it: {reason}", where=where, remedy=remedy) from error
 
 
 def _rows(ids: list[int], start: list[int], seqlen: int) -> list[list[int]]:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from bitwright.calibration.data_sets import documents, is_data_set
 from bitwright.calibration.text_mix import BUILT_IN
 from bitwright.calibration.windows import read_text
-from bitwright.errors import CalibrationError, InputError
-from bitwright.evaluation.chat_text import conversations, rendered
+from bitwright.errors import CalibrationError
 from bitwright.files.checkpoint import disk_errors
 
 HELD_OUT = 0.1  # share of the text that is judged on
@@ -15,13 +15,13 @@ HELD_OUT = 0.1  # share of the text that is judged on
 def two_parts(source: str, tokenizer: Any, folder: Path) -> tuple[Path, Path]:
     """Write both parts of a text file into `folder`: for calibration, and held out.
 
-    A .jsonl file of conversations is put into the model's chat template first. CalibrationError for a text that is built in or
-    too short, InputError for conversations without a chat template; others as of `conversations`.
+    A data set's conversations are put into the model's chat template first. CalibrationError for a text that is built in or
+    too short; others as of `documents`.
     """
     if source in BUILT_IN or ("," in source and not Path(source).is_file()):
         remedy = "--calib FILE: text of what the adapter was trained on; or name what to judge on: --text FILE"
         raise CalibrationError("no part of this text can be held out to judge on", where=source, remedy=remedy)
-    pieces = _conversations(source, tokenizer) if source.endswith(".jsonl") else _lines(read_text(source))
+    pieces = documents(tokenizer, source) if is_data_set(source) else read_text(source).splitlines(keepends=True)
     cut = _index_at((1 - HELD_OUT) * sum(map(len, pieces)), pieces)
     if not 0 < cut < len(pieces):
         raise CalibrationError("one line cannot be cut in two parts", where=source, remedy="more text, in lines")
@@ -31,19 +31,6 @@ def two_parts(source: str, tokenizer: Any, folder: Path) -> tuple[Path, Path]:
             file.parent.mkdir(parents=True)
             file.with_suffix(".txt").write_text("".join(part), encoding="utf-8")
     return found[0].with_suffix(".txt"), found[1].with_suffix(".txt")
-
-
-def _lines(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
-
-
-def _conversations(source: str, tokenizer: Any) -> list[str]:
-    """Each conversation in the chat template."""
-    if not tokenizer.chat_template:
-        remedy = "give plain text, or put the model's chat_template.jinja beside it"
-        raise InputError("the model has no chat template", where=source, remedy=remedy)
-    said = enumerate(conversations(source), 1)
-    return [rendered(tokenizer, one, f"{source}, conversation {number}") + "\n" for number, one in said]
 
 
 def _index_at(length: float, pieces: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Training data of a language model: windows of tokens, which of them count in the loss, and where each conversation begins.
 
-Plain text is cut into windows as for calibration, and every token counts. Conversations (.jsonl) go through the model's chat
+Plain text is cut into windows as for calibration, and every token counts. Conversations go through the model's chat
 template; only what the assistant says counts. Whole conversations are packed into a window; each sees itself alone, since
 its positions begin at 0 (transformers masks such packed sequences apart).
 """
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.calibration.data_sets import Message, entries, is_data_set, rendered
 from bitwright.calibration.windows import check_ids, draw
 from bitwright.errors import CalibrationError, InputError
-from bitwright.evaluation.chat_text import Message, conversations, rendered
+from bitwright.evaluation.chat_text import conversations
 
 IGNORED = -100  # label of a token that does not count
 HELD_OUT = 16  # most windows that are judged on
@@ -47,13 +48,13 @@ class Data:
 def training_data(
     tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, windows: int, seed: int, where: str
 ) -> Data:
-    """The data in a text (or mix of texts, see calibration/text_mix.py), or in a .jsonl file of conversations.
+    """The data in a text (or mix of texts, see calibration/text_mix.py), or in a data set of conversations (see data_sets.py).
 
     windows: most to train on, of plain text. where: the model, for errors. Raises CalibrationError for data that are missing,
     too short or of another form, have no answers, or a conversation longer than a window; InputError where the model has no
     chat template.
     """
-    if source.endswith(".jsonl"):
+    if is_data_set(source) and not all(isinstance(entry, str) for entry in entries(source)):
         return _of_conversations(tokenizer, source, seqlen=seqlen, vocabulary=vocabulary, where=where)
     drawn = draw(
         tokenizer,

@@ -1,0 +1,177 @@
+"""Data sets in JSON as people have them: .jsonl with one entry a line, or .json with a list of entries.
+
+An entry is a text or a conversation, in one of the forms that training tools read:
+
+    {"text": "…"}
+    {"messages": [{"role": "user", "content": "…"}, …]}              OpenAI, TRL; "tool_calls" may stand for content
+    {"conversations": [{"from": "human", "value": "…"}, …]}          ShareGPT
+    {"prompt": "…", "completion": "…"}                               TRL; or "response"; or lists of messages
+    {"instruction": "…", "input": "…", "output": "…"}                Alpaca; or "context" and "response" (Dolly)
+    {"question": "…", "answer": "…"}
+
+The last three may have a "system" message. Other keys are ignored.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from bitwright.calibration.text_mix import BUILT_IN
+from bitwright.errors import CalibrationError, InputError
+
+Message = dict[str, Any]  # role and content
+Conversation = list[Message]
+ENDINGS = (".jsonl", ".json")
+LINE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+PAIRS = (  # keys of a question, of what it is about, and of its answer
+    ("prompt", "", "completion"), ("prompt", "", "response"), ("instruction", "input", "output"),
+    ("instruction", "context", "response"), ("question", "", "answer"),
+)  # fmt: skip
+SPEAKERS = {  # ShareGPT's names of roles
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool",
+}  # fmt: skip
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a text's name is that of a file of JSON."""
+    return source.lower().endswith(ENDINGS) and Path(source).is_file()
+
+
+def read_file(source: str) -> str:
+    """A text file. CalibrationError if it is missing, not text, or empty."""
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except OSError as error:
+        remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
+        raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8") from error
+    if not text.strip():
+        raise CalibrationError("the text is empty", where=source, remedy="give some thousand words of real text")
+    return text
+
+
+def entries(source: str) -> list[str | Conversation]:
+    """The texts and conversations of a data set. CalibrationError as of `read_file`, or for an entry of another form."""
+    return [_entry(value, where) for value, where in _values(read_file(source), source)]
+
+
+def _values(text: str, source: str) -> Iterator[tuple[Any, str]]:
+    """Each entry as plain data, and where it stands."""
+    if source.lower().endswith(".jsonl"):
+        lines = ((line, f"{source}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        for line, where in lines:
+            yield _parsed(line, where), where
+        return
+    found = _parsed(text, source)
+    if not isinstance(found, list) or not found:
+        remedy = "a list of texts or conversations; give it another ending than .json to read it as plain text"
+        raise CalibrationError("not a list of entries", where=source, remedy=remedy)
+    for number, value in enumerate(found, 1):
+        yield value, f"{source}, entry {number}"
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        remedy = f"write each line as {LINE}" if where.rpartition(", ")[0] else "mend it, or rename it to .txt"
+        raise CalibrationError(f"not JSON: {error}", where=where, remedy=remedy) from error
+
+
+def _entry(value: Any, where: str) -> str | Conversation:
+    """A text, or the messages of a conversation."""
+    unknown = CalibrationError("neither a text nor a conversation", where=where, remedy=f"write each entry as {LINE}")
+    if not isinstance(value, dict):
+        raise unknown
+    for asked, about, answered in PAIRS:
+        if asked in value and answered in value:
+            return _checked(_pair(value, asked, about, answered), where)
+    if "messages" in value:
+        return _checked(value["messages"], where)
+    if "conversations" in value:
+        return _checked(_shared(value["conversations"]), where)
+    if not isinstance(value.get("text"), str):
+        raise unknown
+    return str(value["text"])
+
+
+def _pair(value: dict[str, Any], asked: str, about: str, answered: str) -> Any:
+    """A question and its answer as messages; both may be messages already."""
+    question, more, answer = value[asked], value.get(about), value[answered]
+    begin = [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    if isinstance(question, list) and isinstance(answer, list):
+        return begin + question + answer
+    if more and isinstance(question, str) and isinstance(more, str):
+        question = f"{question}\n\n{more}"
+    return [*begin, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _shared(turns: Any) -> Any:
+    """ShareGPT's turns as messages."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return turns
+    return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
+
+
+def _checked(messages: Any, where: str) -> Conversation:
+    """Messages with a role, and with text or calls of tools. CalibrationError for others."""
+    remedy = f"write each entry as {LINE}"
+    if messages == []:
+        raise CalibrationError("no messages", where=where, remedy=remedy)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise CalibrationError("not a conversation", where=where, remedy=remedy)
+    said = [{**message, "content": _content(message)} for message in messages]
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in said):
+        raise CalibrationError("a role or content that is not text", where=where, remedy=remedy)
+    return said
+
+
+def _content(message: Message) -> Any:
+    """What a message says: parts of text are joined; a message that calls tools may say nothing."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def plain(source: str) -> str:
+    """The texts of a data set, as one text. CalibrationError if it holds conversations."""
+    found = entries(source)
+    number = next((i for i, entry in enumerate(found, 1) if not isinstance(entry, str)), 0)
+    if number:
+        message = f"entry {number} is a conversation, where plain text is read"
+        raise CalibrationError(message, where=source, remedy="--chat reads it in the model's chat template")
+    return "\n\n".join(str(entry) for entry in found) + "\n"
+
+
+def documents(tokenizer: Any, source: str) -> list[str]:
+    """Each entry of a data set as text: conversations in the model's chat template. InputError if it has none."""
+    return [
+        f"{entry}\n\n"
+        if isinstance(entry, str)
+        else rendered(tokenizer, entry, f"{source}, conversation {number}") + "\n"
+        for number, entry in enumerate(entries(source), 1)
+    ]
+
+
+def rendered(tokenizer: Any, conversation: Conversation, where: str, *, asking: bool = False) -> str:
+    """A conversation in the chat template, special tokens as text; asking: and what the template asks for an answer with.
+
+    InputError if there is no template, or it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        remedy = "give plain text, or put the model's chat_template.jinja there"
+        raise InputError("the model has no chat template", where=where, remedy=remedy)
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asking))
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = "give conversations as the model knows them, or plain text"
+        raise InputError(f"the chat template refuses it: {reason}", where=where, remedy=remedy) from error
