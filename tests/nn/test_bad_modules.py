@@ -1,6 +1,7 @@
 """What users give by mistake: named, with a remedy, and never silent."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import bitwright
 from bitwright.errors import CalibrationError, NumericsError, RecipeError, SchemeError
 from bitwright.nn import integer as arithmetic
 from bitwright.nn.integer import product, product_on_gpu
-from small_modules import converted
+from small_modules import converted, relative
 
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(4))
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     """Two layers."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
@@ -109,3 +110,83 @@ def test_products_padded_for_a_gpu(shape: tuple[int, int, int]) -> None:
     T, N, K = shape
     x, w = (torch.randint(-128, 128, size, dtype=torch.int8) for size in ((T, K), (N, K)))
     assert torch.equal(product_on_gpu(x, w), product(x, w))
+
+
+WAYS: dict[str, Any] = {
+    "dynamic": lambda m, x: bitwright.quantize_dynamic(m, example_inputs=(x,)),
+    "static": lambda m, x: bitwright.convert(bitwright.calibrate(bitwright.prepare(m, (x,)), [x])),
+    "weights": lambda m, x: bitwright.quantize_weights(m, [x], scheme="int8-g16"),
+    "sensitivity": lambda m, x: bitwright.sensitivity(m, [x]),
+    "prune": lambda m, x: bitwright.prune(m, [x], method="magnitude", sparsity=0.5),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda: torch.jit.script(net()), "TorchScript"),
+        (lambda: torch.jit.trace(net(), torch.randn(2, 16)), "TorchScript"),
+        (lambda: nn.Sequential(nn.LazyLinear(16), nn.LazyLinear(4)).eval(), "no weights yet"),
+        (lambda: nn.Sequential(nn.Linear(16, 16, device="meta")).eval(), "device meta"),
+    ],
+)
+def test_modules_without_layers_or_values(made: Any, says: str, way: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        WAYS[way](made(), torch.randn(8, 16))
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("way", ["dynamic", "static", "weights"])
+def test_what_torch_compile_wraps_is_quantized(way: str) -> None:
+    two, x = net(), torch.randn(32, 16)
+    found = WAYS[way](torch.compile(two, backend="eager"), x)
+    assert not any(isinstance(child, nn.Linear) for child in found.modules())
+    assert relative(two(x), found(x)) < 0.05
+
+
+def test_hooks_are_kept_where_they_see_floats_and_refused_where_they_would_see_integers() -> None:
+    two, x = net(), torch.randn(32, 16)
+    two[0].register_forward_hook(lambda _, args, out: 2 * out)
+    two[2].register_forward_pre_hook(lambda _, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+    for way in ("dynamic", "weights"):
+        assert relative(two(x), WAYS[way](two, x)(x)) < 0.05
+    with pytest.raises(RecipeError, match="forward hooks") as caught:
+        bitwright.prepare(two, (x,))
+    assert caught.value.where == "0"
+    kept = {"0": "float", "2": "float"}
+    two.append(nn.Linear(4, 4).eval())
+    prepared = bitwright.calibrate(bitwright.prepare(two, (x,), keep=kept), [x])
+    assert relative(two(x), bitwright.convert(prepared)(x)) < 0.05
+
+
+class Autocast(nn.Module):
+    """torch.fx drops the context, so that a graph of the whole would compute in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(100 * x) - 100 * self.a(x)
+        return self.b(torch.relu(y.float()))
+
+
+def test_what_is_in_no_graph_is_quantized_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    auto, x = Autocast().eval(), torch.randn(32, 64)
+    prepared = bitwright.calibrate(bitwright.prepare(auto, (x,)), [x])
+    assert relative(auto(x), prepared(x)) < 1e-6
+    with pytest.raises(RecipeError, match="its graph computes something else"):
+        bitwright.prepare(auto, (x,), inplace=True)
+
+
+def test_an_embedding_with_max_norm_is_refused_before_training() -> None:
+    words = nn.Sequential(nn.Embedding(50, 16, max_norm=1.0), nn.Linear(16, 4))
+    with pytest.raises(RecipeError, match="max_norm"):
+        bitwright.prepare_qat(words.train(), (torch.randint(0, 50, (4, 6)),))
+
+
+def test_an_example_of_no_rows() -> None:
+    assert bitwright.quantize_dynamic(net(), example_inputs=(torch.randn(0, 16),))(torch.randn(0, 16)).shape == (0, 4)

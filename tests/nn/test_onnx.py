@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bitwright
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, VerificationError
 from bitwright.nn.batches import outputs
+from bitwright.nn.onnx_writer import Writer
 from conftest import ISAS
 from small_modules import converted, images, relative, residual
 
@@ -205,3 +206,60 @@ def test_resizing(size: str, tmp_path: Path) -> None:
     theirs = by_onnxruntime(bitwright.export_onnx(integer, x, tmp_path / "m.onnx"), x)
     assert theirs.shape == (2, 4, 16, 16)
     assert relative(integer(x), theirs) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [(2, 1), 1])
+@torch.no_grad()
+def test_borders_of_float_convolutions(mode: str, padding: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 4, (5, 3), padding=padding, padding_mode=mode)
+    same = nn.Conv2d(4, 4, (4, 3), padding="same", dilation=(2, 1), padding_mode=mode)
+    net, x = nn.Sequential(first, same, nn.Conv2d(4, 2, 3, padding=1)).eval(), torch.randn(2, 3, 12, 12)
+    integer = converted(net, x)
+    file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False)
+    assert relative(integer(x), by_onnxruntime(file, x)) < 1e-3
+    if mode == "circular":
+        with pytest.raises(FormatError, match="circular"):
+            bitwright.export_onnx(integer, x, tmp_path / "n.onnx", opset=17)
+
+
+@torch.no_grad()
+def test_the_bias_of_a_row_of_zeros_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(20, 16)
+    net[0].weight[2:5] = 0
+    net[2].weight[:] = 0
+    integer = converted(net, x)
+    theirs = by_onnxruntime(bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False), x)
+    assert float(theirs.abs().max()) > 0.01 and relative(integer(x), theirs) < 1e-3
+
+
+@torch.no_grad()
+def test_softplus_and_divided_sums(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus(beta=3.0), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    integer = bitwright.quantize_dynamic(net, keep={"3": "float"})
+    file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False)
+    assert relative(integer(x), by_onnxruntime(file, x)) < 1e-3
+    net[2] = nn.AvgPool2d(2, divisor_override=3).eval()
+    with pytest.raises(FormatError, match="divisor"):
+        bitwright.export_onnx(bitwright.quantize_dynamic(net), x, tmp_path / "n.onnx")
+
+
+@torch.no_grad()
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(20, 16)
+    integer = converted(net, x)
+    encoded = Writer.encoded
+    monkeypatch.setattr(Writer, "encoded", lambda self, x, affine, name: encoded(self, x, affine * 1.2, name))
+    with pytest.raises(VerificationError, match="something else") as caught:
+        bitwright.export_onnx(integer, x, tmp_path / "m.onnx")
+    assert "output" in caught.value.where and not (tmp_path / "m.onnx").exists()
+    bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel"))
+    )
+    with pytest.raises(FormatError, match="onnxruntime cannot run it: no kernel"):
+        bitwright.export_onnx(integer, x, tmp_path / "n.onnx")

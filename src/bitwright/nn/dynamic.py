@@ -25,7 +25,18 @@ from bitwright.nn.plain import plain
 from bitwright.nn.recurrent import Cell, IntegerCell, IntegerRecurrent, Recurrent
 from bitwright.nn.rounded import HeldWeight, trained
 from bitwright.nn.trace import traced
-from bitwright.nn.tree import Kept, copied, kind, layers_of, no_fast_path, off_the_fast_path, replaced, require_mode
+from bitwright.nn.tree import (
+    Kept,
+    copied,
+    kind,
+    layers_of,
+    no_fast_path,
+    off_the_fast_path,
+    quantizable,
+    replaced,
+    require_mode,
+    with_hooks_of,
+)
 from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.codec import encode, fit
 from bitwright.numerics.qtensor import QTensor
@@ -57,6 +68,7 @@ def quantize_dynamic(
     a pattern that matches nothing; SchemeError for schemes whose codes are not integers; NumericsError for weights that
     are not finite; VerificationError if `check` finds a difference.
     """
+    module = quantizable(module)
     require_mode(module, training=False)
     require_check(check)
     weights, rounding = WeightSchemes.of(module, scheme, schemes), activations_of(activations)
@@ -69,7 +81,8 @@ def quantize_dynamic(
     if not layers:
         raise nothing_to_quantize(module)
     for name, child in layers:
-        target = replaced(target, child, dynamic(child, weights.at(name), rounding, where=name))
+        new = dynamic(child, weights.at(name), rounding, where=name)
+        target = replaced(target, child, with_hooks_of(new, child))
     target = off_the_fast_path(kept.apply(target)).eval()
     if source is not None and example_inputs is not None:
         remedy = "example_inputs as the module is called with"
@@ -124,8 +137,7 @@ def _attention(module: nn.MultiheadAttention, weights: Scheme, activations: Sche
 
 
 def _embedding(module: nn.Embedding | nn.EmbeddingBag, weights: Scheme, activations: Scheme, where: str) -> nn.Module:
-    if module.max_norm is not None:
-        raise RecipeError("an embedding with max_norm changes as it is read", where=where, remedy="keep it in float")
+    refuse_max_norm(module, where)
     form = IntegerEmbeddingBag if isinstance(module, nn.EmbeddingBag) else IntegerEmbedding
     return form(module, weight_of(module, weights, where), where=where)
 
@@ -150,6 +162,13 @@ DYNAMIC: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.EmbeddingBag: _embedding,
     HeldWeight: _held,
 }
+
+
+def refuse_max_norm(module: nn.Module, where: str) -> None:
+    """RecipeError for an embedding with a max_norm."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        remedy = f'keep={{"{where}": "float"}}'
+        raise RecipeError("an embedding with max_norm changes as it is read", where=where, remedy=remedy)
 
 
 def nothing_to_quantize(module: nn.Module) -> RecipeError:

@@ -20,7 +20,11 @@ from bitwright.numerics.scheme import TOKEN, Scheme
 
 
 class Maker:
-    """Turns a tree of modules into graphs with edges. training: for quantization-aware training, not only for eval mode."""
+    """Turns a tree of modules into graphs with edges.
+
+    training  for quantization-aware training, not only for eval mode
+    whole     the root may become one graph; else only modules within it
+    """
 
     def __init__(
         self,
@@ -32,8 +36,10 @@ class Maker:
         percentile: float | None,
         kept: Kept,
         training: bool,
+        *,
+        whole: bool = True,
     ) -> None:
-        self.root, self.example, self.training = root, example, training
+        self.root, self.example, self.training, self.whole = root, example, training, whole
         self.weights, self.activations, self.kept = weights, activations, kept
         self.observer, self.percentile = observer, percentile
         self.multiplied = bare_names(root, kept, example)
@@ -80,6 +86,8 @@ class Maker:
         """The module as a graph without in-place operations, whose products are layers; or the reason why it has none."""
         if type(module).__module__.startswith("torch.nn.modules") and not list(module.children()):
             return "a single operation"
+        if not (name or self.whole):
+            return "its graph computes something else"
         given = bound(module, self.example) if not name else one_way(self.calls.get(name, []))
         if isinstance(given, str):
             return given

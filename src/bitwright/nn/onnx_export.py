@@ -18,6 +18,7 @@ from bitwright.errors import FormatError
 from bitwright.nn.arguments import bound
 from bitwright.nn.batches import Batch, outputs
 from bitwright.nn.exported import exported
+from bitwright.nn.onnx_check import check_file
 from bitwright.nn.onnx_layers import LAYERS, MICROSOFT
 from bitwright.nn.onnx_writer import Writer
 from bitwright.nn.rearranged import LEAVES
@@ -39,6 +40,7 @@ def export_onnx(
     activations: str = "uint8",
     dynamic_axes: Mapping[str, Sequence[int]] | None = None,
     opset: int = 21,
+    check: bool = True,
 ) -> Path:
     """Write a module of `convert`, `quantize_dynamic` or `quantize_weights` as an ONNX file.
 
@@ -46,11 +48,12 @@ def export_onnx(
     activations     "uint8" for onnxruntime on x86, "int8" for TensorRT, with symmetric schemes
     dynamic_axes    input name -> dimensions of variable size; None: the first dimension of every input
     opset           17 to 21
+    check           run the file by onnxruntime, if it is installed, and compare it with the module on the example
 
     A module that torch.fx cannot trace is traced by torch.export, with its quantized layers as single operations.
 
     Raises FormatError, with its name, for an operation that has no ONNX form here, a module that neither can trace, or
-    a dimension of `dynamic_axes` whose size the module fixes.
+    a dimension of `dynamic_axes` whose size the module fixes; VerificationError if the file computes something else.
     """
     try:
         import onnx
@@ -66,8 +69,8 @@ def export_onnx(
             for name, x in given.items() if isinstance(x, Tensor) and x.ndim}  # fmt: skip
     writer, axes = _written(module, given, axes, SHIFT[activations], opset, strict=dynamic_axes is not None)
     values = [_value(name, x, axes.get(name, ())) for name, x in writer.inputs]
-    results = []
-    for name, x in zip(writer.outputs, outputs(module, example_inputs), strict=True):
+    results, expected = [], outputs(module, example_inputs)
+    for name, x in zip(writer.outputs, expected, strict=True):
         results.append(_value(name, x, range(x.ndim) if dynamic_axes else range(min(1, x.ndim))))
     read = {name for node in writer.nodes for name in node.input}
     stored = [each for each in writer.tensors if each.name in read]
@@ -75,7 +78,10 @@ def export_onnx(
     opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)]
     model = onnx.helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSIONS[opset], producer_name="bitwright")
     onnx.checker.check_model(model)
-    Path(file).write_bytes(model.SerializeToString())
+    content = model.SerializeToString()
+    if check:
+        check_file(content, given, expected, type(module).__name__)
+    Path(file).write_bytes(content)
     return Path(file)
 
 

@@ -18,6 +18,7 @@ from bitwright.nn.weightonly import PackedLinear
 from bitwright.numerics.codec import code_range
 
 MICROSOFT = "com.microsoft"
+EXACT_STEPS = 1 << 20  # of the bias of a row of zeros
 MOST_STEPS = 1 << 30  # of a bias in int32: its sum with the products is to fit too
 
 
@@ -29,9 +30,9 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
     """
     if layer.multiplier.shape[1] > 1:
         raise no_form(str(node.target), "a weight in groups")
-    scale = layer.weight_scale()[:, 0]
+    scale = _scale(layer)
     step = scale.double() * layer.entry[0].double()
-    steps = (layer.offset().double() / step.where(step != 0, torch.ones_like(step))).round()
+    steps = (layer.offset().double() / step).round()
     bias = []
     if layer.has_bias and layer.fine and float(steps.abs().max()) < MOST_STEPS:
         bias = [_dequantized(writer, steps.to(torch.int32), step.float(), axis=0)]
@@ -56,6 +57,13 @@ def _product(writer: Writes, node: fx.Node, layer: StaticProduct) -> None:
         group=window.groups,
     )
     _left(writer, layer, y, node.name)
+
+
+def _scale(layer: StaticProduct) -> Tensor:
+    """The scale of each row of weights [N]; of a row of zeros, which is 0, one in whose steps its bias is a whole number."""
+    scale = layer.weight_scale()[:, 0]
+    of_bias = (layer.offset().double().abs() / layer.entry[0].double() / EXACT_STEPS).float()
+    return scale.where(scale != 0, of_bias.where(of_bias != 0, torch.ones_like(scale)))
 
 
 def _gemm(writer: Writes, node: fx.Node, layer: StaticProduct, scale: Tensor, bias: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.nn.onnx_shapes import SHAPES
+from bitwright.nn.onnx_shapes import SHAPES, padded
 from bitwright.nn.onnx_writes import TYPES, Arguments, Write, Writes, X, integers, no_form, pairs, plain
 from bitwright.nn.rearranged import Planes, Slices, Spread
 
@@ -222,6 +222,8 @@ def _batch_norm(w: Writes, a: Arguments) -> str:
     C = w.shape(a["input"])[1]
     weight, bias = a.get("weight"), a.get("bias")
     parts = [torch.ones(C) if weight is None else weight, torch.zeros(C) if bias is None else bias]
+    if a.get("running_mean") is None:
+        raise no_form(str(a["input"]), "a batch norm by each batch's own statistics")
     named = [w.value(x) for x in (a["input"], *parts, a["running_mean"], a["running_var"])]
     return w.op("BatchNormalization", named, epsilon=float(a.get("eps", 1e-5)))
 
@@ -250,18 +252,38 @@ def _linear(w: Writes, a: Arguments) -> str:
 
 
 def _conv(w: Writes, a: Arguments) -> str:
-    n = len(w.shape(a["input"])) - 2
-    if isinstance(a.get("padding"), str):
-        raise no_form(str(a["input"]), f"padding {a['padding']!r} of a float convolution")
-    inputs = [w.value(a[name]) for name in ("input", "weight", "bias") if a.get(name) is not None]
+    n, x, mode = len(w.shape(a["input"])) - 2, a["input"], a.get("padding_mode", "zeros")
+    dilations, kernel = pairs(a.get("dilation", 1), n), w.shape(a["weight"])[2:]
+    before, after = _borders(a.get("padding", 0), dilations, kernel)
+    if mode != "zeros":
+        sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
+        x, before, after = padded(w, x, sides, mode), [0] * n, [0] * n
+    inputs = [w.value(each) for each in (x, a["weight"], a.get("bias")) if each is not None]
     return w.op(
         "Conv",
         inputs,
         strides=pairs(a.get("stride", 1), n),
-        pads=pairs(a.get("padding", 0), n) * 2,
-        dilations=pairs(a.get("dilation", 1), n),
+        pads=[*before, *after],
+        dilations=dilations,
         group=int(a.get("groups", 1)),
     )
+
+
+def _borders(padding: Any, dilations: list[int], kernel: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """What a convolution adds before and after each dimension; "same" adds the odd one behind."""
+    if not isinstance(padding, str):
+        each = pairs(padding, len(kernel))
+        return each, each
+    whole = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilations, kernel, strict=True)]
+    before = [total // 2 for total in whole]
+    return before, [total - left for total, left in zip(whole, before, strict=True)]
+
+
+def _softplus(w: Writes, a: Arguments) -> str:
+    x, beta = w.value(a["input"]), float(a.get("beta", 1.0))
+    if beta == 1.0:
+        return w.op("Softplus", [x])
+    return w.op("Div", [w.op("Softplus", [w.op("Mul", [x, w.value(beta)])]), w.value(beta)])
 
 
 def _einsum(w: Writes, a: Arguments) -> str:
@@ -311,7 +333,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     "relu": (PLACE, plain("Relu")), "relu6": (PLACE, _clip(0.0, 6.0)), "sigmoid": (X, plain("Sigmoid")),
     "tanh": (X, plain("Tanh")), "gelu": (("input", "approximate"), _gelu), "silu": (PLACE, _silu), "mish": (PLACE, _mish),
     "hardswish": (PLACE, plain("HardSwish")), "hardsigmoid": (PLACE, plain("HardSigmoid", alpha=1 / 6)),
-    "softplus": (X, plain("Softplus")), "leaky_relu": (("input", "negative_slope", "_inplace"), _leaky),
+    "softplus": (("input", "beta", "_threshold"), _softplus), "leaky_relu": (("input", "negative_slope", "_inplace"), _leaky),
     "elu": (("input", "alpha", "_inplace"), _elu), "glu": (("input", "dim"), _glu),
     **dict.fromkeys(("clamp", "clip"), (("input", "min", "max"), _clip(None, None))),
     "clamp_min": (("input", "min"), _clip(None, None)), "clamp_max": (("input", "max"), _clip(None, None)),
@@ -348,7 +370,7 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Flatten: ("flatten", ("start_dim", "end_dim")), nn.ReLU: ("relu", ()), nn.ReLU6: ("relu6", ()),
     nn.GELU: ("gelu", ("approximate",)), nn.SiLU: ("silu", ()), nn.Mish: ("mish", ()), nn.Sigmoid: ("sigmoid", ()),
     nn.Tanh: ("tanh", ()), nn.Hardswish: ("hardswish", ()), nn.Hardsigmoid: ("hardsigmoid", ()),
-    nn.Softplus: ("softplus", ()), nn.LeakyReLU: ("leaky_relu", ("negative_slope",)), nn.ELU: ("elu", ("alpha",)),
+    nn.Softplus: ("softplus", ("beta",)), nn.LeakyReLU: ("leaky_relu", ("negative_slope",)), nn.ELU: ("elu", ("alpha",)),
     nn.PReLU: ("prelu", ("weight",)), Spread: ("spread", ("stride", "border")),
     Slices: ("slices", ("border", "depth", "step", "dilation")), Planes: ("planes", ()),
     nn.Hardtanh: ("hardtanh", ("min_val", "max_val")), nn.Softmax: ("softmax", ("dim",)),
@@ -356,7 +378,7 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
                     ("max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"))),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-                    ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"))),
+                    ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"))),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
                     ("adaptive_avg_pool2d", ("output_size",))),
     nn.PixelShuffle: ("pixel_shuffle", ("upscale_factor",)),
@@ -366,5 +388,5 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
                     ("batch_norm", ("running_mean", "running_var", "weight", "bias", "eps"))),
     nn.GroupNorm: ("group_norm", ("num_groups", "weight", "bias", "eps")), nn.Linear: ("linear", ("weight", "bias")),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d),
-                    ("conv2d", ("weight", "bias", "stride", "padding", "dilation", "groups"))),
+                    ("conv2d", ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode"))),
 }  # fmt: skip

@@ -1,11 +1,14 @@
 """Write the operations of a graph that move values or change shapes as ONNX nodes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from bitwright.nn.onnx_writes import Arguments, Write, Writes, X, integers, no_form
+
+WRAPS = 19  # the first opset whose Pad goes round
 
 
 def _reshape(w: Writes, a: Arguments) -> str:
@@ -179,14 +182,20 @@ def _item(w: Writes, a: Arguments) -> str:
 
 
 def _pad(w: Writes, a: Arguments) -> str:
-    sides = a["pad"]
-    if a.get("mode", "constant") != "constant":
-        raise no_form(str(a["input"]), f"padding by {a['mode']}")
-    rank = len(w.shape(a["input"]))
+    return padded(w, a["input"], a["pad"], a.get("mode", "constant"), float(a.get("value") or 0.0))
+
+
+def padded(w: Writes, x: Any, sides: Sequence[Any], mode: str, value: float = 0.0) -> str:
+    """A tensor with borders; sides: before and after the last dimension, then before and after the one before it, …"""
+    kinds = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    if mode not in kinds or (mode == "circular" and w.opset < WRAPS):
+        raise no_form(str(x), f"padding by {mode} (opset {w.opset})")
+    rank = len(w.shape(x))
     begins, ends = [0] * rank, [0] * rank
     for i in range(len(sides) // 2):
         begins[rank - 1 - i], ends[rank - 1 - i] = sides[2 * i], sides[2 * i + 1]
-    return w.op("Pad", [w.value(a["input"]), w.sizes((*begins, *ends)), w.value(float(a.get("value") or 0.0))])
+    border = [w.value(value)] if mode == "constant" else []
+    return w.op("Pad", [w.value(x), w.sizes((*begins, *ends)), *border], mode=kinds[mode])
 
 
 def _resize(w: Writes, a: Arguments) -> str:

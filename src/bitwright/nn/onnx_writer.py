@@ -97,7 +97,7 @@ class Writer:
             raise no_form(str(node.target), type(module).__name__)
         name, attributes = MODULES[kind(module)]
         names, form = FUNCTIONS[name]
-        found = dict(zip(names, node.args, strict=False)) | {each: getattr(module, each) for each in attributes}
+        found = dict(zip(names, node.args, strict=False)) | {each: getattr(module, each, None) for each in attributes}
         self.finish(node, form(self, {each.lstrip("*"): value for each, value in found.items() if each[0] != "_"}))
 
     def function(self, node: fx.Node) -> None:

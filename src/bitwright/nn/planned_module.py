@@ -14,7 +14,7 @@ from bitwright.nn.integer import activations_of
 from bitwright.nn.plain import plain
 from bitwright.nn.prepare import calibrate, prepare
 from bitwright.nn.sensitivity import errors_alone, given
-from bitwright.nn.tree import KEPT_AS, Bf16, Kept, copied, layers_of, require_mode
+from bitwright.nn.tree import KEPT_AS, Bf16, Kept, copied, layers_of, quantizable, require_mode
 from bitwright.numerics.scheme import TOKEN, Scheme
 from bitwright.plan.allocation import Allocation, Option
 from bitwright.plan.target import bytes_of
@@ -77,6 +77,7 @@ def plan_module(
     Raises RecipeError for a target that no allocation meets, with the smallest and the largest; otherwise as `prepare` and
     `sensitivity`.
     """
+    module = quantizable(module)
     require_mode(module, training=False)
     kept, limit = given(batches), bytes_of(target, "target") if isinstance(target, str) else target
     if not candidates or len(set(candidates)) < len(candidates):

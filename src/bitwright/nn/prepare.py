@@ -9,12 +9,21 @@ from torch import Tensor, nn
 from bitwright.calibration.ranges import RANGES
 from bitwright.errors import CalibrationError, NumericsError, RecipeError, one_of
 from bitwright.nn.batches import Batch, outputs, run_named
-from bitwright.nn.dynamic import DYNAMIC, nothing_to_quantize
+from bitwright.nn.dynamic import DYNAMIC, nothing_to_quantize, refuse_max_norm
 from bitwright.nn.edges import Maker
 from bitwright.nn.fake import Edge
 from bitwright.nn.integer import activations_of, check_activations
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, off_the_fast_path, require_mode
+from bitwright.nn.tree import (
+    Kept,
+    copied,
+    layers_of,
+    no_fast_path,
+    off_the_fast_path,
+    quantizable,
+    refuse_hooks,
+    require_mode,
+)
 from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
@@ -66,6 +75,7 @@ def prepare(
     """
     if observer not in RANGES:
         raise RecipeError(f"unknown observer {observer!r}", remedy=one_of(observer, RANGES))
+    module = quantizable(module)
     require_mode(module, training=False)
     of_weights = WeightSchemes.of(module, weights, schemes)
     return _prepared(module, example_inputs, of_weights, activations, observer, percentile, keep, inplace, False)
@@ -105,13 +115,25 @@ def _prepared(
         run_named(source, example, RecipeError, "example_inputs as the module is called with")
         expected = outputs(source, example)  # the second run, as a stateful module gives another result
         del source
-        target = plain(module if inplace else copied(module), kept)
-        maker = Maker(target, example, of_weights, of_values, observer, percentile, kept, training)
-        body = off_the_fast_path(maker.made(target, ""))
-        prepared = Prepared(body, of_weights, of_values, kept, example).eval()
+
+        def made(*, whole: bool) -> Prepared:
+            target = plain(module if inplace else copied(module), kept)
+            for name, layer in layers_of(target, DYNAMIC, kept):
+                refuse_hooks(layer, name)
+                refuse_max_norm(layer, name)
+            maker = Maker(target, example, of_weights, of_values, observer, percentile, kept, training, whole=whole)
+            body = off_the_fast_path(maker.made(target, ""))
+            return Prepared(body, of_weights, of_values, kept, example).eval()
+
+        prepared = made(whole=True)
         if not prepared.edges() and not layers_of(prepared, DYNAMIC, Kept(prepared, {})):
             raise nothing_to_quantize(module)
-        _check_same(expected, outputs(prepared, example), type(module).__name__)
+        error = _difference(expected, outputs(prepared, example), type(module).__name__)
+        if error is not None and not inplace:  # something that is in no graph, such as autocast
+            prepared = made(whole=False)
+            error = error if _difference(expected, outputs(prepared, example), "") is not None else None
+        if error is not None:
+            raise error
     return prepared
 
 
@@ -150,18 +172,19 @@ def require_prepared(module: nn.Module) -> None:
     raise RecipeError(message, where=type(module).__name__, remedy=remedy)
 
 
-def _check_same(left: list[Tensor], right: list[Tensor], where: str) -> None:
-    """RecipeError if the graph's outputs differ from the module's; NumericsError if these are not finite."""
+def _difference(left: list[Tensor], right: list[Tensor], where: str) -> RecipeError | None:
+    """The error for a graph whose outputs differ from the module's; NumericsError if these are not finite."""
     message = "its graph computes something else: what it does depends on values or on state"
     different = RecipeError(message, where=where, remedy='keep={"the submodule": "float"}, or move the condition out')
     if len(left) != len(right):
-        raise different
+        return different
     for a, b in zip(left, right, strict=True):
         if a.is_floating_point() and not bool(torch.isfinite(a).all()):
             raise NumericsError("the outputs are not finite", where=where, remedy="look for NaN in its weights")
         most = 1e-3 if a.dtype == torch.float32 else max(1e-3, 4 * EPSILON.get(a.dtype, 0.0))
         if a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=most, atol=most * _size(a)):
-            raise different
+            return different
+    return None
 
 
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16)}

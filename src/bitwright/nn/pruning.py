@@ -12,7 +12,7 @@ from bitwright.nn.dynamic import nothing_to_quantize
 from bitwright.nn.grams import grams_of
 from bitwright.nn.layers import matrix
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, require_mode
+from bitwright.nn.tree import Kept, copied, layers_of, quantizable, require_mode
 from bitwright.sparsity import PRUNERS
 
 KINDS: dict[type[nn.Module], None] = {nn.Linear: None, nn.Conv1d: None, nn.Conv2d: None}
@@ -42,6 +42,7 @@ def prune(
     `quantize_weights`. Raises RecipeError for training mode, an unknown method or an invalid sparsity; CalibrationError if
     a method needs inputs of a layer that no batch reaches.
     """
+    module = quantizable(module)
     require_mode(module, training=False)
     if method not in PRUNERS:
         raise RecipeError(f"unknown method {method!r}", remedy=one_of(method, PRUNERS))

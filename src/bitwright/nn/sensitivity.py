@@ -10,7 +10,7 @@ from bitwright.nn.batches import Batch, outputs, require_finite
 from bitwright.nn.dynamic import DYNAMIC, dynamic, nothing_to_quantize
 from bitwright.nn.integer import activations_of
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, replaced, require_mode
+from bitwright.nn.tree import Kept, copied, layers_of, no_fast_path, quantizable, replaced, require_mode
 from bitwright.numerics.loss import ratio
 from bitwright.numerics.scheme import Scheme
 
@@ -23,6 +23,7 @@ def sensitivity(
     The most sensitive layer is first. The module itself is not changed. Raises as `quantize_dynamic`, CalibrationError if there
     are no batches, and NumericsError if the outputs are not finite.
     """
+    module = quantizable(module)
     require_mode(module, training=False)
     scheme, rounding, kept = Scheme.parse(weights), activations_of(activations), given(batches)
     module = plain(copied(module), Kept(module, {}))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bitwright.errors import RecipeError
@@ -62,6 +63,38 @@ def replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             if child is old:
                 setattr(parent, name, new)
     return root
+
+
+def quantizable(module: nn.Module) -> nn.Module:
+    """The module itself, or what torch.compile wraps. RecipeError for TorchScript, and for weights without values."""
+    module = getattr(module, "_orig_mod", module)
+    where = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        remedy = "quantize the module that it was made of, and trace or script the result"
+        raise RecipeError("TorchScript is compiled code, not layers", where=where, remedy=remedy)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            remedy = "run it once on an example, which gives lazy layers their shapes"
+            raise RecipeError("a lazy layer has no weights yet", where=name, remedy=remedy)
+        if tensor.is_meta:
+            raise RecipeError("a tensor on the device meta has no values", where=name, remedy="load the weights first")
+    return module
+
+
+def with_hooks_of(new: nn.Module, old: nn.Module) -> nn.Module:
+    """A layer that stands in another's place, with that one's hooks."""
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for kind_of in (name, f"{name}_with_kwargs"):
+            getattr(new, kind_of).update(getattr(old, kind_of))
+    new._forward_hooks_always_called.update(old._forward_hooks_always_called)
+    return new
+
+
+def refuse_hooks(layer: nn.Module, where: str) -> None:
+    """RecipeError for a layer with hooks, where its place is taken by one whose inputs or outputs are codes."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        remedy = f'remove them, keep={{"{where}": "float"}}, or bitwright.quantize_dynamic, which keeps them'
+        raise RecipeError("it has forward hooks, which would see integers", where=where, remedy=remedy)
 
 
 def off_the_fast_path(root: nn.Module) -> nn.Module:

@@ -18,7 +18,16 @@ from bitwright.nn.grams import grams_of
 from bitwright.nn.integer import storable
 from bitwright.nn.native import Memory, handles
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, off_the_fast_path, replaced, require_mode
+from bitwright.nn.tree import (
+    Kept,
+    copied,
+    layers_of,
+    off_the_fast_path,
+    quantizable,
+    replaced,
+    require_mode,
+    with_hooks_of,
+)
 from bitwright.numerics.codec import code_dtype, code_range, decode, per_column
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import QTensor, Scales
@@ -101,6 +110,7 @@ def quantize_weights(
     Raises RecipeError for an unknown method, training mode or nothing to quantize; CalibrationError if a method needs
     batches and has none; SchemeError for a scheme that cannot be packed.
     """
+    module = quantizable(module)
     require_mode(module, training=False)
     require_check(check)
     parsed = Scheme.parse(scheme)
@@ -139,7 +149,7 @@ def _packed(
         gram = grams[name].value() if name in grams else None
         w = layer.weight.float()
         q = METHODS[method](w, gram, storable(w, scheme)).q
-        target = replaced(target, layer, PackedLinear(layer, _still_zero(q, w)))
+        target = replaced(target, layer, with_hooks_of(PackedLinear(layer, _still_zero(q, w)), layer))
     return target
 
 

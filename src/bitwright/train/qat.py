@@ -10,7 +10,7 @@ from bitwright.nn.integer import integer_weight
 from bitwright.nn.plan import has_no_integer_form
 from bitwright.nn.prepare import Prepared, prepared_for_training
 from bitwright.nn.rounded import ROUNDED, round_weights
-from bitwright.nn.tree import kind, named, require_mode
+from bitwright.nn.tree import kind, named, quantizable, require_mode
 from bitwright.nn.weight_schemes import WeightSchemes
 from bitwright.numerics.scheme import TOKEN
 
@@ -39,6 +39,7 @@ def prepare_qat(
 
     Raises as `prepare`, and RecipeError for a module that is not in training mode.
     """
+    module = quantizable(module)
     require_mode(module, training=True)
     modes = {name: child.training for name, child in module.named_modules()}
     module.eval()
