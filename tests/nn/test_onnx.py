@@ -263,3 +263,67 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     )
     with pytest.raises(FormatError, match="onnxruntime cannot run it: no kernel"):
         bitwright.export_onnx(integer, x, tmp_path / "n.onnx")
+
+
+class After(nn.Module):
+    """A Linear layer, and a function of its outputs."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.compute = nn.Linear(16, 16), compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self.a(x))
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda y: y.max(-1)[0], "argmax of max": lambda y: y.max(1)[1], "min of all": lambda y: y - y.min(),
+    "max of two": lambda y: torch.max(y, 2 * y), "argmax": lambda y: y.argmax(-1),
+    "argmin": lambda y: y.argmin(1, keepdim=True),
+    "amax": lambda y: y.amax((1, 2)), "std": lambda y: y.std(-1), "var": lambda y: y.var(1, keepdim=True),
+    "biased": lambda y: y.var(-1, unbiased=False), "topk": lambda y: y.topk(3, -1)[0],
+    "least": lambda y: y.topk(2, 1, False)[1],
+    "sort": lambda y: y.sort(-1, descending=True)[0], "prod": lambda y: y.prod(-1),
+    "logsumexp": lambda y: y.logsumexp(-1),
+    "any": lambda y: (y > 1).any(-1), "all": lambda y: (y > -1).all(1), "count": lambda y: (y > 0).sum(-1),
+    "clamp": lambda y: torch.clamp(y, max=y.mean(-1, keepdim=True)), "trunc": lambda y: (3 * y).trunc(),
+    "remainder": lambda y: y.remainder(0.3), "tan": lambda y: (y / 2).tan(), "log1p": lambda y: y.abs().log1p(),
+    "expm1": torch.expm1, "selu": functional.selu, "celu": lambda y: functional.celu(y, 0.7),
+    "threshold": lambda y: functional.threshold(y, 0.1, -1.0), "logsigmoid": functional.logsigmoid,
+    "index_select": lambda y: y.index_select(1, torch.tensor([0, 3])), "instance_norm": functional.instance_norm,
+    "rms_norm": lambda y: functional.rms_norm(y, (16,)), "cosine": lambda y: functional.cosine_similarity(y, y + 1, -1),
+    "lerp": lambda y: torch.lerp(y, 2 * y, 0.3), "tile": lambda y: torch.tile(y, (1, 1, 2)),
+    "pixel_unshuffle": lambda y: functional.pixel_unshuffle(y.view(-1, 1, 8, 12), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("name", OPERATIONS)
+@torch.no_grad()
+def test_operations(name: str, static: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = After(OPERATIONS[name]).eval(), torch.randn(2, 6, 16)
+    integer = converted(net, x) if static else bitwright.quantize_dynamic(net)
+    file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False)
+    more = torch.cat([x, x.flip(1)])
+    ours, theirs = integer(more), by_onnxruntime(file, more)
+    assert ours.dtype == theirs.dtype and relative(ours.double(), theirs.double()) < 1e-3
+
+
+@torch.no_grad()
+def test_a_batch_norm_of_the_second_of_three_dimensions_is_not_folded_into_a_linear(tmp_path: Path) -> None:
+    """Also where it has as many channels as the layer has outputs."""
+    for channels in (6, 16):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(channels), nn.ReLU()), torch.randn(4, channels, 16)
+        (
+            nn.init.uniform_(net[1].weight),
+            nn.init.uniform_(net[1].running_mean),
+            nn.init.uniform_(net[1].running_var, 0.1),
+        )
+        integer = converted(net.eval(), x)
+        assert relative(net(x), integer(x)) < 0.02
+        file = bitwright.export_onnx(integer, x, tmp_path / "m.onnx", check=False)
+        assert relative(integer(x), by_onnxruntime(file, x)) < 1e-3
+    flat = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in converted(flat, torch.randn(20, 16)).modules())

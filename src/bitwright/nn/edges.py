@@ -110,7 +110,7 @@ class Maker:
             full = f"{name}.{weight}".lstrip(".")
             if full in self.multiplied and id(p) not in lifted | held:
                 raise bare_weight(full)
-        fold_norms(graph)
+        fold_norms(graph, cloned(tuple(inputs)))
         return graph
 
     def refuse_own_weights(self, module: nn.Module, name: str, reason: str) -> None:

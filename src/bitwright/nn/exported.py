@@ -98,13 +98,19 @@ class Flat(nn.Module):
 
 @torch.no_grad()
 def exported(
-    module: nn.Module, given: Mapping[str, Any], free: Mapping[str, Collection[int]], leaves: Collection[type]
+    module: nn.Module,
+    given: Mapping[str, Any],
+    free: Mapping[str, Collection[int]],
+    leaves: Collection[type],
+    *,
+    core: bool = False,
 ) -> tuple[fx.GraphModule, dict[str, set[int]]]:
     """Trace a module; returns the graph, whose placeholders have the arguments' names, and the free dimensions of each.
 
     given   arguments of the example by name
     free    name -> dimensions of variable size; those that the module fixes are left out of the result
     leaves  classes of layers that stay single operations
+    core    decompose what is left into torch's core operators
 
     Raises FormatError, with torch.export's reason, if it cannot be traced.
     """
@@ -126,7 +132,7 @@ def exported(
                 (*(given[name] for name in names), *fixed.values()),
                 dynamic_shapes=((*shapes, *(None for _ in fixed)),),
                 strict=False,
-            ).run_decompositions({})
+            ).run_decompositions(None if core else {})
     except Exception as error:
         message = f"torch.export cannot trace it: {type(error).__name__}: {error}".splitlines()[0]
         raise FormatError(message, where=type(module).__name__, remedy="export the parts that can be") from error

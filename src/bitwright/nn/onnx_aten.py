@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from bitwright.nn.onnx_operators import FUNCTIONS, as_type, binary
-from bitwright.nn.onnx_writes import TYPES, Arguments, Write, Writes, X, integers, no_form, plain
+from bitwright.nn.onnx_operators import FUNCTIONS
+from bitwright.nn.onnx_writes import TWO, TYPES, Arguments, Write, Writes, X, as_type, binary, integers, no_form, plain
 
 
 def _cast(w: Writes, a: Arguments) -> str:
@@ -137,11 +137,7 @@ def _upsampled(mode: str) -> Write:
     return write
 
 
-TWO, LIKE, MEMORY = (
-    ("input", "other"),
-    ("input", "dtype", "_layout", "_device", "_pin_memory", "_memory_format"),
-    "_memory_format",
-)
+LIKE, MEMORY = ("input", "dtype", "_layout", "_device", "_pin_memory", "_memory_format"), "_memory_format"
 MADE = ("dtype", "_layout", "_device", "_pin_memory")
 ATEN: dict[str, tuple[tuple[str, ...], Write]] = {
     **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), (TWO, _logical("And"))),

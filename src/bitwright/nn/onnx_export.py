@@ -92,18 +92,22 @@ def _written(
 
     Returns the writer, and the free dimensions of inputs. strict: FormatError if torch.export fixes one of `free`.
     """
-    first: FormatError | None = None
+    refusals: list[FormatError] = []
     try:
         return Writer(_traced(module, given), given, shift, opset).written(), free
     except FormatError as error:
-        first = error
+        refusals.append(error)
     except Exception:  # noqa: BLE001  a trace runs foreign code on values that are not there yet
         pass
-    try:
-        graph, found = exported(module, given, free, {*LAYERS, *LEAVES})
-        writer = Writer(graph, given, shift, opset).written()
-    except FormatError as error:
-        raise first or error from error
+    for core in (False, True):  # torch's core operators are more, and slower
+        try:
+            graph, found = exported(module, given, free, {*LAYERS, *LEAVES}, core=core)
+            writer = Writer(graph, given, shift, opset).written()
+            break
+        except FormatError as error:
+            refusals.append(error)
+    else:
+        raise refusals[0]
     fixed = next((name for name in free if free[name] - found[name]), None)
     if strict and fixed is not None:
         axes = sorted(free[fixed] - found[fixed])

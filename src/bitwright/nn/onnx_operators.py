@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.nn.onnx_reductions import REDUCTIONS
 from bitwright.nn.onnx_shapes import SHAPES, padded
-from bitwright.nn.onnx_writes import TYPES, Arguments, Write, Writes, X, integers, no_form, pairs, plain
+from bitwright.nn.onnx_writes import TWO, Arguments, Write, Writes, X, binary, integers, no_form, pairs, plain
 from bitwright.nn.rearranged import Planes, Slices, Spread
 
 # ------------------------------------------------------------------------------------- functions of one value, of several
@@ -37,29 +38,6 @@ def _mish(w: Writes, a: Arguments) -> str:
     return w.op("Mul", [x, w.op("Tanh", [w.op("Softplus", [x])])])
 
 
-def binary(kind: str) -> Write:
-    """A writer of an operator of two values, which are cast to the type that torch computes in."""
-
-    def write(w: Writes, a: Arguments) -> str:
-        left, right = (w.example(a[name]) for name in ("input", "other"))
-        wanted = torch.result_type(left, right)
-        if kind in ("Div", "Pow") and not wanted.is_floating_point:
-            wanted = torch.float32
-        return w.op(kind, [as_type(w, a[name], wanted) for name in ("input", "other")])
-
-    return write
-
-
-def as_type(w: Writes, x: Any, wanted: torch.dtype) -> str:
-    """A tensor cast to another type if it has another, or a number as a constant of this type."""
-    if isinstance(x, int | float):
-        return w.constant(torch.tensor(x, dtype=wanted))
-    found = w.example(x)
-    if not isinstance(found, Tensor):  # a size
-        return w.op("Cast", [w.op("Squeeze", [w.sizes((x,))])], to=TYPES[wanted])
-    return w.value(x) if found.dtype == wanted else w.op("Cast", [w.value(x)], to=TYPES[wanted])
-
-
 def _divided(w: Writes, a: Arguments) -> str:
     """a / b, or rounded down."""
     mode = a.get("rounding_mode")
@@ -73,42 +51,46 @@ def _reversed(kind: str) -> Write:
     return lambda w, a: binary(kind)(w, {"input": a["other"], "other": a["input"]})
 
 
-def _reduce(kind: str) -> Write:
-    def write(w: Writes, a: Arguments) -> str:
-        dim, keep = a.get("dim"), int(bool(a.get("keepdim", False)))
-        x = w.value(a["input"])
-        axes = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-        if not axes:
-            return w.op(kind, [x], keepdims=keep)
-        if kind == "ReduceSum" or w.opset >= 18:
-            return w.op(kind, [x, w.constant(integers(*axes))], keepdims=keep)
-        return w.op(kind, [x], axes=list(axes), keepdims=keep)
-
-    return write
-
-
-def _norm(w: Writes, a: Arguments) -> str:
-    """The Euclidean norm over some dimensions."""
-    if a.get("p") not in (None, 2, "fro"):
-        raise no_form(str(a["input"]), f"a norm of order {a['p']}")
-    squares = w.op("Mul", [w.value(a["input"])] * 2)
-    w.shapes[squares] = w.shape(a["input"])
-    return w.op("Sqrt", [_reduce("ReduceSum")(w, {**a, "input": squares})])
-
-
-def _normalize(w: Writes, a: Arguments) -> str:
-    """x over its norm in one dimension, and over `eps` where that is larger."""
-    length = _norm(w, {"input": a["input"], "p": a.get("p"), "dim": a.get("dim", 1), "keepdim": True})
-    return w.op("Div", [w.value(a["input"]), w.op("Max", [length, w.value(float(a.get("eps", 1e-12)))])])
-
-
 def _clip(low: float | None, high: float | None) -> Write:
     def write(w: Writes, a: Arguments) -> str:
         first, last = a.get("min", a.get("min_val", low)), a.get("max", a.get("max_val", high))
-        ends = ["" if end is None else w.value(float(end)) for end in (first, last)]
-        return w.op("Clip", [w.value(a["input"]), *ends])
+        x = w.value(a["input"])
+        if any(isinstance(w.example(end), Tensor) for end in (first, last)):  # bounds for each value
+            for kind, end in (("Max", first), ("Min", last)):
+                x = x if end is None else w.op(kind, [x, w.value(end)])
+            return x
+        return w.op("Clip", [x, *("" if end is None else w.value(float(end)) for end in (first, last))])
 
     return write
+
+
+def _celu(w: Writes, a: Arguments) -> str:
+    return w.op("Celu", [w.value(a["input"])], alpha=float(a.get("alpha", 1.0)))
+
+
+def _threshold(w: Writes, a: Arguments) -> str:
+    x = w.value(a["input"])
+    above = w.op("Greater", [x, w.value(float(a["threshold"]))])
+    return w.op("Where", [above, x, w.value(float(a["value"]))])
+
+
+def _remainder(w: Writes, a: Arguments) -> str:
+    """What is left of a by multiples of b, with the sign of b."""
+    whole = w.op("Floor", [binary("Div")(w, a)])
+    return w.op("Sub", [w.value(a["input"]), w.op("Mul", [whole, w.value(a["other"])])])
+
+
+def _truncated(w: Writes, a: Arguments) -> str:
+    x = w.value(a["input"])
+    return w.op("Mul", [w.op("Sign", [x]), w.op("Floor", [w.op("Abs", [x])])])
+
+
+def _index_select(w: Writes, a: Arguments) -> str:
+    return w.op("Gather", [w.value(a["input"]), w.value(a["index"])], axis=int(a["dim"]))
+
+
+def _log_sigmoid(w: Writes, a: Arguments) -> str:
+    return w.op("Neg", [w.op("Softplus", [w.op("Neg", [w.value(a["input"])])])])
 
 
 def _leaky(w: Writes, a: Arguments) -> str:
@@ -243,6 +225,17 @@ def _group_norm(w: Writes, a: Arguments) -> str:
     return y
 
 
+def _instance_norm(w: Writes, a: Arguments) -> str:
+    """Each channel of each example by its own mean and variance."""
+    if a.get("running_mean") is not None and not a.get("use_input_stats", False):
+        raise no_form(str(a["input"]), "an instance norm by running statistics")
+    C = w.shape(a["input"])[1]
+    weight, bias = a.get("weight"), a.get("bias")
+    parts = [torch.ones(C) if weight is None else weight, torch.zeros(C) if bias is None else bias]
+    inputs = [w.value(x) for x in (a["input"], *parts)]
+    return w.op("InstanceNormalization", inputs, epsilon=float(a.get("eps", 1e-5)))
+
+
 # ----------------------------------------------------------------------------------------------------------- products
 
 
@@ -311,29 +304,36 @@ def _attention(w: Writes, a: Arguments) -> str:
     return w.op("MatMul", [w.op("Softmax", [scores], axis=-1), v])
 
 
-TWO = ("input", "other")
 NORM = ("input", "normalized_shape", "weight", "bias", "eps", "_cudnn_enable")
 MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 MEAN_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-REDUCED, PLACE = ("input", "dim", "keepdim", "_dtype"), ("input", "_inplace")
+PLACE = ("input", "_inplace")
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # Function or method name -> (names of its parameters in order, writer).
 FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
-    **SHAPES,
+    **SHAPES, **REDUCTIONS,
     "add": (("input", "other", "alpha"), _sum), "iadd": (TWO, binary("Add")),
     **dict.fromkeys(("sub", "subtract", "isub"), (TWO, binary("Sub"))), "rsub": (TWO, _reversed("Sub")),
     **dict.fromkeys(("mul", "multiply", "imul"), (TWO, binary("Mul"))), "pow": (TWO, binary("Pow")),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide"), (("input", "other", "rounding_mode"), _divided)),
-    **dict.fromkeys(("maximum", "max"), (TWO, binary("Max"))), **dict.fromkeys(("minimum", "min"), (TWO, binary("Min"))),
+    "maximum": (TWO, binary("Max")), "minimum": (TWO, binary("Min")),
     "neg": (X, plain("Neg")), "abs": (X, plain("Abs")), "sqrt": (X, plain("Sqrt")), "rsqrt": (X, _rsqrt),
     "exp": (X, plain("Exp")), "log": (X, plain("Log")), "sin": (X, plain("Sin")), "cos": (X, plain("Cos")),
     "erf": (X, plain("Erf")), "floor": (X, plain("Floor")), "round": (X, plain("Round")), "square": (X, _square),
-    "reciprocal": (X, plain("Reciprocal")),
+    "reciprocal": (X, plain("Reciprocal")), "trunc": (X, _truncated), "remainder": (TWO, _remainder),
+    **{name: (X, plain(name.capitalize())) for name in ("tan", "asin", "acos", "atan")},
+    **{name: (X, plain(name.capitalize())) for name in ("sinh", "cosh", "asinh", "acosh", "atanh")},
+    "log1p": (X, lambda w, a: w.op("Log", [w.op("Add", [w.value(a["input"]), w.value(1.0)])])),
+    "expm1": (X, lambda w, a: w.op("Sub", [w.op("Exp", [w.value(a["input"])]), w.value(1.0)])),
+    "index_select": (("input", "dim", "index"), _index_select),
     **dict.fromkeys(("matmul", "bmm", "mm"), (TWO, plain("MatMul"))),
     "relu": (PLACE, plain("Relu")), "relu6": (PLACE, _clip(0.0, 6.0)), "sigmoid": (X, plain("Sigmoid")),
     "tanh": (X, plain("Tanh")), "gelu": (("input", "approximate"), _gelu), "silu": (PLACE, _silu), "mish": (PLACE, _mish),
     "hardswish": (PLACE, plain("HardSwish")), "hardsigmoid": (PLACE, plain("HardSigmoid", alpha=1 / 6)),
     "softplus": (("input", "beta", "_threshold"), _softplus), "leaky_relu": (("input", "negative_slope", "_inplace"), _leaky),
+    "selu": (PLACE, plain("Selu")), "celu": (("input", "alpha", "_inplace"), _celu), "logsigmoid": (X, _log_sigmoid),
+    "log_sigmoid": (X, _log_sigmoid),
+    **dict.fromkeys(("threshold", "_threshold"), (("input", "threshold", "value", "_inplace"), _threshold)),
     "elu": (("input", "alpha", "_inplace"), _elu), "glu": (("input", "dim"), _glu),
     **dict.fromkeys(("clamp", "clip"), (("input", "min", "max"), _clip(None, None))),
     "clamp_min": (("input", "min"), _clip(None, None)), "clamp_max": (("input", "max"), _clip(None, None)),
@@ -346,16 +346,15 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
         ("contiguous", "clone", "detach", "alias", "lift_fresh_copy"), (("input", "_memory_format"), plain("Identity")),
     ),
     "float": (X, plain("Cast", to=1)),
-    "mean": (REDUCED, _reduce("ReduceMean")), "sum": (REDUCED, _reduce("ReduceSum")),
-    **dict.fromkeys(("norm", "vector_norm"), (("input", "p", "dim", "keepdim", "_dtype"), _norm)),
-    "normalize": (("input", "p", "dim", "eps"), _normalize),
-    "amax": (REDUCED, _reduce("ReduceMax")), "amin": (REDUCED, _reduce("ReduceMin")),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (MAX_POOL, _pool("MaxPool"))),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), (MEAN_POOL, _pool("AveragePool"))),
     **{f"adaptive_avg_pool{n}d": (("input", "output_size"), _adaptive("AveragePool")) for n in (1, 2, 3)},
     **{f"adaptive_max_pool{n}d": (("input", "output_size"), _adaptive("MaxPool")) for n in (1, 2, 3)},
     "layer_norm": (NORM, _layer_norm),
     "batch_norm": (("input", "running_mean", "running_var", "weight", "bias", "_training", "_momentum", "eps"), _batch_norm),
+    "instance_norm": (
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "_momentum", "eps"), _instance_norm,
+    ),
     "group_norm": (("input", "num_groups", "weight", "bias", "eps", "_cudnn_enabled"), _group_norm),
     "einsum": (("equation", "*operands"), _einsum),
     "linear": (("input", "weight", "bias"), _linear), "prelu": (("input", "weight"), _prelu),
@@ -371,6 +370,8 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.GELU: ("gelu", ("approximate",)), nn.SiLU: ("silu", ()), nn.Mish: ("mish", ()), nn.Sigmoid: ("sigmoid", ()),
     nn.Tanh: ("tanh", ()), nn.Hardswish: ("hardswish", ()), nn.Hardsigmoid: ("hardsigmoid", ()),
     nn.Softplus: ("softplus", ("beta",)), nn.LeakyReLU: ("leaky_relu", ("negative_slope",)), nn.ELU: ("elu", ("alpha",)),
+    nn.SELU: ("selu", ()), nn.CELU: ("celu", ("alpha",)), nn.LogSigmoid: ("logsigmoid", ()),
+    nn.Threshold: ("threshold", ("threshold", "value")),
     nn.PReLU: ("prelu", ("weight",)), Spread: ("spread", ("stride", "border")),
     Slices: ("slices", ("border", "depth", "step", "dilation")), Planes: ("planes", ()),
     nn.Hardtanh: ("hardtanh", ("min_val", "max_val")), nn.Softmax: ("softmax", ("dim",)),
@@ -386,6 +387,8 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.LayerNorm: ("layer_norm", ("normalized_shape", "weight", "bias", "eps")),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
                     ("batch_norm", ("running_mean", "running_var", "weight", "bias", "eps"))),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+                    ("instance_norm", ("running_mean", "running_var", "weight", "bias", "eps"))),
     nn.GroupNorm: ("group_norm", ("num_groups", "weight", "bias", "eps")), nn.Linear: ("linear", ("weight", "bias")),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d),
                     ("conv2d", ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode"))),

@@ -118,7 +118,8 @@ class Writer:
             if name not in table:
                 raise no_form(node.name, name)
             names, form = table[name]
-            self.finish(node, form(self, arguments_of(node, names)))
+            made = form(self, arguments_of(node, names))
+            self.finish(node, made) if isinstance(made, str) else self.made.update({node: made})
 
     def split(self, node: fx.Node) -> Made:
         """Write a split of a tensor along a dimension; unbind's parts lose the dimension."""

@@ -30,15 +30,15 @@ class Writes(Protocol):
     def value(self, x: Any) -> str: ...
     def sizes(self, x: Any) -> str: ...
     def shape(self, node: Any) -> tuple[int, ...]: ...
-    def example(self, node: fx.Node) -> Any: ...
+    def example(self, node: Any) -> Any: ...
     def parts(self, x: Any) -> Made: ...
     def decoded(self, codes: str, affine: Tensor) -> str: ...
     def encoded(self, x: str, affine: Tensor, name: str) -> None: ...
     def codes(self, x: Tensor) -> Tensor: ...
 
 
-Write = Callable[[Writes, Arguments], str]
-X = ("input",)
+Write = Callable[[Writes, Arguments], Any]  # the name of the result, or `Made` of several
+X, TWO = ("input",), ("input", "other")
 # torch's type -> its number in ONNX (TensorProto.DataType).
 TYPES: dict[torch.dtype, int] = {
     torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9, torch.float16: 10,
@@ -60,6 +60,29 @@ def integers(*x: int) -> Tensor:
 def plain(kind: str, **attributes: Any) -> Write:
     """A writer of an ONNX operator that takes the same tensor arguments."""
     return lambda w, a: w.op(kind, [w.value(x) for x in a.values() if x is not None], **attributes)
+
+
+def binary(kind: str) -> Write:
+    """A writer of an operator of two values, which are cast to the type that torch computes in."""
+
+    def write(w: Writes, a: Arguments) -> str:
+        left, right = (w.example(a[name]) for name in ("input", "other"))
+        wanted = torch.result_type(left, right)
+        if kind in ("Div", "Pow") and not wanted.is_floating_point:
+            wanted = torch.float32
+        return w.op(kind, [as_type(w, a[name], wanted) for name in ("input", "other")])
+
+    return write
+
+
+def as_type(w: Writes, x: Any, wanted: torch.dtype) -> str:
+    """A tensor cast to another type if it has another, or a number as a constant of this type."""
+    if isinstance(x, int | float):
+        return w.constant(torch.tensor(x, dtype=wanted))
+    found = w.example(x)
+    if not isinstance(found, Tensor):  # a size
+        return w.op("Cast", [w.op("Squeeze", [w.sizes((x,))])], to=TYPES[wanted])
+    return w.value(x) if found.dtype == wanted else w.op("Cast", [w.value(x)], to=TYPES[wanted])
 
 
 def pairs(x: Any, n: int) -> list[int]:

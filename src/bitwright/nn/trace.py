@@ -234,14 +234,19 @@ def bound(graph: fx.GraphModule, node: fx.Node) -> float:
     return BOUNDS.get(found, float("inf"))
 
 
-def fold_norms(graph: fx.GraphModule) -> None:
-    """Fold batch norms into the Linear or convolution before them, with frozen statistics, if nothing else reads its result."""
+def fold_norms(graph: fx.GraphModule, example: tuple[Any, ...]) -> None:
+    """Fold batch norms into the Linear or convolution before them, with frozen statistics, if nothing else reads its result.
+
+    example: values of the graph's inputs. Behind a Linear, a norm's channels are its outputs only where there are rows alone.
+    """
+    rows = _ranks(graph, example)
     for node in list(graph.graph.nodes):
         before = first(node)
         if node.op != "call_module" or before is None or before.op != "call_module":
             continue
         fused = _fused(graph.get_submodule(str(before.target)), graph.get_submodule(str(node.target)))
-        if fused is not None and len(before.users) == 1 and _calls(graph, before) == 1:
+        rowwise = not isinstance(fused, nn.Linear) or rows.get(before) == 2
+        if fused is not None and rowwise and len(before.users) == 1 and _calls(graph, before) == 1:
             graph.set_submodule(str(before.target), fused)
             node.replace_all_uses_with(before)
             graph.graph.erase_node(node)
@@ -250,13 +255,30 @@ def fold_norms(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+@torch.no_grad()
+def _ranks(graph: fx.GraphModule, example: tuple[Any, ...]) -> dict[fx.Node, int]:
+    """The number of dimensions of each Linear's result."""
+    ranks: dict[fx.Node, int] = {}
+
+    class Ranks(Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                ranks[n] = result.ndim
+            return result
+
+    if any(isinstance(module, nn.BatchNorm1d) for module in graph.modules()):
+        Ranks(graph).run(*example)
+    return ranks
+
+
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """A new layer that computes norm(layer(x)); None if the two cannot be fused."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
         return None
     layer, norm = copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval()
     fused: nn.Linear | nn.Conv1d | nn.Conv2d
-    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and layer.out_features == norm.num_features:
         fused = fuse_linear_bn_eval(layer, norm)
     elif isinstance(layer, nn.Conv1d if isinstance(norm, nn.BatchNorm1d) else nn.Conv2d):
         fused = fuse_conv_bn_eval(layer, norm)
