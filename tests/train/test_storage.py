@@ -107,3 +107,58 @@ def test_what_cannot_be_stored_is_refused() -> None:
     tied["b"].weight = tied["a"].weight
     with pytest.raises(RecipeError, match="b shares its weight with a"):
         store_in_8_bits(tied)
+
+
+class Block(nn.Module):
+    """Layers of every kind, read as a transformer reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.mixed, self.out = nn.Conv1d(6, 6, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.mixed(self.block(self.words(ids))).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_module_is_trained_as_it_is_whatever_it_computes_in(dtype: torch.dtype | None, given: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain, ids, y = Block().to(given), torch.randint(0, 50, (32, 6)), torch.randint(0, 4, (32,))
+    stored = store_in_8_bits(copy.deepcopy(plain), dtype=dtype)
+    for module in (plain, stored):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(module(ids).float(), y)
+            loss.backward()
+            optimizer.step()
+        assert module(ids).dtype == given and float(loss.detach()) < 0.3
+    stored.eval()  # where torch's fast path for transformers would read the weights
+    with torch.no_grad():
+        fast = stored(ids)
+    torch.testing.assert_close(fast, stored(ids).detach(), rtol=0.02, atol=0.02)
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    stored = copy.deepcopy(store_in_8_bits(model))
+    before = stored[0].codes.clone()
+    trained(stored)
+    assert torch.equal(stored[0].codes, before) and not decode_from_8_bits(stored)[0].weight.requires_grad
+    thawed = store_in_8_bits(net())
+    thawed[0].weight.requires_grad_(False).requires_grad_(True)
+    before = thawed[0].codes.clone()
+    trained(thawed, lr=1e-2)
+    assert not torch.equal(thawed[0].codes, before)
+
+
+def test_nobody_computes_with_a_weight_that_is_not_there() -> None:
+    stored = store_in_8_bits(net())
+    assert bool(functional.linear(torch.randn(2, 8), stored[0].weight.float()).isnan().all())
+    assert stored[0].in_features == 8 and stored[0].bias.shape == (64,)
+    with pytest.raises(AttributeError):
+        _ = stored[0].nothing

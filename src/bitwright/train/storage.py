@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from bitwright.errors import RecipeError
+from bitwright.nn.tree import off_the_fast_path
 from bitwright.system.device import best_dtype
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
@@ -32,7 +34,8 @@ def store_in_8_bits(
     """Store the weights of Linear, Conv1d, Conv2d and Embedding layers in 8 bits, in place; returns the module.
 
     Then train as ever: parameters keep their places in `parameters()`, for any optimizer made after this call.
-    dtype       of decoded weights and their gradients; None: bfloat16 where it is fast, else float32
+    dtype       of decoded weights, products and gradients; None: bfloat16 where it is fast, else float32. Layers take inputs of
+                any float type, and give results of that type
     stochastic  False rounds updates to nearest, by which training stalls: for comparison
     seed        of the rounding
     Raises RecipeError for a module without such layers, or where layers share a weight.
@@ -55,7 +58,7 @@ def store_in_8_bits(
     for name, layer in stored.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, layer)
-    return module
+    return off_the_fast_path(module)
 
 
 def decode_from_8_bits(module: nn.Module) -> nn.Module:
@@ -72,7 +75,8 @@ def decode_from_8_bits(module: nn.Module) -> nn.Module:
 class StoredLayer(nn.Module):
     """A layer whose weight [N, ...] is stored as codes int8 under scales [N], float32.
 
-    `weight` is a parameter without memory of its own, but for the time from its gradient's arrival to the next use.
+    `weight` is a parameter without memory of its own, but for the time from its gradient's arrival to the next use. Else a
+    single NaN stands for all of it, so that nobody computes with what is not there.
     """
 
     codes: Tensor
@@ -81,8 +85,10 @@ class StoredLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, *, stochastic: bool, seed: int) -> None:
         super().__init__()
-        weight = layer.get_parameter("weight").detach().float()
-        self.dtype, self.stochastic, self.seed = dtype, stochastic, seed
+        original = layer.get_parameter("weight")
+        weight = original.detach().float()
+        self.dtype, self.given = dtype, original.dtype
+        self.stochastic, self.seed = stochastic, seed
         scale = _scale(weight.flatten(1))
         self.register_buffer("scale", scale)
         self.register_buffer("codes", torch.round(weight / _along(scale, weight)).to(torch.int8))
@@ -93,9 +99,19 @@ class StoredLayer(nn.Module):
         layer.register_parameter("weight", None)
         self._leave()
         self.weight.register_post_accumulate_grad_hook(self._enter)
+        self.weight.requires_grad_(original.requires_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer itself has: its bias, sizes, strides."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "body":
+                raise
+            return getattr(self.body, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own forward."""
+        """The layer's own forward, in `dtype`; the result has the input's type, or behind an index the original weight's."""
         self.settle()
         weight = _Decoded.apply(self.weight, self)  # type: ignore[no-untyped-call]
         place = weight.untyped_storage().data_ptr()
@@ -107,9 +123,16 @@ class StoredLayer(nn.Module):
         def unpack(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else self.decoded().as_strided(*kept)
 
+        more = {name: p.to(self.dtype) for name, p in self.body.named_parameters()}
+        floats = [x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        args, kwargs = tree_map(self._cast, (args, kwargs))
         with saved_tensors_hooks(pack, unpack):
-            out: Tensor = functional_call(self.body, {"weight": weight}, args, kwargs)
-        return out
+            out: Tensor = functional_call(self.body, {"weight": weight, **more}, args, kwargs)
+        return out.to(floats[0] if floats else self.given)
+
+    def _cast(self, x: Any) -> Any:
+        """A float tensor in `dtype`; anything else as it is."""
+        return x.to(self.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def decoded(self) -> Tensor:
         """The stored weight, in `dtype`."""
@@ -145,16 +168,18 @@ class StoredLayer(nn.Module):
             self.weight.data, self.waiting = self.decoded(), True
 
     def _leave(self) -> None:
-        """Free the parameter's memory: a single zero stands for all of it."""
-        self.weight.data = torch.zeros((), dtype=self.dtype, device=self.codes.device).expand(self.codes.shape)
+        """Free the parameter's memory."""
+        nothing = torch.full((), float("nan"), dtype=self.dtype, device=self.codes.device)
+        self.weight.data = nothing.expand(self.codes.shape)
         self.waiting = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredLayer":
         """A copy whose parameter is decoded for its own optimizer."""
         self.settle()
         body = copy.deepcopy(self.body, memo)
-        body.register_parameter("weight", nn.Parameter(self.decoded()))
+        body.register_parameter("weight", nn.Parameter(self.decoded(), requires_grad=self.weight.requires_grad))
         made = StoredLayer(body, self.dtype, stochastic=self.stochastic, seed=self.seed)
+        made.given = self.given
         for mine, own in zip(made.buffers(recurse=False), self.buffers(recurse=False), strict=True):
             mine.copy_(own)
         memo[id(self)] = made
