@@ -110,3 +110,42 @@ def test_layers_multiply_in_another_type(kept: torch.dtype, monkeypatch: pytest.
     head.multiplies_in = head.gives = torch.bfloat16
     assert head(torch.randn(3, 128)).dtype == torch.bfloat16
     assert sum(t.numel() for t in saved if t.data_ptr() != w.data_ptr()) < w.numel()
+
+
+@pytest.mark.parametrize("source", ["float", "packed"])
+def test_the_embedding_can_be_trained_too(source: str, llama: Path, tmp_path: Path) -> None:
+    """Whole, beside an adapter, or by virtual tokens; a whole one loads beside a model not prepared, too."""
+    path, scheme = llama, {"scheme": "nf4-g64-dq"}
+    if source == "packed":
+        path, scheme = tmp_path / "model.gguf", {}
+        quantize(llama, path, scheme="q8_0", method="rtn", calib="none")
+    ways = {
+        "whole": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        "beside": peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+        "virtual": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    }
+    for way, config in ways.items():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(prepare_for_training(load(path, **scheme)), config)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+        assert way == "virtual" or any("embed" in name for name in moved), (way, moved)
+        model.save_pretrained(tmp_path / way)
+        fresh = load(path, **scheme) if way == "whole" else prepare_for_training(load(path, **scheme))
+        fresh = peft.PeftModel.from_pretrained(fresh, tmp_path / way).eval()
+        with torch.no_grad():
+            found, meant = fresh(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits
+        assert float((found - meant).float().norm()) < 1e-2 * float(meant.float().norm()), way
+
+
+def test_tokens_can_be_added(llama: Path) -> None:
+    model = load(llama, scheme="int4-g64", dtype=torch.bfloat16)
+    before = model(IDS).logits
+    model.resize_token_embeddings(300, mean_resizing=False)
+    after = model(torch.cat([IDS, torch.tensor([[299]])], 1)).logits
+    assert after.shape[-1] == 300
+    torch.testing.assert_close(after[:, : IDS.shape[1], : before.shape[-1]], before, rtol=0.05, atol=0.05)

@@ -20,7 +20,7 @@ from bitwright.errors import CheckpointError, FormatError, KernelError, RecipeEr
 from bitwright.files.hub import local
 from bitwright.inference.dense import Dense
 from bitwright.inference.key_values import round_keys_and_values
-from bitwright.inference.lookup import Lookup
+from bitwright.inference.lookup import Lookup, Table
 from bitwright.inference.qlinear import BITS, QLinear
 from bitwright.methods import METHODS
 from bitwright.models.config import read_config
@@ -189,11 +189,15 @@ class _Filling:
         rows, decode = self.weight_source.rows(source)
         stored = partial(self.weight_source.parts, source) if self.weight_source.is_packed(source) else None
         self._check(name, (len(rows), decode(rows[:1]).shape[1]), (module.num_embeddings, width))
+        scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma's
         if rows.is_floating_point():
             rows = self.tables[source] = rows.to(self.device)
-        scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma's
-        dtype = self.skeleton.dtype
-        _replace(self.skeleton.model, name, Lookup(rows, decode, dtype, width=width, scale=scale, stored=stored))
+        made: nn.Module
+        if rows.dtype == self.skeleton.dtype and stored is None:
+            made = Table(rows, scale)
+        else:
+            made = Lookup(rows, decode, self.skeleton.dtype, width=width, scale=scale, stored=stored)
+        _replace(self.skeleton.model, name, made)
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | Tensor) -> None:

@@ -1,15 +1,30 @@
-"""Lookup: an embedding whose rows stay in the file's bytes and are decoded when a token needs them."""
+"""Embeddings of loaded models: `Lookup`, in the file's own bytes, decoded as tokens need them; `Table`, of floats."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+class Table(nn.Embedding):
+    """ids [...] -> rows [..., H] of a float table [V, H], times `scale`. Frozen; an Embedding to those who look for such."""
+
+    def __init__(self, rows: Tensor, scale: float = 1.0) -> None:
+        V, H = rows.shape
+        super().__init__(V, H, _weight=rows, _freeze=True)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids [...] -> [..., H]."""
+        found = super().forward(input)
+        return found if self.scale == 1 else found * self.scale
+
+
 class Lookup(nn.Module):
     """ids [...] -> rows [..., H] of an embedding table [V, H] kept in the file's own bytes.
 
-    rows    [V, ...] the table: bytes of blocks, which stay on the CPU, or float numbers
+    rows    [V, ...] the table: bytes of blocks, which stay on the CPU, or numbers of another float type than the output's
     decode  some of its rows -> float [n, H]
     dtype   of the output
     scale   what rows are multiplied by
@@ -50,3 +65,9 @@ class Lookup(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         own = {"weight": self.rows} if self.stored is None else self.stored()
         destination |= {f"{prefix}{suffix}": tensor for suffix, tensor in own.items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A float table in this one's place, as an adapter that trained the embedding brings it."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.is_floating_point():
+            self.rows, self.decode, self.stored = given.detach(), lambda rows: rows, None

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitwright.inference.dense import Dense
+from bitwright.inference.lookup import Lookup, Table
 from bitwright.inference.qlinear import QLinear
 from bitwright.models.layers import is_norm
 
@@ -16,9 +17,10 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
     """Prepare a model from `bitwright.load` for peft's `get_peft_model`, in place; returns the same model.
 
     All parameters are frozen, norms are converted to float32, and the embedding's output requires gradients, as gradient
-    checkpointing needs. Behind such norms activations are float32, to which an adapter can add less than 16 bits would show;
-    so layers are told to multiply in the type that the model was loaded in: bfloat16, where processors have it, is several
-    times as fast. Logits, to which none is added, stay in it.
+    checkpointing needs. An embedding of packed rows is decoded, so that adapters can be beside it, or train it whole. Behind
+    such norms activations are float32, to which an adapter can add less than 16 bits would show; so layers are told to
+    multiply in the type that the model was loaded in: bfloat16, where processors have it, is several times as fast. Logits, to
+    which none is added, stay in it.
     gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
     """
     model.requires_grad_(False)
@@ -30,11 +32,19 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
             module.float()
     if isinstance(head, Dense):
         head.gives = loaded_in
+    _float_embedding(model)
     model.enable_input_require_grads()
     if gradient_checkpointing:
         with renamed():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _float_embedding(model: PreTrainedModel) -> None:
+    """Decode the model's embedding, where its rows are packed, or of another type."""
+    lookup = model.get_input_embeddings()
+    if isinstance(lookup, Lookup):
+        model.set_input_embeddings(Table(lookup.weight, lookup.scale))
 
 
 @contextmanager
