@@ -465,3 +465,15 @@ def test_bench_says_how_fast(llama: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert found["bandwidth_fraction"] > 0
     assert cli("bench", str(llama), "--prompt", "100").exit_code == 2
+
+
+@pytest.mark.parametrize("to", ["float", "double", "half", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["int4-g32-asym", "nf4-g64-dq", "q4_k", "int8-channel"])
+def test_a_model_can_be_converted_and_its_weights_stay(llama: Path, scheme: str, to: str) -> None:
+    model, ids = load(llama, scheme=scheme, dtype=torch.float32), torch.arange(12)[None]
+    before = model(ids).logits
+    parts = {name: b.clone() for name, b in model.named_buffers() if name.endswith((".scale", ".unit", ".minimum"))}
+    after = getattr(model, to)()(ids).logits
+    assert after.dtype == {"float": torch.float32, "double": torch.float64}.get(to, getattr(torch, to, None))
+    assert distance(after.float(), before) < (0.02 if to == "bfloat16" else 2e-3)
+    assert parts and all(torch.equal(b, parts[name]) for name, b in model.named_buffers() if name in parts)

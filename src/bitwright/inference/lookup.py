@@ -7,6 +7,12 @@ import torch
 from torch import Tensor, nn
 
 
+def moved(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor where a conversion of the whole model takes it, in its own type."""
+    found = fn(t)
+    return found if found.dtype == t.dtype else t.to(found.device)
+
+
 class Table(nn.Embedding):
     """ids [...] -> rows [..., H] of a float table [V, H], times `scale`. Frozen; an Embedding to those who look for such."""
 
@@ -54,6 +60,11 @@ class Lookup(nn.Module):
         wanted, place = ids.unique(return_inverse=True)
         found = self.decode(self.rows[wanted.to(self.rows.device)]).to(ids.device, self.dtype)
         return (found if self.scale == 1 else found * self.scale)[place]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Conversions of the model, as by `.half()`, convert the output; the rows stay as they are."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(lambda t: moved(t, fn), recurse)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import FormatError, KernelError
+from bitwright.inference.lookup import moved
 from bitwright.kernels.matmul import Packed, decoded, pack, product
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
@@ -111,6 +112,10 @@ class QLinear(nn.Linear):
             w[:, self.outlier_columns] = self.outlier_weight.float()
         rotate = self.input_quantization.rotate
         return (hadamard(w, rotate) if rotate else w).as_subclass(DecodedWeight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves of the model move the weight; conversions, as by `.float()`, leave its parts as they are."""
+        return super()._apply(lambda t: fn(t) if t is self.bias else moved(t, fn), recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
