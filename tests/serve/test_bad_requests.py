@@ -53,6 +53,7 @@ def post(
 BAD: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
     "no JSON": (b"{", None, "could not parse"),
     "no UTF-8": (b"\xff{}", None, "could not parse"),
+    "half a character": (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', None, "surrogates"),
     "nested deeply": (b"[" * 9000, None, "nested"),
     "no object": (b"[1]", None, "object"),
     "empty": (b"", None, "could not parse"),

@@ -292,7 +292,10 @@ class Server:
         except TimeoutError:
             raise RequestError(408, f"The body of the request did not come within {BODY_SECONDS} seconds.") from None
         try:
-            return json.loads(got)
+            found = json.loads(got)
+            if b"\\u" in got:  # half of a pair of UTF-16 by itself is no text: a ValueError
+                json.dumps(found, ensure_ascii=False).encode()
+            return found
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             message = f"We could not parse the JSON body of your request: {reason}."
