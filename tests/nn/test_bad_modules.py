@@ -190,3 +190,26 @@ def test_an_embedding_with_max_norm_is_refused_before_training() -> None:
 
 def test_an_example_of_no_rows() -> None:
     assert bitwright.quantize_dynamic(net(), example_inputs=(torch.randn(0, 16),))(torch.randn(0, 16)).shape == (0, 4)
+    found = bitwright.convert(bitwright.prepare(net(), (torch.randn(0, 16),), activations="int8-token"))
+    assert found(torch.randn(0, 16)).shape == (0, 4) and relative(net()(X), found(X)) < 0.05
+
+
+def test_what_is_kept_in_bfloat16_has_the_module_s_attributes() -> None:
+    torch.manual_seed(0)
+    block, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(4, 6, 16)
+    found = bitwright.quantize_dynamic(block, keep={"self_attn": "bf16", "linear1": "bf16"})
+    assert (
+        found.self_attn.batch_first and found.linear1.in_features == 16 and found.linear1.weight.dtype == torch.float32
+    )
+    assert relative(block(x), found(x)) < 0.05
+    plan = bitwright.plan_module(block, [x], target=4000, candidates=("int8-channel", "bf16"))
+    assert plan.bytes <= 4000
+    with pytest.raises(AttributeError):
+        _ = found.linear1.nothing
+
+
+def test_batches_that_are_no_pairs_are_named_when_distilling() -> None:
+    student = bitwright.prepare_qat(net().train(), (X,))
+    for batch, says in ((X, "a Tensor"), ((X,), "1 parts")):
+        with pytest.raises(RecipeError, match=says):
+            bitwright.distill(student, net(), [batch])

@@ -110,7 +110,7 @@ def _rounded_weight(w: Tensor, scheme: Scheme) -> Tensor:
 def _rounding(scheme: Scheme, *, images: bool) -> Callable[..., Any]:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
         x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor) or not x.numel():
+        if not isinstance(x, Tensor):
             return None
         rows = x.flatten(1) if images else x
         return rounded(rows, scheme).view(x.shape), *inputs[1:]

@@ -129,11 +129,24 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 class Bf16(nn.Module):
-    """Runs a float module in bfloat16, weights and computation; the result has the input's dtype."""
+    """Runs a float module in bfloat16, weights and computation; the result has the input's dtype.
+
+    It has the module's attributes, tensors in the type that they had.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
+        self.given = next((p.dtype for p in inner.parameters()), torch.float32)
         self.inner = inner.to(torch.bfloat16)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module itself has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner":
+                raise
+            return _cast(getattr(self.inner, name), self.given)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Tensors, or tuples of them, in and out."""

@@ -374,6 +374,8 @@ def rounded(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Tensor:
     tensor([[  0.3000, -12.7000],
             [  0.3400,   2.5400]])
     """
+    if not x.numel():
+        return x
     matrix = x.reshape(-1, x.shape[-1]).float()
     scales = scales or fit(matrix, scheme)
     zero = None if scales.zero is None else scales.zero[..., None]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ def distill(
     step = optimizer or torch.optim.Adam(student.parameters(), lr=1e-4)
     losses: list[float] = []
     for _ in range(epochs):
-        for x, y in loader:
+        for batch in loader:
+            x, y = _pair(batch)
             with torch.no_grad():
                 wanted = teacher(x)
             logits = student(x)
@@ -66,3 +68,11 @@ def distill(
     if not losses:
         raise RecipeError("no batches", where="loader", remedy="give at least one pair (inputs, labels)")
     return losses
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and labels. RecipeError for a batch of another form."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        found = f"{len(batch)} parts" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+        raise RecipeError(f"a batch is {found}", where="loader", remedy="give batches (x, y) of inputs and labels")
+    return batch[0], batch[1]
