@@ -17,6 +17,7 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline import quantize_block
 from bitwright.sparsity import PRUNERS, sparsegpt, wanda
 from bitwright.sparsity.pruning import Pruning
+from conftest import make_checkpoint
 
 SMALL = {"samples": 4, "seqlen": 32}
 
@@ -89,6 +90,13 @@ def test_a_pruned_model_by_autoround_keeps_its_zeros_in_a_file_that_they_make_sm
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(model.get_submodule(name).weight.as_subclass(torch.Tensor), source.read(f"{name}.weight"))
     assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("scheme", ["int3-g64-asym", "nf4-g64-dq"])
+def test_zeros_of_rows_that_end_within_a_group(scheme: str, tmp_path: Path) -> None:
+    model, out = make_checkpoint(tmp_path / "model", intermediate_size=96), tmp_path / "out"
+    quantize(model, out, scheme=scheme, method="rtn", calib="none", format="bitwright", prune="magnitude:2:4")
+    assert min(zeros_by_fours(out)) >= 2
 
 
 @pytest.mark.parametrize("out", ["gptq", "compressed-tensors", "out.gguf"])

@@ -190,7 +190,7 @@ def is_sparse(layer: Layer) -> bool:
 
 def _left(q: QTensor, layer: Layer) -> Tensor:
     """The mask [N, K] of the weights whose codes are stored: all but the first `layer.pruned` zeros, since any may be."""
-    zero = decode(replace(q, shape=tuple(q.codes.shape), outliers=None)).view(-1) == 0
+    zero = decode(replace(q, shape=tuple(q.codes.shape), outliers=None)).reshape(-1) == 0
     gone = zero & (zero.cumsum(0) <= layer.pruned)
     if int(gone.sum()) < layer.pruned:
         refuse(layer.name, f"{int(gone.sum())} zeros, not the {layer.pruned} that were planned", "report this defect")
