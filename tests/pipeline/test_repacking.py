@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -149,6 +150,24 @@ def test_awq_s_and_bitsandbytes_files_become_others_and_come_back(
     for other in others:
         refused = run("convert", str(tmp_path / "a"), str(tmp_path / "d"), "--format", other, fine=(2,))
         assert "cannot hold" in refused["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("compressed-tensors", "nvfp4"),
+        *(("bitwright", one) for one in ("nvfp4", "nf4-g64-dq", "q4_k", "q6_k", "int4-g32-sym-k6")),
+    ],
+)
+def test_scales_of_two_levels_stay_bit_for_bit(name: str, scheme: str, wide: Path, tmp_path: Path) -> None:
+    how = ["--scheme", scheme, "--method", "rtn", "--calib", "none"]
+    run("quantize", str(wide), str(tmp_path / "a"), "--format", name, *how)
+    run("convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "bitwright")
+    run("convert", str(tmp_path / "b"), str(tmp_path / "c"), "--format", name)
+    a, c = (load_file(tmp_path / folder / "model.safetensors") for folder in "ac")
+    packed = {key for key in a if ".weight_" in key}
+    assert packed and packed <= c.keys()
+    assert all(torch.equal(a[key].view(torch.uint8), c[key].view(torch.uint8)) for key in packed)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,8 @@ def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scale
     if block:
         return Scales(given.repeat_interleave(block, 0)[:N].contiguous())
     if scheme.scale == "e4m3":
-        return Scales(given / tensors["weight_global_scale"].float())
+        outer = tensors["weight_global_scale"].float()
+        return Scales(given / outer, outer=outer.view(1, 1))
     scale = given.reshape(1, 1) if scheme.group == TENSOR else given.reshape(N, -1)
     if scheme.zero == "sym":
         return Scales(scale)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitwright.errors import FormatError, SchemeError
 from bitwright.formats.format import Read
 from bitwright.numerics.qtensor import Scales
-from bitwright.numerics.scheme import GRIDS, TENSOR, TOKEN, Scheme
+from bitwright.numerics.scheme import GRIDS, SUPERBLOCK, TENSOR, TOKEN, Scheme
 
 VERSION = 1
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -312,7 +312,23 @@ def scales_of(entry: Entry, stored: Stored) -> Scales:
     R = 1 if entry.scheme.group == TENSOR else N
     zero = _zeros(stored, entry.scheme, R, K)
     scale = torch.from_numpy(_table(stored, "weight_scale", entry.scheme, R, K))
-    return Scales(scale, None if zero is None else torch.from_numpy(zero))
+    return Scales(scale, None if zero is None else torch.from_numpy(zero), *_second_level(stored, entry.scheme, R, K))
+
+
+def _second_level(stored: Stored, scheme: Scheme, R: int, K: int) -> tuple[Tensor | None, Tensor | None]:
+    """What scales, and minima, stand under, as in `Scales`."""
+    encoding, name = scheme.scale, "weight_scale_outer"
+    if encoding in FLOATS or encoding == "e8m0":
+        return None, None
+    if encoding == "e4m3":
+        return torch.from_numpy(stored.take(name, torch.float32, 1)).view(1, 1), None
+    if encoding == "dq8":
+        absmax = stored.take(name, torch.float32, -(-R * _groups(scheme, K) // SUPERBLOCK))
+        mean = stored.take("weight_scale_mean", torch.float32, 1)
+        return torch.from_numpy(absmax).view(-1, 1), torch.from_numpy(mean).view(1, 1)
+    names = (name, "weight_minimum_outer") if scheme.zero == "min" else (name,)
+    found = [torch.from_numpy(stored.take(each, torch.float16, R, -(-K // SUPERBLOCK))) for each in names]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def matrix(entry: Entry, stored: Stored) -> Floats:

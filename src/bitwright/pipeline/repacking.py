@@ -116,7 +116,10 @@ def packed(q: QTensor, name: str, format_: Format, *, transposed: bool) -> Packe
         except FormatError as error:
             reason = reason or error
             continue
-        if layer.scheme == same.scheme and torch.equal(decode(same), decode(q)):
+        second = (
+            same.scheme.scale in (*FLOATS, "e8m0") or same.scales.outer is not None
+        )  # what its scales stand under is known
+        if second and layer.scheme == same.scheme and torch.equal(decode(same), decode(q)):
             return Packed(layer, same)
     why = q.scheme if reason is None else reason.message
     message = f"{format_.name} cannot hold these numbers as they are: {why}"
