@@ -53,7 +53,8 @@ def export_onnx(
     A module that torch.fx cannot trace is traced by torch.export, with its quantized layers as single operations.
 
     Raises FormatError, with its name, for an operation that has no ONNX form here, a module that neither can trace, or
-    a dimension of `dynamic_axes` whose size the module fixes; VerificationError if the file computes something else.
+    a dimension of `dynamic_axes` whose size the module fixes; VerificationError, with its name, for an operation of the file
+    that computes something else.
     """
     try:
         import onnx
@@ -78,10 +79,9 @@ def export_onnx(
     opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)]
     model = onnx.helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSIONS[opset], producer_name="bitwright")
     onnx.checker.check_model(model)
-    content = model.SerializeToString()
     if check:
-        check_file(content, given, expected, type(module).__name__)
-    Path(file).write_bytes(content)
+        check_file(model, writer.graph, given, expected, type(module).__name__, SHIFT[activations])
+    Path(file).write_bytes(model.SerializeToString())
     return Path(file)
 
 
