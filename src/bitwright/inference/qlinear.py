@@ -46,7 +46,7 @@ class QLinear(nn.Linear):
     activations  bits that inputs are rounded to for the product: 16, finer than bfloat16, or 8, about twice as fast for many
                  tokens
     stored       gives the file's tensors of this weight by suffix, for `state_dict`; None: `state_dict` has the packed ones
-    multiplies_in  the type in which gradients are multiplied; with bfloat16, many inputs too
+    multiplies_in  the type in which gradients are multiplied; with bfloat16, in training, many inputs too
     KernelError for other bits.
     """
 

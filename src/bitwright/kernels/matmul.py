@@ -162,8 +162,8 @@ def product(
     """x [M, K] times a packed matrix [N, K]: x Wᵀ [M, N] float32.
 
     bits: what inputs are rounded to, 16 or 8; by_row: under one scale for each row of x, not one for 256 columns.
-    Differentiable in x, as if it were not rounded. floats: the type in which its gradient is multiplied; with bfloat16, where
-    that is fast, many inputs that 16 bits would do for are multiplied in it too, and so is the result.
+    Differentiable in x, as if it were not rounded. floats: the type in which its gradient is multiplied; where it is bfloat16
+    and that is fast, many inputs in training are multiplied in it too, and the result is.
     KernelError for x of another shape, or not of floats.
     """
     if x.ndim != 2 or x.shape[1] != p.K or not x.is_floating_point():
@@ -174,13 +174,11 @@ def product(
         return torch.ops.bitwright.product(x, *parts, str(p.scheme), p.N, p.K, bits, by_row)
     if x.requires_grad and torch.is_grad_enabled():
         return _Differentiable.apply(x, p, bits, by_row, floats)  # type: ignore[no-untyped-call]
-    return _product(x, p, bits=bits, by_row=by_row, floats=floats)
+    return _product(x, p, bits=bits, by_row=by_row)
 
 
-def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool, floats: torch.dtype) -> Tensor:
+def _product(x: Tensor, p: Packed, *, bits: int, by_row: bool) -> Tensor:
     """The same without its gradient."""
-    if floats == torch.bfloat16 == best_dtype(x.device) and bits == 16 and len(x) >= MANY:
-        return times(x.to(floats), all_rows(p, floats))
     if not handles(p, x):
         return _in_torch(x.float(), p, bits=bits, by_row=by_row)
     assert native is not None
@@ -195,7 +193,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Packed, bits: int, by_row: bool, floats: torch.dtype) -> Tensor:
         ctx.p, ctx.dtype, ctx.floats = p, x.dtype, floats
-        return _product(x, p, bits=bits, by_row=by_row, floats=floats)
+        if floats == torch.bfloat16 == best_dtype(x.device) and bits == 16 and len(x) >= MANY:
+            return times(x.to(floats), all_rows(p, floats))
+        return _product(x, p, bits=bits, by_row=by_row)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
