@@ -28,7 +28,7 @@ from bitwright.models.config import read_config
 from bitwright.models.families import positions_of
 from bitwright.models.source import open_weights
 from bitwright.system.device import best_dtype
-from bitwright.system.memory import peak_rss_bytes
+from bitwright.system.memory import keep_memory, peak_rss_bytes
 from bitwright.system.progress import Progress
 from bitwright.train.checkpoints import Checkpoints
 from bitwright.train.cross_entropy import cross_entropy
@@ -98,6 +98,7 @@ def finetune(
         raise RecipeError("a model in float has no rounding to begin at", where=str(model), remedy=remedy)
     base = base_record(model, quantized=quantized, makes_up=how.init == RESIDUAL)
     checkpoints = Checkpoints(out, _manifest(how, given, base), resume=resume)
+    keep_memory()
     if how.scales_only:
         trained: Trained = ScalesAndNorms(model, best_dtype())
     else:
