@@ -1,6 +1,6 @@
 """Planned recipes beside llama.cpp's mixes of exactly as many bytes, and predicted KL beside measured.
 
-    python -m bench.plan MODEL OUT [--mixes q2_k,q3_k_m,q4_k_m] [--random 30] [--method gptaq]
+    python -m bench.plan MODEL OUT [--mixes q2_k,q3_k_m,q4_k_m] [--schemes A,B,C] [--random 30] [--method gptaq]
 
 For each mix: MODEL is quantized by it, and by a plan of at most its bytes, with the same method and calibration text; both are
 judged on a text that neither saw. Then random allocations of all sizes are quantized by round to nearest and judged: the rank
@@ -33,7 +33,10 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def settings(self, method: str) -> Settings:
-        return Settings("gguf", method=method, calib=self.a.calib, samples=self.a.samples, seqlen=self.a.seqlen)
+        schemes = tuple(self.a.schemes.split(",")) if self.a.schemes else None
+        return Settings(
+            "gguf", schemes=schemes, method=method, calib=self.a.calib, samples=self.a.samples, seqlen=self.a.seqlen
+        )
 
     def once(self, name: str, work: Callable[[], Found]) -> Found:
         """The result of some work, done now or found from an earlier run."""
@@ -138,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--mixes", default="q2_k,q3_k_s,q3_k_m,q4_k_s,q4_k_m,iq4_xs")
+    parser.add_argument("--schemes", help="candidates of the plans, by name; those of `bitwright plan` if not given")
     parser.add_argument("--random", type=int, default=30)
     parser.add_argument("--method", default="gptaq")
     parser.add_argument("--calib", default="general")
