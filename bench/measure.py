@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def run(command: list[str], *, fine: tuple[int, ...] = (0,)) -> Run:
     lines = [line for line in out.splitlines() if line.startswith("{")]
     result = json.loads(lines[-1]) if lines else {}
     return Run(seconds, result.get("peak_rss_bytes", 0) / 1e6, result)
+
+
+def once(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of some work, done now or found in a file of an earlier run."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(work()))
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import table
+from bench.measure import once, table
 from bitwright.api import evaluate, quantize
 from bitwright.pipeline.planned_recipe import PlannedRecipe, Settings, plan_recipe
 from bitwright.plan.preflight import preflight
@@ -40,12 +40,9 @@ class Bench:
 
     def once(self, name: str, work: Callable[[], Found]) -> Found:
         """The result of some work, done now or found from an earlier run."""
-        file = self.out / f"{name}.json"
-        if not file.is_file():
-            found = work()
-            file.write_text(json.dumps(found))
-            print(f"{name}: {found}", flush=True)
-        return json.loads(file.read_text())
+        found = once(self.out / f"{name}.json", work)
+        print(f"{name}: {found}", flush=True)
+        return found
 
     def judged(self, name: str, **how: Any) -> Found:
         """Quantize and evaluate: bytes and KL; the quantized file is removed."""

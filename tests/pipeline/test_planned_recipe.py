@@ -69,6 +69,7 @@ def test_a_token_of_massive_activations_counts_by_its_gradient(text: str, tmp_pa
     plan, units = prepared(folder, settings)
     tokens = calibration_tokens(plan, text, 0)
     tokens.seen[:, 0] = 7
+    tokens = replace(tokens, held_out=tokens.seen)
     down = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         row = 1000 * model.model.embed_tokens.weight[7]

@@ -52,6 +52,9 @@ def plan(
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,
+    measure: Annotated[
+        int, typer.Option(help="Measure what each unit's next smaller scheme costs, and plan anew, so often at most.")
+    ] = 0,
     scores: Annotated[
         Path | None, typer.Option(help="Directory that keeps the scores: another target then takes seconds.")
     ] = None,
@@ -71,7 +74,7 @@ def plan(
         target = Target.parse(size, bits, kl)
         tried = None if schemes is None else tuple(name.strip().lower() for name in schemes.split(","))
         settings = Settings(
-            format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl
+            format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl, measure
         )
         with progress_bar(as_json or quiet) as progress:
             made = plan_recipe(model, target, settings, scores=scores, progress=progress)

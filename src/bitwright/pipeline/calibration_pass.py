@@ -83,14 +83,17 @@ def _run_through(plan: Plan, first: int, hidden: Tensor) -> None:
         plan.skeleton.unload(index)
 
 
-def calibration_tokens(plan: Plan, calib: str, seed: int) -> Drawn:
-    """The calibration windows of one or several texts (see text_mix.py), with the plan's notes and those on texts too short."""
+def calibration_tokens(plan: Plan, calib: str, seed: int, *, spare: int | None = None) -> Drawn:
+    """The calibration windows of one or several texts (see text_mix.py), with the plan's notes and those on texts too short.
+
+    spare: how many more windows are held out; None: as many as judge methods
+    """
     if calib == "none":
         needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
         remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
         raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
-    tokenizer, spare = load_tokenizer(plan.source), held_out_windows(plan.samples)
+    tokenizer, spare = load_tokenizer(plan.source), held_out_windows(plan.samples) if spare is None else spare
     drawn = draw(
         tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed, spare=spare
     )

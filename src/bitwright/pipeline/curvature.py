@@ -10,7 +10,7 @@ come from one backward pass, taken block by block: memory is one block's.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
     skeleton, depth = plan.skeleton, len(plan.skeleton)
     some = windows[: windows_measured(windows.shape[1])]
     tokens = some.numel()
-    given = [[state] for state in _embedded(plan, some)]
+    given = [[state] for state in embedded(plan, some)]
     for index in range(depth):
         progress("gradients", index, 2 * depth)
         skeleton.load(read_block(plan, index) | read_lent(plan, index))
@@ -85,7 +85,7 @@ def windows_measured(length: int) -> int:
     return max(1, TOKENS // length)
 
 
-def _embedded(plan: Plan, windows: Tensor) -> list[Tensor]:
+def embedded(plan: Plan, windows: Tensor) -> list[Tensor]:
     """The first block's input for each window, [1, T, H]."""
     return [
         state[None] for batch in first_hidden_states(plan, Drawn(windows, windows[:0]), None).given for state in batch
@@ -166,16 +166,15 @@ class WeightedGrams:
 def weighted_grams(
     skeleton: Skeleton,
     index: int,
-    given: Sequence[Tensor],
+    windows: list[Tensor],
     tokens: Mapping[str, Tensor],
     activations: Scheme | None = None,
 ) -> dict[str, WeightedGrams]:
     """The weighted Grams of each matrix of block `index`; activations: how inputs would be rounded.
 
-    given: the block's inputs [B, T, H], from the first window on; its weights must be loaded. An expert whose router decides
-    otherwise here than when gradients were taken counts all of its tokens alike.
+    windows: the block's inputs [1, T, H] for those that gradients were taken of, which become its outputs; its weights must be
+    loaded. An expert whose router decides otherwise here than when gradients were taken counts all of its tokens alike.
     """
-    windows = [window for batch in given for window in batch.split(1)]
     read: dict[str, list[Tensor]] = defaultdict(list)
 
     def hook(name: str) -> "torch.utils.hooks.RemovableHandle":
@@ -184,8 +183,7 @@ def weighted_grams(
 
     hooks = [hook(name) for name in skeleton.linears(index) if name in tokens]
     try:
-        for window in windows[: windows_measured(windows[0].shape[1])]:
-            skeleton.run(index, window)
+        windows[:] = [skeleton.run(index, window) for window in windows]
     finally:
         for one in hooks:
             one.remove()

@@ -2,13 +2,16 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
 from bitwright.files.checkpoint import spec_bytes
 from bitwright.files.hub import local
@@ -17,7 +20,9 @@ from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens
+from bitwright.pipeline.curvature import windows_measured
 from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, scored
+from bitwright.pipeline.steps import corrected, measured, ratios, steps
 from bitwright.plan.allocation import Allocation, Option
 from bitwright.plan.input_rounding import check_inputs, input_scheme, rounded_inputs, weights_kl
 from bitwright.plan.preflight import Plan, preflight, shapes_digest
@@ -38,6 +43,7 @@ class Settings:
     keep            patterns of matrices that stay in float
     activations     what inputs are rounded to where that costs least, such as int8-token; None: they stay in float
     activations_kl  the KL, in nats a token, that rounding inputs may be predicted to add
+    measure         how often at most single steps are measured, and the plan is made anew: see steps.py
     """
 
     format: str = "compressed-tensors"
@@ -50,6 +56,7 @@ class Settings:
     seed: int = 0
     activations: str | None = None
     activations_kl: float | None = None
+    measure: int = 0
 
     @property
     def inputs(self) -> Scheme | None:
@@ -127,21 +134,39 @@ def plan_recipe(
     """The recipe of least predicted KL whose result takes at most the target; or, for a KL, of the fewest bytes.
 
     scores  a directory that keeps the scores, so that another target takes seconds; None: they are thrown away
-    Raises RecipeError for a target that no allocation meets, FormatError for schemes that do not fit, CalibrationError
-    without a text; and as `preflight`.
+    Raises RecipeError for a target that no allocation meets, or a KL where steps are to be measured, FormatError for schemes
+    that do not fit, CalibrationError without a text; and as `preflight`.
     """
     begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
+    _check_rounds(settings.measure, target)
     _Sizes.of(base, units).check(target)
-    tokens = calibration_tokens(base, settings.calib, settings.seed)
+    tokens = _tokens(base, settings)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
         found = scored(base, units, tokens, scores or Path(thrown_away), progress, settings.inputs)
     spending = _Spending(model, settings, base, units, found.scores)
-    text, plan, given = spending.met(target)
+    spending, met, of_steps = _measured(spending, target, tokens, progress)
+    text, plan, given = met
     said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
-    notes = (*plan.notes, *said, *found.notes, *_notes(settings))
+    notes = (*plan.notes, *said, *found.notes, *_notes(settings), *of_steps)
     kl = sum(one.kl for one in given)
     return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
+
+
+def _tokens(base: Plan, settings: Settings) -> Drawn:
+    """The calibration windows, and as held out those that losses are taken on: where text is short, some are both."""
+    count = windows_measured(base.seqlen)
+    drawn = calibration_tokens(base, settings.calib, settings.seed, spare=count)
+    return replace(drawn, held_out=torch.cat([drawn.held_out, drawn.seen])[:count])
+
+
+def _check_rounds(rounds: int, target: Target) -> None:
+    """RecipeError for rounds that cannot be."""
+    if rounds < 0:
+        raise RecipeError(f"{rounds} rounds of measuring", where="--measure", remedy="0, or how many at most")
+    if rounds and target.kl is not None:
+        message = "plans of different sizes are not compared by what they measure"
+        raise RecipeError(message, where="--measure", remedy="give --size or --bits, or leave out --measure")
 
 
 def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
@@ -221,6 +246,9 @@ class _Sizes:
         return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
 
 
+Met = tuple[str, Plan, tuple[Given, ...]]  # recipe, plan, and what units are given
+
+
 class _Spending:
     """The allocations of one model."""
 
@@ -230,13 +258,18 @@ class _Spending:
         self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
         self.allocation = Allocation(self.options)
 
+    def corrected(self, of: Mapping[int, float]) -> "_Spending":
+        """The same with all losses of weights times the ratios of their units."""
+        scores = corrected(self.scores, self.units, of)
+        return _Spending(self.model, self.settings, self.base, self.units, scores)
+
     @property
     def bounds(self) -> tuple[tuple[int, float], tuple[int, float]]:
         """(bytes, predicted KL) of the smallest and of the largest allocation, with inputs in float."""
         kls = [sum(pick(unit, key=lambda o: o.bytes).loss for unit in self.options) for pick in (min, max)]
         return (self.sizes.other + self.sizes.least, kls[0]), (self.sizes.other + self.sizes.most, kls[1])
 
-    def met(self, target: Target) -> tuple[str, Plan, tuple[Given, ...]]:
+    def met(self, target: Target) -> Met:
         """Recipe, plan and what units are given, to meet the target. RecipeError, with both bounds, if that cannot be."""
         (_, worst), (_, best) = self.bounds
         out_of_reach = self.sizes.out_of_reach(target, (worst, best))
@@ -248,7 +281,7 @@ class _Spending:
             return self._carried(cheapest)
         most, other = self.sizes.limit(target)
 
-        def carry_out(options: list[Option]) -> tuple[tuple[str, Plan, tuple[Given, ...]], int]:
+        def carry_out(options: list[Option]) -> tuple[Met, int]:
             made = self._carried(options)
             return made, made[1].bytes if target.size is not None else _data_bytes(made[1])
 
@@ -257,7 +290,7 @@ class _Spending:
             raise out_of_reach
         return found[0]
 
-    def _carried(self, options: list[Option]) -> tuple[str, Plan, tuple[Given, ...]]:
+    def _carried(self, options: list[Option]) -> Met:
         """The recipe that gives each unit its option, the plan of the run that it leads to, and what each is given."""
         settings, given = self.settings, self._given(options)
         text = _text(given, settings, self.base)
@@ -277,6 +310,39 @@ class _Spending:
             replace(one, activations=str(inputs), kl=one.kl + (cost or 0.0)) if yes else one
             for one, cost, yes in zip(plainly, costs, where, strict=True)
         )
+
+
+def _measured(
+    first: _Spending, target: Target, tokens: Drawn, progress: Progress
+) -> tuple[_Spending, Met, tuple[str, ...]]:
+    """Measure what single steps cost and plan again, round by round, for as long as the plan's KL falls: that measured with the
+    embedding and the head in float, and what these are predicted to add."""
+    base, units, rounds = first.base, first.units, first.settings.measure
+    spending, met = first, first.met(target)
+    if not rounds:
+        return spending, met, ()
+    inside = [all(t.block is not None for t in unit.members) for unit in units]
+
+    def measure(given: Sequence[Given], stepping: bool) -> tuple[float, dict[int, float]]:
+        schemes = [one.scheme for one in given]
+        wanted = steps(first.options, schemes, [i for i, yes in enumerate(inside) if yes and stepping])
+        kl, each = measured(base, units, schemes, wanted, tokens, progress)
+        ends = sum(one.kl for one, within in zip(given, inside, strict=True) if not within)
+        return kl + ends, ratios(wanted, kl, each)
+
+    kl, of = measure(met[2], True)
+    kls = [kl]
+    for left in reversed(range(rounds)):
+        by = first.corrected(of)
+        tried = by.met(target)
+        if tried[0] == met[0]:
+            break
+        kl, of = measure(tried[2], left > 0)
+        kls.append(kl)
+        if kls[-1] >= kls[-2]:
+            break
+        spending, met = by, tried
+    return spending, met, (f"KL measured on held-out windows: {', then '.join(f'{kl:.4g}' for kl in kls)}",)
 
 
 def _data_bytes(plan: Plan) -> int:

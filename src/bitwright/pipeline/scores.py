@@ -41,7 +41,7 @@ from bitwright.pipeline.calibration_pass import (
     read_block,
     read_lent,
 )
-from bitwright.pipeline.curvature import Curvature, WeightedGrams, curvature, weighted_grams
+from bitwright.pipeline.curvature import Curvature, WeightedGrams, curvature, embedded, weighted_grams
 from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
@@ -117,13 +117,14 @@ class ScoreStore:
                 raise CheckpointError(f"damaged scores: {error}", where=str(file), remedy=REMOVE) from error
         return found
 
-    def hidden(self, index: int) -> Tensor:
-        """The saved inputs of block `index`, [S, T, H]."""
-        return Checkpoint(self.folder, only=self._hidden(index)).read("hidden")
+    def hidden(self, index: int) -> tuple[Tensor, Tensor]:
+        """The saved inputs of block `index`, [S, T, H]: for the calibration windows, and for those that losses are taken on."""
+        saved = Checkpoint(self.folder, only=self._hidden(index))
+        return saved.read("seen"), saved.read("measured")
 
-    def keep_hidden(self, index: int, hidden: Tensor) -> None:
+    def keep_hidden(self, index: int, seen: list[Tensor], measured: list[Tensor]) -> None:
         """Save the inputs of block `index`, until its scores are written."""
-        write_shard(self._hidden(index), {"hidden": hidden})
+        write_shard(self._hidden(index), {"seen": torch.cat(seen), "measured": torch.cat(measured)})
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
@@ -162,14 +163,15 @@ def scored(
     activations: what inputs may be rounded to
     Errors as of `ScoreStore`; CheckpointError for a weight that is not finite.
     """
-    store, depth = ScoreStore(folder, _key(plan, units, tokens.seen, activations)), len(plan.skeleton)
+    key = _key(plan, units, torch.cat([tokens.seen, tokens.held_out]), activations)
+    store, depth = ScoreStore(folder, key), len(plan.skeleton)
     count = depth + plan.format.embeddings
     first = store.first_missing(count)
     if first < count:
         of = store.curvature()
         if of is None:
-            store.keep_curvature(of := curvature(plan, tokens.seen, progress))
-        _score_blocks(plan, _Tried(_layers_of(units), activations), tokens, store, of, first, progress)
+            store.keep_curvature(of := curvature(plan, tokens.held_out, progress))
+        _score_blocks(plan, _Tried(layers_of(units), activations), tokens, store, of, first, progress)
     return Scored(store.read(count), store.notes)
 
 
@@ -199,7 +201,7 @@ class _Tried:
     activations: Scheme | None
 
 
-def _layers_of(units: Sequence[Unit]) -> Layers:
+def layers_of(units: Sequence[Unit]) -> Layers:
     """Every matrix in every scheme that it may have, but for float."""
     found: Layers = {}
     for unit in units:
@@ -219,9 +221,13 @@ def _rule(t: PlannedTensor) -> Rule:
 def _score_blocks(
     plan: Plan, tried: _Tried, tokens: Drawn, store: ScoreStore, of: Curvature, first: int, progress: Progress
 ) -> None:
-    """Let the tokens through the float model, and score each block as they reach it."""
+    """Let the tokens through the float model, and score each block as they reach it: rounded on the Grams of those seen, with
+    losses on those held out."""
     skeleton, depth = plan.skeleton, len(plan.skeleton)
-    saved = {"given": store.hidden(first)} if first else None
+    saved, measured = None, embedded(plan, tokens.held_out)
+    if first:
+        seen, later = store.hidden(first)
+        saved, measured = {"given": seen}, list(later.to(skeleton.device).split(1))
     states = first_hidden_states(plan, Drawn(tokens.seen, tokens.seen[:0]), saved, first)
     for index in range(first, depth):
         progress("scores", index, depth)
@@ -229,13 +235,13 @@ def _score_blocks(
         skeleton.load(weights | read_lent(plan, index))
         members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         found: Scores = {}
-        weighted = weighted_grams(skeleton, index, states.given, of.tokens, tried.activations)
+        weighted = weighted_grams(skeleton, index, measured, of.tokens, tried.activations)
         for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
             found |= _score_together(plan, tried.layers, some, inputs, of.modules, weighted)
         states.given = [skeleton.run(index, batch) for batch in states.given]
         if index + 1 < depth or plan.format.embeddings:
-            store.keep_hidden(index + 1, torch.cat(states.given))
+            store.keep_hidden(index + 1, states.given, measured)
         store.write(index, found)
         skeleton.unload(index)
         return_memory()
