@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.families import save_tokenizer
+from bench.tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +95,16 @@ def test_losses_are_taken_on_windows_that_matrices_were_not_rounded_for(llama: P
         of = scored(plan, units, Drawn(halves[0], held_out), tmp_path / name, silent).scores
         found[name] = sum(schemes["int3-g32"] for module, schemes in of.items())
     assert found["seen"] < 0.9 * found["unseen"], found
+
+
+def test_gradients_that_do_not_exist_count_nothing(text: str, tmp_path: Path) -> None:
+    """Of Gemma 3n's roots at 0; its blocks also hand keys and values on, each copy its own."""
+    model = tmp_path / "model"
+    tiny_model("gemma3n_text").save_pretrained(model)
+    save_tokenizer(model)
+    found = plan_recipe(model, Target(size=472_000), replace(RTN, calib=text, measure=1))
+    (said,) = [note for note in found.notes if note.startswith("KL measured")]
+    assert 0.5 < float(said.split(",")[0].rpartition(" ")[2]) / found.kl < 2
 
 
 def test_rounds_that_cannot_be_are_refused(llama: Path, text: str) -> None:

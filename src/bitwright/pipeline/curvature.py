@@ -127,7 +127,7 @@ def _back(
             calls.append((torch.zeros(out.shape[-1]), torch.zeros(out.shape[:-1].numel())))
 
             def keep(g: Tensor) -> None:
-                square = g.float().flatten(0, -2).square()
+                square = _finite(g.float().flatten(0, -2)).square()
                 calls[at] = square.sum(0), square.sum(1)
 
             out.register_hook(keep)
@@ -147,7 +147,12 @@ def _back(
     for name, calls in squares.items():
         seen[name] = seen.get(name, 0) + torch.stack([of_row for of_row, _ in calls]).sum(0)
         rows[name] += [of_token for _, of_token in calls]
-    return found
+    return _finite(found)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """The gradient, with 0 where there is none, as of a root at 0 (Gemma 3n)."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
