@@ -3,7 +3,7 @@
     python -m bench.allocations MODEL OUT [--sizes q2_k,q3_k_m,4500000] [--schemes A,B,C] [--method rtn] [--random 500]
 
 All matrices of MODEL are rounded once in every scheme (bench/decoded.py). Allocations are chosen by their KL on windows of the
-calibration text that the plan has not seen, and judged on another text. The search is EvoPress's
+calibration text that no matrix is rounded for, and judged on another text. The search is EvoPress's
 (arXiv:2410.14649): some units go up a level and others down, and of many such children the best survive on ever more tokens;
 it begins once with the best random allocation, once with the plan. A plan whose steps were measured once has a row as well.
 Time is that of the processor. Everything is kept in OUT: an interrupted run goes on.
