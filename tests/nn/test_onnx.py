@@ -293,6 +293,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "threshold": lambda y: functional.threshold(y, 0.1, -1.0), "logsigmoid": functional.logsigmoid,
     "index_select": lambda y: y.index_select(1, torch.tensor([0, 3])), "instance_norm": functional.instance_norm,
     "rms_norm": lambda y: functional.rms_norm(y, (16,)), "cosine": lambda y: functional.cosine_similarity(y, y + 1, -1),
+    "unfold": lambda y: functional.unfold(y.unsqueeze(1).repeat(1, 2, 1, 1), (3, 2), dilation=(1, 2), padding=(1, 0), stride=2),
     "lerp": lambda y: torch.lerp(y, 2 * y, 0.3), "tile": lambda y: torch.tile(y, (1, 1, 2)),
     "pixel_unshuffle": lambda y: functional.pixel_unshuffle(y.view(-1, 1, 8, 12), 2),
 }  # fmt: skip

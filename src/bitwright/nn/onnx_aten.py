@@ -116,6 +116,18 @@ def _scaled(w: Writes, a: Arguments) -> str:
     return w.op("Add", [x, y])
 
 
+def _patches(w: Writes, a: Arguments) -> str:
+    """im2col (unfold): the values under each place of a kernel, by a convolution that has one output for each of them."""
+    (kh, kw), C = a["kernel"], w.shape(a["input"])[1]
+    ones = torch.eye(kh * kw).view(kh * kw, 1, kh, kw).repeat(C, 1, 1, 1)
+    (top, left), strides, dilations = a["padding"], list(a["stride"]), list(a["dilation"])
+    y = w.op(
+        "Conv", [w.value(a["input"]), w.constant(ones)],
+        pads=[top, left, top, left], strides=strides, dilations=dilations, group=C,
+    )  # fmt: skip
+    return w.op("Reshape", [y, w.constant(integers(0, C * kh * kw, -1))])
+
+
 def _triangle(upper: int) -> Write:
     return lambda w, a: w.op(
         "Trilu", [w.value(a["input"]), w.constant(integers(int(a.get("diagonal", 0)))[0])], upper=upper
@@ -159,6 +171,7 @@ ATEN: dict[str, tuple[tuple[str, ...], Write]] = {
     "embedding": (("weight", "indices", "_padding_idx", "_scale", "_sparse"), _embedding),
     "gather": (("input", "dim", "index", "_sparse_grad"), _gather), "cumsum": (("input", "dim", "dtype"), _cumulated),
     **dict.fromkeys(("addmm", "baddbmm"), (("input", "left", "right", "beta", "alpha"), _scaled)),
+    "im2col": (("input", "kernel", "dilation", "padding", "stride"), _patches),
     "tril": (("input", "diagonal"), _triangle(0)), "triu": (("input", "diagonal"), _triangle(1)),
     "batch_norm": (
         ("input", "weight", "bias", "running_mean", "running_var", "_training", "_momentum", "eps", "_cudnn_enabled"),
