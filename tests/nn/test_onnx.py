@@ -162,9 +162,9 @@ def test_activations_of_onnxruntime_and_of_tensorrt(tmp_path: Path) -> None:
 def test_what_has_no_onnx_form(tmp_path: Path) -> None:
     x, file = torch.randn(3, 64), tmp_path / "m.onnx"
     net = nn.Sequential(nn.Linear(64, 4)).eval()
-    odd = nn.Sequential(nn.Linear(64, 4), nn.Unfold((1, 2))).eval()
-    with pytest.raises(FormatError, match=r"^1: Unfold has no ONNX form here"):
-        bitwright.export_onnx(bitwright.quantize_dynamic(odd), x[:, None, None], file)
+    odd = nn.Sequential(nn.Linear(64, 4), nn.Fold((1, 4), (1, 1))).eval()
+    with pytest.raises(FormatError, match=r"^1: Fold has no ONNX form here"):
+        bitwright.export_onnx(bitwright.quantize_dynamic(odd), torch.randn(3, 2, 64), file)
     with pytest.raises(FormatError, match=r"^0: a weight in groups has no ONNX form"):
         bitwright.export_onnx(converted(net, x, weights="int4-g32"), x, file)
     with pytest.raises(FormatError, match=r"^0: a weight of scheme int3-g32 has no ONNX form"):
