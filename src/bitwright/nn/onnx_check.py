@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from bitwright.errors import FormatError, VerificationError
 from bitwright.nn.batches import cloned
-from bitwright.nn.trace import Interpreter
+from bitwright.nn.trace import Recorder
 
 AGREE, DIFFER = 0.002, 0.05  # relative differences up to which values agree, and from which they differ
 WRONG = 0.5  # of an output: no rounding makes so much
@@ -69,7 +69,7 @@ def _first_wrong(
     """The first operation whose inputs agree and whose result differs, and by how much; None if differences only grow."""
     import onnx
 
-    ours, written = _Kept(graph), {name for node in model.graph.node for name in node.output}
+    ours, written = Recorder(graph, Tensor.clone), {name for node in model.graph.node for name in node.output}
     holders = graph.graph.find_nodes(op="placeholder")
     ours.run(*cloned(tuple(given.get(str(n.target), next(iter(n.args), None)) for n in holders)))
     whole = onnx.ModelProto()
@@ -88,20 +88,6 @@ def _first_wrong(
         if share > DIFFER and all(off.get(source, 0.0) <= AGREE for source in node.all_input_nodes):
             return node.name, share
     return None
-
-
-class _Kept(Interpreter):
-    """Interprets a graph; `of` has every tensor that a node gives."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.of: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.of[n] = result.clone()
-        return result
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -113,6 +113,20 @@ class Interpreter(fx.Interpreter):
         return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
 
 
+class Recorder(Interpreter):
+    """Interprets a graph; `of` has what `keep` makes of every tensor that a node gives."""
+
+    def __init__(self, graph: fx.GraphModule, keep: Callable[[Tensor], Any]) -> None:
+        super().__init__(graph)
+        self.keep, self.of = keep, dict[fx.Node, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.of[n] = self.keep(result)
+        return result
+
+
 def _mutable(x: Any) -> Any:
     if type(x) is immutable_list:
         return [_mutable(each) for each in x]
@@ -257,19 +271,11 @@ def fold_norms(graph: fx.GraphModule, example: tuple[Any, ...]) -> None:
 
 @torch.no_grad()
 def _ranks(graph: fx.GraphModule, example: tuple[Any, ...]) -> dict[fx.Node, int]:
-    """The number of dimensions of each Linear's result."""
-    ranks: dict[fx.Node, int] = {}
-
-    class Ranks(Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if isinstance(result, Tensor):
-                ranks[n] = result.ndim
-            return result
-
+    """The number of dimensions of each node's tensor; none are looked at without a batch norm of one dimension."""
+    recorder = Recorder(graph, lambda t: t.ndim)
     if any(isinstance(module, nn.BatchNorm1d) for module in graph.modules()):
-        Ranks(graph).run(*example)
-    return ranks
+        recorder.run(*example)
+    return recorder.of
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
