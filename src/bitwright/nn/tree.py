@@ -128,7 +128,25 @@ def copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-class Bf16(nn.Module):
+class Around(nn.Module):
+    """A module around another one (`AROUND`, by name), whose attributes it has where it has none of its own."""
+
+    AROUND = "inner"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.AROUND:
+                raise
+            return self.passed_on(getattr(getattr(self, self.AROUND), name))
+
+    def passed_on(self, value: Any) -> Any:
+        """What becomes of an attribute of the other module."""
+        return value
+
+
+class Bf16(Around):
     """Runs a float module in bfloat16, weights and computation; the result has the input's dtype.
 
     It has the module's attributes, tensors in the type that they had.
@@ -139,14 +157,9 @@ class Bf16(nn.Module):
         self.given = next((p.dtype for p in inner.parameters()), torch.float32)
         self.inner = inner.to(torch.bfloat16)
 
-    def __getattr__(self, name: str) -> Any:
-        """What the module itself has."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "inner":
-                raise
-            return _cast(getattr(self.inner, name), self.given)
+    def passed_on(self, value: Any) -> Any:
+        """In the type that it had."""
+        return _cast(value, self.given)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Tensors, or tuples of them, in and out."""

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from bitwright.errors import RecipeError
-from bitwright.nn.tree import off_the_fast_path
+from bitwright.nn.tree import Around, off_the_fast_path
 from bitwright.system.device import best_dtype
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
@@ -72,13 +72,14 @@ def decode_from_8_bits(module: nn.Module) -> nn.Module:
     return module
 
 
-class StoredLayer(nn.Module):
+class StoredLayer(Around):
     """A layer whose weight [N, ...] is stored as codes int8 under scales [N], float32.
 
     `weight` is a parameter without memory of its own, but for the time from its gradient's arrival to the next use. Else a
     single NaN stands for all of it, so that nobody computes with what is not there.
     """
 
+    AROUND = "body"
     codes: Tensor
     scale: Tensor
     updates: Tensor
@@ -100,15 +101,6 @@ class StoredLayer(nn.Module):
         self._leave()
         self.weight.register_post_accumulate_grad_hook(self._enter)
         self.weight.requires_grad_(original.requires_grad)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the layer itself has: its bias, sizes, strides."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "body":
-                raise
-            return getattr(self.body, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's own forward, in `dtype`; the result has the input's type, or behind an index the original weight's."""
