@@ -49,14 +49,18 @@ def conversations(source: str) -> list[Conversation]:
     assistant's answer. CalibrationError as of `read_text` and `entries`, and for a data set with texts in it.
     """
     if is_data_set(source):
-        found = entries(source)
-        number = next((i for i, entry in enumerate(found, 1) if isinstance(entry, str)), 0)
-        if number:
-            message = f"entry {number} is a text, not a conversation"
-            raise CalibrationError(message, where=source, remedy=f"texts in a file of their own; here {LINE}")
-        return [entry for entry in found if not isinstance(entry, str)]
+        return conversations_alone(entries(source), source)
     said = [paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", read_text(source)) if paragraph.strip()]
     return [_turns(said[i : i + 2]) for i in range(0, len(said), 2)]
+
+
+def conversations_alone(found: list[str | Conversation], source: str) -> list[Conversation]:
+    """The entries of a data set. CalibrationError if one of them is a text."""
+    number = next((i for i, entry in enumerate(found, 1) if isinstance(entry, str)), 0)
+    if number:
+        message = f"entry {number} is a text, not a conversation"
+        raise CalibrationError(message, where=source, remedy=f"texts in a file of their own; here {LINE}")
+    return [entry for entry in found if not isinstance(entry, str)]
 
 
 def _turns(said: list[str]) -> Conversation:

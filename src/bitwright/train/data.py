@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.data_sets import Message, entries, is_data_set, rendered
+from bitwright.calibration.data_sets import Conversation, Message, entries, is_data_set, rendered
 from bitwright.calibration.windows import check_ids, draw
 from bitwright.errors import CalibrationError, InputError
-from bitwright.evaluation.chat_text import conversations
+from bitwright.evaluation.chat_text import conversations_alone
 
 IGNORED = -100  # label of a token that does not count
 HELD_OUT = 16  # most windows that are judged on
@@ -54,8 +54,9 @@ def training_data(
     too short or of another form, have no answers, or a conversation longer than a window; InputError where the model has no
     chat template.
     """
-    if is_data_set(source) and not all(isinstance(entry, str) for entry in entries(source)):
-        return _of_conversations(tokenizer, source, seqlen=seqlen, vocabulary=vocabulary, where=where)
+    found = entries(source) if is_data_set(source) else []
+    if not all(isinstance(entry, str) for entry in found):
+        return _of_conversations(tokenizer, found, source, seqlen=seqlen, vocabulary=vocabulary, where=where)
     drawn = draw(
         tokenizer,
         source,
@@ -72,7 +73,9 @@ def training_data(
     return Data(seen, held_out, drawn.notes)
 
 
-def _of_conversations(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, where: str) -> Data:
+def _of_conversations(
+    tokenizer: Any, found: list[str | Conversation], source: str, *, seqlen: int, vocabulary: int, where: str
+) -> Data:
     """The last tenth of the conversations is held out."""
     if not tokenizer.chat_template:
         remedy = "give plain text, or put the model's chat_template.jinja there"
@@ -82,7 +85,7 @@ def _of_conversations(tokenizer: Any, source: str, *, seqlen: int, vocabulary: i
         raise InputError(message, where=where, remedy="a tokenizer.json beside the model, or plain text")
     said = [
         _counted(tokenizer, one, f"{source}, conversation {number}", seqlen)
-        for number, one in enumerate(conversations(source), 1)
+        for number, one in enumerate(conversations_alone(found, source), 1)
     ]
     first_held = len(said) - max(1, len(said) // 10)
     if first_held < 1:
