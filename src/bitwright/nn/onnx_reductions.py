@@ -44,7 +44,6 @@ def _any(kind: str) -> Write:
     def write(w: Writes, a: Arguments) -> str:
         ones = as_type(w, a["input"], torch.bool)
         whole = w.op("Cast", [ones], to=7)
-        w.shapes[whole] = w.shape(a["input"])
         return w.op("Cast", [_reduce(kind)(w, {**a, "input": whole})], to=9)
 
     return write
