@@ -23,8 +23,9 @@ from bench.decoded import Rounded, Text, decoded
 from bench.measure import once, table
 from bitwright.calibration.windows import draw, load_tokenizer, windows
 from bitwright.pipeline.planned_recipe import PlannedRecipe, Settings, plan_recipe, prepared
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import preflight
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.target import Target
 from bitwright.plan.units import Choice, Unit
 

@@ -22,7 +22,7 @@ from bitwright.pipeline.calibration_pass import first_hidden_states, observe_blo
 from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import quantize_matrix
 from bitwright.pipeline.scores import Layers, layers_of
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 
 Decoded = Mapping[tuple[str, str], Tensor]  # (module, scheme) -> its weight after rounding, as the model holds it

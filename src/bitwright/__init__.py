@@ -46,3 +46,7 @@ def __getattr__(name: str) -> Any:
     from bitwright import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "train"])

@@ -26,3 +26,10 @@ def test_help_and_refusals_import_nothing_large(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not HEAVY & set(done.stdout.split())
+
+
+def test_the_package_lists_what_it_offers_and_imports_none_of_it() -> None:
+    code = "import bitwright, sys; print(*dir(bitwright)); print(*sys.modules)"
+    listed, imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
+    assert {"quantize", "load", "quantize_dynamic", "train", "__version__"} <= set(listed.split())
+    assert not HEAVY & set(imported.split())

@@ -11,8 +11,9 @@ from bitwright.evaluation.candidate import MIX, RECIPE, UNIFORM
 from bitwright.formats import SCHEME
 from bitwright.gguf.file_types import MIXES
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import preflight
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.run_plan import Plan
 from bitwright.system.device import device_of
 from bitwright.transforms import split_method
 

@@ -20,7 +20,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.system.progress import Progress
 from bitwright.system.threads import each
 from bitwright.transforms.folds import find_folds

@@ -21,7 +21,7 @@ from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import first_hidden_states, read_block, read_lent
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.system.progress import Progress
 
 TOKENS = 4096  # that the gradients are taken of, at least one window

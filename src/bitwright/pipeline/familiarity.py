@@ -9,7 +9,7 @@ other, see docs/log.md.)
 from bitwright.calibration.general_text import mixed_documents
 from bitwright.calibration.windows import Drawn, cut_windows, load_tokenizer
 from bitwright.models.streamed import float_perplexities
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 
 WINDOWS, LONGEST = 2, 2048  # windows of each text, tokens in one at most: a rough figure is enough
 DOCUMENTS = 40  # documents of `general`, of all kinds: more than enough for them

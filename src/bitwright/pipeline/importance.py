@@ -19,8 +19,9 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import preflight
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.run_plan import Plan
 from bitwright.system.progress import Progress
 
 

@@ -25,8 +25,9 @@ from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, scored
 from bitwright.pipeline.steps import corrected, measured, ratios, steps
 from bitwright.plan.allocation import Allocation, Option
 from bitwright.plan.input_rounding import check_inputs, input_scheme, rounded_inputs, weights_kl
-from bitwright.plan.preflight import Plan, preflight, shapes_digest
+from bitwright.plan.preflight import preflight, shapes_digest
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.target import Target
 from bitwright.plan.units import Unit, base_plan, units_of
 from bitwright.system.progress import Progress

@@ -31,7 +31,7 @@ NOTE = "scores.json"  # of scores.py, which is not imported here: it knows model
 if TYPE_CHECKING:
     import torch
 
-    from bitwright.plan.preflight import Plan
+    from bitwright.plan.run_plan import Plan
 
 
 def planned(

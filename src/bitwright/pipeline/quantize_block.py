@@ -21,7 +21,7 @@ from bitwright.pipeline.guard import judge
 from bitwright.pipeline.ledger import Entry
 from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_matrix, quantize_matrix_by
 from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.sparsity import Pruned
 
 

@@ -19,7 +19,7 @@ from bitwright.numerics.codec import decode
 from bitwright.pipeline.calibration_pass import HiddenStates, read_block
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.transforms.output_temperature import with_output_temperature
 
 

@@ -55,7 +55,7 @@ from bitwright.pipeline.sequential import quantize_in_order
 from bitwright.pipeline.statistics_store import BlockStatistics, Store
 from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.system.device import CPU
 from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress

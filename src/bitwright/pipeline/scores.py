@@ -46,8 +46,8 @@ from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan
 from bitwright.plan.rule import Rule
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 from bitwright.system.memory import return_memory
 from bitwright.system.progress import Progress

@@ -20,7 +20,7 @@ from bitwright.pipeline.guard import BETTER_BLOCK, NEGLIGIBLE, PLAINER, block_er
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
 from bitwright.pipeline.tune_block import tune_block
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 
 
 def quantize_in_order(

@@ -24,7 +24,7 @@ from bitwright.pipeline.quantize_matrix import quantize_matrix
 from bitwright.pipeline.scores import INPUTS, Layers, Scores, layers_of
 from bitwright.plan.allocation import Option
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 from bitwright.system.memory import return_memory
 from bitwright.system.progress import Progress

@@ -11,7 +11,7 @@ from math import prod
 from bitwright.errors import FormatError, RecipeError
 from bitwright.numerics.scheme import TOKEN, Scheme
 from bitwright.plan.allocation import Allocation, Option
-from bitwright.plan.preflight import Plan
+from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit, fits
 
 IN_FLOAT = ""

@@ -1,45 +1,18 @@
 """An estimate of the memory that a run takes, from its plan alone."""
 
 from collections import Counter
-from pathlib import Path
-from typing import Protocol
 
 from bitwright.calibration.observe import KEPT_BYTES
-from bitwright.files.checkpoint import Spec, count, spec_bytes
-from bitwright.formats import Format, Layer
+from bitwright.files.checkpoint import count, spec_bytes
+from bitwright.formats import Layer
 from bitwright.methods.gptq import AT_ONCE
 from bitwright.models.file_names import EXPERT
-from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton
+from bitwright.models.skeleton import TOKENS_PER_BATCH
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.recipe import Recipe
+from bitwright.plan.run_plan import Plan
 
 PROCESS_BYTES = 400 << 20  # Python, torch and transformers, before any weight
 TOKENIZER = 6.5  # times tokenizer.json: what a loaded one takes, measured on vocabularies of 49,000 and 262,000
-
-
-class Plan(Protocol):
-    """What is read of a plan (that of preflight.py)."""
-
-    @property
-    def source(self) -> Path: ...
-    @property
-    def skeleton(self) -> Skeleton: ...
-    @property
-    def format(self) -> Format: ...
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def tensors(self) -> tuple[PlannedTensor, ...]: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def seqlen(self) -> int: ...
-    @property
-    def calibrated(self) -> bool: ...
-    @property
-    def calibrates_embeddings(self) -> bool: ...
-    def shard(self, index: int) -> list[PlannedTensor]: ...
-    def specs(self, tensors: list[PlannedTensor]) -> dict[str, Spec]: ...
 
 
 def peak_memory(plan: Plan) -> int:

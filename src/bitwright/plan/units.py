@@ -16,9 +16,10 @@ from bitwright.formats.ggml import TYPES
 from bitwright.methods import check_serves
 from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import PlannedTensor
-from bitwright.plan.preflight import Plan, preflight
+from bitwright.plan.preflight import preflight
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.rule import KEEP, Rule
+from bitwright.plan.run_plan import Plan
 
 # Schemes that are tried where none are named. In GGUF, types with blocks of 32 where rows do not fill blocks of 256.
 CANDIDATES = {
