@@ -218,6 +218,15 @@ def test_a_model_that_is_not_here(model: str, text: str, tmp_path: Path) -> None
     assert model in error["where"] and "no such file or directory" in error["error"] and error["remedy"]
 
 
+@pytest.mark.parametrize("left_out", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_git_lfs_has_not_fetched(left_out: str, llama: Path, text: str, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "clone")
+    file = tmp_path / "clone" / left_out
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 123456789\n")
+    error = refused(tmp_path / "clone", tmp_path / "out", text)
+    assert error["where"] == str(file) and "git lfs pull" in error["remedy"]
+
+
 def test_out_exists(llama: Path, text: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert "exists" in refused(llama, tmp_path / "out", text)["error"]

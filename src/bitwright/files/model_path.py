@@ -5,6 +5,7 @@ from pathlib import Path
 from bitwright.errors import CheckpointError
 
 MAGIC, SUFFIX = b"GGUF", ".gguf"
+POINTER, POINTER_BYTES = b"version https://git-lfs", 1024  # what git leaves in place of a large file; it is smaller than that
 
 
 def is_gguf(path: Path) -> bool:
@@ -19,7 +20,11 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_model_path(path: Path) -> None:
-    """CheckpointError for what is neither a GGUF file nor a directory with a config.json."""
+    """CheckpointError for what is neither a GGUF file nor a directory with a config.json, and for files that git left out."""
+    pointer = next(filter(_is_pointer, sorted(path.iterdir()) if path.is_dir() else [path]), None)
+    if pointer is not None:
+        remedy = f"git lfs pull, in {pointer.parent}"
+        raise CheckpointError("a pointer of git LFS, not the file itself", where=str(pointer), remedy=remedy)
     if path.is_file() and not is_gguf(path):
         message = "a file that is no GGUF file: its first four bytes are not 'GGUF'"
         raise CheckpointError(message, where=str(path), remedy="give a .gguf file, or a checkpoint's directory")
@@ -30,3 +35,14 @@ def check_model_path(path: Path) -> None:
         raise CheckpointError(
             "no config.json", where=str(path), remedy="give the directory of a Hugging Face checkpoint"
         )
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether git LFS has left a file's address in its place."""
+    try:
+        if not path.is_file() or path.stat().st_size > POINTER_BYTES:
+            return False
+        with path.open("rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
