@@ -406,11 +406,14 @@ def test_a_convolutional_net_is_exported_with_a_free_batch() -> None:
         (nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), (2, 6, 5, 5)),
         (nn.ConvTranspose3d(4, 4, 3, stride=2, bias=False), (2, 4, 3, 3, 3)),
         (nn.Conv3d(4, 6, 3, stride=(2, 1, 1), padding=1, groups=2), (2, 4, 5, 6, 6)),
+        (nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
+        (nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(2, 1), padding_mode="reflect"), (2, 4, 9, 8)),
+        (nn.Conv3d(4, 6, 3, padding=(1, 2, 1), padding_mode="replicate"), (2, 4, 5, 6, 6)),
     ],
     ids=str,
 )
 @torch.no_grad()
-def test_transposed_and_three_dimensional_convolutions(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_transposed_three_dimensional_and_bordered_convolutions(layer: nn.Module, shape: tuple[int, ...]) -> None:
     net, x = nn.Sequential(layer).eval(), torch.randn(shape)
     assert relative(layer.weight, bitwright.quantize_dynamic(layer.eval()).weight) < 0.01  # type: ignore[arg-type]
     for integer in ways(net, x).values():

@@ -5,7 +5,10 @@ from pathlib import Path
 from bitwright.errors import CheckpointError
 
 MAGIC, SUFFIX = b"GGUF", ".gguf"
-POINTER, POINTER_BYTES = b"version https://git-lfs", 1024  # what git leaves in place of a large file; it is smaller than that
+POINTER, POINTER_BYTES = (
+    b"version https://git-lfs",
+    1024,
+)  # what git leaves in place of a large file; it is smaller than that
 
 
 def is_gguf(path: Path) -> bool:

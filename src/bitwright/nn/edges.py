@@ -11,7 +11,7 @@ from bitwright.nn.dynamic import DYNAMIC, bare_weight, read_by_products
 from bitwright.nn.fake import Edge
 from bitwright.nn.functionalize import forget, functionalized, lift_calls, lift_products
 from bitwright.nn.layers import check_group
-from bitwright.nn.plan import codes, fuses, has_no_integer_form, role_of, role_unless_kept
+from bitwright.nn.plan import codes, fuses, role_of, role_unless_kept
 from bitwright.nn.rounded import ROUNDED, Entered, HeldWeight
 from bitwright.nn.trace import CARRY, OTHER, PRODUCT, dropped_in_training, fold_norms, traced
 from bitwright.nn.tree import Kept, copied, kind
@@ -75,10 +75,8 @@ class Maker:
         inside = (f"{name}.{path}".rstrip(".") for path, _ in module.named_modules(remove_duplicate=False))
         return not any(path in self.calls for path in inside)
 
-    def entered(self, module: nn.Module, name: str) -> nn.Module:
-        """A single layer with an edge at its input; the layer itself if it has no integer form."""
-        if has_no_integer_form(module):
-            return module
+    def entered(self, module: nn.Module, name: str) -> Entered:
+        """A single layer with an edge at its input."""
         check_group(self.weights.at(name), module, name)
         return Entered(self.edge(f"{name}.input".lstrip("."), images=not isinstance(module, nn.Linear)), module)
 

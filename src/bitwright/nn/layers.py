@@ -45,7 +45,7 @@ class IntegerProduct(StoredCodes):
         """label: the schemes, for repr. lender: the integer form of the same layer at an earlier call, to share its codes."""
         super().__init__()
         self.describe(source)
-        self.window = window_of(source, where)
+        self.window = window_of(source)
         self.flat = isinstance(source, nn.Conv1d)  # computed as a 2-D convolution of height 1
         self.least = () if self.window is None else self.window.least()[1 if self.flat else 0 :]
         self.channels = source.in_features if isinstance(source, nn.Linear) else source.in_channels
@@ -370,15 +370,10 @@ def row_sums(weight: IntegerWeight) -> Tensor:
     return (sums * weight.scale).sum(1).float()
 
 
-def window_of(source: Source, where: str = "") -> Window | None:
-    """The geometry of a convolution; None for Linear. SchemeError for padding other than zeros."""
+def window_of(source: Source) -> Window | None:
+    """The geometry of a convolution, which is padded by zeros (rearranged.py); None for Linear."""
     if isinstance(source, nn.Linear):
         return None
-    if source.padding_mode != "zeros":
-        remedy = 'padding_mode="zeros", or keep the layer in float'
-        raise SchemeError(
-            f"convolutions padded by {source.padding_mode!r} have no integer form", where=where, remedy=remedy
-        )
     left, right, *rows = source._reversed_padding_repeated_twice
     top, bottom = rows or (0, 0)
     kernel, stride, dilation = (_pair(tuple(each)) for each in (source.kernel_size, source.stride, source.dilation))

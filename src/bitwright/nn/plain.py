@@ -1,7 +1,7 @@
 """Normalize a module before quantization: weights computed from other parameters become plain parameters.
 
 Covers torch.nn.utils.parametrizations, the older weight_norm and spectral_norm, and masks of torch.nn.utils.prune. GPT-2's
-Conv1D becomes a Linear; transposed and 3-D convolutions become plain ones (rearranged.py).
+Conv1D becomes a Linear; transposed, 3-D and bordered convolutions become plain ones (rearranged.py).
 """
 
 import torch
@@ -17,7 +17,7 @@ from bitwright.nn.tree import Kept, named, replaced
 @torch.no_grad()
 def plain(root: nn.Module, kept: Kept) -> nn.Module:
     """Change a module in place, and return it: every weight is a parameter, with its value in eval mode, and every convolution
-    that is not kept in float is a Conv1d or Conv2d.
+    that is not kept in float is a Conv1d or Conv2d, padded by zeros.
     """
     for names, module in named(root):
         if parametrize.is_parametrized(module):

@@ -15,7 +15,7 @@ FOLLOWS = (
 
 
 def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Kept) -> str:
-    """A node's role; OTHER (float) for modules kept in float, and convolutions and pools without an integer form."""
+    """A node's role; OTHER (float) for modules kept in float, and pools without an integer form."""
     if node.op == "call_module":
         layer = graph.get_submodule(str(node.target))
         if has_no_integer_form(layer) or kept.covers(f"{prefix}.{node.target}".lstrip(".")):
@@ -24,9 +24,7 @@ def role_unless_kept(graph: fx.GraphModule, node: fx.Node, prefix: str, kept: Ke
 
 
 def has_no_integer_form(layer: nn.Module) -> bool:
-    """Whether a convolution (padding other than zeros) or a pool (ceil_mode, return_indices) has no integer form here."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return layer.padding_mode != "zeros"
+    """Whether a pool (ceil_mode, return_indices) has no integer form here."""
     return isinstance(layer, nn.MaxPool1d | nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices)
 
 

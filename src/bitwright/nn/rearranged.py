@@ -1,4 +1,4 @@
-"""Transposed and 3-D convolutions as plain convolutions of rearranged inputs, so that these need no integer form of their own.
+"""Transposed, 3-D and bordered convolutions as plain ones of rearranged inputs: these need no integer form of their own.
 
 Source for transposed convolutions: Dumoulin and Visin 2016, arXiv:1603.07285, section 4.
 """
@@ -153,13 +153,50 @@ class SlicedConvolution(Replacement):
         return self.planes(self.layer(self.slices(input)), input)
 
 
+class BorderedConvolution(Replacement):
+    """A convolution padded by its own input (reflect, replicate, circular): pads, then a convolution without padding."""
+
+    padding_mode: str
+
+    def __init__(self, source: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.describe(source)
+        self.border = list(source._reversed_padding_repeated_twice)
+        self.layer = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(source, kind))(
+            source.in_channels,
+            source.out_channels,
+            source.kernel_size,  # type: ignore[arg-type]
+            stride=source.stride,  # type: ignore[arg-type]
+            dilation=source.dilation,  # type: ignore[arg-type]
+            groups=source.groups,
+            bias=source.bias is not None,
+            device="meta",
+        )
+        self.layer.weight, self.layer.bias = source.weight, source.bias
+        self.train(source.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """As the float layer's."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As the float layer's."""
+        return self.layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's."""
+        return self.layer(pad(input, self.border, mode=self.padding_mode))
+
+
 def as_plain(module: nn.Module) -> nn.Module | None:
-    """A transposed or 3-D convolution as a plain one (Conv3d may remain); None for any other module."""
-    if isinstance(module, Transposed) and module.padding_mode == "zeros":
+    """A transposed, 3-D or bordered convolution as a plain one (Conv3d may remain); None for any other module."""
+    if isinstance(module, Transposed):
         return TransposedConvolution(module)
-    if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros":
-        return SlicedConvolution(module)
-    return None
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode != "zeros":
+        return BorderedConvolution(module)
+    return SlicedConvolution(module) if isinstance(module, nn.Conv3d) else None
 
 
 LEAVES = (Spread, Slices, Planes)

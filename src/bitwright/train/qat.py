@@ -7,7 +7,6 @@ from torch import nn
 from bitwright.nn.batches import Batch, run
 from bitwright.nn.dynamic import quantized
 from bitwright.nn.integer import integer_weight
-from bitwright.nn.plan import has_no_integer_form
 from bitwright.nn.prepare import Prepared, prepared_for_training
 from bitwright.nn.rounded import ROUNDED, round_weights
 from bitwright.nn.tree import kind, named, quantizable, require_mode
@@ -69,9 +68,7 @@ def _start(prepared: Prepared, example: Batch, *, learned: bool) -> None:
         if learned and edge.scheme.group != TOKEN:
             edge.learn()
     for names, layer in named(prepared.body):
-        if kind(layer) not in ROUNDED or has_no_integer_form(layer):
-            continue
-        if any(prepared.kept.covers(name) for name in names):
+        if kind(layer) not in ROUNDED or any(prepared.kept.covers(name) for name in names):
             continue
         scheme = prepared.weights.at(names[0])
         for p in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
