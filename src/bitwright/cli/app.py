@@ -6,14 +6,16 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitwright.cli.advise import advise
 from bitwright.cli.console import (
     AsJson,
+    Calib,
     Device,
+    Model,
     Out,
     Quiet,
     Resume,
@@ -29,6 +31,7 @@ from bitwright.cli.console import (
     reporting,
     show,
 )
+from bitwright.cli.files import convert, imatrix, inspect
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
 from bitwright.cli.plan import Bits, Size, plan
 from bitwright.cli.serve import serve
@@ -46,13 +49,6 @@ ABOUT = (
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[
-    Path,
-    typer.Argument(
-        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
-        "org/name@revision, org/name:FILE.gguf."
-    ),
-]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -71,13 +67,6 @@ Prune = Annotated[
     str | None,
     typer.Option(
         help="Set weights to zero first: wanda:0.5, magnitude:0.3, sparsegpt:0.5; sparsegpt:2:4 keeps 2 of every 4."
-    ),
-]
-Calib = Annotated[
-    str,
-    typer.Option(
-        help="Calibration text: general (prose, dialogues, code; it comes with bitwright), stdlib (Python's own sources) or a "
-        "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
     ),
 ]
 Store = Annotated[
@@ -293,33 +282,6 @@ def _print_evaluations(found: "list[Evaluation]", as_json: bool) -> None:
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Every tensor: shape, scheme, bytes, loss; total bits per weight; of a .gguf file its tokenizer, templates and keys."""
-    with reporting(as_json):
-        check_model(model)
-        from bitwright.evaluation.gguf_inspection import lines
-        from bitwright.evaluation.inspection import inspect as inspected
-        from bitwright.evaluation.report import table
-
-        found = inspected(model)
-        if as_json:
-            show(found, True, "")
-            return
-        rows = [_inspected(t) for t in found["tensors"]]
-        console.print(table(str(model), ("tensor", "shape", "scheme", "bytes", "loss"), rows))
-        for line in lines(found) if "keys" in found else []:
-            console.print(plain(line), highlight=False, soft_wrap=True)
-        console.print(f"{found['bytes']:,} bytes of weights, {found['bits_per_weight']:.3f} bits per weight")
-
-
-def _inspected(t: dict[str, Any]) -> tuple[str, ...]:
-    """A tensor's row of the table."""
-    loss = "" if t["loss"] is None else f"{t['loss']:.5f}"
-    name = t["name"].removesuffix(".weight")
-    return name, "×".join(map(str, t["shape"])), t["scheme"], f"{t['bytes']:,}", loss
-
-
-@app.command()
 def demo(as_json: AsJson = False) -> None:
     """The whole main job on the built-in model: no network, under two minutes."""
     with reporting(as_json), progress_bar(as_json) as progress:
@@ -334,53 +296,7 @@ def demo(as_json: AsJson = False) -> None:
         console.print(table("The built-in model, evaluated on modules held out of its training", HEADER, rows))
 
 
-@app.command()
-def imatrix(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="Importance matrix to make, for llama-quantize --imatrix.")],
-    calib: Calib = "general",
-    samples: Samples = 128,
-    seqlen: Seqlen = 512,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Write the mean squared inputs of every matrix as llama.cpp's importance matrix."""
-    with reporting(as_json):
-        check_model(model)
-        from bitwright.pipeline.importance import write_importance
-
-        with progress_bar(as_json) as progress:
-            done = write_importance(
-                model, out, calib=calib, samples=samples, seqlen=seqlen, seed=seed, progress=progress
-            )
-        show(done, as_json, "Done")
-
-
-@app.command()
-def convert(
-    model: Model,
-    out: Annotated[
-        Path,
-        typer.Argument(help="OUT.gguf to make of a float MODEL or an adapter, or a directory of a quantized one."),
-    ],
-    format: Annotated[
-        str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or bitwright, for a directory.")
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Where MODEL is a LoRA adapter, in peft's form or a .gguf file: the model that it is for."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put a checkpoint into another container, number by number the same, or say why that cannot be."""
-    with reporting(as_json, f"{out} was not made; the same command starts afresh"):
-        check_model(model, base)
-        from bitwright.pipeline.conversion import convert
-
-        show(convert(model, out, format, base=base), as_json, "Done")
-
-
-for command in (plan, advise, generate, chat, serve, bench, finetune, merge):
+for command in (inspect, imatrix, convert, plan, advise, generate, chat, serve, bench, finetune, merge):
     app.command()(command)
 
 

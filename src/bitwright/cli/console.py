@@ -19,6 +19,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summ
 Out = Annotated[
     Path, typer.Argument(help="Directory or .gguf file to make; it appears only when complete and verified.")
 ]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory with a Hugging Face checkpoint (safetensors), a .gguf file, or a name on the hub: org/name, "
+        "org/name@revision, org/name:FILE.gguf."
+    ),
+]
+Calib = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: general (prose, dialogues, code; it comes with bitwright), stdlib (Python's own sources) or a "
+        "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
