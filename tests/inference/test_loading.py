@@ -456,6 +456,14 @@ def test_chat_remembers_and_ends(llama: Path) -> None:
     assert done.exit_code == 0
 
 
+def test_a_chat_goes_on_when_its_context_is_full(llama: Path) -> None:
+    told = ["chat", str(llama), "--system", "Be brief.", "--max-tokens", "4", "--context", "60"]
+    done = CliRunner().invoke(app, told, input="hello\n" * 9 + "\n")
+    assert done.exit_code == 0 and "the oldest messages are forgotten" in done.output
+    done = CliRunner().invoke(app, told, input="hello " * 99 + "\n\n")
+    assert done.exit_code == 2 and "in a context of 60" in done.output
+
+
 def test_bench_says_how_fast(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitwright.inference.speed.PROBE_BYTES", 1 << 20)
     done = cli("bench", str(llama), "--prompt", "8", "--decode", "3", "--repeat", "1", "--json")

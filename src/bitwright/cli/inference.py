@@ -98,7 +98,12 @@ def chat(
         )
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
         for line in _lines():
-            messages.append({"role": "user", "content": line})
+            whole = [*messages, {"role": "user", "content": line}]
+            messages = generator.recent(whole, room=max_tokens)
+            if len(messages) < len(whole):
+                errors.print(
+                    f"[dim]the context of {generator.context} tokens is full: the oldest messages are forgotten[/]"
+                )
             said = _written(generator.answer(messages, most=max_tokens, sampling=sampling), quiet=False)
             messages.append({"role": "assistant", "content": said})
 

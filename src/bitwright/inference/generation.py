@@ -67,6 +67,17 @@ class Generator:
         """The model's answer to a conversation, in its chat template. InputError if it has none."""
         return self._stream(conversation(self.tokenizer, messages), most, sampling)
 
+    def recent(self, messages: list[Message], room: int) -> list[Message]:
+        """The conversation, less its oldest exchanges where they leave an answer fewer than `room` tokens, or half the context.
+
+        What the system was told and the last message stay. InputError if the model has no chat template.
+        """
+        told, said = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
+        most = self.context - min(room, self.context // 2)
+        while len(said) > 2 and len(conversation(self.tokenizer, [*told, *said])) > most:
+            said = said[2:]
+        return [*told, *said]
+
     def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Iterator[str]:
         if len(ids) >= self.context:
             remedy = f"give a shorter prompt, or --context {len(ids) + most} if the model reaches that far"
