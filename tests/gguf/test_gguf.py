@@ -32,8 +32,9 @@ from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.formats.gguf import kind_of
 from bitwright.gguf import rope
 from bitwright.gguf.architectures import ARCHITECTURES
-from bitwright.gguf.config_keys import ALIKE, EVERY, WINDOWLESS, config_of, keys_of
+from bitwright.gguf.config_keys import WINDOWLESS, config_of, keys_of
 from bitwright.gguf.file_types import MIXES, Place, type_in
+from bitwright.gguf.fixed_keys import ALIKE, EVERY
 from bitwright.gguf.reader import GgufFile
 from bitwright.gguf.tensor_names import Names
 from bitwright.methods.gptq import gptq

@@ -82,7 +82,7 @@ HYBRID = (
     ("mamba_n_heads", "ssm.time_step_rank"), ("mamba_d_state", "ssm.state_size"), ("mamba_n_groups", "ssm.group_count"),
     ("mamba_d_conv", "ssm.conv_kernel"),
 )  # fmt: skip
-GRANITE = (*SHAPE[:3], SHAPE[4], *RMS, *MULTIPLIERS, VOCABULARY)
+GRANITE = (*SHAPE[:3], SHAPE[4], *RMS, *HEADS, *MULTIPLIERS, VOCABULARY)
 NEMOTRON_H = (
     *SHAPE[:3], SHAPE[4], ("layer_norm_epsilon", RMS[0][1]), ("layer_norm_epsilon", "attention.layer_norm_epsilon"), *HEADS,
     ("mamba_num_heads", "ssm.time_step_rank"),
@@ -188,13 +188,13 @@ ARCHITECTURES = {
         Architecture("gemma", "gemma", GEMMA, shifted=True),
         Architecture("gemma2", "gemma2", (*GEMMA, *SOFT_CAPS, *SLIDING), shifted=True),
         Architecture("gemma3_text", "gemma3", (*GEMMA, SOFT_CAPS[1], *SLIDING), shifted=True),
-        Architecture("smollm3", "smollm3", (*GROUPED, *RMS, VOCABULARY), pairs=True, biases=BIASES),
+        Architecture("smollm3", "smollm3", (*GROUPED, *RMS, *HEADS, VOCABULARY), pairs=True, biases=BIASES),
         Architecture("arcee", "arcee", LLAMA, pairs=True, biases=BIASES),
-        Architecture("granite", "granite", (*GROUPED, *RMS, *MULTIPLIERS, VOCABULARY), pairs=True),
+        Architecture("granite", "granite", (*GROUPED, *RMS, *HEADS, *MULTIPLIERS, VOCABULARY), pairs=True),
         Architecture(
             "olmo", "olmo", (*GROUPED, ("clip_qkv", "attention.clamp_kqv")), pairs=True, constant=((EPSILON, 1e-5),)
         ),
-        Architecture("apertus", "apertus", (*GROUPED, *RMS, VOCABULARY)),
+        Architecture("apertus", "apertus", (*GROUPED, *RMS, *HEADS, VOCABULARY)),
         Architecture("olmo2", "olmo2", (*GROUPED, *RMS)),
         Architecture("olmo3", "olmo2", (*GROUPED, *RMS, *SLIDING)),
         Architecture("seed_oss", "seed_oss", (*GROUPED, *RMS, *HEADS), biases=BIASES[:1]),
@@ -212,7 +212,7 @@ ARCHITECTURES = {
         Architecture(
             "granitemoe",
             "granitemoe",
-            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, VOCABULARY),
+            (*GROUPED, *RMS, *HEADS, *MIXTRAL, *MULTIPLIERS, VOCABULARY),
             pairs=True,
         ),
         Architecture(
@@ -222,7 +222,7 @@ ARCHITECTURES = {
             constant=GATED_BY_SIGMOID,
             biases=(*BIASES[:1], ("use_qk_norm", "blk.0.attn_q_norm.weight")),
         ),
-        Architecture("ernie4_5_moe", "ernie4_5-moe", (*GROUPED, *RMS, *ERNIE_MIXTURE)),
+        Architecture("ernie4_5_moe", "ernie4_5-moe", (*GROUPED, *RMS, *HEADS, *ERNIE_MIXTURE)),
         Architecture("deepseek_v2", "deepseek2", DEEPSEEK),
         Architecture("deepseek_v3", "deepseek2", DEEPSEEK),
         Architecture(
@@ -262,7 +262,7 @@ ARCHITECTURES = {
         Architecture(
             "granitemoeshared",
             "granitemoe",
-            (*GROUPED, *RMS, *MIXTRAL, *MULTIPLIERS, SHARED_WIDTH, VOCABULARY),
+            (*GROUPED, *RMS, *HEADS, *MIXTRAL, *MULTIPLIERS, SHARED_WIDTH, VOCABULARY),
             pairs=True,
         ),
         Architecture(

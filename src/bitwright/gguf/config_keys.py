@@ -1,8 +1,7 @@
 """Convert transformers' configs to GGUF keys, and back, by the rows of architectures.py.
 
-Hyperparameters that llama.cpp fixes in its code are in `FIXED` and the tables after it. A config that disagrees with them is
-refused when a file is written; when one is read, they are put into the config. Source: llama.cpp's converter
-(conversion/*.py) and its models (src/models/*.cpp).
+What llama.cpp fixes in its code: fixed_keys.py. Source: llama.cpp's converter (conversion/*.py) and its models
+(src/models/*.cpp).
 """
 
 import math
@@ -25,6 +24,7 @@ from bitwright.gguf.architectures import (
     named,
     needed_for,
 )
+from bitwright.gguf.fixed_keys import check_fixed, check_heads, fixed_of
 from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.rope import head_dim_of
 from bitwright.gguf.special_keys import DISTILLED_EPSILON, READ, SIGMOID, WRITTEN
@@ -32,146 +32,9 @@ from bitwright.gguf.special_tokens import ends_of
 
 Keys = dict[str, Any]
 
+BY_NAME = "bitwright quantize --calib none --method search makes a smaller file of it all the same"
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-# Config attributes that llama.cpp's code fixes for each model_type.
-GELU = "gelu_pytorch_tanh"
-ALIKE = {"gelu_new": GELU}  # two names of the same function
-ANY_STEP = {"time_step_limit": (0.0, math.inf)}  # steps of a state are not clamped
-SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
-FIXED: dict[str, Keys] = {
-    **{
-        kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen3", "phi3")
-    },
-    "qwen2_moe": {
-        "hidden_act": "silu",
-        "norm_topk_prob": False,
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-        **SPARSE,
-    },
-    "qwen3_moe": {"hidden_act": "silu", "norm_topk_prob": True, **SPARSE},
-    "olmoe": {
-        "hidden_act": "silu",
-        "norm_topk_prob": False,
-        "attention_bias": False,
-        "clip_qkv": None,
-        "tie_word_embeddings": False,
-    },
-    "granitemoe": {"hidden_act": "silu", "attention_bias": False},
-    "glm4_moe": {"hidden_act": "silu"},
-    "ernie4_5_moe": {"hidden_act": "silu", "use_bias": False},
-    "deepseek_v2": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "topk_method": "greedy",
-        "norm_topk_prob": False,
-    },
-    "deepseek_v3": {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
-    "gpt_oss": {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False},
-    "hunyuan_v1_dense": {"hidden_act": "silu", "attention_bias": False},
-    "hunyuan_v1_moe": {"hidden_act": "silu", "attention_bias": False},
-    "exaone4": {"hidden_act": "silu"},
-    "falcon": {"activation": "gelu", "alibi": False, "parallel_attn": True, "bias": False},
-    "gpt_bigcode": {"activation_function": GELU, "multi_query": True, "scale_attn_weights": True},
-    "lfm2": {"conv_bias": False, "tie_word_embeddings": True},
-    "gemma": {"hidden_activation": GELU},
-    "gemma2": {"hidden_activation": GELU},
-    "gemma3_text": {"hidden_activation": GELU},
-    "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    "starcoder2": {"hidden_act": GELU, "use_bias": True},
-    "smollm3": {"hidden_act": "silu", "use_sliding_window": False},
-    "apertus": {"hidden_act": "xielu", "attention_bias": False},
-    "arcee": {"hidden_act": "relu2"},
-    "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "olmo": {"hidden_act": "silu", "attention_bias": False},
-    **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("olmo2", "olmo3")},
-    "seed_oss": {"hidden_act": "silu", "attention_out_bias": False, "mlp_bias": False},
-    "glm4": {"hidden_act": "silu"},
-    "ernie4_5": {"hidden_act": "silu", "use_bias": False},
-    "cohere": {"hidden_act": "silu", "use_qk_norm": False, "attention_bias": False},
-    "cohere2": {"hidden_act": "silu", "attention_bias": False},
-    "stablelm": {"hidden_act": "silu", "qk_layernorm": False},
-    "phi": {"hidden_act": GELU, "qk_layernorm": False},
-    "nemotron": {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
-    "gpt_neox": {"hidden_act": "gelu", "attention_bias": True},
-    **{kind: {"hidden_act": "gelu", "is_decoder": False} for kind in ("bert", "roberta", "xlm-roberta")},
-    "nomic_bert": {"hidden_act": "silu"},
-    "distilbert": {"activation": "gelu"},
-    "llama4_text": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_chunk_size": 8192,
-        "attn_temperature_tuning": True,
-        "floor_scale": 8192,
-        "attn_scale": 0.1,
-    },
-    **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
-    "qwen3_next": {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True, **SPARSE},
-    **{
-        kind: {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "expand": 2}
-        for kind in ("mamba", "falcon_mamba")
-    },
-    "mamba2": {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, **ANY_STEP},
-    "granitemoeshared": {"hidden_act": "silu", "attention_bias": False},
-    "granitemoehybrid": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
-        **ANY_STEP,
-    },
-    "nemotron_h": {
-        "mlp_hidden_act": "relu2",
-        "mamba_hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_bias": False,
-        "mamba_proj_bias": False,
-        "use_conv_bias": True,
-        **ANY_STEP,
-    },
-    "lfm2_moe": {"conv_bias": False, "tie_word_embeddings": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
-    "gemma3n_text": {
-        "hidden_activation": GELU,
-        "altup_active_idx": 0,
-        "altup_num_inputs": 4,
-        "altup_correct_scale": True,
-        "laurel_rank": 64,
-        "hidden_size_per_layer_input": 256,
-    },
-    "gemma4_text": {"hidden_activation": GELU, "attention_bias": False},
-    "modernbert": {
-        "hidden_activation": "gelu",
-        "norm_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
-    "eurobert": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "falcon_h1": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "projectors_bias": False,
-        "mamba_proj_bias": False,
-        "mamba_conv_bias": True,
-        "mamba_rms_norm": False,
-        **ANY_STEP,
-    },
-    "jamba": {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False},
-}
-EVERY = {
-    "gemma2": 2,
-    "gemma3_text": 6,
-    "cohere2": 4,
-    "gpt_oss": 2,
-    "olmo3": 4,
-}  # every how many layers one has full attention; the others have a sliding window
-# Of Gemma 3n: layers with keys and values of their own, layers whose MLP is sparse, and how sparse.
-GEMMA3N_OWN, GEMMA3N_SPARSE, SPARSITY = 20, 10, 0.95
-EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
-WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 # llama.cpp ignores their sliding window.
 WINDOWLESS = ("mistral", "ministral3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
 
@@ -205,7 +68,7 @@ def first_position(config: PretrainedConfig) -> int:
 def keys_of(config: PretrainedConfig) -> Keys:
     """The keys of a model, without those of its tokenizer. FormatError for a config that llama.cpp cannot express."""
     row = architecture_of(config)
-    _check_fixed(row, config)
+    check_fixed(row, config)
     found: Keys = {"general.architecture": row.name}
     for attribute, key in row.keys:
         value = head_dim_of(config) if attribute == "head_dim" else getattr(config, attribute, None)
@@ -215,45 +78,10 @@ def keys_of(config: PretrainedConfig) -> Keys:
     if row.kind in WRITTEN:
         more = {key: value for key, value in WRITTEN[row.kind](config).items() if value is not None}
         found |= {key if key in ENTRIES else f"{row.name}.{key}": value for key, value in more.items()}
+    check_heads(row, config, found)
     if not row.causal:
         found |= {f"{row.name}.attention.causal": False, TOKEN_TYPES: getattr(config, "type_vocab_size", 1)}
     return found | (rope.keys_of(row.name, config) if row.rotary else {})
-
-
-def _fixed(kind: str, depth: int, width: int, heads: int, head_dim: int) -> Keys:
-    """The config attributes that llama.cpp fixes for a model of this model_type and shape."""
-    found = dict(FIXED[kind])
-    if kind in WIDE:
-        found["query_pre_attn_scalar"] = width // heads if depth == WIDE[kind] else head_dim
-    if kind == "smollm3":  # every fourth layer has no position embedding (NoPE)
-        found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
-    if kind == "llama4_text":
-        found["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(depth)]
-        found["layer_types"] = ["chunked_attention" if rotary else rope.GLOBAL for rotary in found["no_rope_layers"]]
-    if kind == "gemma3n_text":
-        found["num_kv_shared_layers"] = max(0, depth - GEMMA3N_OWN)
-        found["activation_sparsity_pattern"] = [SPARSITY if i < GEMMA3N_SPARSE else 0.0 for i in range(depth)]
-    if kind == "modernbert":
-        found["layer_types"] = [rope.LOCAL if i % 3 else rope.GLOBAL for i in range(depth)]
-    if kind == "olmoe":
-        found["num_key_value_heads"] = heads  # the norm of keys is as wide as that of queries
-    if kind == "exaone4":
-        found |= {"layer_types": [rope.GLOBAL] * depth, "sliding_window": None} if depth != EXAONE_WINDOWED else {}
-    if kind in EVERY or (kind == "exaone4" and depth == EXAONE_WINDOWED):
-        found["layer_types"] = [rope.LOCAL if (i + 1) % EVERY.get(kind, 4) else rope.GLOBAL for i in range(depth)]
-    return found
-
-
-def _check_fixed(row: Architecture, config: PretrainedConfig) -> None:
-    """FormatError for a config that disagrees with what llama.cpp fixes, so that it would compute another model."""
-    heads = getattr(config, "num_attention_heads", 0)
-    shape = config.num_hidden_layers, config.hidden_size, heads, head_dim_of(config) if heads else 0
-    for attribute, meant in _fixed(row.kind, *shape).items():
-        value = getattr(config, attribute, None)
-        value = tuple(value) if isinstance(meant, tuple) and value is not None else value
-        if value is not None and ALIKE.get(str(value), value) != meant:
-            message = f"{attribute} = {value!r}, and llama.cpp's {row.name} always has {meant!r}"
-            raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
 
 
 def not_kept(config: PretrainedConfig) -> list[str]:
@@ -295,7 +123,10 @@ def config_of(
         )
         message = f"architecture {name!r} is not read here"
         raise CheckpointError(message, where=where, remedy=remedy)
-    values = {a: _plain(keys[f"{row.name}.{key}"]) for a, key in row.keys if f"{row.name}.{key}" in keys}
+    if row.causal and keys.get(f"{row.name}.attention.causal") is False:
+        message = "each token attends to later ones too (attention.causal), which its architecture does not do here"
+        raise CheckpointError(message, where=where, remedy=BY_NAME)
+    values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if f"{row.name}.{key}" in keys}
     _check_depth(row, values, keys, tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
@@ -389,12 +220,24 @@ def _implied(
     depth, width = values[a["block_count"]], values[a["embedding_length"]]
     heads = values[a["attention.head_count"]] if "attention.head_count" in a else 0
     head_dim = values.get("head_dim") or (width // heads if heads else 0)
-    found = _fixed(row.kind, depth, width, heads, head_dim)
+    found = fixed_of(row.kind, depth, width, heads, head_dim)
+    if "head_dim" in names and head_dim:
+        found["head_dim"] = head_dim
     if row.rotary:
         found["rope_parameters"] = rope.parameters_of(row.name, keys, factors, head_dim, where)
     if row.kind == "phi3" and found["rope_parameters"]["rope_type"] == "longrope":
         found["original_max_position_embeddings"] = found["rope_parameters"]["original_max_position_embeddings"]
     return found
+
+
+def _one(keys: Mapping[str, Any], key: str, where: str) -> Any:
+    """A key's value, or that of all its entries. CheckpointError where they differ from layer to layer."""
+    found = _plain(keys[key])
+    if not isinstance(found, list) or not found:
+        return found
+    if len(set(found)) > 1:
+        raise CheckpointError(f"{key} differs from layer to layer: {found}", where=where, remedy=BY_NAME)
+    return found[0]
 
 
 def _plain(value: Any) -> Any:

@@ -28,13 +28,14 @@ SCALED = (
 KNOWN = {
     "default": (),
     "linear": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
 ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp takes if a file does not say otherwise
 MSCALE = "mscale_all_dim"  # of DeepSeek's YaRN: scores are divided by more, as the context grows
+ATTENTION = "scaling.attn_factor"  # queries and keys are multiplied by it
 LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
 # Architectures that have this key, and times what it is written.
 TIMES = {"deepseek2": 0.1, "mistral3": 1.0}
@@ -51,6 +52,8 @@ OWN = {"gpt-oss": {"truncate": False}}
 # Positions in sections, of which a text has one position in all (M-RoPE): their sizes in Qwen 3.5, if the config is silent.
 SECTIONED = {"qwen35": [11, 11, 10], "qwen35moe": [11, 11, 10]}
 SECTIONS, SECTIONS_KEY, INTERLEAVED = "mrope_section", "dimension_sections", "mrope_interleaved"
+# Architectures of which transformers rotates a part of each head, unless the config says how much.
+PARTLY = ("glm4", "glm4moe", "stablelm", "phi2", "nemotron", "gptneox", "qwen3next", *SECTIONED)
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 LOCAL_BASES = {
     "gemma3": 10000.0,
@@ -128,8 +131,10 @@ def _plain(name: str, rope: Mapping[str, Any], dim: int) -> Keys:
         meant, given = YARN | OWN.get(name, {}), YARN | left
         left = {key: value for key, value in given.items() if key not in meant or value not in (None, meant[key])}
     factor = left.get("attention_factor")
-    if kind == "yarn" and factor and math.isclose(factor, 1 + 0.1 * math.log(left["factor"]), rel_tol=1e-6):
+    if kind == "yarn" and factor and math.isclose(factor, _yarn_attention(left["factor"]), rel_tol=1e-6):
         del left["attention_factor"]  # as computed without it
+    elif kind == "yarn" and factor and name in TIMES:
+        raise _unknown(f"{kind!r} with an attention_factor of its own in {name}")
     if kind == "yarn" and name in TIMES and MSCALE in left and left.pop("mscale", 1.0) != left[MSCALE]:
         raise _unknown(f"{kind!r} with an mscale other than {MSCALE}")
     if kind == "dynamic" and name in ALPHA and left.get("alpha"):
@@ -150,9 +155,11 @@ def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
         return {}
     keys: Keys = {"scaling.type": kind}
     if kind == "longrope":
-        keys["scaling.attn_factor"] = _attention_factor(rope, config)
+        keys[ATTENTION] = _attention_factor(rope, config)
     else:
         keys["scaling.factor"] = float(rope["factor"])
+        if rope.get("attention_factor"):
+            keys[ATTENTION] = rope["attention_factor"] / _yarn_attention(rope["factor"])
     if "original_max_position_embeddings" in rope:
         keys["scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     return keys
@@ -214,21 +221,26 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     if name == "gemma4":
         local = {"rope_type": "default", "rope_theta": own.get("freq_base_swa", 10000.0)}
         return {GLOBAL: rope | _read_proportional(factors, where), LOCAL: local}
-    if own.get("dimension_count", dim) != dim:
-        rope["partial_rotary_factor"] = own["dimension_count"] / dim
+    turned = own.get("dimension_count", dim)
+    if turned != dim or name in PARTLY:
+        rope["partial_rotary_factor"] = turned / dim
     if name in SECTIONED:
         rope |= {SECTIONS: [int(n) for n in own.get(SECTIONS_KEY, SECTIONED[name])[:3]], INTERLEAVED: True}
-    kind = own.get("scaling.type", "none")
+    kind, factor = _read_scaling(own)
     if LONG in factors and SHORT in factors:
         rope |= {
             "rope_type": "longrope",
             "long_factor": factors[LONG].tolist(),
             "short_factor": factors[SHORT].tolist(),
         }
-        rope |= {"attention_factor": own.get("scaling.attn_factor", 1.0)}
-    elif kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": own.get("scaling.factor", 1.0)}
+        rope |= {"attention_factor": own.get(ATTENTION, 1.0)}
+    elif own.get(ATTENTION, 1.0) != 1 and kind != "yarn":
+        message = f"{name}.rope.{ATTENTION} = {own[ATTENTION]}, and positions of type {kind!r} have no such factor here"
+        raise CheckpointError(message, where=where, remedy="not read here yet")
+    elif kind != "default":
+        rope |= {"rope_type": kind, "factor": factor}
         rope |= OWN.get(name, {}) if kind == "yarn" else {}
+        rope |= {"attention_factor": own[ATTENTION] * _yarn_attention(factor)} if own.get(ATTENTION, 1.0) != 1 else {}
     if name in TIMES and kind == "yarn" and LOG_MULTIPLIER in own:
         rope |= dict.fromkeys(("mscale", MSCALE), own[LOG_MULTIPLIER] / TIMES[name])
     rope |= {TEMPERATURE: keys[TEMPERATURE_KEY]} if TEMPERATURE_KEY in keys else {}
@@ -241,6 +253,20 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
         return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
     return rope
+
+
+def _read_scaling(own: Mapping[str, Any]) -> tuple[str, float]:
+    """transformers' rope type for a file's keys, and by how much positions are divided. As in llama.cpp, a factor counts
+    without a type too, and the first files have it under another name."""
+    kind, factor = own.get("scaling.type", "linear"), own.get("scaling.factor", own.get("scale_linear", 0.0)) or 1.0
+    if kind == "yarn":
+        return kind, factor
+    return ("default", 1.0) if kind == "none" or factor == 1 else ("linear", factor)
+
+
+def _yarn_attention(factor: float) -> float:
+    """YaRN's own factor of queries and keys (Peng et al. 2023, arXiv:2309.00071)."""
+    return 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
 
 
 def _read_proportional(factors: Mapping[str, Tensor], where: str) -> Keys:

@@ -1,0 +1,77 @@
+"""Keys of GGUF files that other tools wrote, or that lack some: read as llama.cpp reads them, or refused.
+
+The right values were compared with llama.cpp's logprobs of such files.
+"""
+
+import math
+from typing import Any
+
+import pytest
+from bench.gguf_families import small_config
+
+from bitwright.errors import CheckpointError, FormatError
+from bitwright.gguf import rope
+from bitwright.gguf.config_keys import config_of, keys_of
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+OWN = 1 + 0.1 * math.log(4)  # YaRN's factor of queries and keys
+
+
+def scaled(name: str = "llama", **keys: Any) -> dict[str, Any]:
+    """rope_parameters for keys of scaling; "__" stands for a dot."""
+    given = {f"{name}.rope.{key.replace('__', '.')}": value for key, value in keys.items()}
+    return rope.parameters_of(name, given, {}, 16, "x")
+
+
+def test_a_factor_counts_without_a_type() -> None:
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    assert scaled(scaling__factor=4.0) == scaled(scale_linear=4.0) == linear  # the latter in the first files
+    assert scaled(scaling__factor=4.0, scaling__type="none") == scaled(scaling__type="linear") == scaled()
+
+
+def test_a_factor_of_queries_and_keys() -> None:
+    keys: dict[str, Any] = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 32}
+    assert scaled(**keys) == YARN
+    assert scaled(**keys, scaling__attn_factor=2.0) == YARN | {"attention_factor": pytest.approx(2 * OWN)}
+    with pytest.raises(CheckpointError, match=r"attn_factor = 2\.0"):
+        scaled(scaling__attn_factor=2.0)
+    config = small_config("llama", rope_parameters=YARN | {"attention_factor": 1.5})
+    written = rope.keys_of("llama", config)
+    assert written["llama.rope.scaling.attn_factor"] == pytest.approx(1.5 / OWN)
+    assert rope.parameters_of("llama", written, {}, 16, "x")["attention_factor"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "glm4", "gpt_neox", "phi", "nemotron"])
+def test_whole_heads_may_be_rotated(kind: str) -> None:
+    """By models of which transformers rotates a part, unless the config says how much: RedPajama's GPT-NeoX."""
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    config = small_config(kind, rope_parameters=parameters)
+    back = config_of(keys_of(config), shapes(), "x")
+    assert back.rope_parameters["partial_rotary_factor"] == 1
+
+
+def shapes(depth: int = 8) -> dict[str, tuple[int, ...]]:
+    return {"token_embd.weight": (2048, 64), **{f"blk.{i}.attn_norm.weight": (64,) for i in range(depth)}}
+
+
+def test_heads_are_of_a_size_that_the_file_says() -> None:
+    with pytest.raises(FormatError, match="head_dim = 32"):
+        keys_of(small_config("qwen2", head_dim=32))
+    assert keys_of(small_config("granite", head_dim=32))["granite.attention.key_length"] == 32
+    keys = keys_of(small_config("qwen3"))
+    without = {key: value for key, value in keys.items() if not key.endswith(("key_length", "value_length"))}
+    assert config_of(without, shapes(), "x").head_dim == 16  # not transformers' 128
+
+
+def test_values_of_layers_are_one_or_refused() -> None:
+    keys = keys_of(small_config("llama"))
+    alike = {"llama.feed_forward_length": [128] * 8, "llama.attention.head_count_kv": [2] * 8}
+    back = config_of(keys | alike, shapes(), "x")
+    assert (back.intermediate_size, back.num_key_value_heads) == (128, 2)
+    with pytest.raises(CheckpointError, match="differs from layer to layer"):
+        config_of(keys | {"llama.attention.head_count_kv": [2] * 7 + [4]}, shapes(), "x")
+
+
+def test_a_decoder_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"attention\.causal"):
+        config_of(keys_of(small_config("qwen2")) | {"qwen2.attention.causal": False}, shapes(), "x")
