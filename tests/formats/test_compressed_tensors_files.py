@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitwright import load
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, FormatError
 from bitwright.formats.compressed_tensors import CompressedTensors
+from bitwright.numerics.codec import decode
+from bitwright.numerics.packing import pack
 from peers import IDS, distance, ours
 
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -200,3 +202,39 @@ def test_inputs_are_rounded_as_the_library_rounds_them(preset: str) -> None:
     found = CompressedTensors().input_quantization(config, "m", {"input_global_scale": outer}.get)
     assert found is not None and torch.allclose(found(x)[None], theirs, rtol=1e-6, atol=0)
     assert float((theirs[0] - x).norm() / x.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("said", ["group", "dynamic", True])
+def test_columns_in_groups_by_activation(symmetric: bool, said: str | bool) -> None:
+    """As llm-compressor wrote them until its library gave them up: w = (code - zero[g]) · scale[g], g the group of a column."""
+    torch.manual_seed(0)
+    N, K, bits = 24, 128, 4
+    codes, groups, scale = torch.randint(0, 16, (N, K)), torch.randperm(K) // 32, torch.rand(N, 4) + 0.1
+    zero = torch.full((N, 4), 8) if symmetric else torch.randint(0, 16, (N, 4))
+    tensors = {
+        "weight_packed": pack(codes.short(), bits), "weight_scale": scale, "weight_shape": torch.tensor([N, K]),
+        "weight_g_idx": groups.int(),
+    }  # fmt: skip
+    tensors |= {} if symmetric else {"weight_zero_point": pack(zero.T.short(), bits).T.contiguous()}
+    config = {
+        "format": "pack-quantized",
+        "config_groups": {"a": group(["Linear"], {**W4, "symmetric": symmetric, "actorder": said})},
+    }
+    meant, reader = (codes - zero[:, groups]) * scale[:, groups], CompressedTensors()
+    assert torch.allclose(reader.decode(config, "m", tensors), meant)
+    assert torch.allclose(decode(reader.quantized(config, "m", tensors)), meant)
+    with pytest.raises(FormatError, match="not in groups of 32"):
+        reader.decode(config, "m", tensors | {"weight_g_idx": torch.zeros(K, dtype=torch.int32)})
+
+
+def test_groups_of_columns_that_nothing_asks_for() -> None:
+    """-1 for each column is what llm-compressor made beforehand, and left; others would change the weights."""
+    tensors = {
+        "weight_packed": pack(torch.full((8, 32), 9, dtype=torch.int16), 4), "weight_scale": torch.ones(8, 1),
+        "weight_shape": torch.tensor([8, 32]), "weight_g_idx": torch.full((32,), -1, dtype=torch.int32),
+    }  # fmt: skip
+    config = {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], W4)}}
+    assert bool((CompressedTensors().decode(config, "m", tensors) == 1).all())
+    with pytest.raises(BitwrightError, match="weight_g_idx"):
+        CompressedTensors().decode(config, "m", tensors | {"weight_g_idx": torch.zeros(32, dtype=torch.int32)})

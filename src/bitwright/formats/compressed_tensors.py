@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import Spec
+from bitwright.formats.config_groups import (
+    ORDER,
+    group_of,
+    inferred_container,
+    refuse_transforms,
+    scheme_of,
+    scheme_of_inputs,
+)
 from bitwright.formats.format import (
     FLOAT_NAMES,
     Layer,
@@ -31,7 +39,7 @@ from bitwright.formats.format import (
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
 from bitwright.numerics.qtensor import QTensor, Scales
-from bitwright.numerics.scheme import GROUPS, TENSOR, TOKEN, Scheme, Zero
+from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
@@ -40,6 +48,7 @@ PARTS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
+INDEX = "weight_g_idx"
 NARROW = {INT8: torch.int8, FP8: torch.float8_e4m3fn}  # formats with one byte for each weight, not packed
 
 
@@ -161,10 +170,10 @@ class CompressedTensors:
 
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
         """See `CheckpointReader.module_config`: the config group that the library's own matching selects."""
-        _refuse_transforms(config, name)
-        group = _group_of(config, name, kind)
+        refuse_transforms(config, name)
+        group = group_of(config, name, kind)
         container = group.get("format") or config.get("format")
-        container = _inferred(group, kind) if container in (None, "mixed-precision") else container
+        container = inferred_container(group, kind) if container in (None, "mixed-precision") else container
         if container not in READ:
             remedy = f"known: {', '.join(READ)}"
             raise FormatError(f"its container {container!r} is not read here", where=name, remedy=remedy)
@@ -172,10 +181,10 @@ class CompressedTensors:
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Format.input_quantization`."""
-        found = _group_of(config, name).get("input_activations")
+        found = group_of(config, name).get("input_activations")
         if found is None:
             return None
-        scheme = _scheme_of_inputs(found, name)
+        scheme = scheme_of_inputs(found, name)
         if scheme.scale == "e4m3":
             outer = read("input_global_scale")
             return InputQuantization(scheme, outer=(torch.ones(1) if outer is None else outer.float()).view(1, 1))
@@ -194,12 +203,14 @@ class CompressedTensors:
         from compressed_tensors.quantization import QuantizationScheme
 
         config = self.module_config(config, name)
-        group = _group_of(config, name)
+        group = group_of(config, name)
         _check_parts(group, name, tensors)
         scheme_of(group["weights"], name)
+        order, sorted_ = _by_group(group, name, tensors)
         compressor = BaseCompressor.get_value_from_registry(config["format"])
-        weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group))["weight"]
-        return weight
+        group = {**group, "weights": {key: value for key, value in group["weights"].items() if key != ORDER}}
+        weight: Tensor = compressor.decompress(dict(sorted_), QuantizationScheme(**group))["weight"]
+        return weight if order is None else weight[:, order.argsort()]
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
         """See `Format.quantized`."""
@@ -208,9 +219,12 @@ class CompressedTensors:
             suffix: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for suffix, t in tensors.items()
         }
         config = self.module_config(config, name)
-        weights = _group_of(config, name)["weights"]
-        scheme, block = scheme_of(weights, name), weights.get("block_structure") or [0]
-        return recovered(self.decode(config, name, exact), scheme, _scales(scheme, exact, block[0]), name)
+        group = group_of(config, name)
+        scheme, block = scheme_of(group["weights"], name), group["weights"].get("block_structure") or [0]
+        w, (order, _) = self.decode(config, name, exact), _by_group(group, name, exact)
+        scales = _scales(scheme, exact, block[0])
+        q = recovered(w if order is None else w[:, order], scheme, scales, name)
+        return q if order is None else replace(q, order=order)
 
 
 def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
@@ -224,16 +238,41 @@ def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -
     needed |= {"weight_shape"} if packed and weights["type"] == "int" else set()
     needed |= set() if weights["symmetric"] else {"weight_zero_point"}
     needed |= {"weight_global_scale"} if weights["strategy"] == "tensor_group" else set()
+    needed |= {INDEX} if ORDER in weights else set()
     missing = sorted(needed - tensors.keys())
     if missing:
-        message = f"its quantization_config promises tensor {name}.{missing[0]}, which is missing"
+        what = f" ({ORDER} {weights[ORDER]})" if missing[0] == INDEX else ""
+        message = f"its quantization_config{what} promises tensor {name}.{missing[0]}, which is missing"
         raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
     known = needed | ({"input_scale", "input_zero_point", "input_global_scale"} if inputs else set())
     known |= {s for s in ("weight_zero_point", "input_zero_point") if s in tensors and not tensors[s].any()}
+    known |= {INDEX} if INDEX in tensors and bool((tensors[INDEX] == -1).all()) else set()  # made, and not used
     odd = sorted(tensors.keys() - known)
     if odd:
         message = f"tensor {name}.{odd[0]} is none that its quantization_config has a use for"
         raise CheckpointError(message, where=name, remedy="get a good copy of the checkpoint")
+
+
+def _by_group(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The order [K] of columns in which those of a group are neighbours, and the tensors with the columns so; None: they are.
+
+    As llm-compressor had it until August 2026 (actorder "group"): columns lie as the module's inputs do, and weight_g_idx [K]
+    says the group of each. FormatError for groups that do not fit.
+    """
+    plain = {suffix: tensor for suffix, tensor in tensors.items() if suffix != INDEX}
+    if ORDER not in group["weights"]:
+        return None, plain
+    bits, length, K = (
+        group["weights"]["num_bits"],
+        group["weights"].get("group_size"),
+        int(tensors["weight_shape"][1]),
+    )
+    groups, order = tensors[INDEX].long().sort(stable=True)
+    if "weight_packed" not in tensors or not length or not torch.equal(groups, torch.arange(K) // length):
+        remedy = "get a good copy of the checkpoint"
+        raise FormatError(f"its columns are not in groups of {length} ({INDEX})", where=name, remedy=remedy)
+    codes = unpack(tensors["weight_packed"], bits, K)[:, order]
+    return order, plain | {"weight_packed": pack(codes, bits)}
 
 
 def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scales:
@@ -258,48 +297,6 @@ def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scale
     return Scales(scale, zero.float().reshape(scale.shape))
 
 
-def scheme_of(arguments: dict[str, Any], where: str) -> Scheme:
-    """The Scheme of weights for the library's QuantizationArgs; undoes `arguments`. FormatError if there is none."""
-    bits, kind, strategy = arguments["num_bits"], arguments["type"], arguments["strategy"]
-    length = arguments.get("group_size") or 0
-    zero: Zero = "sym" if arguments["symmetric"] else "asym"
-    microscaled = "uint8" in str(arguments.get("scale_dtype"))
-    if kind == "int" and strategy in ("group", "channel", "tensor"):
-        return Scheme(f"int{bits}", length if strategy == "group" else strategy, zero, "f32")
-    if kind == "float" and bits == 8 and zero == "sym":
-        if strategy in ("channel", "tensor"):
-            return Scheme("fp8", strategy, "sym", "f32")
-        if strategy == "group":
-            return Scheme("fp8", length, "sym", "e8m0" if microscaled else "f32")
-        if strategy == "block" and arguments["block_structure"][1] in GROUPS:
-            return Scheme("fp8", arguments["block_structure"][1], "sym", "f32")
-    if kind == "float" and bits == 4 and (strategy, length) == ("group", 32):
-        return Scheme("fp4", 32, "sym", "e8m0")
-    if kind == "float" and bits == 4 and (strategy, length) == ("tensor_group", 16):
-        return Scheme("fp4", 16, "sym", "e4m3")
-    raise FormatError(f"its weights are rounded in a way that is not computed here: {arguments}", where=where)
-
-
-def _scheme_of_inputs(arguments: dict[str, Any], where: str) -> Scheme:
-    """The Scheme of activations for the library's QuantizationArgs. FormatError if it is not implemented here."""
-    bits, kind, strategy, dynamic = (arguments[key] for key in ("num_bits", "type", "strategy", "dynamic"))
-    grid = f"int{bits}" if kind == "int" else {8: "fp8", 4: "fp4"}.get(bits, "")
-    length = arguments.get("group_size")
-    zero: Zero = "sym" if arguments["symmetric"] else "asym"
-    microscaled = "uint8" in str(arguments.get("scale_dtype"))
-    if grid and strategy == TENSOR and grid != "fp4":
-        return Scheme(grid, TENSOR, zero, "f32")
-    if grid and strategy == TOKEN and dynamic and grid != "fp4":
-        return Scheme(grid, TOKEN, zero, "f32")
-    if grid and strategy == "group" and dynamic and length in GROUPS and (microscaled or grid != "fp4"):
-        return Scheme(grid, length, zero, "e8m0" if microscaled else "f32")
-    if (grid, strategy, length, zero) == ("fp4", "tensor_group", 16, "sym") and dynamic:
-        return Scheme("fp4", 16, "sym", "e4m3")
-    message = f"its inputs are rounded in a way that is not computed here: {arguments}"
-    remedy = "inputs by token, by tensor, in groups (FP8, MXFP8, MXFP4) or as NVFP4 has them"
-    raise FormatError(message, where=where, remedy=remedy)
-
-
 def _input_layout(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Spec]:
     """Layout of the scale and zero point of static activations; {} for dynamic or float activations."""
     if scheme is None or scheme.group != TENSOR:
@@ -314,67 +311,6 @@ def _input_tensors(inputs: Scales | None, dtype: torch.dtype) -> dict[str, Tenso
         return {}
     zero = {} if inputs.zero is None else {"input_zero_point": inputs.zero.reshape(1).to(torch.int8)}
     return {"input_scale": inputs.scale.reshape(1).to(dtype), **zero}
-
-
-def _group_of(config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
-    """The config group of one module of class `kind`, with the library's defaults filled in.
-
-    As in the library, a target that is the module's name has priority over regular expressions, those over class names.
-
-    FormatError if no group matches the module, or `ignore` does.
-    """
-    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
-    from compressed_tensors.utils.match import is_match, match_targets
-
-    module = kind.__new__(kind)  # not initialized: the library's matching looks only at its class
-    groups = {target: (key, group) for key, group in config["config_groups"].items() for target in _targets(group)}
-    found = match_targets(name, module, groups)
-    if not found:
-        remedy = "get a good copy of the checkpoint"
-        raise FormatError("it is quantized in the file, and no config group covers it", where=name, remedy=remedy)
-    if is_match(name, module, config.get("ignore") or []):
-        message = "it is quantized in the file, and its quantization_config says that it is not (ignore)"
-        raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
-    key, group = groups[found[0]]
-    try:
-        parsed = preset_name_to_scheme(key, group) if isinstance(group, list) else QuantizationScheme(**group)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise FormatError(f"its config group cannot be read: {error}", where=name) from error
-    said: dict[str, Any] = parsed.model_dump(mode="python")
-    if said["weights"] is None or said["output_activations"] is not None:
-        what = (
-            "outputs are rounded, which"
-            if said["weights"]
-            else "weights are in float by its config group, and packed in the file:"
-        )
-        raise FormatError(f"its {what} is not computed here", where=name)
-    return said
-
-
-def _inferred(group: dict[str, Any], kind: type[nn.Module]) -> str:
-    """The compression format that the library infers for a module of class `kind`."""
-    from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationScheme
-
-    return str(infer_module_format(kind, QuantizationScheme(**group)).value)
-
-
-def _targets(group: dict[str, Any] | list[str]) -> list[str]:
-    """The targets of a config group. A preset (such as "W4A16") maps directly to its list of targets."""
-    return group if isinstance(group, list) else list(group.get("targets") or [])
-
-
-def _refuse_transforms(config: dict[str, Any], name: str) -> None:
-    """FormatError for checkpoints with sparse compression or with transforms (rotations), which are not implemented here."""
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
-    if sparsity != "dense":
-        message = f"weights that are sparse as well ({sparsity}) are not read here"
-        raise FormatError(
-            message, where=name, remedy="decompress it with compressed-tensors 0.14, or take the original"
-        )
-    if (config.get("transform_config") or {}).get("config_groups"):
-        message = "rotations (transform_config) are not computed here, and its weights mean nothing without"
-        raise FormatError(message, where=name, remedy="use it with vLLM, or quantize the original")
 
 
 def _container(layer: Layer) -> str:
