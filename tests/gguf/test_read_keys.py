@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from bench.gguf_families import small_config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
@@ -75,3 +77,26 @@ def test_values_of_layers_are_one_or_refused() -> None:
 def test_a_decoder_that_looks_ahead_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"attention\.causal"):
         config_of(keys_of(small_config("qwen2")) | {"qwen2.attention.causal": False}, shapes(), "x")
+
+
+def test_factors_of_frequencies_that_are_not_llama_3_s() -> None:
+    """Such as Llama 4 Scout's, whose two bounds are one: there and back, and refused where llama.cpp has no such tensor."""
+    scout = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = small_config("llama", rope_parameters=scout, head_dim=128)
+    factors = rope.tensors_of(config)
+    assert set(factors[rope.FACTORS].tolist()) == {1.0, 16.0}
+    keys = keys_of(config)
+    back = config_of(keys, shapes(), "x", factors)
+    inverse = ROPE_INIT_FUNCTIONS["longrope"](back, torch.device("cpu"))
+    meant = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert torch.allclose(inverse[0], meant[0]) and inverse[1] == meant[1] == 1
+    assert keys_of(back) == keys and torch.equal(rope.tensors_of(back)[rope.FACTORS], factors[rope.FACTORS])
+    twice = rope.parameters_of("llama", {"llama.rope.scaling.factor": 2.0}, factors, 128, "x")
+    assert twice["long_factor"] == (2 * factors[rope.FACTORS]).tolist() and "factor" not in twice
+    with pytest.raises(CheckpointError, match="beside positions of type 'yarn'"):
+        rope.parameters_of("llama", {"llama.rope.scaling.type": "yarn"}, factors, 128, "x")
+    with pytest.raises(FormatError, match="'llama3' in qwen2"):
+        keys_of(small_config("qwen2", rope_parameters=scout))

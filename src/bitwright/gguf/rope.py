@@ -32,6 +32,11 @@ KNOWN = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
+# Architectures for which llama.cpp has the tensors of factors: one for all lengths, and two for short and long texts.
+FACTORED = frozenset(
+    {"llama", "mistral3", "llama4", "falcon-h1", "granite", "granitemoe", "arcee", "exaone4", "apertus"}
+)
+BY_LENGTH = frozenset({"llama", "mistral3", "granite", "granitemoe", "phi3"})
 ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp takes if a file does not say otherwise
 MSCALE = "mscale_all_dim"  # of DeepSeek's YaRN: scores are divided by more, as the context grows
@@ -78,6 +83,9 @@ def keys_of(name: str, config: PretrainedConfig) -> Keys:
     if PROPORTIONAL in (both.get(kind, {}).get("rope_type") for kind in (GLOBAL, LOCAL)):
         return _two_sizes(name, config)
     rope = _plain(name, both.get(GLOBAL, both), head_dim_of(config))
+    kind = rope.get("rope_type", "default")
+    if kind in ("llama3", "longrope") and name not in (FACTORED if _is_even(rope) else BY_LENGTH):
+        raise _unknown(f"{kind!r} in {name}")
     keys: Keys = {
         "freq_base": float(rope.get("rope_theta", 10000.0)),
         "dimension_count": int(head_dim_of(config) * _share(rope, config)),
@@ -151,7 +159,7 @@ def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
     odd = sorted(key for key, value in rope.items() if value is not None and key not in (*KNOWN[kind], *ALWAYS))
     if odd:
         raise _unknown(f"{kind!r} with {', '.join(odd)}")
-    if kind not in SCALED:
+    if kind not in SCALED or _is_even(rope):
         return {}
     keys: Keys = {"scaling.type": kind}
     if kind == "longrope":
@@ -163,6 +171,14 @@ def _scaling(rope: Mapping[str, Any], config: PretrainedConfig) -> Keys:
     if "original_max_position_embeddings" in rope:
         keys["scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     return keys
+
+
+def _is_even(rope: Mapping[str, Any]) -> bool:
+    """Whether factors of frequencies are the same for texts of any length, and all that there is: one tensor of llama.cpp's."""
+    kind = rope.get("rope_type")
+    return kind == "llama3" or (
+        kind == "longrope" and rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1
+    )
 
 
 def _attention_factor(rope: Mapping[str, Any], config: PretrainedConfig) -> float:
@@ -189,6 +205,7 @@ def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
         half = head_dim_of(config, GLOBAL) // 2
         turned = int(rope[GLOBAL].get("partial_rotary_factor", 1.0) * 2 * half // 2)
         return {FACTORS: torch.tensor([1.0] * turned + [NO_FREQUENCY] * (half - turned))}
+    rope = rope.get(GLOBAL, rope)
     if rope.get("rope_type") == "llama3":
         return {FACTORS: _llama3(rope, head_dim_of(config))}
     if rope.get("rope_type") != "longrope":
@@ -199,7 +216,7 @@ def tensors_of(config: PretrainedConfig) -> dict[str, Tensor]:
         if factors.shape != (wanted,):
             remedy = "config.json must belong to the weights"
             raise FormatError(f"{factors.numel()} factors for {wanted} frequencies", where=name, remedy=remedy)
-    return found
+    return {FACTORS: found[LONG]} if _is_even(rope) else found
 
 
 def _llama3(rope: Mapping[str, Any], dim: int) -> Tensor:
@@ -214,7 +231,7 @@ def _llama3(rope: Mapping[str, Any], dim: int) -> Tensor:
 def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tensor], dim: int, where: str) -> Keys:
     """transformers' rope_parameters for a file's keys and tensors of factors. dim: channels of a head.
 
-    CheckpointError for factors that are not Llama 3's.
+    CheckpointError for what transformers has no parameters for.
     """
     own = {key.removeprefix(f"{name}.rope."): value for key, value in keys.items() if key.startswith(f"{name}.rope.")}
     rope: Keys = {"rope_type": "default", "rope_theta": own.get("freq_base", 10000.0)}
@@ -248,7 +265,11 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     if original and rope["rope_type"] in ("yarn", "longrope"):
         rope["original_max_position_embeddings"] = original
     if FACTORS in factors:
-        rope = _read_llama3(rope, factors[FACTORS], dim, where)
+        if kind == "yarn":
+            message = f"factors of frequencies beside positions of type {kind!r}"
+            raise CheckpointError(message, where=where, remedy="not read here yet")
+        length = original or keys.get(f"{name}.context_length", dim)
+        rope = _read_factors(rope, factors[FACTORS] * factor, dim, length)
     if name in LOCAL_BASES or (name == "olmo2" and keys.get("olmo2.attention.sliding_window")):
         base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
         return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
@@ -281,10 +302,12 @@ def _read_proportional(factors: Mapping[str, Tensor], where: str) -> Keys:
     return {"rope_type": PROPORTIONAL, "partial_rotary_factor": turned / len(found)}
 
 
-def _read_llama3(rope: Keys, factors: Tensor, dim: int, where: str) -> Keys:
-    """Llama 3's rope_parameters, recovered from the factors in the file. CheckpointError if the factors are others."""
-    rope = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
-    known = _llama3(rope, dim)
-    if known.shape != factors.shape or not torch.allclose(known, factors, rtol=1e-5):
-        raise CheckpointError("its factors of frequencies are not Llama 3's", where=where, remedy="not read here yet")
-    return rope
+def _read_factors(rope: Keys, factors: Tensor, dim: int, length: int) -> Keys:
+    """rope_parameters for factors of frequencies: Llama 3's, recovered from them; else longrope's, the same for any length."""
+    llama3 = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
+    known = _llama3(llama3, dim)
+    if known.shape == factors.shape and torch.allclose(known, factors, rtol=1e-5):
+        return llama3
+    each = dict.fromkeys(("short_factor", "long_factor"), factors.tolist())
+    same = {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": length, **each}
+    return {key: value for key, value in rope.items() if key != "factor"} | same
