@@ -4,16 +4,19 @@ The right values were compared with llama.cpp's logprobs of such files.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.gguf_families import small_config
+from bench.gguf_families import random_model, small_config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import rope
 from bitwright.gguf.config_keys import config_of, keys_of
+from bitwright.pipeline.conversion import convert
+from conftest import save_tokenizer
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 OWN = 1 + 0.1 * math.log(4)  # YaRN's factor of queries and keys
@@ -100,3 +103,25 @@ def test_factors_of_frequencies_that_are_not_llama_3_s() -> None:
         rope.parameters_of("llama", {"llama.rope.scaling.type": "yarn"}, factors, 128, "x")
     with pytest.raises(FormatError, match="'llama3' in qwen2"):
         keys_of(small_config("qwen2", rope_parameters=scout))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}), ("gemma2", {"final_logit_softcapping": None}),
+        ("qwen3", {"attention_bias": True}), ("qwen3_moe", {"attention_bias": True}), ("smollm3", {"mlp_bias": True}),
+        ("arcee", {"attention_bias": True}), ("deepseek_v2", {"q_lora_rank": None}),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_would_not_load_or_run_otherwise_is_refused(kind: str, changes: dict[str, Any]) -> None:
+    keys_of(small_config(kind))
+    with pytest.raises(FormatError, match=next(iter(changes))):
+        keys_of(small_config(kind, **changes))
+
+
+def test_a_note_on_windows_that_are_not_kept(tmp_path: Path) -> None:
+    random_model("mistral", sliding_window=8, vocab_size=257, bos_token_id=256, eos_token_id=256).save_pretrained(
+        tmp_path / "a"
+    )
+    save_tokenizer(tmp_path / "a")
+    assert any("not to the last 8 alone" in note for note in convert(tmp_path / "a", tmp_path / "a.gguf")["notes"])

@@ -22,9 +22,7 @@ ALIKE = {"gelu_new": GELU}  # two names of the same function
 ANY_STEP = {"time_step_limit": (0.0, math.inf)}  # steps of a state are not clamped
 SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # every layer has experts
 FIXED: dict[str, Keys] = {
-    **{
-        kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen3", "phi3")
-    },
+    **{kind: {"hidden_act": "silu"} for kind in ("llama", "mistral", "ministral3", "mixtral", "qwen2", "phi3")},
     "qwen2_moe": {
         "hidden_act": "silu",
         "norm_topk_prob": False,
@@ -32,7 +30,8 @@ FIXED: dict[str, Keys] = {
         "tie_word_embeddings": False,
         **SPARSE,
     },
-    "qwen3_moe": {"hidden_act": "silu", "norm_topk_prob": True, **SPARSE},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False},
+    "qwen3_moe": {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True, **SPARSE},
     "olmoe": {
         "hidden_act": "silu",
         "norm_topk_prob": False,
@@ -63,9 +62,9 @@ FIXED: dict[str, Keys] = {
     "gemma3_text": {"hidden_activation": GELU},
     "gpt2": {"activation_function": GELU, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "starcoder2": {"hidden_act": GELU, "use_bias": True},
-    "smollm3": {"hidden_act": "silu", "use_sliding_window": False},
+    "smollm3": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
     "apertus": {"hidden_act": "xielu", "attention_bias": False},
-    "arcee": {"hidden_act": "relu2"},
+    "arcee": {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
     "granite": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "olmo": {"hidden_act": "silu", "attention_bias": False},
     **{kind: {"hidden_act": "silu", "attention_bias": False} for kind in ("olmo2", "olmo3")},
@@ -153,6 +152,9 @@ EVERY = {
 # Of Gemma 3n: layers with keys and values of their own, layers whose MLP is sparse, and how sparse.
 GEMMA3N_OWN, GEMMA3N_SPARSE, SPARSITY = 20, 10, 0.95
 EXAONE_WINDOWED = 64  # layers of the EXAONE 4 in which all but every fourth have a window
+CAPPED = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping")
+}  # scores and logits that llama.cpp caps by a number of its own if a file gives none
 WIDE = {"gemma2": 46, "gemma3_text": 62}  # depth of the model that divides scores by √(width / heads), not √head_dim
 
 
@@ -188,8 +190,24 @@ def check_fixed(row: Architecture, config: PretrainedConfig) -> None:
         value = getattr(config, attribute, None)
         value = tuple(value) if isinstance(meant, tuple) and value is not None else value
         if value is not None and ALIKE.get(str(value), value) != meant:
-            message = f"{attribute} = {value!r}, and llama.cpp's {row.name} always has {meant!r}"
-            raise FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
+            raise _otherwise(f"{attribute} = {value!r}, and llama.cpp's {row.name} always has {meant!r}")
+    if row.name == "deepseek2" and config.q_lora_rank is None and not _is_lite(config):
+        raise _otherwise(
+            f"q_lora_rank = None, and llama.cpp's {row.name} knows no such model of {config.num_hidden_layers} layers"
+        )
+    for attribute in CAPPED.get(row.kind, ()):
+        if getattr(config, attribute) is None:
+            raise _otherwise(f"{attribute} = None, and llama.cpp's {row.name} always has one")
+
+
+def _is_lite(config: PretrainedConfig) -> bool:
+    """Whether llama.cpp takes a DeepSeek for one whose queries are not compressed: it knows them by these sizes."""
+    depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    return depth in (26, 27) or (depth, vocabulary) == (48, 128256)
+
+
+def _otherwise(message: str) -> FormatError:
+    return FormatError(message, where="config.json", remedy="keep it in another format: it would run wrongly")
 
 
 def check_heads(row: Architecture, config: PretrainedConfig, found: Keys) -> None:

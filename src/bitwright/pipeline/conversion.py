@@ -12,6 +12,7 @@ from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
 from bitwright.formats.gguf_members import Member
+from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.metadata import metadata
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, is_adapter, quantization_of, read_config
@@ -77,7 +78,7 @@ def _directory_to_gguf(model: Path, out: Path) -> dict[str, Any]:
         "out": str(out),
         "bytes": out.stat().st_size,
         "tensors": len(members),
-        "notes": [*left, *notes, *said],
+        "notes": [*left, *notes, *said, *not_kept(skeleton.config)],
     }
 
 
