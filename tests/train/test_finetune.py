@@ -289,6 +289,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "kind": (lambda c, t: c.update(peft_type="LOHA"), "LOHA"),
     "whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), "modules_to_save"),
+    "taken off": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
     "nan": (lambda c, t: t[f"{Q}B.weight"].fill_(math.nan), "NaN"),
     "config": (lambda c, t: c.pop("r"), "unusable"),
 }

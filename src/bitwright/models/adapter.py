@@ -31,6 +31,9 @@ OTHERS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
+# Values of init_lora_weights with which peft takes what an adapter begins as off the weights beside it. One that was saved to
+# be added to the weights as they were has another value there.
+TAKEN_OFF = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _config(folder: Path) -> dict[str, Any]:
         message = f"unusable {CONFIG}: {type(error).__name__} {error}"
         raise CheckpointError(message, where=str(folder), remedy="save the adapter again with peft") from error
     odd = [key for key in OTHERS if config.get(key)] + ([] if config.get("bias", "none") == "none" else ["bias"])
+    odd += ["init_lora_weights"] if str(config.get("init_lora_weights")).lower().startswith(TAKEN_OFF) else []
     if kind != "LORA" or odd:
         what = f"{odd[0]} = {config[odd[0]]!r}" if kind == "LORA" else f"peft's {kind}"
         remedy = (
