@@ -139,6 +139,20 @@ def test_recurrent_layers(kind: type[nn.LSTM | nn.GRU], options: dict[str, Any],
     assert set(seen.types) == products
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention])
+@pytest.mark.parametrize("bits", [3, 4])
+@torch.no_grad()
+def test_what_few_bits_of_their_inputs_do_to_recurrent_layers_and_attention_is_rounding(kind: Any, bits: int) -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(kind(12, 4 if kind is nn.MultiheadAttention else 20)).eval()
+    x = torch.randn(5, 5, 12)
+    batch: Any = x
+    if kind is nn.MultiheadAttention:
+        source, batch = source[0], (x, x, x, torch.zeros(5, 5).masked_fill(torch.rand(5, 5) > 0.6, -torch.inf))
+    bitwright.quantize_dynamic(source, activations=f"int{bits}-token", example_inputs=batch)
+    bitwright.convert(bitwright.calibrate(bitwright.prepare(source, batch, activations=f"int{bits}-tensor"), [batch]))
+
+
 def test_recurrent_layers_without_an_integer_form() -> None:
     with pytest.raises(SchemeError, match=r"^lm: a projected LSTM"):
         IntegerRecurrent(nn.LSTM(4, 4, proj_size=2), lambda *_: None, where="lm")  # type: ignore[arg-type, return-value]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from bitwright.errors import RecipeError, VerificationError, one_of
 from bitwright.nn.batches import Batch, outputs, tensors
@@ -85,19 +86,30 @@ def check_outputs(
 
 @torch.no_grad()
 def rounded_twin(
-    source: nn.Module, layers: list[tuple[str, nn.Module]], weights: WeightSchemes, activations: Scheme | None
+    source: nn.Module, layers: list[tuple[str, nn.Module]], weights: WeightSchemes, activations: Scheme, *, edges: bool
 ) -> nn.Module:
     """Make the twin, in place: the float module with quantized and dequantized weights of these layers.
 
-    activations: scheme of the dynamic quantization of products' inputs; None: none.
+    activations: scheme of the dynamic quantization of products' inputs. edges: whether those of Linear and convolutions are
+    rounded in front of them already. A recurrent layer rounds its state at every step, which torch's has no place for: here
+    what comes out of it is rounded.
     """
     for name, layer in layers:
         for parameter in layer.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(_rounded_weight(parameter, weights.at(name)))
-        if activations is not None and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+            layer.register_forward_pre_hook(lambda _, inputs: (*_all_rounded(inputs[:3], activations), *inputs[3:]))
+        elif not edges and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
             layer.register_forward_pre_hook(_rounding(activations, images=not isinstance(layer, nn.Linear)))
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            layer.register_forward_hook(lambda _, inputs, result: _all_rounded(result, activations))
     return source
+
+
+def _all_rounded(values: Any, scheme: Scheme) -> Any:
+    """All float tensors in there rounded, row by row."""
+    return tree_map(lambda x: rounded(x, scheme) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
 def _rounded_weight(w: Tensor, scheme: Scheme) -> Tensor:

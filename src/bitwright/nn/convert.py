@@ -20,7 +20,7 @@ from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, Stat
 from bitwright.nn.trace import ADD, CARRY, MEAN, PRODUCT, RELU, SHAPE, UNARY, bound, first
 from bitwright.nn.tree import layers_of, named, off_the_fast_path, replaced, require_mode
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.scheme import TOKEN
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
     for name, module in list(body.named_modules()):
         if isinstance(module, fx.GraphModule):
             Rewriting(module, prepared, name).run()
-    tokens = replace(prepared.activations, group=TOKEN, scale="f32")
+    tokens = _by_token(prepared.activations)
     for names, module in named(body):
         if isinstance(module, Entered) and isinstance(module.edge, Edge):
             body = replaced(body, module, entered(module, prepared, names[0]))
@@ -56,6 +56,11 @@ def convert(prepared: Prepared, *, check: Check = "error") -> nn.Module:
     return body
 
 
+def _by_token(activations: Scheme) -> Scheme:
+    """The scheme by which dynamic layers round their inputs."""
+    return replace(activations, group=TOKEN, scale="f32")
+
+
 def _check(prepared: Prepared, converted: nn.Module, check: Check) -> None:
     """Compare the integer module with the float one. A trained module is compared with its own fake-quantized outputs; how far
     those are from its float outputs is what quantization explains."""
@@ -63,7 +68,8 @@ def _check(prepared: Prepared, converted: nn.Module, check: Check) -> None:
     if any(edge.phase in ("round", "follow") for edge in prepared.edges()):
         explained, expected = outputs(in_phase(prepared, "pass"), prepared.batch), outputs(twin, prepared.batch)
     else:
-        rounded_twin(twin, layers_of(twin.get_submodule("body"), DYNAMIC, prepared.kept), prepared.weights, None)
+        layers, tokens = layers_of(twin.get_submodule("body"), DYNAMIC, prepared.kept), _by_token(prepared.activations)
+        rounded_twin(twin, layers, prepared.weights, tokens, edges=True)
         explained, expected = outputs(twin, prepared.batch), outputs(prepared, prepared.batch)
     check_outputs(converted, prepared.batch, expected, explained, check, twin.get_submodule("body"))
 
