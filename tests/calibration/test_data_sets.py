@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from bitwright.calibration.data_sets import documents, entries, is_data_set
+from bitwright.calibration.data_sets import Conversation, documents, entries, is_data_set
 from bitwright.calibration.windows import draw, read_text
 from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation.chat_text import conversations
@@ -53,7 +53,14 @@ def lines(folder: Path, *values: Any) -> str:
 def test_forms_of_conversations(entry: dict[str, Any], expected: list[Any], ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"data.{ending}"
     file.write_text(json.dumps(entry) if ending == "jsonl" else json.dumps([entry], indent=1))
-    assert entries(str(file)) == conversations(str(file)) == [expected]
+    assert entries(str(file)) == conversations(str(file)) == [Conversation(expected)]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [ASKED, ANSWERED]}) + "\n", encoding="utf-8-sig")
+    assert entries(str(tmp_path / "data.jsonl")) == [Conversation([ASKED, ANSWERED])]
+    (tmp_path / "text.txt").write_text("Once.", encoding="utf-8-sig")
+    assert read_text(str(tmp_path / "text.txt")) == "Once."
 
 
 def test_texts_are_read_as_text_and_never_as_json(llama: Path, tmp_path: Path) -> None:
@@ -88,6 +95,32 @@ def test_calls_of_tools_are_learned(llama: Path, tmp_path: Path) -> None:
     assert tokenizer(llama).decode(counted) == "[add]3"
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}
+TOOLS = "{% for t in tools or [] %}({{ t['function'] | tojson }}){% endfor %}"
+CALLS = (
+    "{% for m in messages %}{% for c in m['tool_calls'] or [] %}"
+    "[{{ c['function']['arguments'] | tojson }}]{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_and_arguments_of_calls_reach_the_template_as_it_reads_them(
+    arguments: Any, tools: Any, llama: Path, tmp_path: Path
+) -> None:
+    call = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": arguments}}]}
+    file = lines(tmp_path, {"messages": [ASKED, call], "tools": tools})
+    assert documents(tokenizer(llama, CALLS), file) == ['[{"a": 1}]\n']
+    assert documents(tokenizer(llama, TOOLS), file) == [f"({json.dumps(TOOL['function'])})\n"]
+
+
+def test_answers_without_weight_are_not_learned(llama: Path, tmp_path: Path) -> None:
+    wrong = {"role": "assistant", "content": "4", "weight": 0}
+    file = lines(tmp_path, *([{"messages": [ASKED, wrong, ASKED, {**ANSWERED, "weight": 1}]}] * 4))
+    data = training_data(tokenizer(llama), file, seqlen=96, vocabulary=257, windows=4, seed=0, where="model")
+    assert tokenizer(llama).decode(data.seen.labels[0][data.seen.labels[0] != IGNORED]) == "3"
+
+
 @pytest.mark.parametrize(
     ("content", "says", "where"),
     [
@@ -99,6 +132,9 @@ def test_calls_of_tools_are_learned(llama: Path, tmp_path: Path) -> None:
         ('[{"prompt": "a", "completion": 3}]', "not text", "data.json, entry 1"),
         ('[{"conversations": "a"}]', "not a conversation", "data.json, entry 1"),
         ('[{"messages": [{"role": "user", "content": [1]}]}]', "not text", "data.json, entry 1"),
+        ('[{"question": "a", "answer": "b", "tools": {"add": 1}}]', "no list", "data.json, entry 1"),
+        ('[{"messages": [{"role": "user", "tool_calls": [1]}]}]', "tool_calls", "data.json, entry 1"),
+        ('[{"messages": [{"role": "user", "tool_calls": [{"arguments": "{"}]}]}]', "tool_calls", "data.json, entry 1"),
     ],
 )
 def test_files_of_no_form(content: str, says: str, where: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 from bitwright.api import evaluate
+from bitwright.calibration.data_sets import Conversation
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.cli.console import console
@@ -216,7 +217,7 @@ def cut(model: Path, source: str, seqlen: int = 16) -> Tensor:
 def test_paragraphs_take_turns(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("\n\n" + SAID + " \n\n  indented\nGood.\n")
-    said = [[(m["role"], m["content"]) for m in conversation] for conversation in conversations(str(file))]
+    said = [[(m["role"], m["content"]) for m in one.messages] for one in conversations(str(file))]
     assert said == [
         [("user", "Who are you?"), ("assistant", "A model\nof words.")],
         [("user", "And now?"), ("assistant", "Nothing yet.")],
@@ -285,7 +286,7 @@ def test_lines_of_messages_are_judged(chat_model: Path, tmp_path: Path) -> None:
 
 def test_a_line_s_end_inside_a_message_ends_no_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a\u2028b\u0085c"}]}\n')
-    assert conversations(str(tmp_path / "a.jsonl")) == [[{"role": "user", "content": "a\u2028b\u0085c"}]]
+    assert conversations(str(tmp_path / "a.jsonl")) == [Conversation([{"role": "user", "content": "a\u2028b\u0085c"}])]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

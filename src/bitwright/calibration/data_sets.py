@@ -9,11 +9,13 @@ An entry is a text or a conversation, in one of the forms that training tools re
     {"instruction": "…", "input": "…", "output": "…"}                Alpaca; or "context" and "response" (Dolly)
     {"question": "…", "answer": "…"}
 
-The last three may have a "system" message. Other keys are ignored.
+The last three may have a "system" message. A conversation may have the "tools" that it could call, as OpenAI and TRL have them.
+Other keys are ignored.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from bitwright.calibration.text_mix import BUILT_IN
 from bitwright.errors import CalibrationError, InputError
 
 Message = dict[str, Any]  # role and content
-Conversation = list[Message]
 ENDINGS = (".jsonl", ".json")
 LINE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 PAIRS = (  # keys of a question, of what it is about, and of its answer
@@ -36,6 +37,18 @@ SPEAKERS = {  # ShareGPT's names of roles
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """messages, in order; tools: descriptions of what the model could call, as chat templates read them."""
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def until(self, end: int) -> "Conversation":
+        """Its first messages."""
+        return Conversation(self.messages[:end], self.tools)
+
+
 def is_data_set(source: str) -> bool:
     """Whether a text's name is that of a file of JSON."""
     return source.lower().endswith(ENDINGS) and Path(source).is_file()
@@ -44,7 +57,7 @@ def is_data_set(source: str) -> bool:
 def read_file(source: str) -> str:
     """A text file. CalibrationError if it is missing, not text, or empty."""
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")
     except OSError as error:
         remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
         raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
@@ -90,11 +103,11 @@ def _entry(value: Any, where: str) -> str | Conversation:
         raise unknown
     for asked, about, answered in PAIRS:
         if asked in value and answered in value:
-            return _checked(_pair(value, asked, about, answered), where)
+            return _checked(_pair(value, asked, about, answered), value, where)
     if "messages" in value:
-        return _checked(value["messages"], where)
+        return _checked(value["messages"], value, where)
     if "conversations" in value:
-        return _checked(_shared(value["conversations"]), where)
+        return _checked(_shared(value["conversations"]), value, where)
     if not isinstance(value.get("text"), str):
         raise unknown
     return str(value["text"])
@@ -118,17 +131,17 @@ def _shared(turns: Any) -> Any:
     return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
 
 
-def _checked(messages: Any, where: str) -> Conversation:
-    """Messages with a role, and with text or calls of tools. CalibrationError for others."""
+def _checked(messages: Any, entry: dict[str, Any], where: str) -> Conversation:
+    """Messages with a role, and with text or calls of tools; and the entry's tools. CalibrationError for others."""
     remedy = f"write each entry as {LINE}"
     if messages == []:
         raise CalibrationError("no messages", where=where, remedy=remedy)
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise CalibrationError("not a conversation", where=where, remedy=remedy)
-    said = [{**message, "content": _content(message)} for message in messages]
+    said = [{**message, "content": _content(message), **_calls(message, where)} for message in messages]
     if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in said):
         raise CalibrationError("a role or content that is not text", where=where, remedy=remedy)
-    return said
+    return Conversation(said, _tools(entry.get("tools"), where))
 
 
 def _content(message: Message) -> Any:
@@ -139,6 +152,41 @@ def _content(message: Message) -> Any:
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)
     return content
+
+
+def _calls(message: Message, where: str) -> dict[str, Any]:
+    """A message's calls of tools, if it has any, as chat templates read them. CalibrationError for calls of no form."""
+    if not message.get("tool_calls"):
+        return {}
+    try:
+        return {"tool_calls": calls_for_templates(message["tool_calls"])}
+    except (ValueError, TypeError, AttributeError) as error:
+        remedy = '"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]'
+        raise CalibrationError(f"unusable tool_calls: {error}", where=where, remedy=remedy) from error
+
+
+def calls_for_templates(calls: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of tools as chat templates read them: arguments a mapping, which in OpenAI's form is JSON in a string.
+
+    ValueError for a string that is no JSON.
+    """
+    found = [dict(call) for call in calls]
+    for call in found:
+        function = dict(call.get("function", call))
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+        call.update({"function": function} if "function" in call else function)
+    return found
+
+
+def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Descriptions of tools: a list, or one as JSON in a string (ShareGPT). CalibrationError for anything else."""
+    if isinstance(given, str) and given.strip():
+        given = _parsed(given, where)
+    if given and not (isinstance(given, list) and all(isinstance(tool, dict) for tool in given)):
+        remedy = '"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]'
+        raise CalibrationError("tools that are no list of descriptions", where=where, remedy=remedy)
+    return tuple(given or ())
 
 
 def plain(source: str) -> str:
@@ -170,7 +218,14 @@ def rendered(tokenizer: Any, conversation: Conversation, where: str, *, asking: 
         remedy = "give plain text, or put the model's chat_template.jinja there"
         raise InputError("the model has no chat template", where=where, remedy=remedy)
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asking))
+        return str(
+            tokenizer.apply_chat_template(
+                conversation.messages,
+                tools=list(conversation.tools) or None,
+                tokenize=False,
+                add_generation_prompt=asking,
+            )
+        )
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "give conversations as the model knows them, or plain text"

@@ -64,7 +64,8 @@ def conversations_alone(found: list[str | Conversation], source: str) -> list[Co
 
 
 def _turns(said: list[str]) -> Conversation:
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=False)]
+    roles = ("user", "assistant")
+    return Conversation([{"role": role, "content": text} for role, text in zip(roles, said, strict=False)])
 
 
 def _rows(ids: list[int], start: list[int], seqlen: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from bitwright.calibration.data_sets import calls_for_templates
 from bitwright.errors import InputError
 from bitwright.inference.generation import Generator, conversation
 from bitwright.inference.sampling import Sampling
@@ -181,14 +182,10 @@ def _as_templates_have_it(message: Message, index: int) -> dict[str, Any]:
     shown: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
     shown |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
     if message.tool_calls:
-        calls = [call.model_dump() for call in message.tool_calls]
-        for call in calls:
-            try:
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-            except ValueError as error:
-                place = f"messages[{index}].tool_calls"
-                raise RequestError(
-                    400, f"Invalid '{place}': arguments are no JSON.", param=place, code="invalid_value"
-                ) from error
-        shown["tool_calls"] = calls
+        try:
+            shown["tool_calls"] = calls_for_templates([call.model_dump() for call in message.tool_calls])
+        except ValueError as error:
+            place = f"messages[{index}].tool_calls"
+            said = f"Invalid '{place}': arguments are no JSON."
+            raise RequestError(400, said, param=place, code="invalid_value") from error
     return shown

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.data_sets import Conversation, Message, entries, is_data_set, rendered
+from bitwright.calibration.data_sets import Conversation, entries, is_data_set, rendered
 from bitwright.calibration.windows import check_ids, draw
 from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation.chat_text import conversations_alone
@@ -96,9 +96,13 @@ def _of_conversations(
     return Data(parts[0], parts[1].take(torch.arange(min(HELD_OUT, len(parts[1])))))
 
 
-def _counted(tokenizer: Any, conversation: list[Message], where: str, seqlen: int) -> tuple[list[int], list[int]]:
-    """A conversation's tokens, and their labels: the answers' own ids. CalibrationError if there is no answer, or no room."""
-    answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+def _counted(tokenizer: Any, conversation: Conversation, where: str, seqlen: int) -> tuple[list[int], list[int]]:
+    """A conversation's tokens, and their labels: the answers' own ids. CalibrationError if there is no answer, or no room.
+
+    An answer of "weight" 0, as OpenAI has it, does not count.
+    """
+    messages = conversation.messages
+    answers = [i for i, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
     if not answers:
         remedy = 'give each conversation a message of the role "assistant"'
         raise CalibrationError("no answer to learn from", where=where, remedy=remedy)
@@ -120,10 +124,10 @@ def _counted(tokenizer: Any, conversation: list[Message], where: str, seqlen: in
     return ids, labels
 
 
-def _span(tokenizer: Any, conversation: list[Message], i: int, text: str, where: str) -> tuple[int, int]:
+def _span(tokenizer: Any, conversation: Conversation, i: int, text: str, where: str) -> tuple[int, int]:
     """First and last character of message i in the conversation's text: what follows the template's prompt for an answer."""
-    prompt = rendered(tokenizer, conversation[:i], where, asking=True)
-    whole = rendered(tokenizer, conversation[: i + 1], where)
+    prompt = rendered(tokenizer, conversation.until(i), where, asking=True)
+    whole = rendered(tokenizer, conversation.until(i + 1), where)
     if not (whole.startswith(prompt) and text.startswith(whole)):
         message = "the chat template writes an answer in another way than it asks for one"
         remedy = "give conversations of one question and one answer, or plain text"
