@@ -49,6 +49,11 @@ def test_a_log_has_a_line_for_each_block_and_a_summary(llama: Path, text: str, t
 def test_quiet_says_nothing(llama: Path, tmp_path: Path) -> None:
     done = bitwright("quantize", llama, tmp_path / "out", "--scheme", "int8-channel", "--method", "rtn", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    data = tmp_path / "data.txt"
+    data.write_text("The fox and the hound met at the well. " * 99)
+    how = ("--data", data, "--steps", "1", "--batch", "1", "--seqlen", "32", "--quiet")
+    done = bitwright("finetune", llama, tmp_path / "adapter", *how)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_summary_names_the_worst_and_the_replaced() -> None:

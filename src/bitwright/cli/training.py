@@ -1,5 +1,6 @@
 """The commands that train an adapter, and that make one model of it and its base: finetune, merge."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,7 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter beside a model's quantized weights (QLoRA), on text or on the answers of conversations."""
     with reporting(as_json, f"checkpoints are kept in {out}.partial; the same command goes on from the last"):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of lacking a product that is not used here
         from bitwright.train.finetune import finetune as trained
         from bitwright.train.settings import Training
 
@@ -85,7 +87,8 @@ def finetune(
         with progress_bar(as_json or quiet) as progress:
             done = trained(model, out, data=data, how=how, resume=resume, progress=progress)
         found = done.as_dict()
-        show(found if as_json else {key: value for key, value in found.items() if key != "losses"}, as_json, "Done")
+        if as_json or not quiet:
+            show(found if as_json else {key: value for key, value in found.items() if key != "losses"}, as_json, "Done")
 
 
 def merge(
