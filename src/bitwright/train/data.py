@@ -2,7 +2,7 @@
 
 Plain text is cut into windows as for calibration, and every token counts. Conversations go through the model's chat
 template; only what the assistant says counts. Whole conversations are packed into a window; each sees itself alone, since
-its positions begin at 0 (transformers masks such packed sequences apart).
+its positions begin at 0 (transformers masks such packed sequences apart; see packing.py).
 """
 
 from dataclasses import dataclass

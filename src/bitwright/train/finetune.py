@@ -35,6 +35,7 @@ from bitwright.train.cross_entropy import cross_entropy
 from bitwright.train.data import IGNORED, Data, Windows, training_data
 from bitwright.train.distill import distillation_loss
 from bitwright.train.lora import Lora
+from bitwright.train.packing import keeps_apart, one_by_one
 from bitwright.train.scales import ScalesAndNorms
 from bitwright.train.settings import RESIDUAL, Training
 from bitwright.train.trained import Trained
@@ -42,6 +43,7 @@ from bitwright.version import __version__
 
 AT_ONCE = 512  # tokens that are run at a time
 CLIP = 1.0  # largest norm of a step's gradient
+ONE_BY_ONE = "this model would see packed conversations through one another: each was run by itself"
 EXTRA = "pip install 'bitwright[train]'"
 
 
@@ -142,6 +144,9 @@ class _Run:
     ) -> None:
         self.trained, self.how, self.data, self.checkpoints, self.progress = trained, how, data, checkpoints, progress
         self.teacher = None if how.teacher is None else _teacher(how.teacher, trained.model)
+        models = [trained.model] if self.teacher is None else [trained.model, self.teacher]
+        packed = data.seen.positions is not None
+        self.apart = packed and not all(keeps_apart(m, self._logits, _vocabulary(m)) for m in models)
         self.parameters = [p for p in trained.model.parameters() if p.requires_grad]
         self.optimizer, self.optimizer_name = _optimizer(self.parameters)
 
@@ -165,7 +170,7 @@ class _Run:
         return Report(
             name, how.steps, how.steps * how.batch * how.seqlen, sum(p.numel() for p in self.parameters), self.optimizer_name,
             before, after, losses, time.monotonic() - begun, done / stepping if stepping else 0.0, peak_rss_bytes(),
-            self.data.notes,
+            (*self.data.notes, *([ONE_BY_ONE] if self.apart else [])),
         )  # fmt: skip
 
     def _step(self, step: int, before: float, losses: list[float]) -> float:
@@ -174,7 +179,7 @@ class _Run:
         count = int((windows.labels[:, 1:] != IGNORED).sum())
         self.optimizer.zero_grad()
         total = 0.0
-        for part in _parts(windows):
+        for part in self._parts(windows):
             lost = self._lost(part, count)
             lost.backward()
             total += float(lost.detach())
@@ -204,6 +209,13 @@ class _Run:
             meant = self._logits(self.teacher, part)[counted]
         return distillation_loss(logits[counted], meant, temperature=1.0) * (len(meant) / over)
 
+    def _parts(self, windows: Windows) -> Iterator[Windows]:
+        """A few windows at a time; or each conversation by itself, where a model would see those before it."""
+        if self.apart:
+            return one_by_one(windows)
+        some = max(1, AT_ONCE // windows.ids.shape[1])
+        return (windows.take(index) for index in torch.arange(len(windows)).split(some))
+
     @staticmethod
     def _logits(model: nn.Module, part: Windows) -> Tensor:
         """What is predicted at every position, [n, V]."""
@@ -216,15 +228,19 @@ class _Run:
         held = self.data.held_out
         self.trained.model.eval()
         count = int((held.labels[:, 1:] != IGNORED).sum())
-        total = sum(float(self._lost(part, count)) for part in _parts(held))
+        total = sum(float(self._lost(part, count)) for part in self._parts(held))
         self.trained.model.train()
         return total
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
 
 def _teacher(path: Path, student: nn.Module) -> nn.Module:
     """The teacher. CheckpointError if its vocabulary is not the student's."""
     teacher = load(local(path), dtype=best_dtype()).requires_grad_(False).eval()
-    sizes = [int(m.config.get_text_config().vocab_size) for m in (teacher, student)]  # type: ignore[union-attr, operator]
+    sizes = [_vocabulary(model) for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         message = f"the teacher's vocabulary has {sizes[0]} tokens, the model's {sizes[1]}"
         raise CheckpointError(
@@ -250,9 +266,3 @@ def drawn(windows: int, step: int, how: Training) -> Tensor:
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + at // windows)
         taken.append(torch.randperm(windows, generator=generator)[at % windows])
     return torch.stack(taken)
-
-
-def _parts(windows: Windows) -> Iterator[Windows]:
-    """A few windows at a time."""
-    some = max(1, AT_ONCE // windows.ids.shape[1])
-    return (windows.take(index) for index in torch.arange(len(windows)).split(some))

@@ -23,6 +23,7 @@ from bitwright.train.settings import RESIDUAL, Training
 if TYPE_CHECKING:
     from peft import PeftModel
 
+READ_BY_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # peft refuses these models' out_proj
 SPARE = 8  # more directions than the rank, for svd_lowrank's accuracy
 
 
@@ -85,6 +86,7 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
     config = LoraConfig(
         r=how.rank, lora_alpha=alpha, use_rslora=how.rslora, use_dora=how.dora, task_type="CAUSAL_LM",  # type: ignore[arg-type]
         target_modules="all-linear" if how.targets is None else list(how.targets),
+        exclude_modules=["out_proj"] if how.targets is None and base.config.model_type in READ_BY_KERNELS else None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
