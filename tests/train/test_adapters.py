@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -14,10 +15,14 @@ from bitwright.inference import dense
 from bitwright.inference.dense import Dense
 from bitwright.inference.qlinear import QLinear
 from bitwright.methods.rtn import rtn
+from bitwright.models.adapter import Adapter
+from bitwright.models.config import read_config
+from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource
 from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
+from bitwright.train.lora import unlike_linear
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 9, 8]])
@@ -149,3 +154,37 @@ def test_tokens_can_be_added(llama: Path) -> None:
     after = model(torch.cat([IDS, torch.tensor([[299]])], 1)).logits
     assert after.shape[-1] == 300
     torch.testing.assert_close(after[:, : IDS.shape[1], : before.shape[-1]], before, rtol=0.05, atol=0.05)
+
+
+# Routers and states that no Linear holds, a Linear that returns two tensors, norms that keep their input's type.
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text", "jamba", "gemma3n_text", "recurrent_gemma"])
+def test_models_whose_weights_are_not_all_in_layers_are_trained_in_16_bits(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind).save_pretrained(tmp_path)
+    base = prepare_for_training(load(tmp_path, scheme="int4-g32", dtype=torch.bfloat16))
+    norms = [m for n, m in base.get_decoder().named_modules() if n.endswith("norm")]
+    seen: list[Any] = []
+    norms[-1].register_forward_hook(lambda _, inputs, out: seen.extend([inputs[0].dtype, out.dtype]))
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", exclude_modules=unlike_linear(base), init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, config).train()
+    assert gradients(model)
+    assert set(seen) == {torch.float32}
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    adapter, skeleton = Adapter(tmp_path / "adapter"), Skeleton(read_config(tmp_path), torch.float32)
+    adapter.check(skeleton)
+    assert any(".experts.3.down_proj" in name for name in adapter.deltas) is ("gemma" not in kind)
+
+
+def test_adapters_of_experts_are_loaded_again(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    model = adapted(prepare_for_training(load(tmp_path, dtype=torch.float32))).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = peft.PeftModel.from_pretrained(
+        prepare_for_training(load(tmp_path, dtype=torch.float32)), tmp_path / "adapter"
+    )
+    assert torch.equal(model(IDS).logits, again(IDS).logits)
+    # transformers' own model has the experts of a layer in one parameter: peft converts the adapter
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    beside = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    torch.testing.assert_close(beside(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4)

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.files.checkpoint import Checkpoint, write_file
 from bitwright.files.hub import local
+from bitwright.inference.dense import Dense
 from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.models.adapter import BASE, WEIGHTS
@@ -86,7 +88,7 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
     config = LoraConfig(
         r=how.rank, lora_alpha=alpha, use_rslora=how.rslora, use_dora=how.dora, task_type="CAUSAL_LM",  # type: ignore[arg-type]
         target_modules="all-linear" if how.targets is None else list(how.targets),
-        exclude_modules=["out_proj"] if how.targets is None and base.config.model_type in READ_BY_KERNELS else None,
+        exclude_modules=unlike_linear(base) if how.targets is None else None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
@@ -131,6 +133,14 @@ def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
                 message = f"the teacher's matrix is {list(w.shape)}, the model's {list(rounded.shape)}"
                 raise CheckpointError(message, where=name, remedy="give the original that was rounded, or --init zero")
             _begin_at(layer, w - rounded, seed)
+
+
+def unlike_linear(base: PreTrainedModel) -> list[str] | None:
+    """Layers of nn.Linear's kind beside which no adapter can be; None if there are none."""
+    fused = ["out_proj"] if base.config.model_type in READ_BY_KERNELS else []
+    kinds = (nn.Linear.forward, Dense.forward, QLinear.forward)
+    others = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and type(m).forward not in kinds]
+    return fused + others or None
 
 
 @torch.no_grad()
