@@ -65,13 +65,13 @@ def _given_in_float32(_: nn.Module, ids: Any, rows: Tensor) -> Tensor:
 def _leave_experts_apart() -> None:
     """Let peft take modules as it finds them where each expert has its own: it would look for transformers' fused parameters
     in their place, find none, and train no expert."""
-    if find_spec("peft") is None:
+    if find_spec("peft") is None or find_spec("peft.utils.transformers_weight_conversion") is None:
         return
     from peft.utils import transformers_weight_conversion as conversion
 
     for name in CONVERSIONS:
-        convert = getattr(conversion, name)
-        if not hasattr(convert, "__wrapped__"):
+        convert = getattr(conversion, name, None)
+        if convert is not None and not hasattr(convert, "__wrapped__"):
             setattr(conversion, name, _unless_apart(convert))
 
 

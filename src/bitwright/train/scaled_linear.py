@@ -25,6 +25,11 @@ class ScaledLinear(nn.Module):
         y: Tensor = _Product.apply(x, self.factor, self.q)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """f ∘ W [N, K], float32, for a forward that reads it (Mamba's): decoded as a whole."""
+        return decode(self.q) * per_column(self.factor, self.q.scheme, self.q.shape[1])
+
     def scaled(self) -> QTensor:
         """The matrix with its scales times the factors, rounded to what the file can hold."""
         scales = self.q.scales
