@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from bitwright.errors import (
     BitwrightError,
     CalibrationError,
     CheckpointError,
+    FormatError,
     InputError,
     NumericsError,
     OutputError,
@@ -29,6 +31,7 @@ from bitwright.models.adapter import Adapter
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import open_weights
+from bitwright.pipeline.convert_adapter import adapter_to_gguf
 from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import planned
 from bitwright.train import finetune as module
@@ -254,6 +257,31 @@ def test_the_adapted_weights_are_those_that_peft_merges(options: dict[str, Any],
         torch.testing.assert_close(adapter.applied(skeleton, name, weight), merged[name], rtol=1e-5, atol=1e-6)
 
 
+def test_what_an_adapter_has_whole_and_adds_to_embeddings_is_what_peft_merges(tmp_path: Path) -> None:
+    base = tiny_model("qwen2")
+    base.save_pretrained(tmp_path / "base")
+    plain = {name: p.clone() for name, p in base.state_dict().items()}
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head", "norm"], bias="all", init_lora_weights=False
+    )  # fmt: skip
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    adapter, skeleton = Adapter(tmp_path / "adapter"), Skeleton(read_config(tmp_path / "base"), torch.float32)
+    adapter.check(skeleton)
+    changed = {name for name in plain if adapter.changes(name)}
+    assert changed == {name for name in plain if not torch.equal(plain[name], merged[name])}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < changed
+    for name, weight in plain.items():
+        torch.testing.assert_close(adapter.applied(skeleton, name, weight), merged[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(FormatError, match="trained whole"):
+        adapter_to_gguf(tmp_path / "adapter", tmp_path / "out.gguf", tmp_path / "base")
+
+
 def test_a_merge_keeps_what_the_adapter_learned(adapter: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     how = Settings(scheme="int4-g32", calib=str(text), samples=8, seqlen=32, tokens=256, eval_seqlen=32)
     done = merge(llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda *_: None)
@@ -277,7 +305,8 @@ def broken(adapter: Path, tmp_path: Path, change: Any) -> Path:
     return out
 
 
-Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+STEM = "base_model.model."
+Q = f"{STEM}model.layers.1.self_attn.q_proj.lora_"
 WRONG: dict[str, tuple[Any, str]] = {
     "rank": (lambda c, t: c.update(r=8), "not of rank 8"),
     "half": (lambda c, t: t.pop(f"{Q}B.weight"), "no lora_B"),
@@ -288,7 +317,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         "no linear module",
     ),
     "kind": (lambda c, t: c.update(peft_type="LOHA"), "LOHA"),
-    "whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), "modules_to_save"),
+    "whole": (lambda c, t: t.update({f"{STEM}model.embed_tokens.weight": torch.zeros(257, 64)}), "shares its weight"),
+    "unknown": (lambda c, t: t.update({f"{STEM}score.weight": torch.zeros(2, 64)}), "the model has no 'score.weight'"),
+    "rows": (lambda c, t: t.update({f"{STEM}model.norm.weight": torch.zeros(65)}), "matrix .65., the model's is .64."),
+    "columns": (
+        lambda c, t: (c.update(use_dora=True), t.update({f"{n[:-8]}magnitude_vector": torch.ones(9) for n in list(t)})),
+        "not one for each of",
+    ),
+    "other kind": (lambda c, t: c.update(trainable_token_indices=[1]), "trainable_token_indices"),
     "taken off": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
     "nan": (lambda c, t: t[f"{Q}B.weight"].fill_(math.nan), "NaN"),
     "config": (lambda c, t: c.pop("r"), "unusable"),

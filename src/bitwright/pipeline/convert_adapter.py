@@ -75,6 +75,10 @@ def _named(adapter: Adapter) -> Path:
 
 def _tensors(adapter: Adapter, names: Names) -> tuple[float, dict[str, Tensor]]:
     """The file's α and tensors, in its order. What one α cannot say of a module is multiplied into its B."""
+    whole = next(iter(adapter.replaced), "") or next((m for m in adapter.deltas if not names.has(f"{m}.weight")), "")
+    if whole or not adapter.deltas:
+        remedy = f"merge it into the model: bitwright merge MODEL {adapter.folder} OUT.gguf --scheme q4_k_m"
+        raise FormatError("llama.cpp has no place for parameters that were trained whole", where=whole, remedy=remedy)
     first = next(iter(adapter.deltas.values()))
     alpha, found = first.scaling * len(first.A) or float(len(first.A)), dict[str, Tensor]()
     for module, delta in adapter.deltas.items():

@@ -16,7 +16,7 @@ from bitwright.inference.loading import load
 from bitwright.inference.qlinear import QLinear
 from bitwright.models.adapter import BASE, WEIGHTS
 from bitwright.models.config import read_config
-from bitwright.models.layers import matrix_of
+from bitwright.models.layers import is_linear, matrix_of
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.train.adapters import prepare_for_training, renamed
@@ -138,9 +138,10 @@ def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
 def unlike_linear(base: PreTrainedModel) -> list[str] | None:
     """Layers of nn.Linear's kind beside which no adapter can be; None if there are none."""
     fused = ["out_proj"] if base.config.model_type in READ_BY_KERNELS else []
-    kinds = (nn.Linear.forward, Dense.forward, QLinear.forward)
-    others = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and type(m).forward not in kinds]
-    return fused + others or None
+    layers = [
+        (n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QLinear | Dense)
+    ]
+    return fused + [name for name, layer in layers if not is_linear(layer)] or None
 
 
 @torch.no_grad()
