@@ -13,6 +13,7 @@ from bitwright.methods.search import search
 from bitwright.numerics.codec import decode, per_column
 from bitwright.numerics.loss import loss
 from bitwright.numerics.scheme import Scheme
+from bitwright.sparsity.obs import prune
 
 
 def problem(N: int = 12, K: int = 64, T: int = 500) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def test_in_gptqs_order_it_is_gptq(text: str, K: int) -> None:
     scale, zero = expected.scales.scale, expected.scales.zero
     found = _rounded(
         w,
-        inverse_hessian(gram, 0.01),
+        inverse_hessian(gram, 0.01)[0],
         scheme,
         per_column(scale, scheme, K).expand(12, K),
         None if zero is None else per_column(zero, scheme, K).expand(12, K),
@@ -76,7 +77,7 @@ def test_its_own_order_loses_less() -> None:
 def test_one_step_is_optimal_brain_surgeons() -> None:
     """With one weight rounded, the others move where a least-squares solution puts them."""
     w, gram = problem(N=1, K=6)
-    inverse = inverse_hessian(gram, 0.01)
+    inverse = inverse_hessian(gram, 0.01)[0]
     H = torch.linalg.inv(inverse)
     p, value = 2, 0.123
     moved = w[0].double() - (w[0, p] - value) * inverse[:, p] / inverse[p, p]
@@ -162,7 +163,7 @@ def test_what_is_left_is_obq_without_the_pruned_columns(order: str) -> None:
     w, gram, mask = masked()
     scheme = Scheme.parse("int3-channel")
     q = obq(w, gram, scheme, order=order, pruned=mask).q  # type: ignore[arg-type]
-    H = torch.linalg.inv(inverse_hessian(gram, 0.01))
+    H = torch.linalg.inv(inverse_hessian(gram, 0.01)[0])
     for row in range(len(w)):
         rest = (~mask[row]).nonzero()[:, 0]
         own = H[rest][:, rest]
@@ -179,7 +180,7 @@ def test_pruning_with_quantization_in_mind_loses_less() -> None:
     scheme = Scheme.parse("int4-channel")
     q = obq(w, gram, scheme, pruned=mask).q
     cut = decode(obq(w, gram, scheme).q).masked_fill(mask, 0)
-    refitted = without(w, inverse_hessian(gram, 0.01), mask)
+    refitted = without(w, inverse_hessian(gram, 0.01)[0], mask)
     nearest = decode(search(refitted, gram, scheme).q)
     lost = [loss(w, decoded, gram) for decoded in (refitted, decode(q), nearest, cut)]
     print(lost)
@@ -213,3 +214,18 @@ def test_what_is_not_a_mask_is_refused(wrong: object) -> None:
     w, gram = problem()
     with pytest.raises(RecipeError, match="not a mask of bool"):
         obq(w, gram, Scheme.parse("int4-g32"), pruned=wrong)  # type: ignore[arg-type]
+
+
+def test_damping_grows_where_the_gram_has_rounding_errors() -> None:
+    """As of few tokens in bfloat16: its least eigenvalues are below zero by more than the damping."""
+    x = torch.randn(100, 32) + 6
+    gram = x.T @ x / 100
+    gram -= 0.02 * gram.diagonal().mean() * torch.eye(32)
+    assert float(torch.linalg.eigvalsh(gram).min()) < -0.01 * float(gram.diagonal().mean())
+    w = torch.randn(4, 32)
+    found = obq(w, gram, Scheme.parse("int4-g32"))
+    assert found.damping == 0.1 and loss(w, decode(found.q), gram) < 0.1
+    pruned = prune(w, gram, sparsity=0.5)
+    assert pruned.damping == 0.1 and int(pruned.mask.sum()) == 64
+    with pytest.raises(NumericsError, match="not positive definite"):
+        obq(w, gram - 10 * gram.diagonal().mean() * torch.eye(32), Scheme.parse("int4-g32"))

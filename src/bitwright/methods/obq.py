@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import NumericsError, RecipeError
-from bitwright.methods.gptq import column_order
+from bitwright.methods.gptq import DAMPINGS, column_order
 from bitwright.methods.keeping_zeros import mask_of
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.search import best_scales
@@ -56,7 +56,7 @@ def obq(
     N, K = matrix.shape
     if K > LARGEST_K:
         raise RecipeError(f"obq on K = {K} would take hours", remedy=f"give --method gptq, or K up to {LARGEST_K}")
-    inverse = inverse_hessian(gram, damping)
+    inverse, damping = inverse_hessian(gram, damping)
     gone = torch.zeros_like(matrix, dtype=torch.bool)
     if pruned is not None:
         gone = mask_of(pruned, w, scheme)
@@ -73,20 +73,22 @@ def obq(
     return Outcome(reshaped(q, tuple(w.shape)), damping)
 
 
-def inverse_hessian(gram: Tensor, damping: float) -> Tensor:
-    """(gram + damping · mean diagonal · I)⁻¹ in float64.
+def inverse_hessian(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """(gram + damping · mean diagonal · I)⁻¹ in float64, and the damping: as in GPTQ, ten and a hundred times that asked for
+    where H cannot be factored.
 
-    NumericsError if that is not positive definite, or if to the Gram's own precision a column depends linearly on others.
+    NumericsError if no such is positive definite, or if to the Gram's own precision a column depends linearly on others.
     """
-    H = gram.to(torch.float64, copy=True)
-    H.diagonal().add_(damping * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-    factor, failed = torch.linalg.cholesky_ex(H)
-    own = (
-        factor.diagonal().square() / H.diagonal()
-    )  # share of each column's variance that earlier columns do not explain
-    if failed or not float(own.min()) > torch.finfo(gram.dtype).eps:
-        raise NumericsError("the damped Gram is not positive definite", remedy="more damping, or more calibration text")
-    return torch.cholesky_inverse(factor)
+    for times in DAMPINGS:
+        H = gram.to(torch.float64, copy=True)
+        H.diagonal().add_(times * damping * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+        factor, failed = torch.linalg.cholesky_ex(H)
+        own = (
+            factor.diagonal().square() / H.diagonal()
+        )  # share of each column's variance that those before do not explain
+        if not failed and float(own.min()) > torch.finfo(gram.dtype).eps:
+            return torch.cholesky_inverse(factor), times * damping
+    raise NumericsError("the damped Gram is not positive definite", remedy="more damping, or more calibration text")
 
 
 class Inverses:

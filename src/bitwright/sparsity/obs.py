@@ -56,7 +56,9 @@ def prune(
     if not 0 <= damping < torch.inf:
         raise RecipeError(f"damping {damping} is not a number from 0 on", remedy="damping=0.01")
     gram = checked(gram, K, "obs")
-    inverse = inverse_hessian(gram, damping)  # of half the Hessian: a constant factor changes neither order nor weights
+    inverse, damping = inverse_hessian(
+        gram, damping
+    )  # of half the Hessian: a constant factor changes neither order nor weights
     live = matrix.masked_fill(gram.diagonal() == 0, 0.0)
     mask = cheapest(traced(live, inverse, pattern), target.count(matrix.numel()), K)
     return Pruned(without(matrix, inverse, mask).view_as(w).to(w.dtype), mask.view_as(w), damping)
