@@ -119,6 +119,16 @@ def test_spoilt_source(name: str, llama: Path, text: str, tmp_path: Path) -> Non
     assert error["remedy"] or error["where"]
 
 
+@pytest.mark.parametrize(("method", "helps"), [("gptq", True), ("hqq", False)])
+def test_requantizing_is_advised_where_it_can_be(
+    method: str, helps: bool, llama: Path, text: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    edit_config(quantization_config={"quant_method": method})(model)
+    assert ("--requantize" in refused(model, tmp_path / "out", text)["remedy"]) is helps
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_weight_that_is_not_finite_is_named_by_every_method(
     method: str, llama: Path, text: str, tmp_path: Path

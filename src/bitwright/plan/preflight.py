@@ -16,7 +16,7 @@ from bitwright.calibration.windows import load_tokenizer
 from bitwright.errors import CheckpointError, FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.model_path import is_gguf
-from bitwright.formats import Format, format_named
+from bitwright.formats import READERS, Format, format_named
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
 from bitwright.gguf.templates import read_templates, template_keys
@@ -149,7 +149,9 @@ def _refuse_integers(source: Path) -> None:
     quantization = quantization_of(source)
     if quantization is not None and not has_no_original(quantization):
         message = f"already quantized ({quantization.get('quant_method')}: {described_in(source)} says so)"
-        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
+        readable = quantization.get("quant_method") in {reader.method for reader in READERS}
+        remedy = "quantize the float original, since rounding twice only loses"
+        remedy += "; or add --requantize" if readable else ": this format is not read here"
         raise CheckpointError(message, where=str(source), remedy=remedy)
 
 
