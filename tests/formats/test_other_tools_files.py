@@ -15,6 +15,7 @@ from bitwright.errors import BitwrightError, FormatError
 from bitwright.formats.auto_round import AutoRound
 from bitwright.formats.bitsandbytes import BitsAndBytes
 from bitwright.formats.fp8 import Fp8
+from bitwright.formats.modelopt import Modelopt
 from bitwright.inference.qlinear import QLinear
 from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
@@ -189,6 +190,47 @@ def test_fp8_with_inputs_of_a_fixed_range() -> None:
     for wrong in ({"weight_block_size": 128}, {"activation_scheme": "later"}):
         with pytest.raises(FormatError, match="is not read here"):
             Fp8().module_config(wrong, "m")
+
+
+# ----------------------------------------------------------------------------------------------------------- ModelOpt
+
+
+def nvfp4(w: Tensor) -> Stored:
+    """A matrix as ModelOpt stores it: e2m1 codes, an e4m3 scale for 16 of them, one number for all."""
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    outer = w.abs().max() / (6 * 448)
+    local = (w.unflatten(1, (-1, 16)).abs().amax(-1) / 6 / outer).to(torch.float8_e4m3fn)
+    scale = (local.float() * outer).repeat_interleave(16, 1)
+    codes = ((w / scale).abs()[..., None] - levels).abs().argmin(-1)
+    meant = torch.where(w < 0, -levels[codes], levels[codes]) * scale
+    codes = (codes + 8 * (w < 0)).to(torch.uint8)
+    packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return {"weight": packed, "weight_scale": local, "weight_scale_2": outer, "input_scale": torch.tensor(0.01)}, meant
+
+
+def test_modelopt_s_files(llama: Path, tmp_path: Path) -> None:
+    """FP8 and NVFP4: decoded exactly, and run with inputs rounded; scales of keys and values are noted."""
+    kinds: dict[str, Callable[[Tensor], Stored]] = {
+        "FP8": lambda w: (
+            {**(made := fp8(w, *w.shape, "weight_scale"))[0], "input_scale": torch.tensor(0.02)},
+            made[1],
+        ),
+        "FP8_PER_CHANNEL_PER_TOKEN": lambda w: fp8(w, 1, w.shape[1], "weight_scale"),
+        "NVFP4": nvfp4,
+    }
+    for kind, pack in kinds.items():
+        config = {"quant_method": "modelopt", "quant_algo": kind, "ignore": ["lm_head"]}
+        theirs, meant = stored(llama, tmp_path / kind, config, blocks_only(pack))
+        exact = transformers_logits(meant)
+        for _, logits in ours(theirs):
+            assert 1e-4 < distance(logits, exact) < (0.3 if kind == "NVFP4" else 0.1), kind
+        tensors, w = pack(torch.randn(32, 64))
+        q = Modelopt().quantized(config, "m", tensors)
+        assert torch.equal(Modelopt().decode(config, "m", tensors), w) and q is not None and torch.equal(decode(q), w)
+        with pytest.raises(FormatError, match="scale"):
+            Modelopt().decode(config, "m", tensors | {"weight_scale": torch.ones(7, 3)})
+    with pytest.raises(FormatError, match="'W4A8_AWQ' is not read"):
+        Modelopt().module_config({"quantization": {"quant_algo": "W4A8_AWQ"}}, "m")
 
 
 # ---------------------------------------------------------------------------------------------------- auto-round, AWQ
