@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bench.gguf_families import random_model, small_config
@@ -75,6 +76,8 @@ def test_values_of_layers_are_one_or_refused() -> None:
     assert (back.intermediate_size, back.num_key_value_heads) == (128, 2)
     with pytest.raises(CheckpointError, match="differs from layer to layer"):
         config_of(keys | {"llama.attention.head_count_kv": [2] * 7 + [4]}, shapes(), "x")
+    with pytest.raises(CheckpointError):  # arrays in arrays
+        config_of(keys | {"llama.attention.head_count_kv": [np.ones(2), np.zeros(2)]}, shapes(), "x")
 
 
 def test_a_decoder_that_looks_ahead_is_refused() -> None:
