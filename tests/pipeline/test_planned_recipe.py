@@ -186,6 +186,8 @@ def refused(*arguments: str) -> str:
     assert done.exit_code == 2, (done.output, done.exception)
     error = json.loads(done.stdout)
     assert error["remedy"]
+    named = error["remedy"].removeprefix("names look like ").split(", ")
+    assert len(named) == len(set(named))
     return f"{error['where']}: {error['error']}"
 
 

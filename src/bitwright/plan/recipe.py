@@ -147,7 +147,8 @@ class Recipe:
                 named = [other for other in modules.values() if other]
                 some = named[:4] if rule.exact else [*list(modules)[:3], *named[:1]]
                 raise RecipeError(
-                    f"pattern {rule.match!r} matches nothing", remedy=f"names look like {', '.join(some)}"
+                    f"pattern {rule.match!r} matches nothing",
+                    remedy=f"names look like {', '.join(dict.fromkeys(some))}",
                 )
         last_first = list(reversed(self.rules))
         return {name: next(r for r in last_first if _means(r, names)) for name, names in called.items()}
