@@ -13,6 +13,7 @@ from bitwright.nn.check import Check, check_outputs, in_phase, require_check, ro
 from bitwright.nn.dynamic import DYNAMIC, dynamic, weight_of
 from bitwright.nn.fake import Edge
 from bitwright.nn.layers import DynamicProduct, IntegerProduct, StaticProduct
+from bitwright.nn.layout import contiguous
 from bitwright.nn.plan import fuses, role_of, role_unless_kept
 from bitwright.nn.prepare import Prepared, require_prepared
 from bitwright.nn.rounded import Entered
@@ -80,10 +81,12 @@ def entered(module: Entered, prepared: Prepared, where: str) -> nn.Module:
     assert isinstance(edge, Edge) and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
     q, activations = weight_of(layer, prepared.weights.at(where), where), prepared.activations
     if edge.scheme.group == TOKEN:
-        return DynamicProduct.of(layer, q, activations=activations, where=where)
+        product = DynamicProduct.of(layer, q, activations=activations, where=where)
+        product.register_forward_hook(contiguous)
+        return product
     affine = edge.affine()
-    product = StaticProduct(layer, q, entry=affine, exit=torch.zeros(0), activations=activations, where=where)
-    return Entered(Quantize(affine, where=edge.where), product)
+    static = StaticProduct(layer, q, entry=affine, exit=torch.zeros(0), activations=activations, where=where)
+    return Entered(Quantize(affine, where=edge.where), static)
 
 
 class Rewriting:

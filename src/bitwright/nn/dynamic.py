@@ -21,6 +21,7 @@ from bitwright.nn.layers import (
     check_group,
     matrix,
 )
+from bitwright.nn.layout import contiguous, viewed
 from bitwright.nn.plain import plain
 from bitwright.nn.recurrent import Cell, IntegerCell, IntegerRecurrent, Recurrent
 from bitwright.nn.rounded import HeldWeight, trained
@@ -80,8 +81,12 @@ def quantize_dynamic(
     layers = layers_of(target, DYNAMIC, kept)
     if not layers:
         raise nothing_to_quantize(module)
+    convolutions = [name for name, child in layers if isinstance(child, nn.Conv1d | nn.Conv2d)]
+    plain_memory = viewed(target, convolutions) if convolutions else set()
     for name, child in layers:
         new = dynamic(child, weights.at(name), rounding, where=name)
+        if name in plain_memory:
+            new.register_forward_hook(contiguous)
         target = replaced(target, child, with_hooks_of(new, child))
     target = off_the_fast_path(kept.apply(target)).eval()
     if source is not None and example_inputs is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from bitwright.nn.layout import reads_views
 from bitwright.nn.trace import Interpreter, first
 from bitwright.nn.tree import Kept
 
@@ -46,9 +47,24 @@ def functionalized(graph: fx.GraphModule, example: tuple[Any, ...], *, root: boo
         for before in (each for each, same in changed.items() if same or node.target is with_item):
             later = {user for user in before.users if order[user] > order[node]}
             before.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+    _of_any_layout(graph, root=root)
     graph.graph.lint()
     graph.recompile()
     return None
+
+
+def _of_any_layout(graph: fx.GraphModule, *, root: bool) -> None:
+    """Let `reshape` do what `view` does, which integer convolutions' results, channels last in memory, do not allow; and give
+    results that may be viewed to who reads a graph that is a part of a module."""
+    for node in filter(reads_views, graph.graph.nodes):
+        node.target = str(node.target).replace("view", "reshape")
+    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
+    for node in () if root else output.all_input_nodes:
+        if len(node.meta.get("shape", ())) > 2:
+            with graph.graph.inserting_before(output):
+                laid_out = graph.graph.call_method("contiguous", (node,))
+            laid_out.meta["shape"] = node.meta["shape"]
+            output.replace_input_with(node, laid_out)
 
 
 class _Watched(Interpreter):

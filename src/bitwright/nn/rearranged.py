@@ -111,7 +111,7 @@ class Planes(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         batch = 1 if x.ndim == 4 else x.shape[0]
-        y = y.unflatten(0, (batch, -1)).transpose(1, 2)
+        y = y.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
         return y[0] if x.ndim == 4 else y
 
 

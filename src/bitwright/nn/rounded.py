@@ -68,8 +68,9 @@ class Entered(nn.Module):
         return modules[name] if name in modules or "layer" not in modules else getattr(modules["layer"], name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer on the quantized input."""
-        return self.layer(self.edge(input))
+        """The layer on the quantized input, contiguous in memory."""
+        result: Tensor = self.layer(self.edge(input))
+        return result.contiguous()
 
 
 ROUNDED: dict[type[nn.Module], type[Rounded]] = {
