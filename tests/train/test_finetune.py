@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -337,6 +338,13 @@ def test_an_adapter_that_does_not_fit_is_refused(name: str, adapter: Path, llama
     with pytest.raises(CheckpointError, match=said) as caught:
         plan(llama, broken(adapter, tmp_path, change), tmp_path)
     assert caught.value.remedy
+
+
+def test_an_adapter_of_a_matrix_that_the_files_have_in_parts_is_refused(adapter: Path, llama: Path) -> None:
+    skeleton = Skeleton(read_config(llama), torch.float32)
+    skeleton.conversions = (SimpleNamespace(makes=("model.layers.1.self_attn.q_proj.weight",)),)  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="made of several tensors"):
+        Adapter(adapter).check(skeleton)
 
 
 def plan(model: Path, adapter: Path, tmp_path: Path) -> Any:
