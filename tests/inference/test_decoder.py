@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from bench.tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitwright import kernels, load
 from bitwright.errors import InputError
 from bitwright.inference.decoder import Decoder, Part
-from bitwright.inference.decoding import tokens
+from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.module_decoder import ModuleDecoder
 from bitwright.inference.native_decoder import NativeDecoder
 from bitwright.inference.ngrams import NgramIndex
@@ -206,3 +207,27 @@ def test_an_unknown_format_of_keys_is_refused_before_loading(bad: str, tmp_path:
 
     with pytest.raises(InputError, match="keys and values"):
         Generator.open(tmp_path / "nothing", kv=bad)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mamba", "mamba2", "falcon_mamba", "bamba", "lfm2", "zamba2", "qwen3_next", "recurrent_gemma", "openai-gpt", "rwkv",
+     "minimax", "xlstm", "gpt2", "gemma3_text"],
+)  # fmt: skip
+@torch.no_grad()
+def test_whatever_cache_a_family_has_a_text_is_read_on_as_if_it_were_whole(family: str) -> None:
+    """Mamba's cache has another name, GPT-1 has none, Bamba begins at position 0, some go on by one token alone."""
+    torch.manual_seed(0)
+    model, ids = tiny_model(family).float().eval(), torch.arange(30) * 7 % 90 + 3
+    whole, decoder, at = model(ids[None], use_cache=False).logits[0], decoder_of(model, 30, slots=2), 0
+    for count in (1, 6, 1, 5, 1):
+        decoder.read([Part(1, ids[:3])])  # another sequence, forgotten each time
+        (logits,) = decoder.read([Part(0, ids[at : at + count], count)])
+        assert distance(logits, whole[at : at + count]) < 1e-4
+        at += count
+        decoder.keep(1, 0)
+
+
+def test_keys_and_values_of_a_family_that_keeps_none_cannot_be_rounded() -> None:
+    with pytest.raises(InputError, match="keep no keys and values"):
+        decoder_of(tiny_model("openai-gpt"), 30, kv=key_value_codes("q8"))

@@ -1,7 +1,8 @@
 """Generate tokens: the fastest decoder of a model, and the loop of choosing a token and reading it.
 
 For quantized Llama, Mistral, Qwen2 and Qwen3 the extension runs whole blocks (native_decoder.py); for all others, and without
-the extension, the modules run with transformers' cache (module_decoder.py). Both give the same logits.
+the extension, the modules run with transformers' cache (module_decoder.py), or without one (whole_decoder.py). All give the
+same logits.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from bitwright.errors import CheckpointError, InputError
 from bitwright.inference.decoder import Decoder, Part
-from bitwright.inference.module_decoder import ModuleDecoder
+from bitwright.inference.module_decoder import ModuleDecoder, takes_cache
 from bitwright.inference.native_decoder import NativeDecoder, runs_natively
 from bitwright.inference.ngrams import NgramIndex
 from bitwright.inference.sampling import Sampling
+from bitwright.inference.whole_decoder import WholeDecoder
 from bitwright.models.kv_cache import check_unrounded
 from bitwright.numerics.key_value_codes import KeyValueCodes
 
@@ -28,7 +30,8 @@ def decoder_of(model: PreTrainedModel, context: int, *, slots: int = 1, kv: KeyV
         raise CheckpointError(message, remedy="`bitwright.load` gives their hidden states")
     if kv is not None:
         check_unrounded(getattr(model.config, "quantization_config", None), model.config.model_type)
-    kind = NativeDecoder if runs_natively(model) else ModuleDecoder
+    by_modules = ModuleDecoder if takes_cache(model) else WholeDecoder
+    kind = NativeDecoder if runs_natively(model) else by_modules
     return kind(model, context, slots=slots, kv=kv)
 
 

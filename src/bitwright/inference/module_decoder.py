@@ -1,6 +1,7 @@
 """Any causal language model as a Decoder, through transformers' forward and its caches: one sequence after the other."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,11 @@ from transformers import DynamicCache, PreTrainedModel
 from bitwright.inference.decoder import Decoder, Part
 from bitwright.numerics.key_value_codes import KeyValueCodes, rotated
 
+ARGUMENTS = ("past_key_values", "cache_params")  # the second in Mamba
+POSITIONED = ("bamba",)  # these begin at position 0 if they are not told
+STEPPING = ("falcon_mamba", "mamba")  # in transformers these go on from a state by one token alone
+UNFIT = ("cpmant", "hrm_text", "recurrent_gemma")  # of which transformers' cache gives errors, or other logits
+
 
 class ModuleDecoder(Decoder):
     """See `Decoder`. kv: keys and values in few bits; None: in the model's type."""
@@ -19,6 +25,7 @@ class ModuleDecoder(Decoder):
         self, model: PreTrainedModel, context: int = 1 << 20, *, slots: int = 1, kv: KeyValueCodes | None = None
     ) -> None:
         self.model, self.context, self.slots, self.kv = model, context, slots, kv
+        self.takes = inspect.signature(model.forward).parameters
         self.caches = [self._empty() for _ in range(slots)]
         self.lengths, self.recent = [0] * slots, [0] * slots  # tokens held; of those, read last
 
@@ -26,16 +33,25 @@ class ModuleDecoder(Decoder):
     def read(self, parts: Sequence[Part]) -> list[Tensor]:
         """See `Decoder`."""
         self.check(parts)
-        return [self._one(part) for part in parts]
+        return [self._read(part) for part in parts]
 
-    def _one(self, part: Part) -> Tensor:
-        cache = self.caches[part.slot]
-        if self.lengths[part.slot]:
+    def _read(self, part: Part) -> Tensor:
+        if self.lengths[part.slot] and self.model.config.model_type in STEPPING:
+            each = [self._one(part.slot, ids, 1) for ids in part.ids.split(1)]
+            return torch.cat(each[-part.wanted :])
+        return self._one(part.slot, part.ids, part.wanted)
+
+    def _one(self, slot: int, ids: Tensor, wanted: int) -> Tensor:
+        """Read on in one forward: logits [wanted, V]."""
+        cache, held = self.caches[slot], self.lengths[slot]
+        if held and self.goes_back:
             cache.crop(0)  # what was kept so that the last tokens could be taken back
-        out = self.model(input_ids=part.ids[None], past_key_values=cache, use_cache=True, logits_to_keep=part.wanted)
-        self.lengths[part.slot] += len(part.ids)
-        self.recent[part.slot] = len(part.ids)
-        return out.logits[0, -part.wanted :].float()
+        given = {name: cache for name in ARGUMENTS if name in self.takes}
+        if self.model.config.model_type in POSITIONED:
+            given["position_ids"] = torch.arange(held, held + len(ids))[None]
+        out = self.model(input_ids=ids[None], use_cache=True, logits_to_keep=wanted, **given)
+        self.lengths[slot], self.recent[slot] = held + len(ids), len(ids)
+        return out.logits[0, -wanted:].float()
 
     @property
     def goes_back(self) -> bool:
@@ -68,8 +84,16 @@ class ModuleDecoder(Decoder):
     def _empty(self) -> DynamicCache:
         config = self.model.config
         cache = DynamicCache(config=config) if self.kv is None else _CodedCache(self.kv, config)
-        cache.activate_past_recording()
+        if not any(cache.is_linear):
+            cache.activate_past_recording()
         return cache
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's forward goes on from transformers' cache: not if it has none, or one of its own."""
+    takes = inspect.signature(model.forward).parameters
+    fit = model._supports_default_dynamic_cache() and model.config.model_type not in UNFIT
+    return bool(fit) and any(name in takes for name in ARGUMENTS)
 
 
 class _CodedCache(DynamicCache):  # type: ignore[misc]
