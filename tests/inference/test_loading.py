@@ -425,6 +425,12 @@ def test_generate_at_the_command_line(llama: Path) -> None:
         assert cli("generate", str(llama), "--prompt", "The", *bad).exit_code == 2
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_named(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "small", "llama", vocab_size=40)
+    done = cli("generate", str(model), "--prompt", "zebra", "--max-tokens", "5", "--json")
+    assert done.exit_code == 2 and "vocabulary ends at 39" in json.loads(done.stdout)["error"]
+
+
 def test_an_interrupted_answer_ends_the_process(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m", eos_token_id=None, max_position_embeddings=100_000)
     options = [

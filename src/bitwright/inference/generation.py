@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitwright.calibration.windows import load_tokenizer
+from bitwright.calibration.windows import check_ids, load_tokenizer
 from bitwright.errors import InputError
 from bitwright.files.hub import local
 from bitwright.inference.decoder import Decoder
@@ -82,9 +82,12 @@ class Generator:
         if len(ids) >= self.context:
             remedy = f"give a shorter prompt, or --context {len(ids) + most} if the model reaches that far"
             raise InputError(f"a prompt of {len(ids)} tokens in a context of {self.context}", remedy=remedy)
+        prompt = torch.tensor(ids, dtype=torch.long)
+        if ids:
+            check_ids(self.tokenizer, prompt, self.model.config.get_text_config().vocab_size)
         found = tokens(
             self.decoder,
-            torch.tensor(ids, dtype=torch.long),
+            prompt,
             most=min(most, self.context - len(ids)),
             stop=self.stop(),
             sampling=sampling,

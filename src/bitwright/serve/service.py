@@ -95,7 +95,9 @@ class Service:
                 400, f"The chat template does not take these messages: {error}", param="messages"
             ) from error
         likeliest = (asked.top_logprobs or 0) if asked.logprobs else None
-        return self._jobs([ids], asked, asked.most, likeliest, self._grammar(asked), "messages", deliver)
+        return self._jobs(
+            [self._known(ids, "messages")], asked, asked.most, likeliest, self._grammar(asked), "messages", deliver
+        )
 
     def completion_jobs(self, asked: CompletionRequest, deliver: Callable[[int, Event], None]) -> list[Job]:
         """The jobs of texts to go on from: n a prompt, prompt after prompt. RequestError 400 as above."""
@@ -106,14 +108,15 @@ class Service:
         """Texts or token ids as token ids. RequestError 400 for none at all, or tokens that the model does not have."""
         with self._encoding:
             found = [self.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
-        for ids in found:
-            if not ids:
-                raise RequestError(400, f"'{param}' is empty: it must have at least one token.", param=param)
-            if max(ids) >= self.vocabulary:
-                raise RequestError(
-                    400, f"'{param}' has token {max(ids)}; the model has {self.vocabulary}.", param=param
-                )
-        return found
+        return [self._known(ids, param) for ids in found]
+
+    def _known(self, ids: list[int], param: str) -> list[int]:
+        """The tokens. RequestError 400 for none at all, or some that the model does not have."""
+        if not ids:
+            raise RequestError(400, f"'{param}' is empty: it must have at least one token.", param=param)
+        if max(ids) >= self.vocabulary:
+            raise RequestError(400, f"'{param}' has token {max(ids)}; the model has {self.vocabulary}.", param=param)
+        return ids
 
     def embedding(self, ids: list[int]) -> Tensor:
         """The mean of a text's last hidden states, of length 1: [H]."""
