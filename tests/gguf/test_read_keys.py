@@ -80,6 +80,68 @@ def test_values_of_layers_are_one_or_refused() -> None:
         config_of(keys | {"llama.attention.head_count_kv": [np.ones(2), np.zeros(2)]}, shapes(), "x")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "attribute", "meant"),
+    [
+        ("granite", "attention.scale", "attention_multiplier", 0.25),
+        ("granite", "embedding_scale", "embedding_multiplier", 1.0),
+        ("granitemoehybrid", "attention.scale", "attention_multiplier", 0.25),
+        ("cohere", "logit_scale", "logit_scale", 1.0),
+        ("deepseek_v3", "expert_weights_scale", "routed_scaling_factor", 1.0),
+    ],
+)
+def test_a_factor_that_is_missing_or_zero_is_what_llama_cpp_takes(
+    kind: str, key: str, attribute: str, meant: float
+) -> None:
+    keys = keys_of(small_config(kind))
+    name = f"{keys['general.architecture']}.{key}"
+    for changed in ({n: v for n, v in keys.items() if n != name}, keys | {name: 0.0}):
+        assert getattr(config_of(changed, shapes(), "x"), attribute) == meant
+
+
+def test_experts_without_keys_are_in_one_group_and_their_weights_as_they_are() -> None:
+    keys = keys_of(small_config("deepseek_v3"))
+    gone = [f"deepseek2.expert_{key}" for key in ("weights_norm", "group_count", "group_used_count")]
+    found = config_of({key: value for key, value in keys.items() if key not in gone}, shapes(), "x")
+    assert (found.norm_topk_prob, found.n_group, found.topk_group) == (False, 1, 1)
+    keys.pop("deepseek2.rope.scaling.yarn_log_multiplier")
+    with pytest.raises(CheckpointError, match="'yarn', without deepseek2"):
+        config_of(keys, shapes(), "x")
+
+
+def test_a_gemma_3_without_a_window_has_none_in_any_layer() -> None:
+    keys = keys_of(small_config("gemma3_text"))
+    keys.pop("gemma3.attention.sliding_window")
+    assert set(config_of(keys, shapes(), "x").layer_types) == {"full_attention"}
+
+
+def test_a_mistral_3_without_a_temperature_or_a_type_of_positions() -> None:
+    keys = keys_of(small_config("ministral3"))
+    keys.pop("mistral3.attention.temperature_scale")
+    keys.pop("mistral3.rope.scaling.type")
+    found = config_of(keys, shapes(), "x").rope_parameters
+    assert (found["rope_type"], found[rope.TEMPERATURE], found["original_max_position_embeddings"]) == (
+        "linear",
+        0.0,
+        32,
+    )
+
+
+def test_states_beside_positions_that_no_key_denies_are_refused() -> None:
+    keys = keys_of(small_config("granitemoehybrid"))
+    keys.pop("granitehybrid.rope.scaling.finetuned")
+    with pytest.raises(CheckpointError, match="beside rotary positions"):
+        config_of(keys, shapes(), "x")
+
+
+@pytest.mark.parametrize("key", ["context_length", "expert_used_count", "attention.layer_norm_rms_epsilon"])
+def test_keys_without_which_llama_cpp_loads_nothing_are_missed(key: str) -> None:
+    keys = keys_of(small_config("qwen3_moe"))
+    keys.pop(f"qwen3moe.{key}")
+    with pytest.raises(CheckpointError, match=f"qwen3moe.{key} is missing"):
+        config_of(keys, shapes(), "x")
+
+
 def test_a_decoder_that_looks_ahead_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"attention\.causal"):
         config_of(keys_of(small_config("qwen2")) | {"qwen2.attention.causal": False}, shapes(), "x")

@@ -35,6 +35,23 @@ Keys = dict[str, Any]
 BY_NAME = "bitwright quantize --calib none --method search makes a smaller file of it all the same"
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+# Keys without which llama.cpp loads no model that has them.
+NEEDED = (
+    "block_count", "embedding_length", "attention.head_count", "context_length", "expert_used_count", "ssm.conv_kernel",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
+)  # fmt: skip
+# What llama.cpp takes for keys that are missing, where transformers takes something else.
+ABSENT: Keys = {
+    "expert_weights_norm": False, "expert_weights_scale": 1.0, "expert_group_count": 1, "expert_group_used_count": 1,
+    "logit_scale": 1.0,
+}  # fmt: skip
+UNSET = (
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "expert_weights_scale",
+)  # 0 is as no key
 # llama.cpp ignores their sliding window.
 WINDOWLESS = ("mistral", "ministral3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2")
 
@@ -126,7 +143,7 @@ def config_of(
     if row.causal and keys.get(f"{row.name}.attention.causal") is False:
         message = "each token attends to later ones too (attention.causal), which its architecture does not do here"
         raise CheckpointError(message, where=where, remedy=BY_NAME)
-    values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if f"{row.name}.{key}" in keys}
+    values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if _given(keys, row, key)}
     _check_depth(row, values, keys, tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
@@ -143,6 +160,12 @@ def config_of(
         raise CheckpointError(f"its keys make no config of type {row.kind}: {error}", where=where) from error
 
 
+def _given(keys: Mapping[str, Any], row: Architecture, key: str) -> bool:
+    """Whether a file has a key of its architecture, with a value that counts."""
+    value = keys.get(f"{row.name}.{key}")
+    return value is not None and not (key in UNSET and _plain(value) == 0)
+
+
 def _check_depth(
     row: Architecture, values: Keys, keys: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
@@ -150,8 +173,7 @@ def _check_depth(
 
     Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
     """
-    needed = {"block_count", "embedding_length", "attention.head_count"}
-    missing = [key for _, key in row.keys if key in needed and f"{row.name}.{key}" not in keys]
+    missing = [key for attribute, key in row.keys if key in NEEDED and attribute not in values]
     if missing or "token_embd.weight" not in tensors:
         what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
@@ -221,8 +243,11 @@ def _implied(
     heads = values[a["attention.head_count"]] if "attention.head_count" in a else 0
     head_dim = values.get("head_dim") or (width // heads if heads else 0)
     found = fixed_of(row.kind, depth, width, heads, head_dim)
+    found |= {attribute: ABSENT[key] for attribute, key in row.keys if key in ABSENT}
     if "head_dim" in names and head_dim:
         found["head_dim"] = head_dim
+    if "attention_multiplier" in names and head_dim:
+        found["attention_multiplier"] = head_dim**-0.5
     if row.rotary:
         found["rope_parameters"] = rope.parameters_of(row.name, keys, factors, head_dim, where)
     if row.kind == "phi3" and found["rope_parameters"]["rope_type"] == "longrope":

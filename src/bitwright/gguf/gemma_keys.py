@@ -28,7 +28,9 @@ def _gemma3(config: PretrainedConfig) -> Keys:
 
 
 def _gemma3_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
-    return {"use_bidirectional_attention": own.get("attention.causal") is False}
+    """Without a window in the file no layer has one."""
+    found: Keys = {"use_bidirectional_attention": own.get("attention.causal") is False}
+    return found if own.get("attention.sliding_window") else found | {"layer_types": [FULL] * own["block_count"]}
 
 
 def _gemma3n(config: PretrainedConfig) -> Keys:

@@ -258,11 +258,18 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         rope |= {"rope_type": kind, "factor": factor}
         rope |= OWN.get(name, {}) if kind == "yarn" else {}
         rope |= {"attention_factor": own[ATTENTION] * _yarn_attention(factor)} if own.get(ATTENTION, 1.0) != 1 else {}
+    if name == "deepseek2" and (kind == "yarn") != (LOG_MULTIPLIER in own):
+        message = (
+            f"positions of type {kind!r}, {'with' if LOG_MULTIPLIER in own else 'without'} {name}.rope.{LOG_MULTIPLIER}"
+        )
+        raise CheckpointError(message, where=where, remedy="not read here yet")
     if name in TIMES and kind == "yarn" and LOG_MULTIPLIER in own:
         rope |= dict.fromkeys(("mscale", MSCALE), own[LOG_MULTIPLIER] / TIMES[name])
-    rope |= {TEMPERATURE: keys[TEMPERATURE_KEY]} if TEMPERATURE_KEY in keys else {}
     original = own.get("scaling.original_context_length")
-    if original and rope["rope_type"] in ("yarn", "longrope"):
+    if name == "mistral3":  # far from the start counts in multiples of the original length
+        rope[TEMPERATURE] = keys.get(TEMPERATURE_KEY, 0.0)
+        original = original or keys.get(f"{name}.context_length")
+    if original and (name == "mistral3" or rope["rope_type"] in ("yarn", "longrope")):
         rope["original_max_position_embeddings"] = original
     if FACTORS in factors:
         if kind == "yarn":

@@ -75,7 +75,7 @@ def _granite(config: PretrainedConfig) -> Keys:
 
 
 def _granite_read(own: Mapping[str, Any], tensors: Container[str]) -> Keys:
-    if own.get("rope.scaling.finetuned"):
+    if own.get("rope.scaling.finetuned", True):  # as llama.cpp takes it where it is missing
         raise ValueError("states beside rotary positions (Bamba), which are not read here yet")
     heads, kinds = _kinds(own)
     widths = {"intermediate_size": own[WIDTH], "shared_intermediate_size": own.get(SHARED) or own[WIDTH]}
