@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bench.gguf_families import random_model
 from safetensors.torch import load_file
 from tests.conftest import make_checkpoint
 from torch import Tensor
@@ -115,6 +116,16 @@ def test_an_alpha_of_0_adds_the_product_as_it_is(llama: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 2
     assert config["target_modules"] == ["model.layers.0.mlp.up_proj"]
+
+
+def test_experts_that_are_parameters_are_not_missed(tmp_path: Path) -> None:
+    """Llama 4's down_proj: of the shared expert and the dense MLP it is a module, of the other experts a parameter."""
+    base = tmp_path / "base"
+    random_model("llama4_text", num_hidden_layers=2).save_pretrained(base)
+    adapted(base, tmp_path / "adapter", target_modules=["down_proj"])
+    convert(tmp_path / "adapter", tmp_path / "a.gguf", base=base)
+    names = {"blk.0.ffn_down", "blk.1.ffn_down_shexp"}
+    assert tensors(tmp_path / "a.gguf").keys() == {f"{n}.weight.lora_{half}" for n in names for half in "ab"}
 
 
 def test_what_a_file_cannot_say_is_refused(llama: Path, tmp_path: Path) -> None:

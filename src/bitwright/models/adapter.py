@@ -129,7 +129,11 @@ class Adapter:
             if made != meant:
                 message = f"the adapter is for a matrix {list(made)}, the model's is {list(meant)}"
                 raise CheckpointError(message, where=name.removesuffix(".weight"), remedy=_base(self))
-        lacking = sorted(self._meant(linear) - self.deltas.keys())
+        fused = tuple(
+            f"{experts}." for experts in skeleton.experts
+        )  # parameters, not modules: target_modules misses them
+        passed = () if any(module.startswith(fused) for module in self.deltas) else fused
+        lacking = sorted(m for m in self._meant(linear) - self.deltas.keys() if not m.startswith(passed))
         if lacking:
             message = f"the adapter has nothing for {len(lacking)} modules that its target_modules names, such as {lacking[0]}"
             raise CheckpointError(message, where=str(self.folder), remedy=_base(self))
