@@ -106,6 +106,13 @@ def test_an_importance_matrix_of_experts(source: Path, tmp_path: Path, text: str
     a, b = (GgufFile(tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert all(np.array_equal(a.raw(name), b.raw(name)) for name in a.tensors)
 
+    seen.pop(UP)  # as llama-imatrix does it if an expert saw no token
+    imatrix.write(file, seen, chunks=1, seqlen=32, text="")
+    run("quantize", source, tmp_path / "c.gguf", *how, file, code=1)
+    ledger = from_jsonl(ledger_beside(tmp_path / "c.gguf"))
+    left = [entry.name for entry in ledger if entry.reason == imatrix.LEFT_OUT]
+    assert len(left) == 8 and UNSEEN in left
+
 
 def test_experts_that_one_tensor_cannot_hold_are_refused(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"

@@ -1,5 +1,6 @@
 """llama.cpp's importance matrices (imatrix): for each matrix the mean squared input of each column, the diagonal of XᵀX / T.
 
+llama-imatrix leaves out a tensor of experts if one of them saw no token: then the columns of all of them count evenly.
 Read as GGUF (NAME.in_sum2 [E, K], sums of squares, and NAME.counts [E, 1], tokens, of E experts, or one) and in the older
 binary form (.dat). Written as GGUF. An expert that saw no token has only zeros; `evenly` then weights its columns equally.
 Source: tools/imatrix/imatrix.cpp.
@@ -23,7 +24,8 @@ from bitwright.gguf.reader import GgufFile
 SUFFIXES = (".gguf", ".dat", ".imatrix")
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 1 << 10
-UNSEEN = "it saw no token: all columns count evenly"
+UNSEEN = "it saw no token: all columns count evenly"  # of one expert
+LEFT_OUT = "the importance matrix has nothing for it: all columns count evenly"  # of all experts of a layer
 
 
 class Seen(NamedTuple):

@@ -77,9 +77,9 @@ def quantize_gguf(
 
 
 def _unseen_notes(ledger: list[Entry]) -> list[str]:
-    """What is said of matrices whose importance matrix saw no token of an expert."""
-    unseen = [entry for entry in ledger if "saw no token" in entry.reason]
-    return [f"{len(unseen)} matrices of experts, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
+    """What is said of matrices whose importance matrix saw no token of an expert, or has nothing of all of them."""
+    unseen = [entry for entry in ledger if "count evenly" in entry.reason]
+    return [f"{len(unseen)} matrices, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
 
 
 def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
@@ -167,7 +167,9 @@ def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
     count = 0 if each is None else imatrix.unseen(each)
     if each is None or not count:
         return ""
-    return imatrix.UNSEEN if len(each) == 1 else imatrix.UNSEEN.replace("it", f"{count} of {len(each)} experts", 1)
+    if len(each) == 1 or count == len(each):
+        return imatrix.UNSEEN if len(each) == 1 else imatrix.LEFT_OUT
+    return imatrix.UNSEEN.replace("it", f"{count} of {len(each)} experts", 1)
 
 
 def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:

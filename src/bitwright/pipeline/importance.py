@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitwright.calibration.input_statistics import Inputs
@@ -13,7 +14,7 @@ from bitwright.calibration.text_mix import texts_of
 from bitwright.errors import RecipeError
 from bitwright.files.hub import local
 from bitwright.gguf import imatrix
-from bitwright.gguf.imatrix import UNSEEN, Seen
+from bitwright.gguf.imatrix import LEFT_OUT, UNSEEN, Seen
 from bitwright.gguf.tensor_names import Names, expert_of
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
@@ -29,12 +30,12 @@ from bitwright.system.progress import Progress
 class Importance:
     """Mean squared inputs [K] by module name, from an importance matrix; modules that it lacks have none.
 
-    unseen: modules of experts that saw no token; their columns count evenly.
+    reasons: why the columns of these modules count evenly: experts that saw no token, or that the file leaves out.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     digest: str = ""
-    unseen: frozenset[str] = frozenset()
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, file: Path) -> "Importance":
@@ -46,7 +47,7 @@ class Importance:
             message = f"an importance matrix does not say how inputs go together, which {what} must know"
             raise RecipeError(message, where=str(file), remedy="use --method search, or give a text")
         found, names = imatrix.read(file), Names(plan.skeleton.config)
-        values, unseen = dict[str, Tensor](), set[str]()
+        values, reasons = dict[str, Tensor](), dict[str, str]()
         for t in plan.tensors:
             if t.layer is None:
                 continue
@@ -55,13 +56,17 @@ class Importance:
             if stored is None and t.block is None:
                 continue  # llama.cpp too uses it for the blocks' tensors only
             experts = 1 if expert is None else names.experts
+            if stored is None and experts > 1:
+                values[t.layer.name] = torch.ones(t.layer.K)
+                reasons[t.layer.name] = LEFT_OUT
+                continue
             if stored is None or stored.numel() != experts * t.layer.K:
                 raise imatrix.of_another_model(file, name, stored, experts * t.layer.K)
             own = stored.reshape(experts, -1)[expert or 0]
             own = own if t.layer.order is None else own[t.layer.order.argsort()]
             values[t.layer.name] = imatrix.evenly(own)
-            unseen |= set() if own.any() else {t.layer.name}
-        return cls(values, digest(file.read_bytes()), frozenset(unseen))
+            reasons |= {} if own.any() else {t.layer.name: UNSEEN}
+        return cls(values, digest(file.read_bytes()), reasons)
 
     def inputs(self, t: PlannedTensor) -> Inputs:
         """Statistics of a matrix's inputs: the diagonal of their Gram, if the file has it."""
@@ -70,13 +75,17 @@ class Importance:
         return Inputs() if known is None else Inputs((t.layer.name,), gram=known)
 
     def noted(self, t: PlannedTensor) -> PlannedTensor:
-        """The plan of a matrix, with a remark for the ledger if its expert saw no token."""
-        return replace(t, reason=UNSEEN) if t.layer is not None and t.layer.name in self.unseen else t
+        """The plan of a matrix, with a remark for the ledger if its columns count evenly."""
+        reason = None if t.layer is None else self.reasons.get(t.layer.name)
+        return t if reason is None else replace(t, reason=reason)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to say of experts without tokens."""
-        return (f"{len(self.unseen)} matrices of experts, such as {min(self.unseen)}: {UNSEEN}",) if self.unseen else ()
+        """What there is to say of matrices whose columns count evenly."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        return tuple(f"{len(names)} matrices, such as {min(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def write_importance(

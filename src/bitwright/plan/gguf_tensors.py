@@ -65,6 +65,9 @@ class GgufPlan:
             if self.unknown or t.layer is None or (known is None and t.block is None):
                 continue  # llama.cpp too uses it for the blocks' tensors only
             experts = t.shape[0] if len(t.shape) > 2 else 1
+            if known is None and experts > 1:
+                found[t.source] = torch.zeros(experts, t.layer.K)
+                continue
             if known is None or known.numel() not in (t.layer.K, experts * t.layer.K):
                 raise imatrix.of_another_model(file, t.source, known, t.layer.K)
         return found
