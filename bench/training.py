@@ -31,6 +31,7 @@ TRAINED = {
     "zero": "an adapter beside it",
     "residual": "an adapter, --init residual",
 }
+QLORA = "nf4-g64-dq"
 STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
 
 
@@ -59,8 +60,8 @@ class Bench:
         result: dict[str, Any] = found[whole]
         return result
 
-    def trained(self, scheme: str) -> dict[str, Any]:
-        """A LoRA adapter beside weights in this scheme; float: 16 bits."""
+    def trained(self, scheme: str, rounded: Path | None = None) -> dict[str, Any]:
+        """A LoRA adapter beside weights in this scheme; float: 16 bits. rounded: a model that is rounded already."""
         sizes = ["--steps", str(self.steps), "--batch", str(self.batch), "--seqlen", str(self.seqlen)]
         more = [
             *sizes,
@@ -74,10 +75,9 @@ class Bench:
             "10",
             "--json",
         ]
-        out = self.adapter(scheme)
-        return self.known(
-            f"lora {scheme}", lambda: run([*BITWRIGHT, "finetune", str(self.model), str(out), *more]).result
-        )
+        name = scheme if rounded is None else f"{scheme}-calibrated"
+        command = [*BITWRIGHT, "finetune", str(rounded or self.model), str(self.adapter(name)), *more]
+        return self.known(f"lora {name}", lambda: run(command).result)
 
     def windows(self) -> Path:
         """The windows of `finetune` in the order of its steps, and those that it judges on, for peers."""
@@ -121,7 +121,7 @@ class Bench:
         """The QLoRA adapter merged at this scheme."""
         out = WORK / f"merged-{self.model.name}-{scheme}{ending}"
         judged = ["--calib", str(self.text), "--tokens", str(self.tokens), "--eval-seqlen", str(self.seqlen), "--json"]
-        command = [*BITWRIGHT, "merge", str(self.model), str(self.adapter("nf4-g64-dq")), str(out), "--scheme", scheme]
+        command = [*BITWRIGHT, "merge", str(self.model), str(self.adapter(QLORA)), str(out), "--scheme", scheme]
         return self.known(f"merge {scheme}", lambda: run([*command, *self.calibration, *judged], fine=(0, 1)).result)
 
     def parts(self) -> tuple[Path, Path]:
@@ -133,6 +133,14 @@ class Bench:
         for file, part in zip(found, (lines[:cut], lines[cut:]), strict=True):
             file.write_text("".join(part), encoding="utf-8")
         return found
+
+    def calibrated(self) -> Path:
+        """The model rounded by the default method, with calibration on the seen text."""
+        out = WORK / f"{self.model.name}-{QLORA}"
+        if not out.exists():
+            how = ["--scheme", QLORA, "--format", "bitwright", "--calib", str(self.parts()[0]), *self.calibration]
+            run([*BITWRIGHT, "quantize", str(self.model), str(out), *how], fine=(0, 1))
+        return out
 
     def judged(self, model: Path, adapter: Path | None = None) -> dict[str, Any]:
         """Perplexity and KL from the original, on what is held out."""
@@ -191,7 +199,8 @@ def lora(bench: Bench) -> str:
     """QLoRA beside LoRA on 16-bit weights, and both by peft alone."""
     rows = []
     for name, found in (
-        ("QLoRA, nf4-g64-dq", lambda: bench.trained("nf4-g64-dq")),
+        ("QLoRA, nf4-g64-dq to nearest", lambda: bench.trained(QLORA)),
+        ("QLoRA, nf4-g64-dq by the default method", lambda: bench.trained(QLORA, bench.calibrated())),
         ("LoRA, 16 bits", lambda: bench.trained("float")),
         ("peft, bitsandbytes' nf4", lambda: bench.by_peft("nf4")),
         ("peft, bfloat16", lambda: bench.by_peft("bfloat16")),
