@@ -35,9 +35,10 @@ Keys = dict[str, Any]
 BY_NAME = "bitwright quantize --calib none --method search makes a smaller file of it all the same"
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+EXPERTS_USED = "expert_used_count"
 # Keys without which llama.cpp loads no model that has them.
 NEEDED = (
-    "block_count", "embedding_length", "attention.head_count", "context_length", "expert_used_count", "ssm.conv_kernel",
+    "block_count", "embedding_length", "attention.head_count", "context_length", EXPERTS_USED, "ssm.conv_kernel",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
 )  # fmt: skip
 # What llama.cpp takes for keys that are missing, where transformers takes something else.
@@ -173,7 +174,8 @@ def _check_depth(
 
     Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
     """
-    missing = [key for attribute, key in row.keys if key in NEEDED and attribute not in values]
+    spared = () if keys.get(f"{row.name}.{EXPERT_COUNT}") else (EXPERTS_USED,)
+    missing = [key for attribute, key in row.keys if key in NEEDED and key not in spared and attribute not in values]
     if missing or "token_embd.weight" not in tensors:
         what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")

@@ -244,6 +244,29 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     if name in SECTIONED:
         rope |= {SECTIONS: [int(n) for n in own.get(SECTIONS_KEY, SECTIONED[name])[:3]], INTERLEAVED: True}
     kind, factor = _read_scaling(own)
+    rope |= _read_scaled(name, own, factors, where)
+    original = own.get("scaling.original_context_length")
+    if name == "mistral3":  # far from the start counts in multiples of the original length
+        rope[TEMPERATURE] = keys.get(TEMPERATURE_KEY, 0.0)
+        original = original or keys.get(f"{name}.context_length")
+    if original and (name == "mistral3" or rope["rope_type"] in ("yarn", "longrope")):
+        rope["original_max_position_embeddings"] = original
+    if FACTORS in factors:
+        if kind == "yarn":
+            message = f"factors of frequencies beside positions of type {kind!r}"
+            raise CheckpointError(message, where=where, remedy="not read here yet")
+        length = original or keys.get(f"{name}.context_length", dim)
+        rope = _read_factors(rope, factors[FACTORS] * factor, dim, length)
+    if name in LOCAL_BASES or (name == "olmo2" and keys.get("olmo2.attention.sliding_window")):
+        base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
+        return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
+    return rope
+
+
+def _read_scaled(name: str, own: Mapping[str, Any], factors: Mapping[str, Tensor], where: str) -> Keys:
+    """What rope_parameters say of scaled positions; errors as of `parameters_of`."""
+    rope: Keys = {}
+    kind, factor = _read_scaling(own)
     if LONG in factors and SHORT in factors:
         rope |= {
             "rope_type": "longrope",
@@ -265,21 +288,6 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
         raise CheckpointError(message, where=where, remedy="not read here yet")
     if name in TIMES and kind == "yarn" and LOG_MULTIPLIER in own:
         rope |= dict.fromkeys(("mscale", MSCALE), own[LOG_MULTIPLIER] / TIMES[name])
-    original = own.get("scaling.original_context_length")
-    if name == "mistral3":  # far from the start counts in multiples of the original length
-        rope[TEMPERATURE] = keys.get(TEMPERATURE_KEY, 0.0)
-        original = original or keys.get(f"{name}.context_length")
-    if original and (name == "mistral3" or rope["rope_type"] in ("yarn", "longrope")):
-        rope["original_max_position_embeddings"] = original
-    if FACTORS in factors:
-        if kind == "yarn":
-            message = f"factors of frequencies beside positions of type {kind!r}"
-            raise CheckpointError(message, where=where, remedy="not read here yet")
-        length = original or keys.get(f"{name}.context_length", dim)
-        rope = _read_factors(rope, factors[FACTORS] * factor, dim, length)
-    if name in LOCAL_BASES or (name == "olmo2" and keys.get("olmo2.attention.sliding_window")):
-        base = own.get("freq_base_swa", LOCAL_BASES.get(name, rope["rope_theta"]))
-        return {GLOBAL: rope, LOCAL: {"rope_type": "default", "rope_theta": base}}
     return rope
 
 
