@@ -5,10 +5,8 @@ from pathlib import Path
 from bitwright.errors import CheckpointError
 
 MAGIC, SUFFIX = b"GGUF", ".gguf"
-POINTER, POINTER_BYTES = (
-    b"version https://git-lfs",
-    1024,
-)  # what git leaves in place of a large file; it is smaller than that
+# What git leaves in place of a large file, and more bytes than that ever has.
+POINTER, POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 def is_gguf(path: Path) -> bool:

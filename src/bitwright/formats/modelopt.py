@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import FormatError
-from bitwright.formats.format import Read, recovered
+from bitwright.formats.format import Read
 from bitwright.formats.fp8 import Fp8
+from bitwright.formats.mxfp4 import e2m1_codes
+from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 from bitwright.numerics.scheme import Scheme
@@ -23,7 +25,6 @@ from bitwright.numerics.scheme import Scheme
 FP8 = Fp8()
 ACTIVATIONS = {"FP8": "static", "FP8_PER_CHANNEL_PER_TOKEN": "dynamic"}  # quant_algo -> fp8.py's activation_scheme
 NVFP4, SCHEME = "NVFP4", Scheme("fp4", 16, "sym", "e4m3")
-LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 OUTER = "weight_scale_2"
 
 
@@ -61,24 +62,22 @@ class Modelopt:
         """See `Reader.decode`."""
         if self.module_config(config, name)["quant_algo"] != NVFP4:
             return FP8.decode({}, name, tensors)
-        packed = tensors["weight"]
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
-        level = torch.where(codes > 7, -LEVELS[codes & 7], LEVELS[codes & 7])
-        return level * _scale(tensors, name).repeat_interleave(16, 1)
+        return decode(_nvfp4(tensors, name))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
         """See `Reader.quantized`."""
         if self.module_config(config, name)["quant_algo"] != NVFP4:
             return FP8.quantized({}, name, tensors)
-        scales = Scales(_scale(tensors, name), outer=1 / tensors[OUTER].float().view(1, 1))
-        return recovered(self.decode(config, name, tensors), SCHEME, scales, name)
+        return _nvfp4(tensors, name)
 
 
-def _scale(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The scale of each group of 16, [N, K/16] float32. FormatError for tensors that do not fit each other."""
+def _nvfp4(tensors: dict[str, Tensor], name: str) -> QTensor:
+    """The matrix [N, K]. FormatError for tensors that do not fit each other."""
     N, half = tensors["weight"].shape
     local, outer = tensors.get("weight_scale"), tensors.get(OUTER)
     if local is None or outer is None or outer.numel() != 1 or local.shape != (N, half // 8) or half % 8:
         message = f"its scales are not one for 16 of {N} × {2 * half} weights, and one for all"
         raise FormatError(message, where=name, remedy="get a good copy of the checkpoint")
-    return local.float() * outer.float().view(())
+    outer = outer.float().view(1, 1)
+    codes = e2m1_codes(tensors["weight"])
+    return QTensor(codes, Scales(local.float() * outer, outer=1 / outer), SCHEME, tuple(codes.shape))

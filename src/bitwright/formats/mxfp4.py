@@ -52,6 +52,10 @@ class Mxfp4:
         if blocks.shape != (*exponents.shape, 16) or bool((exponents == 255).any()):
             found = f"blocks {tuple(blocks.shape)} and scales {tuple(exponents.shape)}"
             raise FormatError(f"{found} are not MXFP4", where=name, remedy="get a good copy of the checkpoint")
-        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
-        scales = Scales(torch.exp2(exponents.float() - 127))
+        codes, scales = e2m1_codes(blocks), Scales(torch.exp2(exponents.float() - 127))
         return QTensor(codes, scales, MXFP4, tuple(codes.shape))
+
+
+def e2m1_codes(packed: Tensor) -> Tensor:
+    """The codes [N, K] of uint8 [N, ...], two in a byte, the first in the low 4 bits."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)

@@ -244,7 +244,7 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     if name in SECTIONED:
         rope |= {SECTIONS: [int(n) for n in own.get(SECTIONS_KEY, SECTIONED[name])[:3]], INTERLEAVED: True}
     kind, factor = _read_scaling(own)
-    rope |= _read_scaled(name, own, factors, where)
+    rope |= _read_scaled(name, own, kind, factor, factors, where)
     original = own.get("scaling.original_context_length")
     if name == "mistral3":  # far from the start counts in multiples of the original length
         rope[TEMPERATURE] = keys.get(TEMPERATURE_KEY, 0.0)
@@ -263,10 +263,11 @@ def parameters_of(name: str, keys: Mapping[str, Any], factors: Mapping[str, Tens
     return rope
 
 
-def _read_scaled(name: str, own: Mapping[str, Any], factors: Mapping[str, Tensor], where: str) -> Keys:
-    """What rope_parameters say of scaled positions; errors as of `parameters_of`."""
+def _read_scaled(
+    name: str, own: Mapping[str, Any], kind: str, factor: float, factors: Mapping[str, Tensor], where: str
+) -> Keys:
+    """What rope_parameters say of scaled positions; kind, factor: of `_read_scaling`. Errors as of `parameters_of`."""
     rope: Keys = {}
-    kind, factor = _read_scaling(own)
     if LONG in factors and SHORT in factors:
         rope |= {
             "rope_type": "longrope",
