@@ -1,5 +1,5 @@
 """What training, merging and pruning give: QLoRA beside LoRA on 16-bit weights, merges of its adapter, distillation of
-quantized models, pruned models, and weights stored in 8 bits.
+quantized models, and pruned models. (Weights stored in 8 bits: bench/storage.py.)
 
     python -m bench.training [--model DIR] [--text FILE] [--steps 30] [--batch 2] [--seqlen 128] [--parts lora,merge,prune]
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import BITWRIGHT, OUT, ROOT, SHARED, run, table
+from bench.measure import BITWRIGHT, OUT, PEER, PEERS_COMPUTE_IN, ROOT, SHARED, run, table
 
 WORK = OUT / "training"
 PRUNED = [f"{method}:{amount}" for amount in ("0.5", "2:4") for method in ("sparsegpt", "wanda", "magnitude")]
@@ -32,7 +32,6 @@ TRAINED = {
     "residual": "an adapter, --init residual",
 }
 QLORA = "nf4-g64-dq"
-STORED = ("float32", "bfloat16", "8 bits", "8 bits, to nearest")
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,20 @@ class Bench:
         name = f"prune-{scheme}-{prune.replace(':', '-')}"
         return self.quantized(name, scheme=scheme, **({"prune": prune} if prune else {}))
 
+    def pruned_by_peer(self, prune: str) -> dict[str, Any]:
+        """The model pruned by llm-compressor on the same windows, in float, and judged."""
+        out, tokens = WORK / f"{self.model.name}-peer-{prune.replace(':', '-')}", WORK / f"{self.model.name}-windows"
+
+        def make() -> dict[str, Any]:
+            script, source = str(ROOT / "bench/peers/llmcompressor_gptq.py"), str(self.parts()[0])
+            run([sys.executable, "-m", "bench.make_tokens", str(self.model), source, str(tokens), *self.calibration])
+            how = ["--tokens", str(tokens), "--dtype", PEERS_COMPUTE_IN, "--prune", prune]
+            if not out.exists():
+                run([str(PEER), script, str(self.model), str(out), *how])
+            return self.judged(out)
+
+        return self.known(f"peer {prune}", make)
+
 
 def lora(bench: Bench) -> str:
     """QLoRA beside LoRA on 16-bit weights, and both by peft alone."""
@@ -240,7 +253,7 @@ def distil(bench: Bench) -> str:
 
 
 def prune(bench: Bench) -> str:
-    """Pruned models, in 8 bits (nearly alone) and in 4."""
+    """Pruned models, in 8 bits (nearly alone) and in 4; those of llm-compressor, if it is installed."""
     rows = []
     for scheme in ("int8-g64", "int4-g64"):
         for how in ("", *PRUNED):
@@ -248,55 +261,13 @@ def prune(bench: Bench) -> str:
             rows.append(
                 [scheme, how or "–", f"{r['perplexity']:.3f}", f"{r['kl_mean']:.4f}", f"{r['bytes'] / 1e6:.1f}"]
             )
+    for how in (name for name in PRUNED if PEER.exists() and "magnitude" not in name):
+        r = bench.pruned_by_peer(how)
+        rows.append(["llm-compressor, float", how, f"{r['perplexity']:.3f}", f"{r['kl_mean']:.4f}", "–"])
     return table(["scheme", "pruned", "perplexity", "KL", "MB"], rows)
 
 
-def storage(bench: Bench) -> str:
-    """A small classifier trained from scratch on weights in different types."""
-    rows = []
-    for kind in STORED:
-        r = bench.known(f"storage {kind}", lambda kind=kind: trained_from_scratch(kind))  # type: ignore[misc]
-        rows.append([kind, f"{r['loss']:.4f}", f"{r['bytes']:,}"])
-    return table(["weights", "loss", "bytes of weights"], rows)
-
-
-def trained_from_scratch(kind: str, steps: int = 400) -> dict[str, Any]:
-    """Loss on what is held out of a task of eight classes, and the bytes of the weights between steps."""
-    from torch import nn
-
-    from bitwright.train import store_in_8_bits
-    from bitwright.train.storage import StoredLayer
-
-    g = torch.Generator().manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.3)
-        x = torch.randn(5120, 32, generator=g)
-        y = (3 * teacher(x)).argmax(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
-    half = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    model = model.to(half)
-    if kind.startswith("8 bits"):
-        model = store_in_8_bits(model, dtype=torch.float32, stochastic="nearest" not in kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(steps):
-        some = torch.arange(step * 64, step * 64 + 64) % 4096
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[some].to(half)).float(), y[some]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        loss = float(nn.functional.cross_entropy(model(x[4096:].to(half)).float(), y[4096:]))
-    layers = [m for m in model.modules() if isinstance(m, StoredLayer)]
-    held = sum(m.codes.nbytes + m.scale.nbytes for m in layers) or sum(
-        p.nbytes for p in model.parameters() if p.ndim > 1
-    )
-    return {"loss": loss, "bytes": held}
-
-
-PARTS = {"lora": lora, "merge": merge, "distil": distil, "prune": prune, "storage": storage}
+PARTS = {"lora": lora, "merge": merge, "distil": distil, "prune": prune}
 
 
 def main() -> None:
