@@ -85,19 +85,21 @@ def quantize(
     requantize: bool = False,
     device: str = "cpu",
     resume: bool = True,
+    distributed: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Result:
     """Quantize the checkpoint `model` (a directory, GGUF file or name on the hub) into a new directory or .gguf file `out`.
 
     Arguments are the options of `bitwright quantize` (see docs/options.md); samples and seqlen: calibration windows, and
-    tokens in one. Raises an InputError (see bitwright.errors) before anything is written, a VerificationError if what was
-    written does not read back as meant.
+    tokens in one; distributed: with all processes of torch.distributed, each of which makes this call. An InputError (see
+    bitwright.errors) is raised before anything is written, a VerificationError if what was written does not read back as meant.
     """
     options = QuantizeOptions(
         scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
         types=TensorTypes(tuple(tensor_type), output_tensor_type, token_embedding_type), kv_cache=kv_cache, prune=prune,
         recipe=Path(recipe) if recipe else None, size=size, bits=bits, calib=calib, samples=samples, seqlen=seqlen,
         seed=seed, store=Path(store) if store else None, requantize=requantize, device=device, resume=resume,
+        distributed=distributed,
     )  # fmt: skip
     plan = planned(Path(model), Path(out), options, progress=progress)
     return carried_out(plan, Path(out), options, progress=progress)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.ranges import Histogram
+from bitwright.calibration.ranges import Histogram, together
 from bitwright.calibration.statistics import Cross, Gram, Range
 from bitwright.errors import CalibrationError
+from bitwright.system import distributed
 
 SAMPLED = 512  # tokens of an input that are kept as a sample
 
@@ -162,7 +163,7 @@ class Gathering:
         gathering = cls([], Gram(K, x.device))
         if detailed:
             gathering.range, gathering.histogram = Range.empty(K, x.device), Histogram()
-            gathering.stride = max(1, expected // SAMPLED)
+            gathering.stride = max(1, expected * distributed.count() // SAMPLED)
         return gathering
 
     def update(
@@ -192,8 +193,22 @@ class Gathering:
             self.histogram.update(x)
             self.sample.append(x.detach().reshape(-1, x.shape[-1])[:: self.stride].float())
 
+    def _pool(self) -> None:
+        """Replace the running sums by those over all processes."""
+        if distributed.count() == 1:
+            return
+        for sums in (self.gram, self.drift, self.residual):
+            if sums is not None:
+                sums.pool()
+        if self.range is not None and self.histogram is not None:
+            self.range.pool()
+            self.histogram = together(self.histogram)
+            self.sample = distributed.everyone(torch.cat(self.sample))
+
     def value(self) -> Inputs:
-        """The statistics; takes the running sums' memory, so nothing can be added afterwards."""
+        """The statistics, of all processes that work together; takes the running sums' memory, so nothing can be added
+        afterwards."""
+        self._pool()
         tokens, names = self.gram.tokens, tuple(self.names)
         drift, residual = (None if cross is None else cross.value() for cross in (self.drift, self.residual))
         gram, self.drift, self.residual = self.gram.value(), None, None

@@ -19,6 +19,7 @@ from bitwright.calibration.input_statistics import Gathering, Inputs
 from bitwright.calibration.observe import BlockRun, FloatStream, Group, Mixture, observe
 from bitwright.models.experts import DOWN, Experts
 from bitwright.models.skeleton import TOKENS_PER_BATCH
+from bitwright.system import distributed
 from bitwright.system.memory import return_memory
 
 PRIOR = 128.0  # tokens that all tokens of the layer count for beside an expert's own
@@ -104,17 +105,19 @@ class _Layer:
     def expert(self, e: int) -> Iterator[Inputs]:
         """What gate and up of expert e read, and then what down reads."""
         own = self.rows.get(e, torch.empty(0, dtype=torch.long, device=self.x.device))
-        few = len(own) < ENOUGH * self.x.shape[1]
+        tokens, pool = distributed.total(torch.tensor([len(own), len(self.pool)])).tolist()
+        few = tokens < ENOUGH * self.x.shape[1]
         rows = torch.cat([own, self.pool]) if few else own
         counting = torch.ones(len(rows), device=self.x.device)
-        counting[len(own) :] = PRIOR / max(1, len(self.pool))
+        counting[len(own) :] = PRIOR / max(1, pool)
         names = [name for name in self.mixture.names if name.startswith(f"{self.mixture.name}.{e}.")]
         for down in (False, True):
             some = tuple(name for name in names if name.endswith(f".{DOWN}") is down)
             if some:
-                yield self._inputs(some, rows, counting, len(own), e if down else None)
+                known = self._inputs(some, rows, counting, e if down else None)
+                yield replace(known, tokens=tokens, borrowed=pool if few else 0)
 
-    def _inputs(self, names: tuple[str, ...], rows: Tensor, counting: Tensor, tokens: int, inner: int | None) -> Inputs:
+    def _inputs(self, names: tuple[str, ...], rows: Tensor, counting: Tensor, inner: int | None) -> Inputs:
         """Statistics of the tokens `rows`, some at a time; inner: of what down_proj of that expert reads for them."""
         gathering = None
         for some, weights in zip(rows.split(TOKENS_PER_BATCH), counting.split(TOKENS_PER_BATCH), strict=True):
@@ -126,4 +129,4 @@ class _Layer:
             gathering = gathering or Gathering.of(x, detailed=self.detailed, expected=len(rows))
             gathering.update(x, original, None, weights)
         assert gathering is not None
-        return replace(gathering.value(), names=names, tokens=tokens, borrowed=len(rows) - tokens)
+        return replace(gathering.value(), names=names)

@@ -24,6 +24,7 @@ from bitwright.errors import CalibrationError, CheckpointError, NumericsError, R
 from bitwright.numerics.codec import code_range, raw_scales, round_to, snap
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import TENSOR, Scheme
+from bitwright.system import distributed
 
 DROPPED = 14  # low bits of a float32 that a bin ignores: 23 bits of mantissa minus 9
 BINS = 1 << (31 - DROPPED)  # bins for each sign
@@ -139,6 +140,16 @@ def bin_of(x: Tensor) -> Tensor:
 def bin_values() -> Tensor:
     """The magnitude of each bin, float32 [BINS]; of the non-finite ones only infinity is used."""
     return (torch.arange(BINS, dtype=torch.int32) << DROPPED).view(torch.float32)
+
+
+def together(own: Histogram) -> Histogram:
+    """The histogram of all processes that work together; for the moving averages, their batches come in the order of ranks."""
+    if distributed.count() == 1:
+        return own
+    whole = Histogram(own.where, own.momentum)
+    for one in distributed.everyone(own):
+        whole.merge(one)
+    return whole
 
 
 def finite_extremes(x: Tensor, where: str) -> tuple[float, float]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitwright.system import distributed
+
 PANEL = 512  # columns of the Gram computed at a time; only panels on or above the diagonal are
 CHUNK = 4096  # bfloat16 tokens multiplied at a time
 
@@ -38,6 +40,11 @@ class Gram:
         """Add the statistics of another one."""
         self.total += other.total
         self.tokens += other.tokens
+
+    def pool(self) -> None:
+        """Replace the sum by that over all processes that work together."""
+        distributed.total(self.total)
+        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
 
     def free(self) -> None:
         """Give the memory back."""
@@ -75,6 +82,11 @@ class Cross:
         self.total += other.total
         self.tokens += other.tokens
 
+    def pool(self) -> None:
+        """Replace the sum by that over all processes that work together."""
+        distributed.total(self.total)
+        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
+
     def value(self) -> Tensor:
         """The matrix [M, K]; zeros before the first token. Takes the memory of the running sum."""
         mean, self.tokens = self.total.div_(max(1, self.tokens)), min(1, self.tokens)
@@ -99,6 +111,8 @@ class Range:
     def update(self, x: Tensor) -> None:
         """x [..., K]: one more batch of inputs."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(x):
+            return
         self.low = torch.minimum(self.low, x.amin(0))
         self.high = torch.maximum(self.high, x.amax(0))
         self.magnitude = self.magnitude + x.abs().sum(0)
@@ -109,6 +123,13 @@ class Range:
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.magnitude = self.magnitude + other.magnitude
         self.tokens += other.tokens
+
+    def pool(self) -> None:
+        """Replace all by those over all processes that work together."""
+        distributed.least(self.low)
+        distributed.most(self.high)
+        distributed.total(self.magnitude)
+        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
 
     def value(self) -> tuple[Tensor, Tensor, Tensor]:
         """(low, high, mean |x|) of each channel."""

@@ -26,10 +26,12 @@ from bitwright.cli.console import (
     console,
     errors,
     interruption,
+    launched,
     plain,
     progress_bar,
     reporting,
     show,
+    speaks,
 )
 from bitwright.cli.files import convert, imatrix, inspect
 from bitwright.cli.inference import KeysAndValues, bench, chat, generate
@@ -143,6 +145,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint, read back what was written, and record what happened to every tensor."""
+    quiet = quiet or not speaks()
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
         from bitwright.pipeline.options import QuantizeOptions
@@ -153,7 +156,7 @@ def quantize(
             scheme=scheme, method=method, format=format, pure=pure, activations=activations, observer=observer,
             types=TensorTypes(tuple(tensor_type or ()), output_tensor_type, token_embedding_type), kv_cache=kv_cache,
             prune=prune, recipe=recipe, size=size, bits=bits, calib=calib, samples=samples, seqlen=seqlen, seed=seed,
-            store=store, requantize=requantize, device=device, resume=resume,
+            store=store, requantize=requantize, device=device, resume=resume, distributed=launched(),
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
             plan = planned(model, out, options, progress=progress)
@@ -162,7 +165,8 @@ def quantize(
         _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, options, progress=progress)
-        _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
+        if speaks():
+            _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
     raise typer.Exit(1 if done.fallbacks else 0)
 
 

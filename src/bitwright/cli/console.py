@@ -103,6 +103,16 @@ def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool =
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process prints for all: it is the only one, or the first."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
 def check_model(*models: Path | None) -> None:
     """Refuse what is no model, and download what is named as on the hub, before anything large is imported."""
     from bitwright.files.hub import local

@@ -28,6 +28,7 @@ from bitwright.methods.outcome import Outcome
 from bitwright.numerics.codec import code_dtype, code_range, decode, group_view, pairwise_sum, safe, snap
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import TENSOR, Scheme
+from bitwright.system import distributed
 
 MEMORY = 0.95  # decay of the running mean of squared gradients, a step
 INSIDE = (
@@ -43,7 +44,7 @@ class Options:
     """Options of the tuning.
 
     iterations  steps
-    windows     calibration windows in a step
+    windows     calibration windows in a step, of each process that works on it
     lr          first step of V, falling linearly to 0; None: 0.11 / √iterations (a random walk over a tenth of V's range)
     scale_lr    the same for the relative stretch of scales
     seed        of the order in which windows are drawn
@@ -121,6 +122,7 @@ def tune(
         missed = forward({name: k.decoded for name, k in variables.items()}, inputs[some]) - targets[some]
         error = (missed.float() / sizes[some]).square().mean()
         gradients = torch.autograd.grad(error, [k.decoded for k in variables.values()])
+        gradients = tuple(distributed.total(gradient) for gradient in gradients)  # steps ask for their directions only
         left = (1 - step / how.iterations) * (1 - MEMORY ** (step + 1)) ** 0.5  # bias correction, as in Adam
         for (name, k), gradient in zip(variables.items(), gradients, strict=True):
             if pruned and name in pruned:
@@ -156,7 +158,8 @@ def _error(forward: Forward, inputs: Tensor, targets: Tensor, q: dict[str, QTens
     parts = zip(inputs.split(windows), targets.split(windows), strict=True)
     judged = islice(parts, 0, None, max(1, len(inputs) // JUDGED))
     shares = ((forward(decoded, x) - y).float() / _sizes(y) for x, y in judged)
-    return sum(float(share.square().sum(dtype=torch.float64)) for share in shares)
+    own = sum(float(share.square().sum(dtype=torch.float64)) for share in shares)
+    return float(distributed.total(torch.tensor(own, dtype=torch.float64)))
 
 
 def variables_of(w: Tensor, q: QTensor, dtype: torch.dtype) -> RoundingVariables:

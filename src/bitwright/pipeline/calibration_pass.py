@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.calibration.observe import BlockRun, Group, Mixture, groups_of, observe
 from bitwright.calibration.observe_experts import statistics_in_order
-from bitwright.calibration.ranges import Histogram
+from bitwright.calibration.ranges import Histogram, together
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.models.decoded_source import FloatCheckpoint
@@ -21,9 +21,10 @@ from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.run_plan import Plan
+from bitwright.system import distributed
 from bitwright.system.progress import Progress
 from bitwright.system.threads import each
-from bitwright.transforms.folds import find_folds
+from bitwright.transforms.folds import Fold, find_folds
 
 
 @dataclass
@@ -41,9 +42,18 @@ class HiddenStates:
     held_original: list[Tensor] | None
 
     def whole(self) -> dict[str, Tensor]:
-        """The same as one tensor each [S, T, H], by name; empty ones are left out."""
+        """The same as one tensor each [S, T, H], by name; empty ones are left out. Of several processes the first has all of
+        their windows, in order, the others nothing."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: torch.cat(batches).cpu() for name, batches in parts.items() if batches}
+        own = {name: torch.cat(batches).cpu() for name, batches in parts.items() if batches}
+        shares = distributed.to_first(own)
+        names = dict.fromkeys(name for share in shares for name in share)
+        return {name: torch.cat([share[name] for share in shares if name in share]) for name in names}
+
+
+def own_share(tokens: Drawn) -> Drawn:
+    """The windows that this process passes through the model, of several that work together."""
+    return replace(tokens, seen=distributed.share(tokens.seen), held_out=distributed.share(tokens.held_out))
 
 
 def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] | None, first: int = 0) -> HiddenStates:
@@ -51,7 +61,7 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
 
     The outer parameters are loaded meanwhile, since a run through them records how the blocks are called.
     """
-    skeleton = plan.skeleton
+    skeleton, tokens = plan.skeleton, own_share(tokens)
     outside = {t.parameter: t for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
     base = [name for name in skeleton.outer_names(base_only=True) if name in outside]
     weights = {name: _read(plan, outside[name]) for name in base}
@@ -69,7 +79,8 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
     else:
         if skeleton.hands_on:
             _run_through(plan, first, given[0][:1])
-        parts = {name: list(whole.to(skeleton.device).split(len(seen[0]))) for name, whole in saved.items()}
+        own = {name: distributed.share(whole).to(skeleton.device) for name, whole in saved.items()}
+        parts = {name: list(whole.split(len(seen[0]))) if len(whole) else [] for name, whole in own.items()}
         states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return states
@@ -131,14 +142,17 @@ def observe_block(
     cache = KvCache(seen) if everything or recipe.kv_cache else None
     turned = rotations(layers)
     run = BlockRun(skeleton, index, input_quantizations=turned, cache=cache)
-    with skeleton.quantizing_inputs(turned):
-        folds = find_folds(skeleton, index, given[0][:1]) if everything or recipe.needs_folds else []
-    groups = groups_of(BlockRun(skeleton, index, input_quantizations=turned), given[0][:1], layers)
+    window, plain = given[0][:1], BlockRun(skeleton, index, input_quantizations=turned)
+    folds = list[Fold]()
+    if everything or recipe.needs_folds:
+        with skeleton.quantizing_inputs(turned):
+            folds = distributed.from_first(lambda: find_folds(skeleton, index, window))
+    groups = distributed.from_first(lambda: groups_of(plain, window, layers))
     detailed = everything or recipe.needs_details
     inputs = observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
     for mixture in (g for g in groups if isinstance(g, Mixture)):
         inputs += statistics_in_order(run, given, mixture, detailed=detailed)
-    heard = seen if cache is not None and cache.used else None
+    heard = (together(seen[0]), together(seen[1])) if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
         raise RecipeError(message, where="kv_cache", remedy="leave out --kv-cache")

@@ -19,6 +19,7 @@ from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.quantize_matrix import SAMPLED_ROWS, metric_of, quantize_matrix_by
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.sparsity import Pruned
+from bitwright.system import distributed
 
 PLAINER: dict[str, tuple[str, ...]] = {
     "rtn": (),
@@ -67,7 +68,8 @@ def judge(
         aimed = {name: losses[name] - ratio(2 * (e * pull).sum(1).double(), whole) for name, e in errors.items()}
     best = min(aimed, key=lambda name: aimed[name])
     enough = max(losses[method] * (1 - BETTER), FLOOR)
-    return Judgement(losses, best if inputs.gram is not None and aimed[best] < aimed[method] - enough else method)
+    replaced = inputs.gram is not None and aimed[best] < aimed[method] - enough
+    return distributed.from_first(lambda: Judgement(losses, best if replaced else method))
 
 
 def _energy(w: Tensor, metric: Tensor | None) -> Tensor:
@@ -80,9 +82,11 @@ def block_error(run: Callable[[Tensor], Tensor], given: Sequence[Tensor], wanted
     run: the block, giving hidden states. given: its inputs, in batches [B, T, H]; wanted: the float block's outputs y₀ on the
     float model's activations.
     """
-    shares = []
+    shares = [torch.zeros(0, dtype=torch.float64)]
     for batch, meant in zip(given, wanted, strict=True):
         meant = meant.float()
         missed = (run(batch).float() - meant).square().sum(-1, dtype=torch.float64)
-        shares.append((missed / meant.square().sum(-1, dtype=torch.float64).clamp(min=1e-30)).flatten())
-    return float(torch.cat(shares).mean())
+        shares.append((missed / meant.square().sum(-1, dtype=torch.float64).clamp(min=1e-30)).flatten().cpu())
+    every = torch.cat(shares)
+    missed, tokens = distributed.total(torch.stack([every.sum(), every.new_tensor(len(every))]))
+    return float(missed / tokens)

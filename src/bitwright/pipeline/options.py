@@ -24,6 +24,7 @@ class QuantizeOptions:
     adapter                  of LoRA, added to the weights before they are rounded
     device                   where statistics are taken and weights rounded
     resume                   whether blocks of an interrupted run are kept
+    distributed              whether all processes of torch.distributed do it together (system/distributed.py)
     """
 
     scheme: str | None = None
@@ -47,6 +48,7 @@ class QuantizeOptions:
     adapter: Path | None = None
     device: str = "cpu"
     resume: bool = True
+    distributed: bool = False
 
     def rules(self, scheme: str, method: str) -> Recipe:
         """The recipe of a run that has no target; scheme, method: those that were chosen where the options leave them out."""

@@ -79,6 +79,7 @@ def _refuse_beside_a_target(options: QuantizeOptions) -> None:
         "--scheme": options.scheme, "--recipe": options.recipe, "--pure": options.pure,
         "--activations": options.activations, "--kv-cache": options.kv_cache, "--prune": options.prune,
         "--store": options.store, "--requantize": options.requantize, "--device": device_of(options.device) != CPU,
+        "several processes": options.distributed,
         **options.types.options,
     }  # fmt: skip
     others = [name for name, value in given.items() if value]
@@ -121,14 +122,19 @@ def _needs_no_model(rules: Recipe, options: QuantizeOptions, format: str) -> boo
 def carried_out(
     plan: "Plan | GgufPlan", out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
 ) -> Result:
-    """Carry out a plan: `pipeline.run.run`, or `gguf_rows.quantize_gguf` where no model is needed."""
-    if isinstance(plan, GgufPlan):
-        return quantize_gguf(plan, out, calib=options.calib, resume=options.resume, progress=progress)
-    from bitwright.pipeline.run import run
+    """Carry out a plan: `pipeline.run.run`, or `gguf_rows.quantize_gguf` where no model is needed, which one process does."""
+    from bitwright.system import distributed
 
-    done = run(
-        plan, out, calib=options.calib, seed=options.seed, resume=options.resume, store=options.store, progress=progress
-    )
+    calib, resume = options.calib, options.resume
+    with distributed.joined(options.distributed):
+        if isinstance(plan, GgufPlan):
+            rows = plan
+            return distributed.from_first(
+                lambda: quantize_gguf(rows, out, calib=calib, resume=resume, progress=progress)
+            )
+        from bitwright.pipeline.run import run
+
+        done = run(plan, out, calib=calib, seed=options.seed, resume=resume, store=options.store, progress=progress)
     if (_scores_beside(out) / NOTE).is_file():
         shutil.rmtree(_scores_beside(out))
     return done

@@ -19,7 +19,7 @@ from bitwright.numerics.loss import energy, ratio
 from bitwright.numerics.qtensor import QTensor, rows
 from bitwright.pipeline.guard import judge
 from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_matrix, quantize_matrix_by
+from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_by_shares, quantize_matrix_by
 from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.sparsity import Pruned
@@ -91,7 +91,7 @@ def _quantize_pile(
     w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     try:
         zeros = [_pruned(t, matrix, inputs) for t, matrix in zip(pile, matrices, strict=True)]
-        fit = quantize_matrix(plan.skeleton.dtype, pile[0], w, inputs, _stacked(zeros))
+        fit = quantize_by_shares(plan.skeleton.dtype, pile[0], w, inputs, _stacked(zeros))
         input_quantization = _input_quantization(pile[0], inputs, fit.outcome.q)
     except BitwrightError as error:
         error.where = error.where or pile[0].parameter

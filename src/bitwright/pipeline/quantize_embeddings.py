@@ -16,7 +16,7 @@ from bitwright.calibration.windows import Drawn
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.numerics.codec import decode
-from bitwright.pipeline.calibration_pass import HiddenStates, read_block
+from bitwright.pipeline.calibration_pass import HiddenStates, own_share, read_block
 from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
@@ -39,7 +39,8 @@ def begin_with_quantized_embedding(plan: Plan, states: HiddenStates, tokens: Dra
     base = {parameter: weights[parameter] for parameter in skeleton.outer_names(base_only=True) if parameter in weights}
     inputs = _looked_up(plan, base, tokens.seen)
     skeleton.load(base | {t.parameter: decode(_rounded(plan, t, weights, inputs).q)})
-    for stream, ids in ((states.given, tokens.seen), (states.held, tokens.held_out)):
+    own = own_share(tokens)
+    for stream, ids in ((states.given, own.seen), (states.held, own.held_out)):
         stream[:] = [skeleton.embed(part) for part in batches(ids, TOKENS_PER_BATCH) if len(part)]
     skeleton.unload_outside()
 
@@ -61,7 +62,7 @@ def quantize_embedding_and_head(
     if budget is not None and states is not None and states.original is not None and tokens is not None:
         decoded = {r.planned.parameter: decode(r.q) for r in done}
         weights |= with_output_temperature(
-            plan.skeleton, weights, decoded, (states.given, states.original), tokens.seen, budget
+            plan.skeleton, weights, decoded, (states.given, states.original), own_share(tokens).seen, budget
         )
     return done
 

@@ -15,6 +15,7 @@ from bitwright.numerics.qtensor import Outliers, QTensor, rows, stacked
 from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.sparsity import Pruned
+from bitwright.system import distributed
 from bitwright.system.threads import each
 from bitwright.transforms import Outlier
 
@@ -54,12 +55,34 @@ def quantize_matrix(
         slab, zeros = w[at : at + step], None if pruned is None else pruned.rows(at, at + step)
         return _fit_at_once(dtype, t, slab if any_float else slab.float(), inputs, zeros)
 
-    parts = each(fit, range(0, len(w), step))
+    return _joined(each(fit, range(0, len(w), step)))
+
+
+def quantize_by_shares(
+    dtype: torch.dtype, t: PlannedTensor, w: Tensor, inputs: Inputs, pruned: Pruned | None = None
+) -> RoundedMatrix:
+    """`quantize_matrix` by all processes that work together: where rows are independent, each has its share of them."""
+    assert t.layer is not None and t.rule is not None
+    cuts = [len(w) * rank // distributed.count() for rank in range(distributed.count() + 1)]
+    shared = t.layer.scheme.rowwise and t.rule.transform(Outlier) is None and len(w) >= distributed.count() > 1
+    if not shared:
+        return quantize_matrix(dtype, t, w, inputs, pruned)
+    here = slice(cuts[distributed.rank()], cuts[distributed.rank() + 1])
+    zeros = None if pruned is None else pruned.rows(here.start, here.stop)
+    ahead = None if inputs.residual is None else inputs.residual[here]
+    own = quantize_matrix(dtype, t, w[here], replace(inputs, residual=ahead), zeros)
+    return _joined(distributed.everyone(own))
+
+
+def _joined(parts: list[RoundedMatrix]) -> RoundedMatrix:
+    """Matrices below each other as one, of one scheme, K and order."""
     if len(parts) == 1:
         return parts[0]
-    q = stacked([part.outcome.q for part in parts])
+    q = replace(stacked([part.outcome.q for part in parts]), order=parts[0].outcome.q.order)
     return RoundedMatrix(
-        replace(parts[0].outcome, q=q), torch.cat([p.whole for p in parts]), torch.cat([p.lost for p in parts])
+        replace(parts[0].outcome, q=q, energies=None),
+        torch.cat([p.whole for p in parts]),
+        torch.cat([p.lost for p in parts]),
     )
 
 

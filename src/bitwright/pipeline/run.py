@@ -56,6 +56,7 @@ from bitwright.pipeline.statistics_store import BlockStatistics, Store
 from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
 from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
 from bitwright.plan.run_plan import Plan
+from bitwright.system import distributed
 from bitwright.system.device import CPU
 from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
@@ -86,33 +87,49 @@ def run(
     VerificationError if what was written does not read back as meant.
     """
     begun = time.monotonic()
-    check_out(out)
+    distributed.from_first(lambda: check_out(out))
+    if distributed.count() > 1 and store is not None:
+        remedy = "leave out --store, or make it in one process"
+        raise RecipeError("statistics are not stored by several processes together", where=str(store), remedy=remedy)
     known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
     taken = plan.calibrated and known is None
-    tokens = calibration_tokens(plan, calib, seed) if taken else None
+    tokens = distributed.from_first(lambda: calibration_tokens(plan, calib, seed)) if taken else None
     notes = plan.notes if tokens is None else tokens.notes
     notes += known.notes if isinstance(known, Importance) else ()
     if tokens is not None and calib != "general":  # which the others are compared with
-        notes += unfamiliar(plan, tokens)
+        drawn = tokens
+        notes += distributed.from_first(lambda: unfamiliar(plan, drawn))
     check_rotation(plan)
     if store is not None and tokens is not None:
         check_one_shot(plan)
         known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
-    place = WorkInProgress(out, _manifest(plan, tokens, known), needed=plan.disk_bytes, resume=resume)
+    manifest = _manifest(plan, tokens, known)
+    check_alike(manifest)
+    place = distributed.on_first(lambda: WorkInProgress(out, manifest, needed=plan.disk_bytes, resume=resume))
     try:
         with _file_of(plan, place) as file:
             ledger = _quantize_blocks(plan, place, file, tokens, known, progress)
     except CheckpointError:
-        place.abandon()  # the source must be replaced: nothing here can be resumed
+        if place is not None:
+            place.abandon()  # the source must be replaced: nothing here can be resumed
         raise
     ledger += [kept_entry(plan, t) for t in plan.tensors if t.action == LEFT_OUT]
     check_complete(ledger, plan.checkpoint.tensors)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    written = _finish(plan, place, ledger, bits, calibration(calib, tokens))
+    written = distributed.from_first(lambda: _finish(plan, place, ledger, bits, calibration(calib, tokens)))
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
     )
+
+
+def check_alike(manifest: dict[str, Any]) -> None:
+    """RecipeError where the processes that work together would not do the same work."""
+    kept = {key: value for key, value in manifest.items() if key != "device"}
+    others = [rank for rank, one in enumerate(distributed.everyone(kept)) if one != kept]
+    if others:
+        remedy = "give every process the same checkpoint, options and versions of bitwright and torch"
+        raise RecipeError(f"process {others[0]} has other work than process {distributed.rank()}", remedy=remedy)
 
 
 def check_one_shot(plan: Plan) -> None:
@@ -164,28 +181,32 @@ def _made(place: WorkInProgress) -> Path:
     return place.path / "model.gguf"
 
 
-def _file_of(plan: Plan, place: WorkInProgress) -> AbstractContextManager[GgufModelWriter | None]:
-    """The writer of that file, begun or continued; None for other formats."""
-    if not plan.format.one_file:
+def _file_of(plan: Plan, place: WorkInProgress | None) -> AbstractContextManager[GgufModelWriter | None]:
+    """The writer of that file, begun or continued; None for other formats, and in processes that do not write."""
+    if place is None or not plan.format.one_file:
         return nullcontext()
     return GgufModelWriter(_made(place), plan.file_keys, plan.skeleton.config, plan.members)
 
 
 def _quantize_blocks(
     plan: Plan,
-    place: WorkInProgress,
+    place: WorkInProgress | None,
     file: GgufModelWriter | None,
     tokens: Drawn | None,
     store: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:
-    """Quantize all shards in order, from the first that is not committed; the last holds the tensors outside the blocks."""
+    """Quantize all shards in order, from the first that is not committed; the last holds the tensors outside the blocks.
+
+    place: None in processes that work together with the one that writes.
+    """
     depth, config = len(plan.skeleton), plan.quantization_config
-    first = place.noted(depth + 1)
-    ledger = [entry for i in range(first) for entry in place.ledger(i)]
+    first, ledger = distributed.from_first(lambda: _done_before(place, depth + 1))
     states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
-        states = first_hidden_states(plan, tokens, place.hidden(first) if first else None, first)
+        saved = distributed.from_first(lambda: place.hidden(first) if place and first else None)
+        states = first_hidden_states(plan, tokens, saved, first)
+        del saved
         if first == 0:
             begin_with_quantized_embedding(plan, states, tokens)
     progress("block", first, depth + 1)
@@ -205,9 +226,16 @@ def _quantize_blocks(
     return ledger
 
 
+def _done_before(place: WorkInProgress | None, shards: int) -> tuple[int, list[Entry]]:
+    """How many shards an earlier run has committed, and their ledger."""
+    assert place is not None  # asked of the process that writes
+    first = place.noted(shards)
+    return first, [entry for i in range(first) for entry in place.ledger(i)]
+
+
 def _quantize_shard(
     plan: Plan,
-    place: WorkInProgress,
+    place: WorkInProgress | None,
     file: GgufModelWriter | None,
     index: int,
     source: HiddenStates | Store | Importance | None,
@@ -215,7 +243,7 @@ def _quantize_shard(
     tokens: Drawn | None,
 ) -> tuple[list[Entry], Callable[[], None]]:
     """Read and quantize one shard, moving hidden states on to the next block. Also a function that writes, verifies and
-    commits it."""
+    commits it, or does nothing in a process that does not write."""
     depth, members = len(plan.skeleton), plan.shard(index)
     weights = read_block(plan, index)
     before = {} if plan.rotation is not None else dict(weights)
@@ -241,6 +269,8 @@ def _quantize_shard(
     saved = (
         source.whole() if isinstance(source, HiddenStates) and index + 1 < depth + plan.calibrates_embeddings else None
     )
+    if place is None:
+        return entries, lambda: None
 
     def put() -> None:
         if file is None:
@@ -341,8 +371,9 @@ def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
     return rounding(stored, (keys, values))
 
 
-def _finish(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: float, calibrated: str) -> int:
+def _finish(plan: Plan, place: WorkInProgress | None, ledger: list[Entry], bits: float, calibrated: str) -> int:
     """Make OUT appear; the bytes of its weight files."""
+    assert place is not None  # asked of the process that writes
     if plan.format.one_file:
         written = _made(place).stat().st_size
         place.finish_file(_made(place), ledger)

@@ -8,6 +8,7 @@ memory is one input's statistics, and what is kept for that.
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from bitwright.calibration.observe import KEPT_BYTES, BlockRun, FloatStream, Group, groups_of
@@ -21,6 +22,7 @@ from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
 from bitwright.pipeline.tune_block import tune_block
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
+from bitwright.system import distributed
 
 
 def quantize_in_order(
@@ -41,10 +43,11 @@ def quantize_in_order(
     floats = BlockRun(skeleton, index, input_quantizations=turned)
     run, plain = (BlockRun(skeleton, index, input_quantizations=dict(turned), cache=cache) for _ in range(2))
     run.known.limit = 0 if cache or skeleton.hands_on else KEPT_BYTES  # a module that gives others more must run
-    groups = groups_of(floats, states.given[0][:1], layers)
+    groups = distributed.from_first(lambda: groups_of(floats, states.given[0][:1], layers))
     original = None if states.original is None else FloatStream(floats, states.original, groups)
     done, searched = list[Rounded](), list[Rounded]()
-    guarded = bool(states.held) and any(by_search(t) is not t for t in layers.values())
+    held = int(distributed.total(torch.tensor(len(states.held))))
+    guarded = held > 0 and any(by_search(t) is not t for t in layers.values())
     for group in groups:
         detailed = plan.recipe.needs_details
         for inputs in statistics_in_order(run, states.given, group, original, by_residual=True, detailed=detailed):
@@ -107,7 +110,7 @@ def better(
     meant = [stream(batch) for batch in wanted]
     error = block_error(lambda batch: stream(run(batch)), held, meant)
     error_search = block_error(lambda batch: stream(plain(batch)), held, meant)
-    if error > NEGLIGIBLE and error_search < BETTER_BLOCK * error:
+    if distributed.from_first(lambda: error > NEGLIGIBLE and error_search < BETTER_BLOCK * error):
         why = f"on windows that it did not see the block's output is {error:.3g} off, by search {error_search:.3g}"
         done = [_instead(old, new, why) for old, new in zip(done, searched, strict=True)]
         run, error = plain, error_search

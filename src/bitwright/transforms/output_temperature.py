@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitwright.errors import RecipeError
 from bitwright.models.skeleton import Skeleton
+from bitwright.system import distributed
 
 STEP = 0.01  # distance from 1 of the two other factors that are measured
 TOKENS = 16384  # most tokens measured on
@@ -81,7 +82,8 @@ def _costs(
             sums[1, i] -= log_q.gather(-1, targets[:, None].to(log_q.device)).sum().cpu()
         count += len(targets)
     skeleton.unload_outside()
-    (a, b, c), (d, e, f) = (sums / count).tolist()
+    whole = distributed.total(sums) / distributed.total(torch.tensor(count))
+    (a, b, c), (d, e, f) = whole.tolist()
     return (a, b, c), (d, e, f)
 
 
