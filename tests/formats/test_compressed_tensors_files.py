@@ -228,6 +228,19 @@ def test_columns_in_groups_by_activation(symmetric: bool, said: str | bool) -> N
         reader.decode(config, "m", tensors | {"weight_g_idx": torch.zeros(K, dtype=torch.int32)})
 
 
+@pytest.mark.parametrize("said", ["weight", "static", None, False])
+def test_an_order_that_is_not_in_the_file(said: str | bool | None) -> None:
+    """llm-compressor's GPTQ orders columns while it rounds ("static"), and stores them as they come."""
+    tensors = {
+        "weight_packed": pack(torch.arange(16).repeat(8, 2).short(), 4), "weight_scale": torch.ones(8, 1),
+        "weight_shape": torch.tensor([8, 32]),
+    }  # fmt: skip
+    config = {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], {**W4, "actorder": said})}}
+    meant, reader = (torch.arange(16).repeat(8, 2) - 8).float(), CompressedTensors()
+    assert torch.equal(reader.decode(config, "m", tensors), meant)
+    assert torch.equal(decode(reader.quantized(config, "m", tensors)), meant)
+
+
 def test_groups_of_columns_that_nothing_asks_for() -> None:
     """-1 for each column is what llm-compressor made beforehand, and left; others would change the weights."""
     tensors = {

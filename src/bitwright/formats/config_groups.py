@@ -44,6 +44,7 @@ def group_of(config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linea
             else "weights are in float by its config group, and packed in the file:"
         )
         raise FormatError(f"its {what} is not computed here", where=name)
+    said["weights"].pop(ORDER, None)  # "weight" and "static" tell how scales were found, not how columns lie
     said["weights"] |= {ORDER: BY_GROUP[0]} if ordered else {}
     return said
 
