@@ -150,6 +150,7 @@ def test_what_cannot_be_done_together_is_refused_by_all(models: dict[str, Path],
         ({"store": str(tmp_path / "store")}, "not stored by several processes"),
         ({"scheme": None, "size": "1MB"}, "several processes"),
         ({"calib": str(tmp_path / "no such text")}, "no such text"),
+        ({"samples": 1}, "2 processes, and 1 windows"),
         ({"of_rank": {"1": {"scheme": "int3-g32"}}}, "has other work than process"),
     ]
     for said in run([{**asked, **change} for change, _ in refused], tmp_path, 2):

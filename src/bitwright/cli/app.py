@@ -161,7 +161,7 @@ def quantize(
         with progress_bar(as_json or quiet) as progress:
             plan = planned(model, out, options, progress=progress)
         if dry_run:
-            return show(plan.as_dict(), as_json, "Preflight")
+            return show(plan.as_dict(), as_json, "Preflight") if speaks() else None
         _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, options, progress=progress)

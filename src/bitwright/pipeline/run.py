@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
-from bitwright.errors import CheckpointError, RecipeError
+from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.files.checkpoint import count
 from bitwright.files.hub import name_of
 from bitwright.files.model_path import is_gguf
@@ -124,7 +124,11 @@ def run(
 
 
 def check_alike(manifest: dict[str, Any]) -> None:
-    """RecipeError where the processes that work together would not do the same work."""
+    """An error where the processes that work together would not do the same work, or some would have no window."""
+    processes, windows = distributed.count(), manifest["samples"]
+    if windows is not None and windows[0] < processes:
+        remedy = f"--samples {processes} at least, or fewer processes"
+        raise CalibrationError(f"{processes} processes, and {windows[0]} windows", remedy=remedy)
     kept = {key: value for key, value in manifest.items() if key != "device"}
     others = [rank for rank, one in enumerate(distributed.everyone(kept)) if one != kept]
     if others:
