@@ -24,7 +24,7 @@ from bitwright.formats import FORMATS, Layer
 from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.inference.decoding import decoder_of, tokens
 from bitwright.inference.dense import Dense
-from bitwright.inference.generation import pieces
+from bitwright.inference.generation import Written, pieces
 from bitwright.inference.lookup import Lookup
 from bitwright.inference.module_decoder import ModuleDecoder
 from bitwright.inference.native_decoder import LIKE_LLAMA, NativeDecoder
@@ -413,7 +413,9 @@ def cli(*arguments: str) -> Any:
 def test_generate_at_the_command_line(llama: Path) -> None:
     first = cli("generate", str(llama), "--prompt", "The", "--max-tokens", "5", "--json")
     assert first.exit_code == 0
-    assert set(json.loads(first.stdout)) == {"prompt", "text"}
+    said = json.loads(first.stdout)
+    counted = {"prompt_tokens": 3, "completion_tokens": 5, "finish_reason": "length"}
+    assert said == {"prompt": "The", "text": said["text"], **counted}
     drawn = [
         cli("generate", str(llama), "--prompt", "The", "--max-tokens", "9", "--temperature", "2", "--seed", seed).stdout
         for seed in ("1", "1", "2")
@@ -423,6 +425,13 @@ def test_generate_at_the_command_line(llama: Path) -> None:
     assert spoken.exit_code == 0
     for bad in (["--temperature", "-1"], ["--prompt", "x" * 500], ["--scheme", "int99"], ["--activations", "7"]):
         assert cli("generate", str(llama), "--prompt", "The", *bad).exit_code == 2
+
+
+def test_text_says_how_much_of_it_there_is_and_why_it_ends() -> None:
+    for most, reason in ((3, "stop"), (2, "length")):
+        text = Written(iter([72, 105]), lambda ids: bytes(ids).decode(), prompt_tokens=7, most=most)
+        assert next(text) == "H" and text.completion_tokens == 1 and text.finish_reason is None
+        assert list(text) == ["i"] and text.completion_tokens == 2 and text.finish_reason == reason
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has_is_named(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def generate(
             stream = generator.complete(text, most=max_tokens, sampling=sampling)
         written = _written(stream, quiet=as_json)
     if as_json:
-        print(json.dumps({"prompt": text, "text": written}))
+        counts = {"prompt_tokens": stream.prompt_tokens, "completion_tokens": stream.completion_tokens}
+        print(json.dumps({"prompt": text, "text": written, **counts, "finish_reason": stream.finish_reason}))
 
 
 def chat(

@@ -24,6 +24,31 @@ LONG, ENOUGH = 64, 8  # tokens of a line that are decoded again for each new one
 Message = dict[str, str]  # role and content
 
 
+class Written(Iterator[str]):
+    """Text in pieces as it is generated, and how much of it there is.
+
+    prompt_tokens      tokens of the prompt
+    completion_tokens  written so far, without the one that ends an answer
+    finish_reason      "stop" behind such a token, "length" where `most` tokens are written; None: not at its end yet
+    """
+
+    def __init__(
+        self, found: Iterator[int], decode: Callable[[list[int]], str], *, prompt_tokens: int, most: int
+    ) -> None:
+        self.prompt_tokens, self.completion_tokens, self.most = prompt_tokens, 0, most
+        self.finish_reason: str | None = None
+        self._pieces = pieces(self._counted(found), decode)
+
+    def _counted(self, found: Iterator[int]) -> Iterator[int]:
+        for token in found:
+            self.completion_tokens += 1
+            yield token
+        self.finish_reason = "length" if self.completion_tokens == self.most else "stop"
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model with its tokenizer, decoder and context length; `lookahead`: see `decoding.tokens`."""
@@ -59,11 +84,11 @@ class Generator:
         decoder = decoder_of(model, context, slots=slots, kv=codes)
         return cls(model, load_tokenizer(path), decoder, context, lookahead)
 
-    def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Iterator[str]:
+    def complete(self, prompt: str, *, most: int, sampling: Sampling) -> Written:
         """The model's continuation of a text: up to `most` tokens, in pieces. InputError for a text that is too long."""
         return self._stream(self.tokenizer.encode(prompt), most, sampling)
 
-    def answer(self, messages: list[Message], *, most: int, sampling: Sampling) -> Iterator[str]:
+    def answer(self, messages: list[Message], *, most: int, sampling: Sampling) -> Written:
         """The model's answer to a conversation, in its chat template. InputError if it has none."""
         return self._stream(conversation(self.tokenizer, messages), most, sampling)
 
@@ -78,22 +103,15 @@ class Generator:
             said = said[2:]
         return [*told, *said]
 
-    def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Iterator[str]:
+    def _stream(self, ids: list[int], most: int, sampling: Sampling) -> Written:
         if len(ids) >= self.context:
             remedy = f"give a shorter prompt, or --context {len(ids) + most} if the model reaches that far"
             raise InputError(f"a prompt of {len(ids)} tokens in a context of {self.context}", remedy=remedy)
-        prompt = torch.tensor(ids, dtype=torch.long)
+        prompt, most = torch.tensor(ids, dtype=torch.long), min(most, self.context - len(ids))
         if ids:
             check_ids(self.tokenizer, prompt, self.model.config.get_text_config().vocab_size)
-        found = tokens(
-            self.decoder,
-            prompt,
-            most=min(most, self.context - len(ids)),
-            stop=self.stop(),
-            sampling=sampling,
-            lookahead=self.lookahead,
-        )
-        return pieces(found, lambda part: str(self.tokenizer.decode(part)))
+        found = tokens(self.decoder, prompt, most=most, stop=self.stop(), sampling=sampling, lookahead=self.lookahead)
+        return Written(found, lambda part: str(self.tokenizer.decode(part)), prompt_tokens=len(ids), most=most)
 
     def stop(self) -> frozenset[int]:
         """The tokens that end an answer."""
