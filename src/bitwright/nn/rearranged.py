@@ -38,7 +38,18 @@ class Spread(nn.Module):
         return pad(x, sides[::-1])
 
 
-class TransposedConvolution(Replacement):
+class Rearranged(Replacement):
+    """A layer that torch has no integer kernel for, as another convolution, `layer`, on its rearranged input."""
+
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As the float layer's."""
+        return self.layer.bias
+
+
+class TransposedConvolution(Rearranged):
     """ConvTranspose1d, 2d or 3d: zeros are inserted into its input, then a convolution with the flipped kernel."""
 
     output_padding: tuple[int, ...]
@@ -70,11 +81,6 @@ class TransposedConvolution(Replacement):
         """The weight in the float layer's layout, [C, N / groups, ...]."""
         w = self.layer.weight
         return _swapped(w, self.groups).flip(tuple(range(2, w.ndim)))
-
-    @property
-    def bias(self) -> Tensor | None:
-        """As the float layer's."""
-        return self.layer.bias
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As torch's."""
@@ -115,7 +121,7 @@ class Planes(nn.Module):
         return y[0] if x.ndim == 4 else y
 
 
-class SlicedConvolution(Replacement):
+class SlicedConvolution(Rearranged):
     """Conv3d as a Conv2d on slices of its input."""
 
     def __init__(self, source: nn.Conv3d) -> None:
@@ -143,17 +149,12 @@ class SlicedConvolution(Replacement):
         """As the float layer's."""
         return self.layer.weight.unflatten(1, (-1, self.depth))
 
-    @property
-    def bias(self) -> Tensor | None:
-        """As the float layer's."""
-        return self.layer.bias
-
     def forward(self, input: Tensor) -> Tensor:
         """As torch's."""
         return self.planes(self.layer(self.slices(input)), input)
 
 
-class BorderedConvolution(Replacement):
+class BorderedConvolution(Rearranged):
     """A convolution padded by its own input (reflect, replicate, circular): pads, then a convolution without padding."""
 
     padding_mode: str
@@ -179,11 +180,6 @@ class BorderedConvolution(Replacement):
     def weight(self) -> Tensor:
         """As the float layer's."""
         return self.layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """As the float layer's."""
-        return self.layer.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's."""
