@@ -203,7 +203,8 @@ class Gathering:
         if self.range is not None and self.histogram is not None:
             self.range.pool()
             self.histogram = together(self.histogram)
-            self.sample = distributed.everyone(torch.cat(self.sample))
+            own = torch.cat(self.sample)
+            self.sample = [sample.to(own.device) for sample in distributed.everyone(own.cpu())]
 
     def value(self) -> Inputs:
         """The statistics, of all processes that work together; takes the running sums' memory, so nothing can be added

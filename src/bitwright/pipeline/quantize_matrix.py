@@ -16,6 +16,7 @@ from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.sparsity import Pruned
 from bitwright.system import distributed
+from bitwright.system.device import CPU
 from bitwright.system.threads import each
 from bitwright.transforms import Outlier
 
@@ -31,6 +32,11 @@ class RoundedMatrix:
     outcome: Outcome
     whole: Tensor
     lost: Tensor
+
+    def to(self, device: torch.device) -> "RoundedMatrix":
+        """The same on another device."""
+        outcome = replace(self.outcome, q=self.outcome.q.to(device), energies=None)
+        return RoundedMatrix(outcome, self.whole.to(device), self.lost.to(device))
 
 
 def quantize_matrix(
@@ -71,7 +77,7 @@ def quantize_by_shares(
     zeros = None if pruned is None else pruned.rows(here.start, here.stop)
     ahead = None if inputs.residual is None else inputs.residual[here]
     own = quantize_matrix(dtype, t, w[here], replace(inputs, residual=ahead), zeros)
-    return _joined(distributed.everyone(own))
+    return _joined(distributed.everyone(own.to(CPU))).to(w.device)
 
 
 def _joined(parts: list[RoundedMatrix]) -> RoundedMatrix:

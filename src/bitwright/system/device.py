@@ -1,5 +1,6 @@
 """The device that a model is computed on: the CPU, or one CUDA GPU."""
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -13,7 +14,9 @@ ONE = 'one device takes the whole model: "cpu", "cuda", "cuda:1" or "auto"'
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name: cpu, cuda (the first GPU) or cuda:N. InputError for another name, or a GPU that is not there."""
+    """A device by its name: cpu, cuda:N, or cuda: the first GPU, and of several processes that torchrun starts on a machine
+    each its own. InputError for another name, or a GPU that is not there.
+    """
     if name == "cpu":
         return CPU
     found = re.fullmatch(r"cuda(?::(\d+))?", name)
@@ -28,7 +31,7 @@ def device_of(name: str) -> torch.device:
             "" if built else ", or install torch's CUDA build: pytorch.org"
         )
         raise InputError(f"{name!r} asks for a CUDA GPU, and {why}", where="device", remedy=remedy)
-    index, count = int(found[1] or 0), torch.cuda.device_count()
+    index, count = int(found[1] or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
         raise InputError(f"no GPU of number {index}", where="device", remedy=f"cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
