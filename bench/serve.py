@@ -1,6 +1,7 @@
 """How fast `bitwright serve` answers several clients, how soon the first token comes, and what its memory does.
 
     python -m bench.serve MODEL [--scheme int4-g64] [--clients 1,8] [--requests 200] [--peer llama-server --file FILE.gguf]
+    python -m bench.serve FILE.gguf --peer "bench/peers/envs/xllamacpp/bin/python bench/peers/llama_server.py" --file FILE.gguf
 
 Starts the server as a process and asks it through the openai client: tokens a second of so many clients at once, each writing
 `--tokens` behind a prompt of its own (tokens that end an answer are biased away, so that all write as many); the median time to
@@ -10,6 +11,7 @@ the same of llama.cpp's llama-server on a GGUF file.
 
 import argparse
 import asyncio
+import shlex
 import socket
 import subprocess
 import sys
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--peer", help="llama-server")
+    parser.add_argument("--peer", help="the command of llama-server")
     parser.add_argument("--file", type=Path, help="what it serves")
     args = parser.parse_args()
     args.ends = load_tokenizer(args.model).all_special_ids
@@ -117,7 +119,17 @@ def main() -> None:
         rows = [["bitwright", *asyncio.run(measured(port, pid, args))]]
     if args.peer:
         port = free_port()
-        theirs = [args.peer, "-m", str(args.file), "--port", str(port), "-np", most, "-c", str(1024 * max(args.counts))]
+        theirs = [
+            *shlex.split(args.peer),
+            "-m",
+            str(args.file),
+            "--port",
+            str(port),
+            "-np",
+            most,
+            "-c",
+            str(1024 * max(args.counts)),
+        ]
         with server(theirs, port) as pid:
             rows.append(["llama-server", *asyncio.run(measured(port, pid, args))])
     head = [f"{count} clients, tok/s" for count in args.counts]
