@@ -269,6 +269,27 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
         bitwright.export_onnx(integer, x, tmp_path / "n.onnx")
 
 
+class OfSeveral(nn.Module):
+    """A module whose one argument holds several tensors."""
+
+    def __init__(self, *keys: Any) -> None:
+        super().__init__()
+        self.layer, self.keys = nn.Linear(8, 4), keys
+
+    def forward(self, several: Any) -> Tensor:
+        first, second = (several[key] for key in self.keys)
+        return self.layer(first) + self.layer(second)
+
+
+@pytest.mark.parametrize(
+    ("several", "keys"), [([torch.ones(2, 8)] * 2, (0, 1)), ({"a": torch.ones(2, 8), "b": torch.ones(2, 8)}, "ab")]
+)
+def test_an_input_of_several_tensors_is_named(several: Any, keys: Any, tmp_path: Path) -> None:
+    net = bitwright.quantize_dynamic(OfSeveral(*keys).eval())
+    with pytest.raises(FormatError, match=f"input several is a {type(several).__name__} of tensors"):
+        bitwright.export_onnx(net, (several,), tmp_path / "m.onnx")
+
+
 class After(nn.Module):
     """A Linear layer, and a function of its outputs."""
 

@@ -55,6 +55,8 @@ def test_what_quantize_weights_refuses() -> None:
         bitwright.quantize_weights(net, method="magic")
     with pytest.raises(RecipeError, match="in train mode"):
         bitwright.quantize_weights(nn.Linear(4, 4), method="rtn")
+    with pytest.raises(RecipeError, match="batches are a text, 'int8-channel'"):
+        bitwright.quantize_weights(net, "int8-channel")
     for scheme in ("nf4-g64", "q4_k", "int4-g32-e8m0", "q4_1"):
         with pytest.raises(SchemeError, match="are not packed here"):
             bitwright.quantize_weights(net, scheme=scheme, method="rtn")

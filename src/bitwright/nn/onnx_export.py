@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import FormatError
 from bitwright.nn.arguments import bound
@@ -66,6 +67,7 @@ def export_onnx(
     given = bound(module, example_inputs)
     if isinstance(given, str):
         raise FormatError(given, where=type(module).__name__, remedy="example_inputs as the module is called with")
+    _check_tensors(given, type(module).__name__)
     axes = {name: {axis % x.ndim for axis in (dynamic_axes or {}).get(name, () if dynamic_axes else (0,))}
             for name, x in given.items() if isinstance(x, Tensor) and x.ndim}  # fmt: skip
     writer, axes = _written(module, given, axes, SHIFT[activations], opset, strict=dynamic_axes is not None)
@@ -83,6 +85,15 @@ def export_onnx(
         check_file(model, writer.graph, given, expected, type(module).__name__, SHIFT[activations])
     Path(file).write_bytes(model.SerializeToString())
     return Path(file)
+
+
+def _check_tensors(given: Mapping[str, Any], where: str) -> None:
+    """FormatError for an input that holds several tensors."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)):
+            remedy = "wrap the module in one whose forward takes each tensor as an argument of its own"
+            message = f"its input {name} is a {type(x).__name__} of tensors; those of an ONNX file are tensors"
+            raise FormatError(message, where=where, remedy=remedy)
 
 
 def _written(

@@ -110,6 +110,8 @@ def quantize_weights(
     Raises RecipeError for an unknown method, training mode or nothing to quantize; CalibrationError if a method needs
     batches and has none; SchemeError for a scheme that cannot be packed.
     """
+    if isinstance(batches, str):
+        raise RecipeError(f"batches are a text, {batches!r}", remedy=f'scheme="{batches}", if that is meant')
     module = quantizable(module)
     require_mode(module, training=False)
     require_check(check)
