@@ -23,6 +23,7 @@ from bitwright.cli.console import console
 from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation.chat_text import chat_windows, conversations
 from bitwright.evaluation.evaluate import Evaluation
+from bitwright.evaluation.evaluate import evaluate as judge
 from bitwright.evaluation.report import evaluation_table
 from bitwright.evaluation.verdict import ALONE, BANDS, band, short_name, verdict
 from bitwright.models.streamed import StreamedModel, float_perplexities
@@ -116,9 +117,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A list of the models that are walked from now on."""
     walked, honest = list[Path](), StreamedModel.carried
 
-    def carried(self: StreamedModel, parts: list[Tensor]) -> list[Tensor]:
+    def carried(self: StreamedModel, parts: list[Tensor], *told: Any) -> list[Tensor]:
         walked.append(self.folder)
-        return honest(self, parts)
+        return honest(self, parts, *told)
 
     monkeypatch.setattr(StreamedModel, "carried", carried)
     return walked
@@ -157,6 +158,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def without_seconds(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
     return [{**one.as_dict(), "seconds": 0} for one in found]
+
+
+def test_every_block_of_both_models_is_told_of(pair: tuple[Path, Path], text: str) -> None:
+    (float_model, quantized), told = pair, list[tuple[str, int, int]]()
+    judge(
+        quantized, reference=float_model, texts=[text], seqlen=32, tokens=64,
+        progress=lambda what, done, total: told.append((what, done, total)),
+    )  # fmt: skip
+    depth = told[0][2]
+    assert told == [(what, done, depth) for what in ("block", "the reference: block") for done in range(depth + 1)]
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -264,10 +264,11 @@ def evaluate(
         from bitwright.evaluation.evaluate import evaluate as judge
         from bitwright.system.device import device_of
 
-        found = judge(
-            model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
-            predictions=predictions, engine=engine, kv=kv, chat=chat, device=device_of(device),
-        )  # fmt: skip
+        with progress_bar(as_json or not errors.is_terminal) as progress:
+            found = judge(
+                model, reference=reference, texts=text or ["stdlib-heldout"], seqlen=seqlen, tokens=tokens,
+                predictions=predictions, engine=engine, kv=kv, chat=chat, device=device_of(device), progress=progress,
+            )  # fmt: skip
         _print_evaluations(found, as_json)
 
 

@@ -102,6 +102,7 @@ def compare(
     meter = _Meter(progress, contests)
     notes = _take_statistics(contests, shared, settings, meter)
     shared_seconds = time.monotonic() - begun
+    meter.part("the original: evaluation", 0)
     original = _original(model, settings)
     original_seconds = time.monotonic() - begun - shared_seconds
     candidates = [_candidate(contest, model, work, shared, settings, meter) for contest in contests]

@@ -26,6 +26,7 @@ from bitwright.models.streamed import Piece, StreamedModel, batched, perplexity_
 from bitwright.numerics.key_value_codes import key_value_codes
 from bitwright.pipeline.statistics_store import code_version
 from bitwright.system.device import CPU
+from bitwright.system.progress import Progress, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def evaluate(
     device: torch.device = CPU,
     adapter: Path | None = None,
     reference_adapter: Path | None = None,
+    progress: Progress = lambda *_: None,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -89,6 +91,7 @@ def evaluate(
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
     device       that both models are computed on
     adapter, reference_adapter  LoRA adapters in peft's form, added to the weights of the model and of the reference
+    progress     told of every block of the model, then of every block of the reference
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
     run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
     than one window.
@@ -103,8 +106,10 @@ def evaluate(
     if other:
         judged.check_reference(streamed, ids, other)
     parts = [batched(one) for one in ids]
-    hidden = _carried(streamed, parts)
-    against = _references(other, parts, predictions) if other else [None] * len(parts)
+    hidden = _carried(streamed, parts, progress)
+    against = (
+        _references(other, parts, predictions, named(progress, "the reference: ")) if other else [None] * len(parts)
+    )
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
     notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)
@@ -117,20 +122,22 @@ Against = Callable[
 ]  # compares the model's predictions log q [n, V] of some tokens with the reference's
 
 
-def _carried(streamed: StreamedModel, texts: list[list[Tensor]]) -> list[list[Tensor]]:
+def _carried(streamed: StreamedModel, texts: list[list[Tensor]], progress: Progress) -> list[list[Tensor]]:
     """Each text's hidden states behind the last block. No batch holds two texts, so results do not depend on other texts."""
-    hidden = iter(streamed.carried([part for parts in texts for part in parts]))
+    hidden = iter(streamed.carried([part for parts in texts for part in parts], progress))
     return [list(islice(hidden, len(parts))) for parts in texts]
 
 
-def _references(other: StreamedModel, texts: list[list[Tensor]], folder: Path | None) -> list[Against]:
+def _references(
+    other: StreamedModel, texts: list[list[Tensor]], folder: Path | None, progress: Progress
+) -> list[Against]:
     """The reference's predictions of each text: from the model itself, or stored ones, made where they are missing."""
     if folder is None:
-        return [_exactly(other, *one) for one in zip(_carried(other, texts), texts, strict=True)]
+        return [_exactly(other, *one) for one in zip(_carried(other, texts, progress), texts, strict=True)]
     stored = [Predictions(folder, _key(other, parts)) for parts in texts]
     new = [(one, parts) for one, parts in zip(stored, texts, strict=True) if not one.complete]
     if new:
-        hidden = _carried(other, [parts for _, parts in new])
+        hidden = _carried(other, [parts for _, parts in new], progress)
         for (one, parts), states in zip(new, hidden, strict=True):
             _store(one, other, states, parts)
     return [_stored(one) for one in stored]

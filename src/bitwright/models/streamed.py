@@ -21,6 +21,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.models.source import WeightSource, kv_rounding, names_in, open_weights
 from bitwright.numerics.key_value_codes import KeyValueCodes
 from bitwright.system.device import CPU
+from bitwright.system.progress import Progress
 
 LOGITS_AT_ONCE = 1 << 25  # float32 logits held at a time, per model
 
@@ -98,8 +99,12 @@ class StreamedModel:
         """The last block's output for windows of token ids [W, T], in batches [B, T, H]."""
         return self.carried(batched(ids))
 
-    def carried(self, parts: list[Tensor]) -> list[Tensor]:
-        """The last block's outputs [B, T, H] for batches of token ids [B, T], all of the same length T."""
+    def carried(self, parts: list[Tensor], progress: Progress = lambda *_: None) -> list[Tensor]:
+        """The last block's outputs [B, T, H] for batches of token ids [B, T], all of the same length T.
+
+        progress: told of every block.
+        """
+        progress("block", 0, len(self.skeleton))
         self.load(self.skeleton.outer_names())
         hidden = [self.skeleton.embed(part) for part in parts]
         for index in range(len(self.skeleton)):
@@ -110,6 +115,7 @@ class StreamedModel:
                 for b, batch in enumerate(hidden):
                     hidden[b] = self.skeleton.run(index, batch)
             self.skeleton.unload(index)
+            progress("block", index + 1, len(self.skeleton))
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
