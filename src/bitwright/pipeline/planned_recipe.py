@@ -27,6 +27,7 @@ from bitwright.plan.allocation import Allocation, Option
 from bitwright.plan.input_rounding import check_inputs, input_scheme, rounded_inputs, weights_kl
 from bitwright.plan.preflight import preflight, shapes_digest
 from bitwright.plan.recipe import Recipe
+from bitwright.plan.rule import KEEP
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.target import Target
 from bitwright.plan.units import Unit, base_plan, units_of
@@ -140,7 +141,7 @@ def plan_recipe(
     """
     begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
-    _check_rounds(settings.measure, target)
+    _check_settings(settings, target)
     _Sizes.of(base, units).check(target)
     tokens = _tokens(base, settings)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
@@ -161,8 +162,11 @@ def _tokens(base: Plan, settings: Settings) -> Drawn:
     return replace(drawn, held_out=torch.cat([drawn.held_out, drawn.seen])[:count])
 
 
-def _check_rounds(rounds: int, target: Target) -> None:
-    """RecipeError for rounds that cannot be."""
+def _check_settings(settings: Settings, target: Target) -> None:
+    """RecipeError for rounds of measuring, or a KL of rounded inputs, that this target cannot have."""
+    rounds = settings.measure
+    if target.kl is not None:
+        weights_kl(target.kl, settings.activations_kl)
     if rounds < 0:
         raise RecipeError(f"{rounds} rounds of measuring", where="--measure", remedy="0, or how many at most")
     if rounds and target.kl is not None:
@@ -243,7 +247,8 @@ class _Sizes:
             ends.append(
                 f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
             )
-        message = f"{', '.join(self.schemes)} reach from {ends[0]} to {ends[1]}, not {target}"
+        reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
+        message = f"{', '.join(self.schemes)} {reach}, not {target}"
         return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
 
 
@@ -293,6 +298,9 @@ class _Spending:
 
     def _carried(self, options: list[Option]) -> Met:
         """The recipe that gives each unit its option, the plan of the run that it leads to, and what each is given."""
+        if all(option.scheme == KEEP for option in options):
+            remedy = "a smaller --size or --bits, or a larger --kl; or take the model as it is"
+            raise RecipeError("so much keeps every matrix in float: nothing to quantize", remedy=remedy)
         settings, given = self.settings, self._given(options)
         text = _text(given, settings, self.base)
         recipe = Recipe.of_text(text, scheme=SCHEMES.get(settings.format, SCHEME), method=settings.method)

@@ -86,7 +86,7 @@ def _refuse_beside_a_target(options: QuantizeOptions) -> None:
     if others:
         message = f"--size and --bits choose the schemes by themselves, without {', '.join(others)}"
         remedy = "leave one of them out; bitwright plan has --schemes and --keep"
-        raise RecipeError(message, where="--size", remedy=remedy)
+        raise RecipeError(message, where="--bits" if options.size is None else "--size", remedy=remedy)
 
 
 def _by_name(

@@ -125,7 +125,7 @@ def _check_recipe(plan: Plan) -> None:
         remedy = "give OUT.gguf, or leave temper out of the recipe"
         raise FormatError(f"{plan.format.name} keeps the last norm as it was", where="temper", remedy=remedy)
     if not any(t.layer or (t.rule and t.rule.mix) for t in plan.tensors):
-        remedy = 'add a rule such as match = "*", scheme = "int4-g128"'
+        remedy = 'add a rule such as match = "*", scheme = "int4-g128"; or keep fewer matrices'
         raise RecipeError("the recipe keeps every matrix: nothing to quantize", where=str(plan.source), remedy=remedy)
     _ = plan.quantization_config, plan.bytes  # raise for schemes that cannot share a checkpoint, or a tensor
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from bitwright.errors import RecipeError
 
@@ -31,7 +32,8 @@ class Target:
         ((name, value),) = given.items()
         if not 0 < value < float("inf"):
             remedy = "--bits 4.25, --size 100MB or --kl 0.05"
-            raise RecipeError(f"{value} is no target: it must be above 0", where=f"--{name}", remedy=remedy)
+            message = f"{value} is no target: it must be above 0, and finite"
+            raise RecipeError(message, where=f"--{name}", remedy=remedy)
 
     @classmethod
     def parse(cls, size: str | None, bits: float | None, kl: float | None = None) -> "Target":
@@ -49,4 +51,4 @@ def bytes_of(text: str, where: str = "--size") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].upper() not in UNITS:
         raise RecipeError(f"{text!r} is not a size", where=where, remedy="such as 100MB, or 6GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(Fraction(found[1]) * UNITS[found[2].upper()])

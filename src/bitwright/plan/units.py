@@ -84,13 +84,12 @@ def units_of(plan: Plan, schemes: Sequence[str] | None) -> list[Unit]:
     for t in plan.tensors:
         if t.layer is not None:
             groups.setdefault(_group(t.layer.name, plan.format.name), []).append(t)
-    units = [_unit(plan, members, schemes) for members in groups.values()]
-    tried = {choice.scheme for unit in units for choice in unit.choices}
     for scheme in schemes or ():
-        if scheme not in tried:
-            message = f"{scheme} fits none of the {len(units)} matrices or groups of them"
+        found = [_choice(plan, members, scheme) for members in groups.values()]
+        if not any(isinstance(one, Choice) for one in found):
+            message = f"{scheme} fits none of the {len(groups)} matrices or groups of them: {found[0]}"
             raise FormatError(message, where=plan.format.name, remedy="leave it out of --schemes")
-    return units
+    return [_unit(plan, members, schemes) for members in groups.values()]
 
 
 def _group(name: str, format_name: str) -> str:
@@ -109,10 +108,11 @@ def _unit(plan: Plan, members: list[PlannedTensor], schemes: Sequence[str] | Non
     assert first is not None
     small = plan.format.one_file and first.K % TYPES["Q4_K"].size != 0
     tried = schemes or (SMALL_BLOCKS if small else CANDIDATES[plan.format.name])
-    choices = [found for scheme in tried if (found := _choice(plan, members, scheme)) is not None]
+    found = [_choice(plan, members, scheme) for scheme in tried]
+    choices = [one for one in found if isinstance(one, Choice)]
     if not choices:
         wide = WIDEST.get(plan.format.name, "int4-g64")
-        message = f"none of {', '.join(tried)} fits a matrix of shape {first.N, first.K}"
+        message = f"none of {', '.join(tried)} fits a matrix of shape {first.N, first.K}: {found[0]}"
         raise FormatError(message, where=first.name, remedy=f"add one that does to --schemes, such as {wide}")
     return Unit(tuple(patterns), tuple(members), tuple(choices))
 
@@ -129,18 +129,19 @@ def fits(plan: Plan, members: Sequence[PlannedTensor], scheme: str, activations:
     return True
 
 
-def _choice(plan: Plan, members: list[PlannedTensor], scheme: str) -> Choice | None:
-    """The members in this scheme; None if it does not fit one of them, or the method does not serve it."""
+def _choice(plan: Plan, members: list[PlannedTensor], scheme: str) -> Choice | str:
+    """The members in this scheme; or why it does not fit one of them, or the method does not serve it."""
     if scheme == KEEP:
         return Choice(KEEP, (None,) * len(members), sum(spec_bytes({t.source: (t.dtype, t.shape)}) for t in members))
     try:
         layers = tuple(_stored(plan, t, scheme) for t in members)
         for t, layer in zip(members, layers, strict=True):
             check_serves(t.rule.method if t.rule else "rtn", layer.scheme)
-    except (FormatError, SchemeError, RecipeError):
-        return None
-    if any(layer.fallback for layer in layers):  # another block type, which is a candidate of its own
-        return None
+    except (FormatError, SchemeError, RecipeError) as error:
+        return error.message
+    fallback = next((layer.fallback for layer in layers if layer.fallback), "")
+    if fallback:  # another block type, which is a candidate of its own
+        return fallback
     stored = (replace(t, layer=layer) for t, layer in zip(members, layers, strict=True))
     return Choice(scheme, layers, sum(spec_bytes(plan.specs([t])) for t in stored))
 
@@ -155,6 +156,9 @@ def _stored(plan: Plan, t: PlannedTensor, scheme: str, activations: Scheme | Non
 
 def _check(plan: Plan, schemes: Sequence[str]) -> None:
     """Errors of `units_of` for the names themselves."""
+    if not all(schemes):
+        remedy = f"such as {','.join(CANDIDATES[plan.format.name])}"
+        raise RecipeError("a scheme without a name", where="--schemes", remedy=remedy)
     if len(set(schemes)) < len(schemes):
         raise RecipeError("a scheme is named twice", where=",".join(schemes), remedy="name each scheme once")
     method = next(rule.method for rule in plan.recipe.active)
@@ -164,8 +168,11 @@ def _check(plan: Plan, schemes: Sequence[str]) -> None:
         if plan.format.one_file and scheme.upper() not in TYPES:
             remedy = one_of(scheme, [name.lower() for name in TYPES])
             raise FormatError(f"{scheme} is none of GGUF's block types", where="--schemes", remedy=remedy)
-        check_serves(method, TYPES[scheme.upper()].scheme if plan.format.one_file else Scheme.parse(scheme))
+        Rule(scheme, TYPES[scheme.upper()].scheme if plan.format.one_file else Scheme.parse(scheme), method)
     rounded = [scheme for scheme in schemes if scheme != KEEP]
+    if not rounded:
+        remedy = f"add a scheme: --schemes {CANDIDATES[plan.format.name][0]},{KEEP}"
+        raise RecipeError(f"{KEEP} alone rounds nothing", where="--schemes", remedy=remedy)
     if plan.format.name in ONE_SCHEME and len(rounded) != 1:
         remedy = f"--schemes {(rounded or ['int4-g128'])[0]},keep; or --format compressed-tensors"
         message = f"a {plan.format.name} file holds one scheme, beside matrices in float"
