@@ -1,6 +1,7 @@
 """Training on weights in 8 bits: it learns as in float, stalls without stochastic rounding, is saved exactly."""
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -162,3 +163,35 @@ def test_nobody_computes_with_a_weight_that_is_not_there() -> None:
     assert stored[0].in_features == 8 and stored[0].bias.shape == (64,)
     with pytest.raises(AttributeError):
         _ = stored[0].nothing
+
+
+def test_it_may_be_judged_copied_and_saved_between_the_backward_pass_and_the_step() -> None:
+    x, y = task()
+    found = []
+    for looking in (False, True):
+        module = store_in_8_bits(net(), dtype=torch.float32)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part, meant in zip(x.chunk(2), y.chunk(2), strict=True):
+                functional.cross_entropy(module(part), meant).backward()
+            if looking:
+                with torch.no_grad():
+                    module(x)
+                copy.deepcopy(module), module.state_dict()
+            optimizer.step()
+        found.append(module.state_dict())
+    for name, tensor in found[0].items():
+        assert name.endswith("updates") or torch.equal(tensor, found[1][name])
+
+
+def test_scales_stay_exact_in_a_module_of_16_bits_and_a_pickled_one_is_trained_on() -> None:
+    module = store_in_8_bits(net(), dtype=torch.float32)
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    module.bfloat16()
+    assert all(torch.equal(b, before[name]) for name, b in module.named_buffers())
+    module = store_in_8_bits(net(), dtype=torch.float32)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert trained(torch.load(file, weights_only=False), 5) == trained(module, 5)

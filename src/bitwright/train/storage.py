@@ -11,6 +11,7 @@ every time, all weights of the row would be rounded anew, and their noise would 
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def store_in_8_bits(
 ) -> nn.Module:
     """Store the weights of Linear, Conv1d, Conv2d and Embedding layers in 8 bits, in place; returns the module.
 
-    Then train as ever: parameters keep their places in `parameters()`, for any optimizer made after this call.
+    Then train as ever: parameters keep their places in `parameters()`, for any optimizer made after this call that takes one
+    gradient a step. LBFGS takes several, at points of its own choice, and compares them: where rounding moves these points by
+    more than it goes between them, it diverges.
     dtype       of decoded weights, products and gradients; None: bfloat16 where it is fast, else float32. Layers take inputs of
                 any float type, and give results of that type
     stochastic  False rounds updates to nearest, by which training stalls: for comparison
@@ -104,7 +107,7 @@ class StoredLayer(Around):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's own forward, in `dtype`; the result has the input's type, or behind an index the original weight's."""
-        self.settle()
+        self.settle(used=torch.is_grad_enabled())
         weight = _Decoded.apply(self.weight, self)  # type: ignore[no-untyped-call]
         place = weight.untyped_storage().data_ptr()
 
@@ -131,12 +134,20 @@ class StoredLayer(Around):
         return (self.codes.float() * _along(self.scale, self.codes)).to(self.dtype)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Write back what an optimizer has changed, if there is anything."""
+    def settle(self, *, used: bool = True) -> None:
+        """Write back what an optimizer has changed, if there is anything.
+
+        used: by a pass whose gradient is to come. Otherwise a parameter that nothing has changed goes on waiting: a module
+        may be judged, copied or saved between its backward pass and the optimizer's step.
+        """
         if not self.waiting:
             self._leave()  # a copy or a move of the module may have given the parameter memory
             return
         change = self.weight.detach().float() - self.decoded().float()
+        if not change.any():
+            if used:
+                self._leave()
+            return
         wanted = self.codes.float() * _along(self.scale, self.codes) + change
         rows = wanted.flatten(1).abs().amax(1) / self.scale
         moved = (rows > LARGEST) | (rows < LARGEST / 2)
@@ -165,9 +176,21 @@ class StoredLayer(Around):
         self.weight.data = nothing.expand(self.codes.shape)
         self.waiting = False
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredLayer":
+        """Move the layer; scales stay in float32, whatever type the module is given."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.scale.device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; a parameter comes back without its hook."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.weight.register_post_accumulate_grad_hook(self._enter)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredLayer":
         """A copy whose parameter is decoded for its own optimizer."""
-        self.settle()
+        self.settle(used=False)
         body = copy.deepcopy(self.body, memo)
         body.register_parameter("weight", nn.Parameter(self.decoded(), requires_grad=self.weight.requires_grad))
         made = StoredLayer(body, self.dtype, stochastic=self.stochastic, seed=self.seed)
@@ -179,13 +202,13 @@ class StoredLayer(Around):
 
     def plain(self) -> nn.Module:
         """The layer itself, with its weight in float32."""
-        self.settle()
+        self.settle(used=False)
         weight = self.codes.float() * _along(self.scale, self.codes)
         self.body.register_parameter("weight", nn.Parameter(weight, requires_grad=self.weight.requires_grad))
         return self.body
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.settle()
+        self.settle(used=False)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}weight"]
 
