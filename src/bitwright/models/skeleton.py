@@ -67,7 +67,7 @@ class Skeleton:
         self.towers = towers_of(self.model, self.block_prefix)
         self.conversions: tuple[Conversion, ...] = ()
         self._calls = Calls(len(self.blocks))
-        self._recorded: dict[int, list[Call]] = {}
+        self._recorded: dict[tuple[int, ...], list[Call]] = {}  # by the shape of the token ids
         self._cache: KvCache | None = None
 
     def _move_buffers(self) -> None:
@@ -307,7 +307,7 @@ class Skeleton:
             self._calls.form, one = self._learnt_form(probe)
             self._calls.learn(one, self._listen(probe + 1, self._calls.form))
         calls = self._listen(ids, self._calls.form)
-        self._recorded[len(ids)] = calls
+        self._recorded[tuple(ids.shape)] = calls
         return self._calls.first(calls)
 
     def _learnt_form(self, ids: Tensor) -> tuple[int, list[Call]]:
@@ -334,12 +334,12 @@ class Skeleton:
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden [B, T, H] with the model's arguments. `embed` must have seen a batch of B windows."""
+        """Run block `index` on hidden [B, T, H] with the model's arguments. `embed` must have seen ids [B, T]."""
         return self.run_with(index, hidden, {})
 
     def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """As `run`, with other weights for some parameters (by full name), and differentiable in them."""
-        call = self._calls.fill(index, self._recorded[len(hidden)][index], hidden)
+        call = self._calls.fill(index, self._recorded[tuple(hidden.shape[:2])][index], hidden)
         args, kwargs = call.arguments()
         if self._cache is not None:
             kwargs |= {name: self._cache for name in CACHES if name in kwargs}

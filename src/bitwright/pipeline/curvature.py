@@ -156,26 +156,36 @@ def _finite(gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WeightedGrams:
-    """Of a matrix's inputs x, with the weights γ of `Curvature.tokens`; both [K, K] float32.
+class WeightedInputs:
+    """A matrix's inputs x [rows, K] with the weights γ [rows] of `Curvature.tokens`, and their Grams, [K, K] float32.
 
-    inputs    Σ γₜ xₜ xₜᵀ / T
-    rounding  the same of rounded x − x; None: they are not rounded
+    Grams are taken when they are asked for: those of all experts at once would fill the memory.
     """
 
-    inputs: Tensor
-    rounding: Tensor | None
+    x: Tensor
+    counted: Tensor
+
+    def gram(self) -> Tensor:
+        """Σ γₜ xₜ xₜᵀ / T."""
+        return self._of(self.x.float())
+
+    def of_rounding(self, activations: Scheme) -> Tensor:
+        """The same of rounded x − x."""
+        x = self.x.float()
+        return self._of(InputQuantization(activations)(x) - x)
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x.T @ (x * self.counted[:, None]) / len(x)
 
 
 @torch.no_grad()
-def weighted_grams(
+def weighted_inputs(
     skeleton: Skeleton,
     index: int,
     windows: list[Tensor],
     tokens: Mapping[str, Tensor],
-    activations: Scheme | None = None,
-) -> dict[str, WeightedGrams]:
-    """The weighted Grams of each matrix of block `index`; activations: how inputs would be rounded.
+) -> dict[str, WeightedInputs]:
+    """The weighted inputs of each matrix of block `index`.
 
     windows: the block's inputs [1, T, H] for those that gradients were taken of, which become its outputs; its weights must be
     loaded. An expert whose router decides otherwise here than when gradients were taken counts all of its tokens alike.
@@ -192,15 +202,9 @@ def weighted_grams(
     finally:
         for one in hooks:
             one.remove()
-    grams = {}
+    found = {}
     for name in list(read):
-        x, counted = torch.cat(read.pop(name)).float(), tokens[name]
+        x, counted = torch.cat(read.pop(name)), tokens[name]
         counted = counted.to(x.device) if len(counted) == len(x) else torch.ones(len(x), device=x.device)
-        error = None if activations is None else InputQuantization(activations)(x) - x
-        grams[name] = WeightedGrams(_gram(x, counted), None if error is None else _gram(error, counted))
-    return grams
-
-
-def _gram(x: Tensor, counted: Tensor) -> Tensor:
-    """Σ γₜ xₜ xₜᵀ / T."""
-    return x.T @ (x * counted[:, None]) / len(x)
+        found[name] = WeightedInputs(x, counted)
+    return found

@@ -41,7 +41,7 @@ from bitwright.pipeline.calibration_pass import (
     read_block,
     read_lent,
 )
-from bitwright.pipeline.curvature import Curvature, WeightedGrams, curvature, embedded, weighted_grams
+from bitwright.pipeline.curvature import Curvature, WeightedInputs, curvature, embedded, weighted_inputs
 from bitwright.pipeline.quantize_embeddings import observe_ends
 from bitwright.pipeline.quantize_matrix import metric_of, quantize_matrix
 from bitwright.pipeline.statistics_store import differing_keys
@@ -235,10 +235,10 @@ def _score_blocks(
         skeleton.load(weights | read_lent(plan, index))
         members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         found: Scores = {}
-        weighted = weighted_grams(skeleton, index, measured, of.tokens, tried.activations)
+        weighted = weighted_inputs(skeleton, index, measured, of.tokens)
         for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
-            found |= _score_together(plan, tried.layers, some, inputs, of.modules, weighted)
+            found |= _score_together(plan, tried, some, inputs, of.modules, weighted)
         states.given = [skeleton.run(index, batch) for batch in states.given]
         if index + 1 < depth or plan.format.embeddings:
             store.keep_hidden(index + 1, states.given, measured)
@@ -276,22 +276,24 @@ class _Matrix:
 
 def _score_together(
     plan: Plan,
-    layers: Layers,
+    tried: _Tried,
     weights: Mapping[str, Tensor],
     inputs: Inputs,
     curved: Mapping[str, Tensor],
-    weighted: Mapping[str, WeightedGrams],
+    weighted: Mapping[str, WeightedInputs],
 ) -> Scores:
     """Score matrices that read the same input; those that may have the same scheme are rounded as one."""
     observed, of = metric_of(plan.skeleton.dtype, inputs), plan.skeleton.model.get_submodule
-    metrics = {name: weighted[name].inputs if name in weighted else observed for name in weights}
+    metrics = {name: weighted[name].gram() if name in weighted else observed for name in weights}
     matrices = {n: _Matrix.of(matrix_of(of(n), w).float(), curved.get(n), metrics[n]) for n, w in weights.items()}
     found: Scores = {name: {} for name in weights}
-    for name, grams in weighted.items():
-        if name in weights and grams.rounding is not None:
-            found[name][INPUTS] = float((matrices[name].curved * energy(matrices[name].w, grams.rounding)).sum())
-    for scheme in dict.fromkeys(scheme for name in weights for scheme in layers[name]):
-        stored = {name: layers[name][scheme] for name in weights if scheme in layers[name]}
+    for name in weights:
+        if name in weighted and tried.activations is not None:
+            lost = energy(matrices[name].w, weighted[name].of_rounding(tried.activations))
+            found[name][INPUTS] = float((matrices[name].curved * lost).sum())
+    layers = {name: tried.layers.get(name, {}) for name in weights}  # none where a matrix can only be kept
+    for scheme in dict.fromkeys(scheme for of_one in layers.values() for scheme in of_one):
+        stored = {name: of_one[scheme] for name, of_one in layers.items() if scheme in of_one}
         rowwise = all(t.layer is not None and t.layer.scheme.rowwise for t in stored.values())
         for pile in [list(stored)] if rowwise else [[name] for name in stored]:
             steps = {name: max(1, len(matrices[name].w) // ROWS) if rowwise else 1 for name in pile}
@@ -331,7 +333,7 @@ def _score_ends(
         rows = _rows(w, uses)
         some = w[torch.cat(rows)].float()
         found[name] = {}
-        for scheme, planned in layers[name].items():
+        for scheme, planned in layers.get(name, {}).items():
             q = quantize_matrix(skeleton.dtype, planned, some, known.get(name, Inputs())).outcome.q
             found[name][scheme] = sum(use.kl(decode(q) - some, rows) for use in uses)
     return found

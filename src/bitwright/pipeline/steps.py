@@ -23,13 +23,16 @@ from bitwright.pipeline.curvature import windows_measured
 from bitwright.pipeline.quantize_matrix import quantize_matrix
 from bitwright.pipeline.scores import INPUTS, Layers, Scores, layers_of
 from bitwright.plan.allocation import Option
+from bitwright.plan.peak_memory import hidden_states
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 from bitwright.system.memory import return_memory
 from bitwright.system.progress import Progress
 
-COPIES = 1 << 32  # bytes that the hidden states of all copies may take
+COPIES = 1 << 32  # bytes that the hidden states of all copies take at most
+ROOM = 1 << 29  # bytes that they may take in any case; more if those of the run that is planned take as many
+TOKENS = 256  # that a copy is carried through at least
 LEAST = 0.25  # of the ratio of all units: where noise says that a step costs nothing, or less
 
 
@@ -68,7 +71,7 @@ def measured(
     One pass over the calibration windows, on whose Grams matrices are rounded as scores are, but whole.
     """
     skeleton, depth = plan.skeleton, len(plan.skeleton)
-    ids = tokens.held_out[: _windows(skeleton, tokens.held_out.shape[1], len(wanted))]
+    ids = _measured_on(plan, tokens.held_out, len(wanted))
     states = first_hidden_states(plan, Drawn(tokens.seen, ids), None)
     (exact,) = states.held
     own, copies, choices = exact, dict[Step, Tensor](), _Choices(units, given, wanted, layers_of(units))
@@ -79,7 +82,9 @@ def measured(
         planned, stepped = _rounded(plan, index, weights, states.given, choices)
         states.given = [skeleton.run(index, batch) for batch in states.given]
         new = {step: skeleton.run_with(index, own, planned | instead) for step, instead in stepped.items()}
-        copies = {step: skeleton.run_with(index, copy, planned) for step, copy in copies.items()} | new
+        for step in list(copies):  # one by one: each frees what it came from
+            copies[step] = skeleton.run_with(index, copies[step], planned)
+        copies |= new
         exact, own = skeleton.run(index, exact), skeleton.run_with(index, own, planned)
         skeleton.unload(index)
         return_memory()
@@ -90,10 +95,17 @@ def measured(
     return kl, each
 
 
-def _windows(skeleton: Skeleton, length: int, copies: int) -> int:
-    """How many windows so many copies are carried through."""
-    width = skeleton.config.get_text_config().hidden_size * skeleton.dtype.itemsize
-    return max(1, min(windows_measured(length), COPIES // (width * length * max(1, copies))))
+def _measured_on(plan: Plan, windows: Tensor, copies: int) -> Tensor:
+    """The windows [W, T] that so many copies are carried through: some of those given, or the beginning of one.
+
+    As many that what they take beside the calibration windows is no more than what the run that is planned takes, which
+    keeps three or six hidden states of each token of them.
+    """
+    width = plan.skeleton.config.get_text_config().hidden_size * plan.skeleton.dtype.itemsize
+    beside = hidden_states(plan) - 2 * width * plan.samples * plan.seqlen
+    each = max(TOKENS, min(COPIES, max(ROOM, beside)) // (width * max(1, copies)))
+    count = min(windows_measured(windows.shape[1]), each // windows.shape[1])
+    return windows[:count] if count else windows[:1, :each]
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def _rounded(
     planned, stepped = dict[str, Tensor](), dict[Step, dict[str, Tensor]]()
     for inputs in observe_block(plan, index, members, given, everything=False).inputs:
         for name in (name for name in inputs.names if name in members):
-            t, (scheme, wanted), layers = members[name], choices.of(name), choices.layers[name]
+            t, (scheme, wanted), layers = members[name], choices.of(name), choices.layers.get(name, {})
             weight = weights[t.parameter]
             planned[t.parameter] = _decoded(plan, layers.get(scheme), weight, inputs)
             for step in wanted:

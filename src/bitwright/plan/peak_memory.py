@@ -26,7 +26,7 @@ def peak_memory(plan: Plan) -> int:
     size, outside = plan.skeleton.dtype.itemsize, [t for t in plan.tensors if t.block is None]
     stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
     loaded = sum(size * count(t.shape) for t in outside if t.dtype != plan.skeleton.dtype)
-    states = _hidden_states(plan)
+    states = hidden_states(plan)
     rounded = [_rounding_bytes(t.layer, gram=plan.calibrates_embeddings) for t in outside if t.layer is not None]
     embeddings = stored + max(loaded, *rounded) if rounded else stored
     return (
@@ -43,7 +43,7 @@ def _process_bytes(plan: Plan) -> int:
     return PROCESS_BYTES + int(TOKENIZER * file.stat().st_size if loaded else 0)
 
 
-def _hidden_states(plan: Plan) -> int:
+def hidden_states(plan: Plan) -> int:
     """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
     models = 2 if plan.recipe.needs_original else 1
     hidden = plan.skeleton.config.get_text_config().hidden_size
