@@ -329,6 +329,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "taken off": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
     "nan": (lambda c, t: t[f"{Q}B.weight"].fill_(math.nan), "NaN"),
     "config": (lambda c, t: c.pop("r"), "unusable"),
+    "no rank": (
+        lambda c, t: (c.update(r=0), [t.update({n: t[n][:0] if "A" in n[-8:] else t[n][:, :0]}) for n in t]),
+        "rank 0",
+    ),
+    "no alpha": (lambda c, t: c.update(lora_alpha=math.nan), "alpha nan"),
+    "no rank for one": (lambda c, t: c.update(rank_pattern={"q_proj": "four"}), "unusable .*'four'"),
+    "no pattern": (lambda c, t: c.update(alpha_pattern={"(q_proj": 4}), "unusable"),
 }
 
 

@@ -8,6 +8,7 @@ embedding [V, K] it is w + s (B A)ᵀ. What was trained whole (modules_to_save, 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,17 +92,28 @@ class Adapter:
                 f"the adapter has no {missing} for it, or too many", where=module, remedy=_again(self)
             )
         A, B = own[PARTS[0]], own[PARTS[1]]
-        rank = int(_of(self.config.get("rank_pattern"), module, self.config["r"]))
+        rank, alpha = self._rank_and_alpha(module)
         if A.ndim != 2 or B.ndim != 2 or len(A) != rank or B.shape[1] != rank:
             found = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not of rank {rank}, as {CONFIG} says"
             raise CheckpointError(found, where=module, remedy=_again(self))
-        alpha = float(_of(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
         magnitude = own.get(PARTS[2])
         if magnitude is not None and magnitude.numel() != len(B):  # DoRA beside an embedding has them by column
             message = f"lora_magnitude_vector {tuple(magnitude.shape)} is not one for each of {len(B)} rows"
             raise CheckpointError(message, where=module, remedy=_merged(self.folder))
         return Delta(A, B, scaling, None if magnitude is None else magnitude.flatten())
+
+    def _rank_and_alpha(self, module: str) -> tuple[int, float]:
+        """What adapter_config.json says of a module. CheckpointError for a rank below 1, or an alpha that is no number."""
+        try:
+            rank = int(_of(self.config.get("rank_pattern"), module, self.config["r"]))
+            alpha = float(_of(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
+        except (TypeError, ValueError, re.error) as error:
+            raise CheckpointError(f"unusable {CONFIG}: {error}", where=module, remedy=_again(self)) from error
+        if rank < 1 or not math.isfinite(alpha):
+            message = f"{CONFIG} says rank {rank} and alpha {alpha}: nothing can be added by that"
+            raise CheckpointError(message, where=module, remedy=_again(self))
+        return rank, alpha
 
     def check(self, skeleton: Skeleton) -> None:
         """CheckpointError for an adapter of another model: modules that are missing on either side, or of another shape."""
