@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from bitwright.advice import machine
 from bitwright.advice.advise import CPU_SCHEMES, Advice, advise, expected_speed
 from bitwright.advice.engines import ENGINES, TABLE
 from bitwright.advice.machine import Gpu, Machine, this_machine
@@ -38,8 +39,8 @@ def config_only(folder: Path, kind: str, **options: Any) -> Path:
     return folder
 
 
-def advice(model: Path, machine: Machine, context: int = 4096, engine: str | None = None) -> Advice:
-    return advise(shape_of(model), machine, model="MODEL", context=context, engine=engine)
+def advice(model: Path, on: Machine, context: int = 4096, engine: str | None = None) -> Advice:
+    return advise(shape_of(model), on, model="MODEL", context=context, engine=engine)
 
 
 def test_175_billion_parameters_in_float32_are_700_gb(tmp_path: Path) -> None:
@@ -139,11 +140,20 @@ def test_the_command_prints_80_columns_and_json(llama: Path, tmp_path: Path, mon
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if not line.startswith("bitwright quantize")]
     assert max(map(len, lines)) <= 80
+    done_lines = done.output
     assert "q4_k" in done.output and "take q4_k_m by gptaq, as gguf, for llama.cpp" in done.output
     done = CliRunner().invoke(app, ["advise", str(model), "--json"])
     found = json.loads(done.stdout)
     assert found["model"]["float32_bytes"] == 4 * found["model"]["parameters"]
     assert found["recommended"]["command"].startswith(f"bitwright quantize {model} OUT.gguf --scheme q4_k_m")
+    unchecked, checked = done_lines.index("sources, not checked:"), done_lines.index("sources, read 2026-11-29:")
+    assert unchecked < done_lines.rindex("llama.cpp/blob") < checked < done_lines.rindex("docs.vllm.ai")
+    monkeypatch.setattr(
+        "bitwright.advice.machine.this_machine", lambda _: pytest.fail("measured before it was refused")
+    )
+    for wrong in (("--context", "4097"), ("--engine", "vllama")):
+        done = CliRunner().invoke(app, ["advise", str(model), *wrong, "--json"])
+        assert done.exit_code == 2 and json.loads(done.stdout)["where"] == wrong[0]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     for bad in (tmp_path / "nowhere", tmp_path / "broken"):
@@ -174,6 +184,28 @@ def test_groups_fit_the_rows_and_a_short_run_checks_the_speed(tmp_path: Path, mo
     assert run.measured > 0 and run.expected > 0
     with pytest.raises(InputError, match="stored as"):
         measured(model, replace(found, shape=replace(shape, quantized=True)))
+    with pytest.raises(InputError, match="predicts no next token"):
+        measured(model, replace(found, shape=replace(shape, predicts=False)))
+    with pytest.raises(InputError, match="GB are free"):
+        measured(model, replace(found, machine=replace(LAPTOP, available=1 << 20)))
+
+
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tmp_path / "meminfo"
+    known.write_text("MemTotal: 32000000 kB\nMemFree: 1 kB\nMemAvailable: 20000000 kB\n")
+    monkeypatch.setattr(machine, "MEMORY_INFO", known)
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)
+    assert machine._memory() == (32_000_000 * 1024, 20_000_000 * 1024)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._memory() == (32_000_000 * 1024, 20_000_000 * 1024)
+    (tmp_path / "memory.max").write_text("8000000000\n")
+    (tmp_path / "memory.current").write_text("3000000000\n")
+    assert machine._memory() == (8_000_000_000, 5_000_000_000)
+
+
+def test_an_encoder_keeps_no_keys_and_values(tmp_path: Path) -> None:
+    shape = shape_of(make_checkpoint(tmp_path / "bert", "bert"))
+    assert not shape.predicts and shape.cache_bytes(64) == 0
 
 
 def test_layers_of_two_kinds_of_heads_are_counted_each_for_itself(tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ def test_what_vllm_fuses_gets_one_scheme(llama: Path, text: str) -> None:
     assert tomllib.loads(kept.text)["rule"][-1] == {"match": "*.down_proj", "scheme": "keep"}
 
 
+def test_a_matrix_that_no_scheme_but_keep_fits_is_kept(text: str, tmp_path: Path) -> None:
+    """In a format of one scheme: rows of 96 have no groups of 64."""
+    model = make_checkpoint(tmp_path / "model", num_hidden_layers=1, intermediate_size=96)
+    settings = Settings("gptq", ("int4-g64", "keep"), "rtn", calib=text, **SMALL, measure=1)
+    made = plan_recipe(model, Target(bits=12), settings)
+    given = {one.patterns[0].rpartition(".")[2]: one.scheme for one in made.given}
+    assert given["down_proj"] == "keep" and "int4-g64" in given.values()
+
+
 def test_quantize_to_a_size_does_both(llama: Path, text: str, tmp_path: Path) -> None:
     smallest = quantize(llama, tmp_path / "all4", scheme="int4-g64", method="rtn", calib=text, **SMALL).bytes
     limit = smallest + 4000

@@ -30,10 +30,18 @@ def silent(*_: object) -> None:
     """No progress."""
 
 
-def test_the_kl_of_the_plan_and_of_each_step_is_that_of_the_rounded_model(llama: Path, text: str) -> None:
+@pytest.mark.parametrize("memory", ["enough", "of a part of a window"])
+def test_the_kl_of_the_plan_and_of_each_step_is_that_of_the_rounded_model(
+    memory: str, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against transformers, each matrix rounded by itself."""
     plan, units = prepared(llama, replace(RTN, calib=text))
     tokens = calibration_tokens(plan, text, 0)
+    judged = tokens.held_out
+    if memory != "enough":
+        monkeypatch.setattr("bitwright.pipeline.steps.COPIES", 1)
+        monkeypatch.setattr("bitwright.pipeline.steps.TOKENS", 12)
+        judged = judged[:1, :12]
     names = [unit.members[0].parameter.removesuffix(".weight") for unit in units]
     given = [SCHEMES[i % 2] for i in range(len(units))]
     options = [[Option(scheme, at, -at) for at, scheme in enumerate(SCHEMES)] for _ in units]
@@ -47,7 +55,7 @@ def test_the_kl_of_the_plan_and_of_each_step_is_that_of_the_rounded_model(llama:
         for name, weight in exact.items():
             rounded = decode(quantize_tensor(weight, schemes[name], method="rtn")) if schemes else weight
             model.get_submodule(name).weight.data = rounded
-        return model(tokens.held_out).logits[:, :-1].log_softmax(-1)
+        return model(judged).logits[:, :-1].log_softmax(-1)
 
     before, planned = log_p({}), dict(zip(names, given, strict=True))
     allocations = [planned, *(planned | {names[step.unit]: step.scheme} for step in wanted)]

@@ -1,5 +1,6 @@
 """LoRA of peft's beside the quantized weights of a loaded model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitwright import load, prepare_for_training, quantize
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, RecipeError
 from bitwright.inference import dense
 from bitwright.inference.dense import Dense
 from bitwright.inference.qlinear import QLinear
@@ -22,7 +23,8 @@ from bitwright.models.source import WeightSource
 from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
-from bitwright.train.lora import unlike_linear
+from bitwright.train.lora import Lora, unlike_linear
+from bitwright.train.settings import Training
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[10, 200, 3, 77, 5, 5, 130, 64, 9, 8]])
@@ -165,7 +167,7 @@ def test_models_whose_weights_are_not_all_in_layers_are_trained_in_16_bits(kind:
     seen: list[Any] = []
     norms[-1].register_forward_hook(lambda _, inputs, out: seen.extend([inputs[0].dtype, out.dtype]))
     config = peft.LoraConfig(
-        r=4, target_modules="all-linear", exclude_modules=unlike_linear(base), init_lora_weights=False
+        r=4, target_modules="all-linear", exclude_modules=unlike_linear(base) or None, init_lora_weights=False
     )
     model = peft.get_peft_model(base, config).train()
     assert gradients(model)
@@ -188,3 +190,21 @@ def test_adapters_of_experts_are_loaded_again(tmp_path: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     beside = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
     torch.testing.assert_close(beside(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_modules_that_share_their_weights_get_no_adapter(tmp_path: Path) -> None:
+    """A merged model could not hold what is added to one of them; Zamba 2's shared blocks are such modules."""
+    from peft.tuners.lora import LoraLayer
+
+    tiny_model("zamba2").save_pretrained(tmp_path / "model")
+    path, how = tmp_path / "model", Training(rank=2, scheme="float")
+    trained = Lora(path, how, None, torch.float32, b"{}")
+    adapted = {n for n, m in trained.adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    assert "model.layers.1.shared_transformer.self_attn.q_proj" in trained.shared
+    assert adapted and not adapted & set(trained.shared)
+    assert "share their weights" in trained.notes[0]
+    trained.save(tmp_path / "adapter")
+    Adapter(tmp_path / "adapter").check(Skeleton(read_config(path), torch.float32))
+    with pytest.raises(RecipeError, match="shares its weight") as caught:
+        Lora(path, replace(how, targets=("q_proj",)), None, torch.float32, b"{}")
+    assert "--targets" in caught.value.remedy

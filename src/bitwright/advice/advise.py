@@ -98,13 +98,7 @@ def advise(
 
     InputError for an unknown engine, one that does not run on this hardware, or a context beyond the model's.
     """
-    if context is None:
-        context = min(CONTEXT, shape.positions or CONTEXT)
-    if shape.positions is not None and context > shape.positions:
-        remedy = f"--context {shape.positions}, or less"
-        raise InputError(
-            f"{shape.name} knows {shape.positions} positions, not {context}", where="--context", remedy=remedy
-        )
+    context = context_of(shape, context)
     rows = _rows(machine, engine)
     gpu = max(machine.gpus, key=lambda one: one.memory, default=None)
     memory = int(USABLE * (machine.memory if gpu is None else gpu.memory))
@@ -126,10 +120,25 @@ def advise(
 _FP8 = ("fp8-channel",)
 
 
-def _rows(machine: Machine, engine: str | None) -> tuple[Support, ...]:
-    """The rows of the table for this hardware, and this engine. InputError as of `advise`."""
+def context_of(shape: ModelShape, context: int | None) -> int:
+    """The context to reckon with. InputError for one beyond the model's."""
+    if context is None:
+        return min(CONTEXT, shape.positions or CONTEXT)
+    if shape.positions is not None and context > shape.positions:
+        message = f"{shape.name} knows {shape.positions} positions, not {context}"
+        raise InputError(message, where="--context", remedy=f"--context {shape.positions}, or less")
+    return context
+
+
+def check_engine(engine: str | None) -> None:
+    """InputError for an engine that is not in the table."""
     if engine is not None and engine.lower() not in [name.lower() for name in ENGINES]:
         raise InputError(f"unknown engine {engine!r}", where="--engine", remedy=one_of(engine, ENGINES))
+
+
+def _rows(machine: Machine, engine: str | None) -> tuple[Support, ...]:
+    """The rows of the table for this hardware, and this engine. InputError as of `advise`."""
+    check_engine(engine)
     gpu = max(machine.gpus, key=lambda one: one.memory, default=None)
     cpu = "arm" if platform.machine() in ("aarch64", "arm64") else "x86"
     rows = [row for row in TABLE if runs(row, cpu, gpu.capability if gpu else None)]

@@ -23,6 +23,7 @@ FLAGS = {
 SIDE = 2048  # of the matrices that are multiplied to measure
 COPIES_BYTES = 48 << 20  # of one scheme's matrices together: more than caches hold, as a model's are
 CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")  # memory.max and memory.current of a container's limit
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,22 @@ def _instructions() -> tuple[str, ...]:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of memory, and those that are free or can be freed."""
-    if MEMORY_INFO.is_file():
-        lines = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
-        return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole, whole
+    """Bytes of memory, and those that are free or can be freed; of a container, what it may have."""
+    if not MEMORY_INFO.is_file():
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return whole, whole
+    lines = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
+    whole, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limit, used = (_number(CONTAINER / name) for name in ("memory.max", "memory.current"))
+    if limit is None:
+        return whole, free
+    return min(whole, limit), min(free, max(0, limit - (used or 0)))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file of the kernel's; None if it is not there, or says "max"."""
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else None
 
 
 def _gpus() -> tuple[Gpu, ...]:

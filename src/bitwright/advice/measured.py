@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitwright.advice.advise import MEASURED_TOKENS, Advice, expected_speed
+from bitwright.advice.advise import MEASURED_TOKENS, PROCESS, Advice, expected_speed
 from bitwright.advice.machine import weights_per_second
 from bitwright.errors import InputError
 from bitwright.inference.speed import measure
@@ -26,7 +26,8 @@ class Check:
 
 
 def measured(model: Path, advice: Advice) -> Check:
-    """Run the model by `bitwright.load` for a few tokens. InputError for one that is stored quantized, or has no weights."""
+    """Run the model by `bitwright.load` for a few tokens. InputError for one that is stored quantized, predicts no next token,
+    or does not fit the memory that is free; CheckpointError for one without weights."""
     shape, machine = advice.shape, advice.machine
     if shape.quantized:
         remedy = f"bitwright bench {model}"
@@ -34,6 +35,12 @@ def measured(model: Path, advice: Advice) -> Check:
             f"it is stored as {shape.stored}, which is not rounded again", where="--measure", remedy=remedy
         )
     (prompt, decode), scheme = MEASURED_TOKENS, ON_THE_WAY
+    if not shape.predicts:
+        raise InputError("an encoder predicts no next token", where="--measure", remedy="leave out --measure")
+    needed = shape.weight_bytes(scheme) + shape.activation_bytes + PROCESS
+    if needed > machine.available:
+        message = f"a run in {scheme} needs {needed / 1e9:.1f} GB, {machine.available / 1e9:.1f} GB are free"
+        raise InputError(message, where="--measure", remedy="leave out --measure, or free some memory")
     found = measure(model, scheme=scheme, prompt=prompt, decode=decode, repeat=2)
     known = replace(machine, bandwidth=found.bandwidth, weights={scheme: weights_per_second(scheme)})
     expected = expected_speed(shape, known, scheme, prompt + decode)

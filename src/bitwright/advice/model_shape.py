@@ -125,10 +125,11 @@ def shape_of(model: Path) -> ModelShape:
     whole = sum(p.numel() for p in skeleton.model.parameters())
     blocks = sum(count * N * K for (N, K), count in matrices.items())
     other = whole - blocks - embedding - (0 if tied else head)
+    cached = _cached(text) if skeleton.predicts else ()  # an encoder keeps nothing from token to token
     return ModelShape(
         folder.name or str(folder), matrices, active, embedding, head, tied, other, text.hidden_size,
-        max((max(shape) for shape in matrices), default=0), text.vocab_size, _cached(text), positions_of(text),
-        stored, quantized, skeleton.predicts,
+        max((max(shape) for shape in matrices), default=0), text.vocab_size, cached, positions_of(text), stored, quantized,
+        skeleton.predicts,
     )  # fmt: skip
 
 

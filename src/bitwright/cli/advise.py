@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitwright.advice.engines import UNREAD
 from bitwright.cli.console import AsJson, console, plain, reporting, show, size
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ def advise(
 ) -> None:
     """What of a model fits this machine, how fast it will be, and which scheme, method, format and engine to take."""
     with reporting(as_json):
-        from bitwright.advice.advise import CPU_SCHEMES
+        from bitwright.advice.advise import CPU_SCHEMES, check_engine, context_of
         from bitwright.advice.advise import advise as advice_for
         from bitwright.advice.machine import this_machine
         from bitwright.advice.measured import measured
         from bitwright.advice.model_shape import shape_of
 
         shape = shape_of(model)
+        context_of(shape, context)  # both are refused before the machine is measured
+        check_engine(engine)
         machine = this_machine(CPU_SCHEMES)
         found = advice_for(shape, machine, model=str(model), context=context, engine=engine)
         run = measured(model, found) if measure else None
@@ -77,8 +80,9 @@ def _print(found: "Advice") -> None:
     _say(f"training for it (QAT): {found.training}")
     for row in found.engines:
         _say(f"{row.engine}: {row.what}")
-    sources = dict.fromkeys(row.source for row in found.engines if row.source)
-    for line in ["sources, read " + found.engines[0].read, *sources] if sources else []:
-        console.print(plain(line), highlight=False, soft_wrap=True)
+    for read in dict.fromkeys(row.read for row in found.engines if row.source):
+        sources = dict.fromkeys(row.source for row in found.engines if row.source and row.read == read)
+        for line in [f"sources, {read}:" if read == UNREAD else f"sources, read {read}:", *sources]:
+            console.print(plain(line), highlight=False, soft_wrap=True)
     if found.command:
         console.print(plain(found.command), highlight=False, soft_wrap=True)

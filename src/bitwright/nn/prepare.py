@@ -180,7 +180,11 @@ def _difference(left: list[Tensor], right: list[Tensor], where: str) -> RecipeEr
         return different
     for a, b in zip(left, right, strict=True):
         if a.is_floating_point() and not bool(torch.isfinite(a).all()):
-            raise NumericsError("the outputs are not finite", where=where, remedy="look for NaN in its weights")
+            raise NumericsError(
+                "the outputs are not finite",
+                where=where,
+                remedy="look for NaN in the example inputs and in its weights",
+            )
         a, b = (x.float() if x.dtype == torch.bool else x for x in (a, b))
         most = 1e-3 if a.dtype == torch.float32 else max(1e-3, 4 * EPSILON.get(a.dtype, 0.0))
         if a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=most, atol=most * _size(a)):

@@ -239,7 +239,8 @@ def _pruned(layer: Layer, rule: Rule, format_: Format) -> Layer:
         return layer
     if not layer.scheme.holds_zero:
         stored = f"{layer.container.lower()} blocks have" if layer.container else f"{layer.scheme} has"
-        others = "q4_0, q5_0, q6_k, q3_k or q8_0" if format_.one_file else "int4-g64, int4-g64-asym, nf4-g64 or fp4-g32"
+        blocks = "q8_0 or q6_k; q4_0, q5_0 or q3_k with --pure, since mixes have other types beside them"
+        others = blocks if format_.one_file else "int4-g64, int4-g64-asym, nf4-g64 or fp4-g32"
         message = f"pruned weights are exactly zero, and {stored} no code for that"
         raise FormatError(message, where=layer.name, remedy=f"--scheme {others}, or leave out --prune")
     try:

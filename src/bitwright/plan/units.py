@@ -4,7 +4,6 @@ An engine that fuses matrices into one product (vLLM: query, key and value; gate
 scheme for all of them. A GGUF file has the experts of a layer in one tensor for each of their matrices.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from bitwright.files.checkpoint import spec_bytes
 from bitwright.formats import Layer, format_named
 from bitwright.formats.ggml import TYPES
 from bitwright.methods import check_serves
+from bitwright.models.file_names import EXPERT
 from bitwright.numerics.scheme import Scheme
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.preflight import preflight
@@ -34,10 +34,9 @@ WIDEST = {"gguf": "q8_0"}  # of the base plan; elsewhere int8-channel: both fit 
 # What vLLM fuses, by the last part of the modules' names (`packed_modules_mapping` of its models).
 FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
 ENGINE_FUSES = ("compressed-tensors", "gptq")  # formats that vLLM reads
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)

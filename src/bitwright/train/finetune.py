@@ -170,7 +170,7 @@ class _Run:
         return Report(
             name, how.steps, how.steps * how.batch * how.seqlen, sum(p.numel() for p in self.parameters), self.optimizer_name,
             before, after, losses, time.monotonic() - begun, done / stepping if stepping else 0.0, peak_rss_bytes(),
-            (*self.data.notes, *([ONE_BY_ONE] if self.apart else [])),
+            (*self.data.notes, *self.trained.notes, *([ONE_BY_ONE] if self.apart else [])),
         )  # fmt: skip
 
     def _step(self, step: int, before: float, losses: list[float]) -> float:

@@ -1,5 +1,6 @@
 """A LoRA adapter of peft's as what a run trains, beside a model's frozen weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ class Lora:
 
     def __init__(self, path: Path, how: Training, scheme: str | None, dtype: torch.dtype, base: bytes) -> None:
         """scheme: what a float model is rounded to; base: what `BASE` will hold. RecipeError for modules that it has not."""
-        self.adapted, self.base = _adapted(path, how, scheme, dtype), base
+        self.shared, self.base = shared_modules(path), base
+        self.adapted = _adapted(path, how, scheme, dtype, self.shared)
         if how.init == RESIDUAL and how.teacher is not None:
             _begin_at_residual(self.adapted, local(how.teacher), how.seed)
 
@@ -57,6 +59,14 @@ class Lora:
     def model(self) -> nn.Module:
         """The model with the adapter."""
         return self.adapted
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which modules no adapter is beside."""
+        if not self.shared:
+            return ()
+        some = f"{len(self.shared)} modules have no adapter, such as {self.shared[0]}"
+        return (f"{some}: they share their weights with others, which a merged model could not hold apart",)
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's form."""
@@ -78,8 +88,8 @@ class Lora:
         write_file(folder / BASE, self.base)
 
 
-def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) -> "PeftModel":
-    """The model with a new adapter. RecipeError for module names that it has not."""
+def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype, shared: Sequence[str]) -> "PeftModel":
+    """The model with a new adapter. RecipeError for module names that it has not, or modules that are shared."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -88,7 +98,7 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
     config = LoraConfig(
         r=how.rank, lora_alpha=alpha, use_rslora=how.rslora, use_dora=how.dora, task_type="CAUSAL_LM",  # type: ignore[arg-type]
         target_modules="all-linear" if how.targets is None else list(how.targets),
-        exclude_modules=unlike_linear(base) if how.targets is None else None,
+        exclude_modules=[*unlike_linear(base), *shared] or None if how.targets is None else None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
@@ -100,7 +110,14 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype) 
             raise RecipeError(
                 message, where=str(path), remedy="--targets q_proj,v_proj, as the model names them"
             ) from error
-    for layer in [m for m in adapted.modules() if isinstance(m, LoraLayer)]:
+    layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    wrong = next((name for name in shared if name in layers), None)
+    if wrong is not None:
+        message = (
+            "it shares its weight with another module: no merged model could hold what an adapter adds to one of them"
+        )
+        raise RecipeError(message, where=wrong, remedy="leave it out of --targets")
+    for layer in layers.values():
         for factors in (layer.lora_A, layer.lora_B):
             factors.update(
                 {k: Factor(f.get_parameter("weight"), dtype) for k, f in factors.items() if isinstance(f, nn.Linear)}
@@ -135,13 +152,21 @@ def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
             _begin_at(layer, w - rounded, seed)
 
 
-def unlike_linear(base: PreTrainedModel) -> list[str] | None:
-    """Layers of nn.Linear's kind beside which no adapter can be; None if there are none."""
+def shared_modules(path: Path) -> list[str]:
+    """Modules in the blocks whose weights are those of others too (Zamba 2)."""
+    skeleton = Skeleton(read_config(path), torch.float32)
+    inside = f"{skeleton.block_prefix}."
+    names = {name for pair in skeleton.ties().items() for name in pair if name.startswith(inside)}
+    return sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+
+
+def unlike_linear(base: PreTrainedModel) -> list[str]:
+    """Layers of nn.Linear's kind beside which no adapter can be."""
     fused = ["out_proj"] if base.config.model_type in READ_BY_KERNELS else []
     layers = [
         (n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QLinear | Dense)
     ]
-    return fused + [name for name, layer in layers if not is_linear(layer)] or None
+    return fused + [name for name, layer in layers if not is_linear(layer)]
 
 
 @torch.no_grad()

@@ -113,6 +113,11 @@ class ScalesAndNorms:
         """The model."""
         return self.loaded
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return self.norms | {f"{name}.factor": layer.factor for name, layer in self.layers.items()}
 

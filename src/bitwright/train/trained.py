@@ -13,6 +13,10 @@ class Trained(Protocol):
     def model(self) -> nn.Module:
         """The model that is run; all its parameters that require gradients are trained."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of what is trained, and what is not."""
+
     def save(self, folder: Path) -> None:
         """Write what is trained into a directory, for a run that goes on from there."""
 
