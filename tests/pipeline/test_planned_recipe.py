@@ -2,21 +2,27 @@
 
 import json
 import tomllib
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bench.families import save_tokenizer
+from bench.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bitwright.api import quantize, quantize_tensor
+from bitwright.calibration.input_statistics import Inputs
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError
 from bitwright.formats.ggml import TYPES
 from bitwright.numerics.codec import decode
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
+from bitwright.pipeline import scores as scoring
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.curvature import curvature
 from bitwright.pipeline.planned_recipe import Settings, plan_recipe, prepared
@@ -135,6 +141,17 @@ def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, 
     assert any("of another calibration" in note for note in other.notes)
 
 
+def test_another_method_is_not_called_another_model(llama: Path, text: str) -> None:
+    """Though it computes in another type."""
+    ids = torch.arange(64)[None]
+    keys = []
+    for method in ("rtn", "gptq"):
+        plan, units = prepared(llama, Settings(calib=text, method=method, **SMALL))
+        plan.skeleton.config.dtype = {"rtn": torch.float32, "gptq": torch.bfloat16}[method]
+        keys.append(scoring._key(plan, units, ids, None))
+    assert {name for name in keys[0] if keys[0][name] != keys[1][name]} <= {"method", "code or precision"}
+
+
 def test_a_killed_run_is_resumed_block_by_block(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +195,29 @@ def test_a_matrix_that_no_scheme_but_keep_fits_is_kept(text: str, tmp_path: Path
     made = plan_recipe(model, Target(bits=12), settings)
     given = {one.patterns[0].rpartition(".")[2]: one.scheme for one in made.given}
     assert given["down_proj"] == "keep" and "int4-g64" in given.values()
+
+
+def test_statistics_of_experts_are_not_all_in_memory_at_once(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = tmp_path / "model", scoring._score_together
+    tiny_model("mixtral").save_pretrained(model)
+    save_tokenizer(model)
+    grams: list[weakref.ref[torch.Tensor]] = []
+    most = []
+
+    def watched(plan: Any, tried: Any, weights: Any, inputs: Inputs, *others: Any) -> Any:
+        if ".experts." in inputs.names[0]:
+            grams.append(weakref.ref(inputs.gram))
+            most.append(sum(gram() is not None for gram in grams))
+        return plain(plan, tried, weights, inputs, *others)
+
+    monkeypatch.setattr(scoring, "_score_together", watched)
+    settings = Settings(schemes=("int4-g32", "int8-channel"), method="rtn", calib=text, **SMALL)
+    plan, units = prepared(model, settings)
+    tokens = calibration_tokens(plan, text, 0)
+    scored(plan, units, tokens, tmp_path / "scores", lambda *_: None)
+    assert len(grams) > 8 and max(most) <= 2
 
 
 def test_quantize_to_a_size_does_both(llama: Path, text: str, tmp_path: Path) -> None:

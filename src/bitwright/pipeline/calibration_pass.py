@@ -1,7 +1,7 @@
 """The calibration pass: hidden states carried from block to block, and statistics taken of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.observe import BlockRun, Group, Mixture, groups_of, observe
 from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram, together
@@ -142,21 +143,35 @@ def observe_block(
     cache = KvCache(seen) if everything or recipe.kv_cache else None
     turned = rotations(layers)
     run = BlockRun(skeleton, index, input_quantizations=turned, cache=cache)
-    window, plain = given[0][:1], BlockRun(skeleton, index, input_quantizations=turned)
     folds = list[Fold]()
     if everything or recipe.needs_folds:
         with skeleton.quantizing_inputs(turned):
-            folds = distributed.from_first(lambda: find_folds(skeleton, index, window))
-    groups = distributed.from_first(lambda: groups_of(plain, window, layers))
-    detailed = everything or recipe.needs_details
-    inputs = observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
-    for mixture in (g for g in groups if isinstance(g, Mixture)):
-        inputs += statistics_in_order(run, given, mixture, detailed=detailed)
+            folds = distributed.from_first(lambda: find_folds(skeleton, index, given[0][:1]))
+    inputs = list(_inputs(run, layers, given, detailed=everything or recipe.needs_details))
     heard = (together(seen[0]), together(seen[1])) if cache is not None and cache.used else None
     if heard is None and recipe.kv_cache is not None:
         message = f"models of type {skeleton.config.model_type!r} do not hand their keys and values to a cache"
         raise RecipeError(message, where="kv_cache", remedy="leave out --kv-cache")
     return BlockStatistics(inputs, folds, heard)
+
+
+def inputs_in_order(
+    plan: Plan, index: int, layers: Mapping[str, PlannedTensor], given: list[Tensor]
+) -> Iterator[Inputs]:
+    """Statistics of all inputs of block `index`, whose float weights must be loaded, that this plan's methods need: those of
+    an expert when they are asked for, since those of all would fill the memory."""
+    run = BlockRun(plan.skeleton, index, input_quantizations=rotations(layers))
+    return _inputs(run, layers, given, detailed=plan.recipe.needs_details)
+
+
+def _inputs(
+    run: BlockRun, layers: Mapping[str, PlannedTensor], given: list[Tensor], *, detailed: bool
+) -> Iterator[Inputs]:
+    alone = BlockRun(run.skeleton, run.index, input_quantizations=run.input_quantizations)
+    groups = distributed.from_first(lambda: groups_of(alone, given[0][:1], layers))
+    yield from observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
+    for mixture in (g for g in groups if isinstance(g, Mixture)):
+        yield from statistics_in_order(run, given, mixture, detailed=detailed)
 
 
 def rotations(layers: Mapping[str, PlannedTensor]) -> dict[str, InputQuantization]:
@@ -200,14 +215,20 @@ def key_of(plan: Plan, tokens: Tensor) -> dict[str, Any]:
     """The key of a store: what statistics of the float model depend on."""
     tokenizer = [p.read_bytes() for p in sorted(plan.source.glob("tokenizer*")) if p.is_file()]
     return {
-        "model": [plan.checkpoint.fingerprint(), digest(plan.skeleton.config.to_json_string().encode())]
+        "model": [plan.checkpoint.fingerprint(), digest(repr(_described(plan.skeleton.config.to_dict())).encode())]
         + ([] if plan.adapter is None else [plan.adapter.digest]),
         "text": [list(tokens.shape), digest(tokens.numpy().tobytes())],
         "tokenizer": digest(b"".join(tokenizer)),
-        "code version": [code_version(), torch.__version__, str(plan.skeleton.dtype), plan.skeleton.device.type],
+        "code or precision": [code_version(), torch.__version__, str(plan.skeleton.dtype), plan.skeleton.device.type],
         "rotation": None if plan.rotation is None else asdict(plan.rotation),
         "choice of matrices": digest(repr(sorted(t.layer.name for t in plan.tensors if t.layer)).encode()),
     }
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the type that a skeleton computes in, which the method decides."""
+    kept = {key: value for key, value in sorted(config.items(), key=str) if key not in ("dtype", "torch_dtype")}
+    return {key: _described(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def digest(content: bytes) -> str:

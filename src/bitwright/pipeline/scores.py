@@ -36,8 +36,8 @@ from bitwright.pipeline.calibration_pass import (
     HiddenStates,
     digest,
     first_hidden_states,
+    inputs_in_order,
     key_of,
-    observe_block,
     read_block,
     read_lent,
 )
@@ -182,7 +182,7 @@ def _key(plan: Plan, units: Sequence[Unit], tokens: Tensor, activations: Scheme 
     return {
         "model": known["model"],
         "calibration": [known["text"], known["tokenizer"]],
-        "code version": known["code version"],
+        "code or precision": known["code or precision"],
         "format": plan.format.name,
         "method": [[rule["method"], rule["options"], rule["transforms"]] for rule in rules],
         "choice of schemes": digest(json.dumps(tried).encode()),
@@ -236,7 +236,7 @@ def _score_blocks(
         members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
         found: Scores = {}
         weighted = weighted_inputs(skeleton, index, measured, of.tokens)
-        for inputs in observe_block(plan, index, members, states.given, everything=False).inputs:
+        for inputs in inputs_in_order(plan, index, members, states.given):
             some = {name: weights[members[name].parameter] for name in inputs.names if name in members}
             found |= _score_together(plan, tried, some, inputs, of.modules, weighted)
         states.given = [skeleton.run(index, batch) for batch in states.given]

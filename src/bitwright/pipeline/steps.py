@@ -18,7 +18,7 @@ from bitwright.models.layers import matrix_of
 from bitwright.models.skeleton import Skeleton, as_source
 from bitwright.models.streamed import pieces
 from bitwright.numerics.codec import decode
-from bitwright.pipeline.calibration_pass import first_hidden_states, observe_block, read_block, read_lent
+from bitwright.pipeline.calibration_pass import first_hidden_states, inputs_in_order, read_block, read_lent
 from bitwright.pipeline.curvature import windows_measured
 from bitwright.pipeline.quantize_matrix import quantize_matrix
 from bitwright.pipeline.scores import INPUTS, Layers, Scores, layers_of
@@ -134,7 +134,7 @@ def _rounded(
     """The parameters of block `index` as planned, and those that each of its steps puts in their place."""
     members = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
     planned, stepped = dict[str, Tensor](), dict[Step, dict[str, Tensor]]()
-    for inputs in observe_block(plan, index, members, given, everything=False).inputs:
+    for inputs in inputs_in_order(plan, index, members, given):
         for name in (name for name in inputs.names if name in members):
             t, (scheme, wanted), layers = members[name], choices.of(name), choices.layers.get(name, {})
             weight = weights[t.parameter]
