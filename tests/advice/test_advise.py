@@ -14,7 +14,7 @@ from bitwright.advice.advise import CPU_SCHEMES, Advice, advise, expected_speed
 from bitwright.advice.engines import ENGINES, TABLE
 from bitwright.advice.machine import Gpu, Machine, this_machine
 from bitwright.advice.measured import measured
-from bitwright.advice.model_shape import shape_of
+from bitwright.advice.model_shape import head_type, shape_of
 from bitwright.api import quantize
 from bitwright.cli.app import app
 from bitwright.errors import InputError
@@ -182,6 +182,7 @@ def test_groups_fit_the_rows_and_a_short_run_checks_the_speed(tmp_path: Path, mo
     monkeypatch.setattr("bitwright.inference.speed.PROBE_BYTES", 1 << 24)
     run = measured(model, found)
     assert run.measured > 0 and run.expected > 0
+    assert head_type("q8_0") == "q8_0" and head_type("q4_k") == "q6_k" and head_type("int8-channel") == ""
     with pytest.raises(InputError, match="stored as"):
         measured(model, replace(found, shape=replace(shape, quantized=True)))
     with pytest.raises(InputError, match="predicts no next token"):

@@ -159,6 +159,16 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(
     assert str(kept) in caught.value.message and not (tmp_path / "out").exists()
     assert all(bool(t.isfinite().all()) for t in load_file(kept / FILES[0]).values())
     assert "lr" in caught.value.remedy
+    assert replace(HOW, lr=1e30).lower_rate == 2e-4 and replace(HOW, lr=1e-4).lower_rate == 2.5e-5
+
+
+def test_a_run_that_made_it_worse_says_so(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([1.5, 2.5])
+    monkeypatch.setattr(module._Run, "judge", lambda self: next(found))
+    report = finetune(llama, tmp_path / "out", data=str(text), how=replace(HOW, steps=1))
+    assert report.notes[-1] == "the loss rose from 1.5 to 2.5 on what was held out: try --lr 0.0002"
 
 
 CHAT = [
@@ -218,6 +228,7 @@ def test_conversations_that_teach_nothing_or_do_not_fit_are_named(llama: Path, t
     [
         ({"rank": 0}, RecipeError, "rank 0"),
         ({"lr": -1.0}, RecipeError, "learning rate"),
+        ({"alpha": math.nan}, RecipeError, "alpha nan"),
         ({"seqlen": 4096}, InputError, "positions"),
         ({"targets": ("nothing",)}, RecipeError, "nothing"),
         ({"scheme": "int99-g64"}, BitwrightError, "int99"),

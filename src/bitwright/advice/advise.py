@@ -6,11 +6,11 @@ from typing import Any
 
 from bitwright.advice.engines import ENGINES, TABLE, Support, runs
 from bitwright.advice.machine import Gpu, Machine
-from bitwright.advice.model_shape import FLOATS, ModelShape
+from bitwright.advice.model_shape import FLOATS, ModelShape, head_type
 from bitwright.errors import InputError, one_of
 from bitwright.numerics.scheme import Scheme
 
-CPU_SCHEMES = ("int8-channel", "q6_k", "int4-g128", "q4_k", "int3-g128", "q3_k", "q2_k")
+CPU_SCHEMES = ("q8_0", "int8-channel", "q6_k", "int4-g128", "q4_k", "int3-g128", "q3_k", "q2_k")
 SCHEMES = ("float32", "bfloat16", *CPU_SCHEMES)
 USABLE = 0.9  # share of the memory that a model may take: the rest is the engine's and the system's
 PROCESS = 400 << 20  # an engine without a model
@@ -19,7 +19,7 @@ QUICK = 20.0  # tokens a second beyond which nobody waits
 MEASURED_TOKENS = (64, 32)  # of the short run: prompt, and tokens after it
 # What to prefer, best first: scheme, its name for `quantize`, what inputs are rounded to. On a CPU and on a GPU.
 ON_CPU = (
-    ("int8-channel", "q8_0", ""), ("int8-channel", "int8-channel", "int8-token"), ("q6_k", "q6_k", ""), ("q4_k", "q4_k_m", ""),
+    ("q8_0", "q8_0", ""), ("int8-channel", "int8-channel", "int8-token"), ("q6_k", "q6_k", ""), ("q4_k", "q4_k_m", ""),
     ("int4-g128", "int4-g128", ""), ("q3_k", "q3_k_m", ""), ("q2_k", "q2_k", ""),
 )  # fmt: skip
 ON_GPU = (
@@ -145,7 +145,8 @@ def _rows(machine: Machine, engine: str | None) -> tuple[Support, ...]:
     if engine is not None:
         rows = [row for row in rows if row.engine.lower() == engine.lower()]
     if not rows:
-        others = sorted({row.engine for row in TABLE if runs(row, cpu, gpu.capability if gpu else None)})
+        here = (row for row in TABLE if row.format and runs(row, cpu, gpu.capability if gpu else None))
+        others = sorted({row.engine for row in here})
         where = f"{gpu.name}, compute capability {gpu.capability}" if gpu else f"{machine.cpu}, no GPU"
         raise InputError(
             f"{engine} runs nothing quantized on {where}", where="--engine", remedy=f"--engine {others[0]}"
@@ -173,8 +174,8 @@ def expected_speed(shape: ModelShape, machine: Machine, scheme: str, context: in
     if rate is None:
         return None
     in_blocks = sum(count * N * K for (N, K), count in shape.active.items())
-    whole_file = scheme.startswith(("q", "iq"))
-    head = shape.head / machine.weights.get("q6_k", rate) if whole_file else 2 * shape.head / machine.bandwidth
+    ends = head_type(scheme)
+    head = shape.head / machine.weights.get(ends, rate) if ends else 2 * shape.head / machine.bandwidth
     return 1 / (in_blocks / rate + head + cache)
 
 

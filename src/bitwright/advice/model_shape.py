@@ -92,9 +92,16 @@ def _bits(scheme: str) -> "tuple[Any, float]":
     """Bits a weight of a matrix with rows of K, and of what is outside the blocks."""
     if scheme in FLOATS:
         return (lambda _: FLOATS[scheme]), FLOATS[scheme]
-    of = Scheme.parse(scheme)
-    whole_file = scheme.startswith(("q", "iq"))
-    return of.bits_per_weight, Scheme.parse(GGUF_ENDS).bits_per_weight(256) if whole_file else KEPT_BITS
+    ends = head_type(scheme)
+    return Scheme.parse(scheme).bits_per_weight, Scheme.parse(ends).bits_per_weight(256) if ends else KEPT_BITS
+
+
+def head_type(scheme: str) -> str:
+    """What a GGUF file of a block type has for embedding and head: `GGUF_ENDS`, or that type where it is wider; "" for other
+    formats' schemes, which leave both in float."""
+    if not scheme.startswith(("q", "iq")):
+        return ""
+    return max(GGUF_ENDS, scheme, key=lambda name: Scheme.parse(name).bits_per_weight(256))
 
 
 FLOATS = {"float32": 32, "bfloat16": 16, "float16": 16}

@@ -167,10 +167,11 @@ class _Run:
                 self.checkpoints.save(step + 1, self.trained, self.optimizer, {"losses": losses, "before": before})
         self.trained.settle()
         after, done = self.judge(), (how.steps - first) * how.batch * how.seqlen
+        worse = f"the loss rose from {before:.4g} to {after:.4g} on what was held out: try --lr {how.lower_rate:g}"
         return Report(
             name, how.steps, how.steps * how.batch * how.seqlen, sum(p.numel() for p in self.parameters), self.optimizer_name,
             before, after, losses, time.monotonic() - begun, done / stepping if stepping else 0.0, peak_rss_bytes(),
-            (*self.data.notes, *self.trained.notes, *([ONE_BY_ONE] if self.apart else [])),
+            (*self.data.notes, *self.trained.notes, *[ONE_BY_ONE] * self.apart, *[worse] * (after > before)),
         )  # fmt: skip
 
     def _step(self, step: int, before: float, losses: list[float]) -> float:
@@ -190,9 +191,7 @@ class _Run:
                 kept = self.checkpoints.save(step, self.trained, self.optimizer, {"losses": losses, "before": before})
                 good = f"what was trained in {step} steps is in {kept}"
             message = f"step {step + 1}: the loss is {total} and the norm of its gradient {norm}; {good}"
-            raise NumericsError(
-                message, remedy=f"--restart with a lower rate, such as --lr {self.how.largest_rate / 4:g}"
-            )
+            raise NumericsError(message, remedy=f"--restart with a lower rate, such as --lr {self.how.lower_rate:g}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.rate(step)
         self.optimizer.step()

@@ -55,6 +55,8 @@ class Training:
         if not (0 < self.largest_rate < math.inf and 0 <= self.warmup <= 1):
             message = f"a learning rate of {self.lr} with warmup {self.warmup}"
             raise RecipeError(message, remedy="--lr 2e-4: above 0; a warmup from 0 to 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise RecipeError(f"alpha {self.alpha} is not above 0, and finite", remedy=f"--alpha {2 * self.rank}")
         if self.init not in (ZERO, RESIDUAL) or (self.init == RESIDUAL and (self.dora or self.teacher is None)):
             beside = "--dora" if self.dora else "no --teacher, whose weights it needs"
             message = f"init {self.init!r}" + (f" and {beside}" if self.init == RESIDUAL else "")
@@ -68,11 +70,19 @@ class Training:
             raise RecipeError(f"scales are trained without an adapter, and {of_adapters[0]} is of one", remedy=remedy)
 
     @property
+    def usual_rate(self) -> float:
+        """The largest learning rate where none is given."""
+        return SCALES_RATE if self.scales_only else LORA_RATE
+
+    @property
     def largest_rate(self) -> float:
         """The largest learning rate."""
-        if self.lr is not None:
-            return self.lr
-        return SCALES_RATE if self.scales_only else LORA_RATE
+        return self.usual_rate if self.lr is None else self.lr
+
+    @property
+    def lower_rate(self) -> float:
+        """What to try where a run went astray."""
+        return min(self.largest_rate / 4, self.usual_rate)
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps − 1."""

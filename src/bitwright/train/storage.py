@@ -36,7 +36,8 @@ def store_in_8_bits(
 
     Then train as ever: parameters keep their places in `parameters()`, for any optimizer made after this call that takes one
     gradient a step. LBFGS takes several, at points of its own choice, and compares them: where rounding moves these points by
-    more than it goes between them, it diverges.
+    more than it goes between them, it diverges. DistributedDataParallel needs init_sync=False and the same module in each
+    process: it would begin by sending parameters, which have no memory.
     dtype       of decoded weights, products and gradients; None: bfloat16 where it is fast, else float32. Layers take inputs of
                 any float type, and give results of that type
     stochastic  False rounds updates to nearest, by which training stalls: for comparison
