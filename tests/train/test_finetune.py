@@ -227,10 +227,14 @@ def test_conversations_that_teach_nothing_or_do_not_fit_are_named(llama: Path, t
     ("change", "kind", "said"),
     [
         ({"rank": 0}, RecipeError, "rank 0"),
+        ({"rank": 100_000}, RecipeError, "smaller side"),
         ({"lr": -1.0}, RecipeError, "learning rate"),
         ({"alpha": math.nan}, RecipeError, "alpha nan"),
         ({"seqlen": 4096}, InputError, "positions"),
         ({"targets": ("nothing",)}, RecipeError, "nothing"),
+        ({"targets": ("",)}, RecipeError, "not found"),
+        ({"targets": ("lm_head",)}, RecipeError, "shares its weight"),
+        ({"scheme": "int8-token"}, RecipeError, "for activations"),
         ({"scheme": "int99-g64"}, BitwrightError, "int99"),
     ],
 )

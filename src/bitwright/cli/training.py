@@ -81,7 +81,7 @@ def finetune(
 
         how = Training(
             scheme=scheme, rank=rank, alpha=alpha, rslora=rslora, dora=dora,
-            targets=tuple(targets.split(",")) if targets else None, steps=steps, batch=batch, seqlen=seqlen, lr=lr,
+            targets=None if targets is None else tuple(targets.split(",")), steps=steps, batch=batch, seqlen=seqlen, lr=lr,
             seed=seed, save_every=save_every, teacher=teacher, init=init, scales_only=scales_only,
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:

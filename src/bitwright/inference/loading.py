@@ -31,6 +31,7 @@ from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
+from bitwright.plan.rule import Rule
 from bitwright.system.device import DeviceMap, device_in
 from bitwright.system.memory import return_memory
 
@@ -63,7 +64,10 @@ def load(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
         )
     device = device_in(device_map)
-    filling = _Filling(local(Path(model)), Scheme.parse(scheme) if scheme else None, method, activations, dtype, device)
+    wanted = (
+        None if scheme is None else Rule(scheme, Scheme.parse(scheme), method).scheme
+    )  # errors as of a recipe's rule
+    filling = _Filling(local(Path(model)), wanted, method, activations, dtype, device)
     for note in filling.weight_source.notes:
         warnings.warn(f"{model}: {note}", stacklevel=2)
     return filling.run()

@@ -50,8 +50,8 @@ class Lora:
 
     def __init__(self, path: Path, how: Training, scheme: str | None, dtype: torch.dtype, base: bytes) -> None:
         """scheme: what a float model is rounded to; base: what `BASE` will hold. RecipeError for modules that it has not."""
-        self.shared, self.base = shared_modules(path), base
-        self.adapted = _adapted(path, how, scheme, dtype, self.shared)
+        self.shared, tied = shared_modules(path)
+        self.adapted, self.base = _adapted(path, how, scheme, dtype, tied), base
         if how.init == RESIDUAL and how.teacher is not None:
             _begin_at_residual(self.adapted, local(how.teacher), how.seed)
 
@@ -88,17 +88,18 @@ class Lora:
         write_file(folder / BASE, self.base)
 
 
-def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype, shared: Sequence[str]) -> "PeftModel":
+def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype, tied: Sequence[str]) -> "PeftModel":
     """The model with a new adapter. RecipeError for module names that it has not, or modules that are shared."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     base = prepare_for_training(load(path, scheme=scheme, dtype=dtype))
+    _check_rank(base, how.rank)
     alpha = 2 * how.rank if how.alpha is None else how.alpha
     config = LoraConfig(
         r=how.rank, lora_alpha=alpha, use_rslora=how.rslora, use_dora=how.dora, task_type="CAUSAL_LM",  # type: ignore[arg-type]
         target_modules="all-linear" if how.targets is None else list(how.targets),
-        exclude_modules=[*unlike_linear(base), *shared] or None if how.targets is None else None,
+        exclude_modules=[*unlike_linear(base), *tied] or None if how.targets is None else None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
@@ -111,7 +112,7 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype, 
                 message, where=str(path), remedy="--targets q_proj,v_proj, as the model names them"
             ) from error
     layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    wrong = next((name for name in shared if name in layers), None)
+    wrong = next((name for name in tied if name in layers), None)
     if wrong is not None:
         message = (
             "it shares its weight with another module: no merged model could hold what an adapter adds to one of them"
@@ -125,6 +126,14 @@ def _adapted(path: Path, how: Training, scheme: str | None, dtype: torch.dtype, 
     adapted.peft_config["default"].base_model_name_or_path = _name(path, base.config.name_or_path)
     adapted.train()
     return adapted
+
+
+def _check_rank(base: PreTrainedModel, rank: int) -> None:
+    """RecipeError for a rank that no matrix of the model has."""
+    sides = [min(m.in_features, m.out_features) for m in base.modules() if isinstance(m, nn.Linear)]
+    if rank > max(sides, default=rank):
+        message = f"rank {rank} is more than the smaller side of any matrix, {max(sides)} at most"
+        raise RecipeError(message, where="--rank", remedy="--rank 16")
 
 
 def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
@@ -152,12 +161,13 @@ def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
             _begin_at(layer, w - rounded, seed)
 
 
-def shared_modules(path: Path) -> list[str]:
-    """Modules in the blocks whose weights are those of others too (Zamba 2)."""
+def shared_modules(path: Path) -> tuple[list[str], list[str]]:
+    """Modules whose weights are those of others too: in the blocks (Zamba 2), and in the whole model."""
     skeleton = Skeleton(read_config(path), torch.float32)
     inside = f"{skeleton.block_prefix}."
-    names = {name for pair in skeleton.ties().items() for name in pair if name.startswith(inside)}
-    return sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    names = {name for pair in skeleton.ties().items() for name in pair if name.endswith(".weight")}
+    everywhere = sorted(name.removesuffix(".weight") for name in names)
+    return [name for name in everywhere if name.startswith(inside)], everywhere
 
 
 def unlike_linear(base: PreTrainedModel) -> list[str]:
