@@ -220,6 +220,16 @@ def test_statistics_of_experts_are_not_all_in_memory_at_once(
     assert len(grams) > 8 and max(most) <= 2
 
 
+def test_a_model_that_is_quantized_is_planned_anew_if_that_is_asked_for(llama: Path, text: str, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "eight", scheme="int8-channel", method="rtn", calib="none")
+    settings = Settings("bitwright", ("int4-g32", "int8-channel"), "rtn", calib=text, **SMALL)
+    with pytest.raises(CheckpointError, match="already quantized") as caught:
+        plan_recipe(tmp_path / "eight", Target(bits=7), settings)
+    assert "--requantize" in caught.value.remedy
+    made = plan_recipe(tmp_path / "eight", Target(bits=7), replace(settings, requantize=True))
+    assert 6.6 < made.plan.bits_per_weight <= 7
+
+
 def test_quantize_to_a_size_does_both(llama: Path, text: str, tmp_path: Path) -> None:
     smallest = quantize(llama, tmp_path / "all4", scheme="int4-g64", method="rtn", calib=text, **SMALL).bytes
     limit = smallest + 4000

@@ -374,6 +374,16 @@ def plan(model: Path, adapter: Path, tmp_path: Path) -> Any:
     return planned(model, tmp_path / "out", options)
 
 
+def test_a_base_that_is_quantized_is_refused_with_a_remedy_that_merge_has(
+    adapter: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    quantize(llama, tmp_path / "eight", scheme="int8-channel", method="rtn", calib="none")
+    settings = Settings(scheme="int4-g32", calib=str(text), samples=4, seqlen=32)
+    with pytest.raises(CheckpointError, match="already quantized") as caught:
+        merge(tmp_path / "eight", adapter, tmp_path / "out", settings=settings, resume=False, progress=lambda *_: None)
+    assert "float original" in caught.value.remedy and "--requantize" not in caught.value.remedy
+
+
 def test_an_adapter_of_other_weights_is_refused(adapter: Path, llama: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

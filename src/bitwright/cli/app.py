@@ -18,6 +18,7 @@ from bitwright.cli.console import (
     Model,
     Out,
     Quiet,
+    Requantize,
     Resume,
     Samples,
     Seed,
@@ -86,9 +87,6 @@ TensorType = Annotated[
 ]
 HeadType = Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")]
 EmbeddingType = Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")]
-Requantize = Annotated[
-    bool, typer.Option("--requantize", help="Take a source that is quantized already (GGUF too), decoded.")
-]
 WrittenFormat = Annotated[
     str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
 ]

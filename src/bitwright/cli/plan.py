@@ -9,6 +9,7 @@ import typer
 from bitwright.cli.console import (
     AsJson,
     Quiet,
+    Requantize,
     Samples,
     Seed,
     Seqlen,
@@ -58,6 +59,7 @@ def plan(
     scores: Annotated[
         Path | None, typer.Option(help="Directory that keeps the scores: another target then takes seconds.")
     ] = None,
+    requantize: Requantize = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,18 +76,19 @@ def plan(
         target = Target.parse(size, bits, kl)
         tried = None if schemes is None else tuple(name.strip().lower() for name in schemes.split(","))
         settings = Settings(
-            format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl, measure
-        )
+            format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl, measure,
+            requantize,
+        )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
             made = plan_recipe(model, target, settings, scores=scores, progress=progress)
         write_file(out, made.text.encode())
         if as_json:
             show({"recipe": str(out), **made.as_dict()}, True, "")
         elif not quiet:
-            _print(made, model, out)
+            _print(made, model, out, " --requantize" if requantize else "")
 
 
-def _print(made: "PlannedRecipe", model: Path, out: Path) -> None:
+def _print(made: "PlannedRecipe", model: Path, out: Path, more: str) -> None:
     """What each kind of matrix was given, sizes, and what to do next."""
     for note in made.notes:
         errors.print(f"note: {plain(note)}", highlight=False)
@@ -103,5 +106,5 @@ def _print(made: "PlannedRecipe", model: Path, out: Path) -> None:
         highlight=False,
     )
     result = "OUT.gguf" if made.plan.format.one_file else f"OUT --format {made.plan.format.name}"
-    command = f"bitwright quantize {model} {result} --recipe {out}"
+    command = f"bitwright quantize {model} {result} --recipe {out}{more}"
     console.print(f"carry it out: {plain(command)}", highlight=False, soft_wrap=True)

@@ -46,6 +46,7 @@ class Settings:
     activations     what inputs are rounded to where that costs least, such as int8-token; None: they stay in float
     activations_kl  the KL, in nats a token, that rounding inputs may be predicted to add
     measure         how often at most single steps are measured, and the plan is made anew: see steps.py
+    requantize      whether a model that is quantized already is taken, decoded
     """
 
     format: str = "compressed-tensors"
@@ -59,6 +60,7 @@ class Settings:
     activations: str | None = None
     activations_kl: float | None = None
     measure: int = 0
+    requantize: bool = False
 
     @property
     def inputs(self) -> Scheme | None:
@@ -185,7 +187,7 @@ def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
         raise RecipeError(message, where=settings.method, remedy=f"--method {settings.method.rpartition('+')[2]}")
     base = base_plan(
         model, settings.format, method=settings.method, keep=settings.keep,
-        samples=settings.samples, seqlen=settings.seqlen,
+        samples=settings.samples, seqlen=settings.seqlen, requantize=settings.requantize,
     )  # fmt: skip
     _ = base.skeleton.head_name  # CheckpointError for an encoder: it predicts nothing that could differ
     units, inputs = units_of(base, settings.schemes), settings.inputs
@@ -304,7 +306,10 @@ class _Spending:
         settings, given = self.settings, self._given(options)
         text = _text(given, settings, self.base)
         recipe = Recipe.of_text(text, scheme=SCHEMES.get(settings.format, SCHEME), method=settings.method)
-        plan = preflight(self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen)
+        plan = preflight(
+            self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen,
+            requantize=settings.requantize,
+        )  # fmt: skip
         return text, plan, given
 
     def _given(self, options: list[Option]) -> tuple[Given, ...]:

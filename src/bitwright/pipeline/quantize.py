@@ -68,8 +68,9 @@ def _for_target(model: Path, out: Path, options: QuantizeOptions, progress: Prog
     target = Target.parse(options.size, options.bits)
     format, _, method = chosen(out, options.format, None, options.method)
     settings = Settings(
-        format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed
-    )
+        format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed,
+        requantize=options.requantize,
+    )  # fmt: skip
     return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
 
 
@@ -78,8 +79,7 @@ def _refuse_beside_a_target(options: QuantizeOptions) -> None:
     given = {
         "--scheme": options.scheme, "--recipe": options.recipe, "--pure": options.pure,
         "--activations": options.activations, "--kv-cache": options.kv_cache, "--prune": options.prune,
-        "--store": options.store, "--requantize": options.requantize, "--device": device_of(options.device) != CPU,
-        "several processes": options.distributed,
+        "--store": options.store, "--device": device_of(options.device) != CPU, "several processes": options.distributed,
         **options.types.options,
     }  # fmt: skip
     others = [name for name, value in given.items() if value]

@@ -57,7 +57,16 @@ class Unit:
     choices: tuple[Choice, ...]
 
 
-def base_plan(model: Path, format_name: str, *, method: str, keep: Sequence[str], samples: int, seqlen: int) -> Plan:
+def base_plan(
+    model: Path,
+    format_name: str,
+    *,
+    method: str,
+    keep: Sequence[str],
+    samples: int,
+    seqlen: int,
+    requantize: bool = False,
+) -> Plan:
     """The plan of a run that quantizes all that a plan may choose for, in the widest scheme.
 
     FormatError for a format that has no choice of schemes; RecipeError for a pattern of `keep` that matches nothing.
@@ -67,7 +76,8 @@ def base_plan(model: Path, format_name: str, *, method: str, keep: Sequence[str]
     scheme = WIDEST.get(format_name, "int8-channel")
     rule = Recipe.of(None, scheme=scheme, method=method, pure=True).rules[0]
     kept = [Rule(pattern, None, method) for pattern in keep]
-    return preflight(model, Recipe((rule, *kept), pure=True), format_name, samples=samples, seqlen=seqlen)
+    recipe = Recipe((rule, *kept), pure=True)
+    return preflight(model, recipe, format_name, samples=samples, seqlen=seqlen, requantize=requantize)
 
 
 def units_of(plan: Plan, schemes: Sequence[str] | None) -> list[Unit]:
