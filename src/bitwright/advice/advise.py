@@ -29,6 +29,7 @@ ON_GPU = (
 GROUPS = (128, 64, 32)
 FOUR_BITS = ("q4_k", "int4-g128")
 CONTEXT = 4096  # tokens, where the model knows as many
+BESIDE = 5e-6  # seconds that a product takes beside its weights: the threads meet, and norms, rotations, attention go between
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,19 @@ def _fit(shape: ModelShape, machine: Machine, gpu: Gpu | None, scheme: str, cont
 
 def expected_speed(shape: ModelShape, machine: Machine, scheme: str, context: int) -> float | None:
     """Tokens a second after a prompt of `context` tokens, on the CPU: the measured speed of products with one token, and of
-    reading the head, where it stays float, and the KV cache. None: not measured."""
+    reading the head, where it stays float, and the KV cache; and `BESIDE` for each product. None: not measured."""
     if not machine.bandwidth or not shape.predicts:
         return None
-    cache = shape.cache_bytes(context) / machine.bandwidth
+    rest = shape.cache_bytes(context) / machine.bandwidth + BESIDE * sum(shape.active.values())
     if scheme in FLOATS:
-        return 1 / (shape.read_bytes(scheme) / machine.bandwidth + cache)
+        return 1 / (shape.read_bytes(scheme) / machine.bandwidth + rest)
     rate = machine.weights.get(scheme)
     if rate is None:
         return None
     in_blocks = sum(count * N * K for (N, K), count in shape.active.items())
     ends = head_type(scheme)
     head = shape.head / machine.weights.get(ends, rate) if ends else 2 * shape.head / machine.bandwidth
-    return 1 / (in_blocks / rate + head + cache)
+    return 1 / (in_blocks / rate + head + rest)
 
 
 def _gpu_speed(shape: ModelShape, gpu: Gpu, scheme: str, context: int) -> float | None:
