@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bitwright.advice import machine
-from bitwright.advice.advise import CPU_SCHEMES, Advice, advise, expected_speed
+from bitwright.advice.advise import BESIDE_IN_MODULES, CPU_SCHEMES, Advice, advise, expected_speed
 from bitwright.advice.engines import ENGINES, TABLE
 from bitwright.advice.machine import Gpu, Machine, this_machine
 from bitwright.advice.measured import measured
@@ -125,7 +125,8 @@ def test_engines_are_held_to_their_hardware(tmp_path: Path) -> None:
 def test_speed_is_what_memory_and_products_allow(tmp_path: Path) -> None:
     shape = shape_of(config_only(tmp_path / "llama", "llama", **LLAMA_13B))
     wide = expected_speed(shape, LAPTOP, "bfloat16", 1)
-    assert wide == pytest.approx(40e9 / (2 * (shape.parameters - shape.embedding)), rel=0.01)
+    read, products = 2 * (shape.parameters - shape.embedding) / 40e9, sum(shape.active.values())
+    assert wide == pytest.approx(1 / (read + products * BESIDE_IN_MODULES), rel=0.01)
     narrow = expected_speed(shape, LAPTOP, "q4_k", 1)
     assert narrow == pytest.approx(6e10 / (shape.parameters - shape.embedding), rel=0.01)
     long = expected_speed(shape, LAPTOP, "q4_k", 4096)

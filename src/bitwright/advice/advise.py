@@ -29,7 +29,9 @@ ON_GPU = (
 GROUPS = (128, 64, 32)
 FOUR_BITS = ("q4_k", "int4-g128")
 CONTEXT = 4096  # tokens, where the model knows as many
-BESIDE = 5e-6  # seconds that a product takes beside its weights: the threads meet, and norms, rotations, attention go between
+# Seconds that a product takes beside its weights: threads meet, and norms, rotations and attention go between. Float models are
+# run by torch's modules. By measurement (SmolLM2, two threads), and alike on other processors
+BESIDE, BESIDE_IN_MODULES = 5e-6, 1e-4
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,11 @@ def _fit(shape: ModelShape, machine: Machine, gpu: Gpu | None, scheme: str, cont
 
 def expected_speed(shape: ModelShape, machine: Machine, scheme: str, context: int) -> float | None:
     """Tokens a second after a prompt of `context` tokens, on the CPU: the measured speed of products with one token, and of
-    reading the head, where it stays float, and the KV cache; and `BESIDE` for each product. None: not measured."""
+    reading the head, where it stays float, and the KV cache; and `BESIDE` each product. None: not measured."""
     if not machine.bandwidth or not shape.predicts:
         return None
-    rest = shape.cache_bytes(context) / machine.bandwidth + BESIDE * sum(shape.active.values())
+    beside = BESIDE_IN_MODULES if scheme in FLOATS else BESIDE
+    rest = shape.cache_bytes(context) / machine.bandwidth + beside * sum(shape.active.values())
     if scheme in FLOATS:
         return 1 / (shape.read_bytes(scheme) / machine.bandwidth + rest)
     rate = machine.weights.get(scheme)
