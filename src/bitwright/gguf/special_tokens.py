@@ -9,6 +9,7 @@ import gguf
 
 Kind = gguf.TokenType
 PREFIX = "tokenizer.ggml."
+FOUND = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)  # token types that are split off before pre-tokenization
 # Keys (without their prefix) of tokens that end generation.
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
 # Texts of tokens that end generation without a key.

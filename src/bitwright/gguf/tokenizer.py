@@ -3,25 +3,27 @@
 Five families (tokenizer.ggml.model) are read:
 gpt2    byte-level BPE; a key names its pre-tokenizer (pretokenizers.py)
 gemma4  BPE over characters with byte fallback
-llama   sentencepiece's BPE: instead of merges, tokens have scores; the pair that makes the token of the highest score is merged
+llama   sentencepiece's BPE: tokens with scores instead of merges (scored_tokenizer.py)
 t5      sentencepiece's Unigram (unigram_tokenizer.py)
 bert    BERT's WordPiece; llama.cpp marks the first piece of a word, BERT marks the others
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError
-from bitwright.gguf import unigram_tokenizer
+from bitwright.gguf import scored_tokenizer, unigram_tokenizer
 from bitwright.gguf.pretokenizers import ESCAPED, PRE_TOKENIZERS, PreTokenizer
 from bitwright.gguf.reader import Typed
-from bitwright.gguf.special_tokens import PREFIX, Kind, id_of, kinds_of, takes_spaces_behind
+from bitwright.gguf.scored_tokenizer import SCORES, ByScore
+from bitwright.gguf.special_tokens import FOUND, PREFIX, Kind, id_of, kinds_of, takes_spaces_behind
 from bitwright.gguf.templates import read_templates
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys
 
@@ -38,7 +40,6 @@ GOES_ON = "##"  # BERT's prefix of a piece that continues a word
 WORDS: Keys = {"clean_text": True, "handle_chinese_chars": True}  # BertNormalizer's options that llama.cpp implements
 NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")  # byte-level BPE's letters for bytes that never occur in UTF-8
 NO_MERGE = "ÿ ÿ"  # written for a tokenizer without merges: llama.cpp requires at least one, and this never applies
-FOUND = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)  # token types that are split off before pre-tokenization
 
 
 def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
@@ -46,7 +47,8 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
     own = _own(keys, where)
     family = own.get("model")
     makers = {
-        "gpt2": _bpe, "gemma4": _bpe, "llama": _sentencepiece, "t5": unigram_tokenizer.content_of, "bert": _wordpiece,
+        "gpt2": _bpe, "gemma4": _bpe, "llama": scored_tokenizer.content_of, "t5": unigram_tokenizer.content_of,
+        "bert": _wordpiece,
     }  # fmt: skip
     if family not in makers:
         remedy = f"known: {', '.join(makers)}; another needs a function in gguf/tokenizer.py"
@@ -74,18 +76,20 @@ def _built(content: Keys, special: Mapping[str, str]) -> PreTrainedTokenizerFast
     if model["type"] == "BPE":
         added = {token["content"] for token in content["added_tokens"]}
         few = {token: i for token, i in model["vocab"].items() if token in added}
-        content = {**content, "model": {**model, "vocab": few, "merges": []}}
+        content = {**content, "model": {"type": "BPE", "vocab": few, "merges": []}}
     inner = Tokenizer.from_str(json.dumps(content))
     found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
     if model["type"] == "BPE":
-        found.backend_tokenizer.model = BPE(**{name: value for name, value in model.items() if name != "type"})
+        found.backend_tokenizer.model = BPE(**{name: model[name] for name in model if name not in ("type", SCORES)})
+        if SCORES in model:
+            found.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(ByScore(model[SCORES]))
     return found
 
 
 def _own(keys: Mapping[str, Any], where: str) -> Keys:
     """The tokenizer's keys without their prefix. Each token has a text (empty ones are replaced) and a type.
 
-    CheckpointError if there are no tokens, or not a type for each.
+    CheckpointError if there are no tokens, or not a type for each, or two with one text.
     """
     plain = {name: np.asarray(value.value) if isinstance(value, Typed) else value for name, value in keys.items()}
     own = {name.removeprefix(PREFIX): value for name, value in plain.items() if name.startswith(PREFIX)}
@@ -97,6 +101,10 @@ def _own(keys: Mapping[str, Any], where: str) -> Keys:
             "no tokens, or not a kind for each", where=where, remedy="give a file with its vocabulary"
         )
     own["tokens"] = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    if len(set(own["tokens"])) < len(tokens):
+        twice = Counter(own["tokens"]).most_common(1)[0][0]
+        message = f"token {twice!r} has more than one id, and llama.cpp takes no such vocabulary"
+        raise CheckpointError(message, where=where, remedy="give each token a text of its own")
     if kinds is not None:
         own["token_type"] = numbers.tolist()
     own["token_type"] = kinds_of(own)
@@ -181,44 +189,6 @@ def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
 def _unmarked(token: str) -> str:
     """A WordPiece token with BERT's mark (## before continuing pieces) instead of llama.cpp's (▁ before first pieces)."""
     return token.removeprefix(SPACE) if token.startswith(SPACE) else GOES_ON + token
-
-
-def _sentencepiece(own: Keys, tokens: list[str], where: str) -> Keys:
-    prefix = bool(own.get("add_space_prefix", True))
-    spaces: Keys = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    start: list[Keys] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
-    back: Keys = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip: list[Keys] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    unknown = id_of(own, "unknown_token_id")
-    return {
-        "model": {
-            "type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": _merges(own, tokens, where),
-            "byte_fallback": True, "fuse_unk": True, "unk_token": None if unknown is None else tokens[unknown],
-        },
-        "normalizer": {"type": "Sequence", "normalizers": [*start, spaces]},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-    }  # fmt: skip
-
-
-def _merges(own: Keys, tokens: list[str], where: str) -> list[tuple[str, str]]:
-    """Merges equivalent to sentencepiece's scores: every way to make a normal token of two others, best score first.
-
-    The two others may be of any type: llama.cpp looks texts up in the whole vocabulary.
-    """
-    scores, known = np.asarray(own.get("scores", np.zeros(len(tokens)))), set(tokens)
-    if scores.dtype.kind not in "fiu" or scores.shape != (len(tokens),):
-        raise CheckpointError("not a score for each token", where=where, remedy="get a good copy")
-    kinds, normal, pairs = own["token_type"], int(Kind.NORMAL), []
-    for i in np.argsort(-scores, kind="stable").tolist():
-        if kinds[i] == normal:
-            token = tokens[i]
-            for at in range(
-                1, len(token)
-            ):  # a plain loop: a quarter of a million tokens, and most cuts end at the left
-                if (left := token[:at]) in known and (right := token[at:]) in known:
-                    pairs.append((left, right))
-    return pairs
 
 
 def _added(own: Keys, behind: frozenset[str]) -> Iterator[Keys]:

@@ -19,6 +19,7 @@ from bitwright.formats.ggml_scales import scales_of
 from bitwright.gguf.config_keys import config_of, further_blocks
 from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded, float_dtype
 from bitwright.gguf.rope import COMPUTED
+from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import Names
 from bitwright.gguf.tensor_parts import Place, in_one
 from bitwright.gguf.tokenizer import tokenizer_of
@@ -103,6 +104,17 @@ def _parameters(config: PretrainedConfig, where: str) -> dict[str, tuple[int, ..
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a GGUF file. CheckpointError for a kind that is not read here."""
     return tokenizer_of(GgufFile(path).keys, str(path))
+
+
+def check_companions(path: Path) -> None:
+    """FormatError for a GGUF file whose tokenizer or chat template no directory can hold; CheckpointError as of the former."""
+    template_keys(read_templates(GgufFile(path).keys), str(path))
+    tokenizer = read_tokenizer(path)
+    try:
+        tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # the tokenizers package raises no other
+        message = "of tokens with equal scores its tokenizer makes the leftmost first, which no tokenizer.json can say"
+        raise FormatError(message, where=str(path), remedy="keep it a GGUF file: give OUT.gguf") from error
 
 
 class GgufWeightSource:

@@ -24,6 +24,7 @@ from bitwright.formats import FORMATS, Format, Layer
 from bitwright.kernels.matmul import FACTORS
 from bitwright.models.config import read_config
 from bitwright.models.families import auto_class
+from bitwright.models.gguf_source import check_companions
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import names_in, open_weights
 from bitwright.numerics.codec import decode, per_column, values
@@ -191,6 +192,8 @@ class _Source:
 
     def __init__(self, model: Path) -> None:
         self.model, self.weight_source = model, open_weights(model)
+        if is_gguf(model):
+            check_companions(model)
         self.skeleton = Skeleton(read_config(model), EXACT)
         self.names = names_in(self.weight_source, self.skeleton)
         self._floats: list[str] = []  # notes on tensors that were quantized and become float

@@ -19,14 +19,13 @@ from bitwright.files.model_path import is_gguf
 from bitwright.formats import READERS, Format, format_named
 from bitwright.gguf.metadata import Metadata, metadata
 from bitwright.gguf.reader import carried_keys
-from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.models.adapter import Adapter
 from bitwright.models.adapter_base import check_base
 from bitwright.models.config import check_described, described_in, quantization_of, read_config
 from bitwright.models.decoded_source import DecodedCheckpoint, FloatCheckpoint, has_no_original
 from bitwright.models.families import IN_FLOAT32, positions_of
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
-from bitwright.models.gguf_source import FloatGgufCheckpoint
+from bitwright.models.gguf_source import FloatGgufCheckpoint, check_companions
 from bitwright.models.skeleton import Skeleton
 from bitwright.plan.peak_memory import peak_memory
 from bitwright.plan.planned_tensor import PlannedTensor, decoded_note
@@ -174,7 +173,7 @@ def _open(
     decoded_as = torch.float32 if format_.one_file else HALF
     found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
     if not format_.one_file:  # whose tokenizer is written anew
-        template_keys(read_templates(found.weight_source.file.keys), str(source))
+        check_companions(source)
     return found, []
 
 
