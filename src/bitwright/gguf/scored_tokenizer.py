@@ -31,7 +31,7 @@ class ByScore:
 
     def _cut(self, part: NormalizedString) -> list[NormalizedString]:
         ends = ends_of_tokens(part.normalized, self.scores)
-        return [part[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+        return [piece for begin, end in zip([0, *ends], ends, strict=False) if (piece := part[begin:end])]
 
 
 def ends_of_tokens(text: str, scores: Mapping[str, float]) -> list[int]:
@@ -51,8 +51,8 @@ def ends_of_tokens(text: str, scores: Mapping[str, float]) -> list[int]:
         ends[left], ends[right] = end, 0
         if end < len(text):
             before[end] = left
-        for pair in ((before[left], left), (left, end)):
-            if pair[0] >= 0 and pair[1] < len(text) and (found := joined(*pair)):
+        for one, other in ((before[left], left), (left, end)):
+            if one >= 0 and other < len(text) and (found := joined(one, other)):
                 heappush(waiting, found)
     return [end for end in ends if end]
 
@@ -96,7 +96,8 @@ def ranked_pairs(scores: Mapping[str, float], known: frozenset[str]) -> list[tup
     strangers = {character for token in scores for character in token} - known
     if any(_has_stranger(token, known) for token in scores if not strangers.isdisjoint(token)):
         return None
-    pairs, last = [], None
+    pairs: list[tuple[str, str]] = []
+    last = None
     for token in sorted(scores, key=lambda token: -scores[token]):
         before, score = len(pairs), scores[token]
         for at in range(1, len(token)):  # a plain loop: a quarter of a million tokens, and most cuts end at the left

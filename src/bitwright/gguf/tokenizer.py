@@ -5,7 +5,7 @@ gpt2    byte-level BPE; a key names its pre-tokenizer (pretokenizers.py)
 gemma4  BPE over characters with byte fallback
 llama   sentencepiece's BPE: tokens with scores instead of merges (scored_tokenizer.py)
 t5      sentencepiece's Unigram (unigram_tokenizer.py)
-bert    BERT's WordPiece; llama.cpp marks the first piece of a word, BERT marks the others
+bert    BERT's WordPiece (wordpiece_tokenizer.py)
 """
 
 import json
@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError
-from bitwright.gguf import scored_tokenizer, unigram_tokenizer
+from bitwright.gguf import scored_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from bitwright.gguf.pretokenizers import ESCAPED, PRE_TOKENIZERS, PreTokenizer
 from bitwright.gguf.reader import Typed
 from bitwright.gguf.scored_tokenizer import SCORES, ByScore
@@ -36,8 +36,6 @@ SPECIAL = {
     "seperator_token_id": "sep_token",
     "mask_token_id": "mask_token",
 }
-GOES_ON = "##"  # BERT's prefix of a piece that continues a word
-WORDS: Keys = {"clean_text": True, "handle_chinese_chars": True}  # BertNormalizer's options that llama.cpp implements
 NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")  # byte-level BPE's letters for bytes that never occur in UTF-8
 NO_MERGE = "ÿ ÿ"  # written for a tokenizer without merges: llama.cpp requires at least one, and this never applies
 
@@ -48,7 +46,7 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
     family = own.get("model")
     makers = {
         "gpt2": _bpe, "gemma4": _bpe, "llama": scored_tokenizer.content_of, "t5": unigram_tokenizer.content_of,
-        "bert": _wordpiece,
+        "bert": wordpiece_tokenizer.content_of,
     }  # fmt: skip
     if family not in makers:
         remedy = f"known: {', '.join(makers)}; another needs a function in gguf/tokenizer.py"
@@ -160,35 +158,6 @@ def _pair(merge: Any, where: str) -> tuple[str, str]:
     if at < 0:
         raise CheckpointError(f"{merge!r} is no merge", where=where, remedy="get a good copy")
     return merge[:at], merge[at + 1 :]
-
-
-def _wordpiece(own: Keys, tokens: list[str], where: str) -> Keys:
-    unknown = id_of(own, "unknown_token_id")
-    if unknown is None:
-        raise CheckpointError("WordPiece without a token for what is unknown", where=where, remedy="get a good copy")
-    if own["token_type"][unknown] == Kind.NORMAL:
-        message = f"the token for what is unknown, {tokens[unknown]!r}, is marked as a piece of words"
-        raise CheckpointError(message, where=where, remedy="get a good copy")
-    plain = [
-        _unmarked(token) if kind == Kind.NORMAL else token
-        for token, kind in zip(tokens, own["token_type"], strict=True)
-    ]
-    lowercase = bool(own.get("normalizer.lowercase", True))
-    accents = bool(own.get("normalizer.strip_accents", lowercase))
-    return {
-        "model": {
-            "type": "WordPiece", "vocab": {token: i for i, token in enumerate(plain)}, "unk_token": tokens[unknown],
-            "continuing_subword_prefix": GOES_ON, "max_input_chars_per_word": 100,
-        },
-        "normalizer": {"type": "BertNormalizer", "strip_accents": accents, "lowercase": lowercase, **WORDS},
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "decoder": {"type": "WordPiece", "prefix": GOES_ON, "cleanup": True},
-    }  # fmt: skip
-
-
-def _unmarked(token: str) -> str:
-    """A WordPiece token with BERT's mark (## before continuing pieces) instead of llama.cpp's (▁ before first pieces)."""
-    return token.removeprefix(SPACE) if token.startswith(SPACE) else GOES_ON + token
 
 
 def _added(own: Keys, behind: frozenset[str]) -> Iterator[Keys]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import CheckpointError, FormatError
-from bitwright.gguf import unigram_tokenizer
+from bitwright.gguf import unigram_tokenizer, wordpiece_tokenizer
 from bitwright.gguf.special_tokens import END_TEXTS, PREFIX, Kind, ends_of, is_phi3, phi3_loads
 from bitwright.gguf.templates import check_names, template_keys
-from bitwright.gguf.tokenizer import GOES_ON, NO_MERGE, SPECIAL, WORDS
+from bitwright.gguf.tokenizer import NO_MERGE, SPECIAL
 from bitwright.gguf.tokenizer_proof import Proof, fitting_row
-from bitwright.gguf.unigram_tokenizer import SPACE, Keys, single_steps
+from bitwright.gguf.unigram_tokenizer import Keys, single_steps
 
 NAME = "general.name"
 
@@ -72,7 +72,7 @@ def _ways(content: Keys, tokens: list[str], kinds: list[int], file: Path) -> Ite
     """Candidate keys that are particular to a tokenizer family, the likeliest first."""
     model = content["model"]
     if model["type"] == "WordPiece":
-        yield _pieces(content, tokens, kinds, str(file))
+        yield wordpiece_tokenizer.keys_of(content, tokens, kinds, str(file))
     elif model["type"] == "Unigram":
         yield unigram_tokenizer.keys_of(content, len(tokens), str(file))
     else:
@@ -85,26 +85,6 @@ def _ways(content: Keys, tokens: list[str], kinds: list[int], file: Path) -> Ite
         for prefix in (prefixed, not prefixed):
             yield {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
         yield {"model": "gemma4", "pre": "gemma4", "merges": joined}
-
-
-def _pieces(content: Keys, tokens: list[str], kinds: list[int], where: str) -> Keys:
-    """The keys that are particular to WordPiece, tokens with llama.cpp's marks. FormatError for a normalizer unlike BERT's."""
-    start, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    like_bert = start.get("type") == "BertNormalizer" and cut.get("type") == "BertPreTokenizer"
-    if not like_bert or any(start.get(key) != value for key, value in WORDS.items()):
-        message = f"an unknown pre-tokenizer for WordPiece: {json.dumps([start, cut])[:200]}"
-        raise FormatError(message, where=where, remedy="llama.cpp cuts for WordPiece as BERT does, and not otherwise")
-    lowercase, accents = bool(start.get("lowercase")), start.get("strip_accents")
-    marked = [_marked(token) if kind == Kind.NORMAL else token for token, kind in zip(tokens, kinds, strict=True)]
-    return {
-        "model": "bert", "pre": "default", "tokens": marked, "normalizer.lowercase": lowercase,
-        "normalizer.strip_accents": lowercase if accents is None else bool(accents),
-    }  # fmt: skip
-
-
-def _marked(token: str) -> str:
-    """A WordPiece token with llama.cpp's mark (▁ before first pieces) instead of BERT's (## before continuing pieces)."""
-    return token.removeprefix(GOES_ON) if token.startswith(GOES_ON) else SPACE + token
 
 
 def _tokens(content: Keys, vocabulary: int, where: str) -> tuple[list[str], list[int]]:

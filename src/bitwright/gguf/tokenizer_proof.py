@@ -13,6 +13,7 @@ from bitwright.gguf.probes import ORDINARY, RARE, beside
 from bitwright.gguf.special_tokens import END_TEXTS, PREFIX
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys, single_steps
+from bitwright.gguf.wordpiece_tokenizer import LONG_WORD, is_otherwise
 
 SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions in published expressions; SHORT_HERE: in pretokenizers.py
 SHORT_HERE = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -52,9 +53,13 @@ class Proof:
         words = _own_words(content)
         texts += [word for word in words if word.isascii()]
         rare = [*RARE, *(word for word in words if not word.isascii())]
+        pieces = content["model"]["type"] == "WordPiece"
+        if pieces:
+            apart = [text for text in texts if is_otherwise(text, content.get("normalizer") or {})]
+            texts, rare = [text for text in texts if text not in apart], [*rare, *apart, LONG_WORD]
         odd = tuple(token["content"] for token in added if any(token.get(flag) for flag in STRIPPING))
         composed = (content.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
-        near = composed and nearest(content) is not None
+        near = pieces or (composed and nearest(content) is not None)
         wanted = tokenizer([*texts, *rare])["input_ids"]
         return cls([*texts, *rare], wanted, len(texts), near, odd, where)
 
