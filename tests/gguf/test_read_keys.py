@@ -134,6 +134,31 @@ def test_states_beside_positions_that_no_key_denies_are_refused() -> None:
         config_of(keys, shapes(), "x")
 
 
+@pytest.mark.parametrize("kind", ["starcoder2", "qwen3_next", "qwen3_5_moe_text", "llama"])
+def test_without_heads_of_keys_there_are_as_many_as_of_queries(kind: str) -> None:
+    keys = keys_of(small_config(kind))
+    keys.pop(f"{keys['general.architecture']}.attention.head_count_kv")
+    assert config_of(keys, shapes(), "x").num_key_value_heads == 4  # not transformers' 2
+
+
+@pytest.mark.parametrize(("kind", "key"), [("jamba", "ssm.state_size"), ("falcon_h1", "ssm.group_count")])
+def test_states_are_of_a_size_that_the_file_says(kind: str, key: str) -> None:
+    keys = keys_of(small_config(kind))
+    keys.pop(f"{keys['general.architecture']}.{key}")
+    with pytest.raises(CheckpointError, match=f"{key} is missing"):
+        config_of(keys, shapes(), "x")
+
+
+def test_experts_are_as_many_as_the_tensors_hold() -> None:
+    keys = keys_of(small_config("qwen3_moe"))
+    held = {"blk.0.ffn_up_exps.weight": (4, 64, 64)}
+    assert config_of(keys, shapes() | held, "x").num_experts == 4
+    with pytest.raises(CheckpointError, match=r"expert_count = 8, and tensor 'blk\.0\.ffn_up_exps\.weight' holds 4"):
+        config_of(keys | {"qwen3moe.expert_count": 8}, shapes() | held, "x")
+    with pytest.raises(CheckpointError, match="1024 at most"):
+        config_of(keys | {"qwen3moe.expert_count": 2**32 - 1}, shapes(), "x")
+
+
 @pytest.mark.parametrize("key", ["context_length", "expert_used_count", "attention.layer_norm_rms_epsilon"])
 def test_keys_without_which_llama_cpp_loads_nothing_are_missed(key: str) -> None:
     keys = keys_of(small_config("qwen3_moe"))

@@ -36,9 +36,11 @@ BY_NAME = "bitwright quantize --calib none --method search makes a smaller file 
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 EXPERTS_USED = "expert_used_count"
+MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 # Keys without which llama.cpp loads no model that has them.
 NEEDED = (
-    "block_count", "embedding_length", "attention.head_count", "context_length", EXPERTS_USED, "ssm.conv_kernel",
+    "block_count", "embedding_length", "attention.head_count", "context_length", EXPERTS_USED,
+    "ssm.conv_kernel", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
 )  # fmt: skip
 # What llama.cpp takes for keys that are missing, where transformers takes something else.
@@ -146,6 +148,7 @@ def config_of(
         raise CheckpointError(message, where=where, remedy=BY_NAME)
     values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if _given(keys, row, key)}
     _check_depth(row, values, keys, tensors, where)
+    _check_experts(keys.get(f"{row.name}.{EXPERT_COUNT}", 0), tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
@@ -186,6 +189,15 @@ def _check_depth(
     if not isinstance(depth, int) or not 0 < depth <= len(tensors):
         message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
         raise CheckpointError(message, where=where, remedy="get a good copy")
+
+
+def _check_experts(count: int, tensors: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """CheckpointError for a number of experts that the tensors do not hold, or that is absurd."""
+    fused = next((name for name in tensors if name.endswith("_exps.weight")), None)
+    found = count if fused is None else tensors[fused][0]
+    if count != found or not 0 <= count <= MOST_EXPERTS:
+        said = f"tensor {fused!r} holds {found}" if count != found else f"llama.cpp takes {MOST_EXPERTS} at most"
+        raise CheckpointError(f"{EXPERT_COUNT} = {count}, and {said}", where=where, remedy="get a good copy")
 
 
 def further_blocks(keys: Mapping[str, Any]) -> int:
@@ -246,6 +258,8 @@ def _implied(
     head_dim = values.get("head_dim") or (width // heads if heads else 0)
     found = fixed_of(row.kind, depth, width, heads, head_dim)
     found |= {attribute: ABSENT[key] for attribute, key in row.keys if key in ABSENT}
+    if "attention.head_count_kv" in a and heads:
+        found[a["attention.head_count_kv"]] = heads
     if "head_dim" in names and head_dim:
         found["head_dim"] = head_dim
     if "attention_multiplier" in names and head_dim:
