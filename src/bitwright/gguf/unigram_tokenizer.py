@@ -13,6 +13,7 @@ import numpy as np
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.reader import ARRAY, Typed
+from bitwright.gguf.special_tokens import Kind
 
 Keys = dict[str, Any]
 SPACE = "▁"
@@ -21,7 +22,12 @@ UNUSED_SCORE = -10000.0  # score of ids without a piece, so low that they are ne
 SPACES: Keys = {"type": "Replace", "pattern": {"Regex": " {2,}"}}
 STRIP: Keys = {"type": "Strip", "strip_left": False, "strip_right": True}
 METASPACE: Keys = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
-WORDS: list[Keys] = [{"type": "WhitespaceSplit"}, METASPACE]
+SPLIT: Keys = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+# One more space before the first other character, whatever is before it.
+PREFIXED: list[Keys] = [
+    {"type": "Prepend", "prepend": " "},
+    {"type": "Replace", "pattern": {"Regex": r"\A (?= *\z)"}, "content": ""},
+]
 
 
 def single_steps(part: Keys | None, inner: str) -> list[Keys]:
@@ -55,7 +61,8 @@ def keys_of(content: Keys, vocabulary: int, where: str) -> Keys:
 def _joins_spaces(start: list[Keys], cut: list[Keys]) -> bool:
     """Whether the steps join repeated spaces, strip those at the end, and put one before each word, as llama.cpp does."""
     kinds = [step["type"] for step in cut]
-    joined = kinds == ["WhitespaceSplit", "Metaspace"] or (kinds == ["Metaspace"] and start == [STRIP, SPACES])
+    words = kinds == ["WhitespaceSplit", "Metaspace"] or (kinds == ["Split", "Metaspace"] and cut[0] == SPLIT)
+    joined = words or (kinds == ["Metaspace"] and start == [STRIP, SPACES])
     return joined and cut[-1].get("prepend_scheme", "always") == "always" and all(s in (STRIP, SPACES) for s in start)
 
 
@@ -69,19 +76,34 @@ def content_of(own: Keys, tokens: list[str], where: str) -> Keys:
     table = own.get("precompiled_charsmap")
     start: list[Keys] = []
     if isinstance(table, np.ndarray):
+        _check_user_defined(own, tokens, where)
         blob = base64.b64encode(_checked(table.astype(np.uint8).tobytes(), where)).decode()
         start = [{"type": "Precompiled", "precompiled_charsmap": blob}]
-    scheme = "always" if own.get("add_space_prefix", False) else "never"
-    cut = [step | ({"prepend_scheme": scheme} if step["type"] == "Metaspace" else {}) for step in WORDS]
+    joined, prefixed = bool(own.get("remove_extra_whitespaces", False)), bool(own.get("add_space_prefix", False))
+    metaspace = METASPACE | {"prepend_scheme": "always" if joined else "never"}
     return {
-        "model": {
-            "type": "Unigram", "unk_id": unknown, "byte_fallback": False,
-            "vocab": [[token, float(score)] for token, score in zip(tokens, scores, strict=True)],
-        },
-        "normalizer": {"type": "Sequence", "normalizers": start},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut if own.get("remove_extra_whitespaces", False) else cut[1:]},
-        "decoder": METASPACE | {"prepend_scheme": scheme},
-    }  # fmt: skip
+        "model": {"type": "Unigram", "unk_id": unknown, "byte_fallback": False, "vocab": _scored(own, tokens, scores)},
+        "normalizer": {"type": "Sequence", "normalizers": start + (PREFIXED if prefixed and not joined else [])},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, metaspace] if joined else [metaspace]},
+        "decoder": METASPACE | {"prepend_scheme": "always" if joined or prefixed else "never"},
+    }
+
+
+def _scored(own: Keys, tokens: list[str], scores: np.ndarray[Any, Any]) -> list[list[str | float]]:
+    """Each token with its score. Of bytes it is so low that none is chosen: llama.cpp does not fall back on them here."""
+    each = zip(tokens, scores.tolist(), own["token_type"], strict=True)
+    return [[token, UNUSED_SCORE if kind == Kind.BYTE else float(score)] for token, score, kind in each]
+
+
+def _check_user_defined(own: Keys, tokens: list[str], where: str) -> None:
+    """CheckpointError for a token by whose first byte llama.cpp would leave other characters as they are, unreplaced."""
+    defined = (token for token, kind in zip(tokens, own["token_type"], strict=True) if kind == Kind.USER_DEFINED)
+    odd = next((token for token in defined if not token[0].isascii()), None)
+    if odd is not None:
+        message = f"beside the added token {odd!r} llama.cpp does not replace characters that begin with the same byte"
+        raise CheckpointError(
+            message, where=where, remedy="make it a special (control) token, if the model can do with that"
+        )
 
 
 def _checked(table: bytes, where: str) -> bytes:
