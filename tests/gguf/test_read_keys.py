@@ -141,8 +141,14 @@ def test_without_heads_of_keys_there_are_as_many_as_of_queries(kind: str) -> Non
     assert config_of(keys, shapes(), "x").num_key_value_heads == 4  # not transformers' 2
 
 
-@pytest.mark.parametrize(("kind", "key"), [("jamba", "ssm.state_size"), ("falcon_h1", "ssm.group_count")])
-def test_states_are_of_a_size_that_the_file_says(kind: str, key: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("jamba", "ssm.state_size"), ("falcon_h1", "ssm.group_count"), ("gemma4_text", "attention.sliding_window"),
+        ("cohere2", "logit_scale"), ("gpt_oss", "attention.sliding_window"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_not_guess_is_not_guessed_here(kind: str, key: str) -> None:
     keys = keys_of(small_config(kind))
     keys.pop(f"{keys['general.architecture']}.{key}")
     with pytest.raises(CheckpointError, match=f"{key} is missing"):

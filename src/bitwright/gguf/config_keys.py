@@ -43,6 +43,9 @@ NEEDED = (
     "ssm.conv_kernel", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
 )  # fmt: skip
+WINDOW = ("attention.sliding_window",)
+# The same of some models alone.
+NEEDED_BY = {"gemma3n_text": WINDOW, "gemma4_text": WINDOW, "gpt_oss": WINDOW, "cohere2": (*WINDOW, "logit_scale")}
 # What llama.cpp takes for keys that are missing, where transformers takes something else.
 ABSENT: Keys = {
     "expert_weights_norm": False, "expert_weights_scale": 1.0, "expert_group_count": 1, "expert_group_used_count": 1,
@@ -178,7 +181,8 @@ def _check_depth(
     Blocks of multi-token prediction, which block_count includes, are taken off in `values`.
     """
     spared = () if keys.get(f"{row.name}.{EXPERT_COUNT}") else (EXPERTS_USED,)
-    missing = [key for attribute, key in row.keys if key in NEEDED and key not in spared and attribute not in values]
+    needed = {*NEEDED, *NEEDED_BY.get(row.kind, ())} - {*spared}
+    missing = [key for attribute, key in row.keys if key in needed and attribute not in values]
     if missing or "token_embd.weight" not in tensors:
         what = f"key {row.name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise CheckpointError(f"{what} is missing", where=where, remedy="get a good copy")
