@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,11 @@ class Adapter:
         return found
 
     def _meant(self, linear: Iterable[str]) -> set[str]:
-        """The modules that the config's target_modules means, by peft's rule; none where other keys choose among them."""
-        targets, others = self.config.get("target_modules"), ("layers_to_transform", "exclude_modules")
-        if any(self.config.get(key) for key in others) or targets is None:
+        """The modules that the config's target_modules and exclude_modules mean; none where other keys choose among them."""
+        targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
+        if self.config.get("layers_to_transform") or targets is None:
             return set()
-        if isinstance(targets, str):
-            return {name for name in linear if re.fullmatch(targets, name)}
-        return {name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)}
+        return {name for name in linear if _names(targets, name) and not _names(excluded or [], name)}
 
     def applied(self, skeleton: Skeleton, parameter: str, weight: Tensor) -> Tensor:
         """The parameter, or what the adapter has in its place, with what it adds, in float32; itself where that is nothing."""
@@ -217,6 +215,13 @@ def _parted(name: str, folder: Path) -> tuple[str, str]:
         return module, part
     remedy = "train LoRA on linear layers alone, or merge this adapter with peft first"
     raise CheckpointError(f"tensor {name!r} is no part of LoRA on a linear layer", where=str(folder), remedy=remedy)
+
+
+def _names(said: str | Sequence[str], name: str) -> bool:
+    """Whether a config names a module, by peft's rule: a regular expression for whole names, or a list of their ends."""
+    if isinstance(said, str):
+        return re.fullmatch(said, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in said)
 
 
 def _of(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
