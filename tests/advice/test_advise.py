@@ -203,6 +203,8 @@ def test_a_container_has_no_more_memory_than_its_limit(tmp_path: Path, monkeypat
     (tmp_path / "memory.max").write_text("8000000000\n")
     (tmp_path / "memory.current").write_text("3000000000\n")
     assert machine._memory() == (8_000_000_000, 5_000_000_000)
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 2000000000\nactive_file 7\n")
+    assert machine._memory() == (8_000_000_000, 7_000_000_000)
 
 
 def test_an_encoder_keeps_no_keys_and_values(tmp_path: Path) -> None:

@@ -163,6 +163,9 @@ def test_experts_are_as_many_as_the_tensors_hold() -> None:
         config_of(keys | {"qwen3moe.expert_count": 8}, shapes() | held, "x")
     with pytest.raises(CheckpointError, match="1024 at most"):
         config_of(keys | {"qwen3moe.expert_count": 2**32 - 1}, shapes(), "x")
+    for odd in ("eight", [8, "eight"]):
+        with pytest.raises(CheckpointError, match="expert_count"):
+            config_of(keys | {"qwen3moe.expert_count": odd}, shapes(), "x")
 
 
 @pytest.mark.parametrize("key", ["context_length", "expert_used_count", "attention.layer_norm_rms_epsilon"])

@@ -21,6 +21,8 @@ from bitwright.errors import BitwrightError
 def done(job: dict[str, Any], together: bool) -> dict[str, Any]:
     """Carry out one job."""
     job |= job.pop("of_rank", {}).get(os.environ["RANK"], {})
+    if job.pop("fails", False):
+        job["progress"] = fail
     if job.pop("dies", False):
         job["progress"] = lambda step, at, _: os._exit(9) if step.startswith("block,") and at > 0 else None
     try:
@@ -33,6 +35,12 @@ def done(job: dict[str, Any], together: bool) -> dict[str, Any]:
         "blocks": [e.block_error for e in result.ledger if e.block_error is not None],
         "fallbacks": list(result.fallbacks),
     }
+
+
+def fail(step: str, at: int, _: int) -> None:
+    """Raise once a block is quantized."""
+    if step.startswith("block,") and at > 0:
+        raise BitwrightError("on purpose")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "one file": {"scheme": "q4_0"},
     "no text": {"scheme": "int4-g32", "method": "search", "calib": "none"},
     "experts": {"scheme": "int4-g32", "method": "gptq"},
+    "rotated": {"scheme": "int4-g32", "method": "rotate+gptq", "format": "bitwright"},
+    "keys and values": {"scheme": "int4-g32", "method": "gptq", "kv_cache": "int8-tensor"},
 }
 EXACT = ("no text", "whole tensors")
 
@@ -136,10 +139,35 @@ def test_a_process_that_ends_is_named_and_the_work_goes_on_from_there(
     for said in (killed[0], killed[2]):
         assert "another process of this run has ended" in said[0]["error"]
     assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "kept")
     again = run([asked], tmp_path, 3)
     assert "error" not in again[0][0], again
     whole, resumed = tensors(folder / "together default"), tensors(tmp_path / "out")
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "kept").rename(tmp_path / "out.partial")
+    fewer = run([asked], tmp_path, 2)
+    assert "error" not in fewer[0][0], fewer
+    losses = json.loads(json.dumps(again[0][0]["losses"]))
+    assert geometric_mean(fewer[0][0]["losses"][n] / loss for n, loss in losses.items()) == pytest.approx(1, abs=0.03)
+
+
+def test_an_error_of_one_ends_the_others_work_and_the_next_goes_on(
+    models: dict[str, Path], text: str, tmp_path: Path
+) -> None:
+    asked = job("gptq", models, text, tmp_path / "out")
+    again = {**asked, "out": str(tmp_path / "again")}
+    first, second = run([{**asked, "of_rank": {"1": {"fails": True}}}, again], tmp_path, 2)
+    assert "another process of this run has ended" in first[0]["error"] and "on purpose" in second[0]["error"]
+    assert "error" not in first[1] and "error" not in second[1]
+
+
+def test_a_copy_of_the_model_on_another_machine(models: dict[str, Path], text: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["llama"], copy, copy_function=shutil.copy)  # of another time
+    asked = job("gptq", models, text, tmp_path / "out")
+    first, second = run([{**asked, "of_rank": {"1": {"model": str(copy)}}}], tmp_path, 2)
+    assert "error" not in first[0] and "error" not in second[0], (first, second)
 
 
 def test_what_cannot_be_done_together_is_refused_by_all(models: dict[str, Path], text: str, tmp_path: Path) -> None:
@@ -151,7 +179,8 @@ def test_what_cannot_be_done_together_is_refused_by_all(models: dict[str, Path],
         ({"scheme": None, "size": "1MB"}, "several processes"),
         ({"calib": str(tmp_path / "no such text")}, "no such text"),
         ({"samples": 1}, "2 processes, and 1 windows"),
-        ({"of_rank": {"1": {"scheme": "int3-g32"}}}, "has other work than process"),
+        ({"of_rank": {"1": {"scheme": "int3-g32"}}}, "process 1 has scheme 'int3-g32', process 0 'int4-g32'"),
+        ({"of_rank": {"1": {"method": "rtn", "calib": "none"}}}, "process 1 has method 'rtn'"),
     ]
     for said in run([{**asked, **change} for change, _ in refused], tmp_path, 2):
         assert said.pop()["status"] == 0

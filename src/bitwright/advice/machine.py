@@ -158,7 +158,15 @@ def _memory() -> tuple[int, int]:
     limit, used = (_number(CONTAINER / name) for name in ("memory.max", "memory.current"))
     if limit is None:
         return whole, free
-    return min(whole, limit), min(free, max(0, limit - (used or 0)))
+    taken = max(0, (used or 0) - _page_cache())
+    return min(whole, limit), min(free, max(0, limit - taken))
+
+
+def _page_cache() -> int:
+    """Bytes of files that the container has read, which the kernel frees when memory is asked for."""
+    file = CONTAINER / "memory.stat"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _number(file: Path) -> int | None:

@@ -165,7 +165,9 @@ def quantize(
             done = carried_out(plan, out, options, progress=progress)
         if speaks():
             _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
-    raise typer.Exit(1 if done.fallbacks else 0)
+    raise typer.Exit(
+        1 if done.fallbacks and speaks() else 0
+    )  # torchrun ends the others at the first status that is not 0
 
 
 @app.command()

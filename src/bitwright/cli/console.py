@@ -96,7 +96,7 @@ def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool =
             errors.print(f"interrupted: {plain(kept)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except BitwrightError as error:
-        if as_json:
+        if as_json and speaks():
             print(json.dumps(error.as_dict()))
         else:
             where = f"{error.where}: " if error.where else ""

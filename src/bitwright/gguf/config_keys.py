@@ -151,7 +151,8 @@ def config_of(
         raise CheckpointError(message, where=where, remedy=BY_NAME)
     values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if _given(keys, row, key)}
     _check_depth(row, values, keys, tensors, where)
-    _check_experts(keys.get(f"{row.name}.{EXPERT_COUNT}", 0), tensors, where)
+    experts = f"{row.name}.{EXPERT_COUNT}"
+    _check_experts(_one({experts: 0, **keys}, experts, where), tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
@@ -195,10 +196,12 @@ def _check_depth(
         raise CheckpointError(message, where=where, remedy="get a good copy")
 
 
-def _check_experts(count: int, tensors: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _check_experts(count: Any, tensors: Mapping[str, tuple[int, ...]], where: str) -> None:
     """CheckpointError for a number of experts that the tensors do not hold, or that is absurd."""
     fused = next((name for name in tensors if name.endswith("_exps.weight")), None)
     found = count if fused is None else tensors[fused][0]
+    if not isinstance(count, int):
+        raise CheckpointError(f"{EXPERT_COUNT} = {count!r} is no number", where=where, remedy="get a good copy")
     if count != found or not 0 <= count <= MOST_EXPERTS:
         said = f"tensor {fused!r} holds {found}" if count != found else f"llama.cpp takes {MOST_EXPERTS} at most"
         raise CheckpointError(f"{EXPERT_COUNT} = {count}, and {said}", where=where, remedy="get a good copy")

@@ -45,11 +45,14 @@ class HiddenStates:
     def whole(self) -> dict[str, Tensor]:
         """The same as one tensor each [S, T, H], by name; empty ones are left out. Of several processes the first has all of
         their windows, in order, the others nothing."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        own = {name: torch.cat(batches).cpu() for name, batches in parts.items() if batches}
-        shares = distributed.to_first(own)
-        names = dict.fromkeys(name for share in shares for name in share)
-        return {name: torch.cat([share[name] for share in shares if name in share]) for name in names}
+        found = {}
+        for field in fields(self):
+            batches = getattr(self, field.name)
+            if batches is not None:
+                own = torch.cat(batches).cpu() if batches else torch.zeros(0)
+                if (all_of_it := distributed.to_first(own)) is not None and len(all_of_it):
+                    found[field.name] = all_of_it
+        return found
 
 
 def own_share(tokens: Drawn) -> Drawn:
@@ -62,7 +65,7 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
 
     The outer parameters are loaded meanwhile, since a run through them records how the blocks are called.
     """
-    skeleton, tokens = plan.skeleton, own_share(tokens)
+    skeleton = plan.skeleton
     outside = {t.parameter: t for t in plan.tensors if t.block is None and t.action != LEFT_OUT}
     base = [name for name in skeleton.outer_names(base_only=True) if name in outside]
     weights = {name: _read(plan, outside[name]) for name in base}
@@ -80,8 +83,8 @@ def first_hidden_states(plan: Plan, tokens: Drawn, saved: Mapping[str, Tensor] |
     else:
         if skeleton.hands_on:
             _run_through(plan, first, given[0][:1])
-        own = {name: distributed.share(whole).to(skeleton.device) for name, whole in saved.items()}
-        parts = {name: list(whole.split(len(seen[0]))) if len(whole) else [] for name, whole in own.items()}
+        moved = {name: whole.to(skeleton.device) for name, whole in saved.items()}
+        parts = {name: list(whole.split(len(seen[0]))) if len(whole) else [] for name, whole in moved.items()}
         states = HiddenStates(parts["given"], parts.get("original"), parts.get("held", []), parts.get("held_original"))
     skeleton.unload_outside()
     return states

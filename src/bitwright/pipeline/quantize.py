@@ -123,10 +123,12 @@ def carried_out(
     plan: "Plan | GgufPlan", out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
 ) -> Result:
     """Carry out a plan: `pipeline.run.run`, or `gguf_rows.quantize_gguf` where no model is needed, which one process does."""
+    from bitwright.pipeline.same_work import check_same_work
     from bitwright.system import distributed
 
     calib, resume = options.calib, options.resume
     with distributed.joined(options.distributed):
+        check_same_work(plan, options)
         if isinstance(plan, GgufPlan):
             rows = plan
             return distributed.from_first(

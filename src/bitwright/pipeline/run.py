@@ -38,6 +38,7 @@ from bitwright.pipeline.calibration_pass import (
     first_hidden_states,
     observe_block,
     one_shot,
+    own_share,
     read_block,
     read_lent,
 )
@@ -88,24 +89,23 @@ def run(
     """
     begun = time.monotonic()
     distributed.from_first(lambda: check_out(out))
-    if distributed.count() > 1 and store is not None:
-        remedy = "leave out --store, or make it in one process"
-        raise RecipeError("statistics are not stored by several processes together", where=str(store), remedy=remedy)
     known: Store | Importance | None = Importance.of(plan, Path(calib)) if is_imatrix(calib) else None
     taken = plan.calibrated and known is None
     tokens = distributed.from_first(lambda: calibration_tokens(plan, calib, seed)) if taken else None
+    if tokens is not None and len(tokens.seen) < distributed.count():
+        remedy = f"--samples {distributed.count()} at least, or fewer processes"
+        raise CalibrationError(f"{distributed.count()} processes, and {len(tokens.seen)} windows", remedy=remedy)
     notes = plan.notes if tokens is None else tokens.notes
     notes += known.notes if isinstance(known, Importance) else ()
     if tokens is not None and calib != "general":  # which the others are compared with
         drawn = tokens
         notes += distributed.from_first(lambda: unfamiliar(plan, drawn))
-    check_rotation(plan)
+    distributed.from_first(lambda: check_rotation(plan))
     if store is not None and tokens is not None:
         check_one_shot(plan)
         known = one_shot(plan, store, tokens.seen, progress)
         notes += known.notes
     manifest = _manifest(plan, tokens, known)
-    check_alike(manifest)
     place = distributed.on_first(lambda: WorkInProgress(out, manifest, needed=plan.disk_bytes, resume=resume))
     try:
         with _file_of(plan, place) as file:
@@ -121,19 +121,6 @@ def run(
     return Result(
         out, written, bits, time.monotonic() - begun, peak_rss_bytes(), ledger, notes + _unfolded(plan, ledger)
     )
-
-
-def check_alike(manifest: dict[str, Any]) -> None:
-    """An error where the processes that work together would not do the same work, or some would have no window."""
-    processes, windows = distributed.count(), manifest["samples"]
-    if windows is not None and windows[0] < processes:
-        remedy = f"--samples {processes} at least, or fewer processes"
-        raise CalibrationError(f"{processes} processes, and {windows[0]} windows", remedy=remedy)
-    kept = {key: value for key, value in manifest.items() if key != "device"}
-    others = [rank for rank, one in enumerate(distributed.everyone(kept)) if one != kept]
-    if others:
-        remedy = "give every process the same checkpoint, options and versions of bitwright and torch"
-        raise RecipeError(f"process {others[0]} has other work than process {distributed.rank()}", remedy=remedy)
 
 
 def check_one_shot(plan: Plan) -> None:
@@ -209,7 +196,9 @@ def _quantize_blocks(
     states = None
     if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
         saved = distributed.from_first(lambda: place.hidden(first) if place and first else None)
-        states = first_hidden_states(plan, tokens, saved, first)
+        if saved is not None:
+            saved = {name: distributed.share(whole).clone() for name, whole in saved.items()}
+        states = first_hidden_states(plan, own_share(tokens), saved, first)
         del saved
         if first == 0:
             begin_with_quantized_embedding(plan, states, tokens)

@@ -31,7 +31,8 @@ def device_of(name: str) -> torch.device:
             "" if built else ", or install torch's CUDA build: pytorch.org"
         )
         raise InputError(f"{name!r} asks for a CUDA GPU, and {why}", where="device", remedy=remedy)
-    index, count = int(found[1] or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    count, own = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
+    index = int(found[1]) if found[1] else int(own) if own.isdecimal() and int(own) < count else 0
     if index >= count:
         raise InputError(f"no GPU of number {index}", where="device", remedy=f"cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)

@@ -2,9 +2,8 @@
 
 All of them carry out the same plan, block by block, in step. Each passes its share of the calibration windows through the
 model, and statistics are summed over all; each rounds its share of a matrix's rows, and all get the whole matrix. So work
-and activations are divided, and what is exchanged is a Gram for each input and the codes: little beside either. The first
-process (rank 0) draws the windows, takes what could come out differently elsewhere (which method loses less), and alone
-writes.
+and activations are divided; what is exchanged is a Gram for each input, the codes and, for a run that is resumed, the hidden
+states behind each block. The first process (rank 0) draws the windows, decides which method loses less, and alone writes.
 
 Outside `joined` there is one process, and every function here returns what it is given. Inside, all processes must call the
 same ones in the same order, on their main thread.
@@ -22,7 +21,8 @@ from torch import distributed as dist
 from bitwright.errors import BitwrightError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # a process may write a large shard, or plan, while the others wait
+MEETING = timedelta(minutes=10)  # in which all processes must have started
+PATIENCE = timedelta(hours=12)  # a process may write a large shard while the others wait
 
 _group: dist.ProcessGroup | None = None
 
@@ -40,15 +40,16 @@ def joined(together: bool) -> Iterator[None]:
     made = not dist.is_initialized()
     try:
         if made:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=MEETING)
         _group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         remedy = "start every process with torchrun: docs/guide/several-machines.md"
         raise BitwrightError(f"the processes do not find each other: {error}", remedy=remedy) from None
     try:
         yield
-    finally:
-        _group = None
+    finally:  # the others are told by their connections' end if this one leaves early
+        group, _group = _group, None
+        dist.destroy_process_group(group)
         if made:
             dist.destroy_process_group()
 
@@ -64,36 +65,37 @@ def rank() -> int:
 
 
 def share(t: Tensor) -> Tensor:
-    """This process's part of t [S, ...], in the order of ranks; empty where S is less than their number."""
+    """This process's part of t [S, ...], which all have; empty for the last ones where S is less than their number."""
     return t.tensor_split(count())[rank()]
 
 
 def total(t: Tensor) -> Tensor:
-    """The sum of t over all processes, in place; in float32 where t is of a shorter float type."""
-    return _reduced(t, dist.ReduceOp.SUM)
+    """The sum of t over all processes (all_reduce), in place; in float32 where t is of a shorter float type."""
+    return _reduced(t, "SUM")
 
 
 def least(t: Tensor) -> Tensor:
     """The least of each element over all processes, in place."""
-    return _reduced(t, dist.ReduceOp.MIN)
+    return _reduced(t, "MIN")
 
 
 def most(t: Tensor) -> Tensor:
     """The largest of each element over all processes, in place."""
-    return _reduced(t, dist.ReduceOp.MAX)
+    return _reduced(t, "MAX")
 
 
-def _reduced(t: Tensor, how: Any) -> Tensor:
+def _reduced(t: Tensor, how: str) -> Tensor:
     if _group is None:
         return t
-    whole = t.detach().to("cpu", torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype).contiguous()
+    here = t.detach()
+    whole = here.to("cpu", torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype).contiguous()
     with _peers():
-        dist.all_reduce(whole, how, group=_group)
-    return t if whole is t else t.detach().copy_(whole)
+        dist.all_reduce(whole, getattr(dist.ReduceOp, how), group=_group)
+    return t if whole is here else here.copy_(whole)
 
 
 def everyone(value: T) -> list[T]:
-    """What each process gives, in the order of ranks."""
+    """What each process gives (all_gather), in the order of ranks."""
     if _group is None:
         return [value]
     found: list[Any] = [None] * count()
@@ -102,18 +104,28 @@ def everyone(value: T) -> list[T]:
     return found
 
 
-def to_first(value: T) -> list[T]:
-    """What each process gives, in the order of ranks; for the others than the first: nothing."""
+def to_first(t: Tensor) -> Tensor | None:
+    """In the first process, t [S, ...] of all (gather), of any S, in the order of ranks; None in the others. All on the CPU."""
     if _group is None:
-        return [value]
-    found: list[Any] | None = [None] * count() if rank() == 0 else None
-    with _peers():
-        dist.gather_object(value, found, group=_group, group_dst=0)
-    return found or []
+        return t
+    sizes = everyone(len(t))
+    if rank():
+        with _peers():
+            if len(t):
+                dist.send(t.contiguous().view(torch.uint8), group=_group, group_dst=0)
+        return None
+    whole = t.new_empty(sum(sizes), *t.shape[1:])
+    for sender, part in enumerate(whole.split(sizes)):
+        with _peers():
+            if sender == 0:
+                part.copy_(t)
+            elif len(part):
+                dist.recv(part.view(torch.uint8), group=_group, group_src=sender)
+    return whole
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes; an error that it raises on purpose is raised in all."""
+    """What the first process makes (broadcast); an error that it raises on purpose is raised in all."""
     if _group is None:
         return make()
     sent: list[Any] = [None]
@@ -151,11 +163,11 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         remedy = (
-            "see what it printed; then start all of them again with the same command, which goes on from the last block"
+            "see what it printed; then start all of them again: the same command goes on from the last complete block"
         )
         raise BitwrightError(f"another process of this run has ended: {_short(error)}", remedy=remedy) from None
 
 
 def _short(error: RuntimeError) -> str:
-    """The first line of the message, without the place in torch's sources."""
-    return str(error).splitlines()[0].rpartition("] ")[2] if str(error) else type(error).__name__
+    """The first sentence of the message, without the place in torch's sources."""
+    return str(error).splitlines()[0].partition("] ")[2].partition(". ")[0] or type(error).__name__

@@ -133,7 +133,7 @@ def _check_rank(base: PreTrainedModel, rank: int) -> None:
     sides = [min(m.in_features, m.out_features) for m in base.modules() if isinstance(m, nn.Linear)]
     if rank > max(sides, default=rank):
         message = f"rank {rank} is more than the smaller side of any matrix, {max(sides)} at most"
-        raise RecipeError(message, where="--rank", remedy="--rank 16")
+        raise RecipeError(message, where="--rank", remedy=f"--rank {min(16, max(sides))}")
 
 
 def _begin_at_residual(adapted: "PeftModel", original: Path, seed: int) -> None:
