@@ -170,6 +170,7 @@ def inputs_in_order(
 def _inputs(
     run: BlockRun, layers: Mapping[str, PlannedTensor], given: list[Tensor], *, detailed: bool
 ) -> Iterator[Inputs]:
+    """Statistics of all inputs of a block, those of experts one after the other."""
     alone = BlockRun(run.skeleton, run.index, input_quantizations=run.input_quantizations)
     groups = distributed.from_first(lambda: groups_of(alone, given[0][:1], layers))
     yield from observe(run, given, [g for g in groups if isinstance(g, Group)], detailed=detailed)
