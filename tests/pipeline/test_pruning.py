@@ -163,8 +163,8 @@ def test_zeros_that_a_method_loses_are_no_result(llama: Path, tmp_path: Path, mo
     def unpruned(*given: object) -> object:
         return quantize_block_matrix(*given[:4])
 
-    quantize_block_matrix = quantize_block.quantize_matrix
-    monkeypatch.setattr(quantize_block, "quantize_matrix", unpruned)
+    quantize_block_matrix = quantize_block.quantize_by_shares
+    monkeypatch.setattr(quantize_block, "quantize_by_shares", unpruned)
     monkeypatch.setattr(quantize_block, "_better", lambda *a: (a[4], "rtn", {"rtn": 0.0}))
     with pytest.raises(VerificationError, match="not zero"):
         quantize(llama, tmp_path / "out", scheme="int4-g32", method="rtn", calib="none", prune="magnitude:0.5")
