@@ -69,14 +69,13 @@ def quantize_by_shares(
 ) -> RoundedMatrix:
     """`quantize_matrix` by all processes that work together: where rows are independent, each has its share of them."""
     assert t.layer is not None and t.rule is not None
-    cuts = [len(w) * rank // distributed.count() for rank in range(distributed.count() + 1)]
     shared = t.layer.scheme.rowwise and t.rule.transform(Outlier) is None and len(w) >= distributed.count() > 1
     if not shared:
         return quantize_matrix(dtype, t, w, inputs, pruned)
-    here = slice(cuts[distributed.rank()], cuts[distributed.rank() + 1])
-    zeros = None if pruned is None else pruned.rows(here.start, here.stop)
-    ahead = None if inputs.residual is None else inputs.residual[here]
-    own = quantize_matrix(dtype, t, w[here], replace(inputs, residual=ahead), zeros)
+    share = distributed.share
+    zeros = None if pruned is None else Pruned(share(pruned.weight), share(pruned.mask))
+    ahead = None if inputs.residual is None else share(inputs.residual)
+    own = quantize_matrix(dtype, t, share(w), replace(inputs, residual=ahead), zeros)
     return _joined(distributed.everyone(own.to(CPU))).to(w.device)
 
 
