@@ -9,7 +9,7 @@ static inline void decode_columns(const Weights &w, const Decoded &d, const Octe
     const Vec unit = some(w.unit + n, wide) * d.factor;
     const ptrdiff_t at = place(panel, group, w.groups) * 16 + strip * LANES;
     const Vec scale = halves_at(w.scale + at) * unit, minimum = w.minimum ? halves_at(w.minimum + at) * unit : Vec{};
-    const Ints point = w.point ? __builtin_convertvector(*(const LoosePoints *)(w.point + at), Ints) : Ints{} + w.offset;
+    const Ints point = w.point ? ints_of(w.point + at) : Ints{} + w.offset;
     T *out = (T *)d.to + column * d.apart + n - d.first;
 #pragma GCC unroll 4
     for (int k = from; k < to; k++) {

@@ -11,26 +11,6 @@ constexpr int rows_for(int panels) { return !LONG ? 2 : panels < 3 ? 8 : FEWEST;
 
 // ----------------------------------------------------------------------------------------------------------- on the way in
 
-// Vectors of LANES numbers, as in rounding.h, to bytes and back.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-
-static inline Bytes bytes_of(Ints v) {
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
-    return (Bytes)bytes;
-}
-static inline Ints ints_of(const int8_t *at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
-static inline Ints ints_of(const uint8_t *at) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
-
-#else
-
-typedef uint8_t LooseOctetsOfLanes __attribute__((vector_size(LANES), aligned(1), may_alias));
-static inline Bytes bytes_of(Ints v) { return __builtin_convertvector(v, Bytes); }
-static inline Ints ints_of(const int8_t *at) { return __builtin_convertvector(*(const LooseBytes *)at, Ints); }
-static inline Ints ints_of(const uint8_t *at) { return __builtin_convertvector(*(const LooseOctetsOfLanes *)at, Ints); }
-
-#endif
-
 typedef int32_t LooseInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // The codes low..high nearest to some numbers; the lowest for a NaN.

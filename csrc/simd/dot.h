@@ -90,6 +90,32 @@ static inline Vec halves_at(const uint16_t *at) {
 #endif
 }
 
+// LANES integers as bytes (of codes, which fit), and bytes as integers. The compiler's own conversion from bytes takes one at a time.
+#if defined(__AVX512F__)
+
+static inline Bytes bytes_of(Ints v) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)v); }
+static inline Ints ints_of(const int8_t *at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)); }
+static inline Ints ints_of(const uint8_t *at) { return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); }
+
+#elif defined(__AVX2__)
+
+static inline Bytes bytes_of(Ints v) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    return (Bytes)bytes;
+}
+static inline Ints ints_of(const int8_t *at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
+static inline Ints ints_of(const uint8_t *at) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
+
+#else
+
+typedef uint8_t LooseOctetsOfLanes __attribute__((vector_size(LANES), aligned(1), may_alias));
+static inline Bytes bytes_of(Ints v) { return __builtin_convertvector(v, Bytes); }
+static inline Ints ints_of(const int8_t *at) { return __builtin_convertvector(*(const LooseBytes *)at, Ints); }
+static inline Ints ints_of(const uint8_t *at) { return __builtin_convertvector(*(const LooseOctetsOfLanes *)at, Ints); }
+
+#endif
+
 // LANES bfloat16: the upper halves of float32.
 static inline Vec bfloats_at(const uint16_t *at) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -231,15 +257,22 @@ static inline Pairs dot_tiny(Pairs acc, Octets a, Octets b) {
 
 #endif
 
-// acc + eight products at most with the same four bytes in every lane.
+// The same four bytes in every lane.
+static inline Octets everywhere(const int8_t *at) {
+    int32_t four;
+    __builtin_memcpy(&four, at, 4);
+    return (Octets)(Ints{} + four);
+}
+
+// acc + eight products at most.
 template <bool TINY, bool SMALL>
 struct TileSum {
     Ints acc;
     Pairs tiny;
     explicit TileSum(Ints acc) : acc(acc), tiny{} {}
 
-    void add(Octets w, int32_t x) {
-        if constexpr (TINY) tiny = dot_tiny(tiny, w, (Octets)(Ints{} + x));
+    void add(Octets w, Octets x) {
+        if constexpr (TINY) tiny = dot_tiny(tiny, w, x);
         else acc = dot<SMALL>(acc, w, x);
     }
     Ints total() const {

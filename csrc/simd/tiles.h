@@ -1,8 +1,6 @@
 // Codes of a tile, an octet a weight, out of planes of 4, 2 and 1 bits; what panels, tiles and strips are: matmul.h.
 
 typedef Octets LooseOctets __attribute__((aligned(1), may_alias));
-typedef uint8_t Points __attribute__((vector_size(LANES)));
-typedef Points LoosePoints __attribute__((aligned(1), may_alias));
 
 constexpr int STRIPS = 16 / LANES;  // of a panel
 
