@@ -22,6 +22,7 @@ from bitwright.numerics.codec import decode, encode, fit, rounded
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.ledger import from_jsonl
+from bitwright.pipeline.options import QuantizeOptions
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.rule import Rule
 
@@ -196,7 +197,7 @@ def test_transformers_and_eval_see_rounded_inputs(
     llama: Path, text: str, tmp_path: Path, weights: str, inputs: Scheme
 ) -> None:
     out = tmp_path / "out"
-    quantize(llama, out, scheme=weights, activations=str(inputs), calib=text, **SMALL)
+    quantize(llama, out, scheme=weights, method="gptaq", activations=str(inputs), calib=text, **SMALL)
     ids = torch.arange(30)[None]
     plain = dense(llama, out)(ids).logits
     expected = listening(dense(llama, out), inputs)(ids).logits
@@ -214,7 +215,9 @@ def test_transformers_and_eval_see_rounded_inputs(
 def test_what_follows_is_calibrated_on_rounded_inputs(llama: Path, text: str, tmp_path: Path) -> None:
     losses = []
     for name, inputs in (("float", None), ("rounded", "fp8-token")):
-        ledger = quantize(llama, tmp_path / name, scheme="int4-g32", activations=inputs, calib=text, **SMALL).ledger
+        ledger = quantize(
+            llama, tmp_path / name, scheme="int4-g32", method="gptaq", activations=inputs, calib=text, **SMALL
+        ).ledger
         losses.append({e.name: e.loss for e in ledger if e.loss is not None})
         assert {e.activations for e in ledger if e.action == "quantized"} == {inputs or ""}
         assert from_jsonl(tmp_path / name / "ledger.jsonl") == ledger
@@ -254,3 +257,40 @@ def test_bad_activations_exit_with_2(llama: Path, tmp_path: Path, more: list[str
     assert done.exit_code == 2
     assert message in json.loads(done.stdout)["error"]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"activations": "int8-token"}, ["smooth+gptaq", "smooth+gptaq"]),
+        ({"activations": "int8-token", "method": "gptaq"}, ["gptaq", "gptaq"]),
+        ({"activations": "keep"}, ["gptaq", "gptaq"]),
+        ({}, ["gptaq", "gptaq"]),
+    ],
+)
+def test_rounded_inputs_are_smoothed_unless_a_method_is_named(
+    tmp_path: Path, options: dict[str, str], expected: list[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rule]]\nmatch = "*.down_proj"\nscheme = "int8-channel"\n')
+    rules = QuantizeOptions(recipe=recipe, **options).rules("int4-g32", options.get("method", "gptaq")).rules  # type: ignore[arg-type]
+    assert [rule.name for rule in rules] == expected
+
+
+@pytest.mark.parametrize("key", ['activations = "keep"', 'method = "rtn"', 'transforms = ["smooth"]'])
+def test_a_recipe_that_says_how_matrices_are_treated_is_not_smoothed_besides(tmp_path: Path, key: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[[rule]]\nmatch = "*.q_proj"\nscheme = "int8-channel"\n{key}\n')
+    rules = QuantizeOptions(recipe=recipe, activations="int8-token").rules("int4-g32", "gptaq").rules
+    assert rules[0].name == "gptaq"
+
+
+@pytest.mark.parametrize("method", [None, "gptaq"])
+def test_the_ledger_says_whether_inputs_were_smoothed(
+    llama: Path, text: str, tmp_path: Path, method: str | None
+) -> None:
+    asked = {"scheme": "int8-channel", "method": method, "activations": "int8-token"}
+    ledger = quantize(llama, tmp_path / "out", **asked, calib=text, **SMALL).ledger  # type: ignore[arg-type]
+    assert {e.transforms.split()[:1] == ["smooth"] for e in ledger if e.name.endswith("q_proj.weight")} == {
+        method is None
+    }

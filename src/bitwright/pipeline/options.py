@@ -61,4 +61,5 @@ class QuantizeOptions:
             kv_cache=self.kv_cache,
             pure=self.pure,
             prune=self.prune,
+            smooth=self.method is None,
         )

@@ -40,6 +40,11 @@ from bitwright.transforms import Rotate
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
 # Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+TREATMENT = {
+    "method",
+    "transforms",
+    "activations",
+}  # keys by which a rule says how its matrices and their inputs are treated
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,17 @@ class Recipe:
         kv_cache: str | None = None,
         pure: bool = False,
         prune: str | None = None,
+        smooth: bool = False,
     ) -> "Recipe":
-        """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix."""
+        """The file's recipe, with defaults for what its rules leave out; without a file, one rule for every matrix.
+
+        smooth: whether inputs that are rounded are smoothed first (methods/smooth.py), if no rule of the file says how its
+        matrices are to be treated: those that share an input must be smoothed together.
+        """
         content = {"kv_cache": kv_cache, "pure": pure} | ({} if file is None else read_content(file))
+        told = any(isinstance(rule, dict) and TREATMENT & rule.keys() for rule in content.get("rule", []))
+        if smooth and activations not in (None, KEEP) and not told:
+            method = f"smooth+{method}"
         defaults = Defaults(method, activations, observer, prune)
         return cls._of(content, scheme, defaults, str(file or ""))
 
