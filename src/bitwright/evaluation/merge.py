@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.errors import CheckpointError
 from bitwright.evaluation.domain_text import two_parts
 from bitwright.evaluation.evaluate import Evaluation, evaluate
 from bitwright.files.checkpoint import disk_errors
@@ -140,14 +139,9 @@ def _quantize(
     options = QuantizeOptions(
         scheme=settings.scheme, method=method, format=settings.format, adapter=adapter, calib=calib,
         recipe=settings.recipe if method != "rtn" else None, samples=settings.samples, seqlen=settings.seqlen,
-        seed=settings.seed, resume=resume,
+        seed=settings.seed, resume=resume, requantize=None,
     )  # fmt: skip
-    try:
-        plan = planned(model, out, options)
-    except CheckpointError as error:
-        error.remedy = error.remedy.removesuffix("; or add --requantize")  # which merge does not take
-        raise
-    return carried_out(plan, out, options, progress=progress)
+    return carried_out(planned(model, out, options), out, options, progress=progress)
 
 
 def _judged(

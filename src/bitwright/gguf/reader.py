@@ -212,17 +212,6 @@ def _two_bits(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 OWN: dict[Kind, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {Types.Q1_0: _signs, Newer.Q2_0: _two_bits}
 
 
-def float_dtype(t: Stored, name: str, where: str, decoded_as: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of a tensor that is to be quantized; `decoded_as`, if it is quantized already. CheckpointError where that is
-    not wanted."""
-    if t.type not in FLOATS:
-        if decoded_as is not None:
-            return decoded_as
-        remedy = "quantize the float original, since rounding twice only loses; or add --requantize"
-        raise CheckpointError(f"already quantized: {name!r} is {t.type.name}", where=where, remedy=remedy)
-    return FLOATS[t.type]
-
-
 def carried_keys(file: GgufFile, file_type: int | None) -> dict[str, Any]:
     """The keys of a requantized file: those of the original, with the new file_type, without those of splitting."""
     kept = {n: Typed(v, *file.kinds[n]) for n, v in file.keys.items() if not n.startswith("split.")}

@@ -17,7 +17,7 @@ from bitwright.files.checkpoint import TensorInfo
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
 from bitwright.gguf.config_keys import config_of, further_blocks
-from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded, float_dtype
+from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded
 from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import Names
@@ -215,11 +215,8 @@ class GgufWeightSource:
 class FloatGgufCheckpoint:
     """A GGUF file with the interface of `Checkpoint`; tensors under transformers' names, quantized ones dequantized as read."""
 
-    def __init__(self, path: Path, decoded_as: torch.dtype | None = None) -> None:
-        """decoded_as: the dtype that quantized tensors count as; None: CheckpointError for a file that is quantized already.
-
-        CheckpointError for a file with blocks of multi-token prediction, too.
-        """
+    def __init__(self, path: Path, decoded_as: torch.dtype = torch.float32) -> None:
+        """decoded_as: the dtype that quantized tensors count as. CheckpointError for blocks of multi-token prediction."""
         self.weight_source, self.folder, self.decoded_as = GgufWeightSource(path), path, decoded_as
         if further_blocks(self.weight_source.file.keys):
             remedy = "--calib none or an importance matrix, and --method search, which keep them; or the checkpoint's directory"
@@ -230,8 +227,7 @@ class FloatGgufCheckpoint:
     def _info(self, name: str, stored: str) -> TensorInfo:
         t, shape = self.weight_source.file.tensors[stored], self.weight_source.shapes[name]
         assert shape is not None
-        dtype = float_dtype(t, stored, str(self.folder), self.decoded_as)
-        return TensorInfo(t.file, t.offset, dtype, shape)
+        return TensorInfo(t.file, t.offset, FLOATS.get(t.type, self.decoded_as), shape)
 
     def read(self, name: str) -> Tensor:
         """One tensor in transformers' layout."""

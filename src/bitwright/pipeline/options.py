@@ -20,7 +20,7 @@ class QuantizeOptions:
     size, bits               bytes such as "100MB", or bits a weight, that the result may take: the schemes are then chosen
     calib                    the text, or texts with shares; samples: windows of it; seqlen: tokens in one
     store                    a directory of statistics of the float model
-    requantize               whether a source that is quantized already is taken
+    requantize               whether a source that is quantized already is taken; None: no, and there is no option to ask for it
     adapter                  of LoRA, added to the weights before they are rounded
     device                   where statistics are taken and weights rounded
     resume                   whether blocks of an interrupted run are kept
@@ -44,7 +44,7 @@ class QuantizeOptions:
     seqlen: int = 2048
     seed: int = 0
     store: Path | None = None
-    requantize: bool = False
+    requantize: bool | None = False
     adapter: Path | None = None
     device: str = "cpu"
     resume: bool = True

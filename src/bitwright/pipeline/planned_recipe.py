@@ -46,7 +46,7 @@ class Settings:
     activations     what inputs are rounded to where that costs least, such as int8-token; None: they stay in float
     activations_kl  the KL, in nats a token, that rounding inputs may be predicted to add
     measure         how often at most single steps are measured, and the plan is made anew: see steps.py
-    requantize      whether a model that is quantized already is taken, decoded
+    requantize      whether a model that is quantized already is taken, decoded; None: as of `QuantizeOptions`
     """
 
     format: str = "compressed-tensors"
@@ -60,7 +60,7 @@ class Settings:
     activations: str | None = None
     activations_kl: float | None = None
     measure: int = 0
-    requantize: bool = False
+    requantize: bool | None = False
 
     @property
     def inputs(self) -> Scheme | None:

@@ -23,13 +23,14 @@ from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
-from bitwright.gguf.reader import FLOATS, GgufFile, Kind, carried_keys, float_dtype, type_named
+from bitwright.gguf.reader import FLOATS, GgufFile, Kind, carried_keys, type_named
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.plan.planned_tensor import (
     KEPT,
     QUANTIZED,
     SMALLEST,
     PlannedTensor,
+    already_quantized,
     decoded_note,
     half_precision,
     in_float,
@@ -137,12 +138,13 @@ class GgufPlan:
 
 
 def plan_gguf(
-    file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool, requantize: bool = False
+    file: GgufFile, recipe: Recipe, format_name: str, *, weighted: bool, unknown: bool, requantize: bool | None
 ) -> GgufPlan:
     """Plan every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether the architecture is;
-    requantize: whether quantized tensors are dequantized and rounded once more.
+    requantize: as of `preflight`.
 
-    FormatError for another output format, RecipeError for what needs a model or for nothing to quantize.
+    CheckpointError for a file that is quantized already, FormatError for another output format, RecipeError for what needs a
+    model or for nothing to quantize.
     """
     source = file.path
     check_is_model(file.keys, str(source))
@@ -175,9 +177,8 @@ def plan_gguf(
 class _Chooser:
     """Chooses the action for each tensor of a file."""
 
-    def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool, requantize: bool) -> None:
-        self.decoded_as = torch.float32 if requantize else None
-        self.file, self.recipe, self.weighted = file, recipe, weighted
+    def __init__(self, file: GgufFile, recipe: Recipe, *, weighted: bool, requantize: bool | None) -> None:
+        self.file, self.recipe, self.weighted, self.requantize = file, recipe, weighted, requantize
         self.others: dict[str, list[str]] = {"another block type": [], "another method": []}
         self.rules = recipe.assign({name.removesuffix(".weight"): name for name in file.tensors if self._may(name)})
 
@@ -189,10 +190,12 @@ class _Chooser:
     def decide(self, name: str) -> PlannedTensor:
         """Quantize a matrix as its rule says; keep all other tensors as they are."""
         stored = self.file.tensors[name]
-        dtype = float_dtype(stored, name, str(self.file.path), self.decoded_as)
         parts = name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
         stored_as = "" if stored.type in FLOATS else stored.type.name.lower()
+        if stored_as and not self.requantize:
+            raise already_quantized(f"{name!r} is {stored.type.name}", self.file.path, self.requantize)
+        dtype = FLOATS.get(stored.type, torch.float32)
         t = PlannedTensor(name, name, block, dtype, stored.shape, KEPT, stored_as=stored_as)
         if not self._may(name):
             return replace(t, reason="llama.cpp keeps it in float")

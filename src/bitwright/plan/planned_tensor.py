@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats import Layer
 from bitwright.plan.rule import Rule
 
@@ -61,6 +62,20 @@ def half_precision(t: PlannedTensor, K: int) -> PlannedTensor:
     asked = t.rule.mix if t.rule is not None and t.rule.mix else "blocks"
     why = f"{asked} -> F16: rows of {K} do not fill blocks of {SMALLEST}"
     return replace(t, dtype=torch.float16, reason="in F16: no block holds its rows", fallback=why)
+
+
+def already_quantized(found: str, source: Path, requantize: bool | None, *, readable: bool = True) -> CheckpointError:
+    """The refusal of a source that is quantized already.
+
+    found: what shows it. requantize: False where it could be asked for, None where there is no such option; readable: whether
+    its format can be read here.
+    """
+    remedy = "quantize the float original, since rounding twice only loses"
+    if not readable:
+        remedy += ": this format is not read here"
+    elif requantize is not None:
+        remedy += "; or add --requantize"
+    return CheckpointError(f"already quantized: {found}", where=str(source), remedy=remedy)
 
 
 def decoded_note(tensors: Iterable[PlannedTensor]) -> str:

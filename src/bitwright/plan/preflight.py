@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.errors import CheckpointError, FormatError, RecipeError
+from bitwright.errors import FormatError, RecipeError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.files.model_path import is_gguf
 from bitwright.formats import READERS, Format, format_named
@@ -28,7 +28,7 @@ from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
 from bitwright.models.gguf_source import FloatGgufCheckpoint, check_companions
 from bitwright.models.skeleton import Skeleton
 from bitwright.plan.peak_memory import peak_memory
-from bitwright.plan.planned_tensor import PlannedTensor, decoded_note
+from bitwright.plan.planned_tensor import PlannedTensor, already_quantized, decoded_note
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.tensor_actions import by_threshold, decide
@@ -46,14 +46,15 @@ def preflight(
     *,
     samples: int = 128,
     seqlen: int = 2048,
-    requantize: bool = False,
+    requantize: bool | None = None,
     adapter: Path | None = None,
     device: torch.device = CPU,
 ) -> Plan:
     """Plan a run: see the module's docstring.
 
     samples, seqlen: calibration windows, and tokens in one. requantize: whether a source that is rounded to integers may be
-    rounded once more. adapter: of LoRA; the model with it is what is quantized. device: of statistics and rounding.
+    rounded once more; None: no, and whoever asks has no option for it that a refusal could name. adapter: of LoRA; the model
+    with it is what is quantized. device: of statistics and rounding.
 
     Raises CheckpointError for a source that is missing, damaged or quantized already, or an adapter of another one; FormatError
     for what the format cannot hold; RecipeError for a rule that does not fit the model.
@@ -65,7 +66,7 @@ def preflight(
     )  # the text model, of a float directory
     config = config_for_gguf(original) if alone else original
     if not requantize:
-        _refuse_integers(source)
+        _refuse_integers(source, requantize)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
     untied = rotation is not None and bool(config.tie_word_embeddings)
     if untied:
@@ -143,19 +144,17 @@ def _calibration_notes(
         yield f"calibration windows of {limit} tokens: the model knows no more positions than that"
 
 
-def _refuse_integers(source: Path) -> None:
+def _refuse_integers(source: Path, requantize: bool | None) -> None:
     """CheckpointError for a source that is quantized, and has a float original."""
     quantization = quantization_of(source)
     if quantization is not None and not has_no_original(quantization):
-        message = f"already quantized ({quantization.get('quant_method')}: {described_in(source)} says so)"
-        readable = quantization.get("quant_method") in {reader.method for reader in READERS}
-        remedy = "quantize the float original, since rounding twice only loses"
-        remedy += "; or add --requantize" if readable else ": this format is not read here"
-        raise CheckpointError(message, where=str(source), remedy=remedy)
+        method = quantization.get("quant_method")
+        readable = method in {reader.method for reader in READERS}
+        raise already_quantized(f"{described_in(source)} says {method}", source, requantize, readable=readable)
 
 
 def _open(
-    source: Path, format_: Format, skeleton: Skeleton, original: PretrainedConfig | None, *, requantize: bool
+    source: Path, format_: Format, skeleton: Skeleton, original: PretrainedConfig | None, *, requantize: bool | None
 ) -> tuple[FloatCheckpoint, list[str]]:
     """The source's tensors, fused experts apart, and what there is to say of those left out.
 
@@ -171,7 +170,11 @@ def _open(
         skeleton.split_experts(checkpoint)
         return checkpoint, left
     decoded_as = torch.float32 if format_.one_file else HALF
-    found = FloatGgufCheckpoint(source, decoded_as if requantize else None)
+    found = FloatGgufCheckpoint(source, decoded_as)
+    if not requantize:
+        for name, stored in found.weight_source.stored.items():
+            if found.stored_as(name):
+                raise already_quantized(f"{stored!r} is {found.stored_as(name).upper()}", source, requantize)
     if not format_.one_file:  # whose tokenizer is written anew
         check_companions(source)
     return found, []

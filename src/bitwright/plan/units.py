@@ -65,9 +65,9 @@ def base_plan(
     keep: Sequence[str],
     samples: int,
     seqlen: int,
-    requantize: bool = False,
+    requantize: bool | None = None,
 ) -> Plan:
-    """The plan of a run that quantizes all that a plan may choose for, in the widest scheme.
+    """The plan of a run that quantizes all that a plan may choose for, in the widest scheme. requantize: as of `preflight`.
 
     FormatError for a format that has no choice of schemes; RecipeError for a pattern of `keep` that matches nothing.
     """
