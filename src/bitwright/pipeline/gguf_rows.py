@@ -37,6 +37,7 @@ def quantize_gguf(
     begun = time.monotonic()
     keep_memory()
     importance = plan.importance(Path(calib)) if imatrix.is_imatrix(calib) else {}
+    evenly = {t.source: why for t in plan.tensors if (why := _counts_evenly(t, importance.get(t.source)))}
     shards = plan.shards
     place = WorkInProgress(out, _manifest(plan, calib), needed=plan.bytes, resume=resume)
     first = place.noted(len(shards))
@@ -47,7 +48,7 @@ def quantize_gguf(
 
             def commit(index: int, parts: list[list[Part]]) -> list[Entry]:
                 entries = [
-                    _entry(t, its, importance.get(t.source)) for t, its in zip(shards[index], parts, strict=True)
+                    _entry(t, its, evenly.get(t.source, t.reason)) for t, its in zip(shards[index], parts, strict=True)
                 ]
                 writer.flush()
                 place.note(index, entries)
@@ -72,14 +73,14 @@ def quantize_gguf(
     written = made.stat().st_size
     place.finish_file(made, ledger)
     bits = 8 * sum(entry.bytes for entry in ledger) / plan.parameters
-    seconds, notes = time.monotonic() - begun, (*plan.notes, *_unseen_notes(ledger))
+    seconds, notes = time.monotonic() - begun, (*plan.notes, *_notes(evenly))
     return Result(out, written, bits, seconds, peak_rss_bytes(), ledger, notes)
 
 
-def _unseen_notes(ledger: list[Entry]) -> list[str]:
-    """What is said of matrices whose importance matrix saw no token of an expert, or has nothing of all of them."""
-    unseen = [entry for entry in ledger if "count evenly" in entry.reason]
-    return [f"{len(unseen)} matrices, such as {unseen[0].name}: {unseen[0].reason}"] if unseen else []
+def _notes(evenly: dict[str, str]) -> list[str]:
+    """What is said of matrices whose columns count evenly. evenly: why, by their name."""
+    name, why = next(iter(evenly.items()), ("", ""))
+    return [f"{len(evenly)} matrices, such as {name}: {why}"] if evenly else []
 
 
 def _manifest(plan: GgufPlan, calib: str) -> dict[str, Any]:
@@ -161,8 +162,8 @@ def _make_rows(file: GgufFile, writer: gguf_writer.GgufWriter, job: Rows) -> Par
     return Part(fit.whole, fit.lost, w[some].float(), fit.whole[some], importance, time.monotonic() - begun)
 
 
-def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
-    """What is said of experts that saw no token."""
+def _counts_evenly(t: PlannedTensor, importance: Tensor | None) -> str:
+    """Why all columns of a matrix, or of some of its experts, count evenly: they saw no token; "" where importance is known."""
     each = None if importance is None or t.layer is None else imatrix.experts_of(importance, t.layer.K, _height(t))
     count = 0 if each is None else imatrix.unseen(each)
     if each is None or not count:
@@ -172,12 +173,12 @@ def _unseen(t: PlannedTensor, importance: Tensor | None) -> str:
     return imatrix.UNSEEN.replace("it", f"{count} of {len(each)} experts", 1)
 
 
-def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> Entry:
+def _entry(t: PlannedTensor, parts: list[Part], reason: str) -> Entry:
     """The ledger entry of a tensor."""
     dtype = str(t.dtype).removeprefix("torch.")
     if t.layer is None or t.rule is None:
         size = t.dtype.itemsize * prod(t.shape)
-        return Entry(t.source, t.shape, dtype, KEPT, t.reason, fallback=t.fallback, bytes=size, source=t.stored_as)
+        return Entry(t.source, t.shape, dtype, KEPT, reason, fallback=t.fallback, bytes=size, source=t.stored_as)
     loss = by_rtn = ratio(torch.cat([part.lost for part in parts]), torch.cat([part.whole for part in parts]))
     if t.rule.method != "rtn":
         rounded = torch.cat([rtn_lost(part.sample, t.layer.scheme, part.gram) for part in parts])
@@ -188,7 +189,7 @@ def _entry(t: PlannedTensor, parts: list[Part], importance: Tensor | None) -> En
         t.shape,
         dtype,
         QUANTIZED,
-        _unseen(t, importance) or t.reason,
+        reason,
         str(t.layer.scheme),
         t.rule.method,
         loss,
