@@ -372,6 +372,8 @@ def test_bad_wishes_are_refused(llama: Path, tmp_path: Path) -> None:
     out = made(llama, tmp_path, "compressed-tensors", "int4-g32")
     with pytest.raises(RecipeError, match="needs a text"):
         load(llama, scheme="int4-g32", method="gptq")
+    with pytest.raises(RecipeError, match="weights have no tokens"):
+        load(llama, scheme="int8-token")
     for model in (out, llama):
         with pytest.raises(KernelError, match="8 or 16"):
             load(model, activations=4)

@@ -57,6 +57,8 @@ def test_what_quantize_weights_refuses() -> None:
         bitwright.quantize_weights(nn.Linear(4, 4), method="rtn")
     with pytest.raises(RecipeError, match="batches are a text, 'int8-channel'"):
         bitwright.quantize_weights(net, "int8-channel")
+    with pytest.raises(RecipeError, match="weights have no tokens"):
+        bitwright.quantize_weights(net, scheme="int8-token", method="rtn")
     for scheme in ("nf4-g64", "q4_k", "int4-g32-e8m0", "q4_1"):
         with pytest.raises(SchemeError, match="are not packed here"):
             bitwright.quantize_weights(net, scheme=scheme, method="rtn")

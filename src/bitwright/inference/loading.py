@@ -22,7 +22,7 @@ from bitwright.inference.dense import Dense
 from bitwright.inference.key_values import round_keys_and_values
 from bitwright.inference.lookup import Lookup, Table
 from bitwright.inference.qlinear import BITS, QLinear
-from bitwright.methods import METHODS
+from bitwright.methods import METHODS, check_serves
 from bitwright.models.config import read_config
 from bitwright.models.families import KEPT_LINEARS
 from bitwright.models.gguf_source import GgufWeightSource
@@ -31,7 +31,6 @@ from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource, names_in, open_weights
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scheme import Scheme
-from bitwright.plan.rule import Rule
 from bitwright.system.device import DeviceMap, device_in
 from bitwright.system.memory import return_memory
 
@@ -64,9 +63,9 @@ def load(
             f"{method!r} needs a text to calibrate on", remedy="rtn, search or hqq; or `bitwright quantize`"
         )
     device = device_in(device_map)
-    wanted = (
-        None if scheme is None else Rule(scheme, Scheme.parse(scheme), method).scheme
-    )  # errors as of a recipe's rule
+    wanted = None if scheme is None else Scheme.parse(scheme)
+    if wanted is not None:
+        check_serves(method, wanted)
     filling = _Filling(local(Path(model)), wanted, method, activations, dtype, device)
     for note in filling.weight_source.notes:
         warnings.warn(f"{model}: {note}", stacklevel=2)

@@ -16,7 +16,7 @@ from bitwright.methods.obq import obq
 from bitwright.methods.outcome import Outcome
 from bitwright.methods.rtn import rtn
 from bitwright.methods.search import search
-from bitwright.numerics.scheme import Scheme
+from bitwright.numerics.scheme import TOKEN, Scheme
 
 METHODS: dict[str, Callable[..., Outcome]] = {
     "rtn": rtn,
@@ -33,20 +33,23 @@ ASYMMETRIC = ("gptaq", "autoround")  # compare with the float model's activation
 IN_RUNS = ("gptq", "gptaq", "search", "rtn")  # choose entries of a codebook for runs of codes
 
 
-def check_serves(method: str, scheme: Scheme) -> None:
-    """RecipeError for a method on a scheme that it cannot choose codes for."""
-    if method == "autoround" and scheme.levels.levels is not None:
-        raise RecipeError(
-            f"autoround tunes integer codes, not {scheme.grid}", remedy="give int2 to int8, or --method gptaq"
-        )
-    if scheme.levels.run > 1 and method not in IN_RUNS:
-        raise RecipeError(
-            f"{method} chooses codes one by one, those of {scheme.grid} come in runs of {scheme.levels.run}",
-            remedy=f"use --method {' or '.join(IN_RUNS)}",
-        )
-    if method == "hqq" and scheme.zero != "min":
+def check_serves(method: str, scheme: Scheme, *, where: str = "") -> None:
+    """RecipeError, of `where`, for a scheme that weights cannot have, or that the method cannot choose codes for."""
+    if scheme.group == TOKEN:
+        message = f"{scheme} is for activations: weights have no tokens"
+        remedy = "give --scheme int8-channel, or --activations for this one"
+    elif method == "autoround" and scheme.levels.levels is not None:
+        message = f"autoround tunes integer codes, not {scheme.grid}"
+        remedy = "give int2 to int8, or --method gptaq"
+    elif scheme.levels.run > 1 and method not in IN_RUNS:
+        message = f"{method} chooses codes one by one, those of {scheme.grid} come in runs of {scheme.levels.run}"
+        remedy = f"use --method {' or '.join(IN_RUNS)}"
+    elif method == "hqq" and scheme.zero != "min":
+        message = f"hqq tunes float minima, and {scheme} has none"
         remedy = "give --scheme q4_1, or --method search"
-        raise RecipeError(f"hqq tunes float minima, and {scheme} has none", remedy=remedy)
+    else:
+        return
+    raise RecipeError(message, where=where, remedy=remedy)
 
 
 __all__ = [

@@ -44,9 +44,6 @@ class Rule:
             raise
 
     def _check_schemes(self) -> None:
-        if self.scheme is not None and self.scheme.group == TOKEN:
-            message = f"{self.scheme} is for activations: weights have no tokens"
-            raise RecipeError(message, remedy="give --scheme int8-channel, or --activations for this one")
         if self.activations is not None and self.activations.group not in (TOKEN, TENSOR):
             message = f"activations are rounded token by token or as a whole tensor, not as {self.activations}"
             raise RecipeError(message, remedy="give int8-token, fp8-token or int8-tensor")

@@ -177,7 +177,8 @@ def _check(plan: Plan, schemes: Sequence[str]) -> None:
         if plan.format.one_file and scheme.upper() not in TYPES:
             remedy = one_of(scheme, [name.lower() for name in TYPES])
             raise FormatError(f"{scheme} is none of GGUF's block types", where="--schemes", remedy=remedy)
-        Rule(scheme, TYPES[scheme.upper()].scheme if plan.format.one_file else Scheme.parse(scheme), method)
+        parsed = TYPES[scheme.upper()].scheme if plan.format.one_file else Scheme.parse(scheme)
+        check_serves(method, parsed, where=scheme)
     rounded = [scheme for scheme in schemes if scheme != KEEP]
     if not rounded:
         remedy = f"add a scheme: --schemes {CANDIDATES[plan.format.name][0]},{KEEP}"
