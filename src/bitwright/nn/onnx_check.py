@@ -80,7 +80,7 @@ def _first_wrong(
     theirs = _computed(whole, given, where)
     off: dict[fx.Node, float] = {}
     for node, value in ours.of.items():
-        if node.name in theirs:
+        if node.name in theirs and isinstance(value, Tensor):
             other = theirs[node.name]
             other = other.short() - shift if value.dtype == torch.int8 and other.dtype == torch.uint8 else other
             off[node] = _difference(value, other)

@@ -1,6 +1,7 @@
 """Build the ONNX nodes and initializers of a traced graph, one operation after another."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,7 @@ from bitwright.nn.onnx_aten import ATEN
 from bitwright.nn.onnx_layers import LAYERS
 from bitwright.nn.onnx_operators import FUNCTIONS, MODULES
 from bitwright.nn.onnx_writes import Made, arguments_of, integers, no_form, source
-from bitwright.nn.trace import Interpreter, require_same
+from bitwright.nn.trace import Recorder, require_same
 from bitwright.nn.tree import kind
 
 SPLITS = ("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
@@ -238,26 +239,19 @@ class Writer:
 ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "truediv": "Div"}
 
 
-class Values(Interpreter):
-    """Interprets a graph, and records the value of every node.
+class Values(Recorder):
+    """Records the value of every node, of tensors only shape and dtype; and those that depend on no input, in full.
 
-    of         node -> its value; of tensors only shape and dtype
-    constants  node -> its value, of those that depend on no input, in full
+    constants  node -> its value
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.of: dict[fx.Node, Any] = {}
+        super().__init__(graph, partial(torch.empty_like, device="meta"))
         self.constants: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.of[n] = fx.node.map_aggregate(result, _without_data)
         pure = n.op in ("call_function", "call_method") and n.target is not require_same
         if n.op == "get_attr" or (pure and all(m in self.constants for m in n.all_input_nodes)):
             self.constants[n] = result
         return result
-
-
-def _without_data(x: Any) -> Any:
-    return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x

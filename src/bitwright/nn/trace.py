@@ -114,7 +114,7 @@ class Interpreter(fx.Interpreter):
 
 
 class Recorder(Interpreter):
-    """Interprets a graph; `of` has what `keep` makes of every tensor that a node gives."""
+    """Interprets a graph; `of` has the value of every node, with what `keep` makes of each tensor in it."""
 
     def __init__(self, graph: fx.GraphModule, keep: Callable[[Tensor], Any]) -> None:
         super().__init__(graph)
@@ -122,8 +122,7 @@ class Recorder(Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.of[n] = self.keep(result)
+        self.of[n] = fx.node.map_aggregate(result, lambda x: self.keep(x) if isinstance(x, Tensor) else x)
         return result
 
 
