@@ -38,7 +38,7 @@ from bitwright.formats.format import (
 )
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.packing import pack, unpack, words
-from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.qtensor import QTensor, Scales, permuted, unpermuted
 from bitwright.numerics.scheme import TENSOR, TOKEN, Scheme
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
@@ -210,7 +210,7 @@ class CompressedTensors:
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         group = {**group, "weights": {key: value for key, value in group["weights"].items() if key != ORDER}}
         weight: Tensor = compressor.decompress(dict(sorted_), QuantizationScheme(**group))["weight"]
-        return weight if order is None else weight[:, order.argsort()]
+        return unpermuted(weight, order)
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor:
         """See `Format.quantized`."""
@@ -223,8 +223,8 @@ class CompressedTensors:
         scheme, block = scheme_of(group["weights"], name), group["weights"].get("block_structure") or [0]
         w, (order, _) = self.decode(config, name, exact), _by_group(group, name, exact)
         scales = _scales(scheme, exact, block[0])
-        q = recovered(w if order is None else w[:, order], scheme, scales, name)
-        return q if order is None else replace(q, order=order)
+        q = recovered(permuted(w, order), scheme, scales, name)
+        return replace(q, order=order)
 
 
 def _check_parts(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.gguf.reader import FLOATS, SIZES, Kind
 from bitwright.numerics.codec import safe
-from bitwright.numerics.qtensor import head_by_head
+from bitwright.numerics.qtensor import head_by_head, permuted, unpermuted
 from bitwright.numerics.scheme import SUPERBLOCK
 
 ENGINE = "llama.cpp"  # the name by which users select this simulation
@@ -34,7 +34,7 @@ class EightBits:
         """Quantize and dequantize x [..., K]; K must be a multiple of the size."""
         order = head_by_head(self.heads, x.shape[-1])
         if order is not None:
-            return replace(self, heads=(1, 1))(x[..., order])[..., order.argsort()]
+            return unpermuted(replace(self, heads=(1, 1))(permuted(x, order)), order)
         blocks = x.float().unflatten(-1, (-1, self.size))
         scale = blocks.abs().amax(-1, keepdim=True) / 127
         codes = torch.round(blocks / safe(scale))

@@ -21,7 +21,7 @@ from bitwright.gguf.config_keys import architecture_of, experts_in, first_positi
 from bitwright.gguf.gemma_keys import PER_LAYER
 from bitwright.gguf.special_keys import falcon_kv_heads
 from bitwright.gguf.tensor_parts import Part, Place, parts_of, share_of
-from bitwright.numerics.qtensor import head_by_head
+from bitwright.numerics.qtensor import head_by_head, permuted, unpermuted
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 TABLES = ("position_embd.weight", "token_types.weight")  # embeddings that are added, never used in a matrix product
@@ -223,10 +223,9 @@ class Names:
         flat = next((dim for end, dim in FLAT.items() if parameter.endswith(end)), None)
         tensor = tensor if flat is None else tensor.squeeze(flat)
         with tensor.device:  # on meta too: a damaged file's sizes may be any
-            order = self.rows(parameter, len(tensor)) if tensor.ndim else None
-            tensor = tensor if order is None else tensor[order]
-            columns = self.columns(parameter, tensor.shape[-1]) if tensor.ndim else None
-            tensor = tensor if columns is None else tensor[:, columns]
+            if tensor.ndim:
+                tensor = permuted(tensor, self.rows(parameter, len(tensor)), 0)
+                tensor = permuted(tensor, self.columns(parameter, tensor.shape[-1]))
         tensor = tensor.float() if self.is_float32(parameter, tensor.ndim) else tensor
         tensor = -tensor.exp() if parameter.endswith(LOG) else tensor
         tensor = tensor.reshape(self._grouped(parameter) or tensor.shape)
@@ -236,10 +235,8 @@ class Names:
         """A tensor from a GGUF file in transformers' layout and of this shape; undoes `written`."""
         tensor = tensor - 1 if self._is_shifted(parameter) else tensor
         tensor = (-tensor).log() if parameter.endswith(LOG) else tensor
-        order = self.rows(parameter, len(tensor))
-        tensor = tensor if order is None else tensor[order.argsort()]
-        columns = self.columns(parameter, tensor.shape[-1])
-        tensor = tensor if columns is None else tensor[:, columns.argsort()]
+        tensor = unpermuted(tensor, self.rows(parameter, len(tensor)), 0)
+        tensor = unpermuted(tensor, self.columns(parameter, tensor.shape[-1]))
         return tensor.T if self._is_transposed(parameter) else tensor.reshape(shape)
 
     def own_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:

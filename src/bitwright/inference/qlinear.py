@@ -11,7 +11,7 @@ from bitwright.inference.lookup import moved
 from bitwright.kernels.matmul import Packed, decoded, pack, product
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.input_quantization import InputQuantization
-from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.qtensor import QTensor, permuted, unpermuted
 from bitwright.numerics.scheme import Scheme
 
 PARTS = ("panels", "scale", "point", "minimum", "unit")
@@ -105,9 +105,7 @@ class QLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The matrix [N, K] that inputs are multiplied with, as it is now decoded, float32."""
-        w = decoded(self.packed, 0, self.out_features)
-        if self.order is not None:
-            w = w[:, self.order.argsort()]
+        w = unpermuted(decoded(self.packed, 0, self.out_features), self.order)
         if self.outlier_columns is not None and self.outlier_weight is not None:
             w[:, self.outlier_columns] = self.outlier_weight.float()
         rotate = self.input_quantization.rotate
@@ -133,8 +131,7 @@ class QLinear(nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         """x [M, K], quantized as the checkpoint says, times the weight: [M, N] float32."""
-        if self.order is not None:
-            x = x[:, self.order]
+        x = permuted(x, self.order)
         if self.input_quantization.scheme is None:
             return product(x, self.packed, bits=self.activations, floats=self.multiplies_in)
         if self.input_quantization.scheme == INT8_TOKEN and not self.input_quantization.threshold:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.numerics import lattice
-from bitwright.numerics.qtensor import QTensor, Scales
+from bitwright.numerics.qtensor import QTensor, Scales, unpermuted
 from bitwright.numerics.scheme import CHANNEL, SUPERBLOCK, TENSOR, Scheme
 
 
@@ -357,9 +357,7 @@ def decode(q: QTensor) -> Tensor:
         v = v.mul_(scale).add_(zero)
     else:
         v = v.sub_(zero).mul_(scale)
-    w = v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]]
-    if q.order is not None:
-        w = w[:, q.order.argsort()]
+    w = unpermuted(v.reshape(len(q.codes), -1)[:, : q.codes.shape[1]], q.order)
     if q.outliers is not None:
         w[:, q.outliers.columns] = q.outliers.weight.float()
     return w.reshape(q.shape)

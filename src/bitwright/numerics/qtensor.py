@@ -116,6 +116,16 @@ def reordered(q: QTensor, order: Tensor) -> QTensor:
     return replace(q, codes=q.codes[order], scales=map_rows(lambda t: t[order], q.scheme, q.scales), outliers=kept)
 
 
+def permuted(x: Tensor, order: Tensor | None, dim: int = -1) -> Tensor:
+    """x with place i of a dimension taken from place order[i], such as the columns of a matrix in a file; None: as they are."""
+    return x if order is None else x.index_select(dim, order)
+
+
+def unpermuted(x: Tensor, order: Tensor | None, dim: int = -1) -> Tensor:
+    """Undoes `permuted` by the same order, a permutation."""
+    return x if order is None else x.index_select(dim, order.argsort())
+
+
 def head_by_head(heads: tuple[int, int], K: int) -> Tensor | None:
     """The order in which K inputs, that come as (groups, heads in each), have the first heads of all groups first, then the
     second ones; None: as they come.

@@ -24,6 +24,7 @@ from bitwright.models.adapter import CONFIG, STEM, WEIGHTS, Adapter
 from bitwright.models.adapter_base import recorded_base
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
+from bitwright.numerics.qtensor import permuted, unpermuted
 
 KIND, LORA, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 ACTIVATED = "adapter.alora.invocation_tokens"  # of adapters that begin to count in the middle of a text
@@ -89,10 +90,9 @@ def _tensors(adapter: Adapter, names: Names) -> tuple[float, dict[str, Tensor]]:
             raise FormatError(f"llama.cpp has no place for {what}", where=module, remedy=remedy)
         factor = delta.scaling * len(delta.A) / alpha
         B = delta.B if abs(factor - 1) < 1e-12 else delta.B.float() * factor
-        order, columns = names.rows(parameter, len(B)), names.columns(parameter, delta.A.shape[1])
-        name = names.of(parameter)
-        found[f"{name}{HALVES[0]}"] = (delta.A if columns is None else delta.A[:, columns]).contiguous()
-        found[f"{name}{HALVES[1]}"] = (B if order is None else B[order]).contiguous()
+        name, columns = names.of(parameter), names.columns(parameter, delta.A.shape[1])
+        found[f"{name}{HALVES[0]}"] = permuted(delta.A, columns).contiguous()
+        found[f"{name}{HALVES[1]}"] = permuted(B, names.rows(parameter, len(B)), 0).contiguous()
     return alpha, dict(sorted(found.items(), key=lambda item: place(item[0])))
 
 
@@ -124,12 +124,13 @@ def adapter_from_gguf(file: Path, out: Path, base: Path | None) -> dict[str, Any
         if name not in modules:
             message = f"tensor {name + half!r} belongs to no linear layer of {base}"
             raise CheckpointError(message, where=str(file), remedy="give the model that it was trained beside")
-        part = read.read(name + half)
-        order = names.rows(f"{modules[name]}.weight", len(part)) if half == HALVES[1] else None
-        columns = names.columns(f"{modules[name]}.weight", part.shape[1]) if half == HALVES[0] else None
-        part = part if columns is None else part[:, columns.argsort()]
+        part, parameter = read.read(name + half), f"{modules[name]}.weight"
+        if half == HALVES[0]:
+            part = unpermuted(part, names.columns(parameter, part.shape[1]))
+        else:
+            part = unpermuted(part, names.rows(parameter, len(part)), 0)
         stem = f"{STEM}{modules[name]}.lora_{half[-1].upper()}.weight"
-        tensors[stem] = (part if order is None else part[order.argsort()]).contiguous()
+        tensors[stem] = part.contiguous()
     config = _config(tensors, float(read.keys.get(ALPHA, 0.0)), skeleton, names, base)
     with disk_errors(out), tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.resolve().parent) as folder:
         made = Path(folder) / "adapter"

@@ -17,6 +17,7 @@ from bitwright.gguf import imatrix
 from bitwright.gguf.imatrix import LEFT_OUT, UNSEEN, Seen
 from bitwright.gguf.tensor_names import Names, expert_of
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
+from bitwright.numerics.qtensor import unpermuted
 from bitwright.pipeline.calibration_pass import calibration_tokens, digest, one_shot
 from bitwright.pipeline.work_in_progress import check_out
 from bitwright.plan.planned_tensor import PlannedTensor
@@ -63,8 +64,7 @@ class Importance:
             if stored is None or stored.numel() != experts * t.layer.K:
                 raise imatrix.of_another_model(file, name, stored, experts * t.layer.K)
             own = stored.reshape(experts, -1)[expert or 0]
-            own = own if t.layer.order is None else own[t.layer.order.argsort()]
-            values[t.layer.name] = imatrix.evenly(own)
+            values[t.layer.name] = imatrix.evenly(unpermuted(own, t.layer.order))
             reasons |= {} if own.any() else {t.layer.name: UNSEEN}
         return cls(values, digest(file.read_bytes()), reasons)
 

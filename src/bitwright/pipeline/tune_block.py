@@ -9,6 +9,7 @@ from torch import Tensor
 from bitwright.methods.autoround import Options, tune
 from bitwright.models.skeleton import as_source
 from bitwright.numerics.codec import decode
+from bitwright.numerics.qtensor import permuted, unpermuted
 from bitwright.pipeline.quantize_block import Rounded, float_matrix, relative_loss
 from bitwright.plan.run_plan import Plan
 
@@ -37,13 +38,13 @@ def tune_block(
     orders = {name: r.q.order for name, r in chosen.items()}
 
     def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
-        whole = {name: _unordered(matrix, orders[name]) for name, matrix in matrices.items()}
+        whole = {name: unpermuted(matrix, orders[name]) for name, matrix in matrices.items()}
         sources = {name: as_source(skeleton, _name(chosen[name]), matrix) for name, matrix in whole.items()}
         return skeleton.run_with(index, x, sources)
 
     floats = {name: float_matrix(plan, r.planned, weights[name]) for name, r in chosen.items()}
-    gone = {name: _ordered(r.gone, orders[name]) for name, r in chosen.items() if r.gone is not None}
-    left = {name: _ordered(w, orders[name]) for name, w in floats.items()}
+    gone = {name: permuted(r.gone, orders[name]) for name, r in chosen.items() if r.gone is not None}
+    left = {name: permuted(w, orders[name]) for name, w in floats.items()}
     left |= {name: left[name].masked_fill(mask, 0.0) for name, mask in gone.items()}
     start = {name: replace(r.q, order=None) for name, r in chosen.items()}
     found = tune(forward, torch.cat(inputs), torch.cat(targets), left, start, how, gone)
@@ -58,16 +59,6 @@ def tune_block(
             r = replace(r, q=q, entry=replace(r.entry, loss=loss, seconds=spent), gram=None)
         tuned.append(r)
     return tuned
-
-
-def _ordered(w: Tensor, order: Tensor | None) -> Tensor:
-    """A matrix with its columns as they are stored."""
-    return w if order is None else w[:, order]
-
-
-def _unordered(w: Tensor, order: Tensor | None) -> Tensor:
-    """Undoes `_ordered`."""
-    return w if order is None else w[:, order.argsort()]
 
 
 def _name(r: Rounded) -> str:
