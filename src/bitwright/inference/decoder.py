@@ -72,3 +72,17 @@ class Decoder(ABC):
                 raise InputError(
                     message, remedy=f"give a shorter prompt, or --context {wanted} if the model reaches that far"
                 )
+
+
+class OneByOne(Decoder):
+    """A Decoder that reads one sequence after the other, through transformers' forward."""
+
+    @abstractmethod
+    def read_one(self, part: Part) -> Tensor:
+        """Read one part: logits [wanted, V]."""
+
+    @torch.no_grad()
+    def read(self, parts: Sequence[Part]) -> list[Tensor]:
+        """See `Decoder`."""
+        self.check(parts)
+        return [self.read_one(part) for part in parts]

@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from bitwright.inference.decoder import Decoder, Part
+from bitwright.inference.decoder import OneByOne, Part
 from bitwright.numerics.key_value_codes import KeyValueCodes, rotated
 
 ARGUMENTS = ("past_key_values", "cache_params")  # the second in Mamba
@@ -18,7 +17,7 @@ STEPPING = ("falcon_mamba", "mamba")  # in transformers these go on from a state
 UNFIT = ("cpmant", "hrm_text", "recurrent_gemma")  # of which transformers' cache gives errors, or other logits
 
 
-class ModuleDecoder(Decoder):
+class ModuleDecoder(OneByOne):
     """See `Decoder`. kv: keys and values in few bits; None: in the model's type."""
 
     def __init__(
@@ -29,20 +28,15 @@ class ModuleDecoder(Decoder):
         self.caches = [self._empty() for _ in range(slots)]
         self.lengths, self.recent = [0] * slots, [0] * slots  # tokens held; of those, read last
 
-    @torch.no_grad()
-    def read(self, parts: Sequence[Part]) -> list[Tensor]:
-        """See `Decoder`."""
-        self.check(parts)
-        return [self._read(part) for part in parts]
-
-    def _read(self, part: Part) -> Tensor:
+    def read_one(self, part: Part) -> Tensor:
+        """See `OneByOne`."""
         if self.lengths[part.slot] and self.model.config.model_type in STEPPING:
-            each = [self._one(part.slot, ids, 1) for ids in part.ids.split(1)]
+            each = [self._forward(part.slot, ids, 1) for ids in part.ids.split(1)]
             return torch.cat(each[-part.wanted :])
-        return self._one(part.slot, part.ids, part.wanted)
+        return self._forward(part.slot, part.ids, part.wanted)
 
-    def _one(self, slot: int, ids: Tensor, wanted: int) -> Tensor:
-        """Read on in one forward: logits [wanted, V]."""
+    def _forward(self, slot: int, ids: Tensor, wanted: int) -> Tensor:
+        """Read tokens [T] behind those of a slot: logits [wanted, V]."""
         cache, held = self.caches[slot], self.lengths[slot]
         if held and self.goes_back:
             cache.crop(0)  # what was kept so that the last tokens could be taken back

@@ -4,18 +4,16 @@ GPT-1 has no cache at all; XLM, XLNet, RWKV, xLSTM and the first MiniMax have on
 of them ignore it, and would see the last token alone.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitwright.errors import InputError
-from bitwright.inference.decoder import Decoder, Part
+from bitwright.inference.decoder import OneByOne, Part
 from bitwright.numerics.key_value_codes import KeyValueCodes
 
 
-class WholeDecoder(Decoder):
+class WholeDecoder(OneByOne):
     """See `Decoder`. A sequence is its tokens. InputError for kv: there are no keys and values to round."""
 
     goes_back = True
@@ -29,13 +27,8 @@ class WholeDecoder(Decoder):
         self.model, self.context, self.slots = model, context, slots
         self.held = [torch.zeros(0, dtype=torch.long)] * slots
 
-    @torch.no_grad()
-    def read(self, parts: Sequence[Part]) -> list[Tensor]:
-        """See `Decoder`."""
-        self.check(parts)
-        return [self._one(part) for part in parts]
-
-    def _one(self, part: Part) -> Tensor:
+    def read_one(self, part: Part) -> Tensor:
+        """See `OneByOne`."""
         ids = torch.cat([self.held[part.slot], part.ids])
         logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits
         self.held[part.slot] = ids
