@@ -65,6 +65,8 @@ def _given_in_float32(_: nn.Module, ids: Any, rows: Tensor) -> Tensor:
 def _leave_experts_apart() -> None:
     """Let peft take modules as it finds them where each expert has its own: it would look for transformers' fused parameters
     in their place, find none, and train no expert."""
+    # There is no public way around: peft converts by the config's model_type alone, before it reads target_parameters or looks
+    # up custom modules; to unregister transformers' conversion of that type would break from_pretrained in this process.
     if find_spec("peft") is None or find_spec("peft.utils.transformers_weight_conversion") is None:
         return
     from peft.utils import transformers_weight_conversion as conversion
