@@ -13,17 +13,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from bitwright.errors import CheckpointError
 from bitwright.files.checkpoint import Checkpoint
 from bitwright.models.block_calls import ALONE, FORMS, PROBE, TOO_ODD, Call, Calls, ports
 from bitwright.models.experts import one_by_one, split, split_blocks
-from bitwright.models.families import is_encoder, model_of, parameters_on_meta
+from bitwright.models.families import model_of, parameters_on_meta
 from bitwright.models.file_names import Conversion, in_model
 from bitwright.models.kv_cache import KvCache
-from bitwright.models.layers import is_linear, matrix_of
-from bitwright.models.text_model import find_blocks, no_longer_meta, towers_of
+from bitwright.models.layers import matrix_of
+from bitwright.models.model_parts import ModelParts
+from bitwright.models.text_model import no_longer_meta
 from bitwright.system.device import CPU
 
 # Buffers that models compute, and that may be missing in a checkpoint; older checkpoints hold them.
@@ -39,32 +39,18 @@ CACHES = ("past_key_values", "layer_past")  # names of the blocks' argument for 
 TOKENS_PER_BATCH = 4096
 
 
-PER_LAYER = "embed_tokens_per_layer"  # how transformers names an embedding with a part for each layer
-
-
-class Skeleton:
+class Skeleton(ModelParts):
     """A causal language model, or an encoder without its pooling layer, whose blocks are loaded and unloaded one by one."""
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device = CPU) -> None:
         """dtype, device: of the computation, whatever the checkpoint's type. CheckpointError for a config without a model."""
-        self.config, self.dtype, self.device = config, dtype, device
-        with parameters_on_meta():
-            try:
-                self.model = model_of(config, dtype)
-            except (ValueError, KeyError, ImportError) as error:
-                reason = str(error).splitlines()[0]
-                remedy = (
-                    "give a language model that predicts the next token, with or without towers for images or sound"
-                )
-                where = str(config.name_or_path or config.model_type)
-                raise CheckpointError(f"no model for it: {reason}", where=where, remedy=remedy) from error
-        self.experts = one_by_one(self.model)
-        self.model.tie_weights()
+        self.dtype, self.device = dtype, device
+        model = _without_weights(config, dtype)
+        experts = one_by_one(model)
+        model.tie_weights()
+        super().__init__(model, config, experts)
         if device != CPU:
             self._move_buffers()
-        self.predicts = not is_encoder(config)
-        self.block_prefix, self.blocks = find_blocks(self.model, config)
-        self.towers = towers_of(self.model, self.block_prefix)
         self.conversions: tuple[Conversion, ...] = ()
         self._calls = Calls(len(self.blocks))
         self._recorded: dict[tuple[int, ...], list[Call]] = {}  # by the shape of the token ids
@@ -75,113 +61,6 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self.device))
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def outer_names(self, *, base_only: bool = False) -> list[str]:
-        """Names of the parameters and persistent buffers outside the blocks and the vision or audio towers; tied ones once.
-
-        base_only: without those of the output head, which `embed` does not need.
-        """
-        inside, tied = (f"{self.block_prefix}.", *(f"{tower}." for tower in self.towers)), self.tied_names()
-        start = f"{self.model.base_model_prefix}." if base_only and self._base is not self.model else ""
-        names = self.model.state_dict(keep_vars=True)
-        needed = {first for name, first in self.ties().items() if name.startswith(start)}
-        wanted = [n for n in names if (n.startswith(start) or n in needed) and n not in tied]
-        return [n for n in wanted if not n.startswith(inside)]
-
-    @property
-    def _base(self) -> nn.Module:
-        """The model without its output head."""
-        prefix = self.model.base_model_prefix
-        found = dict(self.model.named_children()).get(prefix, self.model)
-        return found if self.predicts and f"{self.block_prefix}.".startswith(f"{prefix}.") else self.model
-
-    def tower_of(self, name: str) -> str | None:
-        """The vision or audio tower that a parameter or module belongs to; None if it is the text model's."""
-        return next((tower for tower in self.towers if f"{name}.".startswith(f"{tower}.")), None)
-
-    def state_names(self, index: int) -> list[str]:
-        """Names of the parameters and persistent buffers of block `index`."""
-        return [f"{self.block_prefix}.{index}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
-
-    def lent_names(self, index: int) -> list[str]:
-        """Parameters that block `index` shares with an earlier block (Zamba 2), by their name in that block."""
-        own, prefix = f"{self.block_prefix}.{index}.", f"{self.block_prefix}."
-        ties = self.ties().items()
-        return [
-            first
-            for name, first in ties
-            if name.startswith(own) and first.startswith(prefix) and first[: len(own)] != own
-        ]
-
-    def linear_names(self) -> list[str]:
-        """Names of all Linear and Conv1D modules of the model, subclasses, output head and routers included."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-
-    def tied_names(self) -> set[str]:
-        """Second names of tied parameters."""
-        return set(self.ties())
-
-    def ties(self) -> dict[str, str]:
-        """Tied parameters: second name -> first name."""
-        first = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
-        everywhere = self.model.named_parameters(remove_duplicate=False)
-        return {name: first[id(p)] for name, p in everywhere if first[id(p)] != name}
-
-    def embedding_and_head(self) -> dict[str, nn.Module]:
-        """The embedding, those for each layer (Gemma) and, unless it is tied or there is none, the head: name -> module."""
-        names = [self.embedding_name, *self.layer_embeddings, *([self.head_name] if self.predicts else [])]
-        return {name: self.model.get_submodule(name) for name in names}
-
-    @property
-    def layer_embeddings(self) -> list[str]:
-        """Names of token embeddings whose rows have a part for each layer."""
-        return [name for name, _ in self.model.named_modules() if name.endswith(PER_LAYER)]
-
-    @property
-    def embedding_name(self) -> str:
-        """Name of the token embedding."""
-        return self._name_of(self.model.get_input_embeddings())
-
-    @property
-    def output_name(self) -> str:
-        """Name of the output head. CheckpointError for an encoder, which has none."""
-        self._must_predict()
-        return self._name_of(self.head_module)
-
-    @property
-    def head_module(self) -> nn.Module:
-        """The output head, of the model or the text model inside it. CheckpointError if there is none."""
-        inner = [m for n, m in self.model.named_modules() if self.block_prefix.startswith(f"{n}." if n else "")]
-        heads = [m.get_output_embeddings() for m in inner if isinstance(m, PreTrainedModel)]
-        found = next((head for head in heads if head is not None), None)
-        if found is None:
-            message = f"models of type {self.config.model_type!r} do not say which module is their output head"
-            raise CheckpointError(message, remedy="a model that has one (get_output_embeddings)")
-        return found
-
-    @property
-    def head_name(self) -> str:
-        """Name of the module that holds the output head's weight: itself, or the embedding that it is tied to."""
-        name = self.output_name
-        return name if f"{name}.weight" not in self.tied_names() else self.embedding_name
-
-    def _must_predict(self) -> None:
-        if not self.predicts:
-            kind = self.config.model_type
-            message = f"models of type {kind!r} predict no next token: there is nothing to judge it by"
-            raise CheckpointError(message, remedy="inspect it, or compare its hidden states")
-
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, other in self.model.named_modules() if other is module)
-
-    def linears(self, index: int) -> dict[str, nn.Module]:
-        """The linear layers of block `index`: name -> Linear, or GPT-2's Conv1D, whose weight is [K, N]."""
-        prefix = f"{self.block_prefix}.{index}."
-        named = self.blocks[index].named_modules()
-        return {prefix + name: module for name, module in named if is_linear(module)}
 
     def source_names(self, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> dict[str, str]:
         """Parameter or persistent buffer -> tensor in a checkpoint. shapes: tensor -> shape; None is not compared.
@@ -230,17 +109,6 @@ class Skeleton:
                 count = sum(f"{experts}.{e}.{leaf}" in found for e in range(layout.E))
                 return f": {leaf} is there for {count} experts of the layer, config.json means {layout.E}"
         return ""
-
-    def routers(self) -> set[str]:
-        """Names of the modules that route tokens to experts, or compute the weight of a shared expert."""
-        found = set[str]()
-        for experts, layout in self.experts.items():
-            owner = experts.rpartition(".")[0]
-            for name, module in self.model.get_submodule(owner).named_modules(prefix=owner):
-                weight = dict(module.named_parameters(recurse=False)).get("weight")
-                steers = weight is not None and weight.ndim == 2 and len(weight) in (1, layout.E)
-                found |= {name} if steers and not name.startswith(f"{experts}.") else set()
-        return found
 
     def split_experts(self, checkpoint: Checkpoint) -> None:
         """Replace fused experts in a checkpoint's table by one entry for each expert and matrix, named as in this model.
@@ -327,7 +195,7 @@ class Skeleton:
         """The recorded calls of all blocks for token ids [B, T]."""
         calls: list[Call] = []
         with self._ports(calls, form):
-            self._base(input_ids=ids.to(self.device), use_cache=False)
+            self.without_head(input_ids=ids.to(self.device), use_cache=False)
         if len(calls) != len(self):
             raise CheckpointError(f"the model calls its {len(self)} blocks {len(calls)} times", remedy=ALONE)
         return calls
@@ -370,12 +238,6 @@ class Skeleton:
         finally:
             self._cache = None
 
-    def attention_name(self, index: int) -> str | None:
-        """Name of block `index`'s attention module, found by its `layer_idx`; None if there is none, or several."""
-        named = self.blocks[index].named_modules()
-        found = [name for name, module in named if name and hasattr(module, "layer_idx")]
-        return f"{self.block_prefix}.{index}.{found[0]}" if len(found) == 1 else None
-
     @contextmanager
     def quantizing_inputs(self, input_quantizations: Mapping[str, Callable[[Tensor], Tensor] | None]) -> Iterator[None]:
         """Within this context, the inputs of modules are quantized. input_quantizations: name -> function; None: unchanged."""
@@ -399,7 +261,7 @@ class Skeleton:
 
     def head_with(self, hidden: Tensor) -> Tensor:
         """As `head`, and differentiable in the hidden state."""
-        self._must_predict()
+        self.must_predict()
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._ports([], self._calls.form, self._calls.last(hidden)):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -412,6 +274,17 @@ class Skeleton:
         port = ports(self.model.get_submodule(owner), attribute, self.blocks, record, form, inject)
         with no_longer_meta(self.model, self.device), port:
             yield
+
+
+def _without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The config's model with its parameters on the meta device. CheckpointError if transformers has none."""
+    with parameters_on_meta():
+        try:
+            return model_of(config, dtype)
+        except (ValueError, KeyError, ImportError) as error:
+            reason, where = str(error).splitlines()[0], str(config.name_or_path or config.model_type)
+            remedy = "give a language model that predicts the next token, with or without towers for images or sound"
+            raise CheckpointError(f"no model for it: {reason}", where=where, remedy=remedy) from error
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
