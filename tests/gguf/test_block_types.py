@@ -181,8 +181,8 @@ def test_a_quantized_file_is_a_source_if_asked(file: Path, tmp_path: Path) -> No
     how = ["--scheme", "q4_0", "--method", "search", "--calib", "none"]
     refused = run("quantize", str(file), str(tmp_path / "a.gguf"), *how, code=2)
     assert "--requantize" in refused["remedy"]
-    refused = run("imatrix", str(file), str(tmp_path / "a.imatrix"), code=2)
-    assert "float original" in refused["remedy"] and "--requantize" not in refused["remedy"]  # imatrix has no such option
+    refused = run("imatrix", str(file), str(tmp_path / "a.imatrix"), code=2)  # which has no such option
+    assert "float original" in refused["remedy"] and "--requantize" not in refused["remedy"]
     run(
         "quantize", str(file), str(tmp_path / "a.gguf"), *how, "--requantize", code=1
     )  # the embedding fills no block of Q6_K

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from bitwright.api import evaluate, quantize
+from bitwright.calibration.block_run import BlockRun
+from bitwright.calibration.input_groups import Group, groups_of
 from bitwright.calibration.input_statistics import Gathering
-from bitwright.calibration.observe import BlockRun, FloatStream, Group, _towards, groups_of, observe
+from bitwright.calibration.observe import FloatStream, _towards, observe
 from bitwright.calibration.statistics import CHUNK, Cross
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.errors import RecipeError

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import bitwright
-from bitwright.calibration.observe import BlockRun, FloatStream, Mixture, groups_of
+from bitwright.calibration.block_run import BlockRun
+from bitwright.calibration.input_groups import Mixture, groups_of
+from bitwright.calibration.observe import FloatStream
 from bitwright.calibration.observe_experts import ENOUGH, PRIOR, SAMPLE, statistics_in_order
 from bitwright.errors import CheckpointError
 from bitwright.models.experts import Experts

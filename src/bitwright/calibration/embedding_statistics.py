@@ -13,8 +13,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from bitwright.calibration.block_run import EarlyStop
 from bitwright.calibration.input_statistics import Gathering, Inputs
-from bitwright.calibration.observe import EarlyStop
 from bitwright.calibration.statistics import Gram
 from bitwright.models.skeleton import Skeleton
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bitwright.calibration.block_run import BlockRun
+from bitwright.calibration.input_groups import Group, Mixture
 from bitwright.calibration.input_statistics import Gathering, Inputs
-from bitwright.calibration.observe import BlockRun, FloatStream, Group, Mixture, observe
+from bitwright.calibration.observe import FloatStream, observe
 from bitwright.models.experts import DOWN, Experts
 from bitwright.models.skeleton import TOKENS_PER_BATCH
 from bitwright.system import distributed

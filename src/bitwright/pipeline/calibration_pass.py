@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.calibration.block_run import BlockRun
+from bitwright.calibration.input_groups import Group, Mixture, groups_of
 from bitwright.calibration.input_statistics import Inputs
-from bitwright.calibration.observe import BlockRun, Group, Mixture, groups_of, observe
+from bitwright.calibration.observe import observe
 from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.calibration.ranges import Histogram, together
 from bitwright.calibration.windows import Drawn, draw, load_tokenizer

@@ -11,7 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.calibration.observe import KEPT_BYTES, BlockRun, FloatStream, Group, groups_of
+from bitwright.calibration.block_run import BlockRun
+from bitwright.calibration.input_groups import Group, groups_of
+from bitwright.calibration.observe import KEPT_BYTES, FloatStream
 from bitwright.calibration.observe_experts import statistics_in_order
 from bitwright.models.kv_cache import KvCache, KvRounding
 from bitwright.models.skeleton import Skeleton, as_source
@@ -57,9 +59,9 @@ def quantize_in_order(
             done += new
             if guarded:
                 searched += quantize_together(plan, [by_search(t) for t in members], weights, inputs, origin)
-        if isinstance(group, Group):
-            run.settle(group)
-            floats.settle(group)
+        if isinstance(group, Group) and group.within is not None:
+            run.settle(group.within)
+            floats.settle(group.within)
     if original is not None and states.original is not None:
         original.move_on()
         tuned = tune_block(plan, index, done, weights, states.given, states.original)
