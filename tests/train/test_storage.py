@@ -195,3 +195,23 @@ def test_scales_stay_exact_in_a_module_of_16_bits_and_a_pickled_one_is_trained_o
     torch.save(module, file)
     file.seek(0)
     assert trained(torch.load(file, weights_only=False), 5) == trained(module, 5)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_cast_between_the_backward_pass_and_the_next_use_rounds_no_waiting_weight(stepped: bool) -> None:
+    torch.manual_seed(0)
+    net, x = store_in_8_bits(nn.Linear(48, 32), dtype=torch.float32), torch.randn(8, 48)
+    other = copy.deepcopy(net)
+    for cast, one in ((True, net), (False, other)):
+        optimizer = torch.optim.SGD([one.get_parameter("weight")], lr=0.1)
+        one(x).square().sum().backward()
+        if stepped:
+            optimizer.step()
+        if cast:
+            one.to(torch.bfloat16).to(torch.float32)
+        assert one.weight.dtype == one.weight.grad.dtype == torch.float32
+        if not stepped:
+            optimizer.step()
+        one(x)
+    assert torch.equal(net.get_buffer("codes"), other.get_buffer("codes"))
+    assert torch.equal(net.get_buffer("scale"), other.get_buffer("scale"))

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from bitwright.errors import RecipeError
+from bitwright.inference.lookup import moved
 from bitwright.nn.tree import Around, off_the_fast_path
 from bitwright.system.device import best_dtype
 
@@ -178,10 +179,14 @@ class StoredLayer(Around):
         self.waiting = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredLayer":
-        """Move the layer; scales stay in float32, whatever type the module is given."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = scale.to(self.scale.device)
+        """Move the layer. Whatever type the module is given, scales stay in float32, and the parameter and its gradient in
+        `dtype`: a weight that waits for an optimizer, or to be written back, would be rounded."""
+
+        def moves(t: Tensor) -> Tensor:
+            kept = t is self.scale or t is self.weight or t is self.weight.grad
+            return moved(t, fn) if kept else fn(t)
+
+        super()._apply(moves, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
