@@ -52,7 +52,7 @@ def test_awq_minimises_the_layers_output_error(searched: bool) -> None:
     known = gathered(x)
     assert known.gram is not None and known.mean is not None
     reader = Reader(w, INT3, searched=searched)
-    found = Awq().scaling([reader], known.gram, known.mean)
+    found = Awq().candidates([reader], known.gram, known.mean).best()
     errors = {}
     for i in range(20):
         s = known.mean ** (i / 20)
@@ -69,7 +69,7 @@ def test_awq_of_even_inputs_is_nearly_nothing() -> None:
     x = torch.randn(700, K, generator=torch.Generator().manual_seed(3))
     known, w = gathered(x), weight()
     assert known.gram is not None and known.mean is not None
-    found = Awq().scaling([Reader(w, INT3)], known.gram, known.mean)
+    found = Awq().candidates([Reader(w, INT3)], known.gram, known.mean).best()
     before = loss(w, decode(encode(w, fit(w, INT3), INT3)), known.gram)
     after = loss(w, Reader(w, INT3).rounded(found.s, None), known.gram)
     assert 0.9 * before < after <= before
@@ -80,16 +80,16 @@ def test_awq_survives_dead_channels() -> None:
     x[:, 7] = 0
     known = gathered(x)
     assert known.gram is not None and known.mean is not None
-    s = Awq().scaling([Reader(weight(), INT3)], known.gram, known.mean).s
+    s = Awq().candidates([Reader(weight(), INT3)], known.gram, known.mean).best().s
     assert s.isfinite().all() and (s > 0).all()
-    assert (Awq().scaling([Reader(weight(), INT3)], known.gram * 0, known.mean * 0).s == 1).all()
+    assert (Awq().candidates([Reader(weight(), INT3)], known.gram * 0, known.mean * 0).best().s == 1).all()
 
 
 def test_matrices_that_stay_in_float_do_not_count() -> None:
     known, w = gathered(inputs_with_outliers()), weight()
     assert known.gram is not None and known.mean is not None
-    alone = Awq().scaling([Reader(w, INT3)], known.gram, known.mean)
-    both = Awq().scaling([Reader(w, INT3), Reader(weight(9) * 100, None)], known.gram, known.mean)
+    alone = Awq().candidates([Reader(w, INT3)], known.gram, known.mean).best()
+    both = Awq().candidates([Reader(w, INT3), Reader(weight(9) * 100, None)], known.gram, known.mean).best()
     assert alone.exponent == both.exponent
 
 
@@ -102,7 +102,7 @@ def smoothed(x: Tensor, w: Tensor, activations: Scheme) -> tuple[float, float, f
     reader = Reader(w, INT8, activations)
     assert known.sample is not None and known.low is not None and known.high is not None
     extremes = torch.stack([known.low, known.high])
-    found = Smooth().scaling([reader], known.sample, extremes, reach_of([reader]), known.peak)
+    found = Smooth().candidates([reader], known.sample, extremes, reach_of([reader]), known.peak).best()
     fresh = inputs_with_outliers(seed=8)
     meant, errors = fresh @ w.T, []
     for s in (torch.ones(K), found.s):
@@ -128,12 +128,12 @@ def test_smooth_is_equation_4() -> None:
     known, reader = gathered(x), Reader(w, INT8, TOKEN)
     assert known.sample is not None and known.low is not None and known.high is not None
     extremes = torch.stack([known.low, known.high])
-    found = Smooth(points=1).scaling([reader], known.sample, extremes, reach_of([reader]), known.peak)
+    found = Smooth(points=1).candidates([reader], known.sample, extremes, reach_of([reader]), known.peak).best()
     if found.exponent:
         expected = x.abs().amax(0)
         torch.testing.assert_close(found.s / found.s[0], expected / expected[0])
     half = x.abs().amax(0).sqrt() / w.abs().amax(0).sqrt()
-    grid = Smooth(points=2).scaling([reader], known.sample, extremes, reach_of([reader]), known.peak)
+    grid = Smooth(points=2).candidates([reader], known.sample, extremes, reach_of([reader]), known.peak).best()
     if grid.exponent == 0.5:
         torch.testing.assert_close(grid.s / grid.s[0], half / half[0])
     assert {found.exponent, grid.exponent} & {1.0, 0.5}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
+from bitwright.methods.scaling import Candidates, Reader, Scaling, centred, identity, relative
 from bitwright.numerics.loss import energy
 
 SMALLEST = 1e-4  # of the largest mean |x|, at least: channels that are hardly ever active must not make s huge
@@ -30,7 +30,7 @@ class Awq:
             remedy = 'transforms = [{ name = "awq", points = 20 }]'
             raise RecipeError(f"a grid of {self.points} points: awq's points must be at least 1", remedy=remedy)
 
-    def scaling(self, readers: Sequence[Reader], gram: Tensor, mean: Tensor) -> Scaling:
+    def candidates(self, readers: Sequence[Reader], gram: Tensor, mean: Tensor) -> Candidates:
         """Channel scales for the matrices that read one input.
 
         readers  the matrices [N, K]; those that stay in float (no scheme) do not count
@@ -48,4 +48,4 @@ class Awq:
             missed = (r.w - r.rounded(s, importance) for r in some if r.scheme is not None)
             return sum(float(energy(error, gram).sum()) for error in missed)
 
-        return best_scaling(grid, loss)
+        return Candidates(tuple(grid), loss)

@@ -4,7 +4,7 @@ Both move a factor s [K] from the inputs of some matrices into the matrices: x w
 candidates and in the loss.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,9 +61,16 @@ class Scaling:
     exponent: float
 
 
-def best_scaling(candidates: Iterable[Scaling], loss: Callable[[Tensor], float]) -> Scaling:
-    """The candidate of least loss, the first among equals."""
-    return min(candidates, key=lambda candidate: loss(candidate.s))
+@dataclass(frozen=True)
+class Candidates:
+    """Channel scales to choose from, and the loss of some s [K] by which they are compared."""
+
+    scalings: tuple[Scaling, ...]
+    loss: Callable[[Tensor], float]
+
+    def best(self) -> Scaling:
+        """The candidate of least loss, the first among equals."""
+        return min(self.scalings, key=lambda candidate: self.loss(candidate.s))
 
 
 def centred(s: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError
-from bitwright.methods.scaling import Reader, Scaling, best_scaling, centred, identity, relative
+from bitwright.methods.scaling import Candidates, Reader, Scaling, centred, identity, relative
 from bitwright.numerics.codec import fit, rounded
 from bitwright.numerics.scheme import TENSOR, Scheme
 
@@ -30,9 +30,9 @@ class Smooth:
             remedy = 'transforms = [{ name = "smooth", points = 20 }]'
             raise RecipeError(f"a grid of {self.points} points: smooth's points must be at least 1", remedy=remedy)
 
-    def scaling(
+    def candidates(
         self, readers: Sequence[Reader], sample: Tensor, extremes: Tensor, reach: Tensor, peak: Tensor
-    ) -> Scaling:
+    ) -> Candidates:
         """Channel scales for the matrices that read one input.
 
         readers   the matrices [N, K]; those without a scheme stay in float
@@ -50,7 +50,7 @@ class Smooth:
         def loss(s: Tensor) -> float:
             return sum(_missed(reader, out, sample, extremes, s) for reader, out in zip(some, meant, strict=True))
 
-        return best_scaling(grid, loss)
+        return Candidates(tuple(grid), loss)
 
 
 def _missed(reader: Reader, meant: Tensor, sample: Tensor, extremes: Tensor, s: Tensor) -> float:

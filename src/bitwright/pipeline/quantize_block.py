@@ -23,6 +23,7 @@ from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_by_shares
 from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.sparsity import Pruned
+from bitwright.system import distributed
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,14 @@ def _quantize_pile(
 
 
 def _pruned(t: PlannedTensor, matrix: Tensor, inputs: Inputs) -> Pruned | None:
-    """The matrix pruned as its rule says; None: it is not."""
+    """The matrix pruned as its rule says, by all processes that work together where rows are independent; None: it is not."""
     assert t.rule is not None
-    return None if t.rule.prune is None else t.rule.prune(matrix, inputs.gram)
+    prune = t.rule.prune
+    if prune is None or not (prune.rowwise and len(matrix) >= distributed.count() > 1):
+        return None if prune is None else prune(matrix, inputs.gram)
+    own = prune(distributed.share(matrix), inputs.gram)
+    weights, masks = zip(*distributed.everyone((own.weight.cpu(), own.mask.cpu())), strict=True)
+    return Pruned(torch.cat(weights).to(matrix.device), torch.cat(masks).to(matrix.device), own.damping)
 
 
 def _stacked(zeros: list[Pruned | None]) -> Pruned | None:

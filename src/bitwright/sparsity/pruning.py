@@ -43,6 +43,11 @@ class Pruning:
         """Whether it uses statistics of the inputs."""
         return self.method != "magnitude"
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether a row's mask does not depend on other rows."""
+        return self.method == "wanda" or self.target.pattern is not None
+
     def removed(self, N: int, K: int) -> int:
         """How many weights of a matrix [N, K] become zero. RecipeError for a pattern that does not divide K."""
         self.target.check(K)

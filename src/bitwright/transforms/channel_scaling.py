@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bitwright.calibration.input_statistics import Inputs, pooled
 from bitwright.errors import RecipeError
-from bitwright.methods.scaling import Reader, Scaling
+from bitwright.methods.scaling import Candidates, Reader, Scaling
 from bitwright.methods.smooth import reach_of
 from bitwright.models.layers import matrix_of
 from bitwright.numerics.scheme import Scheme
+from bitwright.system import distributed
 from bitwright.transforms import NAMES, Awq, Smooth, Transform
 from bitwright.transforms.folds import Fold, applied
 
@@ -66,7 +67,7 @@ def fold_scales(
         ]  # several: each expert has its own
         for transform in _scalings(fold, targets) if at else ():
             readers = [_reader(name, targets, now, modules) for name in fold.readers]
-            found = SCALINGS[type(transform)](transform, readers, pooled([inputs[i] for i in at]), fold)
+            found = _best(CANDIDATES[type(transform)](transform, readers, pooled([inputs[i] for i in at]), fold))
             changed, s = applied(fold, found.s, now, modules)
             now |= changed
             for i in at:
@@ -77,10 +78,18 @@ def fold_scales(
     return Transformed(changed, {name: ", ".join(words) for name, words in done.items()})
 
 
+def _best(candidates: Candidates) -> Scaling:
+    """`Candidates.best` by all processes that work together: each tries its share of the candidates."""
+    scalings, count = candidates.scalings, distributed.count()
+    tried = distributed.everyone([candidates.loss(one.s) for one in scalings[distributed.rank() :: count]])
+    losses = [tried[i % count][i // count] for i in range(len(scalings))]
+    return scalings[losses.index(min(losses))]
+
+
 def _scalings(fold: Fold, targets: Mapping[str, Target]) -> tuple[Transform, ...]:
     """The scaling transforms of a fold's readers; RecipeError if they differ."""
     asked = {
-        name: tuple(t for t in targets[name].transforms if type(t) in SCALINGS)
+        name: tuple(t for t in targets[name].transforms if type(t) in CANDIDATES)
         for name in fold.readers
         if name in targets
     }
@@ -100,19 +109,19 @@ def _reader(
     return Reader(w, None) if target is None else Reader(w, target.scheme, target.activations, target.searched)
 
 
-def _awq(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Scaling:
+def _awq(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Candidates:
     assert isinstance(transform, Awq) and inputs.gram is not None and inputs.mean is not None
-    return transform.scaling(readers, inputs.gram, fold.tied(inputs.mean, "mean"))
+    return transform.candidates(readers, inputs.gram, fold.tied(inputs.mean, "mean"))
 
 
-def _smooth(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Scaling:
+def _smooth(transform: Transform, readers: list[Reader], inputs: Inputs, fold: Fold) -> Candidates:
     assert isinstance(transform, Smooth) and inputs.sample is not None
     assert inputs.low is not None and inputs.high is not None
     reach, peak = fold.tied(reach_of(readers), "amax"), fold.tied(inputs.peak, "amax")
-    return transform.scaling(readers, inputs.sample, torch.stack([inputs.low, inputs.high]), reach, peak)
+    return transform.candidates(readers, inputs.sample, torch.stack([inputs.low, inputs.high]), reach, peak)
 
 
-SCALINGS: dict[type[Transform], Callable[[Transform, list[Reader], Inputs, Fold], Scaling]] = {
+CANDIDATES: dict[type[Transform], Callable[[Transform, list[Reader], Inputs, Fold], Candidates]] = {
     Awq: _awq,
     Smooth: _smooth,
 }
