@@ -14,8 +14,8 @@ from bitwright.api import evaluate, quantize
 from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.errors import InputError
+from bitwright.gguf.block_types import Types
 from bitwright.gguf.input_rounding import inputs_of
-from bitwright.gguf.reader import Types
 from bitwright.models.config import read_config
 from bitwright.models.families import model_of
 from bitwright.models.source import open_weights

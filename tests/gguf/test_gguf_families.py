@@ -14,9 +14,11 @@ from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
+from bitwright.gguf.block_types import Types
 from bitwright.gguf.config_keys import config_of, keys_of
 from bitwright.gguf.file_types import Place, type_in
-from bitwright.gguf.reader import GgufFile, Typed, Types
+from bitwright.gguf.header import Typed
+from bitwright.gguf.reader import GgufFile
 from bitwright.inference.lookup import Lookup
 from bitwright.models.gguf_source import FloatGgufCheckpoint
 from bitwright.models.streamed import StreamedModel

@@ -16,9 +16,10 @@ from bitwright import load
 from bitwright.cli.app import app
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import imatrix
+from bitwright.gguf.block_types import Types
 from bitwright.gguf.config_keys import keys_of
 from bitwright.gguf.input_rounding import inputs_of
-from bitwright.gguf.reader import GgufFile, Types
+from bitwright.gguf.reader import GgufFile
 from bitwright.gguf.tensor_names import Names
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton

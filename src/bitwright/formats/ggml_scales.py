@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.errors import FormatError
 from bitwright.formats.ggml import TYPES
-from bitwright.gguf.reader import SIZES, type_named
+from bitwright.gguf.block_types import SIZES, type_named
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
 

@@ -16,8 +16,8 @@ from bitwright.formats.format import Layer, Read, differing, recovered, refuse_d
 from bitwright.formats.ggml import TYPES, BlockType, encode
 from bitwright.formats.ggml_codes import codes_of
 from bitwright.formats.ggml_scales import scales_of
+from bitwright.gguf.block_types import decoded, type_named
 from bitwright.gguf.file_types import FALLBACKS
-from bitwright.gguf.reader import decoded, type_named
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.qtensor import QTensor, Scales
 

@@ -11,7 +11,8 @@ from bitwright.errors import FormatError
 from bitwright.formats import gguf_writer
 from bitwright.formats.format import Layer
 from bitwright.formats.gguf import kind_of
-from bitwright.gguf.reader import ENTRIES, Kind, Types, type_named
+from bitwright.gguf.block_types import Kind, Types, type_named
+from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.rope import tensors_of
 from bitwright.gguf.tensor_names import Names
 

@@ -21,7 +21,9 @@ from bitwright.files.checkpoint import disk_errors
 from bitwright.formats.format import Layer, differing
 from bitwright.formats.ggml import encode
 from bitwright.formats.gguf import kind_of, reads_back
-from bitwright.gguf.reader import FLOATS, SCALARS, SIZES, GgufFile, Kind, Typed, decoded, type_named
+from bitwright.gguf.block_types import FLOATS, SIZES, Kind, decoded, type_named
+from bitwright.gguf.header import SCALARS, Typed
+from bitwright.gguf.reader import GgufFile
 from bitwright.numerics.qtensor import QTensor, rows
 
 FLOAT_TYPES = {dtype: kind for kind, dtype in FLOATS.items()}

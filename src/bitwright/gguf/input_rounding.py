@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.gguf.reader import FLOATS, SIZES, Kind
+from bitwright.gguf.block_types import FLOATS, SIZES, Kind
 from bitwright.numerics.codec import safe
 from bitwright.numerics.qtensor import head_by_head, permuted, unpermuted
 from bitwright.numerics.scheme import SUPERBLOCK

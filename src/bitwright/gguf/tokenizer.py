@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError
 from bitwright.gguf import scored_tokenizer, unigram_tokenizer, wordpiece_tokenizer
+from bitwright.gguf.header import Typed
 from bitwright.gguf.pretokenizers import ESCAPED, PRE_TOKENIZERS, PreTokenizer
-from bitwright.gguf.reader import Typed
 from bitwright.gguf.scored_tokenizer import SCORES, ByScore
 from bitwright.gguf.special_tokens import FOUND, PREFIX, Kind, id_of, kinds_of, takes_spaces_behind
 from bitwright.gguf.templates import read_templates

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.errors import CheckpointError, FormatError
-from bitwright.gguf.reader import ARRAY, Typed
+from bitwright.gguf.header import ARRAY, Typed
 from bitwright.gguf.special_tokens import Kind
 
 Keys = dict[str, Any]

@@ -16,8 +16,9 @@ from bitwright.errors import CheckpointError, FormatError
 from bitwright.files.checkpoint import TensorInfo
 from bitwright.formats.format import recovered
 from bitwright.formats.ggml_scales import scales_of
+from bitwright.gguf.block_types import FLOATS, Kind, decoded
 from bitwright.gguf.config_keys import config_of, further_blocks
-from bitwright.gguf.reader import FLOATS, WEIGHTS_AT_ONCE, GgufFile, Kind, decoded
+from bitwright.gguf.reader import WEIGHTS_AT_ONCE, GgufFile
 from bitwright.gguf.rope import COMPUTED
 from bitwright.gguf.templates import read_templates, template_keys
 from bitwright.gguf.tensor_names import Names

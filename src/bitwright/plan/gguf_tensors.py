@@ -22,8 +22,9 @@ from bitwright.formats import FORMATS, Layer, gguf_writer
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
+from bitwright.gguf.block_types import FLOATS, Kind, type_named
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
-from bitwright.gguf.reader import FLOATS, GgufFile, Kind, carried_keys, type_named
+from bitwright.gguf.reader import GgufFile, carried_keys
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.plan.planned_tensor import (
     KEPT,
