@@ -14,7 +14,7 @@ from bitwright.models.source import WeightSource
 from bitwright.numerics.codec import decode
 from bitwright.numerics.loss import loss
 from bitwright.numerics.scheme import Scheme
-from bitwright.pipeline import quantize_block
+from bitwright.pipeline import quantize_together
 from bitwright.sparsity import PRUNERS, sparsegpt, wanda
 from bitwright.sparsity.pruning import Pruning
 from conftest import make_checkpoint
@@ -161,11 +161,11 @@ def test_what_cannot_be_pruned_is_refused(
 
 def test_zeros_that_a_method_loses_are_no_result(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unpruned(*given: object) -> object:
-        return quantize_block_matrix(*given[:4])
+        return by_shares(*given[:4])
 
-    quantize_block_matrix = quantize_block.quantize_by_shares
-    monkeypatch.setattr(quantize_block, "quantize_by_shares", unpruned)
-    monkeypatch.setattr(quantize_block, "_better", lambda *a: (a[4], "rtn", {"rtn": 0.0}))
+    by_shares = quantize_together.quantize_by_shares
+    monkeypatch.setattr(quantize_together, "quantize_by_shares", unpruned)
+    monkeypatch.setattr(quantize_together, "_better", lambda *a: (a[4], "rtn", {"rtn": 0.0}))
     with pytest.raises(VerificationError, match="not zero"):
         quantize(llama, tmp_path / "out", scheme="int4-g32", method="rtn", calib="none", prune="magnitude:0.5")
 

@@ -1,267 +1,97 @@
-"""Quantize the matrices of a block that share an input, and record what it cost."""
+"""Quantize one block by what is known of its inputs: hidden states, a store's statistics, an importance matrix, or nothing."""
 
-import time
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-import torch
 from torch import Tensor
 
-from bitwright.calibration.input_statistics import Inputs
 from bitwright.calibration.ranges import static_scales
-from bitwright.errors import BitwrightError, CalibrationError, VerificationError
-from bitwright.methods import BLOCKWISE, Outcome
-from bitwright.models.layers import matrix_of
-from bitwright.numerics.codec import decode
-from bitwright.numerics.input_quantization import InputQuantization
-from bitwright.numerics.loss import energy, ratio
-from bitwright.numerics.qtensor import QTensor, rows
-from bitwright.pipeline.guard import judge
-from bitwright.pipeline.ledger import Entry
-from bitwright.pipeline.quantize_matrix import RoundedMatrix, quantize_by_shares, quantize_matrix_by
-from bitwright.plan.planned_tensor import ADDED, KEPT, PlannedTensor
+from bitwright.formats.format import FLOAT_NAMES
+from bitwright.models.kv_cache import KvRounding, rounding
+from bitwright.pipeline.calibration_pass import HiddenStates, observe_block, read_lent
+from bitwright.pipeline.importance import Importance
+from bitwright.pipeline.quantize_together import Origin, Rounded, quantize_together
+from bitwright.pipeline.sequential import quantize_in_order
+from bitwright.pipeline.statistics_store import BlockStatistics, Store
+from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
-from bitwright.sparsity import Pruned
-from bitwright.system import distributed
+from bitwright.transforms.channel_scaling import Target, Transformed, fold_scales
+from bitwright.transforms.folds import readers_of
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A quantized matrix with its plan and ledger entry; the Gram of its inputs, if the block will be tuned; how the engine
-    quantizes its inputs; and the mask [N, K] of its pruned weights, if there are any.
+def quantize_block(
+    plan: Plan, index: int, weights: dict[str, Tensor], source: HiddenStates | Store | Importance | None
+) -> tuple[list[Rounded], KvRounding | None]:
+    """Quantize the matrices of block `index`; also how its KV cache is quantized, if it is.
+
+    weights  all parameters of the block by name; those that transforms change are replaced
+    source   hidden states, which then go on through the quantized block and the float one; a store of the float model's
+             statistics; an importance matrix; None: nothing is known of the inputs
     """
-
-    planned: PlannedTensor
-    q: QTensor
-    entry: Entry
-    gram: Tensor | None = None
-    input_quantization: InputQuantization | None = None
-    gone: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Relative losses of a matrix: of what was taken; on a sample of the rows, of RTN and of a search of scales."""
-
-    own: float
-    rtn: float
-    search: float | None
+    layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
+    if isinstance(source, HiddenStates):
+        return _by_hidden_states(plan, index, layers, weights, source)
+    device = plan.skeleton.device
+    if isinstance(source, Store):
+        known = source.read(index)
+        known.inputs[:] = [one.to(device) for one in known.inputs]
+        transformed = _transformed(plan, index, layers, weights, known)
+        rounded = _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done))
+        return rounded, _kv_rounding(plan, known)
+    importance, done = source or Importance(), list[Rounded]()
+    for t in map(importance.noted, layers.values()):
+        done += quantize_together(plan, [t], weights, importance.inputs(t).to(device), Origin())
+    return done, None
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the ledger records of a block's statistics and transforms.
+def _by_hidden_states(
+    plan: Plan, index: int, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], states: HiddenStates
+) -> tuple[list[Rounded], KvRounding | None]:
+    """Quantize a block in the order of its forward, behind its transforms."""
+    skeleton, kv, done = plan.skeleton, None, dict[str, str]()
+    skeleton.load(weights | read_lent(plan, index))
+    if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
+        known = observe_block(plan, index, layers, states.given, everything=False)
+        transformed = _transformed(plan, index, layers, weights, known)
+        skeleton.load(transformed.weights)
+        kv, done = _kv_rounding(plan, known), transformed.done
+    rounded = quantize_in_order(plan, index, layers, weights, states, kv, Origin("sequential", done))
+    skeleton.unload(index)
+    return rounded, kv
 
-    statistics: "sequential" (inputs from the quantized blocks before) or "one-shot" (from the float model);
-    transforms: what was done to each matrix before rounding, by module name.
-    """
 
-    statistics: str = "sequential"
-    transforms: Mapping[str, str] = field(default_factory=dict)
+def _transformed(
+    plan: Plan, index: int, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], known: BlockStatistics
+) -> Transformed:
+    """Fold channel scales as the rules say: changed parameters are replaced in `weights`, statistics in `known`."""
+    made = fold_scales(_targets(layers), weights, known.inputs, known.folds, readers_of(plan.skeleton, index))
+    weights |= made.weights
+    return made
 
 
-def quantize_together(
-    plan: Plan, members: list[PlannedTensor], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
+def _targets(layers: dict[str, PlannedTensor]) -> dict[str, Target]:
+    """What channel scaling needs to know of each matrix, by module name."""
+    return {
+        name: Target(t.layer.scheme, t.layer.activations, t.rule.method != "rtn", t.rule.transforms)
+        for name, t in layers.items()
+        if t.layer is not None and t.rule is not None
+    }
+
+
+def _quantize_known(
+    plan: Plan, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
 ) -> list[Rounded]:
-    """Quantize matrices that share an input; those of one rule are stacked and rounded as one where the scheme allows."""
-    piles: dict[tuple[object, ...], list[PlannedTensor]] = defaultdict(list)
-    for t in members:
-        assert t.layer is not None and t.rule is not None
-        apart = () if t.layer.scheme.rowwise else (t.source,)
-        piles[
-            (
-                t.layer.scheme,
-                t.layer.activations,
-                t.layer.heads,
-                t.rule.name,
-                str(t.rule.describe()["options"]),
-                str(t.rule.prune),
-                *apart,
-            )
-        ].append(t)
-    return [rounded for pile in piles.values() for rounded in _quantize_pile(plan, pile, weights, inputs, origin)]
-
-
-def _quantize_pile(
-    plan: Plan, pile: list[PlannedTensor], weights: dict[str, Tensor], inputs: Inputs, origin: Origin
-) -> list[Rounded]:
-    """One call of the method on the stacked matrices, then the rows apart again, with RTN's loss beside each loss."""
-    begun = time.monotonic()
-    matrices = [_matrix(plan, t, weights[t.parameter]) for t in pile]
-    w = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-    try:
-        zeros = [_pruned(t, matrix, inputs) for t, matrix in zip(pile, matrices, strict=True)]
-        fit = quantize_by_shares(plan.skeleton.dtype, pile[0], w, inputs, _stacked(zeros))
-        input_quantization = _input_quantization(pile[0], inputs, fit.outcome.q)
-    except BitwrightError as error:
-        error.where = error.where or pile[0].parameter
-        raise
-    seconds = (time.monotonic() - begun) / w.numel()
-    done, at = [], 0
-    for t, matrix, pruned in zip(pile, matrices, zeros, strict=True):
-        here = slice(at, at + len(matrix))
-        at += len(matrix)
-        q = fit.outcome.q if len(pile) == 1 else rows(fit.outcome.q, here.start, here.stop)
-        t = _with_outliers(t, q)
-        own = RoundedMatrix(replace(fit.outcome, q=q), fit.whole[here], fit.lost[here])
-        taken, method, losses = _better(plan, t, matrix, inputs, own, pruned)
-        _check_zeros(t, taken.outcome.q, pruned)
-        loss = Losses(ratio(taken.lost, taken.whole), losses["rtn"], losses.get("search"))
-        spent = round(seconds * matrix.numel(), 4)
-        entry = _entry(plan, t, taken.outcome, method, loss, inputs, spent, origin)
-        assert t.rule is not None
-        gram = inputs.gram if t.rule.method in BLOCKWISE else None
-        gone = None if pruned is None else pruned.mask
-        done.append(Rounded(t, taken.outcome.q, entry, gram, input_quantization, gone))
+    """Quantize matrices with one-shot statistics, freeing the statistics of each input after use."""
+    done: list[Rounded] = []
+    while known.inputs:
+        one = known.inputs.pop(0)
+        done += quantize_together(plan, [layers[name] for name in one.names if name in layers], weights, one, origin)
     return done
 
 
-def _pruned(t: PlannedTensor, matrix: Tensor, inputs: Inputs) -> Pruned | None:
-    """The matrix pruned as its rule says, by all processes that work together where rows are independent; None: it is not."""
-    assert t.rule is not None
-    prune = t.rule.prune
-    if prune is None or not (prune.rowwise and len(matrix) >= distributed.count() > 1):
-        return None if prune is None else prune(matrix, inputs.gram)
-    own = prune(distributed.share(matrix), inputs.gram)
-    weights, masks = zip(*distributed.everyone((own.weight.cpu(), own.mask.cpu())), strict=True)
-    return Pruned(torch.cat(weights).to(matrix.device), torch.cat(masks).to(matrix.device), own.damping)
-
-
-def _stacked(zeros: list[Pruned | None]) -> Pruned | None:
-    """Pruned matrices of one pile as one, or None."""
-    known = [pruned for pruned in zeros if pruned is not None]
-    return Pruned(torch.cat([p.weight for p in known]), torch.cat([p.mask for p in known])) if known else None
-
-
-def _check_zeros(t: PlannedTensor, q: QTensor, pruned: Pruned | None) -> None:
-    """VerificationError if a pruned weight is not zero any more."""
-    lost = 0 if pruned is None else int(decode(q)[pruned.mask].count_nonzero())
-    if lost:
-        remedy = "this is a defect of bitwright: please report it with the command"
-        raise VerificationError(f"{lost} pruned weights are not zero after rounding", where=t.source, remedy=remedy)
-
-
-def _better(
-    plan: Plan, t: PlannedTensor, matrix: Tensor, inputs: Inputs, fit: RoundedMatrix, pruned: Pruned | None
-) -> tuple[RoundedMatrix, str, dict[str, float]]:
-    """The result of the rule's method, or of a plainer one that loses less (see guard.py); its name, and the losses of all."""
-    assert t.rule is not None
-    asked, dtype = t.rule.method, plan.skeleton.dtype
-    judged = judge(dtype, t, matrix, fit.outcome.q, inputs, pruned)
-    if judged.best == asked:
-        return fit, asked, judged.losses
-    better = quantize_matrix_by(judged.best, dtype, t, matrix, inputs, pruned)
-    first, second = (f"{name} loses {judged.losses[name]:.3g}" for name in (asked, judged.best))
-    why = f"{asked} -> {judged.best}: on the same statistics {first} of the output, {second}"
-    return replace(better, outcome=replace(better.outcome, fallback=why)), judged.best, judged.losses
-
-
-def _input_quantization(t: PlannedTensor, inputs: Inputs, q: QTensor) -> InputQuantization | None:
-    """How the engine will quantize the inputs of these matrices; None: it will not."""
-    layer, rule = t.layer, t.rule
-    assert layer is not None and rule is not None
-    columns = None if q.outliers is None else q.outliers.columns
-    scales = None
-    if rule.static and layer.activations is not None:
-        known = inputs if columns is None else inputs.without(columns)
-        if known.histogram is None:
-            remedy = "give --calib general, or dynamic activations such as --activations int8-token"
-            raise CalibrationError("a fixed range of the inputs needs calibration", remedy=remedy)
-        scales = static_scales(known.histogram, layer.activations, observer=rule.observer)
-    if layer.activations is None and not layer.rotate:
+def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
+    """How the block's KV cache is quantized; None: it stays in float."""
+    scheme = plan.recipe.kv_cache
+    if scheme is None or known.kv is None:
         return None
-    return InputQuantization(layer.activations, scales, columns, layer.rotate)
-
-
-def _with_outliers(t: PlannedTensor, q: QTensor) -> PlannedTensor:
-    """The plan with the number of channels in float as it turned out."""
-    assert t.layer is not None
-    count = 0 if q.outliers is None else len(q.outliers.columns)
-    return t if count == t.layer.outliers else replace(t, layer=replace(t.layer, outliers=count))
-
-
-def relative_loss(plan: Plan, w: Tensor, q: QTensor, gram: Tensor | None) -> float:
-    """The loss of one matrix as the ledger records it."""
-    fast = w.dtype if gram is None else plan.skeleton.dtype
-    metric = None if gram is None else gram.to(fast)
-    return ratio(energy((w - decode(q)).to(fast), metric), energy(w.to(fast), metric))
-
-
-def float_matrix(plan: Plan, t: PlannedTensor, weight: Tensor) -> Tensor:
-    """The weight as [N, K] float32."""
-    return _matrix(plan, t, weight).float()
-
-
-def _matrix(plan: Plan, t: PlannedTensor, weight: Tensor) -> Tensor:
-    """The weight as [N, K]."""
-    assert t.layer is not None
-    return matrix_of(plan.skeleton.model.get_submodule(t.layer.name), weight)
-
-
-def _entry(
-    plan: Plan,
-    t: PlannedTensor,
-    outcome: Outcome,
-    method: str,
-    loss: Losses,
-    inputs: Inputs,
-    seconds: float,
-    origin: Origin,
-) -> Entry:
-    """The ledger entry of a matrix quantized by `method`."""
-    assert t.layer is not None and t.rule is not None
-    observed = inputs.tokens + inputs.borrowed
-    dtype, fallback = str(t.dtype).removeprefix("torch."), "; ".join(filter(None, (t.layer.fallback, outcome.fallback)))
-    return Entry(
-        t.source,
-        t.shape,
-        dtype,
-        t.action,
-        t.reason,
-        str(t.layer.scheme),
-        method,
-        loss.own,
-        loss.rtn,
-        outcome.damping,
-        inputs.tokens,
-        seconds,
-        fallback,
-        stored_bytes(plan, t),
-        str(t.layer.activations or ""),
-        origin.transforms.get(t.layer.name, ""),
-        origin.statistics if observed else "",
-        t.layer.outliers,
-        loss.search,
-        arithmetic=str(plan.skeleton.dtype).removeprefix("torch.") if observed else "",
-        borrowed=inputs.borrowed,
-        source=t.stored_as,
-        sparsity=round(t.layer.pruned / (t.layer.N * t.layer.K), 4),
-        pruning=str(t.rule.prune or ""),
-    )
-
-
-def kept_entry(plan: Plan, t: PlannedTensor, *, changed: bool = False) -> Entry:
-    """The ledger entry of a tensor that stays in float or is left out. changed: whether a transform was folded into it."""
-    dtype, reason = str(t.dtype).removeprefix("torch."), f"{t.reason}, transformed" if changed else t.reason
-    return Entry(
-        t.source,
-        t.shape,
-        dtype,
-        t.action,
-        reason,
-        fallback=t.fallback,
-        bytes=stored_bytes(plan, t) if t.action == KEPT else 0,
-        source=t.stored_as,
-    )
-
-
-def added_entry(name: str, tensor: Tensor, reason: str) -> Entry:
-    """The ledger entry of a tensor that the source did not have."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Entry(name, tuple(tensor.shape), dtype, ADDED, reason, bytes=tensor.nbytes)
-
-
-def stored_bytes(plan: Plan, t: PlannedTensor) -> int:
-    """Bytes of one source tensor in the files."""
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.specs([t]).values())
+    dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
+    stored = scheme.with_scale(FLOAT_NAMES[dtype])
+    keys, values = (static_scales(seen, stored, observer=plan.recipe.kv_observer) for seen in known.kv)
+    return rounding(stored, (keys, values))

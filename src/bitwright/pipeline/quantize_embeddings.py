@@ -17,7 +17,7 @@ from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
 from bitwright.models.skeleton import TOKENS_PER_BATCH, batches
 from bitwright.numerics.codec import decode
 from bitwright.pipeline.calibration_pass import HiddenStates, own_share, read_block
-from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
+from bitwright.pipeline.quantize_together import Origin, Rounded, quantize_together
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.transforms.output_temperature import with_output_temperature

@@ -19,28 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration.ranges import static_scales
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, CheckpointError, RecipeError
 from bitwright.files.checkpoint import count
 from bitwright.files.hub import name_of
 from bitwright.files.model_path import is_gguf
-from bitwright.formats.format import FLOAT_NAMES
 from bitwright.gguf.imatrix import is_imatrix
 from bitwright.methods import ASYMMETRIC
 from bitwright.models.families import auto_class
-from bitwright.models.kv_cache import KvRounding, rounding
 from bitwright.pipeline.calibration_pass import (
     HiddenStates,
     calibration_tokens,
     check_rotation,
     digest,
     first_hidden_states,
-    observe_block,
     one_shot,
     own_share,
     read_block,
-    read_lent,
 )
 from bitwright.pipeline.familiarity import unfamiliar
 from bitwright.pipeline.from_gguf import config_of_file, write_companions
@@ -49,21 +44,19 @@ from bitwright.pipeline.importance import Importance
 from bitwright.pipeline.joining import join
 from bitwright.pipeline.ledger import Entry, check_complete, outcome
 from bitwright.pipeline.model_card import Card, calibration
-from bitwright.pipeline.quantize_block import Origin, Rounded, added_entry, kept_entry, quantize_together
+from bitwright.pipeline.quantize_block import quantize_block
 from bitwright.pipeline.quantize_embeddings import begin_with_quantized_embedding, quantize_embedding_and_head
+from bitwright.pipeline.quantize_together import Rounded, added_entry, kept_entry
 from bitwright.pipeline.result import Result
-from bitwright.pipeline.sequential import quantize_in_order
-from bitwright.pipeline.statistics_store import BlockStatistics, Store
+from bitwright.pipeline.statistics_store import Store
 from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
-from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
+from bitwright.plan.planned_tensor import LEFT_OUT
 from bitwright.plan.run_plan import Plan
 from bitwright.system import distributed
 from bitwright.system.device import CPU
 from bitwright.system.memory import peak_rss_bytes, return_memory
 from bitwright.system.progress import Progress
 from bitwright.system.threads import single_threads
-from bitwright.transforms.channel_scaling import Target, fold_scales
-from bitwright.transforms.folds import readers_of
 from bitwright.version import __version__
 
 
@@ -184,17 +177,18 @@ def _quantize_blocks(
     place: WorkInProgress | None,
     file: GgufModelWriter | None,
     tokens: Drawn | None,
-    store: Store | Importance | None,
+    known: Store | Importance | None,
     progress: Progress,
 ) -> list[Entry]:
     """Quantize all shards in order, from the first that is not committed; the last holds the tensors outside the blocks.
 
-    place: None in processes that work together with the one that writes.
+    place: None in processes that work together with the one that writes; known: what the statistics come from, if it is not
+    hidden states that pass through the model.
     """
     depth, config = len(plan.skeleton), plan.quantization_config
     first, ledger = distributed.from_first(lambda: _done_before(place, depth + 1))
     states = None
-    if tokens is not None and store is None and first < depth + plan.calibrates_embeddings:
+    if tokens is not None and known is None and first < depth + plan.calibrates_embeddings:
         saved = distributed.from_first(lambda: place.hidden(first) if place and first else None)
         if saved is not None:
             saved = {name: distributed.share(whole).clone() for name, whole in saved.items()}
@@ -206,7 +200,7 @@ def _quantize_blocks(
     with single_threads(1) as writer_thread:  # encodes, writes and verifies a shard while the next is rounded
         written: Future[None] | None = None
         for index in range(first, depth + 1):
-            entries, commit = _quantize_shard(plan, place, file, index, states or store, config, tokens)
+            entries, commit = _quantize_shard(plan, place, file, index, states or known, config, tokens)
             ledger += entries
             if written is not None:
                 written.result()
@@ -240,13 +234,11 @@ def _quantize_shard(
     depth, members = len(plan.skeleton), plan.shard(index)
     weights = read_block(plan, index)
     before = {} if plan.rotation is not None else dict(weights)
+    states, kv = source if isinstance(source, HiddenStates) else None, None
     if index < depth:
-        done, kv = _quantize_block(plan, index, weights, source)
+        done, kv = quantize_block(plan, index, weights, source)
     else:
-        done, kv = (
-            quantize_embedding_and_head(plan, weights, source if isinstance(source, HiddenStates) else None, tokens),
-            None,
-        )
+        done = quantize_embedding_and_head(plan, weights, states, tokens)
     kept = [t for t in members if t.layer is None]
     entries = [r.entry for r in done]
     entries += [kept_entry(plan, t, changed=weights[t.parameter] is not before.get(t.parameter)) for t in kept]
@@ -259,9 +251,7 @@ def _quantize_shard(
             added_entry(name, tensors[name], f"what keys and values are kept in: {input_quantization.scheme}")
         )
     weights.clear()
-    saved = (
-        source.whole() if isinstance(source, HiddenStates) and index + 1 < depth + plan.calibrates_embeddings else None
-    )
+    saved = states.whole() if states is not None and index + 1 < depth + plan.calibrates_embeddings else None
     if place is None:
         return entries, lambda: None
 
@@ -293,75 +283,6 @@ def _encoded(plan: Plan, r: Rounded) -> dict[str, Tensor]:
     scales = None if r.input_quantization is None else r.input_quantization.scales
     parts = plan.format.encode(r.q, r.planned.layer, r.planned.dtype, scales)
     return {f"{r.planned.stem}.{suffix}": t for suffix, t in parts.items()}
-
-
-def _quantize_block(
-    plan: Plan, index: int, weights: dict[str, Tensor], source: HiddenStates | Store | Importance | None
-) -> tuple[list[Rounded], KvRounding | None]:
-    """Quantize one block's matrices and carry hidden states through the quantized block and the float one.
-
-    Parameters that transforms change are replaced in `weights`. Also how the block's KV cache is quantized, if it is.
-    """
-    layers = {t.layer.name: t for t in plan.shard(index) if t.layer is not None}
-    device = plan.skeleton.device
-    if source is None or isinstance(source, Importance):
-        importance = source or Importance()
-        each = [importance.noted(t) for t in layers.values()]
-        return [
-            r for t in each for r in quantize_together(plan, [t], weights, importance.inputs(t).to(device), Origin())
-        ], None
-    skeleton, modules = plan.skeleton, readers_of(plan.skeleton, index)
-    targets = _targets(layers)
-    if isinstance(source, Store):
-        known = source.read(index)
-        known.inputs[:] = [one.to(device) for one in known.inputs]
-        transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
-        weights |= transformed.weights
-        return _quantize_known(plan, layers, weights, known, Origin("one-shot", transformed.done)), _kv_rounding(
-            plan, known
-        )
-    skeleton.load(weights | read_lent(plan, index))
-    kv, done = None, dict[str, str]()
-    if plan.recipe.needs_folds or plan.recipe.kv_cache is not None:
-        known = observe_block(plan, index, layers, source.given, everything=False)
-        transformed = fold_scales(targets, weights, known.inputs, known.folds, modules)
-        weights |= transformed.weights
-        skeleton.load(transformed.weights)
-        kv, done = _kv_rounding(plan, known), transformed.done
-    rounded = quantize_in_order(plan, index, layers, weights, source, kv, Origin("sequential", done))
-    skeleton.unload(index)
-    return rounded, kv
-
-
-def _targets(layers: dict[str, PlannedTensor]) -> dict[str, Target]:
-    """What channel scaling needs to know of each matrix, by module name."""
-    return {
-        name: Target(t.layer.scheme, t.layer.activations, t.rule.method != "rtn", t.rule.transforms)
-        for name, t in layers.items()
-        if t.layer is not None and t.rule is not None
-    }
-
-
-def _quantize_known(
-    plan: Plan, layers: dict[str, PlannedTensor], weights: dict[str, Tensor], known: BlockStatistics, origin: Origin
-) -> list[Rounded]:
-    """Quantize matrices with one-shot statistics, freeing the statistics of each input after use."""
-    done: list[Rounded] = []
-    while known.inputs:
-        one = known.inputs.pop(0)
-        done += quantize_together(plan, [layers[name] for name in one.names if name in layers], weights, one, origin)
-    return done
-
-
-def _kv_rounding(plan: Plan, known: BlockStatistics) -> KvRounding | None:
-    """How the block's KV cache is quantized; None: it stays in float."""
-    scheme = plan.recipe.kv_cache
-    if scheme is None or known.kv is None:
-        return None
-    dtype = next(t.dtype for t in plan.tensors if t.layer is not None)
-    stored = scheme.with_scale(FLOAT_NAMES[dtype])
-    keys, values = (static_scales(seen, stored, observer=plan.recipe.kv_observer) for seen in known.kv)
-    return rounding(stored, (keys, values))
 
 
 def _finish(plan: Plan, place: WorkInProgress | None, ledger: list[Entry], bits: float, calibrated: str) -> int:

@@ -20,7 +20,7 @@ from bitwright.models.skeleton import Skeleton, as_source
 from bitwright.numerics.codec import decode
 from bitwright.pipeline.calibration_pass import HiddenStates, rotations
 from bitwright.pipeline.guard import BETTER_BLOCK, NEGLIGIBLE, PLAINER, block_error
-from bitwright.pipeline.quantize_block import Origin, Rounded, quantize_together
+from bitwright.pipeline.quantize_together import Origin, Rounded, quantize_together
 from bitwright.pipeline.tune_block import tune_block
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan

@@ -10,7 +10,7 @@ from bitwright.methods.autoround import Options, tune
 from bitwright.models.skeleton import as_source
 from bitwright.numerics.codec import decode
 from bitwright.numerics.qtensor import permuted, unpermuted
-from bitwright.pipeline.quantize_block import Rounded, float_matrix, relative_loss
+from bitwright.pipeline.quantize_together import Rounded, float_matrix, relative_loss
 from bitwright.plan.run_plan import Plan
 
 
