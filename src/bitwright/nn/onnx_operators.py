@@ -64,10 +64,6 @@ def _clip(low: float | None, high: float | None) -> Write:
     return write
 
 
-def _celu(w: Writes, a: Arguments) -> str:
-    return w.op("Celu", [w.value(a["input"])], alpha=float(a.get("alpha", 1.0)))
-
-
 def _threshold(w: Writes, a: Arguments) -> str:
     x = w.value(a["input"])
     above = w.op("Greater", [x, w.value(float(a["threshold"]))])
@@ -93,12 +89,9 @@ def _log_sigmoid(w: Writes, a: Arguments) -> str:
     return w.op("Neg", [w.op("Softplus", [w.op("Neg", [w.value(a["input"])])])])
 
 
-def _leaky(w: Writes, a: Arguments) -> str:
-    return w.op("LeakyRelu", [w.value(a["input"])], alpha=float(a.get("negative_slope", 0.01)))
-
-
-def _elu(w: Writes, a: Arguments) -> str:
-    return w.op("Elu", [w.value(a["input"])], alpha=float(a.get("alpha", 1.0)))
+def _sloped(kind: str, name: str, default: float) -> Write:
+    """A writer of an activation whose one parameter, alpha in ONNX, is called `name` in torch."""
+    return lambda w, a: w.op(kind, [w.value(a["input"])], alpha=float(a.get(name, default)))
 
 
 def _square(w: Writes, a: Arguments) -> str:
@@ -200,13 +193,17 @@ def _layer_norm(w: Writes, a: Arguments) -> str:
     return w.op("LayerNormalization", inputs, axis=-len(shape), epsilon=float(a.get("eps", 1e-5)))
 
 
+def _affine(a: Arguments, C: int) -> tuple[Any, Any]:
+    """A norm's weight and bias [C], which ONNX wants where torch has none."""
+    weight, bias = a.get("weight"), a.get("bias")
+    return torch.ones(C) if weight is None else weight, torch.zeros(C) if bias is None else bias
+
+
 def _batch_norm(w: Writes, a: Arguments) -> str:
     C = w.shape(a["input"])[1]
-    weight, bias = a.get("weight"), a.get("bias")
-    parts = [torch.ones(C) if weight is None else weight, torch.zeros(C) if bias is None else bias]
     if a.get("running_mean") is None:
         raise no_form(str(a["input"]), "a batch norm by each batch's own statistics")
-    named = [w.value(x) for x in (a["input"], *parts, a["running_mean"], a["running_var"])]
+    named = [w.value(x) for x in (a["input"], *_affine(a, C), a["running_mean"], a["running_var"])]
     return w.op("BatchNormalization", named, epsilon=float(a.get("eps", 1e-5)))
 
 
@@ -230,9 +227,7 @@ def _instance_norm(w: Writes, a: Arguments) -> str:
     if a.get("running_mean") is not None and not a.get("use_input_stats", False):
         raise no_form(str(a["input"]), "an instance norm by running statistics")
     C = w.shape(a["input"])[1]
-    weight, bias = a.get("weight"), a.get("bias")
-    parts = [torch.ones(C) if weight is None else weight, torch.zeros(C) if bias is None else bias]
-    inputs = [w.value(x) for x in (a["input"], *parts)]
+    inputs = [w.value(x) for x in (a["input"], *_affine(a, C))]
     return w.op("InstanceNormalization", inputs, epsilon=float(a.get("eps", 1e-5)))
 
 
@@ -330,11 +325,13 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Write]] = {
     "relu": (PLACE, plain("Relu")), "relu6": (PLACE, _clip(0.0, 6.0)), "sigmoid": (X, plain("Sigmoid")),
     "tanh": (X, plain("Tanh")), "gelu": (("input", "approximate"), _gelu), "silu": (PLACE, _silu), "mish": (PLACE, _mish),
     "hardswish": (PLACE, plain("HardSwish")), "hardsigmoid": (PLACE, plain("HardSigmoid", alpha=1 / 6)),
-    "softplus": (("input", "beta", "_threshold"), _softplus), "leaky_relu": (("input", "negative_slope", "_inplace"), _leaky),
-    "selu": (PLACE, plain("Selu")), "celu": (("input", "alpha", "_inplace"), _celu), "logsigmoid": (X, _log_sigmoid),
+    "softplus": (("input", "beta", "_threshold"), _softplus),
+    "leaky_relu": (("input", "negative_slope", "_inplace"), _sloped("LeakyRelu", "negative_slope", 0.01)),
+    "selu": (PLACE, plain("Selu")), "celu": (("input", "alpha", "_inplace"), _sloped("Celu", "alpha", 1.0)),
+    "logsigmoid": (X, _log_sigmoid),
     "log_sigmoid": (X, _log_sigmoid),
     **dict.fromkeys(("threshold", "_threshold"), (("input", "threshold", "value", "_inplace"), _threshold)),
-    "elu": (("input", "alpha", "_inplace"), _elu), "glu": (("input", "dim"), _glu),
+    "elu": (("input", "alpha", "_inplace"), _sloped("Elu", "alpha", 1.0)), "glu": (("input", "dim"), _glu),
     **dict.fromkeys(("clamp", "clip"), (("input", "min", "max"), _clip(None, None))),
     "clamp_min": (("input", "min"), _clip(None, None)), "clamp_max": (("input", "max"), _clip(None, None)),
     "hardtanh": (("input", "min_val", "max_val", "_inplace"), _clip(-1.0, 1.0)),
