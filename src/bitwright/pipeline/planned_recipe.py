@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -150,11 +150,10 @@ def plan_recipe(
         found = scored(base, units, tokens, scores or Path(thrown_away), progress, settings.inputs)
     spending = _Spending(model, settings, base, units, found.scores)
     spending, met, of_steps = _measured(spending, target, tokens, progress)
-    text, plan, given = met
     said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
-    notes = (*plan.notes, *said, *found.notes, *_notes(settings), *of_steps)
-    kl = sum(one.kl for one in given)
-    return PlannedRecipe(text, plan, given, target, kl, spending.bounds, notes, time.monotonic() - begun)
+    notes = (*met.plan.notes, *said, *found.notes, *_notes(settings), *of_steps)
+    kl = sum(one.kl for one in met.given)
+    return PlannedRecipe(*met, target, kl, spending.bounds, notes, time.monotonic() - begun)
 
 
 def _tokens(base: Plan, settings: Settings) -> Drawn:
@@ -254,7 +253,12 @@ class _Sizes:
         return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
 
 
-Met = tuple[str, Plan, tuple[Given, ...]]  # recipe, plan, and what units are given
+class Met(NamedTuple):
+    """A target met: the recipe's text, the plan of the run that it leads to, and what units are given."""
+
+    text: str
+    plan: Plan
+    given: tuple[Given, ...]
 
 
 class _Spending:
@@ -266,9 +270,9 @@ class _Spending:
         self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
         self.allocation = Allocation(self.options)
 
-    def corrected(self, of: Mapping[int, float]) -> "_Spending":
-        """The same with all losses of weights times the ratios of their units."""
-        scores = corrected(self.scores, self.units, of)
+    def corrected(self, ratio: Mapping[int, float]) -> "_Spending":
+        """The same with all losses of weights times the ratios, measured to predicted, of their units (by index)."""
+        scores = corrected(self.scores, self.units, ratio)
         return _Spending(self.model, self.settings, self.base, self.units, scores)
 
     @property
@@ -291,7 +295,7 @@ class _Spending:
 
         def carry_out(options: list[Option]) -> tuple[Met, int]:
             made = self._carried(options)
-            return made, made[1].bytes if target.size is not None else _data_bytes(made[1])
+            return made, made.plan.bytes if target.size is not None else _data_bytes(made.plan)
 
         found = self.allocation.carried_out(most, other, carry_out)
         if found is None:
@@ -299,7 +303,7 @@ class _Spending:
         return found[0]
 
     def _carried(self, options: list[Option]) -> Met:
-        """The recipe that gives each unit its option, the plan of the run that it leads to, and what each is given."""
+        """The recipe that gives each unit its option, and the plan of the run that it leads to."""
         if all(option.scheme == KEEP for option in options):
             remedy = "a smaller --size or --bits, or a larger --kl; or take the model as it is"
             raise RecipeError("so much keeps every matrix in float: nothing to quantize", remedy=remedy)
@@ -310,7 +314,7 @@ class _Spending:
             self.model, recipe, settings.format, samples=settings.samples, seqlen=settings.seqlen,
             requantize=settings.requantize,
         )  # fmt: skip
-        return text, plan, given
+        return Met(text, plan, given)
 
     def _given(self, options: list[Option]) -> tuple[Given, ...]:
         """What each unit is given: its option, and where inputs are rounded."""
@@ -344,14 +348,14 @@ def _measured(
         ends = sum(one.kl for one, within in zip(given, inside, strict=True) if not within)
         return kl + ends, ratios(wanted, kl, each)
 
-    kl, of = measure(met[2], True)
+    kl, ratio = measure(met.given, True)
     kls = [kl]
     for left in reversed(range(rounds)):
-        by = first.corrected(of)
+        by = first.corrected(ratio)
         tried = by.met(target)
-        if tried[0] == met[0]:
+        if tried.text == met.text:
             break
-        kl, of = measure(tried[2], left > 0)
+        kl, ratio = measure(tried.given, left > 0)
         kls.append(kl)
         if kls[-1] >= kls[-2]:
             break

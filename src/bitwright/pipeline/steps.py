@@ -178,9 +178,9 @@ def ratios(wanted: Sequence[Step], kl: float, each: Sequence[float]) -> dict[int
     return {unit: max(ratio, LEAST * overall) for unit, ratio in drawn.items()}
 
 
-def corrected(scores: Scores, units: Sequence[Unit], of: Mapping[int, float]) -> Scores:
-    """The scores of weights times the ratios of their units."""
-    by_module = {name: of.get(i, 1.0) for i, unit in enumerate(units) for name in modules(unit)}
+def corrected(scores: Scores, units: Sequence[Unit], ratio: Mapping[int, float]) -> Scores:
+    """The scores of weights times the ratios of their units (by index; 1 where there is none)."""
+    by_module = {name: ratio.get(i, 1.0) for i, unit in enumerate(units) for name in modules(unit)}
     return {
         name: {s: kl if s == INPUTS else kl * by_module[name] for s, kl in found.items()}
         for name, found in scores.items()
