@@ -60,11 +60,10 @@ def preflight(
     for what the format cannot hold; RecipeError for a rule that does not fit the model.
     """
     format_ = format_named(format_name)
-    config = original = read_config(source)
-    alone = (
-        format_.one_file and not is_gguf(source) and quantization_of(source) is None
-    )  # the text model, of a float directory
-    config = config_for_gguf(original) if alone else original
+    original = read_config(source)
+    of_float = not is_gguf(source) and quantization_of(source) is None
+    text_only = format_.one_file and of_float  # GGUF takes no towers for images or sound
+    config = config_for_gguf(original) if text_only else original
     if not requantize:
         _refuse_integers(source, requantize)
     rotation = Rotation.of(recipe.rotation, config) if recipe.rotation else None
@@ -74,7 +73,7 @@ def preflight(
     exact = config.model_type in IN_FLOAT32 or not recipe.needs_calibration
     skeleton = Skeleton(config, torch.float32 if exact else best_dtype(device), device)
     _check_made_for(recipe, skeleton, source)
-    checkpoint, left = _open(source, format_, skeleton, original if alone else None, requantize=requantize)
+    checkpoint, left = _open(source, format_, skeleton, original if text_only else None, requantize=requantize)
     tensors, notes = decide(skeleton, checkpoint, recipe, format_, rotation, untied=untied)
     notes += left
     if any(t.stored_as for t in tensors):
