@@ -56,7 +56,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="rtn, search, hqq, obq, gptq, gptaq or autoround, behind transforms where wanted: awq+gptq. "
-        "By default gptaq; with --store gptq."
+        "By default gptaq; with --store gptq; behind smooth where --activations rounds inputs."
     ),
 ]
 Activations = Annotated[
