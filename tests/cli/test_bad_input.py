@@ -293,3 +293,19 @@ def test_other_commands_refuse_as_clearly(command: str, tmp_path: Path) -> None:
 def test_usage_errors_exit_with_2(llama: Path) -> None:
     assert CliRunner().invoke(app, ["quantize", str(llama)]).exit_code == 2
     assert CliRunner().invoke(app, ["quantize", str(llama), "x", "--samples", "0"]).exit_code == 2
+
+
+def test_a_text_that_cannot_be_read_stops_a_dry_run_too(llama: Path, tmp_path: Path) -> None:
+    error = refused(llama, tmp_path / "out", str(tmp_path / "nothere.txt"), "--dry-run")
+    assert "cannot read the text" in error["error"] and error["where"].endswith("nothere.txt")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    assert refused(llama, tmp_path / "out", f"general:0.5,{tmp_path / 'latin.txt'}:0.5", "--dry-run")[
+        "error"
+    ] == "not UTF-8 text"  # fmt: skip
+    cut = tmp_path / "cut.txt"
+    cut.write_text("ü" * 40_000)
+    cut.write_bytes(b"." + cut.read_bytes())  # a character lies across the end of what is looked at
+    done = CliRunner().invoke(
+        app, ["quantize", str(llama), str(tmp_path / "out"), "--calib", str(cut), *ARGUMENTS, "--dry-run"]
+    )
+    assert done.exit_code == 0, done.output

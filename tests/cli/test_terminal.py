@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from bitwright.cli import console
@@ -168,3 +169,31 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(llama: Path, text
     subprocess.run([*command, str(tmp_path / "whole"), *how], check=True, capture_output=True)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+def test_steps_without_a_result_do_not_fill_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    update = log_lines(said.append)
+    for done in range(61):
+        now[0] = 0.25 * done
+        update("gradients", done, 60)
+    assert said == [
+        "gradients 20 of 60, 5.0 s, 10 s left",
+        "gradients 40 of 60, 5.0 s, 5 s left",
+        "gradients 60 of 60, 5.0 s",
+    ]
+
+
+def test_what_the_user_gave_is_printed_as_it_is(llama: Path, tmp_path: Path) -> None:
+    """Rich would read brackets as markup, and `:-1:` as an emoji; a log has each message on one line, to be searched."""
+    calib = f"general:1,{tmp_path / '[bold]text.txt'}:-1"
+    done = bitwright("quantize", llama, tmp_path / "out", "--calib", calib)
+    assert done.returncode == 2 and done.stderr.startswith(f"error {calib}: the share '-1' of ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", get_command(app).commands)  # type: ignore[attr-defined]
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    assert "Usage" in shown and "…" not in shown

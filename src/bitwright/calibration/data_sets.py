@@ -21,7 +21,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from bitwright.calibration.text_mix import BUILT_IN
+from bitwright.calibration.text_mix import unreadable
 from bitwright.errors import CalibrationError, InputError
 
 Message = dict[str, Any]  # role and content
@@ -58,11 +58,8 @@ def read_file(source: str) -> str:
     """A text file. CalibrationError if it is missing, not text, or empty."""
     try:
         text = Path(source).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
-        raise CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(source, error) from error
     if not text.strip():
         raise CalibrationError("the text is empty", where=source, remedy="give some thousand words of real text")
     return text

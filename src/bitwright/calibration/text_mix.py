@@ -1,5 +1,6 @@
 """The argument of `--calib`: one text, or several with shares, as in general:0.7,code.txt:0.3."""
 
+import codecs
 import os
 from dataclasses import dataclass
 from math import inf
@@ -9,6 +10,7 @@ from bitwright.gguf.imatrix import is_imatrix
 
 BUILT_IN = ("general", "stdlib", "stdlib-heldout")  # names of texts that come with the package or with Python
 EXAMPLE = "as in general:0.7,code.txt:0.3"
+GLANCE = 1 << 16  # bytes of a file that are looked at before any work
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,33 @@ def texts_of(calib: str) -> tuple[Text, ...]:
             f"{twice!r} is named twice", where=calib, remedy="name it once, with the sum of the shares"
         )
     if len(parts) > 1 or shares[0] is not None:
-        _check_texts(names, calib)
+        _check_mix(names, calib)
     given = [share for share in shares if share is not None]
     if given and len(given) < len(parts):
         message = "some texts have a share, others have not"
         raise CalibrationError(message, where=calib, remedy=f"give every text a share, {EXAMPLE}, or none")
     total = sum(given) if given else len(parts)
     return tuple(Text(name, (1 if share is None else share) / total) for name, share in parts)
+
+
+def check_texts(calib: str) -> None:
+    """CalibrationError for a mix as of `texts_of`, or for a file that is missing, or begins unlike UTF-8 text."""
+    for text in texts_of(calib):
+        if text.name not in (*BUILT_IN, "none") and not is_imatrix(text.name):
+            try:
+                with open(text.name, "rb") as file:
+                    begin = file.read(GLANCE)
+                    codecs.getincrementaldecoder("utf-8")().decode(begin, final=len(begin) < GLANCE)
+            except (OSError, UnicodeDecodeError) as error:
+                raise unreadable(text.name, error) from error
+
+
+def unreadable(source: str, error: OSError | UnicodeDecodeError) -> CalibrationError:
+    """The error for a file that cannot be opened, or is no text."""
+    if isinstance(error, UnicodeDecodeError):
+        return CalibrationError("not UTF-8 text", where=source, remedy="convert it to UTF-8")
+    remedy = f"give a UTF-8 text file, or one of {', '.join(BUILT_IN)}"
+    return CalibrationError(f"cannot read the text: {error.strerror}", where=source, remedy=remedy)
 
 
 def windows_of(texts: tuple[Text, ...], samples: int, calib: str) -> list[int]:
@@ -96,7 +118,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _check_texts(names: list[str], calib: str) -> None:
+def _check_mix(names: list[str], calib: str) -> None:
     """CalibrationError for an importance matrix in a mix: it has no windows to take a share of."""
     for name in names:
         if name == "none" or is_imatrix(name):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ from bitwright.cli.console import (
     plain,
     progress_bar,
     reporting,
+    say,
     show,
     speaks,
 )
@@ -88,7 +90,10 @@ TensorType = Annotated[
 HeadType = Annotated[str | None, typer.Option(help="GGUF: the output head's block type.")]
 EmbeddingType = Annotated[str | None, typer.Option(help="GGUF: the embedding's block type.")]
 WrittenFormat = Annotated[
-    str | None, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes, gguf or bitwright.")
+    str | None,
+    typer.Option(
+        help="compressed-tensors unless OUT's name or the scheme needs another: gptq, awq, bitsandbytes, gguf, bitwright."
+    ),
 ]
 Engine = Annotated[
     str | None, typer.Option(help="Round inputs as this engine does: llama.cpp (.gguf files). In float otherwise.")
@@ -157,7 +162,7 @@ def quantize(
             store=store, requantize=requantize, device=device, resume=resume, distributed=launched(),
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            plan = planned(model, out, options, progress=progress)
+            plan = planned(model, out, options, progress=progress, announce=partial(_announce, quiet=as_json or quiet))
         if dry_run:
             return show(plan.as_dict(), as_json, "Preflight") if speaks() else None
         _announce(plan.headline, quiet=as_json or quiet)
@@ -175,7 +180,9 @@ def compare(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make: every candidate, a table (JSON) and a page (HTML).")],
     schemes: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "int4-g128,int3-g128",
-    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "rtn,search,awq,gptq,awq+gptq",
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between.", show_default="rtn, search, awq, gptq, awq+gptq")
+    ] = "rtn,search,awq,gptq,awq+gptq",
     mixes: Annotated[str, typer.Option(help="Mixes of llama.cpp's types, such as q4_k_m, with commas between.")] = "",
     recipe: Annotated[
         list[Path] | None, typer.Option(help="Recipe that competes too, such as a plan; again for more.")
@@ -212,9 +219,8 @@ def compare(
             calib, samples, seqlen, seed, text, tokens, eval_seqlen, activations, observer, format, sequential, keep, device
         )  # fmt: skip
         done = run_all(
-            model, out, schemes=[name for name in schemes.split(",") if name], methods=methods.split(","),
-            mixes=[name for name in mixes.split(",") if name], recipes=recipe or [], settings=settings, store=store,
-            resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
+            model, out, schemes=_names(schemes), methods=_names(methods), mixes=_names(mixes), recipes=recipe or [],
+            settings=settings, store=store, resume=resume, command=" ".join(["bitwright", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(done.as_dict()))
@@ -225,6 +231,11 @@ def compare(
         console.print(f"{done.out / 'compare.html'}", highlight=False)
     if done.refused or any(one.fallbacks for one in done.candidates):
         raise typer.Exit(1)
+
+
+def _names(given: str) -> list[str]:
+    """Names with commas between."""
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 @app.command("eval")
@@ -308,7 +319,7 @@ for command in (inspect, imatrix, convert, plan, advise, generate, chat, serve, 
 def _announce(headline: str, *, quiet: bool) -> None:
     """Say what a run is about to do."""
     if not quiet:
-        errors.print(headline, highlight=False, soft_wrap=not errors.is_terminal)
+        say(plain(headline), errors)
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape as plain  # text without markup, so that brackets print as they are
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -33,15 +34,16 @@ Calib = Annotated[
     str,
     typer.Option(
         help="Calibration text: general (prose, dialogues, code; it comes with bitwright), stdlib (Python's own sources) or a "
-        "UTF-8 file; several with shares, as general:0.7,code.txt:0.3; none; or llama.cpp's imatrix file."
+        "UTF-8 file; a mix such as general:7,my.txt:3 by shares; none; or llama.cpp's imatrix file."
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")]
+Samples = Annotated[int, typer.Option(min=1, metavar="<int>", help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(min=2, metavar="<int>", help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
 Device = Annotated[str, typer.Option(help="Compute on cpu, cuda or cuda:N.")]
-console, errors = Console(), Console(stderr=True)
+console, errors = Console(emoji=False), Console(stderr=True, emoji=False)  # general:-1:… is a share, no thumb
+PAUSE = 5.0  # seconds in a log without a line, while steps have no result to tell
 INTERRUPTED = 130  # exit status, as shells have it
 
 
@@ -93,16 +95,16 @@ def reporting(as_json: bool, kept: str = "nothing was written", *, quiet: bool =
         if as_json:
             print(json.dumps({"error": "interrupted", "where": "", "remedy": kept}))
         else:
-            errors.print(f"interrupted: {plain(kept)}", highlight=False, soft_wrap=True)
+            say(f"interrupted: {plain(kept)}", errors)
         raise typer.Exit(INTERRUPTED) from None
     except BitwrightError as error:
         if as_json and speaks():
             print(json.dumps(error.as_dict()))
         else:
             where = f"{error.where}: " if error.where else ""
-            errors.print(f"[bold red]error[/] {plain(where + error.message)}", highlight=False)
+            say(f"[bold red]error[/] {plain(where + error.message)}", errors)
             if error.remedy:
-                errors.print(f"[bold]remedy[/] {plain(error.remedy)}", highlight=False)
+                say(f"[bold]remedy[/] {plain(error.remedy)}", errors)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
@@ -126,9 +128,9 @@ def check_model(*models: Path | None) -> None:
             check_model_path(local(model))
 
 
-def plain(text: str) -> str:
-    """Text without rich's markup, so that brackets print as they are."""
-    return text.replace("[", r"\[")
+def say(line: str, to: Console = console) -> None:
+    """Print a line of rich's markup: wrapped at a terminal's width; whole in a file, and with a command to be pasted."""
+    to.print(line, highlight=False, soft_wrap="bitwright " in line or not to.is_terminal)
 
 
 @contextmanager
@@ -150,7 +152,7 @@ def _log(quiet: bool) -> Callable[[str, int, int], None]:
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -162,14 +164,19 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def log_lines(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """A progress callback that prints a line a step: which of how many, its seconds, its result, and the time left."""
-    begun: list[tuple[float, int]] = []  # (time, step): where counting started; where the last step ended
+    """A progress callback that prints lines: which step of how many, the seconds since the last line, a result, the time left.
+
+    A line for each step that has a result; of others, for the last of all and every `PAUSE` seconds.
+    """
+    begun: list[tuple[float, int]] = []  # (time, step): where counting started; where the last line was said
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         kind, _, outcome = what.partition(", ")
         if not begun or done <= begun[0][1]:  # the first call of a run, or of its next kind of step
             begun[:] = [(now, done), (now, done)]
+            return
+        if not outcome and done < total and now - begun[1][0] < PAUSE:
             return
         each = (now - begun[0][0]) / (done - begun[0][1])
         parts = [f"{kind} {done} of {total}", f"{now - begun[1][0]:.1f} s", outcome]
@@ -201,6 +208,13 @@ def show(content: dict[str, Any], as_json: bool, title: str) -> None:
     console.print(f"[bold]{plain(title)}[/]")
     width = max(18, *map(len, content))
     for key, value in content.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
-        if value not in (None, [], ()):
-            console.print(f"  {key:<{width}} {plain(shown)}", highlight=False)
+        for at, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if part is not None:
+                say(f"  {'' if at else key:<{width}} {plain(_shown(part))}")
+
+
+def _shown(value: object) -> str:
+    """A value as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

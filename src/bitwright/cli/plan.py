@@ -13,11 +13,12 @@ from bitwright.cli.console import (
     Samples,
     Seed,
     Seqlen,
-    console,
+    check_model,
     errors,
     plain,
     progress_bar,
     reporting,
+    say,
     show,
     size,
 )
@@ -67,6 +68,7 @@ def plan(
     with reporting(
         as_json, KEPT.format(scores) if scores else "nothing was written; give --scores to keep what is done"
     ):
+        check_model(model)
         from bitwright.files.checkpoint import write_file
         from bitwright.pipeline.planned_recipe import Settings, plan_recipe
         from bitwright.pipeline.work_in_progress import check_out
@@ -80,7 +82,10 @@ def plan(
             requantize,
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            made = plan_recipe(model, target, settings, scores=scores, progress=progress)
+            made = plan_recipe(
+                model, target, settings, scores=scores, progress=progress,
+                announce=lambda line: None if as_json or quiet else say(plain(line), errors),
+            )  # fmt: skip
         write_file(out, made.text.encode())
         if as_json:
             show({"recipe": str(out), **made.as_dict()}, True, "")
@@ -91,20 +96,17 @@ def plan(
 def _print(made: "PlannedRecipe", model: Path, out: Path, more: str) -> None:
     """What each kind of matrix was given, sizes, and what to do next."""
     for note in made.notes:
-        errors.print(f"note: {plain(note)}", highlight=False)
+        say(f"note: {plain(note)}", errors)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for one in made.given:
         kinds["+".join(pattern.rpartition(".")[2] for pattern in one.patterns)][one.whole] += 1
     for kind, given in kinds.items():
-        console.print(
-            f"{plain(kind)}: {', '.join(f'{n} {scheme}' for scheme, n in given.most_common())}", highlight=False
-        )
+        say(f"{plain(kind)}: {', '.join(f'{n} {scheme}' for scheme, n in given.most_common())}")
     bounds = " to ".join(size(end[0]) for end in made.bounds)
-    console.print(
+    say(
         f"{size(made.plan.bytes)}, {made.plan.bits_per_weight:.3f} bits a weight, predicted KL {made.kl:.4f} "
-        f"(these schemes reach {bounds})",
-        highlight=False,
+        f"(these schemes reach {bounds})"
     )
     result = "OUT.gguf" if made.plan.format.one_file else f"OUT --format {made.plan.format.name}"
     command = f"bitwright quantize {model} {result} --recipe {out}{more}"
-    console.print(f"carry it out: {plain(command)}", highlight=False, soft_wrap=True)
+    say(f"carry it out: {plain(command)}")

@@ -22,6 +22,7 @@ from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import first_hidden_states, read_block, read_lent
 from bitwright.plan.run_plan import Plan
+from bitwright.system.memory import return_memory
 from bitwright.system.progress import Progress
 
 TOKENS = 4096  # that the gradients are taken of, at least one window
@@ -63,6 +64,7 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
     generator = torch.Generator().manual_seed(0)
     ends = [_head(skeleton, states.pop(), generator) for states in given]
     skeleton.unload_outside()
+    return_memory()  # what logits took
     gradients, head = [end[0] for end in ends], sum((end[1] for end in ends), torch.zeros(()))
     seen: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = defaultdict(list)

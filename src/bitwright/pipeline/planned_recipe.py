@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.text_mix import check_texts
 from bitwright.calibration.windows import Drawn
 from bitwright.errors import CalibrationError, RecipeError
-from bitwright.files.checkpoint import spec_bytes
 from bitwright.files.hub import local
 from bitwright.formats import SCHEME, SCHEMES
 from bitwright.gguf.imatrix import is_imatrix
@@ -21,6 +20,8 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.curvature import windows_measured
+from bitwright.pipeline.planned_sizes import Sizes, data_bytes
+from bitwright.pipeline.planning_memory import planning_memory
 from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, scored
 from bitwright.pipeline.steps import corrected, measured, ratios, steps
 from bitwright.plan.allocation import Allocation, Option
@@ -33,8 +34,6 @@ from bitwright.plan.target import Target
 from bitwright.plan.units import Unit, base_plan, units_of
 from bitwright.system.progress import Progress
 from bitwright.transforms import split_method
-
-TOLERANCE = 0.005  # share by which a target may be above the largest allocation, and still get it
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class PlannedRecipe:
     plan      the run that it leads to, with its exact sizes
     kl        predicted: nats a token
     bounds    (bytes, predicted KL) of the smallest and of the largest allocation
+    memory    that it was expected to take, in bytes
     """
 
     text: str
@@ -102,6 +102,7 @@ class PlannedRecipe:
     bounds: tuple[tuple[int, float], tuple[int, float]]
     notes: tuple[str, ...]
     seconds: float
+    memory: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `bitwright plan`."""
@@ -119,6 +120,7 @@ class PlannedRecipe:
             "units": [{"match": list(one.patterns), **_plain(one)} for one in self.given],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 2),
+            "peak_memory_bytes": self.memory,
         }
 
 
@@ -134,17 +136,21 @@ def plan_recipe(
     *,
     scores: Path | None = None,
     progress: Progress = lambda *_: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> PlannedRecipe:
     """The recipe of least predicted KL whose result takes at most the target; or, for a KL, of the fewest bytes.
 
-    scores  a directory that keeps the scores, so that another target takes seconds; None: they are thrown away
+    scores    a directory that keeps the scores, so that another target takes seconds; None: they are thrown away
+    announce  is told in a line what is chosen from, and what memory that takes, before any weight is read
     Raises RecipeError for a target that no allocation meets, or a KL where steps are to be measured, FormatError for schemes
     that do not fit, CalibrationError without a text; and as `preflight`.
     """
     begun, model = time.monotonic(), local(model)
     base, units = prepared(model, settings)
     _check_settings(settings, target)
-    _Sizes.of(base, units).check(target)
+    sizes, memory = Sizes.of(base, units), planning_memory(base, units, settings.measure)
+    sizes.check(target)
+    announce(sizes.headline(memory))
     tokens = _tokens(base, settings)
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
         found = scored(base, units, tokens, scores or Path(thrown_away), progress, settings.inputs)
@@ -153,7 +159,7 @@ def plan_recipe(
     said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
     notes = (*met.plan.notes, *said, *found.notes, *_notes(settings), *of_steps)
     kl = sum(one.kl for one in met.given)
-    return PlannedRecipe(*met, target, kl, spending.bounds, notes, time.monotonic() - begun)
+    return PlannedRecipe(*met, target, kl, spending.bounds, notes, time.monotonic() - begun, memory)
 
 
 def _tokens(base: Plan, settings: Settings) -> Drawn:
@@ -177,7 +183,7 @@ def _check_settings(settings: Settings, target: Target) -> None:
 
 def prepared(model: Path, settings: Settings) -> tuple[Plan, list[Unit]]:
     """The base plan and its units; raises all that can be refused before any weight is read."""
-    texts_of(settings.calib)
+    check_texts(settings.calib)
     if settings.calib == "none" or is_imatrix(settings.calib):
         raise CalibrationError("a plan scores errors on a text", where="--calib", remedy="give --calib general")
     transforms, _ = split_method(settings.method)
@@ -202,57 +208,6 @@ def _notes(settings: Settings) -> list[str]:
     return [f"matrices were scored by {STAND_IN}: {settings.method} needs what quantized blocks give"]
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a model's allocations take on the disk, known before any weight is read.
-
-    least, most  bytes of the units in their smallest and in their largest choices
-    other        bytes of all else in the files: kept tensors, headers, keys; data: of that without headers and keys
-    """
-
-    model: Path
-    parameters: int
-    schemes: tuple[str, ...]
-    least: int
-    most: int
-    other: int
-    data: int
-
-    @classmethod
-    def of(cls, base: Plan, units: list[Unit]) -> "_Sizes":
-        """The sizes of a base plan and its units."""
-        widest = sum(spec_bytes(base.specs([t])) for unit in units for t in unit.members)
-        schemes = tuple(dict.fromkeys(choice.scheme for unit in units for choice in unit.choices))
-        ends = [sum(pick(choice.bytes for choice in unit.choices) for unit in units) for pick in (min, max)]
-        other, data = base.bytes - widest, _data_bytes(base) - widest
-        return cls(base.source, base.parameters, schemes, ends[0], ends[1], other, data)
-
-    def limit(self, target: Target) -> tuple[int, int]:
-        """The bytes that may be taken, and those of them that the units cannot have."""
-        if target.size is not None:
-            return target.size, self.other
-        return int((target.bits or 0) * self.parameters / 8), self.data
-
-    def check(self, target: Target) -> None:
-        """RecipeError for a size, or bits, that no allocation meets."""
-        if target.kl is None:
-            limit, other = self.limit(target)
-            if not self.least <= limit - other <= self.most * (1 + TOLERANCE):
-                raise self.out_of_reach(target)
-
-    def out_of_reach(self, target: Target, kls: tuple[float, float] | None = None) -> RecipeError:
-        """The error that says both bounds; kls: the predicted KL of each, if it is known."""
-        ends = []
-        for at, size in enumerate((self.least, self.most)):
-            known = f", predicted KL {kls[at]:.3g}" if kls else ""
-            ends.append(
-                f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
-            )
-        reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
-        message = f"{', '.join(self.schemes)} {reach}, not {target}"
-        return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
-
-
 class Met(NamedTuple):
     """A target met: the recipe's text, the plan of the run that it leads to, and what units are given."""
 
@@ -266,7 +221,7 @@ class _Spending:
 
     def __init__(self, model: Path, settings: Settings, base: Plan, units: list[Unit], scores: Scores) -> None:
         self.model, self.settings, self.base, self.units, self.scores = model, settings, base, units, scores
-        self.sizes = _Sizes.of(base, units)
+        self.sizes = Sizes.of(base, units)
         self.options = [[_option(unit, scores, at) for at in range(len(unit.choices))] for unit in units]
         self.allocation = Allocation(self.options)
 
@@ -295,7 +250,7 @@ class _Spending:
 
         def carry_out(options: list[Option]) -> tuple[Met, int]:
             made = self._carried(options)
-            return made, made.plan.bytes if target.size is not None else _data_bytes(made.plan)
+            return made, made.plan.bytes if target.size is not None else data_bytes(made.plan)
 
         found = self.allocation.carried_out(most, other, carry_out)
         if found is None:
@@ -361,11 +316,6 @@ def _measured(
             break
         spending, met = by, tried
     return spending, met, (f"KL measured on held-out windows: {', then '.join(f'{kl:.4g}' for kl in kls)}",)
-
-
-def _data_bytes(plan: Plan) -> int:
-    """Bytes of all weight data, without headers: what bits a weight count."""
-    return round(plan.bits_per_weight * plan.parameters / 8)
 
 
 def _option(unit: Unit, scores: Scores, at: int) -> Option:

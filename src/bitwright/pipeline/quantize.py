@@ -4,10 +4,11 @@ GGUF files that need no model are planned without importing transformers, which 
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.text_mix import check_texts, texts_of
 from bitwright.errors import InputError, RecipeError
 from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
@@ -35,15 +36,24 @@ if TYPE_CHECKING:
 
 
 def planned(
-    model: Path, out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
+    model: Path,
+    out: Path,
+    options: QuantizeOptions,
+    *,
+    progress: Progress = lambda *_: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> "Plan | GgufPlan":
-    """Plan a run; a model on the hub is downloaded first. Raises an InputError for what would stop it."""
+    """Plan a run; a model on the hub is downloaded first. Raises an InputError for what would stop it.
+
+    announce: is told in a line what schemes are chosen from, where they are chosen for a target
+    """
     check_out(out)
     place = device_of(options.device)
-    texts_of(options.calib)  # checked here, before any work
+    check = texts_of if options.distributed else check_texts  # of several processes the first alone has the texts
+    check(options.calib)
     model = local(model)
     if options.size is not None or options.bits is not None:
-        return _for_target(model, out, options, progress)
+        return _for_target(model, out, options, progress, announce)
     one_shot = options.store is not None
     format, scheme, method = chosen(out, options.format, options.scheme, options.method, one_shot=one_shot)
     rules = options.types.added_to(options.rules(scheme, method), method, format, one_file=FORMATS[format].one_file)
@@ -60,7 +70,9 @@ def planned(
     )  # fmt: skip
 
 
-def _for_target(model: Path, out: Path, options: QuantizeOptions, progress: Progress) -> "Plan":
+def _for_target(
+    model: Path, out: Path, options: QuantizeOptions, progress: Progress, announce: Callable[[str], None]
+) -> "Plan":
     """The plan whose schemes are chosen for a size or bits (planned_recipe.py); scores are kept beside OUT until it appears."""
     from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
@@ -71,7 +83,8 @@ def _for_target(model: Path, out: Path, options: QuantizeOptions, progress: Prog
         format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed,
         requantize=options.requantize,
     )  # fmt: skip
-    return plan_recipe(model, target, settings, scores=_scores_beside(out), progress=progress).plan
+    scores = _scores_beside(out)
+    return plan_recipe(model, target, settings, scores=scores, progress=progress, announce=announce).plan
 
 
 def _refuse_beside_a_target(options: QuantizeOptions) -> None:

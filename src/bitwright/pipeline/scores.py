@@ -229,6 +229,7 @@ def _score_blocks(
         seen, later = store.hidden(first)
         saved, measured = {"given": seen}, list(later.to(skeleton.device).split(1))
     states = first_hidden_states(plan, Drawn(tokens.seen, tokens.seen[:0]), saved, first)
+    states.original = None  # the method may want the float model's: here there is no other
     for index in range(first, depth):
         progress("scores", index, depth)
         weights = read_block(plan, index)

@@ -101,11 +101,26 @@ def _measured_on(plan: Plan, windows: Tensor, copies: int) -> Tensor:
     As many that what they take beside the calibration windows is no more than what the run that is planned takes, which
     keeps three or six hidden states of each token of them.
     """
-    width = plan.skeleton.config.get_text_config().hidden_size * plan.skeleton.dtype.itemsize
-    beside = hidden_states(plan) - 2 * width * plan.samples * plan.seqlen
-    each = max(TOKENS, min(COPIES, max(ROOM, beside)) // (width * max(1, copies)))
+    each = _tokens_of_a_copy(plan, copies)
     count = min(windows_measured(windows.shape[1]), each // windows.shape[1])
     return windows[:count] if count else windows[:1, :each]
+
+
+def _tokens_of_a_copy(plan: Plan, copies: int) -> int:
+    width = _hidden_bytes(plan)
+    beside = hidden_states(plan) - 2 * width * plan.samples * plan.seqlen
+    return max(TOKENS, min(COPIES, max(ROOM, beside)) // (width * max(1, copies)))
+
+
+def _hidden_bytes(plan: Plan) -> int:
+    """Bytes of a token's hidden state."""
+    return plan.skeleton.config.get_text_config().hidden_size * plan.skeleton.dtype.itemsize
+
+
+def room_for_copies(plan: Plan, copies: int) -> int:
+    """Bytes of the hidden states of so many copies at most, of the exact model's and of the planned one's."""
+    tokens = min(_tokens_of_a_copy(plan, copies), windows_measured(plan.seqlen) * plan.seqlen)
+    return (copies + 3) * tokens * _hidden_bytes(plan)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """An estimate of the memory that a run takes, from its plan alone."""
 
 from collections import Counter
+from dataclasses import replace
 
 from bitwright.calibration.observe import KEPT_BYTES
 from bitwright.files.checkpoint import count, spec_bytes
@@ -23,20 +24,26 @@ def peak_memory(plan: Plan) -> int:
     """
     if not plan.calibrated:
         return _uncalibrated_peak(plan)
-    size, outside = plan.skeleton.dtype.itemsize, [t for t in plan.tensors if t.block is None]
-    stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
-    loaded = sum(size * count(t.shape) for t in outside if t.dtype != plan.skeleton.dtype)
+    outside = [t for t in plan.tensors if t.block is None]
+    stored, loaded = outside_bytes(plan)
     states = hidden_states(plan)
     rounded = [_rounding_bytes(t.layer, gram=plan.calibrates_embeddings) for t in outside if t.layer is not None]
     embeddings = stored + max(loaded, *rounded) if rounded else stored
     return (
-        _process_bytes(plan)
-        + max(states + stored + loaded, states + _block_bytes(plan), states + embeddings)
+        process_bytes(plan)
+        + max(states + stored + loaded, states + _kept_bytes(plan) + block_bytes(plan), states + embeddings)
         + _in_writing(plan, plan.shard(_largest_block(plan)))
     )
 
 
-def _process_bytes(plan: Plan) -> int:
+def outside_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the tensors outside the blocks as they are stored, and of those that are converted to be computed with."""
+    outside, dtype = [t for t in plan.tensors if t.block is None], plan.skeleton.dtype
+    stored = sum(t.dtype.itemsize * count(t.shape) for t in outside)
+    return stored, sum(dtype.itemsize * count(t.shape) for t in outside if t.dtype != dtype)
+
+
+def process_bytes(plan: Plan) -> int:
     """Bytes of the process without weights, the tokenizer included where the run needs it."""
     file = plan.source / "tokenizer.json"
     loaded = file.is_file() and (plan.calibrated or plan.format.one_file)
@@ -50,8 +57,8 @@ def hidden_states(plan: Plan) -> int:
     return 3 * models * plan.samples * plan.seqlen * hidden * plan.skeleton.dtype.itemsize
 
 
-def _block_bytes(plan: Plan) -> int:
-    """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix."""
+def _kept_bytes(plan: Plan) -> int:
+    """Bytes of a block's activations that are kept, so that they are not computed anew for each of its inputs."""
     layers = [t.layer for t in plan.shard(_largest_block(plan)) if t.layer is not None]
     tokens, size = plan.samples * plan.seqlen, plan.skeleton.dtype.itemsize
     hidden = plan.skeleton.config.get_text_config().hidden_size
@@ -64,6 +71,18 @@ def _block_bytes(plan: Plan) -> int:
         kept += activations if activations <= KEPT_BYTES else known  # see FloatStream
     if any(_expert(layer.name) for layer in layers):
         kept += tokens * size * hidden * (2 if plan.recipe.needs_original else 1)  # see observe_experts.py
+    return kept
+
+
+def block_bytes(plan: Plan, rows: int | None = None) -> int:
+    """Bytes for the largest block: its weights, the statistics of an input, and its forward or the rounding of a matrix.
+
+    rows: of a matrix that are rounded at a time; None: all
+    """
+    layers = [t.layer for t in plan.shard(_largest_block(plan)) if t.layer is not None]
+    tokens, size = plan.samples * plan.seqlen, plan.skeleton.dtype.itemsize
+    hidden = plan.skeleton.config.get_text_config().hidden_size
+    widths = {layer.K for layer in layers}
     forward = min(tokens, TOKENS_PER_BATCH) * size * (10 * hidden + 5 * max(widths, default=0))  # as measured
     square = 4 * max((K * K for K in widths), default=0)
     statistics = square * (5 if plan.recipe.needs_original else 4)  # Gram, drift; H and its factor, a copy
@@ -73,8 +92,9 @@ def _block_bytes(plan: Plan) -> int:
     # As read, as run in float; decoded after rounding by the method and by the guard's search, and the codes of both.
     stored = max((t.dtype.itemsize for t in plan.shard(_largest_block(plan))), default=size)
     weights = sum(layer.N * layer.K for layer in layers) * (stored + 3 * size + 2)
-    rounding = max((_rounding_bytes(layer, gram=True) for layer in layers), default=0)
-    return kept + weights + statistics + max(forward, rounding)
+    parts = [layer if rows is None else replace(layer, N=min(layer.N, rows)) for layer in layers]
+    rounding = max((_rounding_bytes(part, gram=True) for part in parts), default=0)
+    return weights + statistics + max(forward, rounding)
 
 
 def _largest_block(plan: Plan) -> int:
@@ -95,7 +115,7 @@ def _uncalibrated_peak(plan: Plan) -> int:
     written = max(_in_writing(plan, members) for members in largest_shards)
     read = max(spec_bytes({t.source: (t.dtype, t.shape) for t in members}) for members in largest_shards)
     rowwise = all(layer.scheme.rowwise for layer in layers)  # slabs of rows: there are few float32 copies
-    return _process_bytes(plan) + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
+    return process_bytes(plan) + read + written + (max(block, largest) if rowwise else block * 4 + largest * 24)
 
 
 def _in_writing(plan: Plan, members: list[PlannedTensor]) -> int:

@@ -1,0 +1,77 @@
+"""What a model's allocations take on the disk, known before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitwright.errors import RecipeError
+from bitwright.files.checkpoint import spec_bytes
+from bitwright.plan.run_plan import Plan
+from bitwright.plan.target import Target
+from bitwright.plan.units import Unit
+
+TOLERANCE = 0.005  # share by which a target may be above the largest allocation, and still get it
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's allocations take on the disk, known before any weight is read.
+
+    least, most  bytes of the units in their smallest and in their largest choices
+    other        bytes of all else in the files: kept tensors, headers, keys; data: of that without headers and keys
+    """
+
+    model: Path
+    parameters: int
+    units: int
+    schemes: tuple[str, ...]
+    least: int
+    most: int
+    other: int
+    data: int
+
+    @classmethod
+    def of(cls, base: Plan, units: list[Unit]) -> "Sizes":
+        """The sizes of a base plan and its units."""
+        widest = sum(spec_bytes(base.specs([t])) for unit in units for t in unit.members)
+        schemes = tuple(dict.fromkeys(choice.scheme for unit in units for choice in unit.choices))
+        ends = [sum(pick(choice.bytes for choice in unit.choices) for unit in units) for pick in (min, max)]
+        other, data = base.bytes - widest, data_bytes(base) - widest
+        return cls(base.source, base.parameters, len(units), schemes, ends[0], ends[1], other, data)
+
+    def limit(self, target: Target) -> tuple[int, int]:
+        """The bytes that may be taken, and those of them that the units cannot have."""
+        if target.size is not None:
+            return target.size, self.other
+        return int((target.bits or 0) * self.parameters / 8), self.data
+
+    def headline(self, memory: int) -> str:
+        """What is chosen from, in a line; memory: bytes that choosing takes."""
+        ends = " to ".join(f"{(self.other + end) / 1e6:,.1f}" for end in (self.least, self.most))
+        return (
+            f"{self.parameters:,} parameters, {self.units} matrices or groups of them in {', '.join(self.schemes)}: "
+            f"{ends} MB, about {memory / 1e6:,.0f} MB of memory"
+        )
+
+    def check(self, target: Target) -> None:
+        """RecipeError for a size, or bits, that no allocation meets."""
+        if target.kl is None:
+            limit, other = self.limit(target)
+            if not self.least <= limit - other <= self.most * (1 + TOLERANCE):
+                raise self.out_of_reach(target)
+
+    def out_of_reach(self, target: Target, kls: tuple[float, float] | None = None) -> RecipeError:
+        """The error that says both bounds; kls: the predicted KL of each, if it is known."""
+        ends = []
+        for at, size in enumerate((self.least, self.most)):
+            known = f", predicted KL {kls[at]:.3g}" if kls else ""
+            ends.append(
+                f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
+            )
+        reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
+        message = f"{', '.join(self.schemes)} {reach}, not {target}"
+        return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
+
+
+def data_bytes(plan: Plan) -> int:
+    """Bytes of all weight data, without headers: what bits a weight count."""
+    return round(plan.bits_per_weight * plan.parameters / 8)
