@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from bitwright.api import evaluate, quantize
 from bitwright.cli.app import app
-from bitwright.errors import OutputError, RecipeError, SchemeError
+from bitwright.errors import InputError, OutputError, RecipeError, SchemeError
 from bitwright.evaluation import compare as compare_module
 from bitwright.evaluation.compare import compare
 from bitwright.evaluation.contests import Settings
@@ -302,3 +303,29 @@ def test_the_terminal_shows_names_winner_and_page(llama: Path, text: str, tmp_pa
     lines = [line for line in done.stdout.splitlines() if line.startswith(" int3-g32") or line.startswith("int3-g32")]
     assert len(lines) == 2 and "best" in next(line for line in lines if "gptq" in line)
     assert "compare.html" in done.output.replace("\n", "")  # its path may be longer than a line
+
+
+def test_the_original_and_each_candidate_tell_of_every_block_that_is_judged(
+    llama: Path, text: str, tmp_path: Path
+) -> None:
+    steps: list[tuple[str, int, int]] = []
+    how = {"schemes": ["int8-channel"], "methods": ["rtn"], "settings": settings(text)}
+    compare(llama, tmp_path / "out", **how, progress=lambda *step: steps.append(step))  # type: ignore[arg-type]
+    blocks = 3
+    for whose in ("the original", "int8-channel-rtn"):
+        told = [done for what, done, _ in steps if what == f"{whose}: evaluation"]
+        assert told == list(range(told[0], told[0] + blocks + 1)), (whose, steps)
+    assert steps[-1][1] == steps[-1][2] and [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"text": "nothere.txt"}, "cannot read"), ({"eval_seqlen": 4096}, "positions")]
+)
+def test_a_text_that_cannot_be_judged_on_is_refused_before_work(
+    llama: Path, text: str, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        compare(
+            llama, tmp_path / "out", schemes=["int8-channel"], methods=["rtn"], settings=replace(settings(text), **more)
+        )
+    assert not list(tmp_path.iterdir()) and ("text" in more or "--eval-seqlen" in refused.value.remedy)

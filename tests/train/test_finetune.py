@@ -300,7 +300,13 @@ def test_what_an_adapter_has_whole_and_adds_to_embeddings_is_what_peft_merges(tm
 
 def test_a_merge_keeps_what_the_adapter_learned(adapter: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     how = Settings(scheme="int4-g32", calib=str(text), samples=8, seqlen=32, tokens=256, eval_seqlen=32)
-    done = merge(llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda *_: None)
+    told: list[str] = []
+    done = merge(
+        llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda what, *_: told.append(what)
+    )
+    kinds = dict.fromkeys(what.rpartition("block")[0] for what in told)
+    judged = ("judging the base: ", f"judging {MERGED}: ", f"judging {NEAREST}: ", f"judging {BESIDE}: ")
+    assert kinds.keys() >= {"", f"{NEAREST}: ", "the base: ", *judged}, kinds
     ways = {way.name: way for way in done.ways}
     assert ways.keys() == {MERGED, NEAREST, BESIDE} and not done.worse
     assert ways[MERGED].kl_mean < ways[NEAREST].kl_mean
@@ -372,6 +378,20 @@ def test_an_adapter_of_a_matrix_that_the_files_have_in_parts_is_refused(adapter:
 def plan(model: Path, adapter: Path, tmp_path: Path) -> Any:
     options = QuantizeOptions(scheme="int4-g32", method="rtn", calib="none", samples=4, seqlen=32, adapter=adapter)
     return planned(model, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"text": "nothere.txt"}, "cannot read"), ({"eval_seqlen": 4096}, "positions")]
+)
+def test_a_merge_that_could_not_be_judged_is_refused_before_work(
+    adapter: Path, llama: Path, text: Path, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    how = replace(Settings(scheme="int4-g32", calib=str(text), samples=8, seqlen=32, eval_seqlen=32), **more)
+    told: list[str] = []
+    with pytest.raises(InputError, match=said) as caught:
+        merge(llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda what, *_: told.append(what))
+    assert not told and not list(tmp_path.iterdir())
+    assert "text" in more or "--eval-seqlen" in caught.value.remedy
 
 
 def test_a_base_that_is_quantized_is_refused_with_a_remedy_that_merge_has(

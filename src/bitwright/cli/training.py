@@ -14,6 +14,7 @@ from bitwright.cli.console import (
     Samples,
     Seed,
     Seqlen,
+    check_model,
     console,
     plain,
     progress_bar,
@@ -75,6 +76,7 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter beside a model's quantized weights (QLoRA), on text or on the answers of conversations."""
     with reporting(as_json, f"checkpoints are kept in {out}.partial; the same command goes on from the last"):
+        check_model(model, teacher)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of lacking a product that is not used here
         from bitwright.train.finetune import finetune as trained
         from bitwright.train.settings import Training
@@ -123,6 +125,7 @@ def merge(
 ) -> None:
     """Quantize a model with a LoRA adapter added to it, and measure how near that comes to the adapted model."""
     with reporting(as_json, f"finished blocks are kept in {out}.partial; the same command goes on with them"):
+        check_model(model, adapter)
         from bitwright.evaluation.merge import Settings
         from bitwright.evaluation.merge import merge as merged
 

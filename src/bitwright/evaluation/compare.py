@@ -15,11 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitwright.calibration.text_mix import texts_of
+from bitwright.calibration.text_mix import check_texts
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.evaluation.candidate import Candidate, Original
 from bitwright.evaluation.contests import Asked, Contest, Settings, contests_of
-from bitwright.evaluation.evaluate import evaluate
+from bitwright.evaluation.evaluate import REFERENCE, evaluate
+from bitwright.evaluation.judged_text import check_text
 from bitwright.evaluation.page import page
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file
 from bitwright.files.hub import local, name_of
@@ -93,17 +94,17 @@ def compare(
     """
     begun, settings = time.monotonic(), settings or Settings()
     check_out(out)
-    texts_of(settings.calib)
+    check_texts(settings.calib)
     model = local(model)
     asked = Asked(tuple(schemes), tuple(methods), tuple(mixes), tuple(recipes))
     contests, refused = contests_of(model, asked, settings)
+    check_text(model, settings.text, seqlen=settings.eval_seqlen, tokens=settings.tokens)
     work = _workplace(out, contests, settings, resume=resume)
     shared = store or work / "statistics"
     meter = _Meter(progress, contests)
     notes = _take_statistics(contests, shared, settings, meter)
     shared_seconds = time.monotonic() - begun
-    meter.part("the original: evaluation", 0)
-    original = _original(model, settings)
+    original = _original(model, settings, meter)
     original_seconds = time.monotonic() - begun - shared_seconds
     candidates = [_candidate(contest, model, work, shared, settings, meter) for contest in contests]
     done = Comparison(
@@ -156,13 +157,22 @@ class _Meter:
 
     def __init__(self, progress: Progress, contests: list[Contest]) -> None:
         self.progress, self.before = progress, 0
-        depth = len(contests[0].plan.skeleton)
-        self.each = depth + 2  # steps of a candidate: shards, and the evaluation
-        self.total = depth + self.each * len(contests)
+        self.depth = len(contests[0].plan.skeleton)  # blocks: steps of the statistics, and of each evaluation
+        self.shards = self.depth + 1  # steps of quantizing a candidate
+        self.total = 2 * self.depth + (self.shards + self.depth) * len(contests)
 
     def part(self, what: str, done: int) -> None:
         """Report that `done` steps of the current part are done."""
         self.progress(what, self.before + done, self.total)
+
+    def judging(self, whose: str) -> Progress:
+        """Progress of an evaluation. Where it needs the reference's predictions first, those are no steps of their own."""
+
+        def step(what: str, done: int, _: int) -> None:
+            of_reference = what.startswith(REFERENCE)
+            self.part(f"{whose}: {REFERENCE if of_reference else 'evaluation'}", self.depth if of_reference else done)
+
+        return step
 
     def next(self, size: int) -> None:
         """Begin the next part; the one that is over had `size` steps."""
@@ -183,13 +193,14 @@ def _take_statistics(contests: list[Contest], shared: Path, settings: Settings, 
         )
         notes += [*drawn.notes[len(plan.notes) :], *taken.notes]
         return_memory()
-    meter.next(len(contests[0].plan.skeleton))
+    meter.next(meter.depth)
     return notes
 
 
-def _original(model: Path, settings: Settings) -> Original:
+def _original(model: Path, settings: Settings, meter: _Meter) -> Original:
     """The float model's size, and its perplexity on the text."""
-    judged = _judged(model, None, None, settings)
+    judged = _judged(model, None, None, settings, meter.judging("the original"))
+    meter.next(meter.depth)
     source = Checkpoint(model)
     size = sum(file.stat().st_size for file in {info.file for info in source.tensors.values()})
     dtypes = {str(info.dtype).removeprefix("torch.") for info in source.tensors.values() if len(info.shape) > 1}
@@ -198,7 +209,9 @@ def _original(model: Path, settings: Settings) -> Original:
     )
 
 
-def _judged(folder: Path, reference: Path | None, predictions: Path | None, settings: Settings) -> dict[str, Any]:
+def _judged(
+    folder: Path, reference: Path | None, predictions: Path | None, settings: Settings, progress: Progress
+) -> dict[str, Any]:
     """An evaluation as plain data."""
     (found,) = evaluate(
         folder,
@@ -208,6 +221,7 @@ def _judged(folder: Path, reference: Path | None, predictions: Path | None, sett
         tokens=settings.tokens,
         predictions=predictions,
         device=device_of(settings.device),
+        progress=progress,
     )
     return found.as_dict()
 
@@ -215,20 +229,22 @@ def _judged(folder: Path, reference: Path | None, predictions: Path | None, sett
 def _candidate(contest: Contest, model: Path, work: Path, shared: Path, settings: Settings, meter: _Meter) -> Candidate:
     """Quantize and evaluate one candidate, or read the result of an earlier run."""
     found, folder = work / f"{contest.name}.json", work / contest.name
-    if not found.is_file():
-        forget_peak()
-        took = work / f"{contest.name}.took.json"
-        if not took.is_file():
-            if folder.exists():  # complete, but the run was killed before it noted the seconds
-                _remove(folder)
-            _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
-        meter.part(f"{contest.name}: evaluation", meter.each - 1)
-        result = json.loads(took.read_text(encoding="utf-8")) | {"judged": _judged(folder, model, shared, settings)}
-        write_file(found, json.dumps(result).encode())
-        if not settings.keep:
+    if found.is_file():
+        meter.next(meter.shards + meter.depth)
+        return _read(contest, found)
+    forget_peak()
+    took = work / f"{contest.name}.took.json"
+    if not took.is_file():
+        if folder.exists():  # complete, but the run was killed before it noted the seconds
             _remove(folder)
-        return_memory()
-    meter.next(meter.each)
+        _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
+    meter.next(meter.shards)
+    judged = _judged(folder, model, shared, settings, meter.judging(contest.name))
+    meter.next(meter.depth)
+    write_file(found, json.dumps(json.loads(took.read_text(encoding="utf-8")) | {"judged": judged}).encode())
+    if not settings.keep:
+        _remove(folder)
+    return_memory()
     return _read(contest, found)
 
 

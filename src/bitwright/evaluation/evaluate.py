@@ -108,7 +108,7 @@ def evaluate(
     parts = [batched(one) for one in ids]
     hidden = _carried(streamed, parts, progress)
     against = (
-        _references(other, parts, predictions, named(progress, "the reference: ")) if other else [None] * len(parts)
+        _references(other, parts, predictions, named(progress, f"{REFERENCE}: ")) if other else [None] * len(parts)
     )
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
@@ -117,6 +117,7 @@ def evaluate(
     return [replace(one, notes=notes) for one in found]
 
 
+REFERENCE = "the reference"  # before its steps of progress
 Against = Callable[
     [Piece, Tensor], Compared
 ]  # compares the model's predictions log q [n, V] of some tokens with the reference's

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +59,15 @@ class JudgedText:
                 message = f"the reference's tokenizer reads {name} as other tokens: {difference}"
                 remedy = f"both need the tokenizer and chat template of one model: compare the files with {streamed.folder}'s"
                 raise InputError(message, where=str(other.folder), remedy=remedy)
+
+
+def check_text(model: Path, name: str, *, seqlen: int, tokens: int | None) -> None:
+    """Raise as `JudgedText.windows`, before long work whose result will be judged; windows are --eval-seqlen long there."""
+    try:
+        JudgedText([name], seqlen, tokens, chat=False).windows(StreamedModel(model))
+    except InputError as error:
+        error.remedy = error.remedy.replace("--seqlen", "--eval-seqlen")
+        raise
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:

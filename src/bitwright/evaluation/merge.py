@@ -17,13 +17,14 @@ from typing import Any
 from bitwright.calibration.windows import load_tokenizer
 from bitwright.evaluation.domain_text import two_parts
 from bitwright.evaluation.evaluate import Evaluation, evaluate
+from bitwright.evaluation.judged_text import check_text
 from bitwright.files.checkpoint import disk_errors
 from bitwright.files.hub import local
 from bitwright.pipeline.options import QuantizeOptions
 from bitwright.pipeline.quantize import carried_out, planned
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.work_in_progress import check_out
-from bitwright.system.progress import Progress
+from bitwright.system.progress import Progress, named
 
 MERGED, NEAREST, BESIDE = "merged", "rounded to nearest", "quantized base, 16-bit adapter"
 
@@ -113,15 +114,17 @@ def merge(model: Path, adapter: Path, out: Path, *, settings: Settings, resume: 
         if text is None:
             seen, held = two_parts(calib, load_tokenizer(model), room)
             calib, text = str(seen), str(held)
-        run = partial(_quantize, model, settings=settings, progress=progress)
-        done = run(out, adapter=adapter, calib=calib, method=settings.method, resume=resume)
+        check_text(model, text, seqlen=settings.eval_seqlen, tokens=settings.tokens)
+        run = partial(_quantize, model, settings=settings)
+        done = run(out, adapter=adapter, calib=calib, method=settings.method, resume=resume, progress=progress)
         ways: dict[str, tuple[Path, Path | None]] = {MERGED: (out, None)}
         if settings.compared:
             nearest, beside = room / f"nearest{out.suffix}", room / f"base{out.suffix}"
-            run(nearest, adapter=adapter, calib="none", method="rtn", resume=False)
-            run(beside, adapter=None, calib=calib, method=settings.method, resume=False)
+            rounded, based = named(progress, f"{NEAREST}: "), named(progress, "the base: ")
+            run(nearest, adapter=adapter, calib="none", method="rtn", resume=False, progress=rounded)
+            run(beside, adapter=None, calib=calib, method=settings.method, resume=False, progress=based)
             ways |= {NEAREST: (nearest, None), BESIDE: (beside, adapter)}
-        found = _judged(model, adapter, ways, settings, text, room)
+        found = _judged(model, adapter, ways, settings, text, room, progress)
     return Merged(done, settings.text or f"the end of {settings.calib}", *found)
 
 
@@ -151,6 +154,7 @@ def _judged(
     settings: Settings,
     text: str,
     room: Path,
+    progress: Progress,
 ) -> tuple[int, float, float, tuple[Way, ...]]:
     """Tokens judged on, the perplexity of the base and of the adapted model, and each way."""
     judge = partial(
@@ -162,12 +166,12 @@ def _judged(
         tokens=settings.tokens,
         predictions=room / "predictions",
     )
-    base = judge(model)[0]
+    base = judge(model, progress=named(progress, "judging the base: "))[0]
     assert base.reference_perplexity is not None
     gain = math.log(base.perplexity) - math.log(base.reference_perplexity)
     found = []
     for name, (made, beside) in ways.items():
-        one: Evaluation = judge(made, adapter=beside)[0]
+        one: Evaluation = judge(made, adapter=beside, progress=named(progress, f"judging {name}: "))[0]
         assert one.kl_mean is not None and one.kl_stderr is not None and one.top1 is not None
         kept = (math.log(base.perplexity) - math.log(one.perplexity)) / gain if gain else 0.0
         found.append(Way(name, one.perplexity, one.kl_mean, one.kl_stderr, one.top1, kept))

@@ -49,9 +49,8 @@ class Training:
         wrong = next((name for name, value in whole.items() if value < 1), None)
         if wrong is not None or self.seqlen < 2:
             name = wrong or "seqlen"
-            raise RecipeError(
-                f"{name} {whole.get(name, self.seqlen)} is too small", remedy=f"--{name.replace('_', '-')} 16"
-            )
+            remedy = f"--{name.replace('_', '-')} {1 if wrong else 2}, or more"
+            raise RecipeError(f"{name} {whole.get(name, self.seqlen)} is too small", remedy=remedy)
         if not (0 < self.largest_rate < math.inf and 0 <= self.warmup <= 1):
             message = f"a learning rate of {self.lr} with warmup {self.warmup}"
             raise RecipeError(message, remedy="--lr 2e-4: above 0; a warmup from 0 to 1")
