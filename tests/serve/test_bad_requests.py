@@ -18,6 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bitwright.cli.app import app
+from bitwright.errors import InputError
+from bitwright.serve.server import bound
 from bitwright.serve.service import Limits
 from conftest import make_checkpoint
 from serve.running import KEY, Running, until
@@ -207,6 +209,11 @@ def test_a_port_in_use_is_refused_before_the_model_is_read(model: Path, monkeypa
     assert done.exit_code == 2 and "cannot listen" in done.stderr
     done = CliRunner().invoke(app, ["serve", "nothing", "--port", "0"])
     assert done.exit_code == 2 and "no such file" in done.stderr
+
+
+def test_two_servers_that_start_together_do_not_share_a_port() -> None:
+    with bound("127.0.0.1", 0) as first, pytest.raises(InputError, match="cannot listen"):
+        bound("127.0.0.1", first.getsockname()[1])
 
 
 def test_without_the_extra_the_remedy_is_the_pip_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ def serve(
         )
         if api_key is None and not _is_loopback(listening.getsockname()[0]):
             errors.print(f"[yellow]note[/] whoever reaches {plain(host)} can use this server: --api-key asks for a key")
-        listening.listen()
         address = f"[{host}]" if ":" in host else host
         print(
             f"{service.name} at http://{address}:{listening.getsockname()[1]}/v1: {parallel} answers at once, "

@@ -21,12 +21,14 @@ Call = Callable[..., Awaitable[Any]]
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address. InputError if it is taken, or not this machine's."""
+    """A socket that listens at an address, so that no other server can take it while the model is read: who calls meanwhile
+    waits. InputError if the address is taken, or not this machine's."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen()
     except (OSError, OverflowError) as error:
         remedy = f"give another one: --port {port + 1 if port < 65535 else 8080}, or --host 127.0.0.1"
         raise InputError(f"cannot listen at {host}:{port}: {error}", remedy=remedy) from error
