@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitwright.advice.engines import UNREAD
-from bitwright.cli.console import AsJson, console, plain, reporting, show, size
+from bitwright.cli.console import AsJson, check_model, console, plain, reporting, show, size
 
 if TYPE_CHECKING:
     from bitwright.advice.advise import Advice
@@ -28,6 +28,8 @@ def advise(
 ) -> None:
     """What of a model fits this machine, how fast it will be, and which scheme, method, format and engine to take."""
     with reporting(as_json):
+        if measure or model.suffix != ".json":  # a config.json by itself has no weights to measure
+            check_model(model)
         from bitwright.advice.advise import CPU_SCHEMES, check_engine, context_of
         from bitwright.advice.advise import advise as advice_for
         from bitwright.advice.machine import this_machine
