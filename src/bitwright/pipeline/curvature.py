@@ -64,7 +64,6 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
     generator = torch.Generator().manual_seed(0)
     ends = [_head(skeleton, states.pop(), generator) for states in given]
     skeleton.unload_outside()
-    return_memory()  # what logits took
     gradients, head = [end[0] for end in ends], sum((end[1] for end in ends), torch.zeros(()))
     seen: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -74,6 +73,7 @@ def curvature(plan: Plan, windows: Tensor, progress: Progress) -> Curvature:
         for w, states in enumerate(given):
             gradients[w] = _back(skeleton, index, states.pop(), gradients[w], seen, rows)
         skeleton.unload(index)
+        return_memory()
     progress("gradients", 2 * depth, 2 * depth)
     embedding = sum((skeleton.stream(g).float().square().sum((0, 1)) for g in gradients), torch.zeros(()))
     half = 0.5 / tokens
@@ -107,6 +107,8 @@ def _head(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> tup
             (gradient,) = torch.autograd.grad(log_p.gather(-1, drawn).sum(), x)
         parts.append(gradient)
         squares = squares + (p * (1 - p)).sum(0)
+        del log_p, p
+        return_memory()  # glibc would keep the logits of several parts
     return torch.cat(parts, 1), squares
 
 

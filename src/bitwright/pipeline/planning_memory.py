@@ -9,7 +9,9 @@ from bitwright.plan.peak_memory import block_bytes, outside_bytes, process_bytes
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 
-LOGITS = 5  # the logits of some tokens, their logarithms, the probabilities, and the gradients of the first two
+LOGITS = 4  # of some tokens, their logarithms, the gradients of both; as well as
+DRAWN = 8  # bytes of a logit, for its probability and what tokens are drawn by
+UNRETURNED = 128 << 20  # bytes that a block's scores have freed and that are not yet given back, as measured
 PILED = 3 * 2 * ROWS  # rows of query, key and value, which are rounded as one: a sample of less than 2 ROWS of each
 
 
@@ -44,7 +46,10 @@ def _gradients(base: Plan) -> int:
     """Every block's input at the tokens that gradients are taken on, and the head's logits or one block's backward pass."""
     vocabulary, size = base.skeleton.config.get_text_config().vocab_size, base.skeleton.dtype.itemsize
     tokens = min(base.seqlen, max(1, LOGITS_AT_ONCE // vocabulary))
-    head = sum(outside_bytes(base)) + LOGITS * tokens * vocabulary * size
+    stored, loaded = outside_bytes(base)
+    head = (
+        2 * stored + loaded + tokens * vocabulary * (LOGITS * size + DRAWN)
+    )  # a copy in the order of the product's tiles
     return _judged_tokens(base) * _hidden_bytes(base) * (len(base.skeleton) + 1) + max(head, block_bytes(base, PILED))
 
 
@@ -52,7 +57,7 @@ def _scores(base: Plan) -> int:
     """The hidden states before and behind a block, and as they are saved; its matrices' inputs at the tokens of the losses."""
     inputs = max(sum(t.layer.K for t in base.shard(i) if t.layer is not None) for i in range(len(base.skeleton)))
     judged = _judged_tokens(base) * (2 * _hidden_bytes(base) + inputs * base.skeleton.dtype.itemsize)
-    return 2 * _states(base) + judged + block_bytes(base, PILED)
+    return 2 * _states(base) + judged + block_bytes(base, PILED) + UNRETURNED
 
 
 def _ends(base: Plan) -> int:
