@@ -398,7 +398,7 @@ def test_a_base_that_is_quantized_is_refused_with_a_remedy_that_merge_has(
     adapter: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     quantize(llama, tmp_path / "eight", scheme="int8-channel", method="rtn", calib="none")
-    settings = Settings(scheme="int4-g32", calib=str(text), samples=4, seqlen=32)
+    settings = Settings(scheme="int4-g32", calib=str(text), samples=4, seqlen=32, eval_seqlen=32)
     with pytest.raises(CheckpointError, match="already quantized") as caught:
         merge(tmp_path / "eight", adapter, tmp_path / "out", settings=settings, resume=False, progress=lambda *_: None)
     assert "float original" in caught.value.remedy and "--requantize" not in caught.value.remedy
