@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape as plain  # text without markup, so that brackets print as they are
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -126,6 +126,11 @@ def check_model(*models: Path | None) -> None:
     for model in models:
         if model is not None:
             check_model_path(local(model))
+
+
+def plain(text: str) -> str:
+    """Text without markup: its brackets print as they are."""
+    return escape(text)
 
 
 def say(line: str, to: Console = console) -> None:
