@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from bitwright.calibration.chat_template import templated
 from bitwright.calibration.text_mix import unreadable
-from bitwright.errors import CalibrationError, InputError
+from bitwright.errors import CalibrationError
 
 Message = dict[str, Any]  # role and content
 ENDINGS = (".jsonl", ".json")
@@ -211,19 +210,7 @@ def rendered(tokenizer: Any, conversation: Conversation, where: str, *, asking: 
 
     InputError if there is no template, or it refuses the conversation.
     """
-    if not tokenizer.chat_template:
-        remedy = "give plain text, or put the model's chat_template.jinja there"
-        raise InputError("the model has no chat template", where=where, remedy=remedy)
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                conversation.messages,
-                tools=list(conversation.tools) or None,
-                tokenize=False,
-                add_generation_prompt=asking,
-            )
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = "give conversations as the model knows them, or plain text"
-        raise InputError(f"the chat template refuses it: {reason}", where=where, remedy=remedy) from error
+    remedy = "give plain text, or put the model's chat_template.jinja there"
+    if tokenizer.chat_template:
+        remedy = "give conversations as the model's chat_template.jinja knows them, or plain text"
+    return templated(tokenizer, conversation.messages, conversation.tools, asking=asking, where=where, remedy=remedy)

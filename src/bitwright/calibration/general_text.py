@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from bitwright.calibration.chat_template import templated
+from bitwright.errors import InputError
 
 FILE = Path(__file__).parents[1] / "data" / "general.jsonl.xz"
 Turns = list[dict[str, str]]  # role ("user", then "assistant", in turn) and content
@@ -126,16 +127,12 @@ def _chats(tokenizer: Any, vocabulary: int) -> bool:
         return False
     try:
         text = _rendered(tokenizer, PROBE)
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-    ):  # refuses roles or plain strings; several templates, none the default
+    except InputError:  # refuses roles or plain strings, or is no Jinja; several templates, none the default
         return False
     known = max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0) < vocabulary
     return known and all(turn["content"] in text for turn in PROBE)
 
 
 def _rendered(tokenizer: Any, turns: Turns) -> str:
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = templated(tokenizer, turns, where="general", remedy="--calib stdlib, or a text: they need no template")
     return text.removeprefix(tokenizer.bos_token or "")

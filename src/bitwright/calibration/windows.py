@@ -16,6 +16,7 @@ from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
 from bitwright.calibration.text_mix import texts_of, windows_of
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.files.model_path import is_gguf
+from bitwright.gguf.templates import check_form
 from bitwright.models.gguf_source import read_tokenizer
 
 BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
@@ -35,12 +36,14 @@ class Drawn:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer; no code from the checkpoint is run."""
+    """The checkpoint's tokenizer; no code from the checkpoint is run. CheckpointError if there is none; FormatError as of
+    `check_form`."""
     if is_gguf(folder):
         return read_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_form(folder)
         message = f"no usable tokenizer: {str(error).splitlines()[0]}"
         raise CheckpointError(message, where=str(folder), remedy="copy the model's tokenizer files here") from error
 

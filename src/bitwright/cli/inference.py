@@ -1,6 +1,7 @@
 """The commands that run a model: generate, chat, bench."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def generate(
         generator = Generator.open(
             model, scheme=scheme, activations=activations, context=context, kv=kv, lookahead=lookahead
         )
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _text_of(prompt)
         if chat:
             stream = generator.answer([{"role": "user", "content": text}], most=max_tokens, sampling=sampling)
         else:
@@ -134,6 +135,17 @@ def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
     from bitwright.inference.sampling import Sampling
 
     return Sampling(temperature, top_p, seed)
+
+
+def _text_of(prompt: str) -> str:
+    """The prompt; "-": what stands on standard input. InputError for bytes that are no UTF-8."""
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        from bitwright.errors import InputError
+
+        raise InputError(f"the prompt is no UTF-8: {error}", remedy="write it in UTF-8: iconv -t UTF-8") from error
 
 
 def _lines() -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bitwright.calibration.chat_template import templated
 from bitwright.calibration.windows import check_ids, load_tokenizer
 from bitwright.errors import InputError
 from bitwright.files.hub import local
@@ -128,10 +129,13 @@ class Generator:
 def conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
-    """A conversation as tokens, in the model's chat template, up to where its answer begins. InputError if it has none."""
-    if not tokenizer.chat_template:
-        raise InputError("the model has no chat template", remedy="use `bitwright generate` without --chat")
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    """A conversation as tokens, in the model's chat template, up to where its answer begins. InputError as of `templated`."""
+    remedy = "use `bitwright generate` without --chat"
+    if tokenizer.chat_template:
+        remedy += (
+            ", or mend the template: chat_template.jinja, or gguf-new-metadata --chat-template-file of a GGUF file"
+        )
+    text = templated(tokenizer, messages, tools, asking=True, remedy=remedy)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 

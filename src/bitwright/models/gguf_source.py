@@ -20,7 +20,7 @@ from bitwright.gguf.block_types import FLOATS, Kind, decoded
 from bitwright.gguf.config_keys import config_of, further_blocks
 from bitwright.gguf.reader import WEIGHTS_AT_ONCE, GgufFile
 from bitwright.gguf.rope import COMPUTED
-from bitwright.gguf.templates import read_templates, template_keys
+from bitwright.gguf.templates import check_files, read_templates
 from bitwright.gguf.tensor_names import Names
 from bitwright.gguf.tensor_parts import Place, in_one
 from bitwright.gguf.tokenizer import tokenizer_of
@@ -109,7 +109,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def check_companions(path: Path) -> None:
     """FormatError for a GGUF file whose tokenizer or chat template no directory can hold; CheckpointError as of the former."""
-    template_keys(read_templates(GgufFile(path).keys), str(path))
+    check_files(read_templates(GgufFile(path).keys), str(path))
     tokenizer = read_tokenizer(path)
     try:
         tokenizer.backend_tokenizer.to_str()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from bitwright.calibration.data_sets import calls_for_templates
@@ -90,10 +89,8 @@ class Service:
         try:
             with self._encoding:
                 ids = conversation(self.tokenizer, messages, tools)
-        except (TemplateError, TypeError, InputError) as error:
-            raise RequestError(
-                400, f"The chat template does not take these messages: {error}", param="messages"
-            ) from error
+        except InputError as error:
+            raise RequestError(400, f"No prompt of these messages: {error.message}", param="messages") from error
         likeliest = (asked.top_logprobs or 0) if asked.logprobs else None
         return self._jobs(
             [self._known(ids, "messages")], asked, asked.most, likeliest, self._grammar(asked), "messages", deliver
