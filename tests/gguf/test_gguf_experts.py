@@ -1,6 +1,7 @@
 """Experts in GGUF: those of a layer are one tensor, and each is calibrated, rounded and read back by itself."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,21 @@ def test_another_number_of_experts_than_the_tensors_have(source: Path, tmp_path:
     (tmp_path / "a.gguf").write_bytes(content[:at] + (4).to_bytes(4, "little") + content[at + 4 :])
     said = run("inspect", tmp_path / "a.gguf", code=2)
     assert "expert_count = 4, and tensor 'blk.0.ffn_" in said["error"] and said["error"].endswith("holds 8")
+    by_name = ("--scheme", "q4_0", "--method", "rtn", "--calib", "none")
+    said = run("quantize", tmp_path / "a.gguf", tmp_path / "b.gguf", *by_name, code=2)
+    assert "expert_count = 4" in said["error"] and "gguf-set-metadata" in said["remedy"]
+
+
+@pytest.mark.parametrize("wanted", [0, 9])
+def test_more_experts_for_a_token_than_there_are(wanted: int, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"num_experts_per_tok": wanted}))
+    for command in (("convert", tmp_path / "m", tmp_path / "a.gguf"), ("generate", tmp_path / "m", "--prompt", "a")):
+        said = run(*command, code=2)
+        assert "1 to 8 experts" in said["error"] and "num_experts_per_tok" in said["remedy"]
+
+
+def test_unfinished_work_is_not_in_the_way(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf.partial").mkdir()
+    assert "unfinished work" in run("convert", source, tmp_path / "a.gguf", code=2)["error"]

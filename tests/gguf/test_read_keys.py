@@ -163,9 +163,15 @@ def test_experts_are_as_many_as_the_tensors_hold() -> None:
         config_of(keys | {"qwen3moe.expert_count": 8}, shapes() | held, "x")
     with pytest.raises(CheckpointError, match="1024 at most"):
         config_of(keys | {"qwen3moe.expert_count": 2**32 - 1}, shapes(), "x")
-    for odd in ("eight", [8, "eight"]):
+    for odd in ("eight", [8, "eight"], [[1], [1, 2]], np.array([4, 8])):
         with pytest.raises(CheckpointError, match="expert_count"):
             config_of(keys | {"qwen3moe.expert_count": odd}, shapes(), "x")
+    for used in (0, -1, 5):
+        with pytest.raises(CheckpointError, match="1 to 4 experts"):
+            config_of(keys | {"qwen3moe.expert_used_count": used}, shapes() | held, "x")
+    others = held | {"blk.1.ffn_up_exps.weight": (3, 64, 64)}
+    with pytest.raises(CheckpointError, match=r"expert_count = 4, and tensor 'blk\.1\.ffn_up_exps\.weight' holds 3"):
+        config_of(keys, shapes() | others, "x")
 
 
 @pytest.mark.parametrize("key", ["context_length", "expert_used_count", "attention.layer_norm_rms_epsilon"])

@@ -23,7 +23,7 @@ SOFT_CAPS = (
     ("attn_logit_softcapping", "attn_logit_softcapping"),
     ("final_logit_softcapping", "final_logit_softcapping"),
 )
-EXPERT_COUNT = "expert_count"
+EXPERT_COUNT, EXPERTS_USED = "expert_count", "expert_used_count"
 MIXTRAL = (("num_local_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"))
 MIXTURE = (
     ("num_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),

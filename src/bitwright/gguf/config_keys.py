@@ -17,6 +17,7 @@ from bitwright.gguf import rope
 from bitwright.gguf.architectures import (
     ARCHITECTURES,
     EXPERT_COUNT,
+    EXPERTS_USED,
     FORMS,
     VISION,
     Architecture,
@@ -24,6 +25,7 @@ from bitwright.gguf.architectures import (
     named,
     needed_for,
 )
+from bitwright.gguf.expert_counts import check_experts
 from bitwright.gguf.fixed_keys import check_fixed, check_heads, fixed_of
 from bitwright.gguf.reader import ENTRIES
 from bitwright.gguf.rope import head_dim_of
@@ -35,8 +37,6 @@ Keys = dict[str, Any]
 BY_NAME = "bitwright quantize --calib none --method search makes a smaller file of it all the same"
 TOKEN_TYPES = "tokenizer.ggml.token_type_count"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-EXPERTS_USED = "expert_used_count"
-MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 # Keys without which llama.cpp loads no model that has them.
 NEEDED = (
     "block_count", "embedding_length", "attention.head_count", "context_length", EXPERTS_USED,
@@ -151,8 +151,7 @@ def config_of(
         raise CheckpointError(message, where=where, remedy=BY_NAME)
     values = {a: _one(keys, f"{row.name}.{key}", where) for a, key in row.keys if _given(keys, row, key)}
     _check_depth(row, values, keys, tensors, where)
-    experts = f"{row.name}.{EXPERT_COUNT}"
-    _check_experts(_one({experts: 0, **keys}, experts, where), tensors, where)
+    check_experts(keys, tensors, where)
     values["vocab_size"] = tensors["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {attribute: name in tensors for attribute, name in row.biases}
@@ -194,17 +193,6 @@ def _check_depth(
     if not isinstance(depth, int) or not 0 < depth <= len(tensors):
         message = f"{depth} blocks are announced, and there are {len(tensors)} tensors"
         raise CheckpointError(message, where=where, remedy="get a good copy")
-
-
-def _check_experts(count: Any, tensors: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """CheckpointError for a number of experts that the tensors do not hold, or that is absurd."""
-    fused = next((name for name in tensors if name.endswith("_exps.weight")), None)
-    found = count if fused is None else tensors[fused][0]
-    if not isinstance(count, int):
-        raise CheckpointError(f"{EXPERT_COUNT} = {count!r} is no number", where=where, remedy="get a good copy")
-    if count != found or not 0 <= count <= MOST_EXPERTS:
-        said = f"tensor {fused!r} holds {found}" if count != found else f"llama.cpp takes {MOST_EXPERTS} at most"
-        raise CheckpointError(f"{EXPERT_COUNT} = {count}, and {said}", where=where, remedy="get a good copy")
 
 
 def further_blocks(keys: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
+from bitwright.errors import CheckpointError
 from bitwright.gguf.config_keys import first_position
 
 # Encoders: they predict no next token, their output is the last hidden state.
@@ -28,6 +29,9 @@ KEPT_LINEARS = {
 }
 # model_types whose forward mixes float32 in, whatever the weights are: calibrated in float32 on every processor.
 IN_FLOAT32 = ("xlstm",)
+# What configs call the number of a layer's experts, and of those that a token is sent to.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 # Auto classes of models that predict a next token, in the order in which they are tried.
 PREDICTING = {
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -51,8 +55,9 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     """A config's model with random weights, in eval mode; an encoder without its pooling layer.
 
     A multimodal model includes its vision and audio towers. ValueError for a model that neither is an encoder
-    nor predicts a next token.
+    nor predicts a next token; CheckpointError as of `check_experts_used`.
     """
+    check_experts_used(config)
     if config.model_type in POOLED:
         found = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
     elif is_encoder(config):
@@ -60,6 +65,22 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     else:
         found = class_of(config)._from_config(config, dtype=dtype)
     return found.eval()
+
+
+def check_experts_used(config: PretrainedConfig) -> None:
+    """CheckpointError for a token's experts that are none, or more than a layer has."""
+    text = config.get_text_config()
+    (count, experts), (used, wanted) = (
+        next(((name, n) for name in names if isinstance(n := getattr(text, name, None), int)), ("", 0))
+        for names in (EXPERTS, EXPERTS_USED)
+    )
+    if experts and used and not 0 < wanted <= experts:
+        message = f"{used} = {wanted}, and {count} = {experts}: each token must have 1 to {experts} experts"
+        where, remedy = (
+            str(config.name_or_path or config.model_type),
+            f"set {used} in config.json as the model was trained",
+        )
+        raise CheckpointError(message, where=where, remedy=remedy)
 
 
 def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -22,7 +22,7 @@ from bitwright.models.unread import check_all_read
 from bitwright.pipeline.convert_adapter import adapter_from_gguf, adapter_to_gguf, is_gguf_adapter
 from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.repacking import repack
-from bitwright.pipeline.work_in_progress import check_out
+from bitwright.pipeline.work_in_progress import check_out, unfinished_file
 
 
 def convert(model: Path, out: Path, format_name: str | None = None, *, base: Path | None = None) -> dict[str, Any]:
@@ -66,8 +66,7 @@ def _directory_to_gguf(model: Path, out: Path) -> dict[str, Any]:
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
     members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
     keys, said = metadata(model, skeleton.config, load_tokenizer(model), None)
-    unfinished = out.with_name(out.name + ".partial")
-    unfinished.unlink(missing_ok=True)
+    unfinished = unfinished_file(out)
     with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
         for parameter in infos:
             file.put_floats(parameter, checkpoint.read(names[parameter]))

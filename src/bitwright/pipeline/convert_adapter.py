@@ -25,6 +25,7 @@ from bitwright.models.adapter_base import recorded_base
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
 from bitwright.numerics.qtensor import permuted, unpermuted
+from bitwright.pipeline.work_in_progress import unfinished_file
 
 KIND, LORA, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 ACTIVATED = "adapter.alora.invocation_tokens"  # of adapters that begin to count in the middle of a text
@@ -52,8 +53,7 @@ def adapter_to_gguf(folder: Path, out: Path, base: Path | None) -> dict[str, Any
         LORA: "lora", ALPHA: alpha,
     }  # fmt: skip
     described = [(name, FLOAT_TYPES[t.dtype], t.to("meta")) for name, t in tensors.items()]
-    unfinished = out.with_name(out.name + ".partial")
-    unfinished.unlink(missing_ok=True)
+    unfinished = unfinished_file(out)
     with GgufWriter(unfinished, keys, described) as file:
         for name, tensor in tensors.items():
             file.put_floats(name, tensor)

@@ -47,6 +47,16 @@ def check_out(out: Path) -> None:
         raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy=f"mkdir -p {parent}")
 
 
+def unfinished_file(out: Path) -> Path:
+    """Where an OUT that is written at once is written: OUT.partial, and nothing is there. OutputError for unfinished work."""
+    file = out.with_name(out.name + ".partial")
+    if file.is_dir():
+        remedy = "finish it, remove it, or give OUT another name"
+        raise OutputError("unfinished work of another command lies here", where=str(file), remedy=remedy)
+    file.unlink(missing_ok=True)
+    return file
+
+
 def ledger_beside(out: Path) -> Path:
     """The ledger's file name beside an OUT that is a single file."""
     return out.with_name(f"{out.stem}.ledger.jsonl")

@@ -23,6 +23,7 @@ from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
 from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.block_types import FLOATS, Kind, type_named
+from bitwright.gguf.expert_counts import check_experts
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
 from bitwright.gguf.reader import GgufFile, carried_keys
 from bitwright.methods import ASYMMETRIC, BLOCKWISE, CALIBRATED
@@ -144,12 +145,13 @@ def plan_gguf(
     """Plan every tensor of a file. weighted: whether there will be an importance matrix; unknown: whether the architecture is;
     requantize: as of `preflight`.
 
-    CheckpointError for a file that is quantized already, FormatError for another output format, RecipeError for what needs a
-    model or for nothing to quantize.
+    CheckpointError for a file that is no model, or whose keys and tensors differ, FormatError for another output format,
+    RecipeError for what needs a model or for nothing to quantize.
     """
     source = file.path
     check_is_model(file.keys, str(source))
     file.check_vocabulary()
+    check_experts(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(source))
     architecture = file.key("general.architecture", str)
     if format_name != GGUF.name:
         remedy = "name OUT.gguf"
