@@ -207,7 +207,7 @@ def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tm
     for model, out, says in [
         (wide, "x", "nothing quantized"),
         (tmp_path / "w8a8", "x", "changes the inputs too"),
-        (files["Q8_0"], "x.gguf", "converted to directories alone"),
+        (files["Q8_0"], "x.gguf", "a GGUF file already"),
         (tmp_path / "w8a8", "x.gguf", "converted to directories alone"),
     ]:
         assert says in run("convert", str(model), str(tmp_path / out), fine=(2,))["error"]

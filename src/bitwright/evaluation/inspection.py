@@ -9,7 +9,7 @@ from transformers.core_model_loading import dot_natural_key
 from bitwright.evaluation.gguf_inspection import described
 from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
-from bitwright.gguf.architectures import named
+from bitwright.gguf.architectures import instead_of_model, named
 from bitwright.gguf.reader import GgufFile
 from bitwright.models.config import read_config
 from bitwright.models.gguf_source import GgufWeightSource
@@ -23,15 +23,16 @@ def inspect(folder: Path) -> dict[str, Any]:
     """{bytes, bits_per_weight, tensors: [{name, shape, scheme, bytes, loss}]}, one entry a tensor of the float model.
 
     Of a GGUF file also what `gguf_inspection.described` gives, and each tensor's block type (`type`); one of an architecture
-    that is not known here has its tensors by their own names. `scheme` is the float type of a tensor that is not quantized;
-    `loss` is known where a ledger is. CheckpointError for a tensor that the model lacks, or that it does not read.
+    that is not known here, and one that is no model, has its tensors by their own names. `scheme` is the float type of a
+    tensor that is not quantized; `loss` is known where a ledger is. CheckpointError for a tensor that the model lacks, or
+    that it does not read.
     """
     import torch
 
     folder = local(folder)
     if is_gguf(folder):
         file = GgufFile(folder)
-        if named(file.key("general.architecture", str)) is None:
+        if named(file.keys.get("general.architecture")) is None or instead_of_model(file.keys, file.tensors):
             return _by_name(file) | described(file)
     skeleton = Skeleton(read_config(folder), torch.float32)
     weight_source = open_weights(folder, skeleton)

@@ -3,7 +3,7 @@
 config_keys.py uses the rows in both directions. This file imports neither library.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -340,15 +340,26 @@ def needed_for(kind: object, name: object) -> str:
     return f"it would need {why}"
 
 
-def check_is_model(keys: Mapping[str, Any], where: str) -> None:
-    """CheckpointError for a file that holds a LoRA adapter, an importance matrix or a draft model."""
+def instead_of_model(keys: Mapping[str, Any], tensors: Collection[str]) -> tuple[str, str] | None:
+    """What a file is that is no model of its own, and the remedy: a LoRA adapter, an importance matrix, a draft model, a
+    vocabulary; None for a model."""
     kind = keys.get("general.type", "model")
     if kind in OTHERS:
         what, remedy = OTHERS[kind]
-        raise CheckpointError(f"a file of {what}, not a model", where=where, remedy=remedy)
+        return f"a file of {what}, not a model", remedy
     if keys.get("general.architecture") in DRAFTS:
         remedy = "give the file of the model that it proposes tokens for"
-        raise CheckpointError("a draft model, which runs beside another one alone", where=where, remedy=remedy)
+        return "a draft model, which runs beside another one alone", remedy
+    if not tensors:
+        return "a file of a vocabulary, without a single tensor", "give the file of a model; inspect shows this one"
+    return None
+
+
+def check_is_model(keys: Mapping[str, Any], tensors: Collection[str], where: str) -> None:
+    """CheckpointError for a file that is no model: see `instead_of_model`."""
+    found = instead_of_model(keys, tensors)
+    if found is not None:
+        raise CheckpointError(found[0], where=where, remedy=found[1])
 
 
 def named(name: object) -> Architecture | None:

@@ -132,7 +132,7 @@ def config_of(
 
     CheckpointError for an architecture that is not in the table, or keys that are missing or inconsistent.
     """
-    check_is_model(keys, where)
+    check_is_model(keys, tensors, where)
     if keys.get("general.architecture") == VISION:
         message = "the encoder of images (mmproj) of a model, not the model itself"
         remedy = "give the model's own file; `bitwright quantize` makes a smaller mmproj of this one, with --calib none"

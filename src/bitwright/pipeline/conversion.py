@@ -12,8 +12,10 @@ from bitwright.files.hub import local
 from bitwright.files.model_path import is_gguf
 from bitwright.formats import chosen
 from bitwright.formats.gguf_members import Member
+from bitwright.gguf.architectures import check_is_model
 from bitwright.gguf.config_keys import not_kept
 from bitwright.gguf.metadata import metadata
+from bitwright.gguf.reader import GgufFile
 from bitwright.gguf.tensor_names import is_unused
 from bitwright.models.config import check_described, is_adapter, quantization_of, read_config
 from bitwright.models.gguf_model import config_for_gguf, fit_to_gguf
@@ -45,7 +47,12 @@ def convert(model: Path, out: Path, format_name: str | None = None, *, base: Pat
         raise InputError("it is no adapter that is converted with its base", where=str(model), remedy=remedy)
     if chosen_format != "gguf":
         return repack(model, out, chosen_format)
-    if is_gguf(model) or quantization_of(model) is not None:
+    if is_gguf(model):
+        file = GgufFile(model)
+        check_is_model(file.keys, file.tensors, str(model))
+        remedy = "name a directory, for what is quantized; `bitwright quantize` rounds it to other types"
+        raise FormatError("a GGUF file already", where=str(model), remedy=remedy)
+    if quantization_of(model) is not None:
         remedy = "quantize the float original to GGUF"
         message = "what is quantized is converted to directories alone"
         raise FormatError(message, where=str(model), remedy=remedy)

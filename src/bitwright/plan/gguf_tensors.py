@@ -149,7 +149,7 @@ def plan_gguf(
     RecipeError for what needs a model or for nothing to quantize.
     """
     source = file.path
-    check_is_model(file.keys, str(source))
+    check_is_model(file.keys, file.tensors, str(source))
     file.check_vocabulary()
     check_experts(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(source))
     architecture = file.key("general.architecture", str)
