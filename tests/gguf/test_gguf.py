@@ -589,6 +589,31 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
         GgufFile(first)
 
 
+def test_a_part_of_another_place_or_model_is_named(tmp_path: Path) -> None:
+    """Parts that changed names would be mixed without a word: each says which it is, and some of which model."""
+    for number, name in enumerate(("one", "two", "three")):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number + 1:05d}-of-00003.gguf", "llama")
+        writer.add_name("here" if number < 2 else "elsewhere")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 3)
+        writer.add_tensor(name, np.ones((2, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    first, second, third = (tmp_path / f"m-{number}-of-00003.gguf" for number in ("00001", "00002", "00003"))
+    with pytest.raises(CheckpointError, match=r"its general\.name is 'elsewhere', that of the first 'here'") as caught:
+        GgufFile(first)
+    assert caught.value.where == str(third)
+    second.rename(tmp_path / "x")
+    third.rename(second)
+    (tmp_path / "x").rename(third)
+    with pytest.raises(
+        CheckpointError, match=r"by its name part 2 of a split model, by its key split\.no = 2"
+    ) as caught:
+        GgufFile(first)
+
+
 def test_a_split_model_is_one_model(tmp_path: Path, text: str) -> None:
     """Quantized from its parts as from one file; a part that is missing stops every command, by name."""
     source = make_checkpoint(tmp_path / "source", "llama")

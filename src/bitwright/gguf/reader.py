@@ -1,8 +1,7 @@
 """GGUF files: their keys, and tensors read by rows and dequantized. See header.py for how a file is checked, block_types.py for
 what is in a block."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from bitwright.errors import CheckpointError
 from bitwright.gguf.block_types import FLOATS, decoded
 from bitwright.gguf.header import Stored, Typed, damaged, read_header
 from bitwright.gguf.key_kinds import of_wrong_kind
+from bitwright.gguf.parts import check_part, other_parts
 
 ENTRIES = tuple(f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps"))  # parameters of Apertus' activation
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 WEIGHTS_AT_ONCE = 1 << 22  # weights decoded in one step; bounds the memory
 
 
@@ -41,8 +40,10 @@ class GgufFile:
             raise damaged(path, f"key {name!r} is {str(self.keys[name])[:40]!r}, not {kind}")
         parts = self.keys.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
-            for part in _other_parts(path, parts):
-                tensors = read_header(part).tensors
+            for index, part in enumerate(other_parts(path, parts), 1):
+                header = read_header(part)
+                check_part(self.keys, header.keys, index, str(part))
+                tensors = header.tensors
                 twice = next((name for name in tensors if name in self.tensors), None)
                 if twice is not None:
                     raise damaged(part, f"tensor {twice!r} is in two parts")
@@ -120,20 +121,6 @@ def carried_keys(file: GgufFile, file_type: int | None) -> dict[str, Any]:
     kept.pop("general.file_type", None)
     changed = {"general.architecture": file.keys["general.architecture"], "general.quantization_version": 2}
     return {**kept, **changed, **({} if file_type is None else {"general.file_type": file_type})}
-
-
-def _other_parts(path: Path, parts: int) -> Iterator[Path]:
-    """The second and further parts of a split model. CheckpointError if `path` is not the first, or a part is missing."""
-    found = PART.search(path.name)
-    if found is None or int(found[2]) != parts or int(found[1]) != 1:
-        remedy = "give the first part, NAME-00001-of-0000N.gguf, beside the others"
-        raise CheckpointError(f"one of {parts} parts of a split model", where=str(path), remedy=remedy)
-    for number in range(2, parts + 1):
-        part = path.with_name(f"{path.name[: found.start()]}-{number:05d}-of-{parts:05d}.gguf")
-        if not part.is_file():
-            remedy = "put all parts in one directory"
-            raise CheckpointError("this part of a split model is missing", where=str(part), remedy=remedy)
-        yield part
 
 
 def _entries(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
