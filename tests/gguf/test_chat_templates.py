@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.errors import FormatError
+from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf.templates import check_files, check_form, check_names, template_keys
 
 NESTED = "{% for x in y %}" * 100 + "{% endfor %}" * 100
@@ -56,6 +56,15 @@ def test_a_tokenizer_that_does_not_load_for_its_templates_says_so(llama: Path, t
     config = json.loads((llama / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": [{"template": "x"}]}))
     with pytest.raises(FormatError, match="not a name and a template"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_damaged_says_so(llama: Path, tmp_path: Path) -> None:
+    content = json.loads((llama / "tokenizer.json").read_text())
+    del content["model"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_bytes((llama / "tokenizer_config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="no usable tokenizer: Model missing"):
         load_tokenizer(tmp_path)
 
 

@@ -42,9 +42,10 @@ def load_tokenizer(folder: Path) -> Any:
         return read_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of the tokenizers package, which raises no other
         check_form(folder)
-        message = f"no usable tokenizer: {str(error).splitlines()[0]}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"no usable tokenizer: {reason}"
         raise CheckpointError(message, where=str(folder), remedy="copy the model's tokenizer files here") from error
 
 
