@@ -9,13 +9,14 @@ import torch
 from bench.gguf_families import GLM_MIXTURE, random_model, small_config
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from bitwright import load, quantize
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.formats.gguf_writer import FLOAT_TYPES, GgufWriter
 from bitwright.gguf.architectures import ARCHITECTURES
 from bitwright.gguf.block_types import Types
-from bitwright.gguf.config_keys import config_of, keys_of
+from bitwright.gguf.config_keys import architecture_of, config_of, keys_of
 from bitwright.gguf.file_types import Place, type_in
 from bitwright.gguf.header import Typed
 from bitwright.gguf.reader import GgufFile
@@ -280,3 +281,13 @@ def test_values_of_layers_must_be_as_many(change: dict[str, Any], says: str) -> 
     shapes = {"token_embd.weight": (2048, 64), **{f"blk.{i}.attn_norm.weight": (64,) for i in range(4)}}
     with pytest.raises(CheckpointError, match=says):
         config_of(keys, shapes, "x")
+
+
+def test_no_weights_make_phimoe_llamacpp_s() -> None:
+    """Why it has no row: a token's weights of experts add up to 2 or less, as its scores lie; in llama.cpp always to the same."""
+    scores = torch.tensor([[4.0, 1.0, 0.5, 0.1], [4.0, 3.99, 0.5, 0.1]])
+    weights, _ = sparsemixer(scores, jitter_eps=0.01, training=False)
+    assert torch.allclose(weights.sum(-1), torch.tensor([2.0, 1.5]), atol=0.01)
+    with pytest.raises(FormatError, match="'phimoe' cannot be written") as caught:
+        architecture_of(AutoConfig.for_model("phimoe"))
+    assert "SparseMixer" in caught.value.remedy

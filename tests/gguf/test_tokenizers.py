@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bitwright.errors import FormatError
@@ -138,6 +138,40 @@ def test_what_no_name_expresses_is_refused(change: Callable[[Any], None], says: 
     with pytest.raises(FormatError, match=says) as caught:
         keys_of(tmp_path, AutoTokenizer.from_pretrained(tmp_path), 400)
     assert "false in tokenizer.json" in caught.value.remedy or "compressed-tensors" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("mask", "name", "pre"), [("[MASK]", "modern-bert m", "gpt-2"), ("<mask>", "m", "jina-v2-es")])
+def test_spaces_before_the_mask_token_are_stripped_as_in_the_checkpoint(
+    mask: str, name: str, pre: str, tmp_path: Path
+) -> None:
+    """llama.cpp does so by the model's name, or by the pre-tokenizer's."""
+    with_merges(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"mask_token": AddedToken(mask, lstrip=True, normalized=False)})
+    tokenizer.save_pretrained(tmp_path)
+    found = keys_of(tmp_path, AutoTokenizer.from_pretrained(tmp_path), 400, "m")
+    assert (found.keys["general.name"], found.keys["tokenizer.ggml.pre"], found.notes) == (name, pre, ())
+    text = f"a {mask} b \n{mask}{mask}  {mask}"
+    assert tokenizer_of(found.keys, "x")(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_spaces_beside_a_mask_token_that_no_file_strips_are_said(tmp_path: Path) -> None:
+    with_merges(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<hole>", lstrip=True, normalized=False)})
+    tokenizer.save_pretrained(tmp_path)
+    found = keys_of(tmp_path, AutoTokenizer.from_pretrained(tmp_path), 400, "m")
+    assert found.keys["tokenizer.ggml.pre"] == "gpt-2"
+    assert found.notes == ("spaces beside '<hole>' become other tokens in llama.cpp",)
+
+
+def test_a_name_by_which_llamacpp_would_strip_spaces_is_changed(tmp_path: Path) -> None:
+    with_merges(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"mask_token": AddedToken("[MASK]", lstrip=False, normalized=False)})
+    tokenizer.save_pretrained(tmp_path)
+    found = keys_of(tmp_path, AutoTokenizer.from_pretrained(tmp_path), 400, "Modern-BERT base")
+    assert (found.keys["general.name"], found.notes) == ("modern_bert base", ())
 
 
 def test_the_table_has_each_name_once() -> None:

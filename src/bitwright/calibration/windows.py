@@ -16,7 +16,9 @@ from bitwright.calibration.stdlib_text import CALIBRATION, HELD_OUT, module_text
 from bitwright.calibration.text_mix import texts_of, windows_of
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.files.model_path import is_gguf
+from bitwright.gguf.rwkv_tokenizer import VOCABULARY, published_keys
 from bitwright.gguf.templates import check_form
+from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.models.gguf_source import read_tokenizer
 
 BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
@@ -40,6 +42,8 @@ def load_tokenizer(folder: Path) -> Any:
     `check_form`."""
     if is_gguf(folder):
         return read_tokenizer(folder)
+    if (folder / VOCABULARY).is_file() and not (folder / "tokenizer.json").is_file():
+        return tokenizer_of(published_keys(folder), str(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of the tokenizers package, which raises no other

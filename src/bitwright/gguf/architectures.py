@@ -326,7 +326,12 @@ FORMS: dict[str, tuple[tuple[Callable[[Any], bool], Architecture], ...]] = {
 
 # Architectures of llama.cpp without a row: transformers' model_type -> (llama.cpp's name, what a row would need).
 MISSING = {
-    "phimoe": ("phimoe", "LayerNorm and SparseMixer's weights of experts, where llama.cpp has RMSNorm and a softmax's"),
+    # LayerNorm is RMSNorm of centred matrices; but SparseMixer's two weights add up to 2, or to less where scores are near one
+    # another, and llama.cpp's to the same for every token: no weights of a file make them equal.
+    "phimoe": (
+        "phimoe",
+        "SparseMixer's weights of experts, whose sum differs from token to token, as llama.cpp's never does",
+    ),
     "t5": ("t5", "an encoder beside the decoder"),
     "mpt": ("mpt", "positions as biases (ALiBi)"),
     "bloom": ("bloom", "positions as biases (ALiBi)"),

@@ -72,9 +72,8 @@ def around(token: str) -> list[str]:
     return [token, f"a{token}b", f"x {token} y", f"{token} Hi", f"Hi\n{token}\nHi", f"{token}{token}", f"1{token}2"]
 
 
-def beside(tokens: Iterable[str], bare: Iterable[str]) -> list[str]:
-    """Test strings for added tokens, or for a sample if there are many. bare: tokens that are tested without spaces around."""
+def beside(tokens: Iterable[str]) -> list[str]:
+    """Test strings for added tokens, or for a sample if there are many."""
     known = list(tokens)
     some = known[:: max(1, len(known) // MOST_TOKENS)] if len(known) > MOST_TOKENS else known
-    alone = frozenset(bare)
-    return [text for token in some for text in (around(token) if token not in alone else [token, f"a{token}b"])]
+    return [text for token in some for text in around(token)]

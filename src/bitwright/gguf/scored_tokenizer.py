@@ -16,7 +16,7 @@ from bitwright.errors import CheckpointError
 from bitwright.gguf.special_tokens import FOUND, id_of
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys
 
-SCORES = "scores"  # in a model's content: token -> score, for `ByScore`; not of tokenizer.json
+CUT = "cut"  # in a model's content: what cuts texts into whole tokens, such as `ByScore`; not of tokenizer.json
 
 
 class ByScore:
@@ -85,7 +85,7 @@ def _joining(own: Keys, tokens: list[str], where: str) -> Keys:
     # of tokens that are split off before, only those come again that spaces make
     joined = {token: score for token, kind, score in each if kind not in FOUND or SPACE in token}
     pairs = ranked_pairs(joined, frozenset(tokens))
-    return {"merges": [], "ignore_merges": True, SCORES: joined} if pairs is None else {"merges": pairs}
+    return {"merges": [], "ignore_merges": True, CUT: ByScore(joined)} if pairs is None else {"merges": pairs}
 
 
 def ranked_pairs(scores: Mapping[str, float], known: frozenset[str]) -> list[tuple[str, str]] | None:

@@ -46,6 +46,10 @@ DEFAULT_IDS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 WITHOUT_BOS = ("chatglm-bpe", "glm4", "glm5")  # pre-tokenizers of BPE without a default BOS
 PHI3 = ("phi-3", "phi3")  # if these are in general.name, special tokens strip the spaces after them
+MODERN, MODERN_MASK = (
+    "modern-bert",
+    "[MASK]",
+)  # if the former is in general.name, the latter strips the spaces before it
 PHI3_NEEDS, PHI3_PLAIN = ("</s>", "<unk>", "<s>", "<|endoftext|>"), ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -93,6 +97,13 @@ def ends_of(keys: Mapping[str, Any]) -> list[int]:
     if "<|tool_response>" in there:
         found = [i for i in found if tokens[i] != "</s>"]
     return list(dict.fromkeys(found))
+
+
+def takes_spaces_before(name: str, mask: bool) -> frozenset[str]:
+    """Tokens that strip the spaces before them: <mask> by the pre-tokenizer (mask), or else [MASK] by the model's name."""
+    if mask:
+        return frozenset({"<mask>"})
+    return frozenset({MODERN_MASK}) if MODERN in name.lower() and not is_phi3(name) else frozenset()
 
 
 def takes_spaces_behind(name: str, tokens: list[str]) -> frozenset[str]:

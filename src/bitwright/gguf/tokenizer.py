@@ -1,11 +1,12 @@
 """Build a transformers tokenizer from the keys of a GGUF file, so that it gives llama.cpp's tokens. Inverse: tokenizer_keys.py.
 
-Five families (tokenizer.ggml.model) are read:
+Six families (tokenizer.ggml.model) are read:
 gpt2    byte-level BPE; a key names its pre-tokenizer (pretokenizers.py)
 gemma4  BPE over characters with byte fallback
 llama   sentencepiece's BPE: tokens with scores instead of merges (scored_tokenizer.py)
 t5      sentencepiece's Unigram (unigram_tokenizer.py)
 bert    BERT's WordPiece (wordpiece_tokenizer.py)
+rwkv    the longest tokens, from left to right (rwkv_tokenizer.py)
 """
 
 import json
@@ -19,11 +20,11 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from bitwright.errors import CheckpointError
-from bitwright.gguf import scored_tokenizer, unigram_tokenizer, wordpiece_tokenizer
+from bitwright.gguf import rwkv_tokenizer, scored_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from bitwright.gguf.header import Typed
 from bitwright.gguf.pretokenizers import ESCAPED, PRE_TOKENIZERS, PreTokenizer
-from bitwright.gguf.scored_tokenizer import SCORES, ByScore
-from bitwright.gguf.special_tokens import FOUND, PREFIX, Kind, id_of, kinds_of, takes_spaces_behind
+from bitwright.gguf.scored_tokenizer import CUT
+from bitwright.gguf.special_tokens import FOUND, PREFIX, Kind, id_of, kinds_of, takes_spaces_before, takes_spaces_behind
 from bitwright.gguf.templates import read_templates
 from bitwright.gguf.unigram_tokenizer import SPACE, Keys
 
@@ -46,14 +47,14 @@ def tokenizer_of(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast
     family = own.get("model")
     makers = {
         "gpt2": _bpe, "gemma4": _bpe, "llama": scored_tokenizer.content_of, "t5": unigram_tokenizer.content_of,
-        "bert": wordpiece_tokenizer.content_of,
+        "bert": wordpiece_tokenizer.content_of, "rwkv": rwkv_tokenizer.content_of,
     }  # fmt: skip
     if family not in makers:
         remedy = f"known: {', '.join(makers)}; another needs a function in gguf/tokenizer.py"
         raise CheckpointError(f"a tokenizer of family {family!r} is not read here", where=where, remedy=remedy)
     content = makers[family](own, own["tokens"], where)
-    behind = takes_spaces_behind(str(keys.get("general.name", "")), own["tokens"])
-    content |= {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(_added(own, behind))}
+    content |= {"version": "1.0", "truncation": None, "padding": None}
+    content["added_tokens"] = list(_added(own, str(keys.get("general.name", ""))))
     content["post_processor"] = _around(own)
     special = {a: own["tokens"][i] for key, a in SPECIAL.items() if (i := _special(own, key)) is not None}
     try:
@@ -78,9 +79,10 @@ def _built(content: Keys, special: Mapping[str, str]) -> PreTrainedTokenizerFast
     inner = Tokenizer.from_str(json.dumps(content))
     found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
     if model["type"] == "BPE":
-        found.backend_tokenizer.model = BPE(**{name: model[name] for name in model if name not in ("type", SCORES)})
-        if SCORES in model:
-            found.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(ByScore(model[SCORES]))
+        found.backend_tokenizer.model = BPE(**{name: model[name] for name in model if name not in ("type", CUT)})
+        if CUT in model:
+            before, cut = found.backend_tokenizer.pre_tokenizer, pre_tokenizers.PreTokenizer.custom(model[CUT])
+            found.backend_tokenizer.pre_tokenizer = cut if before is None else pre_tokenizers.Sequence([before, cut])
     return found
 
 
@@ -160,10 +162,11 @@ def _pair(merge: Any, where: str) -> tuple[str, str]:
     return merge[:at], merge[at + 1 :]
 
 
-def _added(own: Keys, behind: frozenset[str]) -> Iterator[Keys]:
-    """tokenizer.json's added_tokens, split off before pre-tokenization. behind: tokens that strip the spaces after them."""
+def _added(own: Keys, name: str) -> Iterator[Keys]:
+    """tokenizer.json's added_tokens, split off before pre-tokenization. name: the model's, by which some strip spaces."""
     row = PRE_TOKENIZERS.get(own.get("pre", "")) if own["model"] in ("gpt2", "gemma4") else None
-    before = ("<mask>",) if row is not None and row.lstrip else ()
+    before = takes_spaces_before(name, row is not None and row.lstrip)
+    behind = takes_spaces_behind(name, own["tokens"])
     lines = row is not None and row.names[0] == "gemma4"  # each token that is only newlines is split off too
     for i, (token, kind) in enumerate(zip(own["tokens"], own["token_type"], strict=True)):
         if kind in FOUND or (lines and not token.strip("\n")):
@@ -182,7 +185,7 @@ def _around(own: Keys) -> Keys | None:
     if family == "bert":
         end = [id_of(own, "seperator_token_id")]
     known = [i for i in (*begin, *end) if i is not None]
-    if not known:
+    if not known or family == "rwkv":
         return None
     around = {i: {"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in known}
     single = [

@@ -12,7 +12,8 @@ from typing import Any
 
 from bitwright.errors import CheckpointError, FormatError
 from bitwright.gguf import unigram_tokenizer, wordpiece_tokenizer
-from bitwright.gguf.special_tokens import END_TEXTS, PREFIX, Kind, ends_of, is_phi3, phi3_loads
+from bitwright.gguf.rwkv_tokenizer import VOCABULARY, published_keys
+from bitwright.gguf.special_tokens import END_TEXTS, MODERN, MODERN_MASK, PREFIX, Kind, ends_of, is_phi3, phi3_loads
 from bitwright.gguf.templates import check_names, template_keys
 from bitwright.gguf.tokenizer import NO_MERGE, SPECIAL
 from bitwright.gguf.tokenizer_proof import Proof, fitting_row
@@ -37,6 +38,11 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int, name: str = "") -> Vo
     tokenizer has ids beyond the embedding.
     """
     file = folder / "tokenizer.json"
+    if not file.is_file() and (folder / VOCABULARY).is_file():
+        found = published_keys(folder, vocabulary)
+        own = {name.removeprefix(PREFIX): value for name, value in found.items()}
+        ends = {PREFIX + key: value for key, value in _ends(folder, own, own["tokens"]).items()}
+        return Vocabulary(found | ends | {NAME: name})
     if not file.is_file():
         raise FormatError("no tokenizer.json", where=str(folder), remedy="save the tokenizer with its fast form")
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -59,13 +65,18 @@ def keys_of(folder: Path, tokenizer: Any, vocabulary: int, name: str = "") -> Vo
 
 
 def _names(name: str, tokens: list[str]) -> list[str]:
-    """Candidates for general.name. llama.cpp strips spaces after special tokens if the name has "phi-3" or "phi3", so both a
-    name with and one without it are tried; never one with which llama.cpp would fail to load the file.
+    """Candidates for general.name, the likeliest first.
+
+    llama.cpp strips spaces after special tokens if the name has "phi-3" or "phi3", and those before [MASK] if it has
+    "modern-bert", so names with and without them are tried; never one with which llama.cpp would fail to load the file.
     """
-    plain = name.lower().replace("phi-3", "phi_3").replace("phi3", "phi_3") if is_phi3(name) else name
-    if not phi3_loads(tokens):
-        return [plain]
-    return [name, plain] if is_phi3(name) else [name, f"Phi-3 {name}".strip()]
+    plain = name.lower() if is_phi3(name) or MODERN in name.lower() else name
+    for mark, other in (("phi-3", "phi_3"), ("phi3", "phi_3"), (MODERN, "modern_bert")):
+        plain = plain.replace(mark, other)
+    found = [plain if is_phi3(name) and not phi3_loads(tokens) else name, plain]
+    found += [f"Phi-3 {plain}".strip()] if phi3_loads(tokens) else []
+    found += [f"{MODERN} {plain}".strip()] if MODERN_MASK in tokens else []
+    return list(dict.fromkeys(found))
 
 
 def _ways(content: Keys, tokens: list[str], kinds: list[int], file: Path) -> Iterator[Keys]:

@@ -1,8 +1,8 @@
 """Verify that a GGUF file's tokenizer is its checkpoint's: both tokenize the strings of probes.py, with equal token ids."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -23,12 +23,26 @@ UNFINISHED = "\ufffd"
 Ids = list[list[int]]
 
 
+class Differing(NamedTuple):
+    """at: index of the first string that two tokenizers cut otherwise, or how many there are; masked: whether spaces beside the
+    mask token are cut otherwise, which `at` leaves out."""
+
+    at: int
+    masked: bool
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """The higher, the more alike."""
+        return self.at, not self.masked
+
+
 @dataclass(frozen=True)
 class Proof:
     """Test strings, and the token ids that a checkpoint's own tokenizer gives.
 
     texts, wanted  strings and their ids
     ordinary       number of strings, from the first, that must agree
+    mask           the mask token; strings that have it with spaces around may differ where no file can say that it strips them
     near           whether llama.cpp only approximates this pre-tokenizer, so that the strings after those may differ
     odd            added tokens with lstrip, rstrip, single_word or normalized set
     where          for errors
@@ -37,6 +51,7 @@ class Proof:
     texts: list[str]
     wanted: Ids
     ordinary: int
+    mask: str
     near: bool
     odd: tuple[str, ...]
     where: str
@@ -48,8 +63,7 @@ class Proof:
         vocabulary = content["model"]["vocab"]
         found = [token["content"] for token in added]
         found += [text for text in sorted(END_TEXTS) if text in vocabulary and text not in found]
-        mask = getattr(tokenizer, "mask_token", None)
-        texts = [*ORDINARY, *beside([token for token in found if token], [mask] if mask else [])]
+        texts = [*ORDINARY, *beside([token for token in found if token])]
         words = _own_words(content)
         texts += [word for word in words if word.isascii()]
         rare = [*RARE, *(word for word in words if not word.isascii())]
@@ -61,12 +75,19 @@ class Proof:
         composed = (content.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
         near = pieces or (composed and nearest(content) is not None)
         wanted = tokenizer([*texts, *rare])["input_ids"]
-        return cls([*texts, *rare], wanted, len(texts), near, odd, where)
+        mask = str(getattr(tokenizer, "mask_token", None) or "")
+        return cls([*texts, *rare], wanted, len(texts), mask, near, odd, where)
 
-    def differing(self, tokenizer: Any) -> int | None:
-        """The index of the first string for which another tokenizer gives other ids; None if there is none."""
+    def differing(self, tokenizer: Any) -> Differing:
+        """What another tokenizer gives other ids for."""
         found = tokenizer(self.texts)["input_ids"]
-        return next((i for i, (a, b) in enumerate(zip(self.wanted, found, strict=True)) if a != b), None)
+        each = [i for i, (a, b) in enumerate(zip(self.wanted, found, strict=True)) if a != b]
+        spaced = [i for i in each if self.mask and self.mask in self.texts[i] and self._has_spaces(self.texts[i])]
+        return Differing(next((i for i in each if i not in spaced), len(self.texts)), bool(spaced))
+
+    def _has_spaces(self, text: str) -> bool:
+        """Whether a text has white space beside the mask token."""
+        return any(part != part.strip() for part in text.split(self.mask))
 
     def first_alike(self, ready: list[Keys]) -> tuple[Keys, tuple[str, ...]]:
         """Of several candidate sets of keys, the first whose tokenizer agrees, and notes for the user.
@@ -74,24 +95,26 @@ class Proof:
         If none agrees, the candidate that agrees longest is taken, with a note, if it differs only in rare strings that
         llama.cpp is known to approximate; otherwise FormatError with the first string that differs.
         """
-        likely: tuple[int, Keys, Any] | None = None
+        likely: tuple[Differing, Keys, Any] | None = None
         for keys in ready:
             tokenizer = tokenizer_of(keys, self.where)
-            at = self.differing(tokenizer)
-            if at is None:
-                return keys, ()
-            if likely is None or at > likely[0]:
-                likely = at, keys, tokenizer
+            found = self.differing(tokenizer)
+            if likely is None or found.rank > likely[0].rank:
+                likely = found, keys, tokenizer
+            if found == Differing(len(self.texts), False):
+                break
         assert likely is not None
-        at, keys, tokenizer = likely
-        text, ids = self.texts[at], tokenizer(self.texts[at])["input_ids"]
-        if self.near and at >= self.ordinary:
+        found, keys, tokenizer = likely
+        said = [f"spaces beside {self.mask!r} become other tokens in llama.cpp"] if found.masked else []
+        if found.at == len(self.texts):
+            return keys, tuple(said)
+        text, ids = self.texts[found.at], tokenizer(self.texts[found.at])["input_ids"]
+        if self.near and found.at >= self.ordinary:
             name = keys.get(f"{PREFIX}pre")
-            said = f"llama.cpp's rule {name!r} is only near this tokenizer's: text such as {text!r} becomes other tokens there"
-            return keys, (said,)
-        message = (
-            f"an unknown pre-tokenizer or normalizer: {text!r} becomes {self.wanted[at]}, in llama.cpp at best {ids}"
-        )
+            near = f"llama.cpp's rule {name!r} is only near this tokenizer's: text such as {text!r} becomes other tokens there"
+            return keys, (near, *said)
+        becomes = f"{text!r} becomes {self.wanted[found.at]}, in llama.cpp at best {ids}"
+        message = f"an unknown pre-tokenizer or normalizer: {becomes}"
         raise FormatError(message, where=self.where, remedy=self._remedy(text))
 
     def _remedy(self, text: str) -> str:
@@ -132,8 +155,11 @@ def fitting_row(keys: Keys, content: Keys, proof: Proof, where: str) -> Iterator
     for row in (row for row in ranked if row.bytes and not row.lstrip):
         backend.pre_tokenizer = built(row)
         backend.model.ignore_merges = row.whole
-        if proof.differing(inner) is None:
+        found = proof.differing(inner)
+        if found.at == len(proof.texts):
+            alike = [other for other in ROWS if other.lstrip and replace(other, names=row.names, lstrip=False) == row]
             yield row.names[0]
+            yield from (other.names[0] for other in alike if found.masked and proof.mask == "<mask>")
             return
     yield ranked[0].names[0]
 

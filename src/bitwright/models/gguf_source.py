@@ -114,7 +114,9 @@ def check_companions(path: Path) -> None:
     try:
         tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # the tokenizers package raises no other
-        message = "of tokens with equal scores its tokenizer makes the leftmost first, which no tokenizer.json can say"
+        message = (
+            "its tokenizer joins by scores that are equal, or takes the longest token: no tokenizer.json can say so"
+        )
         raise FormatError(message, where=str(path), remedy="keep it a GGUF file: give OUT.gguf") from error
 
 
