@@ -284,7 +284,7 @@ def test_values_of_layers_must_be_as_many(change: dict[str, Any], says: str) -> 
 
 
 def test_no_weights_make_phimoe_llamacpp_s() -> None:
-    """Why it has no row: a token's weights of experts add up to 2 or less, as its scores lie; in llama.cpp always to the same."""
+    """Why it has no row: a token's weights of experts add up to 2 or to less, as its scores lie; llama.cpp's never differ."""
     scores = torch.tensor([[4.0, 1.0, 0.5, 0.1], [4.0, 3.99, 0.5, 0.1]])
     weights, _ = sparsemixer(scores, jitter_eps=0.01, training=False)
     assert torch.allclose(weights.sum(-1), torch.tensor([2.0, 1.5]), atol=0.01)

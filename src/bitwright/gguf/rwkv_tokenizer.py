@@ -42,7 +42,7 @@ class Longest:
 
     def _cut(self, part: NormalizedString) -> list[NormalizedString]:
         ends = self.ends(part.normalized)
-        return [part[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+        return [piece for begin, end in zip([0, *ends], ends, strict=False) if (piece := part[begin:end])]
 
     def ends(self, text: str) -> list[int]:
         """Where the tokens of a text end. Each of its letters is a token."""
