@@ -118,3 +118,29 @@ def test_gpt_oss_is_read_as_transformers_decodes_it(text: str, tmp_path: Path) -
     assert entries["model.layers.0.mlp.experts.3.down_proj.weight"].source == "mxfp4"
     found = evaluate(tmp_path / "out", reference=tmp_path / "q", text=text, seqlen=32, tokens=64)
     assert found.kl_mean is not None and 0 <= found.kl_mean < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taken"), [(torch.float64, "float32"), (torch.float8_e4m3fn, "bfloat16"), (torch.float8_e5m2, "bfloat16")]
+)
+def test_types_that_no_format_has(dtype: torch.dtype, taken: str, llama: Path, tmp_path: Path) -> None:
+    """float64, and float8 without scales: as the same numbers in a type that formats have, which is said."""
+    source, same = tmp_path / "given" / "model", tmp_path / "usual" / "model"
+    for folder in (source, same):
+        shutil.copytree(llama, folder)
+    name = str(dtype).removeprefix("torch.")
+    said = json.loads((llama / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(said | {"dtype": name}))
+    (same / "config.json").write_text(json.dumps(said | {"dtype": taken}))
+    tensors = {n: t.to(dtype) for n, t in load_file(llama / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    usual = {n: t.to(getattr(torch, taken)) for n, t in tensors.items()}
+    save_file(usual, same / "model.safetensors", metadata={"format": "pt"})
+    for out in ("a", "b.gguf"):
+        done = quantize(source, tmp_path / out, scheme="int4-g64" if out == "a" else "q8_0", **ROUNDED)
+        assert any(f"of {name} are taken as {taken}" in note for note in done.notes)
+        quantize(same, tmp_path / f"of_{out}", scheme="int4-g64" if out == "a" else "q8_0", **ROUNDED)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "of_b.gguf").read_bytes()
+    found, meant = (load_file(tmp_path / out / "model.safetensors") for out in ("a", "of_a"))
+    assert found.keys() == meant.keys() and all(torch.equal(found[n], meant[n]) for n in found)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == taken

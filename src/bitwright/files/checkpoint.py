@@ -24,6 +24,9 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+NOT_READ = (
+    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "C64", "C128", "U16", "U32", "U64",
+)  # fmt: skip  # types of the format, or of newer versions of it, that are not read here
 Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor yet to be written: type and shape
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
@@ -189,6 +192,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _entry(file: Path, base: int, name: str, entry: dict[str, object]) -> TensorInfo:
     """One header entry; ValueError or KeyError where it contradicts itself."""
     shape, offsets, code = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if code in NOT_READ:
+        remedy = "save the weights as bfloat16, float16 or float32"
+        raise CheckpointError(
+            f"tensor {name!r} is of type {code}, which is not read here", where=str(file), remedy=remedy
+        )
     if code not in DTYPES:
         raise ValueError(f"tensor {name!r} has unknown type {code!r}")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:

@@ -12,7 +12,7 @@ from bitwright.formats.awq_writer import AwqWriter
 from bitwright.formats.bitsandbytes_writer import BitsAndBytesWriter
 from bitwright.formats.compressed_tensors import CompressedTensors
 from bitwright.formats.format import CheckpointReader, Format, Layer
-from bitwright.formats.fp8 import Fp8
+from bitwright.formats.fp8 import FBGEMM, Fp8
 from bitwright.formats.gguf import Gguf
 from bitwright.formats.gptq import Gptq
 from bitwright.formats.modelopt import Modelopt
@@ -21,7 +21,7 @@ from bitwright.formats.native import Native
 
 _ENGINES, _OWN = (CompressedTensors(), Gptq(), AwqWriter(), BitsAndBytesWriter()), Native()
 FORMATS: dict[str, Format] = {f.name: f for f in (*_ENGINES, Gguf(), _OWN)}
-READERS: tuple[CheckpointReader, ...] = (*_ENGINES, _OWN, AutoRound(), Fp8(), Mxfp4(), Modelopt())
+READERS: tuple[CheckpointReader, ...] = (*_ENGINES, _OWN, AutoRound(), Fp8(), Fp8(FBGEMM), Mxfp4(), Modelopt())
 
 SCHEMES = {"gguf": "q4_k_m", "awq": "int4-g128-asym", "bitsandbytes": "nf4-g64-dq"}  # where none is asked for
 SCHEME, METHOD, ONE_SHOT = "int4-g128", "gptaq", "gptq"  # elsewhere; see docs/log.md for the method

@@ -62,7 +62,8 @@ class Awq:
 
 def _group(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int:
     """The group size (K where it is per channel). FormatError for another layout than GEMM with 4 bits."""
-    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    versions = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key)}
+    version = " and ".join(sorted(versions)) or "gemm"
     if version != "gemm" or config.get("bits", config.get("w_bit")) != 4:
         found = f"version {version!r} with {config.get('bits', config.get('w_bit'))} bits"
         raise FormatError(f"AWQ's {found} is not read here", where=name, remedy="gemm with 4 bits")

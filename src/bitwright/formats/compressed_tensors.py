@@ -208,6 +208,7 @@ class CompressedTensors:
         scheme_of(group["weights"], name)
         order, sorted_ = _by_group(group, name, tensors)
         compressor = BaseCompressor.get_value_from_registry(config["format"])
+        sorted_ = _zero_points_packed(group, sorted_)
         group = {**group, "weights": {key: value for key, value in group["weights"].items() if key != ORDER}}
         weight: Tensor = compressor.decompress(dict(sorted_), QuantizationScheme(**group))["weight"]
         return unpermuted(weight, order)
@@ -273,6 +274,14 @@ def _by_group(group: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> t
         raise FormatError(f"its columns are not in groups of {length} ({INDEX})", where=name, remedy=remedy)
     codes = unpack(tensors["weight_packed"], bits, K)[:, order]
     return order, plain | {"weight_packed": pack(codes, bits)}
+
+
+def _zero_points_packed(group: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the zero points of packed codes packed too: until 2025 the library stored them as int8 [N, G]."""
+    zero, bits = tensors.get("weight_zero_point"), group["weights"]["num_bits"]
+    if zero is None or zero.dtype != torch.int8 or "weight_packed" not in tensors or zero.ndim != 2:
+        return tensors
+    return tensors | {"weight_zero_point": pack(zero.T.short() + (1 << (bits - 1)), bits).T.contiguous()}
 
 
 def _scales(scheme: Scheme, tensors: dict[str, Tensor], block: int = 0) -> Scales:

@@ -131,7 +131,8 @@ class Gptq:
     def module_config(self, config: dict[str, Any], name: str, kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
         """See `CheckpointReader.module_config`; `dynamic` is applied. FormatError also for other layouts than v1 and v2."""
         config = config | _dynamic(config.get("dynamic") or {}, name)
-        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        said = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)} or {"gptq"}
+        layout = "marlin" if config.get("is_marlin_format") else " and ".join(sorted(said))
         if layout not in VERSIONS:
             remedy = f"known: {', '.join(VERSIONS)}; GPTQModel converts others"
             raise FormatError(f"GPTQ's layout {layout!r} is not read here", where=name, remedy=remedy)

@@ -1,10 +1,12 @@
-"""Reader of NVIDIA ModelOpt's checkpoints (`quant_method: modelopt`): FP8 and NVFP4.
+"""Reader of NVIDIA ModelOpt's checkpoints (`quant_method: modelopt`, or hf_quant_config.json): FP8 and NVFP4.
 
 quant_algo "FP8"      weight float8_e4m3fn [N, K], weight_scale and input_scale, one number each, as fp8.py reads them
 "FP8_PER_CHANNEL_PER_TOKEN"  weight_scale [N]; inputs by token
 quant_algo "NVFP4"    weight uint8 [N, K/2]: two e2m1 codes in a byte, the first in the low 4 bits; weight_scale e4m3 [N, K/16];
                       weight_scale_2, one number: w = level · weight_scale · weight_scale_2. Inputs likewise, in groups of 16,
                       with input_scale for weight_scale_2
+"W4A16_NVFP4"         the same, inputs in float
+"MIXED_PRECISION"     `quantized_layers` says one of these for each module
 """
 
 from collections.abc import Mapping
@@ -24,8 +26,9 @@ from bitwright.numerics.scheme import Scheme
 
 FP8 = Fp8()
 ACTIVATIONS = {"FP8": "static", "FP8_PER_CHANNEL_PER_TOKEN": "dynamic"}  # quant_algo -> fp8.py's activation_scheme
-NVFP4, SCHEME = "NVFP4", Scheme("fp4", 16, "sym", "e4m3")
-OUTER = "weight_scale_2"
+NVFP4, SCHEME = ("NVFP4", "W4A16_NVFP4"), Scheme("fp4", 16, "sym", "e4m3")
+MIXED = "MIXED_PRECISION"
+OUTER, SMOOTHED = "weight_scale_2", "pre_quant_scale"
 
 
 class Modelopt:
@@ -33,7 +36,7 @@ class Modelopt:
 
     name = "modelopt"
     method = "modelopt"
-    parts = frozenset(("weight", "weight_scale", OUTER, "input_scale"))
+    parts = frozenset(("weight", "weight_scale", OUTER, "input_scale", SMOOTHED))
 
     def holds(self, dtypes: Mapping[str, torch.dtype]) -> bool:
         """See `CheckpointReader.holds`."""
@@ -43,32 +46,48 @@ class Modelopt:
         """See `CheckpointReader.module_config`. FormatError for another algorithm than FP8 and NVFP4."""
         said = config.get("quantization") or config
         algorithm = said.get("quant_algo")
-        if algorithm not in (NVFP4, *ACTIVATIONS):
-            remedy = f"known: {', '.join((*ACTIVATIONS, NVFP4))}; or quantize the float original"
+        if algorithm == MIXED:
+            layers = said.get("quantized_layers") or {}
+            own: dict[str, Any] = layers.get(name) or next(
+                (layers[other] for other in layers if other.endswith(f".{name}")), {}
+            )
+            algorithm = own.get("quant_algo")
+        if algorithm not in (*NVFP4, *ACTIVATIONS):
+            remedy = f"known: {', '.join((*ACTIVATIONS, *NVFP4))}; or quantize the float original"
             raise FormatError(f"ModelOpt's {algorithm!r} is not read here", where=name, remedy=remedy)
         return {"quant_algo": algorithm}
 
     def input_quantization(self, config: dict[str, Any], name: str, read: Read) -> InputQuantization | None:
         """See `Reader.input_quantization`."""
         algorithm = self.module_config(config, name)["quant_algo"]
-        if algorithm != NVFP4:
+        if algorithm not in NVFP4:
             return FP8.input_quantization({"activation_scheme": ACTIVATIONS[algorithm]}, name, read)
+        if algorithm != NVFP4[0]:
+            return None
         scale = read("input_scale")
         if scale is None or scale.numel() != 1:
-            raise FormatError("its inputs are rounded to a range that the file lacks", where=name)
+            remedy = 'get a good copy of the checkpoint; "quant_algo": "W4A16_NVFP4" keeps inputs in float'
+            raise FormatError("its inputs are rounded to a range that the file lacks", where=name, remedy=remedy)
         return InputQuantization(SCHEME, outer=1 / scale.float().view(1, 1))
 
     def decode(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Tensor:
         """See `Reader.decode`."""
-        if self.module_config(config, name)["quant_algo"] != NVFP4:
+        if self._algorithm(config, name, tensors) not in NVFP4:
             return FP8.decode({}, name, tensors)
         return decode(_nvfp4(tensors, name))
 
     def quantized(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> QTensor | None:
         """See `Reader.quantized`."""
-        if self.module_config(config, name)["quant_algo"] != NVFP4:
+        if self._algorithm(config, name, tensors) not in NVFP4:
             return FP8.quantized({}, name, tensors)
         return _nvfp4(tensors, name)
+
+    def _algorithm(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> str:
+        """How a module is stored. FormatError for one whose inputs are multiplied first."""
+        if SMOOTHED in tensors:
+            message = f"its inputs are multiplied by a {SMOOTHED} (AWQ, SmoothQuant), which is not computed here"
+            raise FormatError(message, where=name, remedy="quantize the float original")
+        return str(self.module_config(config, name)["quant_algo"])
 
 
 def _nvfp4(tensors: dict[str, Tensor], name: str) -> QTensor:

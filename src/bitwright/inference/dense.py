@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from bitwright.kernels import native
 from bitwright.kernels.by_rows import product, times
+from bitwright.numerics.input_quantization import InputQuantization
 
 FEW = 16  # most inputs for which the extension is used: it reads every weight from memory once
 WEIGHTS_AT_ONCE = 1 << 18  # weights converted at a time where torch multiplies: as many as a cache holds
@@ -21,6 +22,12 @@ def handles(x: Tensor, w: Tensor) -> bool:
     return native is not None and known and few and not differentiated
 
 
+def through(rounding: InputQuantization, x: Tensor) -> Tensor:
+    """x, rounded; its gradient goes straight through, as rounding has none."""
+    inputs = rounding(x)
+    return x + (inputs - x).detach() if x.requires_grad and torch.is_grad_enabled() else inputs
+
+
 class Dense(nn.Linear):
     """y = x Wᵀ + b for x [..., K], W [N, K] in its own float type. A Linear to those who look for such layers.
 
@@ -31,11 +38,17 @@ class Dense(nn.Linear):
     gives: torch.dtype | None = None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, stored: Callable[[], dict[str, Tensor]] | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        input_quantization: InputQuantization | None = None,
+        stored: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
-        """stored: gives the file's tensors of this weight by suffix, for `state_dict`; None: the weight is its own."""
+        """input_quantization: the checkpoint's own of inputs, applied first; None: none. stored: gives the file's tensors of
+        this weight by suffix, for `state_dict`; None: the weight is its own."""
         nn.Module.__init__(self)  # Linear would make a weight
-        self.stored = stored
+        self.input_quantization, self.stored = input_quantization, stored
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = weight.shape
@@ -43,6 +56,7 @@ class Dense(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         rows, dtype = x.reshape(-1, self.in_features), self.multiplies_in or x.dtype
+        rows = rows if self.input_quantization is None else through(self.input_quantization, rows)
         if handles(rows, self.weight):
             assert native is not None
             y = torch.empty(len(rows), self.out_features)

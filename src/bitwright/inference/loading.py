@@ -144,18 +144,19 @@ class _Filling:
         shape = tuple(matrix_of(module, self.skeleton.model.get_parameter(f"{name}.weight")).shape)
         if isinstance(dict(module.named_parameters(recurse=False)).get("bias"), nn.Parameter):
             bias = self.weight_source.read(self._source(f"{name}.bias")).to(self.skeleton.dtype)
-        q = self._quantized(source, module, rounded=rounded)
+        q, inputs = self._quantized(source, module, rounded=rounded), self.weight_source.input_quantization(source)
         if q is None:
             weight = self._float(source, module)
             self._check(source, tuple(weight.shape), shape)
             stored = self._stored(name, source) if self.weight_source.is_packed(source) else None
-            return _replace(self.skeleton.model, name, Dense(weight, bias, stored=stored).to(self.device))
+            dense = Dense(weight, bias, input_quantization=inputs, stored=stored)
+            return _replace(self.skeleton.model, name, dense.to(self.device))
         self._check(source, tuple(q.codes.shape), shape)
         stored = self._stored(name, source) if self.scheme is None else None
         packed = QLinear(
             q,
             bias,
-            input_quantization=self.weight_source.input_quantization(source),
+            input_quantization=inputs,
             activations=self.activations,
             stored=stored,
         )

@@ -18,6 +18,7 @@ from bitwright.inference.key_value_store import KeyValueStore
 from bitwright.inference.qlinear import QLinear
 from bitwright.kernels import native
 from bitwright.kernels.matmul import handles, matrix_of
+from bitwright.models.kv_cache import kv_cache_scheme
 from bitwright.numerics.key_value_codes import KeyValueCodes
 
 Matrix = tuple[object, Tensor | None, Tensor | None]  # packed or float; its bias; the order of its inputs
@@ -142,11 +143,12 @@ def runs_natively(model: PreTrainedModel) -> bool:
         or config.hidden_act != "silu"
     ):
         return False
-    if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
+    if kv_cache_scheme(getattr(config, "quantization_config", None) or {}):
         return False
     layers = model.model.layers
     known = all(_is_known(layer.get_submodule(name)) for layer in layers for name in MATRICES)
-    known = known and (isinstance(model.lm_head, Dense) or _is_known(model.lm_head))
+    head = model.lm_head
+    known = known and ((isinstance(head, Dense) and head.input_quantization is None) or _is_known(head))
     rotary = model.model.rotary_emb.rope_type != "dynamic" and layers[0].self_attn.head_dim % 16 == 0
     return known and rotary and config.intermediate_size % 16 == 0 and window_of(model) is not None
 

@@ -14,8 +14,19 @@ from bitwright.models.gguf_source import read_config as read_gguf_config
 from bitwright.models.own_head import has_own_head
 
 # Last parts of tensor names that occur only in quantized checkpoints.
-QUANTIZED = ("qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "absmax", "SCB")
-BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files of AutoGPTQ, AutoAWQ -> quant_method
+QUANTIZED = (
+    "qweight", "weight_packed", "weight_codes", "weight_scale", "weight_scale_inv", "weight_scales", "absmax", "SCB", "W_q",
+    "_data", "_weight_qdata", "codebooks",
+)  # fmt: skip
+# Files of AutoGPTQ, AutoAWQ, ModelOpt beside config.json -> quant_method.
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+SAID_TWICE = ("bits", "group_size", "checkpoint_format")  # what decides how numbers are read, and stands in both files
+OTHER_NAMES = {"modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt"}  # of a quant_method
+# Keys that tell the quant_method of a config that does not say it, as files of 2023 do not.
+TELLING = {
+    "load_in_8bit": "bitsandbytes", "load_in_4bit": "bitsandbytes", "config_groups": "compressed-tensors",
+    "desc_act": "gptq", "zero_point": "awq",
+}  # fmt: skip
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -70,17 +81,38 @@ def _merging(folder: Path) -> str:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint: in config.json, or in AutoGPTQ's or AutoAWQ's own file; None: float."""
+    """The quantization_config of a checkpoint: in config.json or its tool's own file (`BESIDE`); None: float.
+
+    CheckpointError where config.json and such a file contradict each other.
+    """
     raw = _json(folder / "config.json")
     for key in ("quantization_config", "compression_config"):  # the latter as compressed-tensors once had it
         for place in (raw, raw.get("text_config")):
             if isinstance(place, dict) and isinstance(place.get(key), dict):
-                return dict(place[key])
+                return _completed(_named(place[key]), folder)
     for file, method in BESIDE.items():
         found = _json(folder / file)
         if found:
             return {"quant_method": method, **found}
     return None
+
+
+def _named(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the quant_method that readers know: also where it has another name, or other keys tell it."""
+    method = config.get("quant_method") or next((m for key, m in TELLING.items() if key in config), None)
+    return {**config, "quant_method": OTHER_NAMES.get(str(method), method)}
+
+
+def _completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config with what only the tool's own file beside config.json says of the layout. CheckpointError if they differ."""
+    file = next((file for file, method in BESIDE.items() if method == config["quant_method"]), None)
+    beside = {} if file is None else _json(folder / file)
+    said = {key: beside[key] for key in SAID_TWICE if beside.get(key) is not None}
+    for key, value in said.items():
+        if config.get(key, value) != value:
+            message = f"config.json says {key} {config[key]!r}, {file} {value!r}"
+            raise CheckpointError(message, where=str(folder), remedy="get both files from where the weights are from")
+    return {**config, **said}
 
 
 def described_in(folder: Path) -> str:
@@ -94,7 +126,9 @@ def check_described(tensors: Iterable[str], folder: Path) -> None:
     found = next((name for name in tensors if name.rpartition(".")[2] in QUANTIZED), None)
     if found is not None and quantization_of(folder) is None:
         message = f"holds quantized weights ({found}), and neither config.json nor quantize_config.json says how"
-        remedy = "get config.json with its quantization_config (or quantize_config.json) from where the file is from"
+        remedy = (
+            f"get config.json with its quantization_config, or {' or '.join(BESIDE)}, from where the weights are from"
+        )
         raise CheckpointError(message, where=str(folder), remedy=remedy)
 
 

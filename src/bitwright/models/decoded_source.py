@@ -18,7 +18,7 @@ from bitwright.models.skeleton import Skeleton
 from bitwright.models.source import WeightSource
 from bitwright.models.unread import why_left
 
-FLOAT_METHODS = ("fp8", "mxfp4")  # quant_method
+FLOAT_METHODS = ("fp8", "fbgemm_fp8", "mxfp4")  # quant_method
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

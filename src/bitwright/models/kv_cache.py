@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bitwright.errors import CheckpointError, InputError, RecipeError
@@ -18,6 +19,7 @@ from bitwright.numerics.scheme import TENSOR, Scheme
 
 SCALES = ("k_scale", "v_scale")
 GRIDS = ("int8", "fp8")
+MODELOPT = "modelopt"  # quant_method
 KvRounding = tuple[InputQuantization, InputQuantization]  # of keys, of values
 
 
@@ -78,13 +80,22 @@ def check(scheme: Scheme) -> None:
 
 def check_unrounded(config: dict[str, Any] | None, where: object) -> None:
     """InputError where a checkpoint's quantization_config rounds keys and values itself: they are not rounded again."""
-    if (config or {}).get("kv_cache_scheme"):
+    if kv_cache_scheme(config or {}):
         raise InputError("the checkpoint rounds its keys and values already", where=str(where), remedy="leave out --kv")
 
 
 def rounding(scheme: Scheme, scales: tuple[Scales, Scales]) -> KvRounding:
     """The static quantization of keys and values under calibrated scales."""
     return InputQuantization(scheme, scales[0]), InputQuantization(scheme, scales[1])
+
+
+def kv_cache_scheme(config: dict[str, Any]) -> Any:
+    """What a quantization_config says of keys and values, as compressed-tensors words it; None: they stay in float."""
+    said = config.get("quantization") or config  # the former in ModelOpt's own file
+    if isinstance(said, dict) and said.get("kv_cache_quant_algo"):
+        algorithm = said["kv_cache_quant_algo"]
+        return {"num_bits": 8, "type": "float", "dynamic": False} if algorithm == "FP8" else algorithm
+    return config.get("kv_cache_scheme")
 
 
 def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], where: str) -> KvRounding | None:
@@ -94,7 +105,7 @@ def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], 
 
     CheckpointError for a scheme that is not implemented here, or missing scales.
     """
-    found = config.get("kv_cache_scheme")
+    found = kv_cache_scheme(config)
     if found is None:
         return None
     said = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": TENSOR} | (
@@ -109,7 +120,10 @@ def read_rounding(config: dict[str, Any], read: Callable[[str], Tensor | None], 
         )
         raise CheckpointError(message, where=where, remedy=remedy)
     keys, values = (read(name) for name in SCALES)
+    if keys is None and values is None and config.get("quant_method") == MODELOPT:
+        keys = values = torch.ones(1)  # not exported: cast as they are
     if keys is None or values is None:
-        raise CheckpointError("the scales of its keys and values are missing", where=where)
+        remedy = "get a good copy of the checkpoint; or take kv_cache_scheme out of config.json: kept in float"
+        raise CheckpointError("the scales of its keys and values are missing", where=where, remedy=remedy)
     scheme = Scheme(grid, TENSOR, "sym", "f32")
     return rounding(scheme, (Scales(keys.float().view(1, 1)), Scales(values.float().view(1, 1))))

@@ -14,7 +14,7 @@ from bitwright.files.model_path import is_gguf
 from bitwright.formats import READERS, CheckpointReader
 from bitwright.models.config import check_described, quantization_of
 from bitwright.models.gguf_source import GgufWeightSource
-from bitwright.models.kv_cache import KvRounding, read_rounding
+from bitwright.models.kv_cache import KvRounding, kv_cache_scheme, read_rounding
 from bitwright.models.skeleton import Skeleton
 from bitwright.models.unread import check_all_read, notes_on_scales
 from bitwright.numerics.input_quantization import InputQuantization
@@ -66,7 +66,7 @@ class WeightSource:
         names = skeleton.source_names(self.shapes, str(self.folder))
         zeros = [name for name in self.plain if self._is_bias_of_zeros(name)]
         check_all_read(self.shapes, [*names.values(), *zeros], skeleton, str(self.folder))
-        asked = (self.config or {}).get("kv_cache_scheme") is not None
+        asked = kv_cache_scheme(self.config or {}) is not None
         self.notes = notes_on_scales(self.shapes, skeleton, rounded=asked)
         parameters, plain = skeleton.model.state_dict(keep_vars=True), set(self.plain)
         for parameter, source in names.items():
@@ -176,6 +176,7 @@ class WeightSource:
             raise CheckpointError(
                 f"module {module!r} does not hold what its quantization_config promises: {error}",
                 where=str(self.folder),
+                remedy="get a good copy of the checkpoint, config.json too",
             ) from error
 
 
@@ -217,7 +218,8 @@ def kv_rounding(source: WeightSource | GgufWeightSource, skeleton: Skeleton, att
     places = (attention, attention.removeprefix(stem), stem + attention)
 
     def read(scale: str) -> Tensor | None:
-        found = (source.scalar(f"{place}.{scale}") for place in places)
+        within = (scale, f"{scale[0]}_proj.{scale}")  # the latter as ModelOpt has it
+        found = (source.scalar(f"{place}.{name}") for place in places for name in within)
         return next((tensor for tensor in found if tensor is not None), None)
 
     return read_rounding(source.config, read, attention)
@@ -232,7 +234,9 @@ def _format_of(folder: Path, config: dict[str, Any] | None) -> CheckpointReader 
             return candidate
     known = ", ".join(f.method for f in READERS)
     raise CheckpointError(
-        f"quantized with {method!r}, which is not read here", where=str(folder), remedy=f"known: {known}"
+        f"quantized with {method!r}, which is not read here",
+        where=str(folder),
+        remedy=f"take the float original; known: {known}",
     )
 
 

@@ -21,6 +21,7 @@ class InputQuantization:
     threshold  magnitude from which a value puts its channel among those for this call (LLM.int8(), as well); 0: none does
     scheme     what the inputs are rounded to: by token, in groups along K, or as a whole tensor; None: they stay in float
     scales     fixed by calibration (static); None: from each input's own range (dynamic)
+    upper      magnitude at which ranges end that come from the input itself (FBGEMM): larger values become it; None: none do
     outer      [1, 1], the divisor of dynamic scales in e4m3, fixed by calibration (NVFP4's input_global_scale)
     """
 
@@ -30,6 +31,7 @@ class InputQuantization:
     rotate: int = 0
     threshold: float = 0.0
     outer: Tensor | None = None
+    upper: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] as it enters the product."""
@@ -40,6 +42,7 @@ class InputQuantization:
         if self.scheme is None:
             return x
         matrix = x.reshape(-1, x.shape[-1]).float()
+        matrix = matrix if self.upper is None else matrix.clamp(-self.upper, self.upper)
         spared = torch.zeros(matrix.shape[1], dtype=torch.bool, device=x.device)
         if self.outliers is not None:
             spared[self.outliers.to(x.device)] = True

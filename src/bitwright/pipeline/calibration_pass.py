@@ -22,7 +22,7 @@ from bitwright.models.kv_cache import KvCache
 from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
-from bitwright.plan.planned_tensor import LEFT_OUT, PlannedTensor
+from bitwright.plan.planned_tensor import LEFT_OUT, TAKEN_AS, PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.system import distributed
 from bitwright.system.progress import Progress
@@ -267,8 +267,9 @@ def _read(plan: Plan, t: PlannedTensor) -> Tensor:
 
 
 def read_finite(checkpoint: FloatCheckpoint, name: str) -> Tensor:
-    """A tensor of the source; CheckpointError if it holds NaN or Inf."""
+    """A tensor of the source, as it is taken (`TAKEN_AS`); CheckpointError if it holds NaN or Inf."""
     tensor = checkpoint.read(name)
+    tensor = tensor.to(TAKEN_AS.get(tensor.dtype, tensor.dtype))
     if tensor.is_floating_point() and not _finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         message = f"tensor {name!r} has {bad} values that are NaN or Inf"

@@ -25,6 +25,7 @@ from bitwright.pipeline.convert_adapter import adapter_from_gguf, adapter_to_ggu
 from bitwright.pipeline.gguf_file import GgufModelWriter
 from bitwright.pipeline.repacking import repack
 from bitwright.pipeline.work_in_progress import check_out, unfinished_file
+from bitwright.plan.planned_tensor import TAKEN_AS, taken_notes
 
 
 def convert(model: Path, out: Path, format_name: str | None = None, *, base: Path | None = None) -> dict[str, Any]:
@@ -71,12 +72,13 @@ def _directory_to_gguf(model: Path, out: Path) -> dict[str, Any]:
     check_all_read(shapes, names.values(), skeleton, str(model))
     notes, tied = _left_out(set(checkpoint.tensors) - set(names.values()), skeleton), skeleton.tied_names()
     infos = {parameter: checkpoint.tensors[source] for parameter, source in names.items() if parameter not in tied}
-    members = [Member(parameter, info.dtype, tuple(info.shape)) for parameter, info in infos.items()]
+    types = {parameter: TAKEN_AS.get(info.dtype, info.dtype) for parameter, info in infos.items()}
+    members = [Member(parameter, types[parameter], tuple(info.shape)) for parameter, info in infos.items()]
     keys, said = metadata(model, skeleton.config, load_tokenizer(model), None)
     unfinished = unfinished_file(out)
     with GgufModelWriter(unfinished, keys, skeleton.config, members) as file:
         for parameter in infos:
-            file.put_floats(parameter, checkpoint.read(names[parameter]))
+            file.put_floats(parameter, checkpoint.read(names[parameter]).to(types[parameter]))
         file.flush()
     with disk_errors(out):
         unfinished.rename(out)
@@ -84,7 +86,13 @@ def _directory_to_gguf(model: Path, out: Path) -> dict[str, Any]:
         "out": str(out),
         "bytes": out.stat().st_size,
         "tensors": len(members),
-        "notes": [*left, *notes, *said, *not_kept(skeleton.config)],
+        "notes": [
+            *left,
+            *taken_notes(info.dtype for info in infos.values()),
+            *notes,
+            *said,
+            *not_kept(skeleton.config),
+        ],
     }
 
 

@@ -50,7 +50,7 @@ from bitwright.pipeline.quantize_together import Rounded, added_entry, kept_entr
 from bitwright.pipeline.result import Result
 from bitwright.pipeline.statistics_store import Store
 from bitwright.pipeline.work_in_progress import CARD, Verification, WorkInProgress, check_out
-from bitwright.plan.planned_tensor import LEFT_OUT
+from bitwright.plan.planned_tensor import LEFT_OUT, said_as_taken
 from bitwright.plan.run_plan import Plan
 from bitwright.system import distributed
 from bitwright.system.device import CPU
@@ -305,7 +305,7 @@ def _describe(plan: Plan, place: WorkInProgress, ledger: list[Entry], bits: floa
         config = config_of_file(plan.skeleton) | {"dtype": str(largest.dtype).removeprefix("torch.")}
         write_companions(plan.source, plan.skeleton, place)
     else:
-        config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+        config = said_as_taken(json.loads((plan.source / "config.json").read_text(encoding="utf-8")))
     if not getattr(plan.skeleton.config, "tie_word_embeddings", True) and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False  # two matrices, which not every engine compares
     place.write_json("config.json", {**config, "quantization_config": plan.quantization_config})

@@ -1,8 +1,10 @@
 """One tensor of a plan: where it comes from, and what becomes of it."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,11 @@ from bitwright.plan.rule import Rule
 
 SMALLEST = 32  # weights in GGUF's smallest blocks
 FLOAT_TARGETS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Types of a source that no format here has -> what its numbers are taken as: float8 (without scales) exactly, float64 rounded.
+TAKEN_AS = {
+    torch.float64: torch.float32, torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16,
+}  # fmt: skip
+TAKEN_NAMES = {str(a).removeprefix("torch."): str(b).removeprefix("torch.") for a, b in TAKEN_AS.items()}
 QUANTIZED, KEPT, LEFT_OUT, ADDED = "quantized", "kept", "left out", "added"  # actions
 
 
@@ -76,6 +83,17 @@ def already_quantized(found: str, source: Path, requantize: bool | None, *, read
     elif requantize is not None:
         remedy += "; or add --requantize"
     return CheckpointError(f"already quantized: {found}", where=str(source), remedy=remedy)
+
+
+def taken_notes(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """What is said of a source with types of `TAKEN_AS`."""
+    found = Counter(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype in TAKEN_AS)
+    return [f"{count} tensors of {name} are taken as {TAKEN_NAMES[name]}" for name, count in found.items()]
+
+
+def said_as_taken(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose type of the weights is what they are taken as."""
+    return {key: TAKEN_NAMES.get(str(v), v) if key in ("dtype", "torch_dtype") else v for key, v in config.items()}
 
 
 def decoded_note(tensors: Iterable[PlannedTensor]) -> str:

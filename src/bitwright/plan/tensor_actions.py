@@ -30,9 +30,11 @@ from bitwright.plan.planned_tensor import (
     LEFT_OUT,
     QUANTIZED,
     SMALLEST,
+    TAKEN_AS,
     PlannedTensor,
     half_precision,
     in_float,
+    taken_notes,
 )
 from bitwright.plan.recipe import Recipe
 from bitwright.plan.rule import Rule
@@ -68,7 +70,8 @@ def decide(
     converted = {source: one for one in skeleton.conversions for source in one.sources}
     planned = []
     for source, info in checkpoint.tensors.items():
-        t = PlannedTensor(source, parameters.get(source, source), None, info.dtype, info.shape, KEPT)
+        dtype = TAKEN_AS.get(info.dtype, info.dtype)
+        t = PlannedTensor(source, parameters.get(source, source), None, dtype, info.shape, KEPT)
         if source in converted:
             planned.append(_converted(t, converted[source], blocks))
         elif source in parameters:
@@ -77,12 +80,14 @@ def decide(
             planned.append(_unread(t, skeleton, format_))
     if untied:
         of = checkpoint.tensors[names[EMBEDDING]]
-        planned.append(
-            chooser.decide(PlannedTensor(HEAD, HEAD, None, of.dtype, of.shape, KEPT, made_of=names[EMBEDDING]))
-        )
+        dtype = TAKEN_AS.get(of.dtype, of.dtype)
+        planned.append(chooser.decide(PlannedTensor(HEAD, HEAD, None, dtype, of.shape, KEPT, made_of=names[EMBEDDING])))
     if not isinstance(checkpoint, Checkpoint):
         planned = [replace(t, stored_as=checkpoint.stored_as(t.made_of or t.source)) for t in planned]
-    notes = _engine_notes(planned, format_, skeleton)
+    notes = [
+        *taken_notes(info.dtype for info in checkpoint.tensors.values()),
+        *_engine_notes(planned, format_, skeleton),
+    ]
     fused = any(info.take is not None for info in checkpoint.tensors.values())
     return planned, notes + _expert_notes(planned, format_, skeleton, fused=fused)
 
