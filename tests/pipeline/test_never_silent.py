@@ -77,6 +77,21 @@ def test_dry_run_tells_the_exact_size_and_writes_nothing(llama: Path, text: str,
     assert {tuple(t) for t in observe_block["tensors"]} == {("name", "shape", "scheme", "bytes", "loss")}
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--calib", "none"], "gptaq cannot do without"), (["--calib", "/no/such.txt"], "cannot read the text"),
+        (["--calib", "none", "--method", "rtn", "--activations", "int8-tensor"], "inputs in int8-tensor"),
+        (["--calib", "none", "--method", "rtn", "--kv-cache", "fp8-tensor"], "keys and values in fp8-tensor"),
+    ],
+)  # fmt: skip
+def test_dry_run_refuses_what_the_run_would(options: list[str], word: str, llama: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(llama), str(tmp_path / "out"), "--scheme", "int4-g32", "--json", *options]
+    dry, done = (CliRunner().invoke(app, [*arguments, *more]) for more in (["--dry-run"], []))
+    assert dry.exit_code == done.exit_code == 2
+    assert json.loads(dry.stdout) == json.loads(done.stdout) and word in dry.stdout
+
+
 def test_eval_has_its_promised_keys(llama: Path, text: str) -> None:
     done = CliRunner().invoke(
         app, ["eval", str(llama), "--reference", str(llama), "--text", text, "--seqlen", "32", "--json"]

@@ -142,7 +142,9 @@ def quantize(
     requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after preflight: sizes and shapes only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop before the first weight: sizes, and all refusals.")
+    ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -152,7 +154,7 @@ def quantize(
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
         from bitwright.pipeline.options import QuantizeOptions
-        from bitwright.pipeline.quantize import carried_out, planned
+        from bitwright.pipeline.quantize import carried_out, check_calibration, planned
         from bitwright.plan.tensor_types import TensorTypes
 
         options = QuantizeOptions(
@@ -164,6 +166,7 @@ def quantize(
         with progress_bar(as_json or quiet) as progress:
             plan = planned(model, out, options, progress=progress, announce=partial(_announce, quiet=as_json or quiet))
         if dry_run:
+            check_calibration(plan, options)
             return show(plan.as_dict(), as_json, "Preflight") if speaks() else None
         _announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:

@@ -23,6 +23,7 @@ from bitwright.models.skeleton import TOKENS_PER_BATCH, Skeleton, batches
 from bitwright.numerics.input_quantization import InputQuantization
 from bitwright.pipeline.statistics_store import BlockStatistics, Store, code_version
 from bitwright.plan.planned_tensor import LEFT_OUT, TAKEN_AS, PlannedTensor
+from bitwright.plan.recipe import Recipe
 from bitwright.plan.run_plan import Plan
 from bitwright.system import distributed
 from bitwright.system.progress import Progress
@@ -106,15 +107,23 @@ def calibration_tokens(plan: Plan, calib: str, seed: int, *, spare: int | None =
     spare: how many more windows are held out; None: as many as judge methods
     """
     if calib == "none":
-        needing = sorted({rule.name for rule in plan.recipe.active if rule.needs_calibration})
-        remedy = "give --calib a text, or use search, rtn or hqq with activations by token"
-        raise CalibrationError(f"no calibration, and {', '.join(needing)} cannot do without", remedy=remedy)
+        remedy = "give --calib a text; or use search, rtn or hqq, with activations by token, keys and values in float"
+        message = f"no calibration, and {', '.join(_needing(plan.recipe))} cannot do without"
+        raise CalibrationError(message, remedy=remedy)
     vocabulary = plan.skeleton.config.get_text_config().vocab_size
     tokenizer, spare = load_tokenizer(plan.source), held_out_windows(plan.samples) if spare is None else spare
     drawn = draw(
         tokenizer, calib, samples=plan.samples, seqlen=plan.seqlen, vocabulary=vocabulary, seed=seed, spare=spare
     )
     return replace(drawn, notes=plan.notes + drawn.notes)
+
+
+def _needing(recipe: Recipe) -> list[str]:
+    """What of a recipe needs a text: methods, fixed ranges of inputs, keys and values."""
+    rules = [rule for rule in recipe.active if rule.needs_calibration]
+    named = {f"inputs in {rule.activations}" if rule.static else rule.name for rule in rules}
+    kept = [] if recipe.kv_cache is None else [f"keys and values in {recipe.kv_cache}"]
+    return [*sorted(named), *kept]
 
 
 def held_out_windows(samples: int) -> int:

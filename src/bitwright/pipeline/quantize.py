@@ -132,6 +132,25 @@ def _needs_no_model(rules: Recipe, options: QuantizeOptions, format: str) -> boo
     return format == "gguf" and modelless and not (text or options.recipe or rules.kv_cache)
 
 
+def check_calibration(plan: "Plan | GgufPlan", options: QuantizeOptions) -> None:
+    """Refuse, before a run, what the run would refuse of its text or importance matrix, with the same errors."""
+    calib = options.calib
+    if isinstance(plan, GgufPlan):
+        if is_imatrix(calib):
+            plan.importance(Path(calib))
+        return
+    from bitwright.pipeline.calibration_pass import calibration_tokens
+    from bitwright.pipeline.importance import Importance
+    from bitwright.pipeline.run import check_one_shot
+
+    if is_imatrix(calib):
+        Importance.of(plan, Path(calib))
+    elif plan.calibrated:
+        calibration_tokens(plan, calib, options.seed)
+        if options.store is not None:
+            check_one_shot(plan)
+
+
 def carried_out(
     plan: "Plan | GgufPlan", out: Path, options: QuantizeOptions, *, progress: Progress = lambda *_: None
 ) -> Result:
