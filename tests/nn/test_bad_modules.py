@@ -213,3 +213,36 @@ def test_batches_that_are_no_pairs_are_named_when_distilling() -> None:
     for batch, says in ((X, "a Tensor"), ((X,), "1 parts")):
         with pytest.raises(RecipeError, match=says):
             bitwright.distill(student, net(), [batch])
+
+
+class Named(nn.Module):
+    """Takes one dict, or list, of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = net()
+
+    def forward(self, given: Any) -> Tensor:
+        return self.one(given["x"] if isinstance(given, dict) else given[0])
+
+
+def test_a_batch_that_the_forward_does_not_take() -> None:
+    """One argument that is a dict or a list is told from named arguments and several ones."""
+    ways: tuple[Callable[[Any], Any], ...] = (
+        lambda batch: bitwright.prepare(Named().eval(), batch),
+        lambda batch: bitwright.quantize_dynamic(Named().eval(), example_inputs=batch),
+        lambda batch: bitwright.quantize_weights(Named().eval(), [batch], scheme="int4-g16"),
+        lambda batch: bitwright.sensitivity(Named().eval(), [batch]),
+    )
+    for way in ways:
+        for batch in ({"x": X}, [X, X]):
+            with pytest.raises(RecipeError, match=r"^Named: its forward does not take such a batch") as caught:
+                way(batch)
+            assert "({...},)" in caught.value.remedy
+            way((batch,))
+
+
+def test_what_is_no_scheme_is_named() -> None:
+    for given in ({nn.Linear}, (X,)):
+        with pytest.raises(RecipeError, match=r"not by a (set|tuple)"):
+            bitwright.quantize_dynamic(net(), given)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Call a module with a batch, and collect the tensors of its output."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,18 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import BitwrightError, NumericsError
+from bitwright.errors import BitwrightError, NumericsError, RecipeError
 
 Batch = Tensor | tuple[Any, ...] | dict[str, Any]  # f(x), f(*x) or f(**x)
 
 
 @torch.no_grad()
 def run(module: nn.Module, batch: Batch) -> Any:
-    """The module's output for a batch, without gradients. The batch is copied, in case the module changes it in place."""
-    batch = cloned(batch)
+    """The module's output for a batch, without gradients. The batch is copied, in case the module changes it in place.
+
+    RecipeError for a batch that its forward does not take.
+    """
+    args, named = as_call(cloned(batch))
+    try:
+        inspect.signature(module.forward).bind(*args, **named)
+    except TypeError as error:
+        remedy = (
+            "a dict is taken for named arguments, a tuple or list for several: ({...},) gives a dict, ([...],) a list"
+        )
+        message = f"its forward does not take such a batch: {error}"
+        raise RecipeError(message, where=type(module).__name__, remedy=remedy) from error
+    return module(*args, **named)
+
+
+def as_call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a batch stands for, by position and by name."""
     if isinstance(batch, dict):
-        return module(**batch)
-    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 def run_named(module: nn.Module, batch: Batch, kind: type[BitwrightError], remedy: str) -> Any:

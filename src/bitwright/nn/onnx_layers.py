@@ -15,9 +15,9 @@ from bitwright.nn.onnx_writes import Arguments, Made, Writes, integers, no_form,
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
 from bitwright.nn.tree import kind
 from bitwright.nn.weightonly import PackedLinear
-from bitwright.numerics.codec import code_range
 
 MICROSOFT = "com.microsoft"
+WIDE, NARROW = 128, 32  # groups of MatMulNBits for a scheme without any; onnxruntime knows 16 to 256
 EXACT_STEPS = 1 << 20  # of the bias of a row of zeros
 MOST_STEPS = 1 << 30  # of a bias in int32: its sum with the products is to fit too
 
@@ -166,16 +166,19 @@ def _embedding(writer: Writes, node: fx.Node, layer: IntegerEmbedding) -> None:
 
 
 def _packed(writer: Writes, node: fx.Node, layer: PackedLinear) -> None:
-    """Write com.microsoft's MatMulNBits: unsigned codes of 4 or 8 bits, the low half of a byte first; zero points by group."""
-    q, bits, group = layer.quantized(), layer.scheme.levels.bits, layer.scheme.group
+    """Write com.microsoft's MatMulNBits: unsigned codes of 4 or 8 bits, the low half of a byte first; zero points by group.
+
+    Codes of other widths lie in the next of these. A scale for a whole row, or for all of them, is repeated for each group.
+    """
+    q, scheme, group = layer.quantized(), layer.scheme, layer.scheme.group
     N, K = q.codes.shape
-    if bits not in (4, 8) or not isinstance(group, int):
-        raise no_form(str(node.target), f"a weight of scheme {layer.scheme}")
-    G, low = math.ceil(K / group), code_range(layer.scheme)[0]
+    group = group if isinstance(group, int) else WIDE if K >= WIDE else NARROW
+    bits = 4 if scheme.levels.bits <= 4 else 8
+    G, low = math.ceil(K / group), -(1 << (bits - 1))
     codes = nn.functional.pad(q.codes.int() - low, (0, G * group - K), value=-low)
-    parts = [_bytes(codes, bits).view(N, G, -1), q.scales.scale.flatten()]
+    parts = [_bytes(codes, bits).view(N, G, -1), q.scales.scale.float().expand(N, G).flatten()]
     if q.scales.zero is not None:
-        parts.append(_bytes(q.scales.zero.int() - low, bits).flatten())
+        parts.append(_bytes(q.scales.zero.int().expand(N, G) - low, bits).flatten())
     x = writer.op(
         "MatMulNBits",
         [source(node), *(writer.constant(part) for part in parts)],

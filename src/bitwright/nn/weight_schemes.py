@@ -21,7 +21,10 @@ class WeightSchemes:
 
     @classmethod
     def of(cls, module: nn.Module, default: str, others: Mapping[str, str] | None) -> Self:
-        """From texts. SchemeError for an unknown scheme, RecipeError for a pattern that matches no submodule."""
+        """From texts. SchemeError for an unknown scheme, RecipeError for a pattern that matches no submodule, or no text."""
+        if not isinstance(default, str):  # a batch, or torch.ao's set of classes
+            message = f"weights are said by the name of a scheme, not by a {type(default).__name__}"
+            raise RecipeError(message, where=type(module).__name__, remedy='weights="int8-channel"')
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
         for pattern in others or {}:
             if not any(fnmatchcase(name, pattern) for name in names):

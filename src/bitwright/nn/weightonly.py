@@ -145,7 +145,7 @@ def _packed(
     grams = grams_of(target, layers, batches)
     for name, layer in layers:
         if method in CALIBRATED and name not in grams:
-            remedy = "give batches that reach this layer"
+            remedy = 'give batches that reach this layer, or method="search", which needs none'
             raise CalibrationError(f"method {method} needs to see inputs", where=name, remedy=remedy)
         assert isinstance(layer, nn.Linear)
         gram = grams[name].value() if name in grams else None
