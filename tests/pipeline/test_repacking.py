@@ -19,7 +19,7 @@ from bitwright.formats.ggml_scales import READ_ONLY
 from bitwright.methods.search import search
 from bitwright.models.config import read_config
 from bitwright.models.skeleton import Skeleton
-from bitwright.models.source import open_weights
+from bitwright.models.source import WeightSource, open_weights
 from bitwright.models.streamed import StreamedModel
 from bitwright.numerics.codec import decode, encode, fit
 from bitwright.numerics.scheme import Scheme
@@ -212,6 +212,12 @@ def test_what_cannot_be_converted_is_said(wide: Path, files: dict[str, Path], tm
     ]:
         assert says in run("convert", str(model), str(tmp_path / out), fine=(2,))["error"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("x")]
+    remedy = run("convert", str(tmp_path / "w8a8"), str(tmp_path / "x"), fine=(2,))["remedy"]
+    command = remedy.split(": bitwright ")[1].replace("OUT", str(tmp_path / "alone"))  # what it names keeps the weights
+    run(*command.split())
+    before, after = WeightSource(tmp_path / "w8a8"), WeightSource(tmp_path / "alone")
+    assert all(torch.equal(before.read(f"{m}.weight"), after.read(f"{m}.weight")) for m in before.modules)
+    assert after.input_quantization(next(iter(after.modules))) is None
     w = torch.randn(4, 256)
     q = encode(w, fit(w, Scheme.parse("q4_k")), Scheme.parse("q4_k"))
     with pytest.raises(FormatError, match="has no container for"):

@@ -209,10 +209,7 @@ class _Source:
                 continue
             source, module = self.names[parameter], modules.get(parameter.removesuffix(".weight"))
             if self.weight_source.input_quantization(source) is not None:
-                remedy = "quantize the original to the format you need"
-                raise FormatError(
-                    "its engine changes the inputs too, which is not converted", where=source, remedy=remedy
-                )
+                raise self._changed_inputs(source)
             q = None if module is None or not parameter.endswith(".weight") else self.weight_source.quantized(source)
             if q is None:
                 shard.floats[parameter] = self._float(parameter, source)
@@ -223,6 +220,14 @@ class _Source:
                 shard.entries.append(_packed_entry(shard.packed[-1], format_))
                 self._count(source, shard.entries[-1])
         return shard
+
+    def _changed_inputs(self, source: str) -> FormatError:
+        """The error for a matrix whose inputs are rounded or rotated: its weights alone can be had by rounding once more."""
+        q, remedy = self.weight_source.quantized(source), "quantize the original to the format you need"
+        if q is not None and not is_gguf(self.model):
+            again = f"bitwright quantize {self.model} OUT --requantize --scheme {q.scheme} --method rtn --calib none"
+            remedy += f"; or keep the weights alone, with inputs in float: {again}"
+        return FormatError("its engine changes the inputs too, which is not converted", where=source, remedy=remedy)
 
     def _count(self, source: str, entry: Entry) -> None:
         kind, before = self.weight_source.describe(source)
