@@ -14,7 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from bitwright.cli import console
-from bitwright.cli.app import app
+from bitwright.cli.app import _print_result, app
 from bitwright.cli.console import duration, log_lines
 from bitwright.cli.summary import summary
 from bitwright.errors import one_of
@@ -79,8 +79,23 @@ def test_the_summary_names_the_worst_and_the_replaced() -> None:
         "model.layers.8.mlp",
         "model.layers.7.mlp",
     ]
-    assert "worse than asked: 1 matrices, such as model.x.weight: search: gptq lost" in lines
+    assert "worse than asked: model.x.weight: search: gptq lost" in lines
     assert len(lines) <= 10
+
+
+@pytest.mark.parametrize("found", [0, 1, 3])
+def test_quiet_says_in_a_line_what_is_worse(found: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small models have many fallbacks: one for every matrix would be no quiet run."""
+    fallbacks = ["search: gptq lost"] * found + [""] * (3 - found)
+    ledger = [Entry(f"m.{i}", (4, 4), "bfloat16", "quantized", fallback=why) for i, why in enumerate(fallbacks)]
+    done = Result(Path("OUT"), 1, 4.5, 1.0, 1, ledger)
+    _print_result(done, Path("MODEL"), as_json=False, quiet=True, verbose=False)
+    lines = {
+        0: "",
+        1: "worse than asked: m.0: search: gptq lost\n",
+        3: "worse than asked: 3 tensors, such as m.0: search: gptq lost\n",
+    }
+    assert capsys.readouterr().out == lines[found]
 
 
 @pytest.mark.parametrize("width", [80, 60])

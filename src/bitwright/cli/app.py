@@ -326,8 +326,8 @@ def _announce(headline: str, *, quiet: bool) -> None:
 
 
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print a run's result; quiet: only what is worse than asked; verbose: a table of all tensors too."""
-    from bitwright.cli.summary import summary
+    """Print a run's result; quiet: only what is worse than asked, in a line; verbose: a table of all tensors too."""
+    from bitwright.cli.summary import replaced, summary
     from bitwright.evaluation.report import ledger_table
 
     if as_json:
@@ -337,8 +337,10 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
         console.print(ledger_table(done.ledger))
     for note in () if quiet else done.notes:
         console.print(f"note: {plain(note)}", highlight=False, soft_wrap=not console.is_terminal)
-    for fallback in done.fallbacks if quiet or verbose else ():
+    for fallback in done.fallbacks if verbose else ():
         console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
+    for line in replaced(done) if quiet and not verbose and done.fallbacks else ():
+        console.print(plain(line), highlight=False, soft_wrap=not console.is_terminal)
     for line in () if quiet else summary(done, model):  # a command stays one line, to be pasted
         console.print(plain(line), highlight=False, soft_wrap="bitwright " in line or not console.is_terminal)
 

@@ -22,7 +22,7 @@ def summary(done: Result, model: Path) -> list[str]:
         f"quantized: {len(matrices)} of {len(done.ledger)} tensors, {_schemes(matrices)}",
         *_pruned(matrices),
         *_losses(matrices),
-        *_replaced(done, matrices),
+        *replaced(done),
         *_experts(matrices),
         f"judge it: bitwright eval {done.out} --reference {model} --text FILE",
         f"try it:   bitwright generate {done.out} --prompt TEXT",
@@ -70,10 +70,12 @@ def _experts(matrices: list[Entry]) -> Iterator[str]:
         )
 
 
-def _replaced(done: Result, matrices: list[Entry]) -> Iterator[str]:
-    """The matrices that were quantized worse than asked, in a line."""
-    worse = [entry for entry in matrices if entry.fallback]
-    if worse:
-        yield f"worse than asked: {len(worse)} matrices, such as {worse[0].name}: {worse[0].fallback}"
-    elif not done.fallbacks:
+def replaced(done: Result) -> Iterator[str]:
+    """The tensors that were quantized worse than asked, in a line."""
+    worse = [entry for entry in done.ledger if entry.fallback]
+    if len(worse) == 1:
+        yield f"worse than asked: {worse[0].name}: {worse[0].fallback}"
+    elif worse:
+        yield f"worse than asked: {len(worse)} tensors, such as {worse[0].name}: {worse[0].fallback}"
+    else:
         yield "worse than asked: nothing"
