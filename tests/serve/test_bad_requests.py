@@ -124,6 +124,8 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
     ):
         status, found = post(running, {"model": "tiny"} | empty, "completions")
         assert status == 400 and found["error"]["param"].startswith("prompt")
+    status, found = post(running, {"model": "tiny", "input": ["x"] * 300}, "embeddings")
+    assert status == 400 and "at most 256 items" in found["error"]["message"]
     status, found = post(running, {"model": "tiny", "input": "x", "dimensions": 7}, "embeddings")
     assert status == 400 and found["error"]["param"] == "dimensions"
     with pytest.raises(openai.BadRequestError, match="context length"):
@@ -147,6 +149,16 @@ def test_a_full_queue_and_a_slow_reader(running: Running, monkeypatch: pytest.Mo
         gate.set()
         assert second.result(timeout=60).choices[0].text
     assert len(list(slow)) > 5  # tokens that end no character come with the next
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n" % KEY.encode())
+        client.sendall(b"Content-Length: 100\r\n\r\n{")
+    status, _ = post(running, {"model": "tiny", "prompt": []}, "completions")  # behind it
+    assert status == 400 and not caplog.records
 
 
 def test_time_is_bounded(model: Path) -> None:

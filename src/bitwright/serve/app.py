@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
@@ -291,6 +291,10 @@ class Server:
                         )
         except TimeoutError:
             raise RequestError(408, f"The body of the request did not come within {BODY_SECONDS} seconds.") from None
+        except ClientDisconnect:
+            raise RequestError(
+                400, "The client left before the body of its request had come."
+            ) from None  # nobody reads it
         try:
             found = json.loads(got)
             if b"\\u" in got:  # half of a pair of UTF-16 by itself is no text: a ValueError

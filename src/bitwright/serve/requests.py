@@ -225,7 +225,7 @@ def parsed(kind: type[Asked], body: Any) -> Asked:
         return kind.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise _refusal(max(details, key=lambda one: len(one["loc"]))) from None
+        raise _refusal(max(details, key=lambda one: (one["type"] == "too_long", len(one["loc"])))) from None
 
 
 def _refusal(error: ErrorDetails) -> RequestError:
