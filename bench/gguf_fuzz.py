@@ -241,7 +241,7 @@ def read_all(path: Path, *, whole: bool) -> None:
 
 def check(file: GgufFile) -> None:
     """What is asked before anything else."""
-    check_is_model(file.keys, str(file.path))
+    check_is_model(file.keys, file.tensors, str(file.path))
     file.check_vocabulary()
     ends_of(file.keys)
 

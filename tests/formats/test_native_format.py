@@ -544,7 +544,7 @@ def test_no_other_reader_takes_this_format_s_modules_for_its_own() -> None:
                 types = {name: dtype for name, (dtype, _) in format_.layout(layer, torch.float16).items()}
                 integers, floats = (
                     {"awq", "gptq", "auto-round"},
-                    {"compressed-tensors", "fp8", "modelopt"},
+                    {"compressed-tensors", "fp8", "fbgemm_fp8", "modelopt"},
                 )  # quant_method tells those
                 others = next((some for some in (integers, floats) if format_.name in some), set())
                 assert {r.name for r in READERS if r.holds(types)} <= {format_.name, *others}, text

@@ -108,7 +108,7 @@ def written(path: Path, keys: dict[str, Any]) -> Path:
 
 def test_no_directory_can_hold_ties(tmp_path: Path) -> None:
     file = written(tmp_path / "a.gguf", keys_with({"▁": 0, "a": 0, "b": 0, "ab": -1, "ba": -1}))
-    with pytest.raises(FormatError, match="equal scores") as refused:
+    with pytest.raises(FormatError, match="scores that are equal") as refused:
         check_companions(file)
     assert "OUT.gguf" in str(refused.value.remedy)
 

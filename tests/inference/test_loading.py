@@ -131,7 +131,8 @@ def test_inputs_are_treated_as_the_file_says(input_quantization: InputQuantizati
 
 def test_a_scheme_reaches_experts_too(tmp_path: Path) -> None:
     """gpt-oss's, which its files fuse: load keeps what quantize promises."""
-    more = {"num_hidden_layers": 1, "num_local_experts": 2, "head_dim": 16, "layer_types": ["full_attention"]}
+    more = {"num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    more |= {"head_dim": 16, "layer_types": ["full_attention"]}
     config = AutoConfig.for_model("gpt_oss", **(SIZES | more))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = load(tmp_path, scheme="int8-g32")

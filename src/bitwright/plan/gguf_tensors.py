@@ -157,6 +157,8 @@ def plan_gguf(
         remedy = "name OUT.gguf"
         message = f"architecture {architecture!r} is not known here: it can stay GGUF, and become nothing else"
         raise FormatError(message, where=str(source), remedy=remedy)
+    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted, requantize=requantize)
+    tensors = tuple(chooser.decide(name) for name in file.tensors)
     if (
         recipe.kv_cache is not None
         or recipe.temper is not None
@@ -164,8 +166,6 @@ def plan_gguf(
     ):
         message = f"transforms, pruning, caches and temper need a model that is run: architecture {architecture!r} is not known"
         raise RecipeError(message, where=str(source), remedy="leave them out")
-    chooser = _Chooser(file, recipe.without_text(weighted=weighted), weighted=weighted, requantize=requantize)
-    tensors = tuple(chooser.decide(name) for name in file.tensors)
     if not any(t.layer or (t.rule and t.rule.mix) for t in tensors):
         raise RecipeError("there is nothing to quantize", where=str(source), remedy="a file with matrices, and a rule")
     note = (
