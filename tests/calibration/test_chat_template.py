@@ -35,6 +35,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "too big"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ 'a' * (10 ** 13) }}", ""),
         ("{{ messages + 1 }}", "concatenate"),
         ("{{ messages[0].content.nothing() }}", "no attribute"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),

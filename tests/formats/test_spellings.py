@@ -91,6 +91,12 @@ def test_fbgemm_s_rows(llama: Path, tmp_path: Path) -> None:
         assert 1e-3 < distance(logits, transformers_logits(meant)) < 0.1
     found = Fp8(FBGEMM).input_quantization({"activation_scale_ub": 448.0}, "m", {}.get)
     assert found is not None and found(torch.tensor([[1000.0, 1.1]])).tolist() == [[448.0, 1.125]]
+    for bound in (None, "1200", 0):
+        with pytest.raises(FormatError, match="not a number above 0"):
+            Fp8(FBGEMM).input_quantization({"activation_scale_ub": bound}, "m", {}.get)
+    for layers in ([], {"m": "FP8"}, None):
+        with pytest.raises(FormatError, match="None is not read here"):
+            Modelopt().module_config({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, "m")
 
 
 @pytest.mark.parametrize("suffix", ["qscale_weight", "scale", "weight_scale_inv"])

@@ -26,6 +26,7 @@ def configured(folder: Path, template: Any) -> Path:
         (NESTED, "nested too deeply"),
         ("{{" + "(" * 3000 + ")" * 3000 + "}}", "nested too deeply"),
         ("\udcff", "no UTF-8"),
+        ("{% break %}", "outside loop"),
         (7, "'default' is no Jinja: not a text"),
         ({"default": 7}, "not a text"),
         ({3: "{{ 1 }}"}, "the name 3"),

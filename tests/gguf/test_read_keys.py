@@ -169,6 +169,8 @@ def test_experts_are_as_many_as_the_tensors_hold() -> None:
     for used in (0, -1, 5):
         with pytest.raises(CheckpointError, match="1 to 4 experts"):
             config_of(keys | {"qwen3moe.expert_used_count": used}, shapes() | held, "x")
+    with pytest.raises(CheckpointError, match="expert_count = 0, and tensor"):
+        config_of({key: value for key, value in keys.items() if ".expert_" not in key}, shapes() | held, "x")
     others = held | {"blk.1.ffn_up_exps.weight": (3, 64, 64)}
     with pytest.raises(CheckpointError, match=r"expert_count = 4, and tensor 'blk\.1\.ffn_up_exps\.weight' holds 3"):
         config_of(keys, shapes() | others, "x")

@@ -100,7 +100,7 @@ def test_damaged_or_too_long_vocabularies(tmp_path: Path) -> None:
     published(tmp_path)
     with pytest.raises(CheckpointError, match="268 tokens, the model's embedding 100 rows"):
         published_keys(tmp_path, 100)
-    for line in ("1 open('x') 1", "7 'a' 1", "1 'a' 2", "x", "1 [] 0"):
+    for line in ("1 open('x') 1", "7 'a' 1", "1 'a' 2", "x", "1 [] 0", "1 {[]: 1} 3"):
         (tmp_path / VOCABULARY).write_text(line)
         with pytest.raises(CheckpointError, match="not RWKV's vocabulary"):
             published_keys(tmp_path)

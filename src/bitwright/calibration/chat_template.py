@@ -13,7 +13,8 @@ SECONDS = 30.0  # a template takes milliseconds
 TOOLS = "tool_use"  # the template that transformers takes where there are tools
 # What a template's own code may raise, whatever is in it.
 FAILURES = (
-    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError,
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SyntaxError,
+    MemoryError,
 )  # fmt: skip
 
 

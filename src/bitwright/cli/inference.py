@@ -1,7 +1,6 @@
 """The commands that run a model: generate, chat, bench."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,10 +138,12 @@ def _sampling(temperature: float, top_p: float, seed: int) -> "Sampling":
 
 def _text_of(prompt: str) -> str:
     """The prompt; "-": what stands on standard input. InputError for bytes that are no UTF-8."""
-    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     try:
-        return given.decode()
-    except UnicodeDecodeError as error:
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode()
+        prompt.encode()  # bytes that were no text came as halves of pairs
+        return prompt
+    except UnicodeError as error:
         from bitwright.errors import InputError
 
         raise InputError(f"the prompt is no UTF-8: {error}", remedy="write it in UTF-8: iconv -t UTF-8") from error

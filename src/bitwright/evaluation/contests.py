@@ -130,7 +130,7 @@ def _plan(model: Path, scheme: str, method: str, settings: Settings, kind: str) 
 def _of_recipe(model: Path, file: Path, settings: Settings) -> Contest:
     """A recipe as a candidate of its own; its method is that of its rules, or "several"."""
     defaults = {"scheme": SCHEME, "method": "gptaq", "activations": settings.activations, "observer": settings.observer}
-    recipe = Recipe.of(file, **defaults)  # type: ignore[arg-type]
+    recipe = Recipe.of(file, smooth=True, **defaults)  # type: ignore[arg-type]
     methods = dict.fromkeys(rule.method for rule in recipe.active[1:] or recipe.active)  # the first is the default
     method = next(iter(methods)) if len(methods) == 1 else "several"
     plan = _in_turn(model, recipe, settings, ("gguf",) if recipe.pure else FORMATS_IN_TURN)

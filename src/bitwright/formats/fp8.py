@@ -68,8 +68,11 @@ class Fp8:
             return InputQuantization(Scheme("fp8", TENSOR, "sym", "f32"), Scales(scale.float().view(1, 1)))
         block = _block(config, read)
         if block is None:
-            upper = float(config.get("activation_scale_ub", UPPER)) if self.method == FBGEMM else None
-            return InputQuantization(Scheme("fp8", TOKEN, "sym", "f32"), upper=upper)
+            upper = config.get("activation_scale_ub", UPPER)
+            if not (isinstance(upper, int | float) and upper > 0):
+                raise FormatError(f"activation_scale_ub is {upper!r}, not a number above 0", where=name, remedy=COPY)
+            bound = upper if self.method == FBGEMM else None
+            return InputQuantization(Scheme("fp8", TOKEN, "sym", "f32"), upper=bound)
         if block[1] not in GROUPS:
             remedy = f"groups of {', '.join(map(str, GROUPS))}"
             raise FormatError(f"inputs in groups of {block[1]} are not computed here", where=name, remedy=remedy)

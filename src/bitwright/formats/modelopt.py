@@ -47,11 +47,10 @@ class Modelopt:
         said = config.get("quantization") or config
         algorithm = said.get("quant_algo")
         if algorithm == MIXED:
-            layers = said.get("quantized_layers") or {}
-            own: dict[str, Any] = layers.get(name) or next(
-                (layers[other] for other in layers if other.endswith(f".{name}")), {}
-            )
-            algorithm = own.get("quant_algo")
+            layers = said.get("quantized_layers")
+            layers = layers if isinstance(layers, dict) else {}
+            own = layers.get(name) or next((layers[other] for other in layers if other.endswith(f".{name}")), None)
+            algorithm = own.get("quant_algo") if isinstance(own, dict) else None
         if algorithm not in (*NVFP4, *ACTIVATIONS):
             remedy = f"known: {', '.join((*ACTIVATIONS, *NVFP4))}; or quantize the float original"
             raise FormatError(f"ModelOpt's {algorithm!r} is not read here", where=name, remedy=remedy)

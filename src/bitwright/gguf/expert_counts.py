@@ -18,7 +18,7 @@ def check_experts(keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     name = str(keys.get("general.architecture"))
     count, used = (_number(keys, f"{name}.{key}", where) for key in (EXPERT_COUNT, EXPERTS_USED))
     other = next((t for t, shape in shapes.items() if t.endswith(STACKED) and shape[0] != count), None)
-    if f"{name}.{EXPERT_COUNT}" in keys and other is not None:
+    if other is not None:
         message = f"{EXPERT_COUNT} = {count}, and tensor {other!r} holds {shapes[other][0]}"
         remedy = f"get a good copy; or gguf-set-metadata FILE {name}.{EXPERT_COUNT} N, if the tensors are right"
         raise CheckpointError(message, where=where, remedy=remedy)

@@ -108,7 +108,7 @@ def published_keys(folder: Path, vocabulary: int | None = None) -> dict[str, Any
     try:
         for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             tokens.append(repr(_bytes_of(line, len(tokens)))[2:-1])
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"not RWKV's vocabulary: {error}", where=str(file), remedy="get a good copy") from error
     size = vocabulary or len(tokens)
     if len(tokens) > size:
@@ -123,7 +123,7 @@ def published_keys(folder: Path, vocabulary: int | None = None) -> dict[str, Any
 
 
 def _bytes_of(line: str, wanted: int) -> bytes:
-    """The token in a line of a published vocabulary; ValueError or SyntaxError for a line that is none, or of another id."""
+    """The token in a line of a published vocabulary; ValueError, SyntaxError or TypeError if it is none, or another id's."""
     number, _, rest = line.partition(" ")
     literal, _, size = rest.rpartition(" ")
     token = ast.literal_eval(literal)

@@ -58,7 +58,10 @@ def _check(name: object, text: object, where: str) -> None:
         message = f"the chat template {name!r} is no Jinja: {error.message} (line {error.lineno})"
         raise FormatError(message, where=where, remedy=remedy) from error
     except (SyntaxError, RecursionError, UnicodeEncodeError) as error:
-        reason = "it is no UTF-8" if isinstance(error, UnicodeEncodeError) else "it is nested too deeply"
+        deep = isinstance(error, RecursionError) or "too many" in str(error)
+        reason = (
+            "it is no UTF-8" if isinstance(error, UnicodeEncodeError) else "it is nested too deeply" if deep else error
+        )
         raise FormatError(f"the chat template {name!r} is no Jinja: {reason}", where=where, remedy=remedy) from error
 
 

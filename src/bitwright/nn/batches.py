@@ -23,6 +23,15 @@ def run(module: nn.Module, batch: Batch) -> Any:
     """
     args, named = as_call(cloned(batch))
     try:
+        return module(*args, **named)
+    except TypeError:
+        _check_taken(module, args, named)
+        raise
+
+
+def _check_taken(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """RecipeError for arguments that the module's forward does not take."""
+    try:
         inspect.signature(module.forward).bind(*args, **named)
     except TypeError as error:
         remedy = (
@@ -30,7 +39,6 @@ def run(module: nn.Module, batch: Batch) -> Any:
         )
         message = f"its forward does not take such a batch: {error}"
         raise RecipeError(message, where=type(module).__name__, remedy=remedy) from error
-    return module(*args, **named)
 
 
 def as_call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

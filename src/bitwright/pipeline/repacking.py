@@ -226,7 +226,7 @@ class _Source:
         q, remedy = self.weight_source.quantized(source), "quantize the original to the format you need"
         if q is not None and not is_gguf(self.model):
             again = f"bitwright quantize {self.model} OUT --requantize --scheme {q.scheme} --method rtn --calib none"
-            remedy += f"; or keep the weights alone, with inputs in float: {again}"
+            remedy += f"; or round the weights once more, which hardly changes them, with inputs in float: {again}"
         return FormatError("its engine changes the inputs too, which is not converted", where=source, remedy=remedy)
 
     def _count(self, source: str, entry: Entry) -> None:

@@ -21,7 +21,7 @@ from bitwright.files.checkpoint import Spec, spec_bytes
 from bitwright.formats import FORMATS, Layer, gguf_writer
 from bitwright.formats.ggml import TYPES
 from bitwright.gguf import imatrix
-from bitwright.gguf.architectures import check_is_model
+from bitwright.gguf.architectures import EXPERT_COUNT, check_is_model, named
 from bitwright.gguf.block_types import FLOATS, Kind, type_named
 from bitwright.gguf.expert_counts import check_experts
 from bitwright.gguf.file_types import MIXES, Place, part_of, type_in
@@ -151,8 +151,9 @@ def plan_gguf(
     source = file.path
     check_is_model(file.keys, file.tensors, str(source))
     file.check_vocabulary()
-    check_experts(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(source))
     architecture = file.key("general.architecture", str)
+    if named(architecture) or f"{architecture}.{EXPERT_COUNT}" in file.keys:  # others may count by another key
+        check_experts(file.keys, {name: t.shape for name, t in file.tensors.items()}, str(source))
     if format_name != GGUF.name:
         remedy = "name OUT.gguf"
         message = f"architecture {architecture!r} is not known here: it can stay GGUF, and become nothing else"

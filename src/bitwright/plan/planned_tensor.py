@@ -92,8 +92,10 @@ def taken_notes(dtypes: Iterable[torch.dtype]) -> list[str]:
 
 
 def said_as_taken(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json whose type of the weights is what they are taken as."""
-    return {key: TAKEN_NAMES.get(str(v), v) if key in ("dtype", "torch_dtype") else v for key, v in config.items()}
+    """A config.json, also of a model within it, whose type of the weights is what they are taken as."""
+    within = {key: said_as_taken(v) for key, v in config.items() if isinstance(v, dict)}
+    said = {key: TAKEN_NAMES.get(str(config[key]), config[key]) for key in ("dtype", "torch_dtype") if key in config}
+    return config | within | said
 
 
 def decoded_note(tensors: Iterable[PlannedTensor]) -> str:

@@ -90,7 +90,7 @@ class Service:
             with self._encoding:
                 ids = conversation(self.tokenizer, messages, tools)
         except InputError as error:
-            raise RequestError(400, f"No prompt of these messages: {error.message}", param="messages") from error
+            raise RequestError(400, f"These messages make no prompt: {error.message}", param="messages") from error
         likeliest = (asked.top_logprobs or 0) if asked.logprobs else None
         return self._jobs(
             [self._known(ids, "messages")], asked, asked.most, likeliest, self._grammar(asked), "messages", deliver
