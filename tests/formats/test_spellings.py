@@ -94,6 +94,9 @@ def test_fbgemm_s_rows(llama: Path, tmp_path: Path) -> None:
     for bound in (None, "1200", 0):
         with pytest.raises(FormatError, match="not a number above 0"):
             Fp8(FBGEMM).input_quantization({"activation_scale_ub": bound}, "m", {}.get)
+        assert (
+            Fp8().input_quantization({"activation_scale_ub": bound}, "m", {}.get) is not None
+        )  # which has no such key
     for layers in ([], {"m": "FP8"}, None):
         with pytest.raises(FormatError, match="None is not read here"):
             Modelopt().module_config({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, "m")

@@ -24,6 +24,7 @@ from bitwright.cli.console import (
     Samples,
     Seed,
     Seqlen,
+    announce,
     check_model,
     console,
     errors,
@@ -164,18 +165,17 @@ def quantize(
             store=store, requantize=requantize, device=device, resume=resume, distributed=launched(),
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            plan = planned(model, out, options, progress=progress, announce=partial(_announce, quiet=as_json or quiet))
+            plan = planned(model, out, options, progress=progress, announce=partial(announce, quiet=as_json or quiet))
         if dry_run:
             check_calibration(plan, options)
             return show(plan.as_dict(), as_json, "Preflight") if speaks() else None
-        _announce(plan.headline, quiet=as_json or quiet)
+        announce(plan.headline, quiet=as_json or quiet)
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, options, progress=progress)
         if speaks():
             _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
-    raise typer.Exit(
-        1 if done.fallbacks and speaks() else 0
-    )  # torchrun ends the others at the first status that is not 0
+    # Of several processes one says it: torchrun ends the others at the first status that is not 0.
+    raise typer.Exit(1 if done.fallbacks and speaks() else 0)
 
 
 @app.command()
@@ -319,12 +319,6 @@ for command in (inspect, imatrix, convert, plan, advise, generate, chat, serve, 
     app.command()(command)
 
 
-def _announce(headline: str, *, quiet: bool) -> None:
-    """Say what a run is about to do."""
-    if not quiet:
-        say(plain(headline), errors)
-
-
 def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print a run's result; quiet: only what is worse than asked, in a line; verbose: a table of all tensors too."""
     from bitwright.cli.summary import replaced, summary
@@ -336,13 +330,13 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
     if verbose:
         console.print(ledger_table(done.ledger))
     for note in () if quiet else done.notes:
-        console.print(f"note: {plain(note)}", highlight=False, soft_wrap=not console.is_terminal)
+        say(f"note: {plain(note)}")
     for fallback in done.fallbacks if verbose else ():
         console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
     for line in replaced(done) if quiet and not verbose and done.fallbacks else ():
-        console.print(plain(line), highlight=False, soft_wrap=not console.is_terminal)
-    for line in () if quiet else summary(done, model):  # a command stays one line, to be pasted
-        console.print(plain(line), highlight=False, soft_wrap="bitwright " in line or not console.is_terminal)
+        say(plain(line))
+    for line in () if quiet else summary(done, model):
+        say(plain(line))
 
 
 def main() -> None:

@@ -138,6 +138,12 @@ def say(line: str, to: Console = console) -> None:
     to.print(line, highlight=False, soft_wrap="bitwright " in line or not to.is_terminal)
 
 
+def announce(headline: str, *, quiet: bool) -> None:
+    """Say what a command is about to do."""
+    if not quiet:
+        say(plain(headline), errors)
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Any]:
     """A progress callback: a bar on stderr, if that is a terminal; else a line a step; nothing if quiet."""

@@ -1,6 +1,7 @@
 """The command that plans a recipe: spend bytes where they save most KL."""
 
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from bitwright.cli.console import (
     Samples,
     Seed,
     Seqlen,
+    announce,
     check_model,
     errors,
     plain,
@@ -82,10 +84,8 @@ def plan(
             requantize,
         )  # fmt: skip
         with progress_bar(as_json or quiet) as progress:
-            made = plan_recipe(
-                model, target, settings, scores=scores, progress=progress,
-                announce=lambda line: None if as_json or quiet else say(plain(line), errors),
-            )  # fmt: skip
+            said = partial(announce, quiet=as_json or quiet)
+            made = plan_recipe(model, target, settings, scores=scores, progress=progress, announce=said)
         write_file(out, made.text.encode())
         if as_json:
             show({"recipe": str(out), **made.as_dict()}, True, "")

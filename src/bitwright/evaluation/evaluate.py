@@ -28,6 +28,8 @@ from bitwright.pipeline.statistics_store import code_version
 from bitwright.system.device import CPU
 from bitwright.system.progress import Progress, named
 
+REFERENCE = "the reference"  # before its steps of progress
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -117,7 +119,6 @@ def evaluate(
     return [replace(one, notes=notes) for one in found]
 
 
-REFERENCE = "the reference"  # before its steps of progress
 Against = Callable[
     [Piece, Tensor], Compared
 ]  # compares the model's predictions log q [n, V] of some tokens with the reference's

@@ -68,11 +68,8 @@ class Fp8:
             return InputQuantization(Scheme("fp8", TENSOR, "sym", "f32"), Scales(scale.float().view(1, 1)))
         block = _block(config, read)
         if block is None:
-            upper = config.get("activation_scale_ub", UPPER)
-            if not (isinstance(upper, int | float) and upper > 0):
-                raise FormatError(f"activation_scale_ub is {upper!r}, not a number above 0", where=name, remedy=COPY)
-            bound = upper if self.method == FBGEMM else None
-            return InputQuantization(Scheme("fp8", TOKEN, "sym", "f32"), upper=bound)
+            upper = _upper(config, name) if self.method == FBGEMM else None
+            return InputQuantization(Scheme("fp8", TOKEN, "sym", "f32"), upper=upper)
         if block[1] not in GROUPS:
             remedy = f"groups of {', '.join(map(str, GROUPS))}"
             raise FormatError(f"inputs in groups of {block[1]} are not computed here", where=name, remedy=remedy)
@@ -95,6 +92,14 @@ class Fp8:
         group = TENSOR if scale.numel() == 1 else CHANNEL if columns >= K else columns
         scale = scale if group == TENSOR else scale.repeat_interleave(rows, 0)[:N].contiguous()
         return recovered(self.decode(config, name, tensors), Scheme("fp8", group, "sym", "f32"), Scales(scale), name)
+
+
+def _upper(config: dict[str, Any], name: str) -> float:
+    """The end of FBGEMM's ranges. FormatError for one that is no number above 0."""
+    upper = config.get("activation_scale_ub", UPPER)
+    if not (isinstance(upper, int | float) and upper > 0):
+        raise FormatError(f"activation_scale_ub is {upper!r}, not a number above 0", where=name, remedy=COPY)
+    return float(upper)
 
 
 def _block(config: dict[str, Any], read: Read) -> list[int] | None:

@@ -6,18 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.nn.batches import Batch, as_call, run
+from bitwright.nn.batches import Batch, run
 from bitwright.nn.trace import SIMPLE
 from bitwright.nn.tree import copied, named
-
-
-def bound(module: nn.Module, batch: Batch) -> dict[str, Any] | str:
-    """A batch as arguments of the module's forward, by parameter name; or the reason why it does not fit."""
-    args, named = as_call(batch)
-    try:
-        return dict(inspect.signature(module.forward).bind(*args, **named).arguments)
-    except TypeError as error:
-        return str(error)
 
 
 @torch.no_grad()

@@ -24,20 +24,14 @@ def run(module: nn.Module, batch: Batch) -> Any:
     args, named = as_call(cloned(batch))
     try:
         return module(*args, **named)
-    except TypeError:
-        _check_taken(module, args, named)
-        raise
-
-
-def _check_taken(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """RecipeError for arguments that the module's forward does not take."""
-    try:
-        inspect.signature(module.forward).bind(*args, **named)
     except TypeError as error:
+        reason = bound(module, batch)
+        if not isinstance(reason, str):
+            raise
         remedy = (
             "a dict is taken for named arguments, a tuple or list for several: ({...},) gives a dict, ([...],) a list"
         )
-        message = f"its forward does not take such a batch: {error}"
+        message = f"its forward does not take such a batch: {reason}"
         raise RecipeError(message, where=type(module).__name__, remedy=remedy) from error
 
 
@@ -46,6 +40,15 @@ def as_call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, dict):
         return (), batch
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def bound(module: nn.Module, batch: Batch) -> dict[str, Any] | str:
+    """A batch as arguments of the module's forward, by parameter name; or the reason why it does not fit."""
+    args, named = as_call(batch)
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **named).arguments)
+    except TypeError as error:
+        return str(error)
 
 
 def run_named(module: nn.Module, batch: Batch, kind: type[BitwrightError], remedy: str) -> Any:

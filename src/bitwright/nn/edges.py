@@ -5,8 +5,8 @@ from typing import Any
 from torch import fx, nn
 
 from bitwright.errors import RecipeError
-from bitwright.nn.arguments import arguments, bound, one_way
-from bitwright.nn.batches import Batch, cloned
+from bitwright.nn.arguments import arguments, one_way
+from bitwright.nn.batches import Batch, bound, cloned
 from bitwright.nn.dynamic import DYNAMIC, bare_weight, read_by_products
 from bitwright.nn.fake import Edge
 from bitwright.nn.functionalize import forget, functionalized, lift_calls, lift_products

@@ -16,8 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import FormatError
-from bitwright.nn.arguments import bound
-from bitwright.nn.batches import Batch, outputs
+from bitwright.nn.batches import Batch, bound, outputs
 from bitwright.nn.exported import exported
 from bitwright.nn.onnx_check import check_file
 from bitwright.nn.onnx_layers import LAYERS, MICROSOFT

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bitwright.pipeline.curvature import LOGITS_AT_ONCE, windows_measured
 from bitwright.pipeline.scores import ENDS_ROWS, ROWS
 from bitwright.pipeline.steps import room_for_copies
-from bitwright.plan.peak_memory import block_bytes, outside_bytes, process_bytes
+from bitwright.plan.peak_memory import block_bytes, hidden_bytes, outside_bytes, process_bytes
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
 
@@ -27,14 +27,9 @@ def planning_memory(base: Plan, units: Sequence[Unit], measure: int) -> int:
     return process_bytes(base) + max(phases)
 
 
-def _hidden_bytes(base: Plan) -> int:
-    """Bytes of a token's hidden state."""
-    return base.skeleton.config.get_text_config().hidden_size * base.skeleton.dtype.itemsize
-
-
 def _states(base: Plan) -> int:
     """Bytes of the hidden states of all calibration tokens."""
-    return base.samples * base.seqlen * _hidden_bytes(base)
+    return base.samples * base.seqlen * hidden_bytes(base)
 
 
 def _judged_tokens(base: Plan) -> int:
@@ -50,13 +45,13 @@ def _gradients(base: Plan) -> int:
     head = (
         2 * stored + loaded + tokens * vocabulary * (LOGITS * size + DRAWN)
     )  # a copy in the order of the product's tiles
-    return _judged_tokens(base) * _hidden_bytes(base) * (len(base.skeleton) + 1) + max(head, block_bytes(base, PILED))
+    return _judged_tokens(base) * hidden_bytes(base) * (len(base.skeleton) + 1) + max(head, block_bytes(base, PILED))
 
 
 def _scores(base: Plan) -> int:
     """The hidden states before and behind a block, and as they are saved; its matrices' inputs at the tokens of the losses."""
     inputs = max(sum(t.layer.K for t in base.shard(i) if t.layer is not None) for i in range(len(base.skeleton)))
-    judged = _judged_tokens(base) * (2 * _hidden_bytes(base) + inputs * base.skeleton.dtype.itemsize)
+    judged = _judged_tokens(base) * (2 * hidden_bytes(base) + inputs * base.skeleton.dtype.itemsize)
     return 2 * _states(base) + judged + block_bytes(base, PILED) + UNRETURNED
 
 

@@ -23,7 +23,7 @@ from bitwright.pipeline.curvature import windows_measured
 from bitwright.pipeline.quantize_matrix import quantize_matrix
 from bitwright.pipeline.scores import INPUTS, Layers, Scores, layers_of
 from bitwright.plan.allocation import Option
-from bitwright.plan.peak_memory import hidden_states
+from bitwright.plan.peak_memory import hidden_bytes, hidden_states
 from bitwright.plan.planned_tensor import PlannedTensor
 from bitwright.plan.run_plan import Plan
 from bitwright.plan.units import Unit
@@ -107,20 +107,15 @@ def _measured_on(plan: Plan, windows: Tensor, copies: int) -> Tensor:
 
 
 def _tokens_of_a_copy(plan: Plan, copies: int) -> int:
-    width = _hidden_bytes(plan)
+    width = hidden_bytes(plan)
     beside = hidden_states(plan) - 2 * width * plan.samples * plan.seqlen
     return max(TOKENS, min(COPIES, max(ROOM, beside)) // (width * max(1, copies)))
-
-
-def _hidden_bytes(plan: Plan) -> int:
-    """Bytes of a token's hidden state."""
-    return plan.skeleton.config.get_text_config().hidden_size * plan.skeleton.dtype.itemsize
 
 
 def room_for_copies(plan: Plan, copies: int) -> int:
     """Bytes of the hidden states of so many copies at most, of the exact model's and of the planned one's."""
     tokens = min(_tokens_of_a_copy(plan, copies), windows_measured(plan.seqlen) * plan.seqlen)
-    return (copies + 3) * tokens * _hidden_bytes(plan)
+    return (copies + 3) * tokens * hidden_bytes(plan)
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,12 @@ def process_bytes(plan: Plan) -> int:
 def hidden_states(plan: Plan) -> int:
     """Bytes of the hidden states: of each model's, what a block is given, what it gives, and what is being saved."""
     models = 2 if plan.recipe.needs_original else 1
-    hidden = plan.skeleton.config.get_text_config().hidden_size
-    return 3 * models * plan.samples * plan.seqlen * hidden * plan.skeleton.dtype.itemsize
+    return 3 * models * plan.samples * plan.seqlen * hidden_bytes(plan)
+
+
+def hidden_bytes(plan: Plan) -> int:
+    """Bytes of a token's hidden state."""
+    return plan.skeleton.config.get_text_config().hidden_size * plan.skeleton.dtype.itemsize
 
 
 def _kept_bytes(plan: Plan) -> int:

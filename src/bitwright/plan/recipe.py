@@ -40,11 +40,8 @@ from bitwright.transforms import Rotate
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"  # llama.cpp's names
 # Types that llama-quantize rounds to nearest without an importance matrix; the first of them even with one.
 QUICK = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-TREATMENT = {
-    "method",
-    "transforms",
-    "activations",
-}  # keys by which a rule says how its matrices and their inputs are treated
+# Keys by which a rule says how its matrices and their inputs are treated.
+TREATMENT = {"method", "transforms", "activations"}
 
 
 @dataclass(frozen=True)
