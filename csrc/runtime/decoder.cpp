@@ -50,13 +50,15 @@ std::vector<Run> runs_of(const int64_t *slots, const int64_t *places, ptrdiff_t 
     return runs;
 }
 
+// Rows in a piece of work where a row is little: eight, or each thread's share of fewer.
+ptrdiff_t some_of(ptrdiff_t M, int threads) { return M < 8 * threads ? (M + threads - 1) / threads : 8; }
+
 void add(float *to, const float *from, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) to[i] += from[i];
 }
 
 }  // namespace
 
-constexpr ptrdiff_t ROWS = 8;  // a piece of work where a row is little
 constexpr ptrdiff_t QUERIES = 24;  // of one key head that are computed together, about: their scores stay in the cache
 
 float *Decoder::space(size_t size) {
@@ -65,7 +67,7 @@ float *Decoder::space(size_t size) {
 }
 
 void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const {
-    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+    share_out(M, some_of(M, threads), threads, [&](ptrdiff_t first, ptrdiff_t last) {
         for (ptrdiff_t m = first; m < last; m++) normalize(x + m * H, weight, H, epsilon, to + m * H);
     });
 }
@@ -74,7 +76,7 @@ void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, f
 const float *Decoder::gather(const float *x, ptrdiff_t M, const Linear &a, int threads) {
     const ptrdiff_t K = a.K();
     gathered_.resize(M * K);
-    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+    share_out(M, some_of(M, threads), threads, [&](ptrdiff_t first, ptrdiff_t last) {
         for (ptrdiff_t m = first; m < last; m++)
             for (ptrdiff_t k = 0; k < K; k++) gathered_[m * K + k] = x[m * K + a.order[k]];
     });
@@ -130,7 +132,7 @@ void Decoder::keep(const Kernels &kernels, const Cache &cache, ptrdiff_t layer, 
         rotate(head, cosine + place * D, sine + place * D, D);
         if (cache.type == KV_Q4) hadamard(head, D);
     };
-    share_out(M, ROWS, threads, [&](ptrdiff_t first, ptrdiff_t last) {
+    share_out(M, some_of(M, threads), threads, [&](ptrdiff_t first, ptrdiff_t last) {
         for (ptrdiff_t m = first; m < last; m++) {
             for (ptrdiff_t h = 0; h < heads; h++) turn(q + m * Q + h * D, a.q_norm, places[m]);
             for (ptrdiff_t h = 0; h < key_heads; h++) {

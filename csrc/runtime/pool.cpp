@@ -1,6 +1,7 @@
 #include "runtime/pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -19,9 +20,11 @@ inline void breathe() {
 #endif
 }
 
-// How often a worker looks for the next job before it sleeps: some tens of microseconds, the time between the jobs of one
-// token. Waking takes as long.
+// How often one looks whether there is something new before others get the processor, and how long a worker goes on to look in
+// between before it sleeps. What one thread does alone between two jobs of a forward takes up to some tenths of a millisecond, and to
+// wake, on a virtual machine, a good part of that.
 constexpr int LOOKS = 1000;
+constexpr std::chrono::microseconds AWAKE(500);
 
 // The caller takes pieces like everybody else and is done when all pieces are, so a worker that never wakes (as after a
 // fork, where there are none) costs time and nothing more.
@@ -58,9 +61,16 @@ class Pool {
     }
 
   private:
+    void look_for(unsigned long seen) const {
+        auto nothing_new = [&] { return generation_.load(std::memory_order_acquire) == seen; };
+        for (int looks = 0; looks < LOOKS && nothing_new(); looks++) breathe();
+        for (const auto end = std::chrono::steady_clock::now() + AWAKE; nothing_new() && std::chrono::steady_clock::now() < end;)
+            std::this_thread::yield();
+    }
+
     void serve(int id) {
         for (unsigned long seen = 0;;) {
-            for (int looks = 0; looks < LOOKS && generation_.load(std::memory_order_acquire) == seen; looks++) breathe();
+            look_for(seen);
             std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;

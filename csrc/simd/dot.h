@@ -269,7 +269,7 @@ template <bool TINY, bool SMALL>
 struct TileSum {
     Ints acc;
     Pairs tiny;
-    explicit TileSum(Ints acc) : acc(acc), tiny{} {}
+    explicit TileSum(Ints acc = Ints{}) : acc(acc), tiny{} {}
 
     void add(Octets w, Octets x) {
         if constexpr (TINY) tiny = dot_tiny(tiny, w, x);

@@ -55,8 +55,9 @@ class Penalties:
         if not self.bias and not (counts and (self.frequency or self.presence)):
             return logits
         changed = logits.clone()
-        for token, more in self.bias:
-            changed[token] += more
+        if self.bias:
+            tokens, more = zip(*self.bias, strict=True)
+            changed[torch.tensor(tokens)] += torch.tensor(more)
         if counts and (self.frequency or self.presence):
             written = torch.tensor(list(counts))
             changed[written] -= self.presence + self.frequency * torch.tensor(list(counts.values())).float()
