@@ -275,7 +275,7 @@ struct Attention {
     const float *q;         // [rows, apart]: share x D numbers of each row
     const uint8_t *keys, *values;  // [positions, width] rows of bytes, as `type` says
     float *scores;          // room for [rows, share, padded]; padded a multiple of 16, at least 16 more than the positions seen
-    float *near;            // room for [16, D]
+    float *near;            // room for [2, 16, D]
     float *out;             // as q
     float scaling;
     int type;               // KeyValue
@@ -300,6 +300,7 @@ struct Kernels {
     void (*attend)(const Attention &);
     void (*keep)(const float *x, int type, ptrdiff_t D, uint8_t *row);  // a head's key or value as `Attention` reads it
     void (*gate)(const float *gate, float *up, ptrdiff_t first, ptrdiff_t last);
+    void (*normalize)(const float *x, const float *weight, ptrdiff_t n, float epsilon, float *to);  // root mean square; to may be x
     void (*enter_codes)(const Entry &, ptrdiff_t first, ptrdiff_t last);
     void (*round_samples)(const Samples &, ptrdiff_t first, ptrdiff_t last);
     void (*place_codes)(const Images &, ptrdiff_t first, ptrdiff_t last);

@@ -24,5 +24,5 @@
 
 constexpr Kernels table(const char *name) {
     return {name, search, refine, nearest_runs, encode, missed, widen, round_columns, sweep, tune, round_inputs, multiply, decode, dense, attend,
-            keep, gate, enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
+            keep, gate, normalize, enter_codes, round_samples, place_codes, multiply_codes, pool_codes, add_codes, gates};
 }

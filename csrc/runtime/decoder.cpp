@@ -8,15 +8,6 @@
 namespace bitwright {
 namespace {
 
-// Root mean square norm of n numbers (arXiv:1910.07467); to may be x.
-void normalize(const float *x, const float *weight, ptrdiff_t n, float epsilon, float *to) {
-    float squares[16] = {}, total = 0;  // sixteen sums, which the compiler keeps side by side
-    for (ptrdiff_t i = 0; i < n; i++) squares[i % 16] += x[i] * x[i];
-    for (float square : squares) total += square;
-    const float factor = 1 / std::sqrt(total / (float)n + epsilon);
-    for (ptrdiff_t i = 0; i < n; i++) to[i] = x[i] * factor * weight[i];
-}
-
 // Rotary positions (arXiv:2104.09864): halves of a head turned against each other.
 void rotate(float *x, const float *cosine, const float *sine, ptrdiff_t D) {
     for (ptrdiff_t i = 0, half = D / 2; i < half; i++) {
@@ -66,9 +57,9 @@ float *Decoder::space(size_t size) {
     return room_.data();
 }
 
-void Decoder::normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const {
+void Decoder::normalize_rows(const Kernels &kernels, const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const {
     share_out(M, some_of(M, threads), threads, [&](ptrdiff_t first, ptrdiff_t last) {
-        for (ptrdiff_t m = first; m < last; m++) normalize(x + m * H, weight, H, epsilon, to + m * H);
+        for (ptrdiff_t m = first; m < last; m++) kernels.normalize(x + m * H, weight, H, epsilon, to + m * H);
     });
 }
 
@@ -119,7 +110,7 @@ ptrdiff_t Decoder::at(const Cache &cache, ptrdiff_t slot, ptrdiff_t layer, ptrdi
 // A block's first matrices, for tokens x [M, H].
 void Decoder::enter(const Kernels &kernels, const Layer &a, const float *x, ptrdiff_t M, float *q, float *k, float *v, int threads) {
     float *normed = space(M * H);
-    normalize_rows(x, a.before, M, normed, threads);
+    normalize_rows(kernels, x, a.before, M, normed, threads);
     multiply(kernels, {&a.q, &a.k, &a.v}, normed, M, {q, k, v}, threads);
 }
 
@@ -128,7 +119,7 @@ void Decoder::keep(const Kernels &kernels, const Cache &cache, ptrdiff_t layer, 
                    const Layer &a, float *q, float *k, float *v, int threads) const {
     const ptrdiff_t Q = heads * D, KV = key_heads * D;
     auto turn = [&](float *head, const float *head_norm, ptrdiff_t place) {
-        if (head_norm) normalize(head, head_norm, D, epsilon, head);
+        if (head_norm) kernels.normalize(head, head_norm, D, epsilon, head);
         rotate(head, cosine + place * D, sine + place * D, D);
         if (cache.type == KV_Q4) hadamard(head, D);
     };
@@ -155,8 +146,8 @@ void Decoder::attend(const Kernels &kernels, const Cache &cache, ptrdiff_t layer
             const ptrdiff_t head = i % key_heads, begin = (run.first * heads + head * share) * D, rows = run.last - run.first;
             const uint8_t *keys = cache.rows + at(cache, run.slot, layer, head), *values = keys + key_heads * cache.room * cache.width;
             const ptrdiff_t end = run.position + rows, padded = (window && end > window + rows ? window + rows : end) / 16 * 16 + 32;
-            float *near = scratch(16 * D + rows * share * padded).data();
-            kernels.attend({q + begin, keys, values, near + 16 * D, near, mixed + begin, scaling, cache.type, rows, heads * D, share, D,
+            float *near = scratch(32 * D + rows * share * padded).data();
+            kernels.attend({q + begin, keys, values, near + 32 * D, near, mixed + begin, scaling, cache.type, rows, heads * D, share, D,
                             cache.width, run.position, window, padded});
         }
     });
@@ -169,7 +160,7 @@ void Decoder::leave(const Kernels &kernels, const Layer &a, const float *mixed, 
     auto add_out = [&](ptrdiff_t first, ptrdiff_t last) { add(x + first, out + first, last - first); };
     multiply(kernels, {&a.o}, mixed, M, {out}, threads);
     share_out(M * H, 1 << 14, threads, add_out);
-    normalize_rows(x, a.after, M, normed, threads);
+    normalize_rows(kernels, x, a.after, M, normed, threads);
     multiply(kernels, {&a.gate, &a.up}, normed, M, {gate, up}, threads);
     share_out(M * I, 1 << 12, threads, [&](ptrdiff_t first, ptrdiff_t last) { kernels.gate(gate, up, first, last); });
     multiply(kernels, {&a.down}, up, M, {out}, threads);
@@ -178,7 +169,7 @@ void Decoder::leave(const Kernels &kernels, const Layer &a, const float *mixed, 
 
 void Decoder::finish(const Kernels &kernels, const float *x, ptrdiff_t M, float *logits, int threads) {
     float *normed = space(M * H);
-    normalize_rows(x, norm, M, normed, threads);
+    normalize_rows(kernels, x, norm, M, normed, threads);
     multiply(kernels, {&head}, normed, M, {logits}, threads);
 }
 

@@ -64,7 +64,7 @@ struct Decoder {
     void leave(const Kernels &kernels, const Layer &a, const float *mixed, float *x, ptrdiff_t M, int threads);
     void multiply(const Kernels &kernels, const std::vector<const Linear *> &linears, const float *x, ptrdiff_t M,
                   const std::vector<float *> &y, int threads);
-    void normalize_rows(const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const;
+    void normalize_rows(const Kernels &kernels, const float *x, const float *weight, ptrdiff_t M, float *to, int threads) const;
     const float *gather(const float *x, ptrdiff_t M, const Linear &a, int threads);
     float *space(size_t size);
     ptrdiff_t at(const Cache &cache, ptrdiff_t slot, ptrdiff_t layer, ptrdiff_t head) const;

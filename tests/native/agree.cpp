@@ -113,7 +113,7 @@ void attention(const Kernels &scalar, const Kernels &k, ptrdiff_t D, ptrdiff_t w
     for (int i = 0; i < 2; i++) {
         kept[i].resize(2 * room * width), out[i].resize(q.size());
         for (ptrdiff_t t = 0; t < 2 * room; t++) both[i]->keep(x.data() + t * D, type, D, kept[i].data() + t * width);
-        std::vector<float> scores(rows * share * padded), near(16 * D);
+        std::vector<float> scores(rows * share * padded), near(32 * D);
         both[i]->attend({q.data(), kept[i].data(), kept[i].data() + room * width, scores.data(), near.data(), out[i].data(), 0.3f, type, rows,
                          share * D, share, D, width, position, window, padded});
         gated[i] = x;
