@@ -133,7 +133,7 @@ int main() {
     const Kernels &scalar = *all[count];
     for (int i = 0; i < count; i++) {
         const Kernels &k = *all[i];
-        for (ptrdiff_t M : {1, 2, 3, 9})
+        for (ptrdiff_t M : {1, 2, 3, 7, 9})
             for (int g : {16, 32, 128, 256, 512})
                 for (int bytes : {1, 2}) {
                     for (int bits = 1; bits <= 8; bits++)
