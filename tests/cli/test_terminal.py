@@ -212,3 +212,9 @@ def test_what_the_user_gave_is_printed_as_it_is(llama: Path, tmp_path: Path) -> 
 def test_help_is_whole_in_80_columns(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
     assert "Usage" in shown and "…" not in shown
+
+
+def test_a_note_is_said_once(llama: Path, text: str, tmp_path: Path) -> None:
+    done = bitwright("quantize", llama, tmp_path / "out", "--scheme", "int3-g32", "--calib", text, *SMALL)
+    said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("note:")]
+    assert any("int3" in line for line in said) and len(said) == len(set(said)), said

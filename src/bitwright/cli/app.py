@@ -173,7 +173,7 @@ def quantize(
         with progress_bar(as_json or quiet) as progress:
             done = carried_out(plan, out, options, progress=progress)
         if speaks():
-            _print_result(done, model, as_json=as_json, quiet=quiet, verbose=verbose)
+            _print_result(done, model, told=plan.notes, as_json=as_json, quiet=quiet, verbose=verbose)
     # Of several processes one says it: torchrun ends the others at the first status that is not 0.
     raise typer.Exit(1 if done.fallbacks and speaks() else 0)
 
@@ -319,8 +319,10 @@ for command in (inspect, imatrix, convert, plan, advise, generate, chat, serve, 
     app.command()(command)
 
 
-def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print a run's result; quiet: only what is worse than asked, in a line; verbose: a table of all tensors too."""
+def _print_result(
+    done: "Result", model: Path, *, told: tuple[str, ...] = (), as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print a run's result; told: notes that the headline had; quiet: only what is worse than asked; verbose: every tensor."""
     from bitwright.cli.summary import replaced, summary
     from bitwright.evaluation.report import ledger_table
 
@@ -329,7 +331,7 @@ def _print_result(done: "Result", model: Path, *, as_json: bool, quiet: bool, ve
         return
     if verbose:
         console.print(ledger_table(done.ledger))
-    for note in () if quiet else done.notes:
+    for note in () if quiet else (note for note in done.notes if note not in told):
         say(f"note: {plain(note)}")
     for fallback in done.fallbacks if verbose else ():
         console.print(f"[yellow]worse than asked[/] {plain(fallback)}", highlight=False)
