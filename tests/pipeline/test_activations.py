@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,7 @@ from bitwright.calibration.windows import load_tokenizer, windows
 from bitwright.cli.app import app
 from bitwright.errors import FormatError, RecipeError, SchemeError
 from bitwright.formats import FORMATS, Layer
+from bitwright.formats.config_groups import scheme_of_inputs
 from bitwright.models.source import WeightSource
 from bitwright.numerics.codec import decode, encode, fit, rounded
 from bitwright.numerics.input_quantization import InputQuantization
@@ -53,6 +56,18 @@ def test_int8_by_token_is_absmax_over_127() -> None:
     assert (found - expected).abs().le(1e-5 * scale).all()
     assert not found[0, 0].any()
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
+def test_inputs_by_token_are_rounded_as_compressed_tensors_rounds_them(bits: int, symmetric: bool) -> None:
+    """Bit for bit; symmetric int8 is not among them: engines divide by 127, as the test above, and the library by 127.5."""
+    args = QuantizationArgs(num_bits=bits, strategy="token", dynamic=True, symmetric=symmetric)
+    scheme = scheme_of_inputs(args.model_dump(mode="python"), "a.b")
+    x = torch.randn(4, 50, 64, generator=torch.Generator().manual_seed(1))
+    x[0, 0] = 0
+    theirs = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, nn.Linear(1, 1)), args)
+    assert torch.equal(InputQuantization(scheme)(x), theirs) == ((bits, symmetric) != (8, True))
 
 
 @pytest.mark.parametrize("text", ["int8-token", "fp8-token", "int8-token-asym"])
@@ -177,7 +192,7 @@ def listening(model: nn.Module, scheme: Scheme) -> nn.Module:
     """A model whose block matrices see rounded inputs."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(lambda _, args: (rounded(args[0], scheme),))
+            module.register_forward_pre_hook(lambda _, args: (InputQuantization(scheme)(args[0]),))
     return model
 
 

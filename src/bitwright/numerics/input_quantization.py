@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.numerics.codec import fit, group_view, rounded, safe
+from bitwright.numerics.codec import fit, group_view, rounded, safe, snap
 from bitwright.numerics.hadamard import hadamard
 from bitwright.numerics.qtensor import Scales
 from bitwright.numerics.scheme import Scheme
@@ -68,13 +68,15 @@ def dynamic_scales(x: Tensor, scheme: Scheme, outer: Tensor | None = None) -> Sc
 
     In the microscaling formats an exponent is that of the group's largest value, one more from 1.75 of its power of two on,
     less the grid's own largest exponent (OCP MX 1.0, 6.3, rounded as compressed-tensors and vLLM do); in all others the
-    largest value is sent to the grid's end.
+    largest value is sent to the grid's end, by a division: below 8 bits that end lies halfway between two codes, and a
+    scale that is an ulp off sends the largest negative value to the other of them.
     """
-    if scheme.scale != "e8m0":
-        return fit(x, scheme, outer=outer)
     top = scheme.reach
-    assert top is not None
+    if not scheme.symmetric or top is None:
+        return fit(x, scheme, outer=outer)
     largest = group_view(x, scheme).abs().amax(-1)
+    if scheme.scale != "e8m0":
+        return snap(largest / top, None, scheme, outer=outer)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, mantissa in [1/2, 1)
     exponent = (exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top))).clamp(-127, 127)
     return Scales(torch.where(largest == 0, largest, torch.exp2(exponent.float())))
