@@ -287,6 +287,34 @@ def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path
     assert "planned for a model of other matrices" in other
 
 
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        (["--size", "1MB", "--bits", "4"], "give one of --bits 4.25 and --size 100MB"),
+        (["--bits", "0"], "--bits 4.25 or --size 100MB"),
+        (["--size", "10KB"], "a --size or --bits between them"),
+        (["--size", "10MB"], "a --size or --bits between them"),
+    ],
+)
+def test_quantize_names_only_options_of_its_own(
+    target: list[str], remedy: str, llama: Path, text: str, tmp_path: Path
+) -> None:
+    start = (
+        "quantize",
+        str(llama),
+        str(tmp_path / "out"),
+        "--calib",
+        text,
+        "--samples",
+        "8",
+        "--seqlen",
+        "32",
+        "--json",
+    )
+    done = CliRunner().invoke(app, [*start, *target])
+    assert done.exit_code == 2 and json.loads(done.stdout)["remedy"] == remedy
+
+
 def test_an_encoder_has_nothing_to_plan_by(text: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "bert", "bert")
     with pytest.raises(CheckpointError, match="predict no next token"):

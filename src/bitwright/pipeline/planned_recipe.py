@@ -245,11 +245,11 @@ class _Spending:
             cheapest = self.allocation.below(limit)
             if cheapest is None or limit > worst:
                 raise out_of_reach
-            return self._carried(cheapest)
+            return self._carried(cheapest, target)
         most, other = self.sizes.limit(target)
 
         def carry_out(options: list[Option]) -> tuple[Met, int]:
-            made = self._carried(options)
+            made = self._carried(options, target)
             return made, made.plan.bytes if target.size is not None else data_bytes(made.plan)
 
         found = self.allocation.carried_out(most, other, carry_out)
@@ -257,10 +257,11 @@ class _Spending:
             raise out_of_reach
         return found[0]
 
-    def _carried(self, options: list[Option]) -> Met:
+    def _carried(self, options: list[Option], target: Target) -> Met:
         """The recipe that gives each unit its option, and the plan of the run that it leads to."""
         if all(option.scheme == KEEP for option in options):
-            remedy = "a smaller --size or --bits, or a larger --kl; or take the model as it is"
+            larger = ", or a larger --kl" if target.by_plan else ""
+            remedy = f"a smaller --size or --bits{larger}; or take the model as it is"
             raise RecipeError("so much keeps every matrix in float: nothing to quantize", remedy=remedy)
         settings, given = self.settings, self._given(options)
         text = _text(given, settings, self.base)

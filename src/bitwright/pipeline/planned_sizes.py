@@ -69,7 +69,11 @@ class Sizes:
             )
         reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
         message = f"{', '.join(self.schemes)} {reach}, not {target}"
-        return RecipeError(message, where=str(self.model), remedy="a target between them, or other --schemes")
+        between = "a target between them, or other --schemes" if target.by_plan else "a --size or --bits between them"
+        remedy = (
+            between if self.least < self.most or target.by_plan else "leave out --size and --bits, and give --scheme"
+        )
+        return RecipeError(message, where=str(self.model), remedy=remedy)
 
 
 def data_bytes(plan: Plan) -> int:

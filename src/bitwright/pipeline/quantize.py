@@ -77,7 +77,7 @@ def _for_target(
     from bitwright.pipeline.planned_recipe import Settings, plan_recipe
 
     _refuse_beside_a_target(options)
-    target = Target.parse(options.size, options.bits)
+    target = Target.parse(options.size, options.bits, by_plan=False)
     format, _, method = chosen(out, options.format, None, options.method)
     settings = Settings(
         format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed,

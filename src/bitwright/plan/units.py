@@ -122,7 +122,9 @@ def _unit(plan: Plan, members: list[PlannedTensor], schemes: Sequence[str] | Non
     if not choices:
         wide = WIDEST.get(plan.format.name, "int4-g64")
         message = f"none of {', '.join(tried)} fits a matrix of shape {first.N, first.K}: {found[0]}"
-        raise FormatError(message, where=first.name, remedy=f"add one that does to --schemes, such as {wide}")
+        raise FormatError(
+            message, where=first.name, remedy=f"bitwright plan … --schemes with one that does, such as {wide}"
+        )
     return Unit(tuple(patterns), tuple(members), tuple(choices))
 
 
