@@ -15,8 +15,10 @@ import torch
 from bench.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from bitwright import quantize
+from bitwright.cli.app import app
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -392,6 +394,27 @@ def test_a_merge_that_could_not_be_judged_is_refused_before_work(
         merge(llama, adapter, tmp_path / "out", settings=how, resume=True, progress=lambda what, *_: told.append(what))
     assert not told and not list(tmp_path.iterdir())
     assert "text" in more or "--eval-seqlen" in caught.value.remedy
+
+
+@pytest.mark.parametrize("calib", [None, "general", "none", "general:0.5,fruits.txt:0.5"])
+def test_a_merge_without_a_text_to_judge_on_is_refused_before_anything(
+    calib: str | None, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    out, more = tmp_path / "out", [] if calib is None else ["--calib", calib]
+    arguments = ["merge", str(llama), str(adapter), str(out), "--scheme", "int4-g32", "--json", *more]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and not list(tmp_path.iterdir()), done.output
+    error = json.loads(done.stdout)
+    assert "held out" in error["error"] and "--calib FILE" in error["remedy"] and "--text FILE" in error["remedy"]
+
+
+def test_a_merge_judged_on_a_text_of_its_own_needs_no_other(
+    adapter: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    small = ("--samples", "4", "--seqlen", "32", "--tokens", "64", "--eval-seqlen", "32", "--no-compare", "--json")
+    arguments = ["merge", str(llama), str(adapter), str(tmp_path / "out"), "--scheme", "int4-g32", "--text", str(text)]
+    done = CliRunner().invoke(app, [*arguments, *small])
+    assert done.exit_code in (0, 1) and json.loads(done.stdout)["text"] == str(text), done.output
 
 
 def test_a_base_that_is_quantized_is_refused_with_a_remedy_that_merge_has(

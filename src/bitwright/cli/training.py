@@ -102,8 +102,12 @@ def merge(
     format: Annotated[str | None, typer.Option(help="File format, as for quantize.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of rules for single layers.")] = None,
     calib: Annotated[
-        str, typer.Option(help="Text of what the adapter was trained on: a UTF-8 file, or .jsonl of conversations.")
-    ] = "general",
+        str | None,
+        typer.Option(
+            help="Text of what the adapter was trained on: a UTF-8 file, or .jsonl of conversations. Needed unless --text is "
+            "given; then by default general."
+        ),
+    ] = None,
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
     seed: Seed = 0,

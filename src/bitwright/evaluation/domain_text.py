@@ -8,19 +8,25 @@ from bitwright.calibration.text_mix import BUILT_IN
 from bitwright.calibration.windows import read_text
 from bitwright.errors import CalibrationError
 from bitwright.files.checkpoint import disk_errors
+from bitwright.gguf.imatrix import is_imatrix
 
 HELD_OUT = 0.1  # share of the text that is judged on
+
+
+def check_has_parts(source: str) -> None:
+    """CalibrationError for what is no file of text, of which a part could be held out."""
+    if source in (*BUILT_IN, "none") or ("," in source and not Path(source).is_file()) or is_imatrix(source):
+        remedy = "--calib FILE: text of what the adapter was trained on; or name what to judge on: --text FILE"
+        raise CalibrationError("no part of this text can be held out to judge on", where=source, remedy=remedy)
 
 
 def two_parts(source: str, tokenizer: Any, folder: Path) -> tuple[Path, Path]:
     """Write both parts of a text file into `folder`: for calibration, and held out.
 
-    A data set's conversations are put into the model's chat template first. CalibrationError for a text that is built in or
-    too short; others as of `documents`.
+    A data set's conversations are put into the model's chat template first. CalibrationError as of `check_has_parts`, or for
+    a text that is too short; others as of `documents`.
     """
-    if source in BUILT_IN or ("," in source and not Path(source).is_file()):
-        remedy = "--calib FILE: text of what the adapter was trained on; or name what to judge on: --text FILE"
-        raise CalibrationError("no part of this text can be held out to judge on", where=source, remedy=remedy)
+    check_has_parts(source)
     pieces = documents(tokenizer, source) if is_data_set(source) else read_text(source).splitlines(keepends=True)
     cut = _index_at((1 - HELD_OUT) * sum(map(len, pieces)), pieces)
     if not 0 < cut < len(pieces):

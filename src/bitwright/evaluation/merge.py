@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.calibration.windows import load_tokenizer
-from bitwright.evaluation.domain_text import two_parts
+from bitwright.evaluation.domain_text import check_has_parts, two_parts
 from bitwright.evaluation.evaluate import Evaluation, evaluate
 from bitwright.evaluation.judged_text import check_text
 from bitwright.files.checkpoint import disk_errors
@@ -31,8 +31,9 @@ MERGED, NEAREST, BESIDE = "merged", "rounded to nearest", "quantized base, 16-bi
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to quantize and judge. The first seven as of `quantize`.
+    """How to quantize and judge. The first eight as of `quantize`.
 
+    calib         of the adapter's domain; None: general, beside a `text`
     text          a text to judge on; None: the last tenth of the file `calib`, which is then not calibrated on
     tokens        judge on so many tokens; eval_seqlen: in windows of so many
     compared      whether the other two ways are made and judged too
@@ -42,7 +43,7 @@ class Settings:
     method: str | None = None
     format: str | None = None
     recipe: Path | None = None
-    calib: str = "general"
+    calib: str | None = None
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -105,12 +106,14 @@ def merge(model: Path, adapter: Path, out: Path, *, settings: Settings, resume: 
     for an adapter of another model (see models/adapter.py).
     """
     check_out(out)
+    calib, text = settings.calib or "general", settings.text
+    if text is None:
+        check_has_parts(calib)
     model = local(model)
     with disk_errors(out):
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.resolve().parent) as folder:
         room = Path(folder)
-        calib, text = settings.calib, settings.text
         if text is None:
             seen, held = two_parts(calib, load_tokenizer(model), room)
             calib, text = str(seen), str(held)
