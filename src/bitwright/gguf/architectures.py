@@ -24,19 +24,19 @@ SOFT_CAPS = (
     ("final_logit_softcapping", "final_logit_softcapping"),
 )
 EXPERT_COUNT, EXPERTS_USED = "expert_count", "expert_used_count"
-MIXTRAL = (("num_local_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"))
+MIXTRAL = (("num_local_experts", EXPERT_COUNT), ("num_experts_per_tok", EXPERTS_USED))
 MIXTURE = (
-    ("num_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),
+    ("num_experts", EXPERT_COUNT), ("num_experts_per_tok", EXPERTS_USED),
     ("moe_intermediate_size", "expert_feed_forward_length"),
 )  # fmt: skip
 GLM_MIXTURE = (
-    ("n_routed_experts", EXPERT_COUNT), ("num_experts_per_tok", "expert_used_count"),
+    ("n_routed_experts", EXPERT_COUNT), ("num_experts_per_tok", EXPERTS_USED),
     ("moe_intermediate_size", "expert_feed_forward_length"), ("n_shared_experts", "expert_shared_count"),
     ("first_k_dense_replace", "leading_dense_block_count"), ("routed_scaling_factor", "expert_weights_scale"),
     ("norm_topk_prob", "expert_weights_norm"), ("n_group", "expert_group_count"), ("topk_group", "expert_group_used_count"),
 )  # fmt: skip
 ERNIE_MIXTURE = (
-    ("moe_num_experts", EXPERT_COUNT), ("moe_k", "expert_used_count"), ("moe_intermediate_size", "expert_feed_forward_length"),
+    ("moe_num_experts", EXPERT_COUNT), ("moe_k", EXPERTS_USED), ("moe_intermediate_size", "expert_feed_forward_length"),
     ("moe_num_shared_experts", "expert_shared_count"), ("moe_layer_start_index", "leading_dense_block_count"),
     ("moe_layer_interval", "interleave_moe_layer_step"),
 )  # fmt: skip
@@ -112,7 +112,7 @@ GEMMA4 = (
     *SHAPE[:3], SHAPE[4], *RMS, SOFT_CAPS[1], *SLIDING,
     ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
     ("num_kv_shared_layers", "attention.shared_kv_layers"),
-    ("num_experts", EXPERT_COUNT), ("top_k_experts", "expert_used_count"), MIXTURE[2],
+    ("num_experts", EXPERT_COUNT), ("top_k_experts", EXPERTS_USED), MIXTURE[2],
 )  # fmt: skip
 MODERN = (*SHAPE, ("norm_eps", "attention.layer_norm_epsilon"), ("local_attention", SLIDING[0][1]), VOCABULARY)
 LLAMA4 = (
@@ -239,7 +239,7 @@ ARCHITECTURES = {
                 *RMS,
                 *HEADS,
                 ("num_experts", EXPERT_COUNT),
-                ("moe_topk", "expert_used_count"),
+                ("moe_topk", EXPERTS_USED),
                 ("intermediate_size", "expert_feed_forward_length"),
             ),
         ),
