@@ -24,6 +24,7 @@ from bitwright.errors import CalibrationError, InputError
 from bitwright.evaluation.chat_text import chat_windows, conversations
 from bitwright.evaluation.evaluate import Evaluation
 from bitwright.evaluation.evaluate import evaluate as judge
+from bitwright.evaluation.judged_text import check_text
 from bitwright.evaluation.report import evaluation_table
 from bitwright.evaluation.verdict import ALONE, BANDS, band, short_name, verdict
 from bitwright.models.streamed import StreamedModel, float_perplexities
@@ -168,6 +169,23 @@ def test_every_block_of_both_models_is_told_of(pair: tuple[Path, Path], text: st
     )  # fmt: skip
     depth = told[0][2]
     assert told == [(what, done, depth) for what in ("block", "the reference: block") for done in range(depth + 1)]
+    apart: tuple[list[str], list[str]] = ([], [])
+    judge(
+        quantized, reference=float_model, texts=[text], seqlen=32, tokens=64,
+        progress=lambda what, *_: apart[0].append(what), reference_progress=lambda what, *_: apart[1].append(what),
+    )  # fmt: skip
+    assert apart[0] == apart[1] == ["block"] * (depth + 1)
+
+
+def test_a_text_looked_at_beforehand_is_refused_by_the_option_for_its_windows(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    for seqlen in (32, 4096):
+        with pytest.raises(InputError) as caught:
+            check_text(pair[0], str(short), seqlen=seqlen, tokens=None)
+        assert "--eval-seqlen" in caught.value.remedy
 
 
 @pytest.mark.parametrize("stored", [False, True])

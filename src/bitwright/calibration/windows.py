@@ -21,6 +21,7 @@ from bitwright.gguf.templates import check_form
 from bitwright.gguf.tokenizer import tokenizer_of
 from bitwright.models.gguf_source import read_tokenizer
 
+SEQLEN = "--seqlen"  # the option of most commands for the tokens in a window
 BUILT_IN: dict[str, Callable[[], str]] = {  # texts that come with the package, or with Python
     "general": plain_text,
     "stdlib": lambda: module_text(CALIBRATION),
@@ -60,16 +61,19 @@ def read_text(source: str) -> str:
     return plain(source) if is_data_set(source) else read_file(source)
 
 
-def windows(tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None) -> Tensor:
+def windows(
+    tokenizer: Any, source: str, *, seqlen: int, vocabulary: int, most: int | None = None, option: str = SEQLEN
+) -> Tensor:
     """The whole, non-overlapping windows of a text in order, `most` of them at most: token ids [W, seqlen].
 
+    option: that the command has for seqlen, which a refusal names.
     If the tokenizer begins every text with a special token (BOS), every window begins with it, as texts did in training.
     CalibrationError if the text is shorter than one window, or the tokenizer's ids do not fit the model's vocabulary.
     """
     pieces = cut_at_lines(
         read_text(source), 1 << 18
     )  # tokenizing it all at once would take a hundred bytes of memory a token
-    return cut_windows(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary)
+    return cut_windows(tokenizer, pieces, most, source=source, seqlen=seqlen, vocabulary=vocabulary, option=option)
 
 
 def draw(tokenizer: Any, calib: str, *, samples: int, seqlen: int, vocabulary: int, seed: int, spare: int = 0) -> Drawn:
@@ -113,9 +117,16 @@ def _shuffled(tokenizer: Any, source: str, size: int, vocabulary: int, seed: int
 
 
 def cut_windows(
-    tokenizer: Any, pieces: list[str], most: int | None, *, source: str, seqlen: int, vocabulary: int
+    tokenizer: Any,
+    pieces: list[str],
+    most: int | None,
+    *,
+    source: str,
+    seqlen: int,
+    vocabulary: int,
+    option: str = SEQLEN,
 ) -> Tensor:
-    """Tokenize pieces of text until there are `most` windows, and cut them: [W, seqlen]."""
+    """Tokenize pieces of text until there are `most` windows, and cut them: [W, seqlen]. option: as of `windows`."""
     tokenizer.model_max_length = int(1e30)  # no warning for a text longer than the model's context: it is cut here
     start = opening(tokenizer)
     length = seqlen - len(start)
@@ -126,17 +137,17 @@ def cut_windows(
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     count = min(len(ids) // length if length > 0 else 0, len(ids) if most is None else most)
     if count == 0:
-        raise too_short(len(ids), seqlen, source)
+        raise too_short(len(ids), seqlen, source, option)
     body = torch.tensor(ids[: count * length]).view(count, length)
     found = torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), body], dim=1)
     check_ids(tokenizer, found, vocabulary)
     return found
 
 
-def too_short(tokens: int, seqlen: int, source: str) -> CalibrationError:
-    """The error for a text whose tokens fill no window."""
+def too_short(tokens: int, seqlen: int, source: str, option: str = SEQLEN) -> CalibrationError:
+    """The error for a text whose tokens fill no window. option: as of `windows`."""
     message = f"{tokens} tokens are shorter than one window of {seqlen}"
-    return CalibrationError(message, where=source, remedy="give more text, or a smaller --seqlen")
+    return CalibrationError(message, where=source, remedy=f"give more text, or a smaller {option}")
 
 
 def check_ids(tokenizer: Any, ids: Tensor, vocabulary: int) -> None:

@@ -19,7 +19,7 @@ from bitwright.calibration.text_mix import check_texts
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.evaluation.candidate import Candidate, Original
 from bitwright.evaluation.contests import Asked, Contest, Settings, contests_of
-from bitwright.evaluation.evaluate import REFERENCE, evaluate
+from bitwright.evaluation.evaluate import evaluate
 from bitwright.evaluation.judged_text import check_text
 from bitwright.evaluation.page import page
 from bitwright.files.checkpoint import Checkpoint, disk_errors, write_file
@@ -166,13 +166,12 @@ class _Meter:
         self.progress(what, self.before + done, self.total)
 
     def judging(self, whose: str) -> Progress:
-        """Progress of an evaluation. Where it needs the reference's predictions first, those are no steps of their own."""
+        """Progress of an evaluation."""
+        return lambda _, done, __: self.part(f"{whose}: evaluation", done)
 
-        def step(what: str, done: int, _: int) -> None:
-            of_reference = what.startswith(REFERENCE)
-            self.part(f"{whose}: {REFERENCE if of_reference else 'evaluation'}", self.depth if of_reference else done)
-
-        return step
+    def waiting(self, whose: str) -> Progress:
+        """Progress of the reference's predictions, where an evaluation needs them first: no steps of their own."""
+        return lambda *_: self.part(f"{whose}: the reference", self.depth)
 
     def next(self, size: int) -> None:
         """Begin the next part; the one that is over had `size` steps."""
@@ -199,7 +198,7 @@ def _take_statistics(contests: list[Contest], shared: Path, settings: Settings, 
 
 def _original(model: Path, settings: Settings, meter: _Meter) -> Original:
     """The float model's size, and its perplexity on the text."""
-    judged = _judged(model, None, None, settings, meter.judging("the original"))
+    judged = _judged(model, None, None, settings, meter, "the original")
     meter.next(meter.depth)
     source = Checkpoint(model)
     size = sum(file.stat().st_size for file in {info.file for info in source.tensors.values()})
@@ -210,9 +209,9 @@ def _original(model: Path, settings: Settings, meter: _Meter) -> Original:
 
 
 def _judged(
-    folder: Path, reference: Path | None, predictions: Path | None, settings: Settings, progress: Progress
+    folder: Path, reference: Path | None, predictions: Path | None, settings: Settings, meter: _Meter, whose: str
 ) -> dict[str, Any]:
-    """An evaluation as plain data."""
+    """An evaluation as plain data. whose: its name in the meter."""
     (found,) = evaluate(
         folder,
         reference=reference,
@@ -221,7 +220,8 @@ def _judged(
         tokens=settings.tokens,
         predictions=predictions,
         device=device_of(settings.device),
-        progress=progress,
+        progress=meter.judging(whose),
+        reference_progress=meter.waiting(whose),
     )
     return found.as_dict()
 
@@ -239,7 +239,7 @@ def _candidate(contest: Contest, model: Path, work: Path, shared: Path, settings
             _remove(folder)
         _quantize(contest, folder, took, contest.statistics(shared, settings), settings, meter)
     meter.next(meter.shards)
-    judged = _judged(folder, model, shared, settings, meter.judging(contest.name))
+    judged = _judged(folder, model, shared, settings, meter, contest.name)
     meter.next(meter.depth)
     write_file(found, json.dumps(json.loads(took.read_text(encoding="utf-8")) | {"judged": judged}).encode())
     if not settings.keep:

@@ -28,8 +28,6 @@ from bitwright.pipeline.statistics_store import code_version
 from bitwright.system.device import CPU
 from bitwright.system.progress import Progress, named
 
-REFERENCE = "the reference"  # before its steps of progress
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -81,6 +79,7 @@ def evaluate(
     adapter: Path | None = None,
     reference_adapter: Path | None = None,
     progress: Progress = lambda *_: None,
+    reference_progress: Progress | None = None,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint on each of several texts, against a reference if one is given.
 
@@ -93,7 +92,8 @@ def evaluate(
     chat         the texts are conversations, in the model's chat template (see chat_text.py)
     device       that both models are computed on
     adapter, reference_adapter  LoRA adapters in peft's form, added to the weights of the model and of the reference
-    progress     told of every block of the model, then of every block of the reference
+    progress     told of every block of the model
+    reference_progress  told then of every block of the reference, unless its predictions are stored; None: `progress` is
     Raises InputError for a window that does not fit, a reference of another vocabulary or tokenizer, an engine that does not
     run the file, keys and values that are rounded already, a chat template that is missing; CalibrationError for a text shorter
     than one window.
@@ -109,9 +109,8 @@ def evaluate(
         judged.check_reference(streamed, ids, other)
     parts = [batched(one) for one in ids]
     hidden = _carried(streamed, parts, progress)
-    against = (
-        _references(other, parts, predictions, named(progress, f"{REFERENCE}: ")) if other else [None] * len(parts)
-    )
+    beside = reference_progress or named(progress, "the reference: ")
+    against = _references(other, parts, predictions, beside) if other else [None] * len(parts)
     costs = [_costs(streamed, *one) for one in zip(hidden, parts, against, strict=True)]
     seconds = time.monotonic() - begun
     notes = tuple(f"{one.folder}: {note}" for one in (streamed, other) if one for note in one.weight_source.notes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitwright.calibration.windows import load_tokenizer, windows
+from bitwright.calibration.windows import SEQLEN, load_tokenizer, windows
 from bitwright.errors import InputError
 from bitwright.evaluation.chat_text import chat_windows
 from bitwright.models.families import positions_of
@@ -21,12 +21,14 @@ class JudgedText:
     seqlen  tokens in a window, at least 2
     tokens  stop after so many of each text (whole windows); None: the whole text
     chat    the texts are conversations, in the model's chat template
+    option  that the command has for seqlen, which refusals name
     """
 
     names: Sequence[str]
     seqlen: int
     tokens: int | None
     chat: bool
+    option: str = SEQLEN
 
     def windows(self, streamed: StreamedModel) -> list[Tensor]:
         """Each text's windows [W, T]. InputError for a window longer than the model's context; other errors as of `windows` and
@@ -34,7 +36,7 @@ class JudgedText:
         limit = positions_of(streamed.skeleton.config.get_text_config()) or self.seqlen
         if not 2 <= self.seqlen <= limit:
             message = f"windows of {self.seqlen} tokens, and the model knows 2 to {limit} positions"
-            raise InputError(message, where=str(streamed.folder), remedy=f"--seqlen of 2 to {limit}")
+            raise InputError(message, where=str(streamed.folder), remedy=f"{self.option} of 2 to {limit}")
         tokenizer = load_tokenizer(streamed.folder)
         return [self._cut(streamed, tokenizer, name) for name in self.names]
 
@@ -45,7 +47,7 @@ class JudgedText:
         if self.chat:
             where = streamed.folder
             return chat_windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, where=where, most=most)
-        return windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, most=most)
+        return windows(tokenizer, name, seqlen=self.seqlen, vocabulary=vocabulary, most=most, option=self.option)
 
     def check_reference(self, streamed: StreamedModel, ours: list[Tensor], other: StreamedModel) -> None:
         """InputError if the reference has another vocabulary, or a tokenizer that gives other tokens. ours: the model's windows
@@ -63,11 +65,7 @@ class JudgedText:
 
 def check_text(model: Path, name: str, *, seqlen: int, tokens: int | None) -> None:
     """Raise as `JudgedText.windows`, before long work whose result will be judged; windows are --eval-seqlen long there."""
-    try:
-        JudgedText([name], seqlen, tokens, chat=False).windows(StreamedModel(model))
-    except InputError as error:
-        error.remedy = error.remedy.replace("--seqlen", "--eval-seqlen")
-        raise
+    JudgedText([name], seqlen, tokens, chat=False, option="--eval-seqlen").windows(StreamedModel(model))
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:
