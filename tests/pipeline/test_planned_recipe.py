@@ -315,6 +315,30 @@ def test_quantize_names_only_options_of_its_own(
     assert done.exit_code == 2 and json.loads(done.stdout)["remedy"] == remedy
 
 
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_a_dry_run_says_what_can_be_reached_and_scores_nothing(
+    command: str, llama: Path, text: str, tmp_path: Path
+) -> None:
+    more = ["--scores", str(tmp_path / "scores")] if command == "plan" else []
+    start = [command, str(llama), str(tmp_path / "out"), "--calib", text, "--samples", "8", "--seqlen", "32", *more]
+    dry = CliRunner().invoke(app, [*start, "--size", "125KB", "--dry-run", "--json"])
+    assert dry.exit_code == 0 and not list(tmp_path.iterdir()), dry.output
+    found = json.loads(dry.stdout)
+    made = plan_recipe(llama, Target(size=125_000), Settings(calib=text, method="rtn", **SMALL))
+    assert (found["smallest_bytes"], found["largest_bytes"]) == tuple(end[0] for end in made.bounds)
+    assert found["smallest_bytes"] < 125_000 < found["largest_bytes"]
+    assert (
+        found["target"] == "125,000 bytes" and found["peak_memory_bytes"] and found["format"] == made.plan.format.name
+    )
+    shown = CliRunner().invoke(app, [*start, "--bits", "9", "--dry-run"])
+    assert shown.exit_code == 0 and "smallest_bits_per_weight" in shown.stdout, shown.output
+    refusals = (["--size", "10KB"], ["--size", "1MB", "--bits", "4"], ["--bits", "5", "--calib", "/no/such.txt"])
+    for wrong in refusals:
+        ended = [CliRunner().invoke(app, [*start, *wrong, "--json", *end]) for end in (["--dry-run"], [])]
+        assert [one.exit_code for one in ended] == [2, 2] and ended[0].stdout == ended[1].stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_encoder_has_nothing_to_plan_by(text: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "bert", "bert")
     with pytest.raises(CheckpointError, match="predict no next token"):

@@ -16,6 +16,7 @@ from bitwright.cli.console import (
     AsJson,
     Calib,
     Device,
+    DryRun,
     Model,
     Out,
     Quiet,
@@ -143,9 +144,7 @@ def quantize(
     requantize: Requantize = False,
     device: Device = "cpu",
     resume: Resume = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop before the first weight: sizes, and all refusals.")
-    ] = False,
+    dry_run: DryRun = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -155,7 +154,7 @@ def quantize(
     with reporting(as_json, KEPT.format(out), quiet=quiet):
         check_model(model)
         from bitwright.pipeline.options import QuantizeOptions
-        from bitwright.pipeline.quantize import carried_out, check_calibration, planned
+        from bitwright.pipeline.quantize import carried_out, check_calibration, estimated, planned
         from bitwright.plan.tensor_types import TensorTypes
 
         options = QuantizeOptions(
@@ -164,6 +163,8 @@ def quantize(
             prune=prune, recipe=recipe, size=size, bits=bits, calib=calib, samples=samples, seqlen=seqlen, seed=seed,
             store=store, requantize=requantize, device=device, resume=resume, distributed=launched(),
         )  # fmt: skip
+        if dry_run and options.for_target:
+            return show(estimated(model, out, options).as_dict(), as_json, "Preflight") if speaks() else None
         with progress_bar(as_json or quiet) as progress:
             plan = planned(model, out, options, progress=progress, announce=partial(announce, quiet=as_json or quiet))
         if dry_run:

@@ -41,6 +41,9 @@ Samples = Annotated[int, typer.Option(min=1, metavar="<int>", help="Calibration 
 Seqlen = Annotated[int, typer.Option(min=2, metavar="<int>", help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Which windows of the text are taken.")]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Stop before the first weight: sizes, memory, and all refusals.")
+]
 Device = Annotated[str, typer.Option(help="Compute on cpu, cuda or cuda:N.")]
 console, errors = Console(emoji=False), Console(stderr=True, emoji=False)  # general:-1:… is a share, no thumb
 PAUSE = 5.0  # seconds in a log without a line, while steps have no result to tell

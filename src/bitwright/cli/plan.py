@@ -9,6 +9,7 @@ import typer
 
 from bitwright.cli.console import (
     AsJson,
+    DryRun,
     Quiet,
     Requantize,
     Samples,
@@ -63,6 +64,7 @@ def plan(
         Path | None, typer.Option(help="Directory that keeps the scores: another target then takes seconds.")
     ] = None,
     requantize: Requantize = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +74,7 @@ def plan(
     ):
         check_model(model)
         from bitwright.files.checkpoint import write_file
-        from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+        from bitwright.pipeline.planned_recipe import Settings, estimated, plan_recipe
         from bitwright.pipeline.work_in_progress import check_out
         from bitwright.plan.target import Target
 
@@ -83,6 +85,9 @@ def plan(
             format, tried, method, tuple(keep or ()), calib, samples, seqlen, seed, activations, activations_kl, measure,
             requantize,
         )  # fmt: skip
+        if dry_run:
+            show(estimated(model, target, settings, scores=scores).as_dict(), as_json, "Preflight")
+            return
         with progress_bar(as_json or quiet) as progress:
             said = partial(announce, quiet=as_json or quiet)
             made = plan_recipe(model, target, settings, scores=scores, progress=progress, announce=said)

@@ -50,6 +50,11 @@ class QuantizeOptions:
     resume: bool = True
     distributed: bool = False
 
+    @property
+    def for_target(self) -> bool:
+        """Whether schemes are chosen for a size, or bits."""
+        return self.size is not None or self.bits is not None
+
     def rules(self, scheme: str, method: str) -> Recipe:
         """The recipe of a run that has no target; scheme, method: those that were chosen where the options leave them out."""
         return Recipe.of(

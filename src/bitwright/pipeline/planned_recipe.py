@@ -20,9 +20,9 @@ from bitwright.methods import ASYMMETRIC
 from bitwright.numerics.scheme import Scheme
 from bitwright.pipeline.calibration_pass import calibration_tokens
 from bitwright.pipeline.curvature import windows_measured
-from bitwright.pipeline.planned_sizes import Sizes, data_bytes
+from bitwright.pipeline.planned_sizes import Estimate, Sizes, data_bytes
 from bitwright.pipeline.planning_memory import planning_memory
-from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, scored
+from bitwright.pipeline.scores import INPUTS, STAND_IN, Scores, check_scores, scored
 from bitwright.pipeline.steps import corrected, measured, ratios, steps
 from bitwright.plan.allocation import Allocation, Option
 from bitwright.plan.input_rounding import check_inputs, input_scheme, rounded_inputs, weights_kl
@@ -146,20 +146,42 @@ def plan_recipe(
     that do not fit, CalibrationError without a text; and as `preflight`.
     """
     begun, model = time.monotonic(), local(model)
-    base, units = prepared(model, settings)
-    _check_settings(settings, target)
-    sizes, memory = Sizes.of(base, units), planning_memory(base, units, settings.measure)
-    sizes.check(target)
-    announce(sizes.headline(memory))
-    tokens = _tokens(base, settings)
+    base, units, tokens, known = _begun(model, target, settings)
+    announce(known.sizes.headline(known.memory))
     with TemporaryDirectory(prefix="bitwright-scores-") as thrown_away:
         found = scored(base, units, tokens, scores or Path(thrown_away), progress, settings.inputs)
     spending = _Spending(model, settings, base, units, found.scores)
     spending, met, of_steps = _measured(spending, target, tokens, progress)
-    said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
-    notes = (*met.plan.notes, *said, *found.notes, *_notes(settings), *of_steps)
+    notes = (*met.plan.notes, *known.notes, *found.notes, *_notes(settings), *of_steps)
     kl = sum(one.kl for one in met.given)
-    return PlannedRecipe(*met, target, kl, spending.bounds, notes, time.monotonic() - begun, memory)
+    return PlannedRecipe(*met, target, kl, spending.bounds, notes, time.monotonic() - begun, known.memory)
+
+
+def estimated(model: Path, target: Target, settings: Settings = Settings(), *, scores: Path | None = None) -> Estimate:
+    """What `plan_recipe` would choose from, before any weight is read; raises what that would refuse until then."""
+    if scores is not None:
+        check_scores(scores)
+    return _begun(local(model), target, settings).estimate
+
+
+class _Begun(NamedTuple):
+    """What is known before any weight is read."""
+
+    base: Plan
+    units: list[Unit]
+    tokens: Drawn
+    estimate: Estimate
+
+
+def _begun(model: Path, target: Target, settings: Settings) -> _Begun:
+    """Raises all that can be refused before any weight is read."""
+    base, units = prepared(model, settings)
+    _check_settings(settings, target)
+    sizes, memory = Sizes.of(base, units), planning_memory(base, units, settings.measure)
+    sizes.check(target)
+    tokens = _tokens(base, settings)
+    said = tokens.notes[len(base.notes) :]  # those of the base plan are of a recipe that nobody carries out
+    return _Begun(base, units, tokens, Estimate(sizes, base.format.name, target, memory, said))
 
 
 def _tokens(base: Plan, settings: Settings) -> Drawn:

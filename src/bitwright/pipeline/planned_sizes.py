@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitwright.errors import RecipeError
 from bitwright.files.checkpoint import spec_bytes
@@ -44,6 +45,10 @@ class Sizes:
             return target.size, self.other
         return int((target.bits or 0) * self.parameters / 8), self.data
 
+    def bits_per_weight(self, units: int) -> float:
+        """Bits a weight of a result whose units take so many bytes."""
+        return 8 * (self.data + units) / self.parameters
+
     def headline(self, memory: int) -> str:
         """What is chosen from, in a line; memory: bytes that choosing takes."""
         ends = " to ".join(f"{(self.other + end) / 1e6:,.1f}" for end in (self.least, self.most))
@@ -64,9 +69,7 @@ class Sizes:
         ends = []
         for at, size in enumerate((self.least, self.most)):
             known = f", predicted KL {kls[at]:.3g}" if kls else ""
-            ends.append(
-                f"{self.other + size:,} bytes ({8 * (self.data + size) / self.parameters:.3f} bits a weight{known})"
-            )
+            ends.append(f"{self.other + size:,} bytes ({self.bits_per_weight(size):.3f} bits a weight{known})")
         reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
         message = f"{', '.join(self.schemes)} {reach}, not {target}"
         between = "a target between them, or other --schemes" if target.by_plan else "a --size or --bits between them"
@@ -74,6 +77,34 @@ class Sizes:
             between if self.least < self.most or target.by_plan else "leave out --size and --bits, and give --scheme"
         )
         return RecipeError(message, where=str(self.model), remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is chosen from for a target, before any weight is read. memory: bytes that choosing takes."""
+
+    sizes: Sizes
+    format: str
+    target: Target
+    memory: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `--dry-run`."""
+        sizes = self.sizes
+        ends = {"smallest": sizes.least, "largest": sizes.most}
+        return {
+            "model": str(sizes.model),
+            "format": self.format,
+            "target": str(self.target),
+            "schemes": list(sizes.schemes),
+            "parameters": sizes.parameters,
+            "units": sizes.units,
+            **{f"{name}_bytes": sizes.other + size for name, size in ends.items()},
+            **{f"{name}_bits_per_weight": round(sizes.bits_per_weight(size), 4) for name, size in ends.items()},
+            "peak_memory_bytes": self.memory,
+            "notes": list(self.notes),
+        }
 
 
 def data_bytes(plan: Plan) -> int:

@@ -32,6 +32,8 @@ NOTE = "scores.json"  # of scores.py, which is not imported here: it knows model
 if TYPE_CHECKING:
     import torch
 
+    from bitwright.pipeline.planned_recipe import Settings
+    from bitwright.pipeline.planned_sizes import Estimate
     from bitwright.plan.run_plan import Plan
 
 
@@ -47,13 +49,12 @@ def planned(
 
     announce: is told in a line what schemes are chosen from, where they are chosen for a target
     """
-    check_out(out)
-    place = device_of(options.device)
-    check = texts_of if options.distributed else check_texts  # of several processes the first alone has the texts
-    check(options.calib)
-    model = local(model)
-    if options.size is not None or options.bits is not None:
-        return _for_target(model, out, options, progress, announce)
+    model, place = _ready(model, out, options), device_of(options.device)
+    if options.for_target:
+        from bitwright.pipeline.planned_recipe import plan_recipe
+
+        kept, asked = _scores_beside(out), _of_target(out, options)  # scores are kept until OUT appears
+        return plan_recipe(model, *asked, scores=kept, progress=progress, announce=announce).plan
     one_shot = options.store is not None
     format, scheme, method = chosen(out, options.format, options.scheme, options.method, one_shot=one_shot)
     rules = options.types.added_to(options.rules(scheme, method), method, format, one_file=FORMATS[format].one_file)
@@ -70,21 +71,33 @@ def planned(
     )  # fmt: skip
 
 
-def _for_target(
-    model: Path, out: Path, options: QuantizeOptions, progress: Progress, announce: Callable[[str], None]
-) -> "Plan":
-    """The plan whose schemes are chosen for a size or bits (planned_recipe.py); scores are kept beside OUT until it appears."""
-    from bitwright.pipeline.planned_recipe import Settings, plan_recipe
+def estimated(model: Path, out: Path, options: QuantizeOptions) -> "Estimate":
+    """What a run for a size or bits would choose its schemes from, before any weight is read. Errors as of `planned`."""
+    from bitwright.pipeline.planned_recipe import estimated as estimate
+
+    return estimate(_ready(model, out, options), *_of_target(out, options), scores=_scores_beside(out))
+
+
+def _ready(model: Path, out: Path, options: QuantizeOptions) -> Path:
+    """The model's place, downloaded if need be. InputError for an OUT, a device or a text that cannot be."""
+    check_out(out)
+    device_of(options.device)
+    check = texts_of if options.distributed else check_texts  # of several processes the first alone has the texts
+    check(options.calib)
+    return local(model)
+
+
+def _of_target(out: Path, options: QuantizeOptions) -> "tuple[Target, Settings]":
+    """The size or bits that schemes are chosen for, and how. RecipeError for options that go with neither."""
+    from bitwright.pipeline.planned_recipe import Settings
 
     _refuse_beside_a_target(options)
     target = Target.parse(options.size, options.bits, by_plan=False)
     format, _, method = chosen(out, options.format, None, options.method)
-    settings = Settings(
+    return target, Settings(
         format, method=method, calib=options.calib, samples=options.samples, seqlen=options.seqlen, seed=options.seed,
         requantize=options.requantize,
     )  # fmt: skip
-    scores = _scores_beside(out)
-    return plan_recipe(model, target, settings, scores=scores, progress=progress, announce=announce).plan
 
 
 def _refuse_beside_a_target(options: QuantizeOptions) -> None:

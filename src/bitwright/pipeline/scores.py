@@ -57,6 +57,7 @@ ENDS_ROWS = 1024  # of the embedding and the head
 AT_ONCE = 1 << 14  # rows of theirs that are multiplied at a time
 STAND_IN = "gptq"  # scores methods that need the quantized model's inputs, which are not known yet
 INPUTS = "inputs"  # beside the schemes of a module: rounding of its inputs
+NOTE = "scores.json"  # in a directory of scores: what they belong to
 REMOVE = "remove this directory, or name another, and the scores are computed anew"
 
 Scores = dict[str, dict[str, float]]  # module -> scheme -> KL in nats a token
@@ -70,6 +71,13 @@ class Scored:
     notes: tuple[str, ...]
 
 
+def check_scores(folder: Path) -> None:
+    """OutputError for a directory with other files in it than scores."""
+    if folder.exists() and (not folder.is_dir() or (not (folder / NOTE).is_file() and any(folder.iterdir()))):
+        remedy = "give --scores an empty or new directory"
+        raise OutputError("not a directory of scores", where=str(folder), remedy=remedy)
+
+
 class ScoreStore:
     """A directory of scores that belong to one key."""
 
@@ -79,10 +87,8 @@ class ScoreStore:
         OutputError for a directory with other files in it; CheckpointError for a damaged one.
         """
         self.folder, self.notes = folder, tuple[str, ...]()
-        note = folder / "scores.json"
-        if folder.exists() and (not folder.is_dir() or (not note.is_file() and any(folder.iterdir()))):
-            remedy = "give --scores an empty or new directory"
-            raise OutputError("not a directory of scores", where=str(folder), remedy=remedy)
+        check_scores(folder)
+        note = folder / NOTE
         differing = differing_keys(note, key) if note.is_file() else ""
         if differing:
             self.notes = (f"the scores in {folder} were of another {differing}: computed anew",)
