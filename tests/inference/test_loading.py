@@ -503,3 +503,10 @@ def test_a_model_can_be_converted_and_its_weights_stay(llama: Path, scheme: str,
     assert after.dtype == {"float": torch.float32, "double": torch.float64}.get(to, getattr(torch, to, None))
     assert distance(after.float(), before) < (0.02 if to == "bfloat16" else 2e-3)
     assert parts and all(torch.equal(b, parts[name]) for name, b in model.named_buffers() if name in parts)
+
+
+def test_a_scheme_in_memory_is_that_of_rows_that_fill_no_block_too(llama: Path) -> None:
+    """Blocks of 256 and rows of 64: nothing takes the scheme's place."""
+    model = load(llama, scheme="q4_k")
+    found = [(str(m.scheme), m.in_features) for m in model.modules() if isinstance(m, QLinear)]
+    assert len(found) == 21 and {scheme for scheme, _ in found} == {"q4_k"} and any(K % 256 for _, K in found)

@@ -47,7 +47,8 @@ def load(
     """A checkpoint directory, GGUF file or name on the hub, float or quantized by anyone whose format is read here, ready to
     generate.
 
-    scheme       a float checkpoint's matrices are rounded to it, block by block, with a method that needs no data
+    scheme       a float checkpoint's matrices are rounded to it, block by block, with a method that needs no data; rows that do
+                 not fill its groups, or blocks of 256, end in a short one (in a GGUF file another type takes its place)
     activations  bits that inputs of quantized matrices are rounded to: 16 (finer than bfloat16) or 8 (faster prefill)
     dtype        of all that is not quantized, and of what passes between modules
     device_map   as of transformers, the whole model on one device: "cpu" (as without it), "cuda", "cuda:1", "auto" (a GPU where
