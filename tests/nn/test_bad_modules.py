@@ -246,3 +246,32 @@ def test_what_is_no_scheme_is_named() -> None:
     for given in ({nn.Linear}, (X,)):
         with pytest.raises(RecipeError, match=r"not by a (set|tuple)"):
             bitwright.quantize_dynamic(net(), given)  # type: ignore[arg-type]
+
+
+class Spectrum(nn.Module):
+    """A complex layer between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned, self.out = nn.Linear(9, 9, dtype=torch.complex64), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.turned(torch.fft.rfft(x)).abs())
+
+
+def test_complex_weights_are_refused_and_may_be_kept() -> None:
+    """Their imaginary parts were dropped, 0.8 off."""
+    model = Spectrum().eval()
+    ways: tuple[Callable[[dict[str, str]], nn.Module], ...] = (
+        lambda keep: bitwright.quantize_dynamic(model, keep=keep),
+        lambda keep: converted(model, X, keep=keep),
+        lambda keep: bitwright.quantize_weights(model, scheme="int8-channel", method="rtn", keep=keep),
+        lambda keep: bitwright.prune(model, sparsity=0.1, method="magnitude", keep=keep),
+    )
+    for way in ways:
+        with pytest.raises(RecipeError, match=r"^turned: complex weights"):
+            way({})
+        assert relative(model(X), way({"turned": "float"})(X)) < 0.2
+    for way in ways[:3]:
+        with pytest.raises(RecipeError, match=r"^turned: complex weights"):
+            way({"turned": "bf16"})

@@ -45,6 +45,16 @@ def test_what_the_batches_show_helps() -> None:
     assert [type(module) for module in kept][::2] == [PackedLinear, nn.Linear]
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "autoround", "obq"])
+@torch.no_grad()
+def test_inputs_that_few_rows_do_not_show_keep_their_weights(method: str) -> None:
+    """Behind a ReLU one row leaves half of the inputs at 0: their weights are rounded, not dropped."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(64, 32)
+    packed = bitwright.quantize_weights(net, [torch.randn(1, 32)], scheme="int8-channel", method=method)
+    assert relative(net(x), packed(x)) < 0.1
+
+
 def test_what_quantize_weights_refuses() -> None:
     net = nn.Sequential(nn.Linear(64, 4)).eval()
     with pytest.raises(CalibrationError, match=r"^0: method gptq needs to see inputs"):

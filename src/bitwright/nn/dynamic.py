@@ -34,6 +34,7 @@ from bitwright.nn.tree import (
     no_fast_path,
     off_the_fast_path,
     quantizable,
+    refuse_complex,
     replaced,
     require_mode,
     with_hooks_of,
@@ -101,6 +102,7 @@ def quantize_dynamic(
 
 def dynamic(module: nn.Module, weights: Scheme, activations: Scheme, *, where: str) -> nn.Module:
     """The dynamic integer form of one module of a class in `DYNAMIC`."""
+    refuse_complex(module, where)
     check_group(weights, module, where)
     return DYNAMIC[kind(module)](module, weights, activations, where)
 

@@ -21,6 +21,7 @@ from bitwright.nn.tree import (
     no_fast_path,
     off_the_fast_path,
     quantizable,
+    refuse_complex,
     refuse_hooks,
     require_mode,
 )
@@ -121,6 +122,7 @@ def _prepared(
             for name, layer in layers_of(target, DYNAMIC, kept):
                 refuse_hooks(layer, name)
                 refuse_max_norm(layer, name)
+                refuse_complex(layer, name)
             maker = Maker(target, example, of_weights, of_values, observer, percentile, kept, training, whole=whole)
             body = off_the_fast_path(maker.made(target, ""))
             return Prepared(body, of_weights, of_values, kept, example).eval()

@@ -12,7 +12,7 @@ from bitwright.nn.dynamic import nothing_to_quantize
 from bitwright.nn.grams import grams_of
 from bitwright.nn.layers import matrix
 from bitwright.nn.plain import plain
-from bitwright.nn.tree import Kept, copied, layers_of, quantizable, require_mode
+from bitwright.nn.tree import Kept, copied, layers_of, quantizable, refuse_complex, require_mode
 from bitwright.sparsity import PRUNERS
 
 KINDS: dict[type[nn.Module], None] = {nn.Linear: None, nn.Conv1d: None, nn.Conv2d: None}
@@ -52,6 +52,8 @@ def prune(
     layers = layers_of(pruned, KINDS, kept)
     if not layers:
         raise nothing_to_quantize(module)
+    for name, layer in layers:
+        refuse_complex(layer, name)
     grams = {} if method == "magnitude" else _grams(pruned, layers, list(batches))
     for name, layer in layers:
         weight = layer.get_parameter("weight")

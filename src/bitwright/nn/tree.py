@@ -97,6 +97,12 @@ def refuse_hooks(layer: nn.Module, where: str) -> None:
         raise RecipeError("it has forward hooks, which would see integers", where=where, remedy=remedy)
 
 
+def refuse_complex(layer: nn.Module, where: str) -> None:
+    """RecipeError for a layer with complex weights: as real numbers they would lose their imaginary parts."""
+    if any(p.is_complex() for p in layer.parameters()):
+        raise RecipeError("complex weights have no quantized form", where=where, remedy=f'keep={{"{where}": "float"}}')
+
+
 def off_the_fast_path(root: nn.Module) -> nn.Module:
     """Disable torch's fast path for transformer layers in a module: it reads float weights directly, past the submodules."""
     for module in root.modules():
@@ -210,6 +216,7 @@ class Kept:
         for names, child in named(target):
             patterns = [p for p, kind in self.keep.items() if kind == "bf16"]
             if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                refuse_complex(child, names[0])
                 target = replaced(target, child, Bf16(child))
         return target
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitwright.calibration.statistics import Gram
 from bitwright.errors import CalibrationError, RecipeError, SchemeError, one_of
 from bitwright.kernels import matmul
 from bitwright.methods import CALIBRATED, METHODS, check_serves
@@ -24,6 +25,7 @@ from bitwright.nn.tree import (
     layers_of,
     off_the_fast_path,
     quantizable,
+    refuse_complex,
     replaced,
     require_mode,
     with_hooks_of,
@@ -142,17 +144,32 @@ def _packed(
     target: nn.Module, layers: list[tuple[str, nn.Module]], batches: list[Batch], scheme: Scheme, method: str
 ) -> nn.Module:
     """Quantize and pack these layers; returns the root."""
+    for name, layer in layers:
+        refuse_complex(layer, name)
     grams = grams_of(target, layers, batches)
     for name, layer in layers:
         if method in CALIBRATED and name not in grams:
             remedy = 'give batches that reach this layer, or method="search", which needs none'
             raise CalibrationError(f"method {method} needs to see inputs", where=name, remedy=remedy)
         assert isinstance(layer, nn.Linear)
-        gram = grams[name].value() if name in grams else None
+        gram = _reaching_all(grams[name]) if name in grams else None
         w = layer.weight.float()
         q = METHODS[method](w, gram, storable(w, scheme)).q
         target = replaced(target, layer, with_hooks_of(PackedLinear(layer, _still_zero(q, w)), layer))
     return target
+
+
+def _reaching_all(gram: Gram) -> Tensor:
+    """The Gram [K, K] as if inputs that were 0 in all rows had been seen once more, at the mean square of the others.
+
+    Methods set the weights of inputs that never come to 0; behind a ReLU a few rows do not show which those are.
+    """
+    rows, value = gram.tokens, gram.value()
+    squares = value.diagonal()
+    seen = squares > 0
+    if bool(seen.any()):
+        squares[~seen] = squares[seen].mean() / (rows + 1)
+    return value
 
 
 def _still_zero(q: QTensor, w: Tensor) -> QTensor:
