@@ -210,6 +210,33 @@ def test_a_weight_that_no_layer_holds_is_refused_and_a_table_is_not() -> None:
     assert {layer.name for layer in bitwright.layers(integer) if layer.kind == "float"} == {"token", "positions"}
 
 
+class Asks(nn.Module):
+    """Cannot be traced."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.fc, self.w = inner, nn.Linear(8, 8), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(self.inner(x))
+        return (y if float(y.sum()) < 1e9 else -y) @ self.w.t()
+
+
+@torch.no_grad()
+def test_weights_that_no_layer_holds_in_what_cannot_be_traced() -> None:
+    """Without an example, the module that holds one is traced by itself; what stays unknown is warned of."""
+    with pytest.raises(RecipeError, match=r"^inner\.w: a product"):
+        bitwright.quantize_dynamic(Asks(Bare()).eval())
+    net = Asks(nn.Linear(16, 8)).eval()
+    with pytest.warns(UserWarning, match=r"^w: no layer holds these, they stay float"):
+        bitwright.quantize_dynamic(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bitwright.quantize_dynamic(net, keep={"w": "float"})
+    with pytest.raises(RecipeError, match=r"^w: a product"):
+        bitwright.quantize_dynamic(net, example_inputs=X)
+
+
 class Same(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         return functional.conv1d(functional.pad(x, (1, 1)), self.weight, self.bias, self.stride)

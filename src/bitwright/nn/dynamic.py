@@ -1,10 +1,11 @@
 """Post-training dynamic quantization: integer weights; activations are quantized at run time, without calibration."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bitwright.errors import NumericsError, RecipeError
 from bitwright.nn.attention import IntegerAttention
@@ -171,6 +172,9 @@ DYNAMIC: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
+LISTS = (nn.ParameterList, nn.ParameterDict)  # what reads their parameters is elsewhere
+
+
 def refuse_max_norm(module: nn.Module, where: str) -> None:
     """RecipeError for an embedding with a max_norm."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
@@ -185,21 +189,57 @@ def nothing_to_quantize(module: nn.Module) -> RecipeError:
 
 
 def refuse_bare_weights(module: nn.Module, kept: Kept, example: Batch | None) -> None:
-    """RecipeError for a weight outside of torch.nn layers, found by running the example or, without one, by tracing."""
+    """RecipeError for a weight outside of torch.nn layers, found by running the example or, without one, by tracing.
+
+    What neither shows is warned of: it stays in float.
+    """
     held = {id(p) for child in module.modules() if kind(child) in DYNAMIC for p in child.parameters()}
     names = [name for name, p in module.named_parameters() if p.ndim > 1 and id(p) not in held]
-    if not any(not kept.covers(name) for name in names):
+    names = [name for name in names if not kept.covers(name)]
+    if not names:
         return
-    if example is not None:
-        found = read_by_products(module, example)
-    else:
-        needed = inspect.signature(module.forward).parameters.values()
-        given = {p.name: torch.zeros(0) for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        graph = traced(module, given)
-        found = set() if isinstance(graph, str) else set(multiplied_in(graph))
+    found, unknown = (
+        (read_by_products(module, example), set[str]()) if example is not None else _in_graphs(module, names)
+    )
     for name in names:
-        if name in found and not kept.covers(name):
+        if name in found:
             raise bare_weight(name)
+    if unknown:
+        message = (
+            "no layer holds these, they stay float, and whether products read them is not known without example_inputs"
+        )
+        listed = ", ".join(name for name in names if name in unknown)
+        warnings.warn(f"{listed}: {message}", stacklevel=3)
+
+
+def _in_graphs(module: nn.Module, names: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Those of these parameters that products read, in the module's graph or else in that of the module that holds them.
+
+    And those of which that is not known, as neither can be traced.
+    """
+    graph = _graph(module)
+    if graph is not None:
+        return set(multiplied_in(graph)), set()
+    found, unknown = set[str](), set[str]()
+    for holder in {name.rpartition(".")[0] for name in names}:
+        own = {name for name in names if name.rpartition(".")[0] == holder}
+        held_by = module.get_submodule(holder)
+        if kind(held_by).__module__.startswith("torch.nn.modules") and not isinstance(held_by, LISTS):
+            continue  # a layer, listed as such
+        graph = _graph(held_by) if holder else None
+        if graph is None:
+            unknown |= own
+        else:
+            found |= own & {f"{holder}.{name}" for name in multiplied_in(graph)}
+    return found, unknown
+
+
+def _graph(module: nn.Module) -> fx.GraphModule | None:
+    """A module traced without an example; None if it cannot be."""
+    needed = inspect.signature(module.forward).parameters.values()
+    given = {p.name: torch.zeros(0) for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    graph = traced(module, given)
+    return None if isinstance(graph, str) else graph
 
 
 def bare_weight(name: str) -> RecipeError:
