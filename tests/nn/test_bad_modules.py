@@ -275,3 +275,10 @@ def test_complex_weights_are_refused_and_may_be_kept() -> None:
     for way in ways[:3]:
         with pytest.raises(RecipeError, match=r"^turned: complex weights"):
             way({"turned": "bf16"})
+
+
+def test_what_is_quantized_already_is_named() -> None:
+    for once in (bitwright.quantize_dynamic(net()), converted(net(), X)):
+        for again in (bitwright.quantize_dynamic, lambda made: bitwright.prepare(made, X)):
+            with pytest.raises(RecipeError, match="already quantized"):
+                again(once)

@@ -251,3 +251,30 @@ def test_what_depends_on_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"^Reads: torch.export cannot trace it: .*"):
         bitwright.export_onnx(bitwright.quantize_dynamic(Reads().eval()), X, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+class Styled(nn.Module):
+    """An instance norm by running statistics, behind a layer whose results have channels last."""
+
+    def __init__(self, *, traceable: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Conv2d(4, 8, 3),
+            nn.InstanceNorm2d(8, track_running_stats=True),
+            nn.Conv2d(8, 3, 1),
+        )
+        self.norm.running_mean, self.norm.running_var = torch.randn(8), torch.rand(8) + 0.5
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        return self.last(y if self.traceable or float(y.shape[2]) > 1 else -y)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@torch.no_grad()
+def test_instance_norms_by_running_statistics(traceable: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 6, 6)
+    integer = converted(Styled(traceable=traceable).eval(), x)
+    assert relative(integer(other), by_onnxruntime(integer, x, tmp_path / "m.onnx", (other,))[0]) < 3e-3

@@ -12,6 +12,7 @@ from bitwright.nn.attention import IntegerAttention
 from bitwright.nn.bare_weights import Reads, multiplied_in
 from bitwright.nn.batches import Batch, outputs, require_finite, run, run_named, same_draws, tensors
 from bitwright.nn.check import Check, check_outputs, require_check, rounded_twin
+from bitwright.nn.dropin import Replacement
 from bitwright.nn.integer import activations_of, check_activations, storable
 from bitwright.nn.layers import (
     DynamicProduct,
@@ -184,7 +185,10 @@ def refuse_max_norm(module: nn.Module, where: str) -> None:
 
 def nothing_to_quantize(module: nn.Module) -> RecipeError:
     """The error for a module in which no layer can be quantized, or all are kept in float."""
-    kinds = ", ".join(kind.__name__ for kind in DYNAMIC)
+    if any(isinstance(child, Replacement) for child in module.modules()):
+        where = type(module).__name__
+        return RecipeError("nothing to quantize: already quantized", where=where, remedy="start from the float module")
+    kinds = ", ".join(kind.__name__ for kind in DYNAMIC if kind is not HeldWeight)
     return RecipeError("nothing to quantize", where=type(module).__name__, remedy=f"a module with any of {kinds}")
 
 
@@ -204,12 +208,11 @@ def refuse_bare_weights(module: nn.Module, kept: Kept, example: Batch | None) ->
     for name in names:
         if name in found:
             raise bare_weight(name)
-    if unknown:
-        message = (
-            "no layer holds these, they stay float, and whether products read them is not known without example_inputs"
-        )
-        listed = ", ".join(name for name in names if name in unknown)
-        warnings.warn(f"{listed}: {message}", stacklevel=3)
+    doubtful = [name for name in names if name in unknown and sum(n > 1 for n in module.get_parameter(name).shape) > 1]
+    if doubtful:
+        message = "no layer holds these, they stay float; example_inputs would show whether products read them"
+        more = f" and {len(doubtful) - 4} more" if len(doubtful) > 4 else ""
+        warnings.warn(f"{', '.join(doubtful[:4])}{more}: {message}", stacklevel=3)
 
 
 def _in_graphs(module: nn.Module, names: Sequence[str]) -> tuple[set[str], set[str]]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 OPSETS = range(17, 22)
 IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # opset -> the first IR version that has it
+# Layers that torch.export would take apart into operations on rows of several examples.
+WHOLE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 SHIFT = {"uint8": 128, "int8": 0}  # added to int8 codes in the file
 
 
@@ -111,7 +113,7 @@ def _written(
         pass
     for core in (False, True):  # torch's core operators are more, and slower
         try:
-            graph, found = exported(module, given, free, {*LAYERS, *LEAVES}, core=core)
+            graph, found = exported(module, given, free, {*LAYERS, *LEAVES, *WHOLE}, core=core)
             writer = Writer(graph, given, shift, opset).written()
             break
         except FormatError as error:

@@ -223,9 +223,9 @@ def _group_norm(w: Writes, a: Arguments) -> str:
 
 
 def _instance_norm(w: Writes, a: Arguments) -> str:
-    """Each channel of each example by its own mean and variance."""
+    """Each channel of each example by its own mean and variance; by running ones it is a batch norm."""
     if a.get("running_mean") is not None and not a.get("use_input_stats", False):
-        raise no_form(str(a["input"]), "an instance norm by running statistics")
+        return _batch_norm(w, a)
     C = w.shape(a["input"])[1]
     inputs = [w.value(x) for x in (a["input"], *_affine(a, C))]
     return w.op("InstanceNormalization", inputs, epsilon=float(a.get("eps", 1e-5)))
