@@ -282,3 +282,18 @@ def test_what_is_quantized_already_is_named() -> None:
         for again in (bitwright.quantize_dynamic, lambda made: bitwright.prepare(made, X)):
             with pytest.raises(RecipeError, match="already quantized"):
                 again(once)
+
+
+def test_what_is_no_module_and_what_is_no_tensor_is_named() -> None:
+    ways: tuple[Callable[[Any, Any], Any], ...] = (
+        bitwright.prepare,
+        lambda given, x: bitwright.quantize_dynamic(given, example_inputs=x),
+        lambda given, x: bitwright.quantize_weights(given, [x], scheme="int8-channel"),
+    )
+    for way in ways:
+        for given in (net().state_dict(), "model.pt"):
+            with pytest.raises(RecipeError, match="is no module"):
+                way(given, X)
+        for batch in (X.numpy(), "x"):
+            with pytest.raises(RecipeError, match="a batch without a tensor"):
+                way(net(), batch)

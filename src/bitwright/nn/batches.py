@@ -24,7 +24,11 @@ def run(module: nn.Module, batch: Batch) -> Any:
     args, named = as_call(cloned(batch))
     try:
         return module(*args, **named)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
+        if not tensors(batch):
+            remedy = "a tensor, a tuple of arguments or a dict of named ones; torch.from_numpy makes tensors of arrays"
+            message = f"a batch without a tensor: a {type(batch).__name__}"
+            raise RecipeError(message, where=type(module).__name__, remedy=remedy) from error
         reason = bound(module, batch)
         if not isinstance(reason, str):
             raise

@@ -67,6 +67,9 @@ def replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 def quantizable(module: nn.Module) -> nn.Module:
     """The module itself, or what torch.compile wraps. RecipeError for TorchScript, and for weights without values."""
+    if not isinstance(module, nn.Module):
+        remedy = "a torch.nn.Module; of a state dict, build the module and load_state_dict"
+        raise RecipeError(f"a {type(module).__name__} is no module", remedy=remedy)
     module = getattr(module, "_orig_mod", module)
     where = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
