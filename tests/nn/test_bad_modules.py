@@ -297,3 +297,8 @@ def test_what_is_no_module_and_what_is_no_tensor_is_named() -> None:
         for batch in (X.numpy(), "x"):
             with pytest.raises(RecipeError, match="a batch without a tensor"):
                 way(net(), batch)
+
+
+def test_batches_with_labels_are_named_when_calibrating() -> None:
+    with pytest.raises(RecipeError, match="its forward does not take such a batch: too many positional arguments"):
+        bitwright.calibrate(bitwright.prepare(net(), X), [(X, torch.ones(32))])
