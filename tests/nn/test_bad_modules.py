@@ -302,3 +302,12 @@ def test_what_is_no_module_and_what_is_no_tensor_is_named() -> None:
 def test_batches_with_labels_are_named_when_calibrating() -> None:
     with pytest.raises(RecipeError, match="its forward does not take such a batch: too many positional arguments"):
         bitwright.calibrate(bitwright.prepare(net(), X), [(X, torch.ones(32))])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [({"weight": torch.ones(2)}, "is no module"), (nn.Sequential(nn.LazyLinear(3)), "no weights yet")],
+)
+def test_what_has_no_layers_to_list_is_named(module: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        bitwright.layers(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bitwright
-from bitwright.errors import FormatError, VerificationError
+from bitwright.errors import BitwrightError, FormatError, VerificationError
 from bitwright.nn import onnx_check
 from bitwright.nn.batches import outputs
 from bitwright.nn.onnx_writer import Writer
@@ -375,3 +375,17 @@ def test_differences_that_only_grow_are_rounding(tmp_path: Path, monkeypatch: py
     step = 0.01  # at once
     with pytest.raises(VerificationError, match="something else"):
         bitwright.export_onnx(integer, x, tmp_path / "n.onnx")
+
+
+def test_a_place_where_no_file_can_be_is_named_before_tracing(tmp_path: Path) -> None:
+    module, x = (
+        bitwright.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)).eval(), example_inputs=torch.rand(2, 4)),
+        torch.rand(2, 4),
+    )
+    arguments: list[tuple[Any, Any, str]] = [
+        (x, tmp_path / "none" / "m.onnx", "does not exist"),
+        (tmp_path / "m.onnx", x, "no name"),
+    ]
+    for example, file, message in arguments:
+        with pytest.raises(BitwrightError, match=message):
+            bitwright.export_onnx(module, example, file)

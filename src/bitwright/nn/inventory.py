@@ -7,7 +7,7 @@ from torch import fx, nn
 from bitwright.nn.layers import DynamicProduct, IntegerEmbedding, StaticProduct, StoredWeight
 from bitwright.nn.static import Dequantize, Quantize, StaticAdd, StaticMax, StaticMean, Table
 from bitwright.nn.trace import CARRY, MODULES, SHAPE, role
-from bitwright.nn.tree import Bf16, kind
+from bitwright.nn.tree import Bf16, kind, quantizable
 
 INTEGER = (DynamicProduct, StaticProduct, StaticAdd, StaticMax, StaticMean, Table, IntegerEmbedding, StoredWeight)
 
@@ -36,10 +36,10 @@ def layers(module: nn.Module) -> Inventory:
     """The operations of a converted (or float) module, those that stayed in float included.
 
     Functional operations are listed only for traced modules; in the forward of a module that could not be traced they are
-    float, and not listed.
+    float, and not listed. RecipeError for what is no module, for TorchScript and for layers whose shapes are not known yet.
     """
     found: list[Layer] = []
-    _collect(module, "", found)
+    _collect(quantizable(module), "", found)
     return Inventory(found)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from bitwright.errors import FormatError
+from bitwright.errors import FormatError, OutputError
 from bitwright.nn.batches import Batch, bound, outputs
 from bitwright.nn.exported import exported
 from bitwright.nn.onnx_check import check_file
@@ -57,7 +57,9 @@ def export_onnx(
     Raises FormatError, with its name, for an operation that has no ONNX form here, a module that neither can trace, or
     a dimension of `dynamic_axes` whose size the module fixes; VerificationError, with its name, for an operation of the file
     that computes something else.
+    OutputError if the folder of the file does not exist.
     """
+    out = _place(file)
     try:
         import onnx
     except ImportError:
@@ -84,7 +86,18 @@ def export_onnx(
     onnx.checker.check_model(model)
     if check:
         check_file(model, writer.graph, given, expected, type(module).__name__, SHIFT[activations])
-    Path(file).write_bytes(model.SerializeToString())
+    out.write_bytes(model.SerializeToString())
+    return out
+
+
+def _place(file: object) -> Path:
+    """Where the file goes: refused before anything is traced."""
+    if not isinstance(file, str | Path):
+        remedy = "export_onnx(module, example_inputs, file)"
+        raise FormatError(f"a {type(file).__name__} is no name of a file", remedy=remedy)
+    parent = Path(file).absolute().parent
+    if not parent.is_dir():
+        raise OutputError("the folder of the file does not exist", where=str(parent), remedy=f"mkdir -p {parent}")
     return Path(file)
 
 
