@@ -175,6 +175,7 @@ void Decoder::finish(const Kernels &kernels, const float *x, ptrdiff_t M, float 
 
 void Decoder::read(const Kernels &kernels, float *x, const int64_t *slots, const int64_t *places, ptrdiff_t M, const Cache &cache,
                    int threads) {
+    const Awake awake;
     const ptrdiff_t Q = heads * D, KV = key_heads * D, most = QUERIES * key_heads / heads;
     const std::vector<Run> runs = runs_of(slots, places, M, most > 1 ? most : 1);
     queries_.resize(M * (2 * Q + 2 * KV));

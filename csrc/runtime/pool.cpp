@@ -1,7 +1,6 @@
 #include "runtime/pool.h"
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -20,11 +19,10 @@ inline void breathe() {
 #endif
 }
 
-// How often one looks whether there is something new before others get the processor, and how long a worker goes on to look in
-// between before it sleeps. What one thread does alone between two jobs of a forward takes up to some tenths of a millisecond, and to
-// wake, on a virtual machine, a good part of that.
+// How often one looks whether there is something new, some tens of microseconds, before a worker sleeps, or others get the processor.
 constexpr int LOOKS = 1000;
-constexpr std::chrono::microseconds AWAKE(500);
+
+std::atomic<int> forwards{0};  // `Awake`s that live
 
 // The caller takes pieces like everybody else and is done when all pieces are, so a worker that never wakes (as after a
 // fork, where there are none) costs time and nothing more.
@@ -64,8 +62,7 @@ class Pool {
     void look_for(unsigned long seen) const {
         auto nothing_new = [&] { return generation_.load(std::memory_order_acquire) == seen; };
         for (int looks = 0; looks < LOOKS && nothing_new(); looks++) breathe();
-        for (const auto end = std::chrono::steady_clock::now() + AWAKE; nothing_new() && std::chrono::steady_clock::now() < end;)
-            std::this_thread::yield();
+        while (nothing_new() && forwards.load(std::memory_order_relaxed)) std::this_thread::yield();
     }
 
     void serve(int id) {
@@ -89,6 +86,9 @@ class Pool {
 };
 
 }  // namespace
+
+Awake::Awake() { forwards++; }
+Awake::~Awake() { forwards--; }
 
 std::vector<float> &scratch(size_t size) {
     static thread_local std::vector<float> room;

@@ -12,4 +12,12 @@ void share_out(ptrdiff_t n, ptrdiff_t grain, int threads, const std::function<vo
 // Room for `size` numbers that this thread may write to until it asks again.
 std::vector<float> &scratch(size_t size);
 
+// While one lives, workers do not sleep between jobs. What one thread does alone within a forward takes up to some tenths of a
+// millisecond, and to wake a worker, on a virtual machine, a good part of that.
+struct Awake {
+    Awake();
+    ~Awake();
+    Awake(const Awake &) = delete;
+};
+
 }  // namespace bitwright
