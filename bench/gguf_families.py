@@ -3,8 +3,10 @@
     python -m bench.gguf_families [--kinds granite,olmo2] [--scheme q4_k_m] [--oracle PYTHON]
 
 For each architecture: how far the logprobs that our reader computes from the float file are from transformers' on the
-checkpoint; how far llama.cpp's of that file are from them; and its of a quantized file (marked -q) from ours. Of encoders the
-same of the last hidden state, in float. Needs `bench/peers/install.sh xllamacpp`.
+checkpoint; how far llama.cpp's of that file are from them; its of a quantized file (marked -q) from ours with inputs rounded
+as it does, which in random models, sharp as they are, choose other experts; and its of the same weights in a float file
+(marked -d) from ours of the quantized one with inputs in float. Of encoders the same of the last hidden state, in float.
+Needs `bench/peers/install.sh xllamacpp`.
 """
 
 import argparse
@@ -210,14 +212,16 @@ def logprobs(file: Path, ids: Tensor, engine: str | None = None) -> Tensor:
 
 
 def files_of(kind: str, place: Path, ids: Tensor, scheme: str) -> dict[Path, Tensor]:
-    """A float file and a rounded one of a kind, with the logprobs that llama.cpp must give: transformers' of the checkpoint,
-    and ours of the rounded file with inputs rounded as llama.cpp does."""
+    """A float file, a rounded one and one of its weights in float, with the logprobs that llama.cpp must give: transformers' of
+    the checkpoint, ours of the rounded file with inputs rounded as llama.cpp does, and ours of it with inputs in float."""
     source, whole, rounded = checkpoint(kind, place / kind, MODEL), place / f"{kind}.gguf", place / f"{kind}-q.gguf"
     convert(source, whole)
     wanted = expected(source, ids)
     print(f"{kind}: ours differs by {float((logprobs(whole, ids) - wanted).abs().max()):.1e}", flush=True)
     quantize(source, rounded, scheme=scheme, method="search", calib="none")
-    return {whole: wanted, rounded: logprobs(rounded, ids, ENGINE)}
+    decoded = place / f"{kind}-d.gguf"
+    quantize(rounded, decoded, scheme="f32", method="rtn", calib="none", requantize=True)
+    return {whole: wanted, rounded: logprobs(rounded, ids, ENGINE), decoded: logprobs(rounded, ids)}
 
 
 @torch.no_grad()
