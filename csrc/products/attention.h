@@ -47,6 +47,7 @@ struct Positions {
         if (a.window && last > a.window) first = last - a.window;
     }
     ptrdiff_t begin() const { return first / 16 * 16; }
+    bool any_from(ptrdiff_t t) const { return t + 16 > first && t < last; }  // of sixteen
 };
 
 // What is kept of the positions [t, end), sixteen at most, as floats.
@@ -191,13 +192,13 @@ static void attend(const Attention &a) {
         if (a.rows * a.share >= QUERIES) turn_keys(a.near, a.D, turned);
         int count = 0;
         each([&](const Positions &seen, ptrdiff_t at, float *scores) {
-            if (t + 16 <= seen.first || t >= seen.last) return;
+            if (!seen.any_from(t)) return;
             from[count] = a.q + at, to[count] = scores + t;
             if (++count == QUERIES) find_scores(from, turned, a.D, to), count = 0;
         });
         for (int i = 0; i < count; i++) find_scores(a, from[i], to[i]);
         each([&](const Positions &seen, ptrdiff_t, float *scores) {
-            if (t + 16 > seen.first && t < seen.last) scale_scores(a, t, seen, scores + t);
+            if (seen.any_from(t)) scale_scores(a, t, seen, scores + t);
         });
     }
     each([&](const Positions &seen, ptrdiff_t at, float *scores) {

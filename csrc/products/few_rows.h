@@ -13,7 +13,7 @@ constexpr int WIDTH = WORDS && XBYTES == 2 ? 2 : 1;
 
 // Four columns of a strip times two bytes of an input each, in words.
 template <int WBYTES>
-static inline void add_words(Ints &top, Ints &mid, Octets wh, Octets wl, const int8_t *x) {
+static inline void add_four_words(Ints &top, Ints &mid, Octets wh, Octets wl, const int8_t *x) {
     const Pairs words[2] = {words_at(x), words_at(x + 4)}, high[2] = {even_of(wh), odd_of(wh)}, low[2] = {even_of(wl), odd_of(wl)};
     for (int i = 0; i < 2; i++)
         if (WBYTES == 1) {
@@ -42,7 +42,7 @@ static inline void add_strip(const uint8_t *tile, const Tables &tables, const in
         for (int r = 0; r < R; r++) {
             const ptrdiff_t at = 4 * (i * R + r);
             if constexpr (WIDTH<XBYTES> == 2) {
-                add_words<WBYTES>(top[r], mid[r], wh, wl, high + 2 * at);
+                add_four_words<WBYTES>(top[r], mid[r], wh, wl, high + 2 * at);
                 continue;
             }
             const Octets xh = everywhere(high + at);

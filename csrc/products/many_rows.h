@@ -115,15 +115,8 @@ static inline void add_wide_words(Ints (&top)[ROWS][2], Ints (&mid)[ROWS][2], co
     constexpr ptrdiff_t NEXT = STRIPS == 1 ? Unpacked::PANEL : 1;
     for (ptrdiff_t at = from; at < from + steps * STRIPS; at += STRIPS, x += 8 * height)
         for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < 2; i++) {
-                const Pairs words = words_at(x + 8 * r + 4 * i), upper = upper_of(words), lower = lower_of(words);
-                for (int p = 0; p < 2; p++) {
-                    const Octets high = u.high[at + p * NEXT], low = u.low[at + p * NEXT];
-                    const Pairs wh = i ? odd_of(high) : even_of(high), wl = i ? odd_of(low) : even_of(low);
-                    top[r][p] = dot(top[r][p], wh, upper);
-                    mid[r][p] = dot(dot(mid[r][p], wh, lower), wl, upper);
-                }
-            }
+            for (int p = 0; p < 2; p++)
+                add_four_words<2>(top[r][p], mid[r][p], u.high[at + p * NEXT], u.low[at + p * NEXT], x + 8 * r);
 }
 
 // Where a block lies: columns of the inputs, its group in the weights, its span in the inputs.

@@ -378,10 +378,7 @@ def test_differences_that_only_grow_are_rounding(tmp_path: Path, monkeypatch: py
 
 
 def test_a_place_where_no_file_can_be_is_named_before_tracing(tmp_path: Path) -> None:
-    module, x = (
-        bitwright.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)).eval(), example_inputs=torch.rand(2, 4)),
-        torch.rand(2, 4),
-    )
+    module, x = bitwright.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)).eval()), torch.rand(2, 4)
     arguments: list[tuple[Any, Any, str]] = [
         (x, tmp_path / "none" / "m.onnx", "does not exist"),
         (tmp_path / "m.onnx", x, "no name"),

@@ -31,6 +31,7 @@ from bitwright.plan.target import Target
 from conftest import make_checkpoint
 
 SMALL = {"samples": 8, "seqlen": 32}
+FEW = ("--samples", "8", "--seqlen", "32")  # the same, as options
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_rows_of_the_embedding_count_as_often_as_they_are_read(text: str, tmp_pa
 
 def test_a_plan_takes_at_most_its_bytes_and_quantize_carries_it_out(wide: Path, text: str, tmp_path: Path) -> None:
     recipe, scores = tmp_path / "recipe.toml", tmp_path / "scores"
-    arguments = ["--format", "gguf", "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn", "--json"]
+    arguments = ["--format", "gguf", "--calib", text, *FEW, "--method", "rtn", "--json"]
     arguments += ["--schemes", "q3_k,q4_k,q8_0"]
     given = ["plan", str(wide), str(recipe), "--bits", "4.4", "--scores", str(scores), *arguments]
     done = CliRunner().invoke(app, given)
@@ -252,7 +253,7 @@ def refused(*arguments: str) -> str:
 
 def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path) -> None:
     out = str(tmp_path / "recipe.toml")
-    start = ("plan", str(llama), out, "--calib", text, "--samples", "8", "--seqlen", "32", "--method", "rtn")
+    start = ("plan", str(llama), out, "--calib", text, *FEW, "--method", "rtn")
     reach = refused(*start, "--size", "10KB")
     assert "reach from" in reach and " to " in reach and "10,000 bytes" in reach
     assert "reach from" in refused(*start, "--size", "10MB")
@@ -299,18 +300,7 @@ def test_bad_input_is_refused(llama: Path, wide: Path, text: str, tmp_path: Path
 def test_quantize_names_only_options_of_its_own(
     target: list[str], remedy: str, llama: Path, text: str, tmp_path: Path
 ) -> None:
-    start = (
-        "quantize",
-        str(llama),
-        str(tmp_path / "out"),
-        "--calib",
-        text,
-        "--samples",
-        "8",
-        "--seqlen",
-        "32",
-        "--json",
-    )
+    start = ("quantize", str(llama), str(tmp_path / "out"), "--calib", text, *FEW, "--json")
     done = CliRunner().invoke(app, [*start, *target])
     assert done.exit_code == 2 and json.loads(done.stdout)["remedy"] == remedy
 
@@ -320,7 +310,7 @@ def test_a_dry_run_says_what_can_be_reached_and_scores_nothing(
     command: str, llama: Path, text: str, tmp_path: Path
 ) -> None:
     more = ["--scores", str(tmp_path / "scores")] if command == "plan" else []
-    start = [command, str(llama), str(tmp_path / "out"), "--calib", text, "--samples", "8", "--seqlen", "32", *more]
+    start = [command, str(llama), str(tmp_path / "out"), "--calib", text, *FEW, *more]
     dry = CliRunner().invoke(app, [*start, "--size", "125KB", "--dry-run", "--json"])
     assert dry.exit_code == 0 and not list(tmp_path.iterdir()), dry.output
     found = json.loads(dry.stdout)
@@ -402,7 +392,7 @@ def test_inputs_are_rounded_where_it_costs_least(text: str, tmp_path: Path) -> N
 
 
 def test_rounded_inputs_that_no_plan_can_have(llama: Path, text: str, tmp_path: Path) -> None:
-    start = ("plan", str(llama), str(tmp_path / "recipe.toml"), "--calib", text, "--samples", "8", "--seqlen", "32")
+    start = ("plan", str(llama), str(tmp_path / "recipe.toml"), "--calib", text, *FEW)
     both = ("--activations", "int8-token", "--activations-kl", "0.01")
     assert "by itself says nothing" in refused(*start, "--bits", "8", *both[:2])
     assert "by itself says nothing" in refused(*start, "--bits", "8", *both[2:])

@@ -296,6 +296,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_folder_of(file: Path, what: str) -> None:
+    """OutputError if the directory that a file or folder is to be put in does not exist. what: it is called so."""
+    parent = file.absolute().parent
+    if not parent.is_dir():
+        message = f"the directory to put {what} in does not exist"
+        raise OutputError(message, where=str(parent), remedy=f"mkdir -p {parent}")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn OSError (a full disk, no permission) into OutputError with a remedy."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from bitwright.errors import FormatError, OutputError
+from bitwright.errors import FormatError
+from bitwright.files.checkpoint import check_folder_of
 from bitwright.nn.batches import Batch, bound, outputs
 from bitwright.nn.exported import exported
 from bitwright.nn.onnx_check import check_file
@@ -95,9 +96,7 @@ def _place(file: object) -> Path:
     if not isinstance(file, str | Path):
         remedy = "export_onnx(module, example_inputs, file)"
         raise FormatError(f"a {type(file).__name__} is no name of a file", remedy=remedy)
-    parent = Path(file).absolute().parent
-    if not parent.is_dir():
-        raise OutputError("the folder of the file does not exist", where=str(parent), remedy=f"mkdir -p {parent}")
+    check_folder_of(Path(file), "the file")
     return Path(file)
 
 

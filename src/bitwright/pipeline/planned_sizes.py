@@ -72,10 +72,12 @@ class Sizes:
             ends.append(f"{self.other + size:,} bytes ({self.bits_per_weight(size):.3f} bits a weight{known})")
         reach = f"take {ends[0]}" if self.least == self.most else f"reach from {ends[0]} to {ends[1]}"
         message = f"{', '.join(self.schemes)} {reach}, not {target}"
-        between = "a target between them, or other --schemes" if target.by_plan else "a --size or --bits between them"
-        remedy = (
-            between if self.least < self.most or target.by_plan else "leave out --size and --bits, and give --scheme"
-        )
+        if target.by_plan:
+            remedy = "a target between them, or other --schemes"
+        elif self.least < self.most:
+            remedy = "a --size or --bits between them"
+        else:
+            remedy = "leave out --size and --bits, and give --scheme"
         return RecipeError(message, where=str(self.model), remedy=remedy)
 
 

@@ -21,6 +21,7 @@ from bitwright.errors import OutputError, VerificationError
 from bitwright.files.checkpoint import (
     PICKLES,
     Checkpoint,
+    check_folder_of,
     disk_errors,
     same_bytes,
     sync_folder,
@@ -42,9 +43,7 @@ def check_out(out: Path) -> None:
     """OutputError if OUT exists, or the directory that it would be in does not."""
     if out.exists() or out.is_symlink():
         raise OutputError("OUT exists", where=str(out), remedy="give another name, or remove it first")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise OutputError("the directory to put OUT in does not exist", where=str(parent), remedy=f"mkdir -p {parent}")
+    check_folder_of(out, "OUT")
 
 
 def unfinished_file(out: Path) -> Path:
