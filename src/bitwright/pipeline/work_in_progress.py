@@ -5,6 +5,7 @@ hidden-00003.safetensors   inputs of block 3 in the quantized model; and in the 
 shard-00002.safetensors    shard 2, read back and compared before it got this name; GGUF: all shards are in model.gguf
 ledger-00002.jsonl         the ledger of shard 2; its existence means that the shard is complete
 joined-00002.json          checksums of shard 2's tensors; its existence means that they are in out/ (see joining.py)
+lock                       locked by the process that works here (files/lock.py)
 out/                       what becomes OUT; all other files serve only to resume
 """
 
@@ -28,6 +29,7 @@ from bitwright.files.checkpoint import (
     write_file,
     write_shard,
 )
+from bitwright.files.lock import hold
 from bitwright.formats import Format
 from bitwright.numerics.qtensor import QTensor
 from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
@@ -68,14 +70,16 @@ class WorkInProgress:
         """Make the directory, or open it to resume the same work.
 
         needed: bytes that the work will take on the disk; resume: False: remove what is there. OutputError if OUT exists,
-        the directory holds other work, or the disk is too full.
+        another process works here, the directory holds other work, or the disk is too full.
         """
         check_out(out)
         self.out, self.path = out, out.with_name(out.name + ".partial")
         self.result = self.path / "out"
         note, text = self.path / "manifest.json", json.dumps(manifest, indent=1)
-        if self.path.exists() and (self._handed_over or not resume):
+        lock = hold(self.path) if self.path.exists() else None
+        if lock and (self._handed_over or not resume):
             self._remove()
+            lock = None
         if note.is_file() and note.read_text(encoding="utf-8") != text:
             raise OutputError(
                 "unfinished work with another source, recipe or calibration lies here",
@@ -90,6 +94,7 @@ class WorkInProgress:
             raise OutputError(message, where=str(out), remedy="free some space, or quantize to fewer bits")
         with disk_errors(self.path):
             self.path.mkdir(exist_ok=True)
+        self._lock = lock or hold(self.path)  # while this object lives
         write_file(note, text.encode())
 
     @property

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.files.checkpoint import Checkpoint, disk_errors, sync_folder, write_file, write_shard
+from bitwright.files.lock import hold
 from bitwright.train.trained import Trained
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
@@ -26,14 +27,17 @@ class Checkpoints:
     """The checkpoints of the run that makes `out`."""
 
     def __init__(self, out: Path, manifest: dict[str, Any], *, resume: bool) -> None:
-        """Begin, or go on with unfinished work of the same manifest. OutputError if `out` exists, or other work lies there."""
+        """Begin, or go on with unfinished work of the same manifest. OutputError if `out` exists, other work lies there, or
+        another process works there."""
         self.out, self.path = out, out.with_name(out.name + ".partial")
         if out.exists():
             raise OutputError("it exists already", where=str(out), remedy="name a new directory, or delete this one")
         self.manifest = json.dumps(manifest, indent=1, sort_keys=True)
         file = self.path / MANIFEST
-        if self.path.exists() and not resume:
+        self._lock = hold(self.path) if self.path.exists() else None  # while this object lives
+        if self._lock and not resume:
             shutil.rmtree(self.path)
+            self._lock = None
         if file.is_file() and file.read_text(encoding="utf-8") != self.manifest:
             message = "unfinished training of another kind lies there: other data, base, settings or versions"
             raise OutputError(message, where=str(self.path), remedy="add --restart to discard it, or name another OUT")
@@ -42,6 +46,7 @@ class Checkpoints:
         """Make the directory, if it is not there yet: a run that fails before its first checkpoint leaves nothing behind."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or hold(self.path)
             write_file(self.path / MANIFEST, self.manifest.encode())
 
     @property
