@@ -8,8 +8,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 from rich.console import Console
 from typer.main import get_command
@@ -47,20 +45,6 @@ def test_a_log_has_a_line_for_each_block_and_a_summary(llama: Path, text: str, t
     assert len(shown) <= 10 and "bits a weight" in shown[0]
     assert any("worse than asked: nothing" in line for line in shown)
     assert any(f"bitwright eval {tmp_path / 'out'} --reference {llama}" in line for line in shown)
-
-
-def test_no_next_step_is_offered_that_would_be_refused(tmp_path: Path) -> None:
-    """A file of an architecture that is not read here is rounded by name; eval and generate refuse it."""
-    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "mpt")
-    writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    how = ("--scheme", "q4_0", "--method", "search", "--calib", "none")
-    done = bitwright("quantize", tmp_path / "in.gguf", tmp_path / "out.gguf", *how)
-    assert done.returncode == 0 and "bits a weight" in done.stdout, done.stderr
-    assert "bitwright eval" not in done.stdout and "bitwright generate" not in done.stdout
 
 
 def test_quiet_says_nothing(llama: Path, tmp_path: Path) -> None:

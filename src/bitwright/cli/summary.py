@@ -6,9 +6,6 @@ from pathlib import Path
 from statistics import fmean as mean
 
 from bitwright.cli.console import duration, size
-from bitwright.errors import InputError
-from bitwright.models.config import read_config
-from bitwright.models.families import is_encoder
 from bitwright.pipeline.ledger import Entry, judged, largest
 from bitwright.pipeline.result import Result
 from bitwright.plan.planned_tensor import QUANTIZED
@@ -27,19 +24,9 @@ def summary(done: Result, model: Path) -> list[str]:
         *_losses(matrices),
         *replaced(done),
         *_experts(matrices),
-        *_next_steps(done.out, model),
+        f"judge it: bitwright eval {done.out} --reference {model} --text FILE",
+        f"try it:   bitwright generate {done.out} --prompt TEXT",
     ]
-
-
-def _next_steps(out: Path, model: Path) -> Iterator[str]:
-    """What to do with OUT, where it predicts tokens and runs here: an mmproj, say, is rounded by name only."""
-    try:
-        config = read_config(out)
-    except InputError:
-        return
-    if not is_encoder(config):
-        yield f"judge it: bitwright eval {out} --reference {model} --text FILE"
-        yield f"try it:   bitwright generate {out} --prompt TEXT"
 
 
 def _schemes(matrices: list[Entry]) -> str:
