@@ -14,9 +14,10 @@ from bitwright.train.checkpoints import Checkpoints
 AT_WORK = """
 import sys
 from pathlib import Path
-from bitwright.files.lock import hold
+from bitwright.files.lock import Lock
 
-lock = hold(Path(sys.argv[1]))
+lock = Lock(Path(sys.argv[1]))
+lock.take()
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -29,7 +29,7 @@ from bitwright.files.checkpoint import (
     write_file,
     write_shard,
 )
-from bitwright.files.lock import hold
+from bitwright.files.lock import Lock
 from bitwright.formats import Format
 from bitwright.numerics.qtensor import QTensor
 from bitwright.pipeline.ledger import Entry, from_jsonl, to_jsonl
@@ -76,10 +76,11 @@ class WorkInProgress:
         self.out, self.path = out, out.with_name(out.name + ".partial")
         self.result = self.path / "out"
         note, text = self.path / "manifest.json", json.dumps(manifest, indent=1)
-        lock = hold(self.path) if self.path.exists() else None
-        if lock and (self._handed_over or not resume):
-            self._remove()
-            lock = None
+        self._lock = Lock(self.path)
+        if self.path.exists():
+            self._lock.take()
+            if self._handed_over or not resume:
+                self._remove()
         if note.is_file() and note.read_text(encoding="utf-8") != text:
             raise OutputError(
                 "unfinished work with another source, recipe or calibration lies here",
@@ -94,7 +95,7 @@ class WorkInProgress:
             raise OutputError(message, where=str(out), remedy="free some space, or quantize to fewer bits")
         with disk_errors(self.path):
             self.path.mkdir(exist_ok=True)
-        self._lock = lock or hold(self.path)  # while this object lives
+        self._lock.take()
         write_file(note, text.encode())
 
     @property
@@ -188,6 +189,7 @@ class WorkInProgress:
         leftover = self.path.with_name(self.path.name + ".removed")
         shutil.rmtree(leftover, ignore_errors=True)
         self.path.rename(leftover)
+        self._lock.release()
         shutil.rmtree(leftover)
 
 

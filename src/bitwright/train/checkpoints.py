@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bitwright.errors import CheckpointError, OutputError
 from bitwright.files.checkpoint import Checkpoint, disk_errors, sync_folder, write_file, write_shard
-from bitwright.files.lock import hold
+from bitwright.files.lock import Lock
 from bitwright.train.trained import Trained
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
@@ -34,10 +34,11 @@ class Checkpoints:
             raise OutputError("it exists already", where=str(out), remedy="name a new directory, or delete this one")
         self.manifest = json.dumps(manifest, indent=1, sort_keys=True)
         file = self.path / MANIFEST
-        self._lock = hold(self.path) if self.path.exists() else None  # while this object lives
-        if self._lock and not resume:
-            shutil.rmtree(self.path)
-            self._lock = None
+        self._lock = Lock(self.path)
+        if self.path.exists():
+            self._lock.take()
+            if not resume:
+                self._remove()
         if file.is_file() and file.read_text(encoding="utf-8") != self.manifest:
             message = "unfinished training of another kind lies there: other data, base, settings or versions"
             raise OutputError(message, where=str(self.path), remedy="add --restart to discard it, or name another OUT")
@@ -46,7 +47,7 @@ class Checkpoints:
         """Make the directory, if it is not there yet: a run that fails before its first checkpoint leaves nothing behind."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or hold(self.path)
+            self._lock.take()
             write_file(self.path / MANIFEST, self.manifest.encode())
 
     @property
@@ -98,7 +99,11 @@ class Checkpoints:
             write_file(beside / "training.json", json.dumps(report, indent=1).encode())
             sync_folder(beside)
             beside.rename(self.out)
-            shutil.rmtree(self.path)
+            self._remove()
+
+    def _remove(self) -> None:
+        self._lock.release()
+        shutil.rmtree(self.path)
 
 
 def _flat(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[tuple[str, Any]]]:
